@@ -1,0 +1,60 @@
+"""The errors that the kit raises on purpose. Each message says what was found, where, and what to do.
+
+    KitError
+    ├── ConfigError          a setting or a file of settings is wrong
+    ├── DataError            the dataset cannot be used
+    ├── ModelError           the base model cannot be found, read or understood
+    ├── CheckpointError      a checkpoint is missing, damaged, or does not fit
+    ├── NonFiniteLossError   the loss became NaN or infinite; nothing was updated
+    ├── MemoryLimitError     the device ran out of memory; the message lists what to lower
+    ├── DiskSpaceError       there is not enough free disk for what was about to be written
+    ├── JobError             a training process cannot be started, found or stopped
+    └── ExportError          a file or an upload could not be made
+        └── HubError         the Hugging Face Hub refused, or could not be reached
+
+Everything else that escapes is a bug in the kit.
+"""
+
+
+class KitError(Exception):
+    """Base of everything below: a problem that the user can mend. Faces print it without a traceback."""
+
+
+class ConfigError(KitError):
+    """A setting, or a file of settings, is wrong."""
+
+
+class DataError(KitError):
+    """The dataset cannot be used."""
+
+
+class ModelError(KitError):
+    """The base model cannot be found, read or understood."""
+
+
+class CheckpointError(KitError):
+    """A checkpoint is missing, damaged, or does not fit this run."""
+
+
+class NonFiniteLossError(KitError):
+    """The loss became NaN or infinite. Raised before the update, so the weights are still good."""
+
+
+class MemoryLimitError(KitError):
+    """The device ran out of memory."""
+
+
+class DiskSpaceError(KitError):
+    """Not enough free disk for what was about to be written."""
+
+
+class JobError(KitError):
+    """A training process cannot be started, found or stopped."""
+
+
+class ExportError(KitError):
+    """A file or an upload could not be made."""
+
+
+class HubError(ExportError):
+    """The Hugging Face Hub refused a request, or could not be reached."""
