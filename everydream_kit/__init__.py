@@ -1,0 +1,58 @@
+"""EveryDream Kit: fine-tune Stable Diffusion from a notebook, a script or the command line.
+
+The names below are the public face. They are loaded when first used: importing the package costs milliseconds and
+does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from everydream_kit import panels as panels
+    from everydream_kit.config import TrainConfig as TrainConfig
+    from everydream_kit.config import load_config as load_config
+    from everydream_kit.data import prepare_dataset as prepare_dataset
+    from everydream_kit.errors import KitError as KitError
+    from everydream_kit.export.hub import push_to_hub as push_to_hub
+    from everydream_kit.export.single_file import export_checkpoint as export_checkpoint
+    from everydream_kit.jobs import attach as attach
+    from everydream_kit.jobs import start as start
+    from everydream_kit.models.loading import load_model as load_model
+    from everydream_kit.training.drawing import sample as sample
+    from everydream_kit.training.runs import resume as resume
+    from everydream_kit.training.runs import train as train
+    from everydream_kit.workspace import RunFolder as RunFolder
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "KitError": "errors",
+    "RunFolder": "workspace",
+    "TrainConfig": "config",
+    "attach": "jobs",
+    "export_checkpoint": "export.single_file",
+    "load_config": "config",
+    "load_model": "models.loading",
+    "prepare_dataset": "data",
+    "push_to_hub": "export.hub",
+    "resume": "training.runs",
+    "sample": "training.drawing",
+    "start": "jobs",
+    "train": "training.runs",
+}
+
+__all__ = [*sorted(_PLACES), "panels"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "panels":
+        return importlib.import_module("everydream_kit.panels")
+    if name not in _PLACES:
+        raise AttributeError(f"module 'everydream_kit' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"everydream_kit.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

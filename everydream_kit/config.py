@@ -132,7 +132,8 @@ class DataGroup(Group):
     ] = 2
     """Pictures that go through the model together (on each process)."""
     flip_p: Annotated[
-        Share, Knob(basic=True, unit="probability", when="0.5 for styles; not for faces or captions with left and right")
+        Share,
+        Knob(basic=True, unit="probability", when="0.5 for styles; not for faces or captions with left and right"),
     ] = 0.0
     """Probability that a picture is mirrored left to right. A folder's or picture's own `flip_p` wins."""
     crop_jitter: Annotated[
@@ -146,9 +147,9 @@ class DataGroup(Group):
         Knob(unit="#rrggbb", when="transparent pictures should stand on another colour"),
     ] = "#ffffff"
     """Colour put behind transparent pictures."""
-    loss_mask: Annotated[
-        Literal["off", "file", "alpha"], Knob(when="only a part of each picture should be learnt")
-    ] = "off"
+    loss_mask: Annotated[Literal["off", "file", "alpha"], Knob(when="only a part of each picture should be learnt")] = (
+        "off"
+    )
     """Weigh the loss by a mask: `file` reads `name.mask.png` beside `name.png` (white counts, black does not), `alpha` takes
     the picture's own transparency."""
     num_workers: Annotated[
@@ -186,12 +187,16 @@ class CaptionGroup(Group):
 
     cond_dropout: Annotated[
         Share,
-        Knob(basic=True, unit="share of captions", when="0.1 to 0.15 pushes a style harder; above 0.26 bleeds", step=0.01),
+        Knob(
+            basic=True, unit="share of captions", when="0.1 to 0.15 pushes a style harder; above 0.26 bleeds", step=0.01
+        ),
     ] = 0.04
     """Share of captions that are replaced by the empty prompt, so that guidance keeps working."""
     shuffle_tags: Annotated[bool, Knob(basic=True, when="captions are lists of comma-separated tags")] = False
     """Shuffle the tags after the first comma, differently for every picture and epoch."""
-    keep_tags: Annotated[int, Field(ge=0, le=100), Knob(unit="tags", when="the first tags are trigger words", step=1)] = 0
+    keep_tags: Annotated[
+        int, Field(ge=0, le=100), Knob(unit="tags", when="the first tags are trigger words", step=1)
+    ] = 0
     """This many tags after the main prompt stay in place when shuffling."""
     caption_lines: Annotated[
         Literal["join", "choose"], Knob(when="each line of a .txt is a caption of its own: `choose`")
@@ -203,11 +208,14 @@ class LengthGroup(Group):
     """Length and learning rate."""
 
     max_epochs: Annotated[
-        int, Field(ge=1, le=1_000_000), Knob(basic=True, unit="epochs", when="watch the samples; 30 to 100 are common", step=1)
+        int,
+        Field(ge=1, le=1_000_000),
+        Knob(basic=True, unit="epochs", when="watch the samples; 30 to 100 are common", step=1),
     ] = 300
     """Times that the whole dataset is seen."""
     max_steps: Annotated[
-        Annotated[int, Field(ge=1)] | None, Knob(unit="optimizer steps", when="a fixed budget matters more than whole epochs")
+        Annotated[int, Field(ge=1)] | None,
+        Knob(unit="optimizer steps", when="a fixed budget matters more than whole epochs"),
     ] = None
     """Stop after this many optimizer steps, if the epochs have not ended before."""
     grad_accum: Annotated[
@@ -218,7 +226,12 @@ class LengthGroup(Group):
     """Micro-batches whose gradients are averaged into one optimizer step."""
     lr: Annotated[
         Annotated[float, Field(gt=0, le=1)],
-        Knob(basic=True, unit="per optimizer step", when="2e-6 to 5e-6 at 512 px and batch 6-8 on SD 1.x; halve it at 768", log=True),
+        Knob(
+            basic=True,
+            unit="per optimizer step",
+            when="2e-6 to 5e-6 at 512 px and batch 6-8 on SD 1.x; halve it at 768",
+            log=True,
+        ),
     ] = 1e-6
     """Peak learning rate of the UNet, and of the text encoder where the optimizer config gives it none of its own."""
     lr_scheduler: Annotated[
@@ -230,13 +243,16 @@ class LengthGroup(Group):
     ] = None
     """Steps in which the learning rate rises from 0; by default 2 % of the decay steps. `constant` has none unless given."""
     lr_decay_steps: Annotated[
-        Annotated[int, Field(ge=1)] | None, Knob(unit="optimizer steps", when="the rate should reach zero sooner or later")
+        Annotated[int, Field(ge=1)] | None,
+        Knob(unit="optimizer steps", when="the rate should reach zero sooner or later"),
     ] = None
     """Steps until the schedule reaches zero; by default 1.5 × all steps, so cosine ends near a quarter of lr."""
     scale_lr: Annotated[bool, Knob(when="batch_size and grad_accum change often")] = False
     """Multiply the learning rate by (batch_size × grad_accum)^0.55. The rate used is logged."""
     seed: Annotated[
-        int, Field(ge=-1, le=2**31 - 1), Knob(basic=True, when="keep it to compare settings; -1 for a new one each time", step=1)
+        int,
+        Field(ge=-1, le=2**31 - 1),
+        Knob(basic=True, when="keep it to compare settings; -1 for a new one each time", step=1),
     ] = 555
     """Address of every random draw of the run. -1 draws one and logs it."""
 
@@ -261,10 +277,17 @@ class OptimizerGroup(Group):
         Annotated[float, Field(gt=0)] | None, Knob(unit="L2 norm", when="the loss explodes; 1.0 is a common bound")
     ] = None
     """Bound on the norm of all gradients together; larger ones are scaled down to it. The log shows the norm before it."""
-    disable_unet_training: Annotated[bool, Knob(memory="saves its gradients and optimizer state", when="only words should be learnt")] = False
+    disable_unet_training: Annotated[
+        bool, Knob(memory="saves its gradients and optimizer state", when="only words should be learnt")
+    ] = False
     """Freeze the UNet."""
     disable_textenc_training: Annotated[
-        bool, Knob(basic=True, memory="saves its gradients and optimizer state", when="memory is short, or the concept needs no new words")
+        bool,
+        Knob(
+            basic=True,
+            memory="saves its gradients and optimizer state",
+            when="memory is short, or the concept needs no new words",
+        ),
     ] = False
     """Freeze the text encoder."""
     training_kind: Annotated[
@@ -272,13 +295,19 @@ class OptimizerGroup(Group):
         Knob(basic=True, memory="lora trains about 1 % of the weights", when="small card or small file: lora"),
     ] = "full"
     """Train all weights, a low-rank adapter (LoRA), or only the embeddings of new tokens."""
-    lora_rank: Annotated[int, Field(ge=1, le=1024), Knob(memory="grows with it", when="8 to 32 for a person, 64 for a style", step=1)] = 16
+    lora_rank: Annotated[
+        int, Field(ge=1, le=1024), Knob(memory="grows with it", when="8 to 32 for a person, 64 for a style", step=1)
+    ] = 16
     """Rank of the LoRA matrices."""
-    lora_alpha: Annotated[Annotated[float, Field(gt=0)] | None, Knob(when="to change the adapter's strength at a given rank")] = None
+    lora_alpha: Annotated[
+        Annotated[float, Field(gt=0)] | None, Knob(when="to change the adapter's strength at a given rank")
+    ] = None
     """Scale of the adapter is lora_alpha / lora_rank; by default lora_rank, that is 1."""
     lora_dropout: Annotated[Annotated[float, Field(ge=0, lt=1)], Knob(unit="probability", when="a LoRA overfits")] = 0.0
     """Dropout on the adapter's input."""
-    lora_targets: Annotated[list[str] | None, Knob(when="to train fewer or more layers than the attention projections")] = None
+    lora_targets: Annotated[
+        list[str] | None, Knob(when="to train fewer or more layers than the attention projections")
+    ] = None
     """Names or regular expressions of the UNet layers that get an adapter; by default attention projections."""
     lora_text_encoder: Annotated[bool, Knob(when="new words should be learnt as well")] = False
     """Give the text encoders an adapter, too."""
@@ -292,30 +321,46 @@ class ObjectiveGroup(Group):
     """Objective: what the loss asks for."""
 
     loss_type: Annotated[
-        Literal["mse", "huber", "mse_huber", "huber_mse"], Knob(when="outliers dominate: huber_mse at high noise ... see docs")
+        Literal["mse", "huber", "mse_huber", "huber_mse"],
+        Knob(when="outliers dominate: huber_mse at high noise ... see docs"),
     ] = "mse"
     """Plain squared error, Huber (delta 1), or a mix that goes over with the timestep: `mse_huber` is MSE at high noise and
     Huber at low noise, `huber_mse` the reverse."""
-    min_snr_gamma: Annotated[Annotated[float, Field(gt=0)] | None, Knob(when="faster convergence on larger sets: 5")] = None
+    min_snr_gamma: Annotated[
+        Annotated[float, Field(gt=0)] | None, Knob(when="faster convergence on larger sets: 5")
+    ] = None
     """Min-SNR weighting (arXiv 2303.09556): min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v-prediction."""
     debiased_estimation: Annotated[bool, Knob(when="instead of min_snr_gamma, for epsilon models")] = False
     """Weigh by 1 / sqrt(SNR) (arXiv 2310.08442), bounded."""
-    enable_zero_terminal_snr: Annotated[bool, Knob(when="a v-prediction model should reach true black and white")] = False
+    enable_zero_terminal_snr: Annotated[bool, Knob(when="a v-prediction model should reach true black and white")] = (
+        False
+    )
     """Rescale the noise schedule to zero terminal SNR (arXiv 2305.08891). Needs a v-prediction model."""
-    zero_frequency_noise_ratio: Annotated[Annotated[float, Field(ge=0, le=1)], Knob(when="dark and bright pictures: 0.02 to 0.1")] = 0.0
+    zero_frequency_noise_ratio: Annotated[
+        Annotated[float, Field(ge=0, le=1)], Knob(when="dark and bright pictures: 0.02 to 0.1")
+    ] = 0.0
     """Offset noise: this share of a constant per picture and channel is added to the noise."""
-    pyramid_noise_discount: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, Knob(when="richer contrast: 0.03 as EveryDream 2 ships it")] = None
+    pyramid_noise_discount: Annotated[
+        Annotated[float, Field(gt=0, lt=1)] | None, Knob(when="richer contrast: 0.03 as EveryDream 2 ships it")
+    ] = None
     """Multi-resolution noise: each coarser level is added with this factor to the power of its level."""
     input_perturbation: Annotated[Annotated[float, Field(ge=0, le=1)], Knob(when="small sets that overfit: 0.1")] = 0.0
     """Extra noise on the UNet's input only (arXiv 2301.11706)."""
-    embedding_perturbation: Annotated[Annotated[float, Field(ge=0, le=100)], Knob(when="captions are memorised: 1.0")] = 0.0
+    embedding_perturbation: Annotated[
+        Annotated[float, Field(ge=0, le=100)], Knob(when="captions are memorised: 1.0")
+    ] = 0.0
     """Noise on the text embeddings, gamma / sqrt(dim) (arXiv 2310.05914)."""
-    timestep_start: Annotated[int, Field(ge=0, le=999), Knob(unit="timesteps", when="only coarse structure should be trained")] = 0
+    timestep_start: Annotated[
+        int, Field(ge=0, le=999), Knob(unit="timesteps", when="only coarse structure should be trained")
+    ] = 0
     """First noise level that is trained on."""
-    timestep_end: Annotated[int, Field(ge=1, le=1000), Knob(unit="timesteps", when="only fine detail should be trained")] = 1000
+    timestep_end: Annotated[
+        int, Field(ge=1, le=1000), Knob(unit="timesteps", when="only fine detail should be trained")
+    ] = 1000
     """Noise levels from here on are not trained on."""
     timestep_sampling: Annotated[
-        Literal["uniform", "logit_normal", "stratified"], Knob(when="stratified for a calmer loss; logit_normal favours the middle")
+        Literal["uniform", "logit_normal", "stratified"],
+        Knob(when="stratified for a calmer loss; logit_normal favours the middle"),
     ] = "uniform"
     """How timesteps are drawn. Stratified spreads the pictures of one optimizer step evenly over the range."""
     train_sampler: Annotated[Literal["ddpm", "pndm", "ddim"], Knob(when="never: all three add noise alike")] = "ddpm"
@@ -335,22 +380,30 @@ class PrecisionGroup(Group):
     ] = "auto"
     """Format of mixed precision. `auto` chooses by the GPU, and means float32 on a CPU."""
     weight_dtype: Annotated[
-        Literal["float32", "bfloat16"], Knob(memory="bfloat16 halves weights, gradients and states", when="a card too small by a third")
+        Literal["float32", "bfloat16"],
+        Knob(memory="bfloat16 halves weights, gradients and states", when="a card too small by a third"),
     ] = "float32"
     """Format of the trained weights. bfloat16 weights are updated with stochastic rounding."""
     gradient_checkpointing: Annotated[
-        bool, Knob(basic=True, memory="saves most of the activations", when="out of memory; costs about a quarter in speed")
+        bool,
+        Knob(basic=True, memory="saves most of the activations", when="out of memory; costs about a quarter in speed"),
     ] = False
     """Recompute activations in the backward pass instead of keeping them."""
-    fused_backward: Annotated[bool, Knob(memory="saves the gradients", when="memory is short and grad_accum is 1")] = False
+    fused_backward: Annotated[bool, Knob(memory="saves the gradients", when="memory is short and grad_accum is 1")] = (
+        False
+    )
     """Step the optimizer for each parameter inside the backward pass, so that gradients are never all alive."""
-    offload_idle_models: Annotated[bool, Knob(memory="saves the VAE and frozen text encoders", when="memory is short; costs a little time")] = False
+    offload_idle_models: Annotated[
+        bool, Knob(memory="saves the VAE and frozen text encoders", when="memory is short; costs a little time")
+    ] = False
     """Keep the VAE and frozen text encoders in host memory while they are not needed."""
     channels_last: Annotated[bool, Knob(when="a GPU with tensor cores; often a few percent faster")] = False
     """Keep convolution weights in channels-last order."""
     torch_compile: Annotated[bool, Knob(when="long runs on a GPU; minutes of compiling first")] = False
     """Compile the UNet's blocks with torch.compile, shapes dynamic."""
-    attn_type: Annotated[Literal["sdp", "slice", "xformers"], Knob(when="slice when even one picture does not fit")] = "sdp"
+    attn_type: Annotated[Literal["sdp", "slice", "xformers"], Knob(when="slice when even one picture does not fit")] = (
+        "sdp"
+    )
     """Attention: torch's own, or sliced to save memory. `xformers` is taken as `sdp`, with a warning."""
     gpuid: Annotated[int, Field(ge=0, le=63), Knob(when="the machine has several GPUs and one should be used")] = 0
     """Number of the GPU of a single-process run."""
@@ -359,13 +412,22 @@ class PrecisionGroup(Group):
 class EmaGroup(Group):
     """EMA: a slowly moving average of the weights."""
 
-    ema_decay_rate: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, Knob(memory="a second copy of the trained weights", when="0.99 to 0.9999; smooths long runs")] = None
+    ema_decay_rate: Annotated[
+        Annotated[float, Field(gt=0, lt=1)] | None,
+        Knob(memory="a second copy of the trained weights", when="0.99 to 0.9999; smooths long runs"),
+    ] = None
     """Share of the average that stays at each update. None and no strength target: EMA is off."""
-    ema_strength_target: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, Knob(when="instead of ema_decay_rate: 0.1")] = None
+    ema_strength_target: Annotated[
+        Annotated[float, Field(gt=0, lt=1)] | None, Knob(when="instead of ema_decay_rate: 0.1")
+    ] = None
     """Share of the starting weights that is left in the average after the whole run; the decay rate is computed from it."""
-    ema_update_interval: Annotated[int, Field(ge=1), Knob(unit="optimizer steps", when="1 is exact; more is cheaper", step=1)] = 500
+    ema_update_interval: Annotated[
+        int, Field(ge=1), Knob(unit="optimizer steps", when="1 is exact; more is cheaper", step=1)
+    ] = 500
     """Optimizer steps between updates of the average."""
-    ema_device: Annotated[str, Knob(memory="`cpu` costs none of the GPU's", when="cuda is faster if there is room")] = "cpu"
+    ema_device: Annotated[str, Knob(memory="`cpu` costs none of the GPU's", when="cuda is faster if there is room")] = (
+        "cpu"
+    )
     """Where the average lives: cpu or cuda."""
     ema_sample_ema_model: Annotated[bool, Knob(when="EMA is on")] = False
     """Draw the samples with the averaged weights."""
@@ -378,9 +440,14 @@ class EmaGroup(Group):
 class SampleGroup(Group):
     """Samples: pictures drawn while training."""
 
-    sample_steps: Annotated[Annotated[int, Field(ge=1)] | None, Knob(basic=True, unit="optimizer steps", when="small sets want them more often", step=1)] = 250
+    sample_steps: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        Knob(basic=True, unit="optimizer steps", when="small sets want them more often", step=1),
+    ] = 250
     """Steps between sample pictures. None: never."""
-    sample_prompts: Annotated[str, Knob(basic=True, when="always: prompts that show what you teach")] = "sample_prompts.txt"
+    sample_prompts: Annotated[str, Knob(basic=True, when="always: prompts that show what you teach")] = (
+        "sample_prompts.txt"
+    )
     """File of prompts: one per line, or a JSON object with cfgs, scheduler, seeds and sizes. Read anew at every sampling."""
     sample_before_training: Annotated[bool, Knob(when="to see the base model's own pictures first")] = False
     """Draw samples before step 0, too."""
@@ -389,9 +456,13 @@ class SampleGroup(Group):
 class ValidationGroup(Group):
     """Validation: loss on pictures that are not trained on."""
 
-    validation_config: Annotated[str | dict[str, Any] | None, Knob(when="from 50 pictures on, to see overfitting")] = None
+    validation_config: Annotated[str | dict[str, Any] | None, Knob(when="from 50 pictures on, to see overfitting")] = (
+        None
+    )
     """EveryDream 2's `validation_default.json`: a path, or the object itself. None: no validation."""
-    early_stopping_patience: Annotated[Annotated[int, Field(ge=1)] | None, Knob(unit="validations", when="unattended runs")] = None
+    early_stopping_patience: Annotated[
+        Annotated[int, Field(ge=1)] | None, Knob(unit="validations", when="unattended runs")
+    ] = None
     """Stop when the validation loss has not improved for this many validations."""
 
 
@@ -399,26 +470,39 @@ class SavingGroup(Group):
     """Saving: checkpoints."""
 
     project_name: Annotated[
-        str, Field(pattern=r"^[^/\\:*?\"<>|\x00-\x1f]{1,100}$"), Knob(basic=True, when="always: it names the run folder and checkpoints")
+        str,
+        Field(pattern=r"^[^/\\:*?\"<>|\x00-\x1f]{1,100}$"),
+        Knob(basic=True, when="always: it names the run folder and checkpoints"),
     ] = "myproj"
     """Names runs and checkpoints."""
     run_name: Annotated[str | None, Knob(when="Weights & Biases should show another name")] = None
     """Name of the run for Weights & Biases; by default the run folder's."""
     logdir: Annotated[str, Knob(basic=True, when="another disk should hold the run folders")] = "logs"
     """Folder that holds the run folders: logs, samples and checkpoints in diffusers form."""
-    save_ckpt_dir: Annotated[str | None, Knob(basic=True, when="single files should land in your image app's models folder")] = None
+    save_ckpt_dir: Annotated[
+        str | None, Knob(basic=True, when="single files should land in your image app's models folder")
+    ] = None
     """Folder for single-file `.safetensors` checkpoints; by default the working folder."""
     ckpt_every_n_minutes: Annotated[
-        Annotated[float, Field(gt=0)] | None, Knob(basic=True, unit="minutes", when="how much work you can bear to lose", step=1)
+        Annotated[float, Field(gt=0)] | None,
+        Knob(basic=True, unit="minutes", when="how much work you can bear to lose", step=1),
     ] = None
     """Save every so many minutes; 20 where no other rule of saving is given."""
-    save_every_n_epochs: Annotated[Annotated[int, Field(ge=1)] | None, Knob(basic=True, unit="epochs", when="to compare epochs later", step=1)] = None
+    save_every_n_epochs: Annotated[
+        Annotated[int, Field(ge=1)] | None, Knob(basic=True, unit="epochs", when="to compare epochs later", step=1)
+    ] = None
     """Save at the end of every n-th epoch."""
-    save_every_n_steps: Annotated[Annotated[int, Field(ge=1)] | None, Knob(unit="optimizer steps", when="epochs are very long", step=1)] = None
+    save_every_n_steps: Annotated[
+        Annotated[int, Field(ge=1)] | None, Knob(unit="optimizer steps", when="epochs are very long", step=1)
+    ] = None
     """Save every so many optimizer steps."""
-    save_ckpts_from_n_epochs: Annotated[int, Field(ge=0), Knob(unit="epochs", when="early checkpoints are of no use", step=1)] = 0
+    save_ckpts_from_n_epochs: Annotated[
+        int, Field(ge=0), Knob(unit="epochs", when="early checkpoints are of no use", step=1)
+    ] = 0
     """No saving by epoch before this one."""
-    keep_last_n: Annotated[Annotated[int, Field(ge=1)] | None, Knob(unit="checkpoints", when="disk is short", step=1)] = None
+    keep_last_n: Annotated[
+        Annotated[int, Field(ge=1)] | None, Knob(unit="checkpoints", when="disk is short", step=1)
+    ] = None
     """Keep only the newest checkpoints; the best and the last stay in any case."""
     save_full_precision: Annotated[bool, Knob(when="the file will be trained on further")] = False
     """Single files in float32 instead of float16."""
@@ -430,14 +514,18 @@ class SavingGroup(Group):
     """Name the final checkpoint like all others."""
     push_to: Annotated[str | None, Knob(when="the machine may go away")] = None
     """Hub repository (`me/jets`) that checkpoints are uploaded to while training."""
-    push_every: Annotated[Annotated[int, Field(ge=1)] | None, Knob(unit="checkpoints", when="uploads are slow", step=1)] = None
+    push_every: Annotated[
+        Annotated[int, Field(ge=1)] | None, Knob(unit="checkpoints", when="uploads are slow", step=1)
+    ] = None
     """Upload every n-th checkpoint to `push_to`, with its resume state; by default only the last."""
 
 
 class LoggingGroup(Group):
     """Watching and extending."""
 
-    log_step: Annotated[int, Field(ge=1), Knob(unit="optimizer steps", when="rarely: it costs next to nothing", step=1)] = 25
+    log_step: Annotated[
+        int, Field(ge=1), Knob(unit="optimizer steps", when="rarely: it costs next to nothing", step=1)
+    ] = 25
     """Steps between points in the log."""
     wandb: Annotated[bool, Knob(when="you use Weights & Biases")] = False
     """Log to Weights & Biases as well (needs the `wandb` extra)."""
@@ -584,7 +672,9 @@ def _upgrade(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Bring an older file's names and habits to today's."""
     version = values.get("version", VERSION)
     if not isinstance(version, int) or version > VERSION:
-        raise ConfigError(f"version: this file was written by a newer EveryDream Kit (layout {version!r}). Upgrade the kit.")
+        raise ConfigError(
+            f"version: this file was written by a newer EveryDream Kit (layout {version!r}). Upgrade the kit."
+        )
     kept: dict[str, Any] = {}
     warnings = []
     for name, value in values.items():
@@ -612,7 +702,9 @@ def _unknown_name(name: str) -> str:
     if name in RETIRED:
         return f"{name}: no longer used; replaced by {RETIRED[name]}."
     near = nearest_name(name)
-    return f"{name}: unknown setting" + (f"; did you mean {near}?" if near else ". `everydream train --help` lists them all.")
+    return f"{name}: unknown setting" + (
+        f"; did you mean {near}?" if near else ". `everydream train --help` lists them all."
+    )
 
 
 def _describe(error: ValidationError) -> str:
@@ -659,7 +751,9 @@ def _combination_problems(config: TrainConfig) -> list[str]:
     if c.push_every is not None and c.push_to is None:
         problems.append("push_every, push_to: name the Hub repository in push_to, or leave push_every out")
     if c.early_stopping_patience is not None and c.validation_config is None:
-        problems.append("early_stopping_patience, validation_config: early stopping needs validation; give a validation_config")
+        problems.append(
+            "early_stopping_patience, validation_config: early stopping needs validation; give a validation_config"
+        )
     default = TrainConfig.model_fields
     problems += [
         f"{name}: this version of EveryDream Kit does not have it yet; leave it at {default[name].default!r}"
@@ -678,11 +772,17 @@ def config_warnings(config: TrainConfig) -> list[str]:
     if c.lr_scheduler == "constant" and c.lr_decay_steps is not None:
         warnings.append("lr_decay_steps: has no effect with lr_scheduler constant.")
     if c.keep_tags and not c.shuffle_tags:
-        warnings.append("keep_tags: has an effect only where tags are shuffled (shuffle_tags, or a folder's own setting).")
+        warnings.append(
+            "keep_tags: has an effect only where tags are shuffled (shuffle_tags, or a folder's own setting)."
+        )
     if c.attn_type == "xformers":
         warnings.append("attn_type xformers: torch's own attention (sdp) is used instead; it is as fast.")
     if c.train_sampler != "ddpm":
-        warnings.append(f"train_sampler {c.train_sampler}: the model's own noise schedule is used; all samplers add noise alike.")
+        warnings.append(
+            f"train_sampler {c.train_sampler}: the model's own noise schedule is used; all samplers add noise alike."
+        )
     if (c.ema_sample_ema_model or c.ema_sample_nonema_model) and not c.ema_decay_rate and not c.ema_strength_target:
-        warnings.append("ema_sample_ema_model, ema_sample_nonema_model: EMA is off; give ema_decay_rate or ema_strength_target.")
+        warnings.append(
+            "ema_sample_ema_model, ema_sample_nonema_model: EMA is off; give ema_decay_rate or ema_strength_target."
+        )
     return warnings

@@ -1,0 +1,282 @@
+"""Walks the declaration in `config.py`, for everything that shows parameters: command line, form, reference page.
+
+`parameters()` lists them as plain records in the order of their declaration. `parse_text` turns what a person typed
+into a value, and `check_value` says what is wrong with one value. Nothing here knows any parameter by name.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import annotated_types
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from everydream_kit.config import GROUPS, Group, Knob, TrainConfig
+from everydream_kit.errors import ConfigError
+
+Kind = Literal["bool", "int", "float", "choice", "text", "object"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter, as a form or a page sees it.
+
+    Attributes:
+        name: as in the file and on the command line.
+        kind: which control suits it. `object` is a list or mapping, typed as JSON.
+        default: the default value; None together with `required` means that there is none.
+        required: it must be given.
+        optional: None is allowed and means off, or "by itself".
+        minimum, maximum: bounds, or None. `exclusive_minimum`, `exclusive_maximum`: the bound itself is not allowed.
+        multiple_of: the value must be a multiple of this.
+        choices: allowed words; for a number these are words allowed beside numbers, such as `auto`.
+        many: a list of such values is accepted as well.
+        help: its effect, in words.
+        group: title of its group.
+        knob: unit, memory, when to change it, basic or not.
+    """
+
+    name: str
+    kind: Kind
+    default: Any
+    required: bool
+    optional: bool
+    minimum: float | None
+    maximum: float | None
+    exclusive_minimum: bool
+    exclusive_maximum: bool
+    multiple_of: float | None
+    choices: tuple[str, ...]
+    many: bool
+    help: str
+    group: str
+    knob: Knob
+
+    @property
+    def range_text(self) -> str:
+        """The allowed values in words, such as `above 0, up to 1` or `mse, huber`."""
+        words = []
+        if self.minimum is not None:
+            words.append(("above " if self.exclusive_minimum else "from ") + format_value(self.minimum))
+        if self.maximum is not None:
+            words.append(("below " if self.exclusive_maximum else "to ") + format_value(self.maximum))
+        if self.multiple_of is not None:
+            words.append(f"in steps of {format_value(self.multiple_of)}")
+        if self.choices:
+            words.append((" or " if words else "") + ", ".join(self.choices))
+        return " ".join(words).replace("  ", " ")
+
+
+@lru_cache(maxsize=1)
+def parameters() -> tuple[Parameter, ...]:
+    """Every parameter of `TrainConfig`, in the order of declaration."""
+    return tuple(
+        _describe_field(name, TrainConfig.model_fields[name], group) for group in GROUPS for name in group.model_fields
+    )
+
+
+def parameter(name: str) -> Parameter:
+    """The parameter of this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for record in parameters():
+        if record.name == name:
+            return record
+    raise ConfigError(f"{name}: unknown setting")
+
+
+def group_title(group: type[Group]) -> str:
+    """The group's name, from the first words of its docstring (`Data: which pictures ...` gives `Data`)."""
+    return (group.__doc__ or "").split(":")[0].split(".")[0].strip()
+
+
+def parse_text(name: str, texts: str | list[str]) -> Any:
+    """Turn what was typed for a parameter into a value. Ranges are checked by `TrainConfig`, not here.
+
+    Args:
+        name: the parameter.
+        texts: one text, or several where the parameter takes a list. `none` and the empty text mean None where None is
+            allowed; a text that begins with a bracket is JSON.
+
+    Raises:
+        ConfigError: the text cannot be read as a value of this parameter.
+    """
+    record = parameter(name)
+    if isinstance(texts, list) and (len(texts) > 1 or (record.kind == "object" and not _looks_like_json(texts))):
+        return [_parse_one(record, text, many=True) for text in texts]
+    text = texts[0] if isinstance(texts, list) else texts
+    return _parse_one(record, text)
+
+
+def check_value(name: str, value: Any) -> str | None:
+    """What is wrong with a value for this parameter alone, as one sentence, or None if nothing is."""
+    given = {} if name == "resume_ckpt" else {"resume_ckpt": "embedded"}
+    try:
+        TrainConfig(**given, **{name: value})
+    except ConfigError as error:
+        own = [line for line in str(error).splitlines() if line.startswith(f"{name}:")]
+        return own[0].removeprefix(f"{name}: ") if own else None
+    return None
+
+
+def format_value(value: Any) -> str:
+    """A value as a person would type it: `1e-06` as `1e-6`, None as `none`, True as `on`."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float) and value.is_integer() and abs(value) >= 1:
+        return str(int(value))
+    if isinstance(value, float):
+        return f"{value:g}".replace("e-0", "e-").replace("e+0", "e")
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def reference_page() -> str:
+    """`docs/parameters.md`: every parameter with effect, range, unit, cost in memory, and when to change it."""
+    lines = [
+        "# Parameters",
+        "",
+        "<!-- Made from everydream_kit/config.py by `everydream parameters`; a test compares. Do not edit. -->",
+        "",
+        'Each one is a command-line flag (`--name value`), a key of the JSON file (`"name": value`), an argument of',
+        "`TrainConfig(name=value)` and a control of the training panel. `none` means off, or chosen by the kit.",
+        "Parameters in **bold** are the basic ones.",
+    ]
+    title = None
+    for record in parameters():
+        if record.group != title:
+            title = record.group
+            lines += ["", f"## {title}"]
+        lines += ["", *_reference_entry(record)]
+    return "\n".join(lines) + "\n"
+
+
+def _reference_entry(record: Parameter) -> list[str]:
+    heading = f"`{record.name}`"
+    default = "required" if record.required else f"default {format_value(record.default)}"
+    facts = [default, record.range_text]
+    if record.knob.unit:
+        facts.append(f"unit: {record.knob.unit}")
+    lines = [
+        f"### {'**' + heading + '**' if record.knob.basic else heading}",
+        "",
+        " · ".join(fact for fact in facts if fact),
+        "",
+        record.help,
+        "",
+        f"- Memory: {record.knob.memory}.",
+    ]
+    if record.knob.when:
+        lines.append(f"- When to change it: {record.knob.when}.")
+    return lines
+
+
+def _describe_field(name: str, field: FieldInfo, group: type[Group]) -> Parameter:
+    annotation = field.annotation
+    options = list(_options(annotation))
+    bounds = list(_constraints(annotation, field.metadata))
+    plain = [option for option in options if option not in (type(None),)]
+    choices = tuple(str(choice) for option in plain if get_origin(option) is Literal for choice in get_args(option))
+    return Parameter(
+        name=name,
+        kind=_kind(plain),
+        default=None if field.is_required() else field.default,
+        required=field.is_required(),
+        optional=type(None) in options,
+        minimum=_bound(bounds, annotated_types.Ge, "ge", annotated_types.Gt, "gt"),
+        maximum=_bound(bounds, annotated_types.Le, "le", annotated_types.Lt, "lt"),
+        exclusive_minimum=any(isinstance(b, annotated_types.Gt) for b in bounds),
+        exclusive_maximum=any(isinstance(b, annotated_types.Lt) for b in bounds),
+        multiple_of=next((float(b.multiple_of) for b in bounds if isinstance(b, annotated_types.MultipleOf)), None),  # type: ignore[arg-type]
+        choices=choices,
+        many=any(get_origin(option) is list for option in plain),
+        help=" ".join((field.description or "").split()),
+        group=group_title(group),
+        knob=next((entry for entry in field.metadata if isinstance(entry, Knob)), Knob()),
+    )
+
+
+def _options(annotation: Any) -> Iterator[Any]:
+    """The members of a union, unwrapped from Annotated."""
+    if get_origin(annotation) is Annotated:
+        yield from _options(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, types.UnionType):
+        for option in get_args(annotation):
+            yield from _options(option)
+    else:
+        yield annotation
+
+
+def _constraints(annotation: Any, metadata: list[Any]) -> Iterator[Any]:
+    """Bounds that stand on the field or on a member of its union (not inside lists)."""
+    for entry in metadata:
+        yield from entry.metadata if isinstance(entry, FieldInfo) else [entry]
+    if get_origin(annotation) is Annotated:
+        inner, *entries = get_args(annotation)
+        yield from _constraints(inner, list(entries))
+    elif get_origin(annotation) in (Union, types.UnionType):
+        for option in get_args(annotation):
+            yield from _constraints(option, [])
+
+
+def _bound(bounds: list[Any], inclusive: type, key: str, exclusive: type, exclusive_key: str) -> float | None:
+    for bound in bounds:
+        if isinstance(bound, inclusive):
+            return float(getattr(bound, key))
+        if isinstance(bound, exclusive):
+            return float(getattr(bound, exclusive_key))
+    return None
+
+
+def _kind(options: list[Any]) -> Kind:
+    simple: dict[Any, Kind] = {bool: "bool", int: "int", float: "float", str: "text"}
+    for option in options:
+        if option in simple:
+            return simple[option]
+    if options and all(get_origin(option) is Literal for option in options):
+        return "choice"
+    return "object"
+
+
+def _looks_like_json(texts: list[str]) -> bool:
+    return len(texts) == 1 and texts[0].lstrip()[:1] in ("[", "{")
+
+
+def _parse_one(record: Parameter, text: str, *, many: bool = False) -> Any:
+    stripped = text.strip()
+    if record.optional and stripped.lower() in ("none", "null", "") and not many:
+        return None
+    if stripped[:1] in ("[", "{") and (record.kind == "object" or record.many or record.kind == "text"):
+        try:
+            return json.loads(stripped)
+        except json.JSONDecodeError as error:
+            if record.kind == "object":
+                raise ConfigError(f"{record.name}: not valid JSON: {error.msg} (got {text!r})") from error
+    if record.kind == "text" or (many and record.kind == "object"):
+        return text
+    if record.kind == "object":
+        raise ConfigError(f"{record.name}: give it as JSON, in {{...}} or [...] (got {text!r})")
+    return _parse_scalar(record, stripped)
+
+
+def _parse_scalar(record: Parameter, text: str) -> Any:
+    if text in record.choices:
+        return text
+    if record.kind == "bool":
+        text = {"on": "true", "off": "false"}.get(text.lower(), text)
+    scalar: Any = {"bool": bool, "int": int, "float": float}.get(record.kind, str)
+    try:
+        return TypeAdapter(scalar, config=ConfigDict(strict=False)).validate_python(text)
+    except ValidationError as error:
+        wanted = {"bool": "on or off", "int": "a whole number", "float": "a number"}[record.kind]
+        also = f" or {', '.join(record.choices)}" if record.choices else ""
+        raise ConfigError(f"{record.name}: must be {wanted}{also} (got {text!r})") from error

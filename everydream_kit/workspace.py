@@ -1,0 +1,244 @@
+"""Runs and checkpoints on disk: their names, finding them, and reading what a run tells about itself.
+
+The run folder is the database: the trainer writes it, and everything else (panels, commands, notebooks, a second
+process) only reads it, except for `control.json`, the one file that others write and the trainer obeys.
+
+    <logdir>/<project>-<YYYYMMDD-HHMMSS>/
+        config.json  environment.json  train.log  events.jsonl  status.json  control.json  live.json
+        samples/  ckpts/<project>-ep<NN>-gs<NNNNN>/  ckpts/best  plan.json  ledger/
+
+Writes of small files go through `write_whole`: beside, synced, renamed; so a reader never sees half a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from everydream_kit.errors import CheckpointError, JobError
+
+CHECKPOINT_MANIFEST = "resume/manifest.json"
+Action = Literal["stop", "save", "sample"]
+ENDED_STATES = ("finished", "stopped", "failed")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a small file so that a reader, or a power cut, sees the old text or the new one and nothing between."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def checkpoint_name(project: str, epoch: int, step: int, *, prefix: str = "") -> str:
+    """`<prefix><project>-ep<NN>-gs<NNNNN>`: epochs that have ended and optimizer steps done, as EveryDream 2 names them."""
+    return f"{prefix}{project}-ep{epoch:02}-gs{step:05}"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: a diffusers folder that carries its final name.
+
+    Attributes:
+        folder: the diffusers folder.
+        epoch, step: from its name; -1 where the name does not say.
+        resumable: it holds optimizer and position as well.
+    """
+
+    folder: Path
+    epoch: int
+    step: int
+    resumable: bool
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Checkpoint:
+        """Raises: CheckpointError if the folder is no checkpoint."""
+        folder = Path(folder)
+        if not (folder / "model_index.json").is_file():
+            raise CheckpointError(f"{folder}: no checkpoint; a diffusers folder has a model_index.json.")
+        found = re.search(r"-ep(\d+)-gs(\d+)(_ema)?$", folder.resolve().name)
+        epoch, step = (int(found[1]), int(found[2])) if found else (-1, -1)
+        return cls(folder, epoch, step, (folder / CHECKPOINT_MANIFEST).is_file())
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run, by its folder. Everything is read anew at each call, so a run in progress can be watched."""
+
+    folder: Path
+
+    @classmethod
+    def create(cls, logdir: str | Path, project: str, now: datetime | None = None) -> RunFolder:
+        """Make a new run folder, named by project and time; a second run in the same second gets a `-2`."""
+        stamp = (now or datetime.now()).strftime("%Y%m%d-%H%M%S")
+        base = Path(logdir) / f"{project}-{stamp}"
+        base.parent.mkdir(parents=True, exist_ok=True)
+        folder, number = base, 1
+        while True:
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                number += 1
+                folder = base.with_name(f"{base.name}-{number}")
+        (folder / "samples").mkdir()
+        (folder / "ckpts").mkdir()
+        return cls(folder)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> RunFolder:
+        """Raises: JobError if the folder is not a run's."""
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise JobError(f"{folder}: no run folder; a run has a config.json. `everydream runs` lists the runs.")
+        return cls(folder)
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def config_path(self) -> Path:
+        return self.folder / "config.json"
+
+    @property
+    def events_path(self) -> Path:
+        return self.folder / "events.jsonl"
+
+    @property
+    def log_path(self) -> Path:
+        return self.folder / "train.log"
+
+    @property
+    def samples_folder(self) -> Path:
+        return self.folder / "samples"
+
+    @property
+    def checkpoints_folder(self) -> Path:
+        return self.folder / "ckpts"
+
+    def status(self) -> dict[str, Any]:
+        """The last word of the trainer: state, pid, step, ... ; empty before it has said anything."""
+        path = self.folder / "status.json"
+        return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
+
+    def write_status(self, status: dict[str, Any]) -> None:
+        write_whole(self.folder / "status.json", json.dumps({**status, "heartbeat": time.time()}))
+
+    def events(self, kind: str | None = None) -> Iterator[dict[str, Any]]:
+        """Events in order of writing, all or of one kind. A last line that is still being written is left out."""
+        if not self.events_path.is_file():
+            return
+        with self.events_path.open(encoding="utf-8") as file:
+            for line in file:
+                if not line.endswith("\n"):
+                    return
+                event = json.loads(line)
+                if kind is None or event["kind"] == kind:
+                    yield event
+
+    def request(self, action: Action, **details: Any) -> str:
+        """Ask the trainer for something; it obeys within one step. Returns the request's id."""
+        request = uuid.uuid4().hex
+        write_whole(self.folder / "control.json", json.dumps({"action": action, "id": request, **details}))
+        return request
+
+    def take_request(self) -> dict[str, Any] | None:
+        """The trainer's side: the waiting request, which is removed, or None."""
+        path = self.folder / "control.json"
+        if not path.is_file():
+            return None
+        taken = path.with_suffix(".taken")
+        os.replace(path, taken)
+        return dict(json.loads(taken.read_text("utf-8")))
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Whole checkpoints, oldest first by step. Half-written ones have other names and are not listed."""
+        if not self.checkpoints_folder.is_dir():
+            return []
+        found = [
+            Checkpoint.open(folder)
+            for folder in self.checkpoints_folder.iterdir()
+            if not folder.name.startswith(".") and not folder.is_symlink() and (folder / "model_index.json").is_file()
+        ]
+        return sorted((c for c in found if c.step >= 0), key=lambda c: (c.step, c.folder.name))
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """The newest whole checkpoint with the live weights. Raises: CheckpointError if there is none."""
+        live = [c for c in self.checkpoints() if not c.folder.name.endswith("_ema")]
+        if not live:
+            raise CheckpointError(f"{self.folder}: holds no whole checkpoint yet.")
+        return live[-1].folder
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint with the lowest validation loss, or None where nothing was validated."""
+        folder = self.checkpoints_folder / "best"
+        return folder if (folder / "model_index.json").is_file() else None
+
+    def samples(self) -> list[Path]:
+        """Sample pictures, in order of their step."""
+        return sorted(self.samples_folder.glob("gs*.jpg")) if self.samples_folder.is_dir() else []
+
+
+def list_runs(logdir: str | Path, project: str | None = None) -> list[RunFolder]:
+    """Runs under a folder, newest last by the time in their name (not by file times, which copying changes)."""
+    root = Path(logdir)
+    if not root.is_dir():
+        return []
+    found = []
+    for folder in root.iterdir():
+        match = re.fullmatch(r"(.+)-(\d{8}-\d{6})(?:-(\d+))?", folder.name)
+        if match and (project is None or match[1] == project) and (folder / "config.json").is_file():
+            found.append((match[2], int(match[3] or 1), RunFolder(folder)))
+    return [run for _, _, run in sorted(found, key=lambda entry: entry[:2])]
+
+
+def find_run(reference: str | Path | None, logdir: str | Path = "logs", project: str | None = None) -> RunFolder:
+    """The run that a person means.
+
+    Args:
+        reference: a run folder, a run's name under logdir, a checkpoint inside a run, or None for the newest run.
+        logdir: where runs are looked for by name.
+        project: narrows the newest run to one project.
+
+    Raises:
+        JobError: there is no such run.
+    """
+    if reference is None:
+        runs = list_runs(logdir, project)
+        if not runs:
+            raise JobError(
+                f"{logdir}: holds no run" + (f" of project {project}" if project else "") + ". Give a run folder."
+            )
+        return runs[-1]
+    for folder in (Path(reference), Path(logdir) / str(reference)):
+        for candidate in (folder, folder.parent.parent):
+            if (candidate / "config.json").is_file() and (candidate / "ckpts").is_dir():
+                return RunFolder(candidate)
+    known = ", ".join(run.name for run in list_runs(logdir)[-5:]) or "none"
+    raise JobError(f"{reference}: no such run folder. Newest runs in {logdir}: {known}.")
+
+
+def find_last_checkpoint(logdir: str | Path, project: str) -> Path:
+    """The newest checkpoint of a project, over all its runs (`--resume_ckpt findlast`).
+
+    Raises:
+        CheckpointError: no run of the project holds a whole checkpoint.
+    """
+    for run in reversed(list_runs(logdir, project)):
+        live = [c for c in run.checkpoints() if not c.folder.name.endswith("_ema")]
+        if live:
+            return live[-1].folder
+    raise CheckpointError(f"resume_ckpt findlast: no run of project {project} in {logdir} holds a whole checkpoint.")
