@@ -38,6 +38,7 @@ class MicroBatch:
     index: int  # position within the accumulation window, from 0
     bucket: Size
     draws: tuple[Draw, ...]
+    position: int = 0  # pictures of this step that stand before this batch, over all ranks and micro-batches
 
 
 @dataclass(slots=True)

@@ -1,0 +1,57 @@
+"""The training loop, and nothing else. Read it aloud.
+
+A step is one optimizer update over the pictures of one accumulation window. What a step computes is in `step.py`, what
+it is computed with is built in `runs.py`, what is told about it is in the listeners.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from everydream_kit.training.position import Position
+from everydream_kit.training.reports import Listener, StepReport
+from everydream_kit.training.step import PictureLosses, backward, refuse_non_finite
+
+if TYPE_CHECKING:
+    from everydream_kit.training.control import StopSignal
+    from everydream_kit.training.runs import Run
+
+
+def train_loop(run: Run, listeners: Sequence[Listener], stop: StopSignal) -> Position:
+    """Train from the run's position to its end, or until someone asks to stop.
+
+    Args:
+        run: everything built: model, plan, optimizer ...; its `position` says where to begin.
+        listeners: told after every step, in this order.
+        stop: set by Ctrl-C, SIGTERM, or a request in the run folder; the step in progress is finished.
+
+    Returns:
+        Where the run stands now.
+
+    Raises:
+        NonFiniteLossError: a loss became NaN or infinite; nothing was updated in that step.
+        MemoryLimitError: the device ran out of memory.
+    """
+    clock = time.perf_counter()
+    for work in run.batches():
+        step = run.position.step
+        learning_rates = run.set_learning_rates(step)
+        losses = PictureLosses()
+        for batch in work.batches:
+            losses.add(batch, backward(run, batch, work))
+        losses = run.gather(losses)
+        refuse_non_finite(losses, step)
+        gradient_norm = run.update_weights(step)
+        run.update_ema(step + 1)
+        run.position = run.position.after(work)
+
+        seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        report = StepReport.make(run, work, losses, learning_rates, gradient_norm, seconds)
+        for listener in listeners:
+            listener(run, report)
+        if run.agree(stop.is_set()):
+            break
+        clock = time.perf_counter()
+    return run.position
