@@ -8,6 +8,7 @@
     ├── NonFiniteLossError   the loss became NaN or infinite; nothing was updated
     ├── MemoryLimitError     the device ran out of memory; the message lists what to lower
     ├── DiskSpaceError       there is not enough free disk for what was about to be written
+    ├── HostError            Colab, RunPod or Vast refused something, such as mounting Google Drive
     ├── JobError             a training process cannot be started, found or stopped
     └── ExportError          a file or an upload could not be made
         └── HubError         the Hugging Face Hub refused, or could not be reached
@@ -46,6 +47,10 @@ class MemoryLimitError(KitError):
 
 class DiskSpaceError(KitError):
     """Not enough free disk for what was about to be written."""
+
+
+class HostError(KitError):
+    """The host refused something: Drive could not be mounted, or this is not the host that was expected."""
 
 
 class JobError(KitError):
