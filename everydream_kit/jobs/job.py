@@ -1,0 +1,315 @@
+"""A job: a training process and its run folder; start, watch, stop, kill, resume, and find it again.
+
+`job.json` in the run folder says which process on which machine works on it. Whether that process is alive is always
+asked of the operating system, never remembered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from everydream_kit.config import TrainConfig, load_config
+from everydream_kit.errors import JobError
+from everydream_kit.jobs.process import (
+    exit_code,
+    find_process,
+    identify,
+    read_object,
+    reap,
+    spawn,
+    start_lock,
+    write_object,
+)
+from everydream_kit.workspace import ENDED_STATES, Action, RunFolder, list_runs, write_whole
+
+JOB_FILE = "job.json"
+LOG_FILE = "train.log"
+RUN_FOLDER_VARIABLE = "EVERYDREAM_RUN_FOLDER"
+"""Environment variable that tells the trainer which run folder was made for it."""
+
+FINAL_STATES = (*ENDED_STATES, "died")
+FOREIGN_HEARTBEAT_SECONDS = 90.0
+"""A run on another machine that shares the disk counts as alive while its heartbeat is younger than this."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training process, known by its run folder. Cheap to make, holds nothing that the folder does not.
+
+    Attributes:
+        folder: the run folder.
+    """
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def log_path(self) -> Path:
+        return self.folder / LOG_FILE
+
+    def status(self) -> dict[str, Any]:
+        """What the trainer last said, with `alive`, and with `state` corrected where the process is gone.
+
+        `state` is one of starting, running, saving, sampling, finished, stopped, failed, or `died`: the process ended
+        without saying so (killed, out of memory, machine restarted). `message` then says what is known.
+        """
+        written = read_object(self.folder / "status.json")
+        alive = self.is_alive()
+        status = {"state": "starting", "step": 0, "num_steps": None, "message": "", **written, "alive": alive}
+        if not alive and status["state"] not in FINAL_STATES:
+            written = read_object(self.folder / "status.json")  # its last words may have come between the two looks
+            status.update(written)
+            if status["state"] not in FINAL_STATES:
+                status.update(self._last_words())
+        return status
+
+    def is_alive(self) -> bool:
+        """Whether its process is there: the same process id *and* start time, or a fresh heartbeat from elsewhere."""
+        if self._find_process() is not None:
+            return True
+        status = read_object(self.folder / "status.json")
+        elsewhere = status.get("host", platform.node()) != platform.node()
+        return elsewhere and _is_fresh(status) and status.get("state") not in FINAL_STATES
+
+    def stop(self, *, timeout_seconds: float | None = None) -> bool:
+        """Ask the trainer to save and end. Returns whether it has ended within the time (None: do not wait).
+
+        Raises:
+            JobError: nothing is running.
+        """
+        self._require_alive("stop")
+        self.request("stop")
+        process = self._find_process()
+        if process is not None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGTERM)  # reaches a trainer that is still loading and reads no requests yet
+        return self._wait(timeout_seconds or 0.0)
+
+    def kill(self) -> None:
+        """End the process and its children at once. What was not saved is lost; the newest checkpoint stays.
+
+        Raises:
+            JobError: nothing is running, or it runs on another machine.
+        """
+        self._require_alive("kill")
+        process = self._find_process()
+        if process is None:
+            raise JobError(
+                f"{self.folder}: this run goes on, on another machine. Stop it there, or ask it to stop from here."
+            )
+        family = [*process.children(recursive=True), process]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(family, timeout=10)
+        reap()
+
+    def request(self, action: Action) -> str:
+        """Write a request (`stop`, `save`, `sample`) into `control.json`; the trainer reads it within one step.
+
+        Returns:
+            The request's id, as it comes back in the events.
+        """
+        if action not in ("stop", "save", "sample"):
+            raise JobError(f"{action!r}: no such request; there are stop, save and sample.")
+        return RunFolder(self.folder).request(action)
+
+    def watch(
+        self, on_update: Callable[[dict[str, Any]], object] | None = None, *, interval_seconds: float = 0.5
+    ) -> dict[str, Any]:
+        """Wait for the end, calling `on_update(status)` twice a second. An interrupt only detaches: the run goes on.
+
+        Returns:
+            The last status.
+        """
+        status = self.status()
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                if on_update is not None:
+                    on_update(status)
+                if not status["alive"]:
+                    break
+                time.sleep(interval_seconds)
+                status = self.status()
+        return status
+
+    def log_tail(self, num_lines: int = 200) -> list[str]:
+        """The last lines of the log. Of a progress bar only the newest state is kept."""
+        try:
+            with self.log_path.open("rb") as file:
+                file.seek(0, os.SEEK_END)
+                file.seek(max(0, file.tell() - 400 * num_lines))
+                text = file.read().decode("utf-8", errors="replace")
+        except OSError:
+            return []
+        lines = [line.rstrip("\r").rsplit("\r", 1)[-1].rstrip() for line in text.split("\n")]
+        return [line for line in lines if line][-num_lines:]
+
+    def _last_words(self) -> dict[str, str]:
+        """State and message of a run whose process is gone without having said so."""
+        code = exit_code(read_object(self.folder / JOB_FILE).get("pid"))
+        if read_object(self.folder / "control.json").get("action") == "stop":  # before it could read the request
+            return {"state": "stopped", "message": "Stopped before training began; nothing was saved."}
+        cause = "The training process ended without a word"
+        if code is not None and code < 0:
+            cause = f"The training process was ended by signal {-code}"
+            if code == -signal.SIGKILL:
+                cause += " (someone killed it, or the machine was out of memory)"
+        tail = self.log_tail(1)
+        cause += f"; the last line of its log: {tail[-1]}" if tail else "."
+        return {"state": "died", "message": f"{cause} Resume goes on from the newest checkpoint."}
+
+    def _find_process(self) -> psutil.Process | None:
+        job, status = read_object(self.folder / JOB_FILE), read_object(self.folder / "status.json")
+        for record, started in ((job, job.get("start_time")), (status, status.get("process_start_time"))):
+            if record.get("pid") and record.get("host", platform.node()) == platform.node():
+                process = find_process(record["pid"], started)
+                if process is not None:
+                    return process
+        return None
+
+    def _require_alive(self, what: str) -> None:
+        if not self.folder.is_dir():
+            raise JobError(f"{self.folder}: there is no such run folder.")
+        if not self.is_alive():
+            raise JobError(f"{self.folder}: nothing to {what}: this run is not in progress.")
+
+    def _wait(self, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while self.is_alive():
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.1)
+        return True
+
+
+def start(
+    config: TrainConfig | Mapping[str, Any] | str | Path,
+    *,
+    allow_parallel: bool = False,
+    command: Sequence[str] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Job:
+    """Start training detached, in a new run folder, and return at once.
+
+    Args:
+        config: a config, its settings as a mapping, or the path of a settings file; checked before anything starts.
+        allow_parallel: start although a run of this project is in progress.
+        command: what to run instead of the kit's own trainer; `{run}` stands for the run folder.
+        environment: variables added to this process's (a Hub token from Colab's secrets, for instance).
+
+    Raises:
+        ConfigError: the settings are wrong.
+        JobError: a run of the same project is in progress, or the process could not be started.
+    """
+    checked = as_config(config)
+    logdir = Path(checked.logdir)
+    logdir.mkdir(parents=True, exist_ok=True)
+    with start_lock(logdir / f".{checked.project_name}.starting"):
+        running = running_jobs(logdir, checked.project_name)
+        if running and not allow_parallel:
+            raise JobError(
+                f"{running[0].folder}: this project is being trained already. Stop that run first, or wait for it."
+            )
+        folder = RunFolder.create(logdir, checked.project_name).folder.resolve()
+        write_whole(folder / "config.json", checked.to_json())
+        arguments = command or [sys.executable, "-m", "everydream_kit", "train", "--config", "{run}/config.json"]
+        return _launch(folder, arguments, environment)
+
+
+def resume(
+    folder: str | Path,
+    *,
+    command: Sequence[str] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Job:
+    """Go on with a run that was stopped or died, detached, from its newest checkpoint.
+
+    Raises:
+        JobError: the run is still in progress, there is no such folder, or the process could not be started.
+    """
+    folder = Path(folder).resolve()
+    job = attach(folder)
+    with start_lock(folder / ".starting"):
+        if job.is_alive():
+            raise JobError(f"{folder}: this run is in progress already; attach to it instead of resuming it.")
+        for stale in ("control.json", "status.json"):  # an old request must not stop the new process at its first step
+            (folder / stale).unlink(missing_ok=True)
+        arguments = command or [sys.executable, "-m", "everydream_kit", "resume", "{run}"]
+        return _launch(folder, arguments, environment)
+
+
+def attach(folder: str | Path) -> Job:
+    """The job of a run folder, in progress or not, whoever started it.
+
+    Raises:
+        JobError: there is no run in this folder.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file() and not (folder / "status.json").is_file():
+        raise JobError(f"{folder}: no run folder (neither config.json nor status.json is in it).")
+    return Job(folder.resolve())
+
+
+def find_jobs(logdir: str | Path, project_name: str | None = None) -> list[Job]:
+    """Runs below a log folder, newest first; with a project name only that project's."""
+    return [Job(run.folder.resolve()) for run in reversed(list_runs(logdir, project_name))]
+
+
+def running_jobs(logdir: str | Path, project_name: str | None = None) -> list[Job]:
+    """Those of `find_jobs` that are in progress."""
+    return [job for job in find_jobs(logdir, project_name) if job.is_alive()]
+
+
+def start_module(
+    folder: str | Path, module: str, arguments: Sequence[str], *, environment: Mapping[str, str] | None = None
+) -> Job:
+    """Run `python -m module arguments` detached, with `folder` as its run folder: for drawing, exporting, uploading.
+
+    Raises:
+        JobError: the folder's process is still running, or it could not be started.
+    """
+    folder = Path(folder).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    job = Job(folder)
+    if job.is_alive():
+        raise JobError(f"{folder}: still at work. Wait for it, or stop it.")
+    (folder / "status.json").unlink(missing_ok=True)
+    return _launch(folder, [sys.executable, "-m", module, *arguments], environment, append=False)
+
+
+def as_config(config: TrainConfig | Mapping[str, Any] | str | Path) -> TrainConfig:
+    """A validated config from any of the three forms. Raises: ConfigError."""
+    if isinstance(config, TrainConfig):
+        return config
+    if isinstance(config, Mapping):
+        return load_config(None, dict(config))[0]
+    return load_config(config)[0]
+
+
+def _launch(
+    folder: Path, arguments: Sequence[str], environment: Mapping[str, str] | None, *, append: bool = True
+) -> Job:
+    command = [argument.replace("{run}", str(folder)) for argument in arguments]
+    added = {RUN_FOLDER_VARIABLE: str(folder), **(environment or {})}
+    process = spawn(command, folder / LOG_FILE, added, append=append)
+    write_object(folder / JOB_FILE, {**identify(process.pid), "command": command})
+    return Job(folder)
+
+
+def _is_fresh(status: Mapping[str, Any]) -> bool:
+    return time.time() - float(status.get("heartbeat") or 0.0) < FOREIGN_HEARTBEAT_SECONDS

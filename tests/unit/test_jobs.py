@@ -1,0 +1,225 @@
+"""Jobs from outside: real detached processes (a double of the trainer), a real run folder, real signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from everydream_kit import jobs
+from everydream_kit.errors import ConfigError, JobError
+
+DOUBLE = str(Path(__file__).parents[1] / "fakes" / "trainer_double.py")
+
+
+def double(*options: object) -> list[str]:
+    return [sys.executable, DOUBLE, "{run}", *map(str, options)]
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return {"resume_ckpt": "embedded", "project_name": "jets", "logdir": str(tmp_path / "logs")}
+
+
+@pytest.fixture
+def started(settings):
+    """Starts jobs that are ended with the test."""
+    running = []
+
+    def start(*options, **keywords):
+        running.append(jobs.start(settings, command=double(*options), **keywords))
+        return running[-1]
+
+    yield start
+    for job in running:
+        if job.is_alive():
+            job.kill()
+
+
+def wait_until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def test_a_started_job_runs_detached_to_its_end_and_leaves_everything_in_its_folder(started):
+    job = started("--steps", 6, "--seconds-a-step", 0.02)
+    assert os.getsid(json.loads((job.folder / "job.json").read_text())["pid"]) != os.getsid(0)
+    seen = []
+    status = job.watch(lambda s: seen.append(s["step"]), interval_seconds=0.02)
+    assert (status["state"], status["step"], status["alive"]) == ("finished", 6, False)
+    assert seen == sorted(seen)
+    assert job.log_tail()[-1] == "step 6"
+    assert json.loads((job.folder / "config.json").read_text())["project_name"] == "jets"
+
+
+def test_settings_are_checked_before_anything_is_made(settings):
+    with pytest.raises(ConfigError, match="lr: must be greater than 0"):
+        jobs.start({**settings, "lr": -1.0}, command=double())
+    assert not Path(settings["logdir"]).exists()
+
+
+def test_a_second_start_of_the_same_project_is_refused_while_it_runs(started):
+    job = started("--steps", 400)
+    with pytest.raises(JobError, match="being trained already"):
+        started()
+    with pytest.raises(JobError, match="in progress already"):
+        jobs.resume(job.folder, command=double())
+    other = started("--steps", 1, allow_parallel=True)
+    assert other.folder != job.folder
+
+
+def test_two_starts_at_once_are_kept_apart_by_the_lock(settings):
+    Path(settings["logdir"]).mkdir()
+    lock = Path(settings["logdir"]) / ".jets.starting"
+    lock.touch()
+    with pytest.raises(JobError, match="another start is under way"):
+        jobs.start(settings, command=double())
+    os.utime(lock, (0, 0))  # left by a process that died long ago
+    jobs.start(settings, command=double("--steps", 1)).watch(interval_seconds=0.02)
+    assert not lock.exists()
+
+
+def test_stop_saves_and_resume_goes_on_where_it_stopped(started):
+    job = started("--steps", 400, "--seconds-a-step", 0.02)
+    wait_until(lambda: job.status()["step"] >= 3)
+    assert job.stop(timeout_seconds=10)
+    status = job.status()
+    assert status["state"] == "stopped"
+    assert list((job.folder / "ckpts").glob("last-*"))
+    resumed = jobs.resume(job.folder, command=double("--steps", status["step"] + 2, "--seconds-a-step", 0.02))
+    assert resumed.watch(interval_seconds=0.02)["state"] == "finished"
+    assert resumed.status()["step"] == status["step"] + 2
+
+
+def test_stop_before_the_trainer_can_listen_counts_as_stopped(settings):
+    job = jobs.start(settings, command=[sys.executable, "-c", "import time; time.sleep(60)"])
+    assert job.stop(timeout_seconds=10)
+    assert job.status()["state"] == "stopped"
+
+
+def test_kill_ends_the_process_and_its_children(settings):
+    sleeper = "import time; time.sleep(60)"
+    family = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {sleeper!r}]); {sleeper}"
+    job = jobs.start(settings, command=[sys.executable, "-c", family])
+    pid = json.loads((job.folder / "job.json").read_text())["pid"]
+    wait_until(lambda: psutil.Process(pid).children())
+    child = psutil.Process(pid).children()[0]
+    job.kill()
+    assert not job.is_alive()
+    wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    with pytest.raises(JobError, match="not in progress"):
+        job.kill()
+
+
+def test_a_process_that_was_killed_is_recognised_and_says_so(started):
+    job = started("--steps", 400, "--die-at", 3, "--seconds-a-step", 0.02)
+    status = job.watch(interval_seconds=0.02)
+    assert status["state"] == "died"
+    assert "signal 9" in status["message"] and "step 2" in status["message"]
+
+
+def test_a_failed_run_keeps_its_own_message(started):
+    status = started("--fail-at", 2, "--seconds-a-step", 0.02).watch(interval_seconds=0.02)
+    assert (status["state"], status["message"]) == ("failed", "no pictures")
+
+
+def test_a_reused_process_id_is_not_taken_for_the_job(started):
+    job = started("--steps", 1)
+    job.watch(interval_seconds=0.02)
+    record = json.loads((job.folder / "job.json").read_text())
+    (job.folder / "job.json").write_text(json.dumps({**record, "pid": os.getpid()}))
+    (job.folder / "status.json").unlink()
+    assert not job.is_alive()
+
+
+def test_a_run_on_another_machine_is_alive_by_its_heartbeat(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    status = {"state": "running", "pid": 1, "host": "another", "heartbeat": time.time()}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    job = jobs.attach(tmp_path)
+    assert job.is_alive()
+    with pytest.raises(JobError, match="another machine"):
+        job.kill()
+    (tmp_path / "status.json").write_text(json.dumps({**status, "heartbeat": time.time() - 3600}))
+    assert not job.is_alive()
+
+
+def test_an_interrupt_only_detaches_the_watcher(started):
+    job = started("--steps", 400)
+
+    def interrupt(status):
+        raise KeyboardInterrupt
+
+    assert job.watch(interrupt)["alive"]
+    assert job.is_alive()
+
+
+def test_the_run_outlives_the_process_that_started_it(settings):
+    script = (
+        f"from everydream_kit import jobs; print(jobs.start({settings!r}, "
+        f"command={double('--steps', 30, '--seconds-a-step', 0.05)!r}).folder)"
+    )
+    starter = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    job = jobs.attach(starter.stdout.strip())
+    assert job.is_alive()
+    assert job.watch(interval_seconds=0.05)["state"] == "finished"
+
+
+def test_requests_reach_the_trainer(started):
+    job = started("--steps", 400)
+    wait_until(lambda: job.status()["step"] >= 1)
+    job.request("save")
+    wait_until(lambda: list((job.folder / "ckpts").glob("jets-*")))
+    with pytest.raises(JobError, match="no such request"):
+        job.request("dance")
+
+
+def test_attach_refuses_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(JobError, match="no run folder"):
+        jobs.attach(tmp_path)
+
+
+def test_of_a_progress_bar_the_log_shows_only_the_newest_state(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "train.log").write_bytes(b"begin\n10%\r20%\r30%\nend\n")
+    assert jobs.attach(tmp_path).log_tail() == ["begin", "30%", "end"]
+
+
+def test_a_queue_trains_its_configs_one_after_the_other(settings, tmp_path):
+    configs = [{**settings, "project_name": name} for name in ("one", "two")]
+    queue = jobs.start_queue(configs, tmp_path / "queue.json", command=double("--steps", 3, "--seconds-a-step", 0.01))
+    with pytest.raises(JobError, match="at work already"):
+        jobs.start_queue(configs, tmp_path / "queue.json")
+    wait_until(lambda: not queue.is_alive(), 30)
+    assert [entry["state"] for entry in queue.entries] == ["finished", "finished"]
+    assert [Path(entry["run"]).name[:3] for entry in queue.entries] == ["one", "two"]
+
+
+def test_a_stopped_queue_starts_no_further_run(settings, tmp_path):
+    configs = [{**settings, "project_name": name} for name in ("one", "two")]
+    queue = jobs.start_queue(configs, tmp_path / "queue.json", command=double("--steps", 900))
+    wait_until(lambda: queue.entries[0]["state"] == "running", 20)
+    wait_until(lambda: jobs.attach(queue.entries[0]["run"]).status()["step"] > 0)
+    queue.stop()
+    wait_until(lambda: not queue.is_alive(), 20)
+    assert [entry["state"] for entry in queue.entries] == ["stopped", "waiting"]
+
+
+def test_a_program_that_cannot_be_started_is_one_clear_error(settings):
+    with pytest.raises(JobError, match="could not be started"):
+        jobs.start(settings, command=["/no/such/program"])
+
+
+def test_a_stop_signal_alone_is_enough(started):
+    job = started("--steps", 400)
+    wait_until(lambda: job.status()["step"] >= 1)
+    os.kill(json.loads((job.folder / "job.json").read_text())["pid"], signal.SIGTERM)
+    wait_until(lambda: not job.is_alive())
+    assert job.status()["state"] == "stopped"
