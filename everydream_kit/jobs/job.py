@@ -92,11 +92,14 @@ class Job:
             JobError: nothing is running.
         """
         self._require_alive("stop")
-        self.request("stop")
+        asked_before = read_object(self.folder / "control.json").get("action") == "stop"
+        listens = read_object(self.folder / "status.json").get("state") in ("running", "saving", "sampling")
         process = self._find_process()
-        if process is not None:
+        if process is not None and not listens and not asked_before:
+            # A trainer that still loads reads no requests yet. Never twice: a second signal ends it without saving.
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGTERM)  # reaches a trainer that is still loading and reads no requests yet
+                process.send_signal(signal.SIGTERM)
+        self.request("stop")
         return self._wait(timeout_seconds or 0.0)
 
     def kill(self) -> None:

@@ -1,6 +1,6 @@
 """Stands for the trainer in tests of jobs and panels: writes a run folder as the trainer does, without torch.
 
-Called as `trainer_double.py RUN [--steps N] [--seconds-a-step S] [--die-at N] [--fail-at N]`. Goes on from `resume.json`.
+Called as `trainer_double.py RUN [--steps N] [--seconds-a-step S] [--die-at N] [--fail-at N]`; goes on from resume.json.
 """
 
 import argparse
