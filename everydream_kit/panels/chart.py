@@ -1,0 +1,122 @@
+"""Line and bar charts as SVG text, for an `HTML` widget: no script, no library, about a millisecond each.
+
+Colours and fonts come from the panel's style sheet (classes `edk-line-N`, `edk-axis`), so charts follow the theme.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+
+Point = tuple[float, float]
+
+
+def line_chart(
+    curves: Mapping[str, Sequence[Point]],
+    *,
+    title: str,
+    width: int = 900,
+    height: int = 240,
+    faint: str | None = None,
+    x_label: str = "step",
+) -> str:
+    """Curves over a common x axis.
+
+    Args:
+        curves: name to points (x ascending). Empty curves are left out of the drawing and of the legend.
+        title: what the values are; read aloud by screen readers with the last values.
+        faint: name of a curve that is drawn pale and left out of the legend.
+    """
+    drawn = {name: points for name, points in curves.items() if points}
+    if not drawn:
+        return (
+            f'<div class="edk-empty" style="height:{height}px">{html.escape(title)}: '
+            "the curve begins with the first logged step</div>"
+        )
+    left, right, top, bottom = 62, width - 14, 30, height - 28
+    xs = [x for points in drawn.values() for x, _ in points]
+    ys = [y for points in drawn.values() for _, y in points if math.isfinite(y)]
+    x_ticks, y_ticks = nice_ticks(min(xs), max(xs), 6), nice_ticks(min(ys, default=0), max(ys, default=1), 4)
+    x_low, x_high = min(xs), max(*xs, min(xs) + 1)
+    y_low, y_high = y_ticks[0], y_ticks[-1]
+
+    def place(x: float, y: float) -> str:
+        across = left + (right - left) * (x - x_low) / (x_high - x_low)
+        up = bottom - (bottom - top) * (y - y_low) / (y_high - y_low)
+        return f"{across:.1f},{up:.1f}"
+
+    parts = [_frame(title, drawn, width, height, faint)]
+    for tick in y_ticks:
+        up = bottom - (bottom - top) * (tick - y_low) / (y_high - y_low)
+        parts.append(f'<line class="edk-grid" x1="{left}" x2="{right}" y1="{up:.1f}" y2="{up:.1f}"/>')
+        parts.append(f'<text class="edk-axis" x="{left - 8}" y="{up + 4:.1f}" text-anchor="end">{tick:.3g}</text>')
+    for tick in x_ticks:
+        if x_low <= tick <= x_high:
+            across = left + (right - left) * (tick - x_low) / (x_high - x_low)
+            parts.append(
+                f'<text class="edk-axis" x="{across:.1f}" y="{height - 10}" text-anchor="middle">{tick:g}</text>'
+            )
+    parts.append(f'<text class="edk-axis" x="{right}" y="{height - 10}" text-anchor="end" dx="8"></text>')
+    for number, (name, points) in enumerate(drawn.items()):
+        style = "edk-faint" if name == faint else f"edk-line-{number % 4}"
+        if len(points) == 1:
+            across, up = place(*points[0]).split(",")
+            parts.append(f'<circle class="edk-dot {style}" cx="{across}" cy="{up}" r="2.5"/>')
+        else:
+            path = " ".join(place(x, y) for x, y in points if math.isfinite(y))
+            parts.append(f'<polyline class="edk-line {style}" points="{path}"/>')
+    return "".join(parts) + "</svg>"
+
+
+def _frame(title: str, drawn: Mapping[str, Sequence[Point]], width: int, height: int, faint: str | None) -> str:
+    """Opening of the SVG with title and legend."""
+    spoken = ", ".join(f"{name} {points[-1][1]:.4g} at step {points[-1][0]:g}" for name, points in drawn.items())
+    parts = [
+        f'<svg class="edk-chart" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{html.escape(f"{title}: {spoken}", quote=True)}">',
+        f'<text class="edk-chart-title" x="0" y="14">{html.escape(title)}</text>',
+    ]
+    across = width - 14
+    for number, name in reversed(list(enumerate(drawn))):
+        if name == faint:
+            continue
+        label = f"{name} {drawn[name][-1][1]:.4g}"
+        across -= 7 * len(label) + 26
+        parts.append(f'<rect class="edk-key edk-line-{number % 4}" x="{across}" y="7" width="14" height="4" rx="2"/>')
+        parts.append(f'<text class="edk-axis" x="{across + 19}" y="14">{html.escape(label)}</text>')
+    return "".join(parts)
+
+
+def bar_chart(bars: Sequence[tuple[str, float]], *, title: str, width: int = 900, row_height: int = 22) -> str:
+    """Horizontal bars with their names and values, in the given order."""
+    if not bars:
+        return f'<div class="edk-empty">{html.escape(title)}: nothing to show yet</div>'
+    most = max(value for _, value in bars) or 1
+    height = 26 + row_height * len(bars)
+    parts = [
+        f'<svg class="edk-chart" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{html.escape(title, quote=True)}">',
+        f'<text class="edk-chart-title" x="0" y="14">{html.escape(title)}</text>',
+    ]
+    for number, (name, value) in enumerate(bars):
+        y = 26 + row_height * number
+        length = (width - 190) * value / most
+        parts.append(f'<text class="edk-axis" x="92" y="{y + 14}" text-anchor="end">{html.escape(name)}</text>')
+        parts.append(
+            f'<rect class="edk-bar" x="100" y="{y + 4}" width="{max(2, length):.1f}" height="{row_height - 8}" rx="3"/>'
+        )
+        parts.append(f'<text class="edk-axis" x="{108 + length:.1f}" y="{y + 14}">{value:g}</text>')
+    return "".join(parts) + "</svg>"
+
+
+def nice_ticks(low: float, high: float, count: int) -> list[float]:
+    """Round numbers from at or below `low` to at or above `high`, about `count` of them, at least two."""
+    if high <= low:
+        high = low + (abs(low) or 1.0) * 0.1
+    raw = (high - low) / max(1, count - 1)
+    magnitude = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= raw * 0.999)
+    first = math.floor(low / step)
+    last = math.ceil(high / step)
+    return [round(i * step, 12 - math.floor(math.log10(step))) for i in range(first, last + 1)]

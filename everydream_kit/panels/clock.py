@@ -1,0 +1,66 @@
+"""The panels' clock: the browser asks for news twice a second while the panel is on the page.
+
+A widget change made from a thread is not shown on Colab, and a timer in the kernel goes on after the tab is closed; so
+the tick comes from the page (a few lines of anywidget) and its callback runs where all callbacks run. Without
+anywidget there is no clock: the panel then has a Refresh button, and its `watch()` is the live form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ipywidgets as widgets
+import traitlets
+
+INTERVAL_MILLISECONDS = 500
+
+_SCRIPT = """
+function render({ model, el }) {
+  el.style.display = "none";
+  const beat = () => {
+    if (!model.get("on")) return;
+    model.set("beats", model.get("beats") + 1);
+    model.save_changes();
+  };
+  const timer = setInterval(beat, model.get("interval"));
+  return () => clearInterval(timer);
+}
+export default { render };
+"""
+
+
+def make_clock(on_beat: Callable[[], object], *, interval_milliseconds: int = INTERVAL_MILLISECONDS) -> widgets.Widget:
+    """A widget that calls `on_beat` while it is shown and its trait `on` is true; an empty one without anywidget."""
+    kind = _clock_class()
+    if kind is None:
+        return widgets.HTML("")
+    clock = kind(interval=interval_milliseconds)
+    clock.observe(lambda change: on_beat(), "beats")
+    return clock
+
+
+def has_clock() -> bool:
+    """Whether panels update by themselves here."""
+    return _clock_class() is not None
+
+
+def _clock_class() -> Any:
+    try:
+        import anywidget
+    except ImportError:
+        return None
+    global _cached  # noqa: PLW0603  one class for all panels: anywidget registers every new one with the page
+    if _cached is None:
+
+        class Clock(anywidget.AnyWidget):
+            _esm = _SCRIPT
+            beats = traitlets.Int(0).tag(sync=True)
+            interval = traitlets.Int(INTERVAL_MILLISECONDS).tag(sync=True)
+            on = traitlets.Bool(True).tag(sync=True)
+
+        _cached = Clock
+    return _cached
+
+
+_cached: Any = None

@@ -1,0 +1,133 @@
+"""What a run will take, said before it starts: pictures, steps, time, disk. Cheap enough for every change in the form.
+
+Steps come from the number of picture files, so they are exact where no folder multiplies or switches off its pictures;
+the trainer's own plan is exact in all cases. Time comes from the speed of this project's last run at the same
+resolution, and is not guessed without one. No widgets here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from everydream_kit.config import TrainConfig
+from everydream_kit.panels.look import duration, size
+from everydream_kit.panels.project import EMBEDDED_MODEL, Project
+
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".jfif"})
+SINGLE_FILE_BYTES = {True: 2.13e9, False: 4.27e9}
+"""SD 1.x as a single file in half and in full precision, for bases that are not on this disk yet."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will take.
+
+    Attributes:
+        num_pictures: picture files found; None where the dataset is not a local folder.
+        num_steps: optimizer steps of the whole run.
+        seconds: time, or None where this machine has not trained such a run yet.
+        checkpoint_bytes, free_bytes: size of one checkpoint with its resume state, and free disk for the run folder.
+    """
+
+    num_pictures: int | None
+    num_epochs: int
+    num_steps: int | None
+    seconds: float | None
+    checkpoint_bytes: float | None
+    free_bytes: int | None
+
+    @property
+    def problem(self) -> str:
+        """What will keep the run from working, or an empty text."""
+        if self.num_pictures == 0:
+            return "No pictures in the dataset yet. Add some in the dataset panel, or give another data_root."
+        if self.checkpoint_bytes and self.free_bytes is not None and self.free_bytes < 1.2 * self.checkpoint_bytes:
+            need, free = size(self.checkpoint_bytes), size(self.free_bytes)
+            return f"A checkpoint takes about {need} and only {free} are free where the run folder goes."
+        return ""
+
+    def sentence(self) -> str:
+        """The plan line."""
+        if self.num_steps is None:
+            steps = "steps are known once the dataset is fetched"
+        else:
+            steps = f"{self.num_pictures} pictures × {self.num_epochs} epochs → {self.num_steps:,} steps"
+        time = f"about {duration(self.seconds)}" if self.seconds is not None else "time: known after the first steps"
+        disk = f"{size(self.checkpoint_bytes)} a checkpoint, {size(self.free_bytes)} free"
+        return f"{steps} · {time} · {disk}"
+
+
+def forecast(config: TrainConfig, project: Project) -> Forecast:
+    """Look at the dataset folder, the last run and the disk."""
+    pictures = count_pictures(config.data_root)
+    per_step = (config.batch_size if isinstance(config.batch_size, int) else 4) * config.grad_accum
+    steps = None
+    if pictures is not None:
+        steps = math.ceil(pictures * len(config.resolutions) / per_step) * config.max_epochs
+        steps = min(steps, config.max_steps or steps)
+    speed = last_speed(project, config)
+    weights = base_bytes(config.resume_ckpt)
+    return Forecast(
+        num_pictures=pictures,
+        num_epochs=config.max_epochs,
+        num_steps=steps,
+        seconds=steps * per_step / speed if steps is not None and speed else None,
+        checkpoint_bytes=3 * weights if weights else None,  # the weights in float32 or half, and AdamW's two states
+        free_bytes=_free_bytes(Path(config.logdir)),
+    )
+
+
+def count_pictures(data_root: str | list[str] | dict[str, Any]) -> int | None:
+    """Picture files below the dataset's folders; None where it is an archive, an index or on the Hub."""
+    roots = [data_root] if isinstance(data_root, str) else data_root
+    if not isinstance(roots, list) or not all(Path(root).is_dir() for root in roots):
+        local = isinstance(data_root, str) and not data_root.startswith("hf://") and Path(data_root).suffix == ""
+        return 0 if local and data_root.count("/") != 1 else None
+    return sum(
+        os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES and ".mask." not in name
+        for root in roots
+        for _, _, names in os.walk(root)
+        for name in names
+    )
+
+
+def last_speed(project: Project, config: TrainConfig) -> float | None:
+    """Pictures a second of the newest run of this project with the same resolution and base, or None."""
+    for job in project.jobs()[:5]:
+        speed = job.status().get("images_per_second")
+        try:
+            settings = json.loads((job.folder / "config.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            continue
+        same = all(settings.get(n) == getattr(config, n) for n in ("resolution", "resume_ckpt", "training_kind"))
+        if speed and same:
+            return float(speed)
+    return None
+
+
+@lru_cache(maxsize=16)
+def base_bytes(source: str) -> float | None:
+    """Bytes of a base model's weights: those on disk, else SD 1.x's."""
+    if source == EMBEDDED_MODEL:
+        return 32e6
+    path = Path(source)
+    if path.is_file():
+        return float(path.stat().st_size)
+    if path.is_dir():
+        return float(sum(file.stat().st_size for file in path.rglob("*.safetensors") if "resume" not in file.parts))
+    return SINGLE_FILE_BYTES[False]
+
+
+def _free_bytes(folder: Path) -> int | None:
+    import shutil
+
+    for place in (folder, *folder.absolute().parents):
+        if place.exists():
+            return shutil.disk_usage(place).free
+    return None

@@ -1,0 +1,228 @@
+"""The settings form, made from the declaration in `config.py`: basic parameters open, the rest folded by group.
+
+The form keeps the values; a folded group's controls are made when it is opened first, so that a hundred parameters
+cost nothing until somebody wants them. Rules about two settings are shown at both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+
+from everydream_kit.config import TrainConfig, config_warnings, load_config
+from everydream_kit.errors import ConfigError
+from everydream_kit.panels import look
+from everydream_kit.panels.fields import Field
+from everydream_kit.panels.presets import PRESETS
+from everydream_kit.params import Parameter, check_value, parameters
+
+
+class SettingsForm:
+    """Controls for every parameter. `values` are the settings, `errors` what is wrong with them by name.
+
+    Attributes:
+        box: the widget to show.
+        values: all settings that differ from nothing, as a settings file holds them.
+    """
+
+    def __init__(self, values: dict[str, Any], on_change: Callable[[], object] = lambda: None) -> None:
+        self.values: dict[str, Any] = {r.name: r.default for r in parameters() if not r.required}
+        self.values.update(values)
+        self._on_change = on_change
+        self._fields: dict[str, Field] = {}
+        self._unreadable: dict[str, str] = {}
+        self._notes = widgets.HTML()
+        self._groups = _group_records(basic=False)
+        basic: list[widgets.Widget] = []
+        for title, records in _group_records(basic=True).items():
+            basic.append(widgets.HTML(f'<div class="edk-group">{title}</div>'))
+            basic += [self._field(record).box for record in records]
+        self._folded = widgets.Accordion(children=[widgets.VBox() for _ in self._groups], selected_index=None)
+        for index, (title, records) in enumerate(self._groups.items()):
+            self._folded.set_title(index, f"{title} ({len(records)})")
+        self._folded.observe(self._open_group, "selected_index")
+        self.box = widgets.VBox(
+            [
+                self._preset_row(),
+                self._notes,
+                *basic,
+                look.section("All other settings"),
+                self._folded,
+                look.section("Settings file"),
+                self._file_row(),
+            ]
+        )
+        self._check_together()
+
+    @property
+    def errors(self) -> dict[str, str]:
+        """What is wrong, by parameter name; empty if a run could start."""
+        alone = dict(self._unreadable)
+        for name, value in self.values.items():
+            if name not in alone:
+                field = self._fields.get(name)
+                message = field.error if field is not None else check_value(name, value)
+                if message:
+                    alone[name] = message
+        return alone or self._combined_errors()
+
+    def config(self) -> TrainConfig:
+        """The settings as a config.
+
+        Raises:
+            ConfigError: something is wrong; one line for each.
+        """
+        if self._unreadable:
+            raise ConfigError("\n".join(f"{name}: {message}" for name, message in self._unreadable.items()))
+        return load_config(None, self.changed_values())[0]
+
+    def changed_values(self) -> dict[str, Any]:
+        """Settings that are not at their default: what is worth writing into a file."""
+        defaults = {record.name: record.default for record in parameters()}
+        return {name: value for name, value in self.values.items() if name not in defaults or value != defaults[name]}
+
+    def set_values(self, values: dict[str, Any]) -> None:
+        """Take over settings from a preset or a file; others keep their values."""
+        for name, value in values.items():
+            self.values[name] = value
+            self._unreadable.pop(name, None)
+            if name in self._fields:
+                self._fields[name].set_value(value)
+        self._check_together()
+        self._on_change()
+
+    def field(self, name: str) -> Field:
+        """The control of a parameter, made now if its group was never opened."""
+        record = next(record for record in parameters() if record.name == name)
+        return self._field(record)
+
+    def load_file(self, path: str | Path) -> list[str]:
+        """Take over a settings file (also EveryDream 2's); everything else goes back to its default.
+
+        Returns:
+            Warnings about names that have gone out of use.
+
+        Raises:
+            ConfigError: the file cannot be used; nothing was changed.
+        """
+        kept = {name: self.values[name] for name in ("resume_ckpt", "data_root", "project_name", "logdir")}
+        config, warnings = load_config(path)
+        chosen = {name: getattr(config, name) for name in config.model_fields_set}
+        defaults = {record.name: record.default for record in parameters() if not record.required}
+        self.set_values({**defaults, **{k: v for k, v in kept.items() if k not in chosen}, **chosen})
+        return warnings
+
+    def save_file(self, path: str | Path) -> Path:
+        """Write the settings that differ from the defaults as a settings file."""
+        path = Path(path).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.changed_values(), indent=2, ensure_ascii=False), encoding="utf-8")
+        return path
+
+    def _field(self, record: Parameter) -> Field:
+        if record.name not in self._fields:
+            self._fields[record.name] = Field(record, self.values.get(record.name), self._take_field)
+        return self._fields[record.name]
+
+    def _take_field(self, field: Field) -> None:
+        name = field.record.name
+        if field.error:
+            self._unreadable[name] = field.error
+        else:
+            self._unreadable.pop(name, None)
+            self.values[name] = field.value
+        self._check_together()
+        self._on_change()
+
+    def _open_group(self, change: dict[str, Any]) -> None:
+        index = change["new"]
+        if index is None:
+            return
+        box = self._folded.children[index]
+        if not box.children:
+            records = list(self._groups.values())[index]
+            box.children = [self._field(record).box for record in records]
+            self._check_together()
+
+    def _combined_errors(self) -> dict[str, str]:
+        try:
+            TrainConfig(**self.values)
+        except ConfigError as error:
+            found: dict[str, str] = {}
+            for line in str(error).splitlines():
+                names, _, message = line.partition(": ")
+                for name in names.split(", "):
+                    found[name] = message
+            return found
+        return {}
+
+    def _check_together(self) -> None:
+        combined = {} if self._unreadable else self._combined_errors()
+        for name, field in self._fields.items():
+            field.set_outside_error(combined.get(name))
+        lines = [f"{name}: {message}" for name, message in {**self._unreadable, **combined}.items()]
+        if lines:
+            self._notes.value = look.note("\n".join(lines), "bad")
+        else:
+            self._notes.value = look.note("\n".join(config_warnings(self.config())), "warn")
+
+    def _preset_row(self) -> widgets.Widget:
+        options = [("your own", ""), *((preset.title, name) for name, preset in PRESETS.items())]
+        chooser = widgets.Dropdown(
+            options=options,
+            description="Start from",
+            style={"description_width": "90px"},
+            layout=widgets.Layout(width="320px"),
+        )
+        why = widgets.HTML(layout=widgets.Layout(flex="1 1 300px", width="auto"))
+
+        def take(change: dict[str, Any]) -> None:
+            if change["new"]:
+                preset = PRESETS[change["new"]]
+                why.value = f'<div class="edk-hint">{preset.why}</div>'
+                self.set_values(preset.settings)
+
+        chooser.observe(take, "value")
+        self.preset = chooser
+        return look.row(chooser, why)
+
+    def _file_row(self) -> widgets.Widget:
+        self.file_path = widgets.Text(
+            placeholder="train.json",
+            description="File",
+            style={"description_width": "90px"},
+            layout=widgets.Layout(width="420px"),
+        )
+        self.load_button, self.save_button = look.button("Load"), look.button("Save")
+        report = widgets.HTML()
+
+        def load(_: Any) -> None:
+            try:
+                warnings = self.load_file(self.file_path.value or "train.json")
+            except ConfigError as error:
+                report.value = look.note(str(error), "bad")
+            else:
+                report.value = look.note("\n".join(["Loaded.", *warnings]), "warn" if warnings else "good")
+
+        def save(_: Any) -> None:
+            try:
+                report.value = look.note(f"Saved as {self.save_file(self.file_path.value or 'train.json')}.", "good")
+            except OSError as error:
+                report.value = look.note(f"Not saved: {error}", "bad")
+
+        self.load_button.on_click(load)
+        self.save_button.on_click(save)
+        return look.column(look.row(self.file_path, self.load_button, self.save_button), report)
+
+
+def _group_records(*, basic: bool) -> dict[str, list[Parameter]]:
+    """Parameters by the title of their group, in order."""
+    groups: dict[str, list[Parameter]] = {}
+    for record in parameters():
+        if record.knob.basic is basic:
+            groups.setdefault(record.group, []).append(record)
+    return groups

@@ -1,0 +1,60 @@
+"""What all panels share: a box to show, a line for messages, and buttons whose errors become words."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import ipywidgets as widgets
+
+from everydream_kit.errors import KitError
+from everydream_kit.panels import look
+
+logger = logging.getLogger(__name__)
+
+
+class Panel:
+    """Base of the panels. A panel as the last line of a cell shows itself.
+
+    Attributes:
+        box: the widget that is shown; made by the subclass.
+        message: the line for what went well or wrong.
+    """
+
+    box: widgets.Widget
+
+    def __init__(self) -> None:
+        self.message = widgets.HTML(layout=widgets.Layout(min_height="40px"))  # its place is kept: nothing jumps
+
+    def show(self) -> None:
+        """Show the panel below the cell."""
+        from IPython.display import display
+
+        display(self.box)
+
+    def _ipython_display_(self) -> None:
+        self.show()
+
+    def say(self, text: str, tone: look.Tone = "plain") -> None:
+        """Show a message, or none with an empty text."""
+        set_html(self.message, look.note(text, tone))
+
+    def on_press(self, control: widgets.Button, action: Callable[[], object]) -> None:
+        """Run an action when a button is pressed; what goes wrong is shown in words, with its traceback in the log."""
+
+        def press(_: Any) -> None:
+            self.say("")
+            try:
+                action()
+            except (KitError, OSError) as error:
+                logger.debug("%s failed", control.description, exc_info=True)
+                self.say(str(error), "bad")
+
+        control.on_click(press)
+
+
+def set_html(widget: widgets.HTML, text: str) -> None:
+    """Change an HTML widget if the text is another one: an equal value would still cost the page a redraw."""
+    if widget.value != text:
+        widget.value = text

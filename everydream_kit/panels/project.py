@@ -1,0 +1,120 @@
+"""The project folder that all notebooks and panels share: pictures, settings, runs, results.
+
+    workspace/jets/
+        input/          the pictures and their captions
+        settings.json   what the training form last held
+        logs/           run folders
+        exports/        files for image apps
+        compare/        pictures drawn to compare checkpoints
+
+Its name is the project's. No widgets here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from everydream_kit.config import TrainConfig, load_config
+from everydream_kit.errors import ConfigError, JobError
+from everydream_kit.jobs import Job, find_jobs, running_jobs
+from everydream_kit.workspace import write_whole
+
+EMBEDDED_MODEL = "embedded"
+"""The base model that ships with the kit."""
+
+
+@dataclass(frozen=True)
+class Project:
+    """A project folder. Nothing is remembered here that is not on disk, so a re-opened notebook finds it all."""
+
+    folder: Path
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Project:
+        """Open a project, and make its folders where they are missing.
+
+        Raises:
+            JobError: the path cannot be a project folder.
+        """
+        path = Path(folder).expanduser().resolve()
+        if path.exists() and not path.is_dir():
+            raise JobError(f"{path}: is a file; a project is a folder. Give another name.")
+        for name in ("input", "logs", "exports"):
+            (path / name).mkdir(parents=True, exist_ok=True)
+        return cls(path)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def pictures_folder(self) -> Path:
+        return self.folder / "input"
+
+    @property
+    def logdir(self) -> Path:
+        return self.folder / "logs"
+
+    @property
+    def exports_folder(self) -> Path:
+        return self.folder / "exports"
+
+    @property
+    def settings_path(self) -> Path:
+        return self.folder / "settings.json"
+
+    def own_settings(self) -> dict[str, Any]:
+        """Settings that follow from the project itself."""
+        return {
+            "project_name": self.name,
+            "data_root": str(self.pictures_folder),
+            "logdir": str(self.logdir),
+            "save_ckpt_dir": str(self.exports_folder),
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """What the form last held, or the project's own settings on the embedded base."""
+        start = {"resume_ckpt": EMBEDDED_MODEL, **self.own_settings()}
+        if not self.settings_path.is_file():
+            return start
+        try:
+            saved = json.loads(self.settings_path.read_text("utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{self.settings_path}: not valid JSON ({error}). Mend it, or delete it.") from error
+        return {**start, **{name: value for name, value in saved.items() if name in TrainConfig.model_fields}}
+
+    def save_settings(self, values: dict[str, Any]) -> None:
+        write_whole(self.settings_path, json.dumps(values, indent=2, ensure_ascii=False))
+
+    def config(self, **changes: Any) -> TrainConfig:
+        """The saved settings as a config. Raises: ConfigError."""
+        return load_config(None, {**self.settings(), **changes})[0]
+
+    def jobs(self) -> list[Job]:
+        """Runs of this project, newest first."""
+        return find_jobs(self.logdir)
+
+    def running_job(self) -> Job | None:
+        running = running_jobs(self.logdir)
+        return running[0] if running else None
+
+    def checkpoints(self) -> list[Path]:
+        """Whole checkpoints of all runs, newest run first, each run's newest first."""
+        from everydream_kit.workspace import RunFolder
+
+        return [point.folder for job in self.jobs() for point in reversed(RunFolder(job.folder).checkpoints())]
+
+    @property
+    def winner(self) -> Path | None:
+        """The checkpoint that was picked in the compare panel, if it is still there."""
+        path = self.folder / "winner.json"
+        if not path.is_file():
+            return None
+        chosen = Path(json.loads(path.read_text("utf-8"))["checkpoint"])
+        return chosen if chosen.is_dir() else None
+
+    def pick_winner(self, checkpoint: Path) -> None:
+        write_whole(self.folder / "winner.json", json.dumps({"checkpoint": str(checkpoint)}))
