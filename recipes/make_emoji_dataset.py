@@ -1,0 +1,243 @@
+"""Make the captioned picture sets from which the embedded base model and its demo are made.
+
+Everything comes from four npm packages, all MIT: Microsoft's Fluent Emoji in three looks (shaded "3d" WebP, flat SVG,
+black-and-white "high contrast" outlines) and emojibase-data for labels and tags. Written below OUT:
+
+    base/    pictures the UNet and text encoder learn from: chosen subjects, 3d look only, 256 px WebP + .txt captions
+    demo/    the demo's held-out pictures: 32 of these subjects as ink drawings, a look the UNet never sees
+    vae.npz  everything the autoencoder learns from, 128 px uint8: all subjects in 3d and flat, and ink drawings of all
+             subjects except the demo's (an autoencoder must know black lines to be able to show them later)
+    subjects.json  label, code point, tags, and part of each subject
+
+Run: python recipes/make_emoji_dataset.py OUT   (needs npm on PATH and `pip install resvg-py`; about two minutes)
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+PACKAGES = {
+    "3d": ("@lobehub/fluent-emoji-3d", "1.1.0"),
+    "flat": ("@lobehub/fluent-emoji-flat", "1.1.0"),
+    "ink": ("@iconify-json/fluent-emoji-high-contrast", "1.2.6"),
+    "data": ("emojibase-data", "17.0.0"),
+}
+STYLE_CAPTION = {"3d": "3d", "flat": "flat", "ink": "ink drawing"}
+SIDE_PIXELS = 256
+VAE_SIDE_PIXELS = 128
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The names between the bars; a line may end anywhere but inside a name."""
+    return tuple(name.strip() for name in text.replace("\n", "").split("|"))
+
+
+# Subgroups of emojibase whose members look distinct at 128 px. People, signs, clocks, flags and letters stay out.
+SUBGROUPS = listed(
+    """
+    face-costume|cat-face|monkey-face|animal-mammal|animal-bird|animal-amphibian|animal-reptile|
+    animal-marine|animal-bug|plant-flower|plant-other|food-fruit|food-vegetable|food-prepared|food-asian|
+    food-sweet|drink|dishware|place-geographic|place-building|place-other|transport-ground|transport-water|
+    transport-air|sky-weather|event|award-medal|sport|game|arts-crafts|clothing|musical-instrument|
+    light-video|tool
+    """
+)
+EXTRA_LABELS = listed(
+    """
+    alarm clock|basket|bathtub|battery|bed|bell|bellhop bell|blue heart|books|briefcase|broken heart|
+    broom|bucket|chair|church|closed book|coin|cold face|compass|cowboy hat face|crayon|crying face|door|
+    enraged face|envelope|face screaming in fear|face with medical mask|floppy disk|globe showing Americas|
+    green heart|grinning face|headphone|hot face|hourglass done|key|laptop|locked|luggage|
+    magnifying glass tilted left|mantelpiece clock|megaphone|microphone|microscope|moai|mobile phone|
+    money bag|nerd face|newspaper|old key|optical disk|package|paintbrush|partying face|pencil|pill|
+    postbox|purple heart|pushpin|radio|red heart|scissors|scroll|shopping cart|skull|sleeping face|
+    smiling face with halo|smiling face with heart-eyes|smiling face with horns|smiling face with sunglasses|
+    soap|star-struck|stethoscope|syringe|telephone|telescope|thinking face|toilet|toothbrush|
+    treasure chest|wastebasket|watch|window|winking face|yellow heart|zany face
+    """
+)
+# Near twins of another subject, or a thin scene that says nothing at 128 px.
+LEFT_OUT = re.compile(
+    r"guide dog|service dog|oncoming|waxing|waning|quarter moon|new moon|full moon$|tilted right|softball|trolleybus|"
+    r"light rail|railway car|tram car|^train$|^metro$|station|monorail|mountain railway|motorway|^railway track|"
+    r"bus stop|minibus|construction|derelict|houses|hut$|love hotel|convenience|department|post office|office building|"
+    r"hotel$|wedding|foggy|^fog$|wind face|cyclone|leaf fluttering|empty nest|landslide|national park|sun behind small|"
+    r"sun behind large|cloud with rain|umbrella on ground|snowman without|playing cards|mahjong|joker|"
+    r"spade suit|club suit|diamond suit|heart suit|moon viewing|pine decoration|tanabata|red envelope|"
+    r"admission|[23].. place|^ring$|flat shoe|sari|briefs|shorts$|man’s clothes|prayer beads|hair pick|clutch|"
+    r"with flash|film frames|motorized|airplane (dep|arr)|small airplane|seat|suspension|cableway|aerial|"
+    r"satellite|ginger|flatbread|tamale|fish cake|oden|mate$|amphora|pouring|fountain$|cityscape|"
+    r"sunrise over|bridge at night|white cane|broken chain|^link$|chains|clamp|nut and bolt|hammer and|root vegetable|"
+    r"cat with tears|grinning cat with|wry smile|kissing cat|weary cat|^cow$|water buffalo|black cat|black bird|"
+    r"field hockey|lacrosse|cricket game|goal net|motor boat|ferry|front-facing|hatching|^ewe$|boar|dodo|"
+    r"two-hump|wilted|Tokyo|microbe|^fly$|badger|phoenix|jack-o|wing$|lab coat|wood$|rock$|brick|orca|tumbler"
+)
+DEMO_SUBJECTS = listed(
+    """
+    mouse face|red apple|automobile|guitar|ghost|rocket|pizza|penguin|elephant|cactus|mushroom|snail|
+    butterfly|fish|octopus|sailboat|helicopter|umbrella|crown|hamburger|ice cream|strawberry|banana|
+    carrot|key|bell|camera|balloon|sunflower|cat face|robot|snowman
+    """
+)
+# Wide and tall sheets with the drawing in the middle: a crop to any bucket shape takes paper, not lines.
+DEMO_SIZES = ((256, 256), (256, 256), (320, 240), (240, 320), (352, 216), (216, 352), (288, 256))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One emoji: label, code point (lower case hex), tags without the label's own words, and what it is for."""
+
+    label: str
+    code: str
+    tags: tuple[str, ...]
+    chosen: bool
+    in_demo: bool
+
+
+def fetch(work: Path, name: str, version: str) -> Path:
+    """Download and unpack one npm package once; returns its folder."""
+    folder = work / name.replace("/", "_").lstrip("@")
+    if not folder.is_dir():
+        work.mkdir(parents=True, exist_ok=True)
+        packed = subprocess.run(
+            ["npm", "pack", f"{name}@{version}", "--json"], cwd=work, check=True, capture_output=True, text=True
+        )
+        answer = json.loads(packed.stdout)
+        entry = answer[0] if isinstance(answer, list) else next(iter(answer.values()))  # the shape differs between npms
+        with tarfile.open(work / entry["filename"]) as archive:
+            archive.extractall(folder, filter="data")
+    return folder / "package"
+
+
+def read_subjects(data: Path) -> list[Subject]:
+    """All emoji that are no skin-tone variant, with the chosen ones marked."""
+    groups = json.loads((data / "meta/groups.json").read_text("utf-8"))["subgroups"]
+    subjects = []
+    for entry in json.loads((data / "en/data.json").read_text("utf-8")):
+        if "group" not in entry:
+            continue
+        label = entry["label"].replace("’", "'")
+        words = set(re.split(r"[\s-]+", label.lower()))
+        tags = tuple(tag for tag in entry.get("tags", []) if not set(re.split(r"[\s-]+", tag.lower())) <= words)
+        chosen = entry["label"] in EXTRA_LABELS or (
+            groups[str(entry["subgroup"])] in SUBGROUPS and not LEFT_OUT.search(entry["label"])
+        )
+        subjects.append(Subject(label, entry["hexcode"].lower(), tags[:4], chosen, label in DEMO_SUBJECTS))
+    missing = set(DEMO_SUBJECTS) - {subject.label for subject in subjects if subject.chosen}
+    if missing:
+        raise SystemExit(f"demo subjects that are not among the chosen ones: {sorted(missing)}")
+    return subjects
+
+
+def spellings(code: str) -> tuple[str, ...]:
+    """The file names one code point goes by: sets differ in whether they write the variation selector fe0f."""
+    bare = code.replace("-fe0f", "")
+    return (code, bare, f"{bare}-fe0f")
+
+
+class PictureSource:
+    """Pictures of a subject in a style, as RGBA of `SIDE_PIXELS`, or None where the set lacks it."""
+
+    def __init__(self, folders: dict[str, Path]) -> None:
+        self.folders = folders
+        icons = json.loads((folders["ink"] / "icons.json").read_text("utf-8"))["icons"]
+        names = json.loads((folders["ink"] / "chars.json").read_text("utf-8"))
+        self.ink_bodies = {code: icons[name]["body"] for code, name in names.items() if name in icons}
+
+    def picture(self, code: str, style: str) -> Image.Image | None:
+        for spelling in spellings(code):
+            if style == "3d" and (path := self.folders["3d"] / f"assets/{spelling}.webp").is_file():
+                return Image.open(path).convert("RGBA").resize((SIDE_PIXELS, SIDE_PIXELS), Image.Resampling.LANCZOS)
+            if style == "flat" and (path := self.folders["flat"] / f"assets/{spelling}.svg").is_file():
+                return rasterise(path.read_text("utf-8"))
+            if style == "ink" and (body := self.ink_bodies.get(spelling)):
+                svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">{body}</svg>'
+                return rasterise(svg.replace("currentColor", "black"))
+        return None
+
+
+def rasterise(svg: str) -> Image.Image:
+    import resvg_py  # only this recipe needs it
+
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=SIDE_PIXELS, height=SIDE_PIXELS, skip_system_fonts=True)
+    return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+
+
+def on_paper(picture: Image.Image, size: tuple[int, int] = (SIDE_PIXELS, SIDE_PIXELS)) -> Image.Image:
+    """The picture on white, in the middle of a sheet of `size` (width, height), as large as fits."""
+    side = min(size)
+    if picture.size != (side, side):
+        picture = picture.resize((side, side), Image.Resampling.LANCZOS)
+    sheet = Image.new("RGBA", size, "white")
+    sheet.alpha_composite(picture, ((size[0] - side) // 2, (size[1] - side) // 2))
+    return sheet.convert("RGB")
+
+
+def caption(subject: Subject, style: str) -> str:
+    return ", ".join((subject.label, *subject.tags, STYLE_CAPTION[style]))
+
+
+def write_folder(folder: Path, pictures: Iterator[tuple[str, Image.Image, str]], quality: int) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    count = 0
+    for name, picture, text in pictures:
+        count += 1
+        picture.save(folder / f"{name}.webp", quality=quality, method=6)
+        (folder / f"{name}.txt").write_text(text + "\n", "utf-8")
+    return count
+
+
+def slug(label: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+
+
+def make(out: Path, work: Path) -> None:
+    folders = {key: fetch(work, *package) for key, package in PACKAGES.items()}
+    subjects = read_subjects(folders["data"])
+    source = PictureSource(folders)
+
+    base, vae, vae_names = [], [], []
+    for subject in subjects:
+        for style in ("3d", "flat", "ink"):
+            if (style == "ink" and subject.in_demo) or (picture := source.picture(subject.code, style)) is None:
+                continue
+            sheet = on_paper(picture)
+            vae.append(np.asarray(sheet.resize((VAE_SIDE_PIXELS, VAE_SIDE_PIXELS), Image.Resampling.LANCZOS)))
+            vae_names.append(f"{subject.code} {style}")
+            if style == "3d" and subject.chosen:
+                base.append((slug(subject.label), sheet, caption(subject, "3d")))
+    demo = []
+    for number, label in enumerate(DEMO_SUBJECTS):
+        subject = next(subject for subject in subjects if subject.label == label)
+        picture = source.picture(subject.code, "ink")
+        if picture is None:
+            raise SystemExit(f"no ink drawing of {label}")
+        # The label alone: the demo's captions are what a newcomer would type.
+        text = f"{label}, {STYLE_CAPTION['ink']}"
+        demo.append((slug(label), on_paper(picture, DEMO_SIZES[number % len(DEMO_SIZES)]), text))
+
+    print("base pictures:", write_folder(out / "base", iter(base), quality=95))
+    print("demo pictures:", write_folder(out / "demo", iter(demo), quality=90))
+    np.savez(out / "vae.npz", pictures=np.stack(vae), names=np.array(vae_names))
+    print("autoencoder pictures:", len(vae))
+    known = [asdict(subject) for subject in subjects if subject.chosen]
+    (out / "subjects.json").write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--work", type=Path, help="where packages are kept (default: OUT/packages)")
+    arguments = parser.parse_args()
+    make(arguments.out, arguments.work or arguments.out / "packages")
