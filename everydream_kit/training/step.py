@@ -22,7 +22,7 @@ from everydream_kit.training.noise import make_noise, perturb_embeddings, pertur
 from everydream_kit.training.timesteps import draw_timesteps
 
 if TYPE_CHECKING:
-    from everydream_kit.training.runs import Run
+    from everydream_kit.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -92,20 +92,20 @@ def picture_losses(run: Run, batch: Batch, work: StepBatches) -> torch.Tensor:
     latents = run.encode_pictures(batch)  # (B, 4, H/8, W/8), scaled
     noise = make_noise(
         tuple(latents.shape[1:]),
-        _generators(run, batch, "noise"),
+        picture_generators(run, batch, "noise"),
         offset=settings.zero_frequency_noise_ratio,
         pyramid_discount=settings.pyramid_noise_discount,
     ).to(latents)
     timesteps = _timesteps(run, batch, work).to(latents.device)
     input_noise = noise
     if settings.input_perturbation:
-        input_noise = perturb_input(noise, settings.input_perturbation, _generators(run, batch, "input noise"))
+        input_noise = perturb_input(noise, settings.input_perturbation, picture_generators(run, batch, "input noise"))
     noisy_latents = run.objective.add_noise(latents, input_noise, timesteps)
 
     with run.precision.autocast():
         conditioning = run.encode_captions(batch.captions)
         if settings.embedding_perturbation:
-            conditioning = _perturbed(conditioning, settings.embedding_perturbation, _generators(run, batch, "embedding"))
+            conditioning = _perturbed(conditioning, settings.embedding_perturbation, picture_generators(run, batch, "embedding"))
         model_pred = run.model.family.predict(run.model, noisy_latents, timesteps, conditioning, _sizes(batch))
     target = run.objective.target(latents, noise, timesteps)
     mask = None if batch.mask is None else batch.mask.to(latents.device)
@@ -131,7 +131,7 @@ def _single(batch: Batch, losses: torch.Tensor) -> PictureLosses:
     return single
 
 
-def _generators(run: Run, batch: Batch, purpose: str) -> list[torch.Generator]:
+def picture_generators(run: Run, batch: Batch, purpose: str) -> list[torch.Generator]:
     """One generator for each picture of the batch, by its address."""
     planned = batch.planned
     return [
@@ -144,7 +144,7 @@ def _timesteps(run: Run, batch: Batch, work: StepBatches) -> torch.Tensor:
     settings = run.noise_settings
     positions = [batch.planned.position + row for row in range(len(batch.planned.draws))]
     return draw_timesteps(
-        _generators(run, batch, "timestep"),
+        picture_generators(run, batch, "timestep"),
         settings.timestep_start,
         settings.timestep_end,
         how=settings.timestep_sampling,

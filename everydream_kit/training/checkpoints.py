@@ -1,0 +1,236 @@
+"""Checkpoints on disk: whole or absent, and provably whole.
+
+A checkpoint is written beside its final name and renamed when every byte is on the disk, so a folder with the final name is
+complete. It is a model folder that any diffusers program loads, plus `resume/`: optimizer, gradient scaler, EMA, position
+and listeners' state, and last of all a manifest with the size and SHA-256 of every file. Resume trusts only a manifest that
+holds.
+
+`resume/` is large, so only the two newest checkpoints of a run keep theirs (unless `save_optimizer`): the newest, and one to
+fall back to if the newest turns out damaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from everydream_kit.errors import CheckpointError, DiskSpaceError
+from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder, write_whole
+
+RESUMABLE_KEPT = 2
+DISK_MARGIN = 1.05
+"""Headers, JSON and file-system blocks come on top of the tensors."""
+
+
+def write_checkpoint(
+    final: Path,
+    write_model: Callable[[Path], None],
+    *,
+    tensors: dict[str, Any] | None = None,
+    state: dict[str, Any] | None = None,
+    expected_bytes: int = 0,
+) -> Path:
+    """Write a checkpoint folder so that it appears at once or not at all.
+
+    Args:
+        final: its name; an older folder there is replaced.
+        write_model: writes the model files into the folder that it is given.
+        tensors: objects for `resume/<name>.pt` (optimizer, scaler, EMA): nested containers of tensors and numbers. None: the
+            checkpoint cannot be resumed from.
+        state: JSON values for `resume/state.json`.
+        expected_bytes: what it will take, checked against the free disk first.
+
+    Raises:
+        DiskSpaceError: it does not fit, or the disk filled up on the way; nothing is left behind.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    require_disk(final.parent, int(expected_bytes * DISK_MARGIN), f"checkpoint {final.name}")
+    partial = final.with_name(f".partial-{final.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        write_model(partial)
+        if tensors is not None:
+            _write_resume(partial / "resume", tensors, state or {})
+            write_whole(partial / CHECKPOINT_MANIFEST, json.dumps(_manifest(partial), indent=1))
+        _sync_tree(partial)
+        _put_in_place(partial, final)
+    except OSError as error:
+        raise DiskSpaceError(
+            f"{final}: could not be written: {error.strerror or error}. Checkpoints before it are untouched. "
+            "Free some disk, or set keep_last_n."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def require_disk(folder: Path, num_bytes: int, what: str) -> None:
+    """Raises: DiskSpaceError if a folder's disk has less room than this."""
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise DiskSpaceError(
+            f"{what}: needs {_gigabytes(num_bytes)}, and {folder} has {_gigabytes(free)} free. "
+            "Free some disk, set keep_last_n, or put logdir on a larger disk."
+        )
+
+
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """Check every file of a resumable checkpoint against its manifest.
+
+    Returns:
+        The state that was saved with it.
+
+    Raises:
+        CheckpointError: there is no manifest, or a file is missing, shorter, or changed; it is named.
+    """
+    manifest_path = folder / CHECKPOINT_MANIFEST
+    if not manifest_path.is_file():
+        raise CheckpointError(
+            f"{folder}: holds no resume state (only the newest {RESUMABLE_KEPT} checkpoints of a run do, or all with "
+            "save_optimizer). Start a new run from its weights with --resume_ckpt."
+        )
+    try:
+        manifest = json.loads(manifest_path.read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{manifest_path}: damaged: {error}") from error
+    for name, facts in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing, though the manifest lists it.")
+        if path.stat().st_size != facts["bytes"]:
+            raise CheckpointError(f"{path}: has {path.stat().st_size} bytes and should have {facts['bytes']}.")
+    digests = _digests([folder / name for name in manifest["files"]])
+    for (name, facts), digest in zip(manifest["files"].items(), digests, strict=True):
+        if digest != facts["sha256"]:
+            raise CheckpointError(f"{folder / name}: its content is not what was written (SHA-256 differs).")
+    return dict(json.loads((folder / "resume" / "state.json").read_text("utf-8")))
+
+
+def load_resume_tensors(folder: Path) -> dict[str, Any]:
+    """The objects of `resume/*.pt`, by name, on the CPU. Reads tensors and plain containers only, never code."""
+    import torch
+
+    return {
+        path.stem: torch.load(path, map_location="cpu", weights_only=True)
+        for path in sorted((folder / "resume").glob("*.pt"))
+    }
+
+
+def choose_checkpoint(run: RunFolder, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint of a run that can be resumed from, with its state.
+
+    A damaged one is named through `warn` and the one before is tried.
+
+    Raises:
+        CheckpointError: none can be resumed from.
+    """
+    problems = []
+    for checkpoint in reversed(run.checkpoints()):
+        if checkpoint.folder.name.endswith("_ema"):
+            continue
+        try:
+            return checkpoint.folder, verify_checkpoint(checkpoint.folder)
+        except CheckpointError as error:
+            problems.append(str(error))
+            if checkpoint.resumable:
+                warn(f"{error} Trying the checkpoint before it.")
+    raise CheckpointError("\n".join([f"{run.folder}: no checkpoint can be resumed from.", *problems]))
+
+
+def drop_resume_state(folder: Path) -> None:
+    """Make a checkpoint an ordinary model folder. The rename makes it happen at once for every reader."""
+    resume = folder / "resume"
+    if resume.is_dir():
+        gone = folder.parent / f".gone-{folder.name}-resume"
+        shutil.rmtree(gone, ignore_errors=True)
+        os.replace(resume, gone)
+        shutil.rmtree(gone)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint, at once for every reader."""
+    gone = folder.parent / f".gone-{folder.name}"
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(folder, gone)
+    shutil.rmtree(gone)
+
+
+def sweep(checkpoints_folder: Path) -> None:
+    """Clear up after a killed process: finish removals, drop half-written folders, put back what was being replaced."""
+    for replaced in checkpoints_folder.glob(".old-*"):
+        final = replaced.with_name(replaced.name.removeprefix(".old-"))
+        if not final.exists():
+            os.replace(replaced, final)
+    for pattern in (".partial-*", ".gone-*", ".old-*"):
+        for folder in checkpoints_folder.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_resume(folder: Path, tensors: dict[str, Any], state: dict[str, Any]) -> None:
+    import torch
+
+    folder.mkdir()
+    for name, value in tensors.items():
+        torch.save(value, folder / f"{name}.pt")
+    (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    digests = _digests(paths)
+    return {
+        "version": 1,
+        "files": {
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+            for path, digest in zip(paths, digests, strict=True)
+        },
+    }
+
+
+def _digests(paths: Iterable[Path]) -> list[str]:
+    """SHA-256 of files, two at a time: hashing releases the interpreter's lock."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(_digest, paths))
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    replaced = final.with_name(f".old-{final.name}")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        os.replace(final, replaced)
+    os.replace(partial, final)
+    _sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"

@@ -1,0 +1,78 @@
+"""Stopping, and requests from outside.
+
+Ctrl-C, SIGTERM and a `stop` request in the run folder set the same event; the loop finishes its step, the run is saved, and
+the process ends with a clear status. A second signal ends it at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from everydream_kit.training.reports import Listener, StepReport
+
+if TYPE_CHECKING:
+    from everydream_kit.training.run import Run
+
+logger = logging.getLogger(__name__)
+
+
+class StopSignal(threading.Event):
+    """Set when the run should end after the step in progress. `reason` says who asked."""
+
+    reason = ""
+
+    def ask(self, reason: str) -> None:
+        self.reason = self.reason or reason
+        self.set()
+
+
+@contextmanager
+def signals_stop(stop: StopSignal) -> Iterator[None]:
+    """While inside, SIGINT and SIGTERM ask to stop; a second one ends the process at once.
+
+    Outside the main thread (a notebook kernel's subshell, a test) signals are left alone.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.ask(signal.Signals(number).name)
+        os.write(2, b"\nStopping after this step, then saving. Once more ends at once, without saving.\n")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class ControlFile(Listener):
+    """Obeys `control.json`: stop, save now, sample now; anything else is named in the log and left."""
+
+    def __init__(self, stop: StopSignal, actions: dict[str, Callable[[Run], Any]]) -> None:
+        self.stop = stop
+        self.actions = actions
+
+    def __call__(self, run: Run, report: StepReport) -> None:
+        request = run.folder.take_request()
+        if request is None:
+            return
+        action = request.get("action")
+        run.tell("request", step=report.step, action=action, id=request.get("id"))
+        if action == "stop":
+            self.stop.ask("request")
+        elif action in self.actions:
+            self.actions[action](run)
+        else:
+            run.warn(f"control.json: unknown action {action!r}; known are stop, {', '.join(self.actions)}.")

@@ -1,0 +1,94 @@
+"""The run's own writing: events, status, scalars and pictures for TensorBoard, warnings.
+
+Only the main process has a journal that writes; the others have one that keeps silent, so that callers need not ask.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from everydream_kit.training.reports import EventLog
+from everydream_kit.workspace import RunFolder
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger("everydream_kit")
+
+
+class Journal:
+    """Writes what a run tells into its folder.
+
+    Args:
+        folder: the run's.
+        writes: False on all processes but the main one.
+        wandb_run: a Weights & Biases run that scalars and pictures go to as well, or None.
+    """
+
+    def __init__(self, folder: RunFolder, *, writes: bool = True, wandb_run: Any = None) -> None:
+        self.folder = folder
+        self.writes = writes
+        self.wandb_run = wandb_run
+        self._events = EventLog(folder) if writes else None
+        self._tensorboard: SummaryWriter | None = None
+        self._purge_step: int | None = None
+        self._status: dict[str, Any] = {
+            "pid": os.getpid(),
+            "process_started": psutil.Process().create_time(),
+            "state": "starting",
+        }
+
+    def tell(self, kind: str, **facts: Any) -> None:
+        """Append an event."""
+        if self._events is not None:
+            self._events.write(kind, **facts)
+
+    def warn(self, message: str) -> None:
+        """Log a warning, and keep it as an event for whoever watches the folder."""
+        if self.writes:
+            logger.warning(message)
+            self.tell("warning", message=message)
+
+    def set_state(self, state: str, **facts: Any) -> None:
+        """Write `status.json`: the state, and what else is known; facts stay until they are replaced."""
+        self._status.update(facts, state=state)
+        if self.writes:
+            self.folder.write_status(self._status)
+
+    def forget_after(self, step: int) -> None:
+        """TensorBoard should hide points after this step: a resumed run writes them anew."""
+        self._purge_step = step + 1
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        if self.writes:
+            self._writer().add_scalar(tag, value, step)
+            if self.wandb_run is not None:
+                self.wandb_run.log({tag: value}, step=step)
+
+    def picture(self, tag: str, picture: Image.Image, step: int) -> None:
+        if self.writes:
+            import numpy as np
+
+            self._writer().add_image(tag, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def text(self, tag: str, text: str) -> None:
+        if self.writes:
+            self._writer().add_text(tag, text)
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._events is not None:
+            self._events.close()
+
+    def _writer(self) -> SummaryWriter:
+        if self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter  # a second of imports: not before the first point
+
+            self._tensorboard = SummaryWriter(str(self.folder.folder), purge_step=self._purge_step, flush_secs=10)
+        return self._tensorboard

@@ -1,0 +1,291 @@
+"""What is told about a run while it trains: one report a step, and the listeners that write it down.
+
+A `Listener` is called after every optimizer step with a `StepReport`. It does not edit settings and may carry state of its
+own that is saved with the run's. Here are the listeners that write to the run folder: `events.jsonl`, `status.json`,
+TensorBoard, and the progress bar. Sampling, saving and validation are listeners as well, in files of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from everydream_kit.workspace import RunFolder
+
+if TYPE_CHECKING:
+    from everydream_kit.data.records import StepBatches
+    from everydream_kit.training.run import Run
+    from everydream_kit.training.step import PictureLosses
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What happened in one optimizer step.
+
+    Attributes:
+        step: optimizer steps done, this one included.
+        epoch: the epoch this step belonged to, from 0.
+        step_in_epoch, num_steps_in_epoch: its place there, from 0.
+        epoch_ended: it was the last one of its epoch.
+        losses: one loss a picture.
+        learning_rates: of each trained part, as applied in this step.
+        gradient_norm: L2 norm of all gradients before clipping, or None where nobody wanted it.
+        num_images: pictures over all processes.
+        seconds: from the end of the step before, loader included, saving and sampling not.
+    """
+
+    step: int
+    epoch: int
+    step_in_epoch: int
+    num_steps_in_epoch: int
+    epoch_ended: bool
+    losses: PictureLosses
+    learning_rates: dict[str, float]
+    gradient_norm: float | None
+    gradient_scale: float | None
+    num_images: int
+    seconds: float
+
+    @classmethod
+    def make(
+        cls,
+        run: Run,
+        work: StepBatches,
+        losses: PictureLosses,
+        learning_rates: dict[str, float],
+        gradient_norm: float | None,
+        seconds: float,
+    ) -> StepReport:
+        return cls(
+            step=run.position.step,
+            epoch=work.epoch,
+            step_in_epoch=work.step,
+            num_steps_in_epoch=work.num_steps,
+            epoch_ended=work.step + 1 == work.num_steps,
+            losses=losses,
+            learning_rates=learning_rates,
+            gradient_norm=gradient_norm,
+            gradient_scale=run.precision.gradient_scale,
+            num_images=work.num_images,
+            seconds=seconds,
+        )
+
+
+class Listener:
+    """Told about a run. Every method may be left out; `state` and `restore` carry what must survive a resume."""
+
+    name = ""
+    """Key of its state in the checkpoint; empty where it has none."""
+
+    def on_start(self, run: Run) -> None:
+        """Before the first step (again after a resume)."""
+
+    def __call__(self, run: Run, report: StepReport) -> None:
+        """After each step."""
+
+    def on_finish(self, run: Run) -> None:
+        """After the last step, or after a stop that was asked for. Not after an error."""
+
+    def close(self) -> None:
+        """In every case, at the very end: give back files and threads."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs, as JSON values."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up a saved state."""
+
+
+class EventLog:
+    """`events.jsonl`: one JSON object a line, appended whole and flushed, so that a reader sees each at once."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._file = folder.events_path.open("a", encoding="utf-8")
+        self._lock = threading.Lock()  # the saver and the uploader write from threads of their own
+
+    def write(self, kind: str, **facts: Any) -> None:
+        line = json.dumps({"kind": kind, "time": round(time.time(), 3), **facts}, ensure_ascii=False, default=str)
+        with self._lock:
+            self._file.write(line + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Averages:
+    """Running sums between two points of a log."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.loss_sum, self.images, self.seconds, self.steps = 0.0, 0, 0.0, 0
+
+    def add(self, report: StepReport) -> None:
+        self.loss_sum += report.losses.mean * report.num_images
+        self.images += report.num_images
+        self.seconds += report.seconds
+        self.steps += 1
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / max(1, self.images)
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds if self.seconds else 0.0
+
+
+class LossLog(Listener):
+    """Loss, learning rates and speed to `events.jsonl` and TensorBoard, every `log_step` steps and at each epoch's end."""
+
+    name = "loss_log"
+
+    def __init__(self, log_step: int) -> None:
+        self.log_step = log_step
+        self.since_log, self.epoch = Averages(), Averages()
+
+    def __call__(self, run: Run, report: StepReport) -> None:
+        self.since_log.add(report)
+        self.epoch.add(report)
+        if report.step % self.log_step == 0 or report.epoch_ended:
+            self._log_point(run, report)
+        if report.epoch_ended:
+            minutes = self.epoch.seconds / 60
+            run.tell("epoch", step=report.step, epoch=report.epoch, loss=self.epoch.loss, minutes=minutes)
+            run.scalar("loss/epoch", self.epoch.loss, report.step)
+            run.scalar("performance/minutes per epoch", minutes, report.step)
+            self.epoch.clear()
+
+    def _log_point(self, run: Run, report: StepReport) -> None:
+        average, memory = self.since_log, run.memory_bytes()
+        run.tell(
+            "loss",
+            step=report.step,
+            epoch=report.epoch,
+            loss=average.loss,
+            lr=report.learning_rates,
+            images_per_second=round(average.images_per_second, 3),
+            memory_bytes=memory,
+            gradient_norm=report.gradient_norm,
+        )
+        run.scalar("loss/log_step", average.loss, report.step)
+        for part, rate in report.learning_rates.items():
+            run.scalar(f"hyperparameter/lr {part.replace('_', ' ')}", rate, report.step)
+        if report.gradient_scale is not None:
+            run.scalar("hyperparameter/grad scale", report.gradient_scale, report.step)
+        if report.gradient_norm is not None:
+            run.scalar("optimizer/gradient norm", report.gradient_norm, report.step)
+        run.scalar("performance/images per second", average.images_per_second, report.step)
+        run.scalar("performance/vram", memory / 2**20, report.step)
+        average.clear()
+
+    def state(self) -> dict[str, Any]:
+        return {name: vars(getattr(self, name)) for name in ("since_log", "epoch")}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for name, sums in state.items():
+            vars(getattr(self, name)).update(sums)
+
+
+class StatusFile(Listener):
+    """`status.json`: where the run is now, for everyone who watches; at most four times a second."""
+
+    def __init__(self, interval_seconds: float = 0.25) -> None:
+        self.interval_seconds = interval_seconds
+        self._last_written = -math.inf
+        self._speed: float | None = None
+
+    def on_start(self, run: Run) -> None:
+        run.set_state("running")
+
+    def __call__(self, run: Run, report: StepReport) -> None:
+        speed = report.seconds
+        self._speed = speed if self._speed is None else 0.9 * self._speed + 0.1 * speed
+        if time.monotonic() - self._last_written < self.interval_seconds and report.step < run.num_steps:
+            return
+        self._last_written = time.monotonic()
+        remaining = max(0, run.num_steps - report.step)
+        run.set_state(
+            "running",
+            step=report.step,
+            epoch=report.epoch,
+            loss=report.losses.mean,
+            images_per_second=round(report.num_images / self._speed, 3) if self._speed else None,
+            eta_seconds=round(remaining * self._speed, 1),
+            memory_bytes=run.memory_bytes(),
+        )
+
+
+class ProgressBar(Listener):
+    """A bar on the terminal with loss, pictures per second and the time left; plain lines where there is no terminal."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def on_start(self, run: Run) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=run.num_steps,
+            initial=run.position.step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5 if os.isatty(2) else 10.0,
+            smoothing=0.1,
+        )
+
+    def __call__(self, run: Run, report: StepReport) -> None:
+        speed = report.num_images / report.seconds if report.seconds else 0.0
+        self._bar.set_description(f"epoch {report.epoch + 1}", refresh=False)
+        self._bar.set_postfix_str(f"loss {report.losses.mean:.4f}, {speed:.1f} images/s", refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class PictureTable(Listener):
+    """Mean loss of each picture over an epoch, written to `losses/ep<N>.json` with the worst twenty named in the log."""
+
+    name = "picture_table"
+
+    def __init__(self, num_worst: int = 20) -> None:
+        self.num_worst = num_worst
+        self._sums: dict[int, float] = {}
+        self._counts: dict[int, int] = {}
+
+    def __call__(self, run: Run, report: StepReport) -> None:
+        for picture, loss in zip(report.losses.pictures, report.losses.losses, strict=True):
+            self._sums[picture] = self._sums.get(picture, 0.0) + loss
+            self._counts[picture] = self._counts.get(picture, 0) + 1
+        if report.epoch_ended:
+            self._write(run, report.epoch)
+            self._sums.clear()
+            self._counts.clear()
+
+    def _write(self, run: Run, epoch: int) -> None:
+        means = sorted(((total / self._counts[i], i) for i, total in self._sums.items()), reverse=True)
+        rows = [
+            {"path": str(run.dataset.picture(i).path), "mean_loss": round(mean, 6), "count": self._counts[i]}
+            for mean, i in means
+        ]
+        folder = run.folder.folder / "losses"
+        folder.mkdir(exist_ok=True)
+        with (folder / f"ep{epoch}.json").open("w", encoding="utf-8") as file:
+            json.dump({"epoch": epoch, "worst": rows[: self.num_worst], "pictures": rows}, file, indent=1)
+
+    def state(self) -> dict[str, Any]:
+        return {"sums": [[i, total, self._counts[i]] for i, total in self._sums.items()]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._sums = {i: total for i, total, _ in state["sums"]}
+        self._counts = {i: count for i, _, count in state["sums"]}

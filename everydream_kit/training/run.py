@@ -1,0 +1,257 @@
+"""A run, built and ready: the model, the plan, the optimizer, and where it stands.
+
+`Run` gives the loop and the listeners the few verbs that they need; how its parts are made is in `runs.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from everydream_kit.data.loader import make_loader
+from everydream_kit.draws import derive_seed
+from everydream_kit.models.encoding import encode_captions, encode_moments, latents_from_moments
+from everydream_kit.training.noise import make_noise
+from everydream_kit.training.position import Position
+from everydream_kit.training.snapshots import Snapshot, clone_to_host, count_bytes
+from everydream_kit.training.step import NoiseSettings, PictureLosses, picture_generators
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from everydream_kit.config import TrainConfig
+    from everydream_kit.data.cache import LatentCache, TextCache
+    from everydream_kit.data.dataset import Dataset
+    from everydream_kit.data.plan import PlanSettings
+    from everydream_kit.data.records import Batch, StepBatches
+    from everydream_kit.models.encoding import Conditioning
+    from everydream_kit.models.loading import Model
+    from everydream_kit.training.ema import Ema
+    from everydream_kit.training.journal import Journal
+    from everydream_kit.training.objectives import Objective
+    from everydream_kit.training.parameters import TrainedPart
+    from everydream_kit.training.precision import Precision
+    from everydream_kit.training.ranks import Ranks
+    from everydream_kit.training.reports import Listener
+    from everydream_kit.workspace import RunFolder
+
+
+@dataclass
+class Run:
+    """Everything that one training run consists of. `position` is the only thing that the loop changes."""
+
+    config: TrainConfig
+    folder: RunFolder
+    journal: Journal
+    ranks: Ranks
+    seed: int
+    dataset: Dataset
+    plan_settings: PlanSettings
+    num_steps: int  # foretold: with ratings or fractional multipliers, epochs differ by a few steps
+    model: Model
+    parts: list[TrainedPart]
+    optimizer: torch.optim.Optimizer
+    schedules: dict[str, Callable[[int], float]]  # learning rate of each part, by step
+    objective: Objective
+    noise_settings: NoiseSettings
+    precision: Precision
+    write_model: Callable[[Path, dict[str, dict[str, torch.Tensor]]], None]
+    ema: Ema | None = None
+    ema_update_interval: int = 1
+    latent_cache: LatentCache | None = None
+    text_cache: TextCache | None = None
+    loader_options: dict[str, Any] = field(default_factory=dict)
+    listeners: list[Listener] = field(default_factory=list)
+    position: Position = field(default_factory=Position)
+    lr_factor: float = 1.0
+    ended_early: bool = False
+    updates_in_backward: bool = False
+    wants_gradient_norm: Callable[[int], bool] = lambda step: False
+
+    # --- what the loop asks for ---------------------------------------------------------------------------------
+
+    def batches(self) -> Iterator[StepBatches]:
+        """The work of each optimizer step from the run's position to its end."""
+        loader = make_loader(
+            self.dataset,
+            self.plan_settings,
+            seed=self.seed,
+            start_epoch=self.position.epoch,
+            start_step=self.position.step_in_epoch,
+            num_epochs=self.config.max_epochs - self.position.epoch,
+            rank=self.ranks.rank,
+            latent_cache=self.latent_cache,
+            pin_memory=self.ranks.device.type == "cuda",
+            **self.loader_options,
+        )
+        try:
+            for work in loader:
+                yield work
+                if self.is_complete():
+                    return
+        finally:
+            loader.close()
+
+    def is_complete(self) -> bool:
+        """Whether nothing is left to do."""
+        by_epochs = self.position.epoch >= self.config.max_epochs
+        by_steps = self.config.max_steps is not None and self.position.step >= self.config.max_steps
+        return by_epochs or by_steps or self.ended_early
+
+    def set_learning_rates(self, step: int) -> dict[str, float]:
+        """Set every parameter group's rate for this step (counted from 0); returns them by part."""
+        rates = {name: schedule(step) * self.lr_factor for name, schedule in self.schedules.items()}
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates[group["name"]]
+        if self._has_dropout:  # dropout layers read torch's own generator; an address makes them resumable
+            torch.manual_seed(derive_seed(self.seed, "dropout", step, self.ranks.rank))
+        return rates
+
+    def encode_pictures(self, batch: Batch) -> torch.Tensor:
+        """(B, 4, H/8, W/8) scaled latents, drawn from the VAE's posterior at each picture's address."""
+        device = self.ranks.device
+        with torch.no_grad():
+            if batch.moments is not None:
+                moments = batch.moments.to(device, torch.float32, non_blocking=True)
+            else:
+                assert batch.pixels is not None
+                moments = encode_moments(self.model, batch.pixels.to(device, non_blocking=True)).float()
+            shape = (moments.shape[1] // 2, *moments.shape[2:])
+            noise = make_noise(shape, picture_generators(self, batch, "posterior")).to(moments)
+            return latents_from_moments(self.model, moments, noise)
+
+    def encode_captions(self, captions: list[str]) -> Conditioning:
+        """What the UNet is told. Remembered by caption where the text encoder is frozen."""
+        if self.trains_text:
+            return encode_captions(self.model, captions, self.config.clip_skip)
+        with torch.no_grad():
+            if self.text_cache is None:
+                return encode_captions(self.model, captions, self.config.clip_skip)
+            return self.text_cache.encode(captions)
+
+    def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss, times the gradient scaler's factor in float16."""
+        return self.precision.scale(loss)
+
+    def gather(self, losses: PictureLosses) -> PictureLosses:
+        return self.ranks.gather(losses)
+
+    def update_weights(self, step: int) -> float | None:
+        """Reduce, measure, clip, step, zero. Returns the gradients' norm before clipping where it is wanted."""
+        if self.updates_in_backward:
+            return None
+        parameters = self.parameters()
+        self.ranks.sum_gradients(parameters)
+        self.precision.unscale(self.optimizer)
+        norm = None
+        bound = self.config.clip_grad_norm
+        if bound is not None or self.wants_gradient_norm(step + 1):
+            total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if bound is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, bound, total)
+            norm = float(total)
+        self.precision.step(self.optimizer)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def update_ema(self, step: int) -> None:
+        if self.ema is not None and step % self.ema_update_interval == 0:
+            self.ema.update(step // self.ema_update_interval)
+
+    def agree(self, flag: bool) -> bool:
+        return self.ranks.agree(flag)
+
+    # --- what listeners ask for ---------------------------------------------------------------------------------
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Everything that is trained, in the optimizer's order."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether gradients flow into a text encoder."""
+        return any(p.requires_grad for encoder in self.model.text_encoders for p in encoder.parameters())
+
+    @property
+    def _has_dropout(self) -> bool:
+        return self.config.lora_dropout > 0
+
+    def tell(self, kind: str, **facts: Any) -> None:
+        self.journal.tell(kind, **facts)
+
+    def warn(self, message: str) -> None:
+        self.journal.warn(message)
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        self.journal.scalar(tag, value, step)
+
+    def picture(self, tag: str, picture: Image.Image, step: int) -> None:
+        self.journal.picture(tag, picture, step)
+
+    def set_state(self, state: str, **facts: Any) -> None:
+        self.journal.set_state(state, **facts)
+
+    def memory_bytes(self) -> int:
+        """Device memory in use at its peak on a GPU, the process's memory on a CPU."""
+        if self.ranks.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.ranks.device))
+        return int(psutil.Process().memory_info().rss)
+
+    def sampling_weights(self, *, averaged: bool) -> AbstractContextManager[Any]:
+        """While inside, the model holds the averaged weights (where there is an EMA) or the live ones."""
+        if averaged and self.ema is not None:
+            return self.ema.swapped()
+        return nullcontext()
+
+    def weight_bytes(self) -> int:
+        """Bytes that a snapshot copies."""
+        return count_bytes(self._components()) + count_bytes(self.optimizer.state_dict())
+
+    def snapshot(self, *, copy: bool) -> Snapshot:
+        """The run's state now; `copy` makes it independent of the steps that follow."""
+        keep = clone_to_host if copy else lambda value: value
+        weights = keep(self._components())
+        averaged = self._averaged_components() if self.ema is not None else None
+        tensors = {"optimizer": keep(self.optimizer.state_dict()), "precision": keep(self.precision.state_dict())}
+        if self.ema is not None:
+            tensors["ema"] = keep(self.ema.state_dict())
+            averaged = keep(averaged)
+        model_bytes = sum(count_bytes(component.state_dict()) for component in self.model.components.values())
+        return Snapshot(
+            step=self.position.step,
+            copied=copy,
+            write_model=lambda folder: self.write_model(folder, weights),
+            write_ema=None if averaged is None else lambda folder: self.write_model(folder, averaged),
+            resume_tensors=tensors,
+            state=self._state(),
+            model_bytes=model_bytes,
+            num_bytes=model_bytes + count_bytes(tensors),
+        )
+
+    def _components(self) -> dict[str, dict[str, torch.Tensor]]:
+        """State dicts of the components that are trained, by their folder's name."""
+        trained = {id(module) for part in self.parts for module in part.modules}
+        return {
+            name: component.state_dict() for name, component in self.model.components.items() if id(component) in trained
+        }
+
+    def _averaged_components(self) -> dict[str, dict[str, torch.Tensor]]:
+        assert self.ema is not None
+        with self.ema.swapped():
+            return clone_to_host(self._components())
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "position": vars(self.position),
+            "seed": self.seed,
+            "num_ranks": self.ranks.num_ranks,
+            "num_pictures": len(self.dataset),
+            "config": self.config.model_dump(mode="json"),
+            "listeners": {listener.name: listener.state() for listener in self.listeners if listener.name},
+        }

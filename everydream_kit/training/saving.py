@@ -1,0 +1,223 @@
+"""When a checkpoint is saved, under which name, and which ones stay.
+
+Saving happens in the background: the weights are copied to host memory between two steps, and a thread writes the copy while
+training goes on. Where host memory is short, or nothing follows that could go on meanwhile, it is written at once.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from everydream_kit.errors import DiskSpaceError, KitError
+from everydream_kit.training.checkpoints import (
+    RESUMABLE_KEPT,
+    drop_resume_state,
+    remove_checkpoint,
+    write_checkpoint,
+)
+from everydream_kit.training.reports import Listener, StepReport
+from everydream_kit.workspace import checkpoint_name
+
+if TYPE_CHECKING:
+    from everydream_kit.training.run import Run
+    from everydream_kit.training.snapshots import Snapshot
+
+DEFAULT_MINUTES = 20.0
+"""Saving interval where no rule is given, as in EveryDream 2."""
+
+
+@dataclass
+class SavingRules:
+    """When to save. None switches a rule off."""
+
+    every_n_minutes: float | None = None
+    every_n_epochs: int | None = None
+    every_n_steps: int | None = None
+    from_n_epochs: int = 0
+
+    @classmethod
+    def make(
+        cls, every_n_minutes: float | None, every_n_epochs: int | None, every_n_steps: int | None, from_n_epochs: int
+    ) -> SavingRules:
+        """Rules from the settings; twenty minutes where none is given."""
+        if every_n_minutes is None and every_n_epochs is None and every_n_steps is None:
+            every_n_minutes = DEFAULT_MINUTES
+        return cls(every_n_minutes, every_n_epochs, every_n_steps, from_n_epochs)
+
+    def due(self, report: StepReport, minutes_since_save: float) -> bool:
+        """Whether a checkpoint should be saved after this step."""
+        if self.every_n_minutes is not None and minutes_since_save >= self.every_n_minutes:
+            return True
+        if self.every_n_steps is not None and report.step % self.every_n_steps == 0:
+            return True
+        epochs_ended = report.epoch + 1
+        return (
+            report.epoch_ended
+            and self.every_n_epochs is not None
+            and epochs_ended % self.every_n_epochs == 0
+            and epochs_ended >= self.from_n_epochs
+        )
+
+
+class Saver(Listener):
+    """Saves by rule, on request, and at the end; prunes what is not kept.
+
+    Args:
+        rules: when.
+        keep_last_n: how many live-weight checkpoints stay (the best and the last are not counted out); None: all.
+        keep_all_resume_state: every checkpoint stays resumable.
+        prepend_last: name the final checkpoint `last-...`.
+        single_files: folder for single-file checkpoints, or None.
+        write_single_file: turns a checkpoint folder into a single file.
+        after_save: told of each whole checkpoint (the Hub upload).
+    """
+
+    def __init__(
+        self,
+        rules: SavingRules,
+        *,
+        keep_last_n: int | None = None,
+        keep_all_resume_state: bool = False,
+        prepend_last: bool = True,
+        single_files: Path | None = None,
+        write_single_file: Callable[[Path, Path], Any] | None = None,
+        after_save: Callable[[Path, int], None] | None = None,
+    ) -> None:
+        self.rules = rules
+        self.keep_last_n = keep_last_n
+        self.keep_all_resume_state = keep_all_resume_state
+        self.prepend_last = prepend_last
+        self.single_files = single_files
+        self.write_single_file = write_single_file
+        self.after_save = after_save
+        self.saved_steps: list[int] = []
+        self._clock = time.monotonic()
+        self._writer: threading.Thread | None = None
+        self._failure: KitError | None = None
+        self._waited = 0.0
+
+    def on_start(self, run: Run) -> None:
+        self._clock = time.monotonic()
+
+    def __call__(self, run: Run, report: StepReport) -> None:
+        self._report_failure(run)
+        if self.rules.due(report, (time.monotonic() - self._clock) / 60) and report.step < run.num_steps:
+            self.save(run)
+
+    def save(self, run: Run, *, final: bool = False) -> None:
+        """Save a checkpoint of the run as it stands.
+
+        Raises:
+            DiskSpaceError: only for the final one; before, it is a warning and training goes on.
+        """
+        self.wait()
+        prefix = "last-" if final and self.prepend_last else ""
+        name = checkpoint_name(run.config.project_name, run.position.epoch, run.position.step, prefix=prefix)
+        started = time.monotonic()
+        snapshot = run.snapshot(copy=not final and _memory_allows(run.weight_bytes()))
+        self._clock = time.monotonic()
+        if final or not snapshot.copied:
+            self._write(run, snapshot, name)
+            self._report_failure(run, fatal=final)
+        else:
+            self._writer = threading.Thread(target=self._write, args=(run, snapshot, name), name="saver")
+            self._writer.start()
+        self._waited += time.monotonic() - started
+
+    def save_best(self, run: Run) -> None:
+        """Keep the weights as they stand as `ckpts/best`, in place of the best so far."""
+        self.wait()
+        snapshot = run.snapshot(copy=False)
+        write_checkpoint(
+            run.folder.checkpoints_folder / "best", snapshot.write_model, expected_bytes=snapshot.model_bytes
+        )
+        run.tell("saved", step=snapshot.step, path=str(run.folder.checkpoints_folder / "best"), files=[], best=True)
+
+    def on_finish(self, run: Run) -> None:
+        run.set_state("saving")
+        self.save(run, final=run.position.step >= run.num_steps or run.ended_early)
+
+    def wait(self) -> None:
+        """Wait for a save in progress."""
+        if self._writer is not None:
+            started = time.monotonic()
+            self._writer.join()
+            self._waited += time.monotonic() - started
+            self._writer = None
+
+    def close(self) -> None:
+        self.wait()
+
+    def _write(self, run: Run, snapshot: Snapshot, name: str) -> None:
+        folder = run.folder.checkpoints_folder / name
+        started = time.monotonic()
+        try:
+            write_checkpoint(
+                folder,
+                snapshot.write_model,
+                tensors=snapshot.resume_tensors,
+                state=snapshot.state,
+                expected_bytes=snapshot.num_bytes,
+            )
+            if snapshot.write_ema is not None:
+                write_checkpoint(folder.with_name(f"{name}_ema"), snapshot.write_ema)
+            files = self._write_single_files(folder, with_ema=snapshot.write_ema is not None)
+        except KitError as error:
+            self._failure = error
+            return
+        self.saved_steps.append(snapshot.step)
+        run.tell(
+            "saved",
+            step=snapshot.step,
+            path=str(folder),
+            files=[str(path) for path in files],
+            seconds=round(time.monotonic() - started, 3),
+        )
+        self._prune(run)
+        if self.after_save is not None:
+            self.after_save(folder, snapshot.step)
+
+    def _write_single_files(self, folder: Path, *, with_ema: bool) -> list[Path]:
+        if self.single_files is None or self.write_single_file is None:
+            return []
+        self.single_files.mkdir(parents=True, exist_ok=True)
+        folders = [folder, folder.with_name(f"{folder.name}_ema")] if with_ema else [folder]
+        written = []
+        for source in folders:
+            target = self.single_files / f"{source.name}.safetensors"
+            self.write_single_file(source, target)
+            written.append(target)
+        return written
+
+    def _prune(self, run: Run) -> None:
+        """Newest last: the two newest stay resumable, `keep_last_n` stay at all."""
+        live = [c for c in run.folder.checkpoints() if not c.folder.name.endswith("_ema")]
+        if not self.keep_all_resume_state:
+            for checkpoint in live[:-RESUMABLE_KEPT]:
+                drop_resume_state(checkpoint.folder)
+        if self.keep_last_n is not None:
+            for checkpoint in live[: -self.keep_last_n]:
+                averaged = checkpoint.folder.with_name(f"{checkpoint.folder.name}_ema")
+                for folder in (checkpoint.folder, averaged):
+                    if folder.is_dir():
+                        remove_checkpoint(folder)
+
+    def _report_failure(self, run: Run, *, fatal: bool = False) -> None:
+        failure, self._failure = self._failure, None
+        if failure is None:
+            return
+        if fatal or not isinstance(failure, DiskSpaceError):
+            raise failure
+        run.warn(f"{failure} Training goes on and saves again later.")
+
+
+def _memory_allows(num_bytes: int) -> bool:
+    """Room for one more copy of the weights in host memory, with half as much again to spare."""
+    return psutil.virtual_memory().available > 1.5 * num_bytes
