@@ -1,0 +1,5 @@
+"""Models: families, reading and writing them, text and picture encoding, drawing, adapters.
+
+`load_model` (loading.py) gives a `Model`; `model.family` (families.py) knows what is different about it; `encoding.py`
+and `sampling.py` work on any. Nothing here knows datasets or training. Importing this package imports nothing heavy.
+"""

@@ -1,0 +1,19 @@
+"""The registry of model families. A new family: one new file beside `sd1.py`, and one line here."""
+
+from __future__ import annotations
+
+from everydream_kit.errors import ModelError
+from everydream_kit.models.family import Conditioning, Family, Sizes, TextEncoderSlot
+from everydream_kit.models.sd1 import SD1
+from everydream_kit.models.sd2 import SD2
+from everydream_kit.models.sdxl import SDXL
+
+__all__ = ["FAMILIES", "Conditioning", "Family", "Sizes", "TextEncoderSlot", "family_by_name"]
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (SD1, SD2, SDXL)}
+
+
+def family_by_name(name: str) -> Family:
+    if name not in FAMILIES:
+        raise ModelError(f"{name!r} is not a model family; known are {', '.join(FAMILIES)}.")
+    return FAMILIES[name]

@@ -1,0 +1,135 @@
+"""What a model family is: a table of facts and three functions.
+
+The training loop, the sampler and the converters know families only through `Family`; there is no `if sdxl` outside
+a family's own file. A new family is one new file (see `sd1.py`) and one line in `families.py`; `docs/models.md` says
+how.
+
+A family is a record of functions rather than a class to derive from: what two families share, they share by naming the
+same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from everydream_kit.models.loading import Model
+
+Config = Mapping[str, Any]
+"""A component's `config.json`."""
+Shapes = Mapping[str, tuple[int, ...]]
+"""Tensor name -> shape: what a file's header tells before any weight is read."""
+
+
+@dataclass(slots=True)
+class Conditioning:
+    """What the UNet is told about the wanted picture.
+
+    Attributes:
+        encoder_hidden_states: (B, L, D), the text encoders' output; L is 77 times the number of chunks.
+        pooled: (B, P), the pooled text embedding of families that use it.
+    """
+
+    encoder_hidden_states: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
+        pooled = None if self.pooled is None else self.pooled.to(device=device, dtype=dtype)
+        return Conditioning(self.encoder_hidden_states.to(device=device, dtype=dtype), pooled)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Where each picture of a batch comes from, for families that condition on it. All in pixels.
+
+    Attributes:
+        original_sizes: (width, height) of each file.
+        crop_top_lefts: (left, top) cut away from each, at the target's scale.
+        target_size: (width, height) of the batch.
+    """
+
+    original_sizes: Sequence[tuple[int, int]]
+    crop_top_lefts: Sequence[tuple[int, int]]
+    target_size: tuple[int, int]
+
+    @classmethod
+    def uncropped(cls, width: int, height: int, batch_size: int) -> Sizes:
+        """Sizes that ask for a whole, sharp picture: what drawing uses."""
+        return cls([(width, height)] * batch_size, [(0, 0)] * batch_size, (width, height))
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoderSlot:
+    """One text encoder of a family.
+
+    Attributes:
+        folder: its folder in the diffusers layout; the tokenizer's is `tokenizer_folder`.
+        class_name: transformers' class.
+        single_file_prefix: what its keys start with in a single file.
+        single_file_layout: `hf`: transformers' own names; `openclip`: OpenCLIP's, with fused q, k, v.
+        drops_last_block: the single file holds one more block than is used (SD 2.x).
+        kohya_prefix: what its layers are called in a LoRA file for UIs.
+    """
+
+    folder: str
+    tokenizer_folder: str
+    class_name: Literal["CLIPTextModel", "CLIPTextModelWithProjection"]
+    single_file_prefix: str
+    single_file_layout: Literal["hf", "openclip"]
+    kohya_prefix: str
+    drops_last_block: bool = False
+
+
+EncodeTokens = Callable[["Model", Sequence[torch.Tensor], int], Conditioning]
+"""(model, token ids (B, 77) for each tokenizer, clip_skip) -> Conditioning."""
+Predict = Callable[["Model", torch.Tensor, torch.Tensor, Conditioning, Sizes], torch.Tensor]
+"""(model, noisy latents (B, 4, h, w), timesteps (B,), conditioning, sizes) -> the UNet's prediction, float32."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything that differs between model families.
+
+    Attributes:
+        name: key in `FAMILIES`, and the name of the folder of shipped configs.
+        title: for messages and model cards.
+        pipeline_class: diffusers' pipeline, written into `model_index.json`.
+        text_encoders: in the order of `Model.text_encoders`.
+        encode_tokens, predict: see their types.
+        matches_configs: whether a diffusers folder's configs ("unet", "text_encoder", ...) are of this family.
+        matches_keys: whether a single file's names and shapes are of this family.
+        modelspec_architecture: as single-file metadata names it (stability.ai's modelspec).
+        kohya_base: as kohya-style LoRA metadata names it (`ss_base_model_version`).
+        resolution: side in pixels that the family was trained at, given the prediction type.
+        legacy_config: name of the `.yaml` template for old UIs, given the prediction type, or None if none is needed.
+    """
+
+    name: str
+    title: str
+    pipeline_class: str
+    text_encoders: tuple[TextEncoderSlot, ...]
+    encode_tokens: EncodeTokens
+    predict: Predict
+    matches_configs: Callable[[Mapping[str, Config]], bool]
+    matches_keys: Callable[[Shapes], bool]
+    modelspec_architecture: str
+    kohya_base: str
+    resolution: Callable[[str], int]
+    legacy_config: Callable[[str], str | None] = lambda prediction_type: None
+
+
+def text_tower(text_encoder: torch.nn.Module) -> torch.nn.Module:
+    """The module that holds `embeddings`, `encoder` and `final_layer_norm`.
+
+    transformers 4, and every `...WithProjection`, keep it in `.text_model`; transformers 5 flattened `CLIPTextModel`.
+    """
+    return getattr(text_encoder, "text_model", text_encoder)
+
+
+def parameter_dtype(module: torch.nn.Module) -> torch.dtype:
+    """Format of a module's weights; works through DDP and compile wrappers, which have no `.dtype`."""
+    return next(module.parameters()).dtype

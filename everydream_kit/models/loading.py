@@ -1,0 +1,181 @@
+"""`Model`, and `load_model`: from a Hub id, a diffusers folder or a single file to modules in memory.
+
+The files are opened and understood first (`files.py`, `single_file.py`), so a wrong or damaged model costs no time;
+then each module is built and filled. Recognition of family, prediction type and zero-terminal SNR is done there; here
+is only the assembly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from everydream_kit.errors import ModelError
+from everydream_kit.models.components import build_text_encoder, build_unet, build_vae, fill
+from everydream_kit.models.family import Family
+from everydream_kit.models.files import ModelFiles, open_folder
+from everydream_kit.models.tokenizer import END, build_tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler
+    from transformers import CLIPTokenizer
+
+
+@dataclass
+class Model:
+    """A model in memory.
+
+    Attributes:
+        family: what is particular about it; `model.family.predict(model, ...)`.
+        text_encoders, tokenizers: in the family's order.
+        noise_scheduler: the training schedule, made from the model's own betas. Not what is saved.
+        scheduler_config: the model's own sampler (class name and settings) as found; saved back unchanged.
+        prediction_type: `epsilon`, `v_prediction` or `sample`.
+        source: where it came from, for messages and model cards.
+        new_tokens: learnt tokens (`tokens.py`): name -> the names of its vectors in the tokenizers.
+    """
+
+    family: Family
+    unet: torch.nn.Module
+    vae: torch.nn.Module
+    text_encoders: list[torch.nn.Module]
+    tokenizers: list[CLIPTokenizer]
+    noise_scheduler: DDPMScheduler
+    scheduler_config: dict[str, Any]
+    prediction_type: str
+    zero_terminal_snr: bool
+    source: str
+    new_tokens: dict[str, list[str]] = field(default_factory=dict)
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """Every module by the name of its folder."""
+        texts = {
+            slot.folder: module for slot, module in zip(self.family.text_encoders, self.text_encoders, strict=True)
+        }
+        return {"unet": self.unet, "vae": self.vae, **texts}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent cell."""
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+
+
+def load_model(
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    token: str | None = None,
+    family: str | None = None,
+    prediction_type: str | None = None,
+) -> Model:
+    """Load a model for training or drawing.
+
+    Args:
+        source: a diffusers folder, a `.safetensors` or `.ckpt` file, or a Hub id.
+        dtype: of the UNet and text encoders. A VAE that overflows in half precision (SDXL's) stays float32.
+        revision, subfolder, variant, token: for Hub ids (subfolder and variant for folders, too).
+        family, prediction_type: overrides of what the files say.
+
+    Raises:
+        ModelError: it is not there, damaged, or of a kind that the kit does not train.
+    """
+    files = open_model(
+        source,
+        revision=revision,
+        subfolder=subfolder,
+        variant=variant,
+        token=token,
+        family=family,
+        prediction_type=prediction_type,
+    )
+    return assemble(files, dtype=dtype, device=device)
+
+
+def open_model(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    token: str | None = None,
+    family: str | None = None,
+    prediction_type: str | None = None,
+) -> ModelFiles:
+    """Find and open a model without reading its weights. Arguments and errors as `load_model`."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        raise ModelError(f"{path}: single files are not read yet.")
+    if path.is_dir():
+        folder = path / subfolder if subfolder else path
+        return open_folder(folder, family=family, prediction_type=prediction_type, variant=variant)
+    raise ModelError(f"{source}: there is no such file or folder.")
+
+
+def assemble(files: ModelFiles, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
+    """Read the weights and build the modules."""
+    slots = files.family.text_encoders
+    vae_dtype = torch.float32 if files.configs["vae"].get("force_upcast") else dtype
+    text_encoders = [
+        fill(
+            build_text_encoder(files.configs[slot.folder], slot.class_name),
+            files.tensors[slot.folder],
+            dtype,
+            f"{files.source}/{slot.folder}",
+        )
+        for slot in slots
+    ]
+    unet = fill(build_unet(files.configs["unet"]), files.tensors["unet"], dtype, f"{files.source}/unet")
+    vae = fill(build_vae(files.configs["vae"]), files.tensors["vae"], vae_dtype, f"{files.source}/vae")
+    return Model(
+        family=files.family,
+        unet=unet.to(device),
+        vae=vae.to(device).requires_grad_(False),
+        text_encoders=[text_encoder.to(device) for text_encoder in text_encoders],
+        tokenizers=[_tokenizer(files, slot.tokenizer_folder) for slot in slots],
+        noise_scheduler=training_scheduler(files.scheduler_config, files.prediction_type, files.zero_terminal_snr),
+        scheduler_config=files.scheduler_config,
+        prediction_type=files.prediction_type,
+        zero_terminal_snr=files.zero_terminal_snr,
+        source=files.source,
+    )
+
+
+def _tokenizer(files: ModelFiles, name: str) -> CLIPTokenizer:
+    folder = files.tokenizers[name]
+    if folder is not None:
+        return load_tokenizer(folder)
+    return build_tokenizer(files.configs[name].get("pad_token", END) if name in files.configs else END)
+
+
+def training_scheduler(
+    scheduler_config: dict[str, Any], prediction_type: str, zero_terminal_snr: bool
+) -> DDPMScheduler:
+    """The noise schedule for training, from the model's own sampler's betas.
+
+    Args:
+        zero_terminal_snr: rescale to zero terminal SNR unless the betas are so already.
+    """
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    betas = scheduler_config.get("trained_betas")
+    return DDPMScheduler(
+        num_train_timesteps=scheduler_config.get("num_train_timesteps", 1000),
+        beta_start=scheduler_config.get("beta_start", 0.00085),
+        beta_end=scheduler_config.get("beta_end", 0.012),
+        beta_schedule=scheduler_config.get("beta_schedule", "scaled_linear"),
+        trained_betas=betas,
+        prediction_type=prediction_type,
+        clip_sample=False,
+        rescale_betas_zero_snr=zero_terminal_snr and betas is None,
+    )

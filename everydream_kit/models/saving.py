@@ -1,0 +1,129 @@
+"""Writing diffusers folders that every version of diffusers and transformers reads.
+
+Text encoders are written with the `text_model.` prefix and tokenizers with `vocab.json` and `merges.txt`: transformers
+5 reads both forms, transformers 4 only these. The model's own sampler is saved, not the training schedule. Weights
+stream through tensor by tensor. The folder is written in place; whoever needs "whole or absent" writes beside and
+renames (checkpoints do).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everydream_kit.models.components import BOOKKEEPING
+from everydream_kit.models.family import Config
+from everydream_kit.models.files import ModelFiles
+from everydream_kit.models.loading import Model, _tokenizer
+from everydream_kit.models.tensors import LazyTensor, Tensors, write_safetensors
+from everydream_kit.models.tokenizer import save_tokenizer
+
+
+def save_model(model: Model, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write a model as a diffusers folder.
+
+    Args:
+        folder: made if it is not there.
+        dtype: of the weights; None keeps each as it is in memory.
+    """
+    folder = Path(folder)
+    _write_components(files_of(model), folder, dtype)
+    for slot, tokenizer in zip(model.family.text_encoders, model.tokenizers, strict=True):
+        save_tokenizer(tokenizer, folder / slot.tokenizer_folder)
+
+
+def write_folder(files: ModelFiles, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write opened files as a diffusers folder, without building the model."""
+    folder = Path(folder)
+    _write_components(files, folder, dtype)
+    for slot in files.family.text_encoders:
+        save_tokenizer(_tokenizer(files, slot.tokenizer_folder), folder / slot.tokenizer_folder)
+
+
+def files_of(model: Model) -> ModelFiles:
+    """A live model seen as files: its weights are read when they are written."""
+    modules = model.modules()
+    return ModelFiles(
+        family=model.family,
+        source=model.source,
+        configs={name: _config(module) for name, module in modules.items()},
+        tensors={name: live_tensors(name, module) for name, module in modules.items()},
+        tokenizers={},
+        scheduler_config=scheduler_to_save(model),
+        prediction_type=model.prediction_type,
+        zero_terminal_snr=model.zero_terminal_snr,
+    )
+
+
+def live_tensors(name: str, module: torch.nn.Module) -> Tensors:
+    """A module's weights by the names that every reader knows."""
+    state = {key: LazyTensor.of(value) for key, value in module.state_dict().items()}
+    if name.startswith("text_encoder") and not any(key.startswith("text_model.") for key in state):
+        state = {f"text_model.{key}": value for key, value in state.items()}
+    return state
+
+
+def scheduler_to_save(model: Model) -> dict[str, Any]:
+    """The model's own sampler; changed only where the training has made something else of the model."""
+    config = dict(model.scheduler_config)
+    if config.get("prediction_type", "epsilon") != model.prediction_type:
+        config["prediction_type"] = model.prediction_type
+    rescaled_already = bool(config.get("rescale_betas_zero_snr") or config.get("trained_betas"))
+    if model.zero_terminal_snr and not rescaled_already:
+        # PNDM cannot start from pure noise (its first step divides by the signal); DDIM can.
+        if config.get("_class_name") not in ("DDIMScheduler", "EulerDiscreteScheduler", "DDPMScheduler"):
+            config["_class_name"] = "DDIMScheduler"
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return config
+
+
+def _config(module: Any) -> Config:
+    """A module's own config as plain JSON values."""
+    config = module.config
+    if hasattr(config, "to_diff_dict"):  # transformers
+        values = dict(config.to_dict())
+        values["architectures"] = [type(module).__name__]
+        values.pop("dtype", None)
+        return values
+    kept = {key: value for key, value in dict(config).items() if key not in BOOKKEEPING}
+    return {"_class_name": type(module).__name__, **json.loads(json.dumps(kept, default=list))}
+
+
+def _write_components(files: ModelFiles, folder: Path, dtype: torch.dtype | None) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, tensors in files.tensors.items():
+        part = folder / name
+        part.mkdir(exist_ok=True)
+        _write_json(part / "config.json", files.configs[name])
+        stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+        cast = tensors if dtype is None else {key: value.cast(dtype) for key, value in tensors.items()}
+        write_safetensors(part / f"{stem}.safetensors", cast, {"format": "pt"})
+    (folder / "scheduler").mkdir(exist_ok=True)
+    _write_json(folder / "scheduler" / "scheduler_config.json", files.scheduler_config)
+    _write_json(folder / "model_index.json", _model_index(files))
+
+
+def _model_index(files: ModelFiles) -> dict[str, Any]:
+    from diffusers import __version__
+
+    index: dict[str, Any] = {"_class_name": files.family.pipeline_class, "_diffusers_version": __version__}
+    for slot in files.family.text_encoders:
+        index[slot.folder] = ["transformers", slot.class_name]
+        index[slot.tokenizer_folder] = ["transformers", "CLIPTokenizer"]
+    index["scheduler"] = ["diffusers", files.scheduler_config.get("_class_name", "DDIMScheduler")]
+    index["unet"] = ["diffusers", "UNet2DConditionModel"]
+    index["vae"] = ["diffusers", "AutoencoderKL"]
+    index["feature_extractor"] = [None, None]
+    if files.family.name == "sdxl":
+        index |= {"image_encoder": [None, None], "force_zeros_for_empty_prompt": True}
+    else:
+        index |= {"safety_checker": [None, None], "requires_safety_checker": False}
+    return index
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,78 @@
+"""Stable Diffusion 1.x: one CLIP ViT-L text encoder, 64-cell latents, usually epsilon prediction.
+
+`encode_one_encoder` and `predict_from_text` serve every family whose UNet is told nothing but one encoder's text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from everydream_kit.models.family import (
+    Conditioning,
+    Config,
+    Family,
+    Shapes,
+    Sizes,
+    TextEncoderSlot,
+    parameter_dtype,
+    text_tower,
+)
+
+if TYPE_CHECKING:
+    from everydream_kit.models.loading import Model
+
+
+def encode_one_encoder(model: Model, token_ids: Sequence[torch.Tensor], clip_skip: int) -> Conditioning:
+    """Hidden states of the only text encoder, with the final layer norm as Stable Diffusion was trained.
+
+    Args:
+        token_ids: one tensor (B, 77) of int64.
+        clip_skip: 0 and 1 are the last hidden layer, 2 the penultimate, and so on.
+    """
+    text_encoder = model.text_encoders[0]
+    if clip_skip < 2:
+        return Conditioning(text_encoder(token_ids[0]).last_hidden_state)
+    hidden_states = text_encoder(token_ids[0], output_hidden_states=True).hidden_states
+    return Conditioning(text_tower(text_encoder).final_layer_norm(hidden_states[-clip_skip]))
+
+
+def predict_from_text(
+    model: Model, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, sizes: Sizes
+) -> torch.Tensor:
+    dtype = parameter_dtype(model.unet)
+    text = conditioning.encoder_hidden_states.to(dtype)
+    return model.unet(noisy_latents.to(dtype), timesteps, encoder_hidden_states=text).sample.float()
+
+
+def _matches_configs(configs: Mapping[str, Config]) -> bool:
+    unet = configs["unet"]
+    return (
+        "text_encoder" in configs
+        and "text_encoder_2" not in configs
+        and unet.get("addition_embed_type") is None
+        and not unet.get("use_linear_projection", False)
+    )
+
+
+def _matches_keys(shapes: Shapes) -> bool:
+    return any(name.startswith("cond_stage_model.transformer.") for name in shapes)
+
+
+SD1 = Family(
+    name="sd1",
+    title="Stable Diffusion 1.x",
+    pipeline_class="StableDiffusionPipeline",
+    text_encoders=(
+        TextEncoderSlot("text_encoder", "tokenizer", "CLIPTextModel", "cond_stage_model.transformer.", "hf", "lora_te"),
+    ),
+    encode_tokens=encode_one_encoder,
+    predict=predict_from_text,
+    matches_configs=_matches_configs,
+    matches_keys=_matches_keys,
+    modelspec_architecture="stable-diffusion-v1",
+    kohya_base="sd_v1",
+    resolution=lambda prediction_type: 512,
+)

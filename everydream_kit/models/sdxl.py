@@ -1,0 +1,108 @@
+"""Stable Diffusion XL (base): CLIP ViT-L and OpenCLIP ViT-bigG side by side, pooled text, and time ids of the picture's
+sizes.
+
+The text is always the penultimate layer without the final norm, as SDXL was trained (arXiv 2307.01952, section 2.2);
+`clip_skip` 0 to 2 mean that, 3 and 4 go deeper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from everydream_kit.models.family import (
+    Conditioning,
+    Config,
+    Family,
+    Shapes,
+    Sizes,
+    TextEncoderSlot,
+    parameter_dtype,
+)
+
+if TYPE_CHECKING:
+    from everydream_kit.models.loading import Model
+
+
+def encode_two_encoders(model: Model, token_ids: Sequence[torch.Tensor], clip_skip: int) -> Conditioning:
+    """Both encoders' hidden states side by side, and the second one's projected end-of-text state.
+
+    Args:
+        token_ids: one tensor (B, 77) of int64 for each tokenizer.
+        clip_skip: 0, 1 and 2 are the penultimate hidden layer; 3 and 4 count on from there.
+    """
+    outputs = [
+        text_encoder(ids, output_hidden_states=True)
+        for text_encoder, ids in zip(model.text_encoders, token_ids, strict=True)
+    ]
+    layer = -max(2, clip_skip)
+    hidden_states = torch.cat([output.hidden_states[layer] for output in outputs], dim=-1)
+    return Conditioning(hidden_states, outputs[-1].text_embeds)
+
+
+def time_ids(sizes: Sizes, batch_size: int) -> torch.Tensor:
+    """(B, 6) float32: original height, width; crop top, left; target height, width (arXiv 2307.01952, section 2.2)."""
+    if not len(sizes.original_sizes) == len(sizes.crop_top_lefts) == batch_size:
+        raise ValueError(f"sizes are for {len(sizes.original_sizes)} pictures, the batch has {batch_size}")
+    target_width, target_height = sizes.target_size
+    rows = [
+        (height, width, top, left, target_height, target_width)
+        for (width, height), (left, top) in zip(sizes.original_sizes, sizes.crop_top_lefts, strict=True)
+    ]
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def predict_from_text_and_sizes(
+    model: Model, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, sizes: Sizes
+) -> torch.Tensor:
+    if conditioning.pooled is None:
+        raise ValueError("SDXL needs the pooled text embedding")
+    dtype = parameter_dtype(model.unet)
+    added = {
+        "text_embeds": conditioning.pooled.to(dtype),
+        "time_ids": time_ids(sizes, len(noisy_latents)).to(noisy_latents.device),
+    }
+    text = conditioning.encoder_hidden_states.to(dtype)
+    prediction = model.unet(noisy_latents.to(dtype), timesteps, encoder_hidden_states=text, added_cond_kwargs=added)
+    return prediction.sample.float()
+
+
+def _matches_configs(configs: Mapping[str, Config]) -> bool:
+    return (
+        "text_encoder" in configs
+        and "text_encoder_2" in configs
+        and configs["unet"].get("addition_embed_type") == "text_time"
+    )
+
+
+def _matches_keys(shapes: Shapes) -> bool:
+    return any(name.startswith("conditioner.embedders.1.model.") for name in shapes)
+
+
+SDXL = Family(
+    name="sdxl",
+    title="Stable Diffusion XL",
+    pipeline_class="StableDiffusionXLPipeline",
+    text_encoders=(
+        TextEncoderSlot(
+            "text_encoder", "tokenizer", "CLIPTextModel", "conditioner.embedders.0.transformer.", "hf", "lora_te1"
+        ),
+        TextEncoderSlot(
+            "text_encoder_2",
+            "tokenizer_2",
+            "CLIPTextModelWithProjection",
+            "conditioner.embedders.1.model.",
+            "openclip",
+            "lora_te2",
+        ),
+    ),
+    encode_tokens=encode_two_encoders,
+    predict=predict_from_text_and_sizes,
+    matches_configs=_matches_configs,
+    matches_keys=_matches_keys,
+    modelspec_architecture="stable-diffusion-xl-v1-base",
+    kohya_base="sdxl_base_v1-0",
+    resolution=lambda prediction_type: 1024,
+)

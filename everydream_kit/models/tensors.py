@@ -1,0 +1,237 @@
+"""Tensors that stay on disk until they are asked for, and a safetensors writer that holds one of them at a time.
+
+A `LazyTensor` knows its name's shape and format, and how to get its values. Files are opened as mappings from names to
+lazy tensors, converters rename and reshape lazily, and the writer pulls them through one by one: converting a model
+takes the memory of its largest tensor, not of the model.
+
+The writer is our own because safetensors' `save_file` wants all tensors in memory. Its layout is the published one:
+8 bytes of header length, a JSON header, the bytes of each tensor in header order without gaps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everydream_kit.errors import ModelError
+
+DTYPE_NAMES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+HASH_KEY = "modelspec.hash_sha256"
+"""Metadata key that the writer fills with the SHA-256 of all tensor bytes, where the metadata names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """A tensor that is read when `read` is called, and not kept."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> LazyTensor:
+        """A tensor that is in memory already."""
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.detach)
+
+    def reshaped(self, *shape: int) -> LazyTensor:
+        return LazyTensor(shape, self.dtype, lambda: self.read().reshape(shape))
+
+    def transposed(self) -> LazyTensor:
+        """A matrix with its two axes exchanged."""
+        rows, columns = self.shape
+        return LazyTensor((columns, rows), self.dtype, lambda: self.read().t().contiguous())
+
+    def rows(self, start: int, stop: int) -> LazyTensor:
+        """Rows start to stop of the first axis."""
+        shape = (stop - start, *self.shape[1:])
+        return LazyTensor(shape, self.dtype, lambda: self.read()[start:stop].clone())  # noqa: PLW0108
+
+    def cast(self, dtype: torch.dtype) -> LazyTensor:
+        """In another floating-point format; integers and booleans stay as they are."""
+        if dtype == self.dtype or not self.dtype.is_floating_point:
+            return self
+        return LazyTensor(self.shape, dtype, lambda: self.read().to(dtype))
+
+
+def concatenated(parts: list[LazyTensor]) -> LazyTensor:
+    """Several tensors joined along their first axis."""
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    return LazyTensor(shape, parts[0].dtype, lambda: torch.cat([part.read() for part in parts]))
+
+
+Tensors = dict[str, LazyTensor]
+
+
+def open_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """Open a `.safetensors` file; its header is checked against its length, no weight is read.
+
+    Returns:
+        The lazy tensors by name, and the metadata.
+
+    Raises:
+        ModelError: the file is truncated, its header lies about sizes, or it is no safetensors file at all.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        handle = safe_open(path, framework="pt", device="cpu")
+        metadata = dict(handle.metadata() or {})
+        tensors: Tensors = {}
+        for name in handle.keys():  # noqa: SIM118
+            part = handle.get_slice(name)
+            dtype = _DTYPES.get(part.get_dtype())
+            if dtype is None:
+                raise ModelError(f"{path}: tensor {name} has the format {part.get_dtype()}, which is not supported.")
+            tensors[name] = LazyTensor(tuple(part.get_shape()), dtype, _reader(handle, name))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(
+            f"{path}: not a whole safetensors file ({error}). It is damaged, or its download was cut short; "
+            f"it has {path.stat().st_size if path.exists() else 0:,} bytes. Fetch it again."
+        ) from error
+    return tensors, metadata
+
+
+def _reader(handle: Any, name: str) -> Callable[[], torch.Tensor]:
+    return lambda: handle.get_tensor(name)
+
+
+def open_pickle(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """Open a `.ckpt`, `.bin` or `.pt` file by weights-only unpickling: tensors and plain values, and nothing that runs.
+
+    Returns:
+        The tensors under `state_dict`, or of the file itself, and text values stored under `metadata`.
+
+    Raises:
+        ModelError: the file holds anything but weights, or is damaged.
+    """
+    try:
+        content = _load_weights_only(path)
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{path}: refused. It holds Python objects beside weights, and reading those can run code that somebody "
+            f"put there; nothing in it was run ({_first_line(error)}). Get the model as .safetensors."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path}: cannot be read as a checkpoint ({_first_line(error)}). Fetch it again.") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: holds a {type(content).__name__}, not a table of weights.")
+    state = content.get("state_dict", content)
+    metadata = content.get("metadata", {}) if state is not content else {}
+    if not isinstance(state, dict) or not isinstance(metadata, dict):
+        raise ModelError(f"{path}: its state_dict is no table of weights.")
+    tensors = {str(name): LazyTensor.of(value) for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return tensors, {str(key): value for key, value in metadata.items() if isinstance(value, str)}
+
+
+def _load_weights_only(path: Path) -> Any:
+    with path.open("rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    # Memory mapping works for the zip form only; the older form is read whole.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    for line in text.splitlines():
+        if "GLOBAL" in line or "Unsupported" in line:
+            return line.strip()[:200]
+    return (text.splitlines() or [type(error).__name__])[0][:200]
+
+
+def open_weights(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """Open a weight file of either kind, by its extension."""
+    return open_safetensors(path) if path.suffix == ".safetensors" else open_pickle(path)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a `.safetensors` file tensor by tensor: beside its final name, synced, then renamed, so it is whole or
+    absent.
+
+    Args:
+        path: file to write; replaced if it is there.
+        tensors: in any order; wide formats come first in the file, so that every tensor is aligned.
+        metadata: text by key. A `modelspec.hash_sha256` among the keys is filled in.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header, hash_offset = _header(names, tensors, dict(metadata or {}))
+    digest = hashlib.sha256() if hash_offset is not None else None
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            for name in names:
+                values = tensor_bytes(_checked(name, tensors[name]))
+                file.write(values)
+                if digest is not None:
+                    digest.update(values)
+            if digest is not None and hash_offset is not None:
+                file.seek(hash_offset)
+                file.write(digest.hexdigest().encode())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _checked(name: str, lazy: LazyTensor) -> torch.Tensor:
+    tensor = lazy.read()
+    if tuple(tensor.shape) != lazy.shape or tensor.dtype != lazy.dtype:
+        raise AssertionError(f"{name}: announced {lazy.shape} {lazy.dtype}, read {tuple(tensor.shape)} {tensor.dtype}")
+    return tensor
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's values, little-endian and row by row, without a copy where it lies so already."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def _header(names: list[str], tensors: Mapping[str, LazyTensor], metadata: dict[str, str]) -> tuple[bytes, int | None]:
+    """The JSON header, and where in the file the hash goes (None: no hash wanted)."""
+    placeholder = "0" * 64
+    if HASH_KEY in metadata:
+        metadata[HASH_KEY] = "0x" + placeholder
+    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for name in names:
+        lazy = tensors[name]
+        size = lazy.dtype.itemsize
+        for length in lazy.shape:
+            size *= length
+        entries[name] = {
+            "dtype": DTYPE_NAMES[lazy.dtype],
+            "shape": list(lazy.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    if HASH_KEY not in metadata:
+        return text, None
+    mark = f'"{HASH_KEY}":"0x{placeholder}"'.encode()
+    return text, 8 + text.index(mark) + len(mark) - 1 - len(placeholder)

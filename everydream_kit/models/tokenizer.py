@@ -1,0 +1,112 @@
+"""The CLIP tokenizer: the shipped vocabulary, and tokenizer folders that every version of transformers reads.
+
+All families use one byte-pair vocabulary of 49,408 tokens, shipped as its merge list (`configs/clip/`); SD 2.x and
+SDXL's second tokenizer pad with "!" instead of the end-of-text token. transformers 5 saves `tokenizer.json` alone,
+transformers 4 needs `vocab.json` and `merges.txt`: we write all three.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from everydream_kit.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+WINDOW = 77
+"""Tokens that a CLIP text encoder sees at once, start and end included."""
+
+
+def _byte_characters() -> list[str]:
+    """GPT-2's 256 printable stand-ins for bytes, in vocabulary order: printable bytes first, then the others shifted
+    up."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
+
+
+@cache
+def clip_merges() -> tuple[tuple[str, str], ...]:
+    """The 48,894 merges of CLIP's vocabulary, most frequent first."""
+    text = (files("everydream_kit") / "models/configs/clip/merges.txt").read_text(encoding="utf-8")
+    return tuple((left, right) for left, _, right in (line.partition(" ") for line in text.splitlines()[1:]))
+
+
+@cache
+def clip_vocabulary() -> dict[str, int]:
+    """Token -> id: bytes, bytes at a word's end, merges, start, end."""
+    characters = _byte_characters()
+    tokens = [*characters, *(character + "</w>" for character in characters), *map("".join, clip_merges()), START, END]
+    return {token: index for index, token in enumerate(tokens)}
+
+
+def build_tokenizer(pad_token: str = END) -> CLIPTokenizer:
+    """A CLIP tokenizer from the shipped vocabulary."""
+    from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+    return CLIPTokenizer(
+        vocab=clip_vocabulary(),
+        merges=list(clip_merges()),
+        pad_token=pad_token,
+        model_max_length=WINDOW,
+        do_lower_case=True,
+    )
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Read a tokenizer folder of any age.
+
+    Raises:
+        ModelError: the folder has no vocabulary.
+    """
+    from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+    old_form = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    if not old_form and not (folder / "tokenizer.json").is_file():
+        raise ModelError(
+            f"{folder}: no tokenizer here (vocab.json and merges.txt, or tokenizer.json). The model is incomplete."
+        )
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise ModelError(f"{folder}: the tokenizer cannot be read ({error}).") from error
+
+
+def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Write a tokenizer as Stable Diffusion's own repositories hold it, which transformers 4 and 5 read.
+
+    `tokenizer.json`, which transformers 5 would write alone, is added only where tokens were: it is four times the size
+    and slower to load.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    special = {key: str(getattr(tokenizer, key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    if len(tokenizer) > len(bpe["vocab"]):
+        tokenizer.save_pretrained(str(folder))
+        added = {token: index for token, index in tokenizer.get_added_vocab().items() if index >= len(bpe["vocab"])}
+        _write_json(folder / "added_tokens.json", added)
+    else:
+        _write_json(folder / "tokenizer_config.json", {**_TOKENIZER_CONFIG, **special})
+    _write_json(folder / "special_tokens_map.json", special)
+    _write_json(folder / "vocab.json", bpe["vocab"])
+    merges = "\n".join(" ".join(pair) for pair in bpe["merges"])
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+
+
+_TOKENIZER_CONFIG = {
+    "add_prefix_space": False,
+    "do_lower_case": True,
+    "errors": "replace",
+    "model_max_length": WINDOW,
+    "tokenizer_class": "CLIPTokenizer",
+}
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
