@@ -1,0 +1,207 @@
+"""What the model is asked to predict, and what an error costs.
+
+With a(t) = alphas_cumprod[t], x the latents and n the noise:
+
+    noisy latents    z = sqrt(a)·x + sqrt(1 - a)·n                 DDPM, arXiv 2006.11239, eq. 4
+    epsilon target   n
+    v target         v = sqrt(a)·n - sqrt(1 - a)·x                 arXiv 2202.00512, appendix D
+    sample target    x
+    SNR(t)           a / (1 - a)
+
+One and the same prediction has a squared error of epsilon that is SNR times its squared error of x, and one of v that
+is SNR + 1 times it. Weightings are therefore written once, as a weight of the x error, and divided by that factor.
+
+There is one loss for each picture to the end, in float32 whatever the model runs in; averaging over pictures,
+`loss_scale` and accumulation belong to the step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from everydream_kit.errors import ConfigError
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+MAX_DEBIASED_SNR = 1000.0
+"""Bound of the SNR in debiased estimation. It concerns the first timesteps only: SD 1.x begins at an SNR of 1176."""
+MIN_DEBIASED_SNR = 1e-3
+"""Keeps 1/sqrt(SNR) finite. SD 1.x ends at 0.0047, so this bounds no model that predicts epsilon."""
+
+
+@dataclass
+class Objective:
+    """Target, noise mixing and loss of one noise schedule and prediction type. Made by `build_objective`.
+
+    Attributes:
+        alphas_cumprod: (T,) float32.
+        prediction_type: epsilon, v_prediction or sample.
+        loss_type: mse, huber, mse_huber or huber_mse.
+        min_snr_gamma: bound of Min-SNR weighting, or None.
+        debiased_estimation: weigh by debiased estimation.
+    """
+
+    alphas_cumprod: torch.Tensor
+    prediction_type: str
+    loss_type: str = "mse"
+    min_snr_gamma: float | None = None
+    debiased_estimation: bool = False
+    _by_device: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_timesteps(self) -> int:
+        """T, the length of the noise schedule."""
+        return len(self.alphas_cumprod)
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Mix latents (B, 4, h, w) with noise at each picture's timestep (B,). Returns the type of `latents`."""
+        signal, spread = self._mixing_rates(timesteps)
+        return (signal * latents.float() + spread * noise.float()).to(latents.dtype)
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the model should predict: (B, 4, h, w) float32."""
+        if self.prediction_type == "epsilon":
+            return noise.float()
+        if self.prediction_type == "sample":
+            return latents.float()
+        signal, spread = self._mixing_rates(timesteps)
+        return signal * noise.float() - spread * latents.float()
+
+    def loss(
+        self,
+        model_pred: torch.Tensor,
+        target: torch.Tensor,
+        timesteps: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The loss of each picture, weighting included.
+
+        Args:
+            model_pred, target: (B, 4, h, w), any float type; computed in float32.
+            timesteps: (B,) int64.
+            mask: (B, 1, h, w) in 0..1, or None. The loss is the mean over the latent cells, weighed by the mask, so a
+                picture counts the same however small its masked area is; one that is masked altogether costs 0.
+
+        Returns:
+            (B,) float32.
+        """
+        share = timesteps.float() / self.num_timesteps
+        cost = _COSTS[self.loss_type]((model_pred.float() - target.float()), share.view(-1, 1, 1, 1))
+        return self.weight(timesteps) * _mean_over_cells(cost, mask)
+
+    def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """(B,) float32: the weight of each timestep. 1 unless Min-SNR or debiased estimation is on.
+
+        Min-SNR (arXiv 2303.09556, eq. 8): min(SNR, gamma), divided by SNR for epsilon and by SNR + 1 for v.
+        Debiased estimation (arXiv 2310.08442, eq. 10): 1/sqrt(SNR) for epsilon; the same weighting for v is
+        sqrt(SNR)/(SNR + 1).
+        """
+        snr = self.snr(timesteps)
+        if self.min_snr_gamma is not None:
+            return snr.clamp(max=self.min_snr_gamma) / self._weight_of_unit_error(snr)
+        if self.debiased_estimation:
+            bounded = snr.clamp(MIN_DEBIASED_SNR, MAX_DEBIASED_SNR)
+            return bounded.sqrt() / self._weight_of_unit_error(bounded)
+        return torch.ones_like(snr)
+
+    def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Signal-to-noise ratio a / (1 - a) at each timestep: (B,) float32."""
+        alphas_cumprod = self._alphas_cumprod(timesteps.device)[timesteps]
+        return alphas_cumprod / (1.0 - alphas_cumprod)
+
+    def _weight_of_unit_error(self, snr: torch.Tensor) -> torch.Tensor:
+        if self.prediction_type == "epsilon":
+            return snr
+        return snr + 1.0 if self.prediction_type == "v_prediction" else torch.ones_like(snr)
+
+    def _mixing_rates(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """sqrt(a) and sqrt(1 - a), each (B, 1, 1, 1) float32."""
+        alphas_cumprod = self._alphas_cumprod(timesteps.device)[timesteps].view(-1, 1, 1, 1)
+        return alphas_cumprod.sqrt(), (1.0 - alphas_cumprod).sqrt()
+
+    def _alphas_cumprod(self, device: torch.device) -> torch.Tensor:
+        if device not in self._by_device:
+            self._by_device[device] = self.alphas_cumprod.to(device)
+        return self._by_device[device]
+
+
+def build_objective(
+    noise_scheduler: Any,
+    prediction_type: str,
+    *,
+    loss_type: str = "mse",
+    min_snr_gamma: float | None = None,
+    debiased_estimation: bool = False,
+) -> Objective:
+    """Make the objective of a model.
+
+    Args:
+        noise_scheduler: a diffusers scheduler; only its `alphas_cumprod` is read.
+        prediction_type: epsilon, v_prediction or sample.
+
+    Raises:
+        ConfigError: an unknown name, epsilon on a zero-terminal schedule, or two weightings at once.
+    """
+    if prediction_type not in PREDICTION_TYPES:
+        raise ConfigError(f"prediction_type: must be one of {', '.join(PREDICTION_TYPES)} (got {prediction_type!r})")
+    if loss_type not in _COSTS:
+        raise ConfigError(f"loss_type: must be one of {', '.join(_COSTS)} (got {loss_type!r})")
+    if min_snr_gamma is not None and debiased_estimation:
+        raise ConfigError("min_snr_gamma, debiased_estimation: two weightings of the same thing; give one of them")
+    alphas_cumprod = noise_scheduler.alphas_cumprod.detach().to("cpu", torch.float32)
+    if prediction_type == "epsilon" and alphas_cumprod[-1] <= 0:
+        raise ConfigError(_ZERO_TERMINAL_EPSILON)
+    return Objective(alphas_cumprod, prediction_type, loss_type, min_snr_gamma, debiased_estimation)
+
+
+def rescale_zero_terminal_snr(noise_scheduler: Any, prediction_type: str) -> Any:
+    """The same scheduler with its noise schedule rescaled so that the last timestep holds no signal.
+
+    sqrt(a) is shifted so that its last value is 0 and rescaled so that its first stays (arXiv 2305.08891, algorithm 1),
+    by diffusers' own option, which is saved with the scheduler as `rescale_betas_zero_snr`.
+
+    Raises:
+        ConfigError: the model predicts epsilon, which says nothing where there is no signal.
+    """
+    if prediction_type == "epsilon":
+        raise ConfigError(_ZERO_TERMINAL_EPSILON)
+    return type(noise_scheduler).from_config(noise_scheduler.config, rescale_betas_zero_snr=True)
+
+
+_ZERO_TERMINAL_EPSILON = (
+    "enable_zero_terminal_snr: this model predicts epsilon, which is undefined at the last timestep, where nothing but "
+    "noise is left. Switch it off, or start from a v-prediction model."
+)
+
+
+def _mse(error: torch.Tensor, _share: torch.Tensor) -> torch.Tensor:
+    return error.square()
+
+
+def _huber(error: torch.Tensor, _share: torch.Tensor) -> torch.Tensor:
+    """Huber's loss with delta 1: e²/2 up to |e| = 1, then |e| - 1/2."""
+    size = error.abs()
+    return torch.where(size < 1.0, 0.5 * error.square(), size - 0.5)
+
+
+def _mse_huber(error: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """MSE at high noise, Huber at low noise: t/T of the one and 1 - t/T of the other."""
+    return share * _mse(error, share) + (1.0 - share) * _huber(error, share)
+
+
+def _huber_mse(error: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    return _mse_huber(error, 1.0 - share)
+
+
+_COSTS = {"mse": _mse, "huber": _huber, "mse_huber": _mse_huber, "huber_mse": _huber_mse}
+
+
+def _mean_over_cells(cost: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """(B, C, h, w) -> (B,), weighed by the mask (B, 1, h, w) if there is one."""
+    if mask is None:
+        return cost.mean(dim=(1, 2, 3))
+    mask = mask.float()
+    area = mask.sum(dim=(1, 2, 3))  # (B,)
+    return (cost.mean(dim=1, keepdim=True) * mask).sum(dim=(1, 2, 3)) / area.clamp(min=1e-6)

@@ -1,0 +1,79 @@
+"""Which noise level each picture is trained at.
+
+Uniform and logit-normal draws depend on the picture's own address only. Stratified draws need all pictures of an
+optimizer step: each gets one of `num_images` equal parts of the range, so a step always sees high and low noise alike.
+That takes the chance out of the step's mean loss; every picture by itself is still drawn uniformly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from everydream_kit.errors import ConfigError
+from everydream_kit.training.noise import Source, as_generator
+
+
+def draw_timesteps(
+    sources: Sequence[Source],
+    start: int,
+    end: int,
+    how: str = "uniform",
+    *,
+    positions: Sequence[int] | None = None,
+    num_images: int | None = None,
+    step_generator: Source | None = None,
+) -> torch.Tensor:
+    """Draw a timestep between start (inclusive) and end (exclusive) for each picture.
+
+    Args:
+        sources: a seed or generator for each picture.
+        start, end: bounds of the timesteps.
+        how: "uniform"; "logit_normal", the sigmoid of N(0, 1), which favours the middle (arXiv 2403.03206, section
+            3.1); or "stratified", which needs the following three.
+        positions: each picture's position in the optimizer step, from 0, counted over micro-batches and processes.
+        num_images: pictures in the optimizer step.
+        step_generator: seed or generator of the optimizer step, the same on every process.
+
+    Returns:
+        (B,) int64 on the CPU.
+
+    Raises:
+        ConfigError: start is not below end, or `how` is unknown.
+    """
+    if not start < end:
+        raise ConfigError(f"timestep_start, timestep_end: the start must be below the end (got {start} and {end})")
+    if how == "stratified":
+        if positions is None or num_images is None or step_generator is None:
+            raise ValueError("stratified timesteps need positions, num_images and step_generator")
+        fractions = _stratified_fractions(positions, num_images, as_generator(step_generator))
+    elif how in _FRACTIONS:
+        fractions = torch.stack([_FRACTIONS[how](as_generator(source)) for source in sources])
+    else:
+        raise ConfigError(f"timestep_sampling: must be uniform, logit_normal or stratified (got {how!r})")
+    # The sigmoid can round up to 1, so the last timestep is a bound here, too.
+    return (start + torch.floor(fractions * (end - start)).long()).clamp(max=end - 1)
+
+
+def _uniform_fraction(generator: torch.Generator) -> torch.Tensor:
+    return torch.rand((), generator=generator, dtype=torch.float64)
+
+
+def _logit_normal_fraction(generator: torch.Generator) -> torch.Tensor:
+    return torch.sigmoid(torch.randn((), generator=generator, dtype=torch.float64))
+
+
+_FRACTIONS = {"uniform": _uniform_fraction, "logit_normal": _logit_normal_fraction}
+
+
+def _stratified_fractions(positions: Sequence[int], num_images: int, generator: torch.Generator) -> torch.Tensor:
+    """Systematic sampling: (stratum + u) / n with one u for the step (as in arXiv 2107.00630, appendix I.1).
+
+    The strata are dealt out by a permutation, because a position says which bucket a picture is from.
+    """
+    offset = torch.rand((), generator=generator, dtype=torch.float64)
+    strata = torch.randperm(num_images, generator=generator)
+    # A filler stands past the last picture; its timestep counts for nothing.
+    own = strata[torch.tensor(positions, dtype=torch.int64) % num_images]
+    return (own + offset) / num_images
