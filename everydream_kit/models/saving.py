@@ -23,15 +23,26 @@ from everydream_kit.models.tensors import LazyTensor, Tensors, write_safetensors
 from everydream_kit.models.tokenizer import save_tokenizer
 
 
-def save_model(model: Model, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+def save_model(
+    model: Model,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    weights: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+) -> None:
     """Write a model as a diffusers folder.
 
     Args:
         folder: made if it is not there.
         dtype: of the weights; None keeps each as it is in memory.
+        weights: state dicts by component ("unet", ...) that are written in place of the live ones: a snapshot of an
+            earlier step, or averaged weights.
     """
     folder = Path(folder)
-    _write_components(files_of(model), folder, dtype)
+    files = files_of(model)
+    for name, state_dict in (weights or {}).items():
+        files.tensors[name] = live_tensors(name, state_dict)
+    _write_components(files, folder, dtype)
     for slot, tokenizer in zip(model.family.text_encoders, model.tokenizers, strict=True):
         save_tokenizer(tokenizer, folder / slot.tokenizer_folder)
 
@@ -51,7 +62,7 @@ def files_of(model: Model) -> ModelFiles:
         family=model.family,
         source=model.source,
         configs={name: _config(module) for name, module in modules.items()},
-        tensors={name: live_tensors(name, module) for name, module in modules.items()},
+        tensors={name: live_tensors(name, module.state_dict()) for name, module in modules.items()},
         tokenizers={},
         scheduler_config=scheduler_to_save(model),
         prediction_type=model.prediction_type,
@@ -59,9 +70,9 @@ def files_of(model: Model) -> ModelFiles:
     )
 
 
-def live_tensors(name: str, module: torch.nn.Module) -> Tensors:
+def live_tensors(name: str, state_dict: Mapping[str, torch.Tensor]) -> Tensors:
     """A module's weights by the names that every reader knows."""
-    state = {key: LazyTensor.of(value) for key, value in module.state_dict().items()}
+    state = {key: LazyTensor.of(value) for key, value in state_dict.items()}
     if name.startswith("text_encoder") and not any(key.startswith("text_model.") for key in state):
         state = {f"text_model.{key}": value for key, value in state.items()}
     return state
