@@ -1,0 +1,202 @@
+"""Walking a folder tree, and what its settings files say.
+
+`walk_folders` gives every folder that may hold pictures, in an order that is the same on every file system, with the
+names in it and the settings that hold there: `global.yaml` for the folder and all below it, `local.yaml` and the
+one-value files for the folder alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from everydream_kit.data.dataset import MASK_SUFFIX, Problem, printable
+from everydream_kit.data.headers import EXTENSIONS
+from everydream_kit.data.settings import (
+    ONE_VALUE_FILES,
+    PictureSettings,
+    nearest_setting,
+    parse_one_value,
+    parse_settings,
+)
+from everydream_kit.data.textfiles import TextError, read_mapping, read_text
+
+GLOBAL_FILES = ("global.yaml", "global.yml")
+LOCAL_FILES = (
+    "multiply.txt",
+    "cond_dropout.txt",
+    "flip_p.txt",
+    "local.yaml",
+    "local.yml",
+    "batch_id.txt",
+    "loss_scale.txt",
+    "shuffle_tags.txt",
+)
+"""In the order in which they are read: a later one wins, as in EveryDream 2."""
+
+SETTINGS_FILES = frozenset((*GLOBAL_FILES, *LOCAL_FILES))
+SIDECAR_EXTENSIONS = (".txt", ".caption", ".yml", ".yaml", ".json")
+"""Of files beside a picture that speak about it, in the order in which they are read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """One folder of the tree.
+
+    Attributes:
+        path: absolute.
+        relative: to the root, with `/`; "" for the root itself.
+        pictures: names of the picture files, sorted.
+        companions: names of all files that may speak about a picture: captions, settings, masks.
+        settings: of the folder and those above it.
+    """
+
+    path: str
+    relative: str
+    pictures: tuple[str, ...]
+    companions: frozenset[str]
+    settings: PictureSettings
+
+
+Report = Callable[[Problem], None]
+
+
+@dataclass(slots=True)
+class _Blocked:
+    """A settings file that cannot be understood, and the pictures that wait for it."""
+
+    path: str
+    cause: str
+    num_pictures: int = 0
+
+    def problem(self) -> Problem:
+        return Problem(
+            self.path,
+            self.cause,
+            f"Mend the file or delete it; until then its {self.num_pictures} pictures are left out.",
+        )
+
+
+def walk_folders(root: str, report: Report) -> Iterator[Folder]:
+    """Every folder with usable pictures under `root`, parents first, by name.
+
+    Names that begin with a dot are passed over. Links to folders are followed, each folder once.
+
+    Args:
+        root: absolute path of a folder.
+        report: called with each problem of a folder or a settings file.
+    """
+    blocks: list[_Blocked] = []
+    yield from _walk(root, "", PictureSettings(), None, frozenset(), blocks=blocks, report=report)
+    for block in blocks:
+        report(block.problem())
+
+
+def _walk(
+    path: str,
+    relative: str,
+    inherited: PictureSettings,
+    block: _Blocked | None,
+    above: frozenset[str],
+    *,
+    blocks: list[_Blocked],
+    report: Report,
+) -> Iterator[Folder]:
+    real = os.path.realpath(path)
+    if real in above:
+        report(
+            Problem(
+                printable(path), "a link back to a folder above it", "Nothing to do: its pictures are read once.", False
+            )
+        )
+        return
+    try:
+        files, folders = _list(path, report)
+    except OSError as error:
+        report(Problem(printable(path), f"the folder cannot be read: {error.strerror}", "Check its permissions."))
+        return
+    names = frozenset(files)
+    pictures = _pictures_of(files, names)
+    settings, block = _read_files(path, names, GLOBAL_FILES, inherited, block, blocks=blocks, report=report)
+    here, local_block = _read_files(path, names, LOCAL_FILES, settings, block, blocks=blocks, report=report)
+    if local_block is not None:
+        local_block.num_pictures += len(pictures)
+    elif pictures:
+        yield Folder(path, relative, pictures, names.difference(pictures), here)
+    del names, files, pictures
+    for name in folders:
+        below = f"{relative}/{name}" if relative else name
+        yield from _walk(os.path.join(path, name), below, settings, block, above | {real}, blocks=blocks, report=report)
+
+
+def _list(path: str, report: Report) -> tuple[list[str], list[str]]:
+    """Names of files and of folders, sorted; dead links are reported."""
+    files, folders = [], []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                folders.append(entry.name)
+            elif entry.is_file():
+                files.append(entry.name)
+            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                cause = "the link leads nowhere" if entry.is_symlink() else "not a regular file"
+                report(Problem(printable(entry.path), cause, "Put the picture itself there, or delete the entry."))
+    return sorted(files), sorted(folders)
+
+
+def _pictures_of(files: list[str], names: frozenset[str]) -> tuple[str, ...]:
+    """Names of pictures. The loss mask of a picture is none, whether masks are used or not."""
+    pictures = [name for name in files if os.path.splitext(name)[1].lower() in EXTENSIONS]
+    stems: set[str] | None = None
+    kept = []
+    for name in pictures:
+        if name.lower().endswith(MASK_SUFFIX):
+            stems = {os.path.splitext(other)[0] for other in pictures} if stems is None else stems
+            if name[: -len(MASK_SUFFIX)] in stems:
+                continue
+        kept.append(name)
+    return tuple(kept)
+
+
+def _read_files(
+    path: str,
+    names: frozenset[str],
+    wanted: tuple[str, ...],
+    settings: PictureSettings,
+    block: _Blocked | None,
+    *,
+    blocks: list[_Blocked],
+    report: Report,
+) -> tuple[PictureSettings, _Blocked | None]:
+    """Settings with those of the wanted files over them, or the first file that blocks the folder."""
+    for name in wanted:
+        if name not in names or block is not None:
+            continue
+        file = os.path.join(path, name)
+        try:
+            said = (
+                parse_one_value(name, read_text(file))
+                if name in ONE_VALUE_FILES
+                else parse_settings(read_mapping(file))
+            )
+        except TextError as error:
+            block = _Blocked(printable(file), str(error))
+        except OSError as error:
+            block = _Blocked(printable(file), f"cannot be read: {error.strerror}")
+        else:
+            settings = settings.updated(said)
+            report_unknown(said, file, report)
+            continue
+        blocks.append(block)
+    return settings, block
+
+
+def report_unknown(settings: PictureSettings, path: str, report: Report) -> None:
+    """Remark on names that no setting has."""
+    for name in settings.unknown:
+        near = nearest_setting(name)
+        cure = f"Did you mean {near}?" if near else "Take it out, or see the list of settings in docs/data.md."
+        report(Problem(printable(path), f"{printable(name)[:60]}: there is no such setting", cure, skipped=False))

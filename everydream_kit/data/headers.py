@@ -1,0 +1,181 @@
+"""Reading picture headers: size, orientation, and whether the file is whole, without decoding it.
+
+Pillow reads the header. Whether the end of the file is there is told from the format's own end mark; only a JPEG
+whose end mark is not where it should be (a phone may append a film) is decoded, at an eighth of its size. What only a
+full decode can find is found by the loader.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from PIL import Image
+
+MAX_PIXELS = 178_956_970
+"""Largest picture that is opened: Pillow's own limit against decompression bombs, twice its warning."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "MPO")
+"""Contents that are read, whatever the file's extension."""
+
+EXTENSIONS = {".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP"}
+"""What is scanned for, and the format that each extension promises."""
+
+READ_ERRORS = (
+    OSError,  # also UnidentifiedImageError, and what most plugins raise
+    SyntaxError,  # a broken header, in Pillow's older plugins
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    EOFError,
+    OverflowError,
+    ZeroDivisionError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+"""All that Pillow raises on damaged files."""
+
+
+class PictureError(ValueError):
+    """The picture cannot be trained on.
+
+    Args:
+        cause: what is wrong.
+        cure: what the person can do.
+    """
+
+    def __init__(self, cause: str, cure: str) -> None:
+        super().__init__(cause)
+        self.cause = cause
+        self.cure = cure
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Size in pixels after EXIF rotation, whether there is transparency, and a remark for the person or ""."""
+
+    width: int
+    height: int
+    has_alpha: bool
+    remark: str = ""
+
+
+def read_header(path: str) -> Header:
+    """Read a picture's header.
+
+    Raises:
+        PictureError: empty, no picture, cut off, or of an impossible size.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size == 0:
+                raise PictureError("the file is empty", "Copy or download it again, or delete it.")
+            return _inspect(file, size, os.path.splitext(path)[1].lower())
+    except Image.DecompressionBombError:
+        raise PictureError(
+            f"claims to have more than {MAX_PIXELS // 10**6} million pixels",
+            "If it is a real picture, make a smaller copy; else delete it: files like this are made to fill memory.",
+        ) from None
+    except Image.UnidentifiedImageError:
+        raise PictureError(
+            "not a picture in a format that is read, or its beginning is damaged",
+            f"Save it again as one of {', '.join(EXTENSIONS)}.",
+        ) from None
+    except READ_ERRORS as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+        raise PictureError(f"cannot be read: {reason}", "Save or download it again, or delete it.") from error
+
+
+def _inspect(file: BinaryIO, size: int, extension: str) -> Header:
+    with Image.open(file, formats=FORMATS) as image:
+        width, height = image.size
+        if width < 1 or height < 1:
+            raise PictureError(f"has no pixels ({width} x {height})", "Delete it, or save it again.")
+        if not _is_whole(image, file, size):
+            raise PictureError("the file is cut off: its end is missing", "Copy or download it again.")
+        if _is_turned(image):
+            width, height = height, width
+        has_alpha = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+        return Header(width, height, has_alpha, _remark(image, extension))
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether EXIF says that the picture lies on its side. Asked only where there is EXIF: looking costs a decode in
+    PNG."""
+    if not any(name in image.info for name in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")):
+        return False
+    try:
+        return image.getexif().get(0x0112) in (5, 6, 7, 8)
+    except READ_ERRORS:
+        return False  # damaged EXIF: viewers show the picture unturned
+
+
+def _remark(image: Image.Image, extension: str) -> str:
+    promised = EXTENSIONS.get(extension)
+    found = "JPEG" if image.format == "MPO" else image.format
+    if getattr(image, "is_animated", False) and found != "JPEG":
+        return "animated: only its first frame is trained on"
+    if promised and found != promised:
+        return f"named {extension}, but is a {found} file"
+    return ""
+
+
+def _is_whole(image: Image.Image, file: BinaryIO, size: int) -> bool:
+    """Whether the file's end is there."""
+    position = file.tell()
+    try:
+        if image.format in ("JPEG", "MPO"):
+            return _ends_with(file, size, b"\xff\xd9") or _decodes(image)
+        if image.format == "PNG":
+            return _ends_with(file, size, b"IEND\xaeB`\x82") or _png_has_end(file, size)
+        if image.format == "WEBP":
+            file.seek(4)
+            return size >= int.from_bytes(file.read(4), "little") + 8
+        if image.format == "GIF":
+            return _ends_with(file, size, b";")
+        return _bmp_has_all_rows(image, size)
+    finally:
+        file.seek(position)
+
+
+def _ends_with(file: BinaryIO, size: int, mark: bytes) -> bool:
+    """Whether the last bytes are the end mark, padding aside."""
+    file.seek(max(0, size - 64))
+    return file.read().rstrip(b"\0\r\n").endswith(mark)
+
+
+def _decodes(image: Image.Image) -> bool:
+    """Whether a JPEG can be decoded to its end, at an eighth of its size to keep memory small."""
+    image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
+    try:
+        image.load()
+    except READ_ERRORS:
+        return False
+    return True
+
+
+def _png_has_end(file: BinaryIO, size: int) -> bool:
+    """Walk over the chunks by their lengths."""
+    position = 8
+    while position + 12 <= size:
+        file.seek(position)
+        length, kind = struct.unpack(">I4s", file.read(8))
+        position += 12 + length
+        if kind == b"IEND":
+            return position <= size
+    return False
+
+
+def _bmp_has_all_rows(image: Image.Image, size: int) -> bool:
+    """Rows of an uncompressed BMP are as long as its header says; compressed ones are left to the loader."""
+    tile = image.tile[0] if image.tile else None
+    if tile is None or tile[0] != "raw":
+        return True
+    stride = tile[3][1]
+    return size >= tile[2] + stride * image.height

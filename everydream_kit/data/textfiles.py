@@ -1,0 +1,183 @@
+"""Reading the small text files that lie beside pictures: captions, one-value files, settings in YAML and JSON.
+
+People write them with every editor there is, and downloads leave anything at all. `read_text` copes with the encodings
+that Windows, macOS and Linux write and refuses what is no text. `read_mapping` reads settings from YAML or JSON without
+trusting the file: no objects, no deep nesting, no expansion, and every value stays the text that was written (so a
+caption `no` or `1984` is a caption), to be understood by whoever knows which type it should have.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MAX_TEXT_BYTES = 1 << 20
+"""A caption or settings file beyond this is something else with the wrong name."""
+
+MAX_NESTING = 8
+"""Settings need three levels: a mapping, a list of tags, a tag with its weight."""
+
+_BOMS = (
+    (b"\xef\xbb\xbf", "utf-8-sig"),
+    (b"\xff\xfe\x00\x00", "utf-32"),
+    (b"\x00\x00\xfe\xff", "utf-32"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+)
+_LOADER = getattr(yaml, "CLoader", yaml.Loader)  # only its event stream is used, which makes no objects
+
+
+class TextError(ValueError):
+    """The file is no text, or not in the format that its name says. The message is the cause."""
+
+
+def read_text(path: str | Path) -> str:
+    """Read a text file in UTF-8, UTF-16 or UTF-32 (with byte order mark), else Windows-1252.
+
+    Raises:
+        TextError: the file is too large, or is no text in any of these.
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        data = file.read(MAX_TEXT_BYTES + 1)
+    if len(data) > MAX_TEXT_BYTES:
+        raise TextError(f"larger than {MAX_TEXT_BYTES >> 20} MiB, so it is no caption or settings file")
+    encoding = next((name for bom, name in _BOMS if data.startswith(bom)), None)
+    try:
+        text = data.decode(encoding or "utf-8")
+    except UnicodeDecodeError as error:
+        if encoding is not None:
+            raise TextError(f"damaged {encoding} text at byte {error.start}") from error
+        # One byte a letter: cp1252 is what Windows wrote before UTF-8, and Latin-1 where it has letters.
+        text = data.decode("cp1252", "replace")
+    strange = next((c for c in text if (c < " " and c not in "\t\n\r\f\v") or c == "\ufffd"), None)
+    if strange is not None:
+        raise TextError(f"holds {strange!r}: it is no text in UTF-8, UTF-16 or Windows-1252")
+    return text
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """Read settings from a `.yaml`, `.yml` or `.json` file. An empty file gives no settings.
+
+    Raises:
+        TextError: not text, not YAML or JSON, no mapping at the top, or nested too deeply.
+        OSError: the file cannot be read.
+    """
+    text = read_text(path)
+    value = parse_json(text) if str(path).lower().endswith(".json") else parse_yaml(text)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise TextError(f"holds a {kind_of(value)} where settings are expected, such as `multiply: 2`")
+    return value
+
+
+def parse_json(text: str) -> Any:
+    """Read JSON; NaN and infinity are refused.
+
+    Raises:
+        TextError: not valid JSON; the message says line and column.
+    """
+    if not text.strip():
+        return None
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise TextError(f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise TextError("nested too deeply to be settings") from error
+
+
+def _refuse_constant(name: str) -> Any:
+    raise TextError(f"{name} is no number that a setting can have")
+
+
+def parse_yaml(text: str) -> Any:
+    """Read YAML into dicts, lists and the strings that were written (None for null and for nothing).
+
+    Anchors, aliases and merge keys (`<<`) work; an alias is the same object again, so nothing multiplies. Types are not
+    guessed and tags such as `!!python/object` have no effect.
+
+    Raises:
+        TextError: not valid YAML, several documents, or nested too deeply; the message says line and column.
+    """
+    try:
+        events = iter(yaml.parse(text, Loader=_LOADER))
+        return _Composer(events).document()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise TextError(f"{where}not valid YAML: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise TextError(f"not valid YAML: {str(error).splitlines()[0]}") from error
+
+
+class _Composer:
+    """Builds plain values from YAML's events. PyYAML's own composer recurses, and its C one can crash the process."""
+
+    def __init__(self, events: Iterator[yaml.Event]) -> None:
+        self._events = events
+        self._anchors: dict[str, Any] = {}
+
+    def document(self) -> Any:
+        value = None
+        num_documents = 0
+        for event in self._events:
+            if isinstance(event, yaml.DocumentStartEvent):
+                num_documents += 1
+                if num_documents > 1:
+                    raise TextError(f"line {event.start_mark.line + 1}: a second document starts with `---`; keep one")
+            elif isinstance(event, yaml.NodeEvent):
+                value = self._node(event, 0)
+        return value
+
+    def _node(self, event: yaml.Event, depth: int) -> Any:
+        if depth > MAX_NESTING:
+            raise TextError(f"line {event.start_mark.line + 1}: nested too deeply to be settings")
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in self._anchors:
+                raise TextError(f"line {event.start_mark.line + 1}: *{event.anchor} stands for nothing")
+            return self._anchors[event.anchor]
+        if isinstance(event, yaml.ScalarEvent):
+            is_null = event.style is None and event.value in ("", "~", "null", "Null", "NULL")
+            value: Any = None if is_null else event.value
+        elif isinstance(event, yaml.SequenceStartEvent):
+            value = self._sequence(depth)
+        else:
+            value = self._mapping(depth)
+        if event.anchor:
+            self._anchors[event.anchor] = value
+        return value
+
+    def _sequence(self, depth: int) -> list[Any]:
+        items = []
+        while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
+            items.append(self._node(event, depth + 1))
+        return items
+
+    def _mapping(self, depth: int) -> dict[str, Any]:
+        items: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
+        while not isinstance(event := next(self._events), yaml.MappingEndEvent):
+            key = self._node(event, depth + 1)
+            value = self._node(next(self._events), depth + 1)
+            if not isinstance(key, str):
+                raise TextError(f"line {event.start_mark.line + 1}: a name is expected, found a {kind_of(key)}")
+            if key == "<<":
+                for source in value if isinstance(value, list) else [value]:
+                    merged = {**source, **merged} if isinstance(source, dict) else merged
+            elif key in items:
+                raise TextError(f"line {event.start_mark.line + 1}: {key} is given twice")
+            else:
+                items[key] = value
+        return {**merged, **items}
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in the words of someone who wrote it in a file."""
+    kinds = {dict: "mapping", list: "list", str: "text", bool: "yes/no value", int: "number", float: "number"}
+    return "nothing" if value is None else kinds.get(type(value), type(value).__name__)
