@@ -224,9 +224,10 @@ def install(target: Target, extras: Sequence[str]) -> None:
         constraints.write_text("\n".join(pins(target, versions)) + "\n", encoding="utf-8")
         pip = [python, "-m", "pip", "install", "--constraint", str(constraints)]
         whole = f"{REPOSITORY}[{','.join(extras)}]" if extras else str(REPOSITORY)
-        with Step("Installing EveryDream Kit and what it needs (two or three minutes)") as step:
-            # Without its own metadata pip does not see torch, and would bring a second one.
-            done = "torch" in versions and step.run([*pip, "--editable", whole], may_fail=True)
+        done = False
+        if "torch" in versions:  # without its own metadata pip does not see it, and would bring a second one
+            with Step("Installing EveryDream Kit and what it needs (two or three minutes)") as step:
+                done = step.run([*pip, "--editable", whole], may_fail=True)
         if not done:
             install_around_torch(pip, extras)
     torch_after = ask(python, TORCH)
@@ -395,6 +396,7 @@ def read_stamp(prefix: str) -> set[str] | None:
 
 
 def write_stamp(prefix: str, extras: Sequence[str]) -> None:
+    """Remember that this state is installed, with these extras."""
     path = stamp_path(prefix)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"fingerprint": fingerprint(), "extras": sorted(extras)}), encoding="utf-8")
@@ -449,6 +451,7 @@ def command_line(target: Target, command: str, rest: Sequence[str]) -> list[str]
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Set up, then become the program that was asked for. Returns an exit status if there is none, or set-up failed."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if command and command not in COMMANDS:
         print(f"{command}: unknown word. Use: bash colab_setup.sh [{'|'.join(COMMANDS)}]", file=sys.stderr)

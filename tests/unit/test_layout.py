@@ -1,0 +1,210 @@
+"""Who may import whom, who may print, and what no file here may hold: read from the syntax trees.
+
+The list of rooms is the one in `docs/architecture.md`: a room imports itself and what stands above it.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+PACKAGE = REPOSITORY / "everydream_kit"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+ROOMS = [
+    *("errors", "draws", "config", "params", "workspace", "hosts", "doctor"),
+    *("data", "models", "training", "export", "jobs", "demo", "panels", "cli"),
+]
+APART = {("data", "models"), ("models", "data")}
+TORCH_FREE = ("errors", "draws", "config", "params", "workspace", "hosts")
+TORCH_IN_DATA = ("batches.py", "cache.py", "latents.py", "loader.py")
+SLOW = ("diffusers", "transformers", "peft", "bitsandbytes", "accelerate", "pytorch_optimizer", "tensorboard", "torch")
+"""Importing these takes from a half to several seconds; `torch` is listed for the rooms that must work without it."""
+LONGEST_FILE = 500
+LONG_BY_NATURE = {"config.py": "a declaration: as long as there are parameters"}
+LONGEST_FUNCTION = 80
+
+
+def name_of(path):
+    return str(path.relative_to(REPOSITORY))
+
+
+@cache
+def tree_of(path):
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_names(node, path):
+    """Absolute dotted names that an import statement names; for `from a import b` both a and a.b."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    base = node.module or ""
+    if node.level:
+        parts = path.relative_to(REPOSITORY).with_suffix("").parts
+        base = ".".join([*parts[: len(parts) - node.level], *filter(None, [base])])
+    return [base, *(f"{base}.{alias.name}" for alias in node.names)]
+
+
+def is_type_checking(node):
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+
+
+def imports(path, *, inside_functions=True, for_types=True):
+    """(line, dotted name) of every import in a file."""
+
+    def walk(node):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.Import, ast.ImportFrom)):
+                yield from ((child.lineno, name) for name in imported_names(child, path))
+            elif (is_type_checking(child) and not for_types) or (
+                isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) and not inside_functions
+            ):
+                continue
+            else:
+                yield from walk(child)
+
+    return list(walk(tree_of(path)))
+
+
+def faces(path):
+    """Whether a file is one of those that talk to people, or the start of a process."""
+    return room_of(path) in ("cli", "panels") or path.name == "__main__.py"
+
+
+def test_the_package_is_found():
+    assert len(MODULES) > 20
+    assert {room_of(path) for path in MODULES} - {"__init__", "__main__"} <= set(ROOMS)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_point_up_the_list_only(path):
+    room = room_of(path)
+    if room in ("__init__", "__main__"):  # the public names and the command's door know every room
+        return
+    wrong = []
+    for line, name in imports(path):
+        other = name.split(".")[1] if name.startswith("everydream_kit.") else None
+        if other not in ROOMS or other == room:
+            continue
+        if ROOMS.index(other) > ROOMS.index(room) or (room, other) in APART:
+            wrong.append(f"{name_of(path)}:{line} imports {name}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_panels_know_widgets(path):
+    widgets = [name for _, name in imports(path) if name.split(".")[0] in ("ipywidgets", "anywidget", "IPython")]
+    assert not widgets or room_of(path) == "panels"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_slow_packages_are_imported_where_they_are_used(path):
+    """At the top of a file they would be paid for by all who import it. Torch may be where nothing works without."""
+    needs_torch = room_of(path) in ("models", "training", "export", "demo") or path.name in TORCH_IN_DATA
+    top = [name for _, name in imports(path, inside_functions=False, for_types=False) if name.split(".")[0] in SLOW]
+    assert not [name for name in top if not (needs_torch and name.split(".")[0] == "torch")]
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if room_of(path) in TORCH_FREE], ids=name_of)
+def test_the_first_rooms_never_need_torch(path):
+    torch = [name for _, name in imports(path, for_types=False) if name.split(".")[0] == "torch"]
+    assert not torch or path.name == "draws.py"  # which makes torch generators, and imports it when one is asked for
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if room_of(path) == "data"], ids=name_of)
+def test_data_needs_torch_in_the_loader_and_the_cache_only(path):
+    torch = [name for _, name in imports(path, for_types=False) if name.split(".")[0] == "torch"]
+    assert not torch or path.name in TORCH_IN_DATA
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_the_faces_print_and_exit(path):
+    if faces(path):
+        return
+    calls = [ast.unparse(node.func) for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
+    forbidden = {"print", "exit", "quit", "sys.exit", "os._exit", "input"}
+    if name_of(path) == "everydream_kit/training/control.py":
+        forbidden -= {"os._exit"}  # the second Ctrl-C, when the first one's orderly way hangs
+    assert not forbidden & set(calls)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_no_handler_catches_everything(path):
+    """A handler that names no error hides the next bug. `BaseException` is for cleaning up, and must raise again."""
+    for node in ast.walk(tree_of(path)):
+        if not isinstance(node, ast.ExceptHandler):
+            continue
+        caught = ast.unparse(node.type) if node.type else "everything"
+        raises_again = any(isinstance(child, ast.Raise) for child in ast.walk(node))
+        assert caught not in ("everything", "Exception"), f"{name_of(path)}:{node.lineno}"
+        assert caught != "BaseException" or raises_again, f"{name_of(path)}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_files_and_functions_stay_readable(path):
+    length = len(path.read_text(encoding="utf-8").splitlines())
+    assert length <= LONGEST_FILE or path.name in LONG_BY_NATURE, f"{name_of(path)} has {length} lines"
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lines = node.end_lineno - node.lineno + 1
+            lines -= len((ast.get_docstring(node) or "").splitlines())
+            assert lines <= LONGEST_FUNCTION, f"{name_of(path)}:{node.lineno} {node.name} has {lines} lines"
+
+
+def test_importing_the_package_loads_neither_torch_nor_pydantic():
+    program = (
+        "import sys, everydream_kit; print([m for m in ('torch', 'pydantic', 'numpy', 'PIL') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert done.stdout.strip() == "[]"
+
+
+TEXTS = {".py", ".md", ".txt", ".cfg", ".toml", ".json", ".yaml", ".yml", ".sh", ".ipynb", ".js", ".css", ""}
+SKIPPED = {".git", ".venv", "build", "dist", "node_modules", "logs", "workspace", "input", "demo-run", ".edk_cache"}
+MACHINE = re.compile(
+    r"/work/(?!space)|/opt/(pypi|wheels)|/home/(?!user\b)[a-z]\w*/|/root/|/tmp/bash_jobs|file:///(?!\{)|\.pyenv/versions"
+)
+
+
+def texts():
+    """Every text file of ours: caches, environments and what runs leave behind are not."""
+    for path in sorted(REPOSITORY.rglob("*")):
+        parts = path.relative_to(REPOSITORY).parts
+        if any(part in SKIPPED or part.endswith(("cache", "cache__", ".egg-info")) for part in parts):
+            continue
+        if path.is_file() and path.suffix in TEXTS and path != Path(__file__) and path.stat().st_size < 2_000_000:
+            yield path
+
+
+def test_no_path_of_a_developers_machine_is_in_the_tree():
+    found = []
+    for path in texts():
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            if MACHINE.search(line):
+                found.append(f"{name_of(path)}:{number}: {line.strip()[:100]}")
+    assert not found
+
+
+def test_nothing_is_left_to_do_in_the_code():
+    marks = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
+    found = [
+        name_of(path) for path in texts() if path.suffix == ".py" and marks.search(path.read_text(encoding="utf-8"))
+    ]
+    assert not found
+
+
+def test_test_files_have_names_of_their_own():
+    """Without packages in `tests`, pytest confuses two files of one name."""
+    names = [path.name for path in (REPOSITORY / "tests").rglob("test_*.py")]
+    assert names
+    assert sorted(names) == sorted(set(names))
+    assert not list((REPOSITORY / "tests").rglob("__init__.py"))
