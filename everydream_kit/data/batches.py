@@ -1,0 +1,224 @@
+"""From a planned micro-batch to tensors: pixels decoded from files or moments from the latent cache, captions, weights.
+
+This runs in the loader's workers and needs no dataset: a request carries what is known of its pictures. Every draw is
+addressed by (seed, purpose, epoch, picture key, repeat). Not here: order and processes (`loader`).
+
+A picture that breaks while it is decoded becomes grey with weight 0, so that shapes stay as planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from everydream_kit import draws
+from everydream_kit.data import pixels
+from everydream_kit.data.captions import compose_caption
+from everydream_kit.data.dataset import Picture, Problem
+from everydream_kit.data.records import Batch, MicroBatch, Size
+from everydream_kit.errors import DataError
+
+if TYPE_CHECKING:
+    from everydream_kit.data.cache import LatentCache
+
+CaptionTransform = Callable[[str], str]
+"""A plug-in's change to a composed caption."""
+
+NEUTRAL_GREY = 128
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSettings:
+    """What the decoding of a micro-batch depends on, beside its addresses.
+
+    Attributes:
+        seed: of the run.
+        crop_jitter: largest share of the shorter side that a random crop takes from each side.
+        background: "#rrggbb" behind transparent pictures.
+        fixed: nothing is drawn: centre crop, no mirroring, no dropout, tags as written. For validation.
+        caption_transform, picture_transform: plug-ins; they must be picklable where workers are spawned.
+    """
+
+    seed: int
+    crop_jitter: float = 0.02
+    background: str = "#ffffff"
+    fixed: bool = False
+    caption_transform: CaptionTransform | None = None
+    picture_transform: pixels.PictureTransform | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRequest:
+    """A micro-batch and what a worker must know of its pictures, row by row."""
+
+    planned: MicroBatch
+    pictures: tuple[Picture, ...]
+    keys: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class LoadedBatch:
+    """What a worker returns: the batch, and the pictures that could not be decoded."""
+
+    batch: Batch
+    problems: list[Problem] = field(default_factory=list)
+
+    def pin_memory(self) -> LoadedBatch:
+        """Called by torch's pinning thread: page-locked memory, from which copies to the GPU do not wait."""
+        pinned = {
+            name: tensor.pin_memory()
+            for name in ("pixels", "moments", "mask", "loss_scale")
+            if (tensor := getattr(self.batch, name)) is not None
+        }
+        return LoadedBatch(replace(self.batch, **pinned), self.problems)
+
+
+def load_batch(request: BatchRequest, settings: LoadSettings, latent_cache: LatentCache | None = None) -> LoadedBatch:
+    """Load one micro-batch: pixels decoded from the files, or moments from the cache."""
+    if latent_cache is not None:
+        return _load_moments(request, settings, latent_cache)
+    rows = []
+    problems = []
+    for row, picture in enumerate(request.pictures):
+        crop = crop_for(request, row, settings)
+        try:
+            rows.append((crop, _load_row(picture, request.planned.bucket, crop, settings)))
+        except DataError as error:
+            problems.append(problem_of(picture.path, error))
+            rows.append((crop, None))
+    return LoadedBatch(_assemble_pixels(request, rows, settings), problems)
+
+
+def crop_for(request: BatchRequest, row: int, settings: LoadSettings) -> pixels.Crop:
+    """The crop of one row of a request."""
+    planned, picture = request.planned, request.pictures[row]
+    if settings.fixed:
+        return pixels.centre_crop(picture.width, picture.height, planned.bucket)
+    return pixels.draw_crop(
+        picture.width,
+        picture.height,
+        planned.bucket,
+        crop_jitter=settings.crop_jitter,
+        flip_p=picture.flip_p,
+        seed=settings.seed,
+        address=(planned.epoch, request.keys[row], planned.draws[row].repeat),
+    )
+
+
+def caption_for(request: BatchRequest, row: int, settings: LoadSettings) -> str:
+    """The text of one row of a request: drawn from alternatives, shuffled, dropped out."""
+    picture = request.pictures[row]
+    address = (request.planned.epoch, request.keys[row], request.planned.draws[row].repeat)
+    if settings.fixed:
+        caption, shuffle = replace(picture.caption, alternatives=()), False
+    elif draws.generator(settings.seed, "dropout", *address).random() < picture.cond_dropout:
+        return ""
+    else:
+        caption, shuffle = picture.caption, picture.shuffle_tags
+    text = compose_caption(caption, draws.generator(settings.seed, "caption", *address), shuffle, picture.keep_tags)
+    return text if settings.caption_transform is None else settings.caption_transform(text)
+
+
+def problem_of(path: str, error: DataError) -> Problem:
+    """What the person reads about a picture that broke while it was decoded."""
+    return Problem(path, str(error).removeprefix(f"{path}: "), "The run goes on without it.")
+
+
+def _load_row(picture: Picture, bucket: Size, crop: pixels.Crop, settings: LoadSettings) -> pixels.LoadedPixels:
+    return pixels.load_pixels(
+        picture.path,
+        bucket,
+        crop,
+        size=(picture.width, picture.height),
+        background=settings.background,
+        mask_path=picture.mask_path,
+        transform=settings.picture_transform,
+    )
+
+
+def _assemble_pixels(
+    request: BatchRequest, rows: list[tuple[pixels.Crop, pixels.LoadedPixels | None]], settings: LoadSettings
+) -> Batch:
+    """Stack decoded rows; a row that is None becomes grey with weight 0."""
+    width, height = request.planned.bucket
+    stacked = np.full((len(rows), 3, height, width), NEUTRAL_GREY, np.uint8)
+    for row, (_, loaded) in enumerate(rows):
+        if loaded is not None:
+            stacked[row] = loaded.pixels.transpose(2, 0, 1)
+    masks = [None if loaded is None else loaded.mask for _, loaded in rows]
+    broken = [loaded is None for _, loaded in rows]
+    crops = [crop for crop, _ in rows]
+    batch = _assemble(request, settings, crops, masks, broken)
+    batch.pixels = torch.from_numpy(stacked)
+    return batch
+
+
+def _load_moments(request: BatchRequest, settings: LoadSettings, cache: LatentCache) -> LoadedBatch:
+    """Look every row up in the latent cache. A picture that broke when the cache was built has weight 0."""
+    width, height = request.planned.bucket
+    stacked = torch.zeros(
+        len(request.pictures), 8, height // pixels.LATENT_CELL_PIXELS, width // pixels.LATENT_CELL_PIXELS
+    )
+    problems, crops, masks, broken = [], [], [], []
+    for row, picture in enumerate(request.pictures):
+        address = (request.planned.epoch, request.keys[row], request.planned.draws[row].repeat)
+        index = request.planned.draws[row].picture
+        crop = cache.draw_crop(index, picture, request.planned.bucket, seed=settings.seed, address=address)
+        entry = cache.find(index, request.planned.bucket, crop)
+        if entry is None:
+            problems.append(
+                Problem(picture.path, "it could not be encoded for the latent cache.", "Replace or remove it.")
+            )
+        else:
+            stacked[row] = entry.moments
+        crops.append(crop)
+        masks.append(None if entry is None or entry.mask is None else entry.mask.numpy())
+        broken.append(entry is None)
+    batch = _assemble(request, settings, crops, masks, broken)
+    batch.moments = stacked
+    return LoadedBatch(batch, problems)
+
+
+def _assemble(
+    request: BatchRequest,
+    settings: LoadSettings,
+    crops: list[pixels.Crop],
+    masks: list[np.ndarray | None],
+    broken: list[bool],
+) -> Batch:
+    """Everything of a batch but its pixels or moments."""
+    planned, pictures = request.planned, request.pictures
+    weights = [
+        0.0 if draw.filler or is_broken else picture.loss_scale
+        for draw, picture, is_broken in zip(planned.draws, pictures, broken, strict=True)
+    ]
+    return Batch(
+        planned=planned,
+        captions=[caption_for(request, row, settings) for row in range(len(pictures))],
+        loss_scale=torch.tensor(weights, dtype=torch.float32),
+        pixels=None,
+        moments=None,
+        mask=_stack_masks(masks, planned.bucket),
+        original_sizes=[(picture.width, picture.height) for picture in pictures],
+        crop_top_lefts=[
+            crop.top_left_in_bucket(picture.width, planned.bucket)
+            for crop, picture in zip(crops, pictures, strict=True)
+        ],
+        paths=[picture.path for picture in pictures],
+    )
+
+
+def _stack_masks(masks: list[np.ndarray | None], bucket: Size) -> torch.Tensor | None:
+    """(B, 1, H/8, W/8) float32; pictures without a mask count everywhere. None where no picture has one."""
+    if all(mask is None for mask in masks):
+        return None
+    shape = (len(masks), 1, bucket[1] // pixels.LATENT_CELL_PIXELS, bucket[0] // pixels.LATENT_CELL_PIXELS)
+    stacked = np.ones(shape, np.float32)
+    for row, mask in enumerate(masks):
+        if mask is not None:
+            stacked[row, 0] = mask
+    return torch.from_numpy(stacked)

@@ -1,0 +1,232 @@
+"""The torch loader: from planned micro-batches to tensors, ahead of the trainer, over the whole run.
+
+One torch `DataLoader` lives as long as the run. Its sampler walks the epochs' plans in the main process (one plan in
+memory at a time) and sends each micro-batch to a worker together with what is known of its pictures, so a worker needs
+no dataset of its own: it starts quickly, also where processes are spawned, and stays small. Workers return uint8; the
+conversion to float is the device's.
+
+Every draw is addressed by (seed, purpose, epoch, picture key, repeat), so neither the number of workers nor the step
+at which a run starts changes anything, and no global generator is read.
+
+A picture that breaks while it is decoded does not end the run: its row becomes grey with weight 0, shapes and the
+loss's divisor stay as planned (so all ranks agree and a resumed run equals an uninterrupted one), and it is listed
+once in `Loader.problems`. What such a picture would have contributed is then zero.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+from everydream_kit.data.batches import (
+    BatchRequest,
+    CaptionTransform,
+    LoadedBatch,
+    LoadSettings,
+    load_batch,
+)
+from everydream_kit.data.dataset import Dataset, Problem
+from everydream_kit.data.pixels import PictureTransform
+from everydream_kit.data.plan import PlanSettings, plan_epoch
+from everydream_kit.data.records import MicroBatch, StepBatches
+from everydream_kit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from everydream_kit.data.cache import LatentCache
+
+logger = logging.getLogger(__name__)
+
+PREFETCH_PER_WORKER = 4
+"""Micro-batches that a worker may be ahead of the trainer."""
+
+
+@dataclass(frozen=True, slots=True)
+class _StepHead:
+    """What the main process remembers of a step while its batches are in the workers."""
+
+    epoch: int
+    step: int
+    num_steps: int
+    num_images: int
+    num_batches: int
+
+
+def make_loader(
+    dataset: Dataset,
+    plan_settings: PlanSettings,
+    *,
+    seed: int,
+    start_epoch: int = 0,
+    start_step: int = 0,
+    num_epochs: int = 1,
+    rank: int = 0,
+    num_workers: int = 0,
+    crop_jitter: float = 0.02,
+    background: str = "#ffffff",
+    latent_cache: LatentCache | None = None,
+    caption_transform: CaptionTransform | None = None,
+    picture_transform: PictureTransform | None = None,
+    pin_memory: bool = False,
+    fixed: bool = False,
+) -> Loader:
+    """Make the iterator over a run's steps.
+
+    Args:
+        dataset: the pictures.
+        plan_settings: how epochs are planned.
+        seed: of the run: address of crops, mirroring and captions.
+        start_epoch, start_step: where the run (re)starts. Nothing before it is planned or loaded.
+        num_epochs: epochs of the whole run: the loader ends after epoch `num_epochs - 1`.
+        rank: which share of each micro-batch.
+        num_workers: decoding processes; 0 decodes in this one. Changes no result.
+        crop_jitter: largest share of the shorter side that a random crop takes from each side.
+        background: "#rrggbb" behind transparent pictures.
+        latent_cache: moments come from here instead of pixels from the files.
+        caption_transform: changes each composed caption (not the empty ones that dropout makes).
+        picture_transform: changes each cropped picture.
+        pin_memory: page-locked memory, where there is a GPU.
+        fixed: nothing is drawn, for validation: centre crop, no mirroring, no dropout, tags as written.
+    """
+    if latent_cache is not None:
+        _check_cache(latent_cache, dataset, fixed, picture_transform)
+    settings = LoadSettings(seed, crop_jitter, background, fixed, caption_transform, picture_transform)
+    sampler = _RunSampler(dataset, plan_settings, rank, range(start_epoch, num_epochs), start_step)
+    if latent_cache is not None and latent_cache.in_memory:
+        num_workers = 0  # a look-up costs less than passing its result between processes
+    return Loader(sampler, _BatchDecoder(settings, latent_cache), num_workers, pin_memory)
+
+
+def _check_cache(cache: LatentCache, dataset: Dataset, fixed: bool, picture_transform: PictureTransform | None) -> None:
+    """Refuse combinations in which the cache would silently give something else than what was asked for."""
+    if picture_transform is not None:
+        raise ConfigError(
+            "cache_latents, plugins: a plug-in changes pictures, cached latents would not: switch one off."
+        )
+    if cache.fixed != fixed or cache.num_pictures != len(dataset):
+        raise ConfigError(
+            f"latent_cache: built for {cache.num_pictures} pictures with fixed={cache.fixed}, "
+            f"used for {len(dataset)} with fixed={fixed}; build one for this dataset."
+        )
+
+
+class Loader(Iterator[StepBatches]):
+    """Iterates over the steps of a run. `close()` ends its workers; so does the end of the run.
+
+    Attributes:
+        problems: pictures that broke while they were decoded, each once.
+    """
+
+    def __init__(self, sampler: _RunSampler, decoder: _BatchDecoder, num_workers: int, pin_memory: bool) -> None:
+        self.problems: list[Problem] = []
+        self._known_problems: set[str] = set()
+        self._heads = sampler.heads
+        self._loader: DataLoader | None = DataLoader(
+            decoder,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=num_workers,
+            collate_fn=as_is,
+            worker_init_fn=leave_signals_to_the_parent,
+            pin_memory=pin_memory,
+            prefetch_factor=PREFETCH_PER_WORKER if num_workers else None,
+            # torch draws a seed for its workers: from here, not from the global generator
+            generator=torch.Generator().manual_seed(0),
+        )
+        self._batches: Iterator[LoadedBatch] | None = None
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> StepBatches:
+        if self._loader is None:
+            raise StopIteration
+        if self._batches is None:  # workers start when the first step is asked for
+            self._batches = iter(self._loader)
+        first = next(self._batches, None)
+        if first is None:
+            self.close()
+            raise StopIteration
+        head = self._heads.popleft()
+        loaded = [first, *(next(self._batches) for _ in range(head.num_batches - 1))]
+        for item in loaded:
+            self._note(item.problems)
+        return StepBatches(head.epoch, head.step, head.num_steps, head.num_images, [item.batch for item in loaded])
+
+    def close(self) -> None:
+        """End the workers. Iteration ends; calling it again does nothing."""
+        batches, self._batches, self._loader = self._batches, None, None
+        shutdown = getattr(batches, "_shutdown_workers", None)  # torch has no public name for it
+        if shutdown is not None:
+            shutdown()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _note(self, problems: list[Problem]) -> None:
+        for problem in problems:
+            if problem.path not in self._known_problems:
+                self._known_problems.add(problem.path)
+                self.problems.append(problem)
+                logger.warning("%s: %s %s", problem.path, problem.cause, problem.cure)
+
+
+class _RunSampler(Sampler[BatchRequest]):
+    """Walks over the plans of a run's epochs, in the main process."""
+
+    def __init__(
+        self, dataset: Dataset, plan_settings: PlanSettings, rank: int, epochs: range, start_step: int
+    ) -> None:
+        self.heads: deque[_StepHead] = deque()
+        self._dataset = dataset
+        self._plan_settings = plan_settings
+        self._rank = rank
+        self._epochs = epochs
+        self._start_step = start_step
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        for epoch in self._epochs:
+            plan = plan_epoch(self._dataset, self._plan_settings, epoch)
+            first = self._start_step if epoch == self._epochs.start else 0
+            for step in range(first, plan.num_steps):
+                batches = plan.step(step, self._rank)
+                images = plan.images_in_step(step)
+                self.heads.append(_StepHead(epoch, step, plan.num_steps, images, len(batches)))
+                for planned in batches:
+                    yield self._request(planned)
+
+    def _request(self, planned: MicroBatch) -> BatchRequest:
+        indices = [draw.picture for draw in planned.draws]
+        return BatchRequest(planned, tuple(map(self._dataset.picture, indices)), tuple(map(self._dataset.key, indices)))
+
+
+class _BatchDecoder(TorchDataset[LoadedBatch]):
+    """Makes tensors of a request. Lives in the workers; holds settings only."""
+
+    def __init__(self, settings: LoadSettings, latent_cache: LatentCache | None = None) -> None:
+        self._settings = settings
+        self._latent_cache = latent_cache
+
+    def __getitem__(self, request: BatchRequest) -> LoadedBatch:
+        return load_batch(request, self._settings, self._latent_cache)
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and a polite kill reach the whole process group, but the trainer stops, saves, then closes us."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def as_is(item: LoadedBatch) -> LoadedBatch:
+    """Nothing is left to collate: a named function, so that it can be pickled."""
+    return item
