@@ -11,9 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from everydream_kit.panels.pictures import DatasetPanel
     from everydream_kit.panels.training import TrainPanel
 
-__all__ = ["train"]
+__all__ = ["dataset", "train"]
+
+
+def dataset(project: str | Path) -> DatasetPanel:
+    """Upload, look through, caption, tag, report; problems and undo."""
+    from everydream_kit.panels.pictures import DatasetPanel
+
+    return DatasetPanel(project)
 
 
 def train(project: str | Path, **options: Any) -> TrainPanel:

@@ -88,7 +88,9 @@ def _frame(title: str, drawn: Mapping[str, Sequence[Point]], width: int, height:
     return "".join(parts)
 
 
-def bar_chart(bars: Sequence[tuple[str, float]], *, title: str, width: int = 900, row_height: int = 22) -> str:
+def bar_chart(
+    bars: Sequence[tuple[str, float]], *, title: str, width: int = 900, row_height: int = 22, label_width: int = 110
+) -> str:
     """Horizontal bars with their names and values, in the given order."""
     if not bars:
         return f'<div class="edk-empty">{html.escape(title)}: nothing to show yet</div>'
@@ -101,13 +103,17 @@ def bar_chart(bars: Sequence[tuple[str, float]], *, title: str, width: int = 900
     ]
     for number, (name, value) in enumerate(bars):
         y = 26 + row_height * number
-        length = (width - 190) * value / most
-        parts.append(f'<text class="edk-axis" x="92" y="{y + 14}" text-anchor="end">{html.escape(name)}</text>')
-        parts.append(
-            f'<rect class="edk-bar" x="100" y="{y + 4}" width="{max(2, length):.1f}" height="{row_height - 8}" rx="3"/>'
-        )
-        parts.append(f'<text class="edk-axis" x="{108 + length:.1f}" y="{y + 14}">{value:g}</text>')
+        length = (width - label_width - 70) * value / most
+        label = html.escape(_cut(name, label_width // 7))
+        parts.append(f'<text class="edk-axis" x="{label_width - 8}" y="{y + 14}" text-anchor="end">{label}</text>')
+        shape = f'x="{label_width}" y="{y + 4}" width="{max(2, length):.1f}" height="{row_height - 8}"'
+        parts.append(f'<rect class="edk-bar" {shape} rx="3"/>')
+        parts.append(f'<text class="edk-axis" x="{label_width + 8 + length:.1f}" y="{y + 14}">{value:g}</text>')
     return "".join(parts) + "</svg>"
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:

@@ -1,7 +1,7 @@
 """The panels' clock: the browser asks for news twice a second while the panel is on the page.
 
 A widget change made from a thread is not shown on Colab, and a timer in the kernel goes on after the tab is closed; so
-the tick comes from the page (a few lines of anywidget) and its callback runs where all callbacks run. Without
+the tick comes from the page (`assets/clock.js`, by anywidget) and its callback runs where all callbacks run. Without
 anywidget there is no clock: the panel then has a Refresh button, and its `watch()` is the live form.
 """
 
@@ -13,21 +13,9 @@ from typing import Any
 import ipywidgets as widgets
 import traitlets
 
-INTERVAL_MILLISECONDS = 500
+from everydream_kit.panels.look import read_asset
 
-_SCRIPT = """
-function render({ model, el }) {
-  el.style.display = "none";
-  const beat = () => {
-    if (!model.get("on")) return;
-    model.set("beats", model.get("beats") + 1);
-    model.save_changes();
-  };
-  const timer = setInterval(beat, model.get("interval"));
-  return () => clearInterval(timer);
-}
-export default { render };
-"""
+INTERVAL_MILLISECONDS = 500
 
 
 def make_clock(on_beat: Callable[[], object], *, interval_milliseconds: int = INTERVAL_MILLISECONDS) -> widgets.Widget:
@@ -54,7 +42,7 @@ def _clock_class() -> Any:
     if _cached is None:
 
         class Clock(anywidget.AnyWidget):
-            _esm = _SCRIPT
+            _esm = read_asset("clock.js")
             beats = traitlets.Int(0).tag(sync=True)
             interval = traitlets.Int(INTERVAL_MILLISECONDS).tag(sync=True)
             on = traitlets.Bool(True).tag(sync=True)

@@ -1,0 +1,99 @@
+"""Long work that a panel starts and watches, a process each: fetching a dataset, drawing, exporting, pushing.
+
+`python -m everydream_kit.panels.chores CHORE FOLDER ...` does one chore and tells about it in FOLDER/status.json as the
+trainer does, so that `jobs` can watch it. No widgets here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from everydream_kit.errors import KitError
+from everydream_kit.workspace import RunFolder
+
+
+class Told:
+    """A chore's side of `status.json`."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run = RunFolder(folder)
+        self._facts: dict[str, Any] = {"pid": os.getpid(), "host": platform.node()}
+
+    def tell(self, state: str, **facts: Any) -> None:
+        self._facts.update(facts, state=state)
+        self._run.write_status(self._facts)
+
+
+def fetch(told: Told, folder: Path, source: str) -> dict[str, Any]:
+    """Unpack an archive or download a Hub dataset below the folder."""
+    from everydream_kit.data.sources import open_source
+
+    told.tell("running", message=f"Fetching {source} …")
+    found = open_source(source, folder)
+    return {"folder": str(found), "message": f"{source} is in {found}."}
+
+
+def draw(told: Told, folder: Path, plan: str) -> dict[str, Any]:
+    """Draw the pictures of a comparison that are not there yet."""
+    from everydream_kit.panels.comparison import Comparison, draw_missing
+
+    comparison = Comparison.load(Path(plan))
+    count = draw_missing(comparison, lambda done, total: told.tell("running", step=done, num_steps=total))
+    return {"message": f"{count} pictures drawn."}
+
+
+def export(told: Told, folder: Path, checkpoint: str, out: str, precision: str) -> dict[str, Any]:
+    """Write a checkpoint as a single file."""
+    from everydream_kit.export.single_file import export_checkpoint
+
+    told.tell("running", message=f"Writing {Path(out).name} …")
+    begin = time.monotonic()
+    path = export_checkpoint(checkpoint, Path(out), precision=precision)
+    megabytes = path.stat().st_size / 1e6
+    return {"path": str(path), "message": f"{path} is written: {megabytes:.0f} MB in {time.monotonic() - begin:.0f} s."}
+
+
+def push(told: Told, folder: Path, source: str, repo_id: str, options: str) -> dict[str, Any]:
+    """Upload a run or checkpoint to the Hub."""
+    from everydream_kit.export.hub import push_to_hub
+
+    told.tell("running", message=f"Uploading to {repo_id} …")
+    url = push_to_hub(source, repo_id, **json.loads(options))
+    return {"url": str(url), "message": f"Pushed to {url}"}
+
+
+CHORES: dict[str, Callable[..., dict[str, Any]]] = {"fetch": fetch, "draw": draw, "export": export, "push": push}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Do one chore; its error goes to the status in words, with the traceback of a bug to the log."""
+    name, folder, *rest = arguments
+    told = Told(Path(folder))
+    told.tell("starting", message="Starting …")
+    try:
+        facts = CHORES[name](told, Path(folder), *rest)
+    except KitError as error:
+        told.tell("failed", message=str(error))
+        return 1
+    told.tell("finished", **facts)
+    return 0
+
+
+def unpack_archive(archive: Path, target: Path) -> int:
+    """Unpack an uploaded archive into a folder, safely. Returns the number of files."""
+    from everydream_kit.data.sources import unpack
+
+    unpack(archive, target)
+    return sum(1 for path in target.rglob("*") if path.is_file())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

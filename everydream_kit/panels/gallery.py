@@ -1,0 +1,168 @@
+"""A page of pictures with captions that are edited in place. Twelve cards are made once and filled again for each page.
+
+So a dataset of five thousand pictures costs the page no more than one of twelve. A caption is written to its file when
+the field is left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import ipywidgets as widgets
+
+from everydream_kit.errors import DataError
+from everydream_kit.panels import look
+from everydream_kit.panels.album import Album
+from everydream_kit.panels.shots import thumbnail
+
+PAGE = 12
+THUMBNAIL_SIDE = 260
+
+
+class Card:
+    """One picture: thumbnail, name with a check box, caption."""
+
+    def __init__(self, on_caption: Callable[[int, str], None], on_choose: Callable[[int, bool], None]) -> None:
+        self.index: int | None = None
+        self._on_caption, self._on_choose = on_caption, on_choose
+        self._quiet = False
+        self.image = widgets.Image(format="jpeg")
+        self.image.add_class("edk-thumb")
+        self.check = widgets.Checkbox(indent=False, layout=widgets.Layout(width="auto", margin="0 8px"))
+        self.text = widgets.Textarea(continuous_update=False, layout=widgets.Layout(width="auto", height="76px"))
+        self.note = widgets.HTML()
+        self.text.observe(self._take_text, "value")
+        self.check.observe(self._take_check, "value")
+        self.box = widgets.VBox([self.image, self.check, self.text, self.note])
+        self.box.add_class("edk-card")
+
+    def show(self, album: Album, index: int | None, *, chosen: bool = False) -> None:
+        """Fill the card with a picture, or hide it."""
+        self._quiet = True
+        self.index = index
+        self.box.layout.display = "" if index is not None else "none"
+        if index is not None:
+            name, lock = album.name(index), album.locked_by(index)
+            self.image.value = thumbnail(album.path(index), THUMBNAIL_SIDE)
+            self.check.description = name
+            self.check.value = chosen
+            self.text.description = f"Caption of {name}"
+            self.text.value = album.caption(index)
+            self.text.disabled = bool(lock)
+            self.note.value = f'<div class="edk-hint">in {lock}</div>' if lock else ""
+        self._mark()
+        self._quiet = False
+
+    def _mark(self) -> None:
+        (self.box.add_class if self.check.value else self.box.remove_class)("edk-chosen")
+
+    def _take_text(self, change: dict[str, Any]) -> None:
+        if not self._quiet and self.index is not None:
+            self._on_caption(self.index, change["new"])
+
+    def _take_check(self, change: dict[str, Any]) -> None:
+        if not self._quiet and self.index is not None:
+            self._mark()
+            self._on_choose(self.index, change["new"])
+
+
+class Gallery:
+    """Search, pages, selection.
+
+    Attributes:
+        chosen: indices of the selected pictures, on whatever page.
+        found: indices that the search found, in order.
+        tools: place for what is done with the selection.
+    """
+
+    def __init__(self, album: Album, say: Callable[[str, look.Tone], None], on_edit: Callable[[], None]) -> None:
+        self.album, self._say, self._on_edit = album, say, on_edit
+        self.chosen: set[int] = set()
+        self.found: list[int] = []
+        self.search = widgets.Text(
+            placeholder="words in captions and names; -word leaves out",
+            description="Search",
+            continuous_update=False,
+            style={"description_width": "56px"},
+            layout=widgets.Layout(width="380px"),
+        )
+        self.page = widgets.BoundedIntText(
+            value=1, min=1, max=1, description="Page",
+            style={"description_width": "36px"}, layout=widgets.Layout(width="110px"),
+        )  # fmt: skip
+        self.previous, self.next = look.button("‹ Back"), look.button("Next ›")
+        self.count, self.selection = widgets.HTML(), widgets.HTML()
+        self.choose_page, self.choose_found = look.button("Select page"), look.button("Select all found")
+        self.choose_none = look.button("Select none")
+        self.cards = [Card(self._write_caption, self._choose) for _ in range(PAGE)]
+        self.grid = widgets.GridBox([card.box for card in self.cards])
+        self.grid.add_class("edk-cards")
+        self.tools = widgets.VBox()
+        self._connect()
+        self.box = look.column(
+            look.row(self.search, self.previous, self.page, self.next, self.count),
+            look.row(self.choose_page, self.choose_found, self.choose_none, self.selection),
+            self.tools,
+            self.grid,
+        )
+        self.update()
+
+    def update(self) -> None:
+        """Search again and fill the page, after a change of the album."""
+        self.chosen = {index for index in self.chosen if index < len(self.album)}
+        self.found = self.album.search(self.search.value)
+        self.page.max = max(1, math.ceil(len(self.found) / PAGE))
+        self._fill()
+
+    @property
+    def shown(self) -> list[int]:
+        """Indices on this page."""
+        start = (self.page.value - 1) * PAGE
+        return self.found[start : start + PAGE]
+
+    def _connect(self) -> None:
+        self.search.observe(lambda _: self._search(), "value")
+        self.page.observe(lambda _: self._fill(), "value")
+        self.previous.on_click(lambda _: self._turn(-1))
+        self.next.on_click(lambda _: self._turn(1))
+        self.choose_page.on_click(lambda _: self._select(self.chosen | set(self.shown)))
+        self.choose_found.on_click(lambda _: self._select(self.chosen | set(self.found)))
+        self.choose_none.on_click(lambda _: self._select(set()))
+
+    def _search(self) -> None:
+        self.page.value = 1
+        self.update()
+
+    def _turn(self, by: int) -> None:
+        self.page.value = min(self.page.max, max(1, self.page.value + by))
+
+    def _select(self, indices: set[int]) -> None:
+        self.chosen = indices
+        self._fill()
+
+    def _fill(self) -> None:
+        shown = [*self.shown, *([None] * PAGE)][:PAGE]
+        for card, index in zip(self.cards, shown, strict=True):
+            card.show(self.album, index, chosen=index in self.chosen)
+        self.count.value = f'<span class="edk-hint">of {self.page.max} · {len(self.found):,} pictures</span>'
+        self.previous.disabled = self.page.value <= 1
+        self.next.disabled = self.page.value >= self.page.max
+        self._tell_selection()
+
+    def _tell_selection(self) -> None:
+        self.selection.value = f'<span class="edk-hint">{len(self.chosen):,} selected</span>'
+
+    def _choose(self, index: int, chosen: bool) -> None:
+        (self.chosen.add if chosen else self.chosen.discard)(index)
+        self._tell_selection()
+
+    def _write_caption(self, index: int, text: str) -> None:
+        try:
+            self.album.set_caption(index, text)
+        except (DataError, OSError) as error:
+            self._say(str(error), "bad")
+            return
+        self._say(f"Caption of {self.album.name(index)} written.", "good")
+        self._on_edit()
