@@ -1,0 +1,104 @@
+"""Reading the two side files of a run, `optimizer.json` and `validation.json`, as strictly as the main settings.
+
+Both are EveryDream 2's formats: documentation under "doc" or "documentation" is allowed, everything else must be known.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from everydream_kit.errors import ConfigError
+
+DOCUMENTATION = ("doc", "documentation")
+
+
+class Section(BaseModel):
+    """Base of every section of a side file."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def read_section(source: str | Path | dict[str, Any] | None, schema: type[SectionT], setting: str) -> SectionT:
+    """Read and check one side file.
+
+    Args:
+        source: path of a JSON file, the object itself, or None for the defaults.
+        schema: what it should look like.
+        setting: the parameter that names it, for messages.
+
+    Raises:
+        ConfigError: no such file, not JSON, an unknown name or a wrong value. All problems at once, one a line.
+    """
+    values = _object(source, setting)
+    values = {name: value for name, value in values.items() if name not in DOCUMENTATION}
+    try:
+        text = json.dumps(values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{setting}: holds something that JSON cannot hold: {error}") from error
+    try:
+        return schema.model_validate_json(text)
+    except ValidationError as error:
+        where = f" ({source})" if isinstance(source, str | Path) else ""
+        lines = dict.fromkeys(_describe(problem, schema, setting) for problem in error.errors())
+        raise ConfigError("\n".join(line + where for line in lines)) from None
+
+
+def _object(source: str | Path | dict[str, Any] | None, setting: str) -> dict[str, Any]:
+    if source is None:
+        return {}
+    if isinstance(source, dict):
+        return source
+    path = Path(source)
+    if not path.is_file():
+        raise ConfigError(f"{setting}: there is no file {path}. Give the path of a JSON file, or leave it out.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{setting}: {path} is not a text file in UTF-8 (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{setting}: {path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
+        ) from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{setting}: {path} holds a JSON {type(values).__name__}, but an object {{...}} is needed")
+    return values
+
+
+def _describe(problem: Any, schema: type[Section], setting: str) -> str:
+    place = [str(part) for part in problem["loc"]]
+    name = ".".join([setting, *place])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(place[-1].lower(), _names_beside(schema, place), n=1)
+        return f"{name}: unknown setting" + (f"; did you mean {near[0]}?" if near else "")
+    if problem["type"] == "value_error":
+        return f"{name}: {problem['ctx']['error']}"
+    message = problem["msg"].replace("Input should be", "must be").replace("Value should", "must")
+    return f"{name}: {message} (got {problem['input']!r})"
+
+
+def _names_beside(schema: type[BaseModel], place: list[str]) -> list[str]:
+    """The names allowed in the section that the last part of `place` stands in."""
+    for part in place[:-1]:
+        field = schema.model_fields.get(part)
+        candidates = [field.annotation] if field is not None else []
+        candidates += list(getattr(candidates[0], "__args__", ())) if candidates else []
+        sections = [one for one in candidates if isinstance(one, type) and issubclass(one, BaseModel)]
+        if not sections:
+            return []
+        schema = sections[0]
+    return list(schema.model_fields)

@@ -1,0 +1,303 @@
+"""Optimizers by name, and one optimizer for all parts that are trained.
+
+torch's own where it has one, bitsandbytes for 8-bit states, pytorch_optimizer for the rest; any other class by its
+`module.Class`. The settings come from `optimizer_config`; the learning rate of each step from `schedules`, which writes
+it into the groups. Each group carries the `name` of its part and its `peak_lr`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from everydream_kit.errors import ConfigError
+from everydream_kit.training.optimizer_config import (
+    DEFAULT_WEIGHT_DECAY,
+    OptimizerConfig,
+    PartSettings,
+    load_optimizer_config,
+    part_settings,
+)
+
+if TYPE_CHECKING:
+    from everydream_kit.training.parameters import TrainedPart
+
+__all__ = [
+    "CombinedOptimizer",
+    "OptimizerConfig",
+    "PartSettings",
+    "build_optimizer",
+    "build_optimizer_for_parts",
+    "default_optimizer_name",
+    "load_optimizer_config",
+    "part_settings",
+]
+
+logger = logging.getLogger(__name__)
+
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """One name in the table.
+
+    Attributes:
+        path: `module.Class`.
+        fixed: keyword arguments that differ from the class's defaults.
+        takes_epsilon: False where its `eps` means something else than a number added to a denominator.
+        finds_own_rate: `lr` is a factor on a rate that it finds itself; 1 is normal.
+        by_parameter: each parameter's update depends on that parameter alone, so it may be stepped by itself.
+        substitute: what is used where the library is missing.
+        unpaged: what is used on a CPU, for the paged ones.
+    """
+
+    path: str
+    fixed: dict[str, Any] = field(default_factory=dict)
+    takes_epsilon: bool = True
+    finds_own_rate: bool = False
+    by_parameter: bool = True
+    substitute: str | None = None
+    unpaged: str | None = None
+
+
+def _own_rate(path: str, **fixed: Any) -> OptimizerKind:
+    return OptimizerKind(path, fixed, finds_own_rate=True, by_parameter=False)
+
+
+OPTIMIZERS: dict[str, OptimizerKind] = {
+    "adamw": OptimizerKind("torch.optim.AdamW"),
+    "adam": OptimizerKind("torch.optim.Adam"),
+    "radam": OptimizerKind("torch.optim.RAdam", {"decoupled_weight_decay": True}),
+    "nadam": OptimizerKind("torch.optim.NAdam", {"decoupled_weight_decay": True}),
+    "adafactor": OptimizerKind("torch.optim.Adafactor", takes_epsilon=False),
+    "sgd": OptimizerKind("torch.optim.SGD", {"momentum": 0.9}),
+    "adamw8bit": OptimizerKind("bitsandbytes.optim.AdamW8bit", substitute="adamw"),
+    "pagedadamw": OptimizerKind("bitsandbytes.optim.PagedAdamW32bit", substitute="adamw", unpaged="adamw"),
+    "pagedadamw8bit": OptimizerKind("bitsandbytes.optim.PagedAdamW8bit", substitute="adamw", unpaged="adamw8bit"),
+    "ademamix8bit": OptimizerKind("bitsandbytes.optim.AdEMAMix8bit", substitute="adamw"),
+    "lion8bit": OptimizerKind("bitsandbytes.optim.Lion8bit", substitute="lion"),
+    "pagedlion8bit": OptimizerKind("bitsandbytes.optim.PagedLion8bit", substitute="lion", unpaged="lion8bit"),
+    "lion": OptimizerKind("pytorch_optimizer.Lion"),
+    "adan": OptimizerKind("pytorch_optimizer.Adan"),
+    "came": OptimizerKind("pytorch_optimizer.CAME"),
+    "adopt": OptimizerKind("pytorch_optimizer.ADOPT"),
+    "prodigy": _own_rate("pytorch_optimizer.Prodigy"),
+    "dadaptadam": _own_rate("pytorch_optimizer.DAdaptAdam", weight_decouple=True),
+    "dadaptlion": _own_rate("pytorch_optimizer.DAdaptLion", weight_decouple=True),
+    "dadaptsgd": _own_rate("pytorch_optimizer.DAdaptSGD", weight_decouple=True),
+    "dowg": _own_rate("everydream_kit.training.dowg.DoWG"),
+}
+"""Names are compared without case, `_` and `-`: `dadapt_adam` and `AdamW8bit` are known."""
+
+FUSED_DEVICES = ("cpu", "cuda")
+
+
+def default_optimizer_name(device_type: str) -> str:
+    """bitsandbytes' 8-bit AdamW on a CUDA GPU; AdamW elsewhere, where 8 bits cost much time and save little."""
+    return "adamw8bit" if device_type == "cuda" else "adamw"
+
+
+def build_optimizer(
+    name: str,
+    param_groups: Iterable[Group] | Iterable[torch.Tensor],
+    *,
+    lr: float,
+    betas: Sequence[float] | None = None,
+    eps: float | None = None,
+    weight_decay: float = DEFAULT_WEIGHT_DECAY,
+    device_type: str = "cpu",
+    **kwargs: Any,
+) -> torch.optim.Optimizer:
+    """Make one optimizer.
+
+    Args:
+        name: a name of the table, or `module.Class`.
+        param_groups: as torch's optimizers take them; a group may give its own lr, betas, eps and weight_decay.
+        lr, betas, eps, weight_decay: for groups that have none of their own. betas and eps None: the class's default.
+        device_type: where the parameters live.
+        **kwargs: further keyword arguments of the class.
+
+    Raises:
+        ConfigError: an unknown name, a class that cannot be imported, or an argument that it does not take.
+    """
+    kind, optimizer_class = _find(name, device_type)
+    common = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+    options = {**kind.fixed, **_translate(kwargs, optimizer_class)}
+    _refuse_unknown(options, optimizer_class, name)
+    groups = [dict(group) if isinstance(group, dict) else {"params": [group]} for group in param_groups]
+    for group in groups:
+        own = {key: group.pop(key, value) for key, value in common.items()}
+        group.update(_accepted(own, optimizer_class, kind, name))
+        group.setdefault("lr", lr)
+    for key in _fast_paths(optimizer_class, device_type):
+        options.setdefault(key, True)
+    if kind.finds_own_rate and any(0 < group["lr"] < 0.01 for group in groups):
+        logger.warning("%s finds its own learning rate and lr is a factor on it: 1.0 is normal (got %g).", name, lr)
+    return optimizer_class(groups, lr=lr, **options)
+
+
+def build_optimizer_for_parts(
+    parts: Sequence[TrainedPart], settings: Sequence[PartSettings], *, device_type: str = "cpu"
+) -> torch.optim.Optimizer | CombinedOptimizer:
+    """Make the optimizer of everything that is trained: one group for each part.
+
+    Parts with the same optimizer share one; otherwise there are several behind one face.
+
+    Args:
+        parts: what is trained, from `select_parameters`.
+        settings: for each part, in the same order.
+
+    Raises:
+        ConfigError: as `build_optimizer`.
+    """
+    bundles: dict[Any, list[tuple[Group, PartSettings]]] = {}
+    for part, how in zip(parts, settings, strict=True):
+        key = (_plain(how.optimizer), repr(sorted(how.kwargs.items())))
+        bundles.setdefault(key, []).append((part_group(part, how), how))
+    optimizers = []
+    for bundle in bundles.values():
+        how = bundle[0][1]
+        groups = [group for group, _ in bundle]
+        optimizers.append(build_optimizer(how.optimizer, groups, lr=how.lr, device_type=device_type, **how.kwargs))
+    return optimizers[0] if len(optimizers) == 1 else CombinedOptimizer(optimizers)
+
+
+def part_group(part: TrainedPart, how: PartSettings) -> Group:
+    """The group of one part: its parameters, name, peak rate and own settings."""
+    return {
+        "params": [parameter for _, parameter in part.parameters],
+        "name": part.name,
+        "peak_lr": how.lr,
+        "lr": how.lr,
+        "betas": how.betas,
+        "eps": how.eps,
+        "weight_decay": how.weight_decay,
+    }
+
+
+def may_step_by_parameter(name: str) -> bool:
+    """Whether each parameter's update depends on that parameter alone (needed for the fused backward)."""
+    kind = OPTIMIZERS.get(_plain(name))
+    return kind is not None and kind.by_parameter
+
+
+class CombinedOptimizer:
+    """Several optimizers that step as one. Has what a training loop and a GradScaler use of torch's Optimizer."""
+
+    def __init__(self, optimizers: Sequence[Any]) -> None:
+        self.optimizers = list(optimizers)
+
+    @property
+    def param_groups(self) -> list[Group]:
+        """The groups of all of them; setting a group's lr works."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[torch.Tensor, Any]:
+        return {key: value for optimizer in self.optimizers for key, value in optimizer.state.items()}
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for optimizer, one in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(one)
+
+
+def _plain(name: str) -> str:
+    return name if "." in name else name.lower().replace("_", "").replace("-", "")
+
+
+def _find(name: str, device_type: str) -> tuple[OptimizerKind, Any]:
+    """The kind and class of a name, or of what stands in for it, with a warning."""
+    if "." in name:
+        return OptimizerKind(name, by_parameter=False), _import(name)
+    kind = OPTIMIZERS.get(_plain(name))
+    if kind is None:
+        near = difflib.get_close_matches(_plain(name), OPTIMIZERS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f". Known: {', '.join(OPTIMIZERS)}, or module.Class."
+        raise ConfigError(f"optimizer: unknown name {name!r}{hint}")
+    if kind.unpaged is not None and device_type == "cpu":
+        logger.warning("optimizer %s: there is nothing to page on a CPU; %s is used instead.", name, kind.unpaged)
+        return _find(kind.unpaged, device_type)
+    try:
+        return kind, _import(kind.path)
+    except ConfigError as error:
+        if kind.substitute is None:
+            raise
+        logger.warning("optimizer %s: %s %s is used instead; it needs more memory.", name, error, kind.substitute)
+        return _find(kind.substitute, device_type)
+
+
+def _import(path: str) -> Any:
+    module_name, _, class_name = path.rpartition(".")
+    try:
+        optimizer_class = getattr(importlib.import_module(module_name), class_name, None)
+    except ImportError as error:
+        raise ConfigError(f"{path} cannot be imported ({error}). Install the package that holds it.") from error
+    if not (inspect.isclass(optimizer_class) and issubclass(optimizer_class, torch.optim.Optimizer)):
+        raise ConfigError(f"optimizer: {path} is not a class of torch optimizers")
+    return optimizer_class
+
+
+def _arguments(optimizer_class: Any) -> dict[str, inspect.Parameter]:
+    """Named arguments; a **kwargs that swallows misspelt names does not count."""
+    parameters = inspect.signature(optimizer_class.__init__).parameters
+    return {key: one for key, one in parameters.items() if one.kind is not one.VAR_KEYWORD and key != "self"}
+
+
+def _translate(kwargs: dict[str, Any], optimizer_class: Any) -> dict[str, Any]:
+    """EveryDream 2's `decouple` by the name that the class has for it."""
+    decouple = "weight_decouple" if "weight_decouple" in _arguments(optimizer_class) else "decouple"
+    return {decouple if key == "decouple" else key: value for key, value in kwargs.items()}
+
+
+def _refuse_unknown(options: dict[str, Any], optimizer_class: Any, name: str) -> None:
+    known = _arguments(optimizer_class)
+    problems = []
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            problems.append(f"optimizer {name}: takes no {key}" + (f"; did you mean {near[0]}?" if near else ""))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _accepted(common: dict[str, Any], optimizer_class: Any, kind: OptimizerKind, name: str) -> dict[str, Any]:
+    """Those of betas, eps and weight_decay that were given and that the class takes."""
+    known = _arguments(optimizer_class)
+    accepted = {key: value for key, value in common.items() if value is not None and key in known}
+    if not kind.takes_epsilon:
+        accepted.pop("eps", None)
+    if "betas" in accepted:
+        usual = known["betas"].default
+        if isinstance(usual, tuple) and len(usual) != len(accepted["betas"]):
+            raise ConfigError(f"optimizer {name}: betas are {len(usual)} numbers (got {list(accepted['betas'])})")
+        accepted["betas"] = tuple(accepted["betas"])
+    return accepted
+
+
+def _fast_paths(optimizer_class: Any, device_type: str) -> tuple[str, ...]:
+    """torch's fused implementation where there is one for this device, else foreach; elsewhere the library's choice."""
+    if not optimizer_class.__module__.startswith("torch.optim"):
+        return ()
+    known = _arguments(optimizer_class)
+    if "fused" in known and device_type in FUSED_DEVICES:
+        return ("fused",)
+    return ("foreach",) if "foreach" in known else ()
