@@ -84,7 +84,7 @@ def make_loader(
         plan_settings: how epochs are planned.
         seed: of the run: address of crops, mirroring and captions.
         start_epoch, start_step: where the run (re)starts. Nothing before it is planned or loaded.
-        num_epochs: epochs of the whole run: the loader ends after epoch `num_epochs - 1`.
+        num_epochs: how many epochs, `start_epoch` (or what is left of it) included.
         rank: which share of each micro-batch.
         num_workers: decoding processes; 0 decodes in this one. Changes no result.
         crop_jitter: largest share of the shorter side that a random crop takes from each side.
@@ -98,7 +98,7 @@ def make_loader(
     if latent_cache is not None:
         _check_cache(latent_cache, dataset, fixed, picture_transform)
     settings = LoadSettings(seed, crop_jitter, background, fixed, caption_transform, picture_transform)
-    sampler = _RunSampler(dataset, plan_settings, rank, range(start_epoch, num_epochs), start_step)
+    sampler = _RunSampler(dataset, plan_settings, rank, range(start_epoch, start_epoch + num_epochs), start_step)
     if latent_cache is not None and latent_cache.in_memory:
         num_workers = 0  # a look-up costs less than passing its result between processes
     return Loader(sampler, _BatchDecoder(settings, latent_cache), num_workers, pin_memory)

@@ -1,0 +1,107 @@
+"""How much room the latent cache takes, foretold before anything is encoded, and how much there is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from everydream_kit.data.dataset import Dataset
+from everydream_kit.data.pixels import LATENT_CELL_PIXELS
+from everydream_kit.data.plan import PlanSettings, possible_buckets
+from everydream_kit.data.records import Size
+from everydream_kit.errors import DiskSpaceError
+
+CacheMode = Literal["off", "memory", "disk"]
+
+MOMENT_CHANNELS = 8
+BYTES_PER_VALUE = 2
+"""float16: the moments of SD's VAEs stay within ±30, and its rounding is far below the posterior's own noise."""
+
+HEADER_BYTES = 128
+"""Of one tensor in a shard's header, generously."""
+
+
+def possible_flips(flip_p: float) -> tuple[bool, ...]:
+    """What mirroring can come out as."""
+    if flip_p <= 0:
+        return (False,)
+    return (True,) if flip_p >= 1 else (False, True)
+
+
+def entry_bytes(bucket: Size, has_mask: bool) -> int:
+    """Size of one entry, with its line in the shard's header."""
+    cells = bucket[0] * bucket[1] // LATENT_CELL_PIXELS**2
+    return cells * (MOMENT_CHANNELS * BYTES_PER_VALUE + has_mask) + HEADER_BYTES * (1 + has_mask)
+
+
+def foretell_bytes(dataset: Dataset, plan_settings: PlanSettings, *, variants: int = 4, fixed: bool = False) -> int:
+    """Most bytes that the cache of a dataset can take. Equal crops and duplicate pictures take them once only."""
+    total = 0
+    for index, bucket in possible_buckets(dataset, plan_settings):
+        picture = dataset.picture(index)
+        crops = 1 if fixed else variants * len(possible_flips(picture.flip_p))
+        total += crops * entry_bytes(bucket, picture.mask_path is not None)
+    return total
+
+
+def choose_cache_mode(
+    needed_bytes: int,
+    folder: Path,
+    *,
+    free_memory_bytes: int | None = None,
+    free_disk_bytes: int | None = None,
+) -> CacheMode:
+    """What `cache_latents: auto` means here: memory up to a quarter of what is free, disk up to half, else off.
+
+    Args:
+        needed_bytes: what `foretell_bytes` says.
+        folder: where the disk cache would be.
+        free_memory_bytes, free_disk_bytes: measured unless given.
+    """
+    memory = free_memory() if free_memory_bytes is None else free_memory_bytes
+    if needed_bytes <= memory / 4:
+        return "memory"
+    disk = free_disk(folder) if free_disk_bytes is None else free_disk_bytes
+    return "disk" if needed_bytes <= disk / 2 else "off"
+
+
+def free_memory() -> int:
+    """Bytes of memory that this process can still take: the machine's, or the container's where that is less."""
+    available = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    try:
+        return min(available, int(limit.read_text()) - int(used.read_text()))
+    except (OSError, ValueError):  # no container, or "max"
+        return available
+
+
+def free_disk(folder: Path) -> int:
+    """Free bytes on the disk that a folder is on, or will be on."""
+    folder = Path(os.path.abspath(folder))
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def check_room(folder: Path, entries: Iterable[tuple[Size, bool]]) -> None:
+    """Refuse to start what would not fit.
+
+    Args:
+        folder: of the cache.
+        entries: bucket of each entry that is to be written, and whether it has a mask.
+
+    Raises:
+        DiskSpaceError: the disk has not enough room.
+    """
+    needed = sum(entry_bytes(bucket, has_mask) for bucket, has_mask in entries)
+    free = free_disk(folder)
+    if needed > free:
+        raise DiskSpaceError(
+            f"{folder}: the latent cache needs {needed / 2**30:.1f} GiB more and the disk has {free / 2**30:.1f} GiB "
+            f"free. Lower cache_variants, set latent_cache_dir to a larger disk, or set cache_latents to off."
+        )

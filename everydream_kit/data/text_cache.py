@@ -1,0 +1,86 @@
+"""What a frozen text encoder makes of each caption, remembered.
+
+Worth its memory where captions repeat: the text encoder is frozen and captions are not shuffled. `captions_vary` says
+whether they are; the cache is right either way, because it is keyed by the text itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from everydream_kit.data.cache_room import free_memory
+from everydream_kit.data.dataset import Dataset
+
+Encoded = TypeVar("Encoded")
+"""A dataclass whose fields are tensors with the captions along the first dimension, or None."""
+
+MEMORY_SHARE = 0.25
+"""Of what is free when the cache is made: the most it takes unless told otherwise."""
+
+
+class TextCache(Generic[Encoded]):
+    """Encodes captions, each only once as long as there is room.
+
+    A caption is encoded alone, so that what is remembered does not depend on its neighbours. Where the captions of one
+    batch come out at different lengths (long prompts in several chunks), the batch is encoded as a whole instead.
+    """
+
+    def __init__(self, encode: Callable[[list[str]], Encoded], max_bytes: int | None = None) -> None:
+        """Make an empty cache.
+
+        Args:
+            encode: the text encoder: captions -> dataclass of tensors with one row for each.
+            max_bytes: nothing is added beyond this; by default a quarter of the memory that is free now.
+        """
+        self._encode = encode
+        self._max_bytes = int(free_memory() * MEMORY_SHARE) if max_bytes is None else max_bytes
+        self._known: dict[str, Encoded] = {}
+        self._device = torch.device("cpu")
+        self.num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def encode(self, captions: Sequence[str]) -> Encoded:
+        """One row for each caption, on the device and of the type that the encoder gives."""
+        rows = {caption: self._row(caption) for caption in dict.fromkeys(captions)}
+        ordered = [rows[caption] for caption in captions]
+        if len({tuple(t.shape for t in _tensors(row)) for row in ordered}) > 1:
+            return self._encode(list(captions))
+        columns = {f.name: [getattr(row, f.name) for row in ordered] for f in fields(ordered[0])}
+        together = {
+            name: None if values[0] is None else torch.cat(values).to(self._device) for name, values in columns.items()
+        }
+        return replace(ordered[0], **together)
+
+    def _row(self, caption: str) -> Encoded:
+        """One caption, from memory or freshly encoded; on the CPU, so that the device's memory stays the model's."""
+        if caption in self._known:
+            return self._known[caption]
+        row: Any = self._encode([caption])
+        self._device = next(iter(_tensors(row))).device
+        row = replace(row, **{f.name: _to_cpu(getattr(row, f.name)) for f in fields(row)})
+        size = sum(tensor.nbytes for tensor in _tensors(row))
+        if self.num_bytes + size <= self._max_bytes:
+            self._known[caption] = row
+            self.num_bytes += size
+        return row
+
+
+def _to_cpu(value: torch.Tensor | None) -> torch.Tensor | None:
+    return None if value is None else value.detach().cpu()
+
+
+def _tensors(row: Any) -> list[torch.Tensor]:
+    values = (getattr(row, f.name) for f in fields(row))
+    return [value for value in values if value is not None]
+
+
+def captions_vary(dataset: Dataset) -> bool:
+    """Whether some picture's caption is put together anew at every use (shuffled, or drawn from several)."""
+    pictures = map(dataset.picture, range(len(dataset)))
+    return any(p.caption.alternatives or (p.shuffle_tags and len(p.caption.tags) > p.keep_tags) for p in pictures)
