@@ -1,0 +1,127 @@
+"""Schedulers for drawing, by the names that people know, made from a model's own noise schedule.
+
+Each gets the settings of the model's own sampler that it understands (betas, prediction type, offsets); all others
+keep that class's defaults. A name is one line in `SAMPLERS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from everydream_kit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from everydream_kit.models.loading import Model
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A scheduler of diffusers.
+
+    Attributes:
+        title: what UIs call it, for a picture's metadata.
+        module: under `diffusers.schedulers`.
+        extra: settings on top of the model's.
+    """
+
+    title: str
+    module: str
+    class_name: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+_DPM = ("scheduling_dpmsolver_multistep", "DPMSolverMultistepScheduler")
+_SDE = {"algorithm_type": "sde-dpmsolver++"}
+_KARRAS = {"use_karras_sigmas": True}
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddim": Sampler("DDIM", "scheduling_ddim", "DDIMScheduler"),
+    "ddpm": Sampler("DDPM", "scheduling_ddpm", "DDPMScheduler"),
+    "pndm": Sampler("PLMS", "scheduling_pndm", "PNDMScheduler", {"skip_prk_steps": True}),
+    "lms": Sampler("LMS", "scheduling_lms_discrete", "LMSDiscreteScheduler"),
+    "euler": Sampler("Euler", "scheduling_euler_discrete", "EulerDiscreteScheduler"),
+    "euler_a": Sampler("Euler a", "scheduling_euler_ancestral_discrete", "EulerAncestralDiscreteScheduler"),
+    "heun": Sampler("Heun", "scheduling_heun_discrete", "HeunDiscreteScheduler"),
+    "kdpm2": Sampler("DPM2", "scheduling_k_dpm_2_discrete", "KDPM2DiscreteScheduler"),
+    "dpm++_2m": Sampler("DPM++ 2M", *_DPM),
+    "dpm++_2m_karras": Sampler("DPM++ 2M Karras", *_DPM, _KARRAS),
+    "dpm++_2m_sde": Sampler("DPM++ 2M SDE", *_DPM, _SDE),
+    "dpm++_2m_sde_karras": Sampler("DPM++ 2M SDE Karras", *_DPM, {**_SDE, **_KARRAS}),
+    "unipc": Sampler("UniPC", "scheduling_unipc_multistep", "UniPCMultistepScheduler"),
+}
+
+_ALIASES = {
+    "plms": "pndm",
+    "k_lms": "lms",
+    "euler_ancestral": "euler_a",
+    "k_euler": "euler",
+    "k_euler_a": "euler_a",
+    "k_euler_ancestral": "euler_a",
+    "dpm2": "kdpm2",
+    "dpm++": "dpm++_2m",
+    "dpm": "dpm++_2m",
+    "dpmpp_2m": "dpm++_2m",
+    "dpmpp_2m_karras": "dpm++_2m_karras",
+    "dpm++_sde": "dpm++_2m_sde",
+    "dpmpp_2m_sde": "dpm++_2m_sde",
+    "uni_pc": "unipc",
+}
+
+_KEPT = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "steps_offset",
+    "set_alpha_to_one",
+    "clip_sample",
+    "rescale_betas_zero_snr",
+    "timestep_spacing",
+)
+
+
+def sampler_by_name(name: str) -> Sampler:
+    """Find a sampler; spaces, hyphens and capitals do not matter.
+
+    Raises:
+        ConfigError: unknown; the message lists all.
+    """
+    key = re.sub(r"[\s_-]+", "_", name.strip().lower())
+    key = _ALIASES.get(key, key)
+    if key not in SAMPLERS:
+        raise ConfigError(f"scheduler: {name!r} is unknown; known are {', '.join(SAMPLERS)}.")
+    return SAMPLERS[key]
+
+
+def build_scheduler(model: Model, name: str) -> Any:
+    """A fresh diffusers scheduler for drawing with this model.
+
+    Raises:
+        ConfigError: unknown name, or one that cannot start from the pure noise of a zero-terminal-SNR schedule.
+    """
+    sampler = sampler_by_name(name)
+    cls = getattr(importlib.import_module(f"diffusers.schedulers.{sampler.module}"), sampler.class_name)
+    accepted = inspect.signature(cls.__init__).parameters
+    settings = {key: model.scheduler_config[key] for key in _KEPT if key in model.scheduler_config}
+    settings |= {"clip_sample": False, "prediction_type": model.prediction_type}
+    if model.zero_terminal_snr:
+        settings |= _zero_terminal_snr_settings(settings, accepted, name)
+    settings |= sampler.extra
+    return cls(**{key: value for key, value in settings.items() if key in accepted})
+
+
+def _zero_terminal_snr_settings(settings: dict[str, Any], accepted: Any, name: str) -> dict[str, Any]:
+    """Rescaled betas, and steps that begin at the very last one (arXiv 2305.08891, sections 3.1 and 3.3)."""
+    if settings.get("trained_betas"):
+        return {"timestep_spacing": "trailing", "rescale_betas_zero_snr": False}
+    if "rescale_betas_zero_snr" not in accepted:
+        raise ConfigError(
+            f"scheduler: {name!r} cannot draw with a zero-terminal-SNR model; "
+            "take ddim, ddpm, euler, euler_a, dpm++ 2m or unipc."
+        )
+    return {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}

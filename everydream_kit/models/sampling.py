@@ -1,0 +1,256 @@
+"""Drawing pictures with a model: our own loop over diffusers' schedulers.
+
+Why not a pipeline: the model is in the middle of training and must come back as it was; each picture has its own
+generator, so its noise depends on its seed alone and not on the batch or on what was drawn before; all guidance
+scales of a prompt start from the same noise; and importing pipelines costs seconds.
+
+A picture's noise comes from `torch.Generator("cpu").manual_seed(seed)`, and not from the kit's addressed draws: the
+seed that is written into a picture then gives the same picture in diffusers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from everydream_kit.errors import ConfigError
+from everydream_kit.models.encoding import count_chunks, decode_latents, encode_captions
+from everydream_kit.models.family import Conditioning, Sizes
+from everydream_kit.models.loading import Model
+from everydream_kit.models.samplers import build_scheduler, sampler_by_name
+from everydream_kit.models.sheets import label_grid, save_picture
+
+__all__ = ["SamplePrompt", "label_grid", "sample_pictures", "save_picture", "settings_text"]
+
+ZERO_SNR_GUIDANCE_RESCALE = 0.7
+"""arXiv 2305.08891, section 3.4: what zero-terminal-SNR models need against over-exposure."""
+
+Progress = Callable[[int, int], None]
+"""Called with (denoising steps done, denoising steps in all), counted over all batches."""
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """One wanted picture, at one or several guidance scales.
+
+    Attributes:
+        seed: of the starting noise, the same for every scale.
+        width, height: in pixels, multiples of 8.
+        cfgs: guidance scales; one picture each.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    width: int = 512
+    height: int = 512
+    cfgs: tuple[float, ...] = (7.0,)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One picture of a batch: a prompt at one guidance scale, and where its picture goes."""
+
+    position: int
+    prompt: SamplePrompt
+    cfg: float
+
+
+def sample_pictures(
+    model: Model,
+    prompts: Sequence[SamplePrompt],
+    *,
+    scheduler: str = "ddim",
+    num_inference_steps: int = 30,
+    clip_skip: int = 0,
+    batch_size: int = 4,
+    guidance_rescale: float | None = None,
+    progress: Progress | None = None,
+) -> list[Image.Image]:
+    """Draw pictures. The model comes back in the modes that it came in.
+
+    Args:
+        prompts: what to draw. Prompts longer than the text encoder's window are read in chunks of it.
+        scheduler: by name (`samplers.SAMPLERS`).
+        num_inference_steps: denoising steps.
+        batch_size: pictures that go through the UNet together; does not change them beyond rounding.
+        guidance_rescale: arXiv 2305.08891, equation 16; None: 0.7 for zero-terminal-SNR models, else 0.
+
+    Returns:
+        One picture for each guidance scale of each prompt, in order. `picture.info["parameters"]` holds its settings
+        as the common UIs write them; `save_picture` puts them into the file.
+
+    Raises:
+        ConfigError: unknown scheduler, or a size that is no multiple of 8.
+    """
+    wanted = [(prompt, cfg) for prompt in prompts for cfg in prompt.cfgs]
+    rows = [_Row(position, prompt, cfg) for position, (prompt, cfg) in enumerate(wanted)]
+    for row in rows:
+        _check_size(row.prompt, model.vae_scale_factor)
+    rescale = guidance_rescale
+    if rescale is None:
+        rescale = ZERO_SNR_GUIDANCE_RESCALE if model.zero_terminal_snr else 0.0
+    pictures: list[Image.Image | None] = [None] * len(rows)
+    batches = list(_batches(model, rows, batch_size))
+    with _drawing(model):
+        for number, (num_chunks, batch) in enumerate(batches):
+            tell = None if progress is None else _part_of(progress, number, len(batches))
+            latents = _denoise(
+                model,
+                batch,
+                build_scheduler(model, scheduler),
+                num_inference_steps,
+                clip_skip,
+                num_chunks,
+                rescale,
+                tell,
+            )
+            for row, pixels in zip(batch, decode_latents(model, latents), strict=True):
+                picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+                picture.info["parameters"] = settings_text(
+                    row.prompt, row.cfg, scheduler, num_inference_steps, clip_skip, model.source, rescale
+                )
+                pictures[row.position] = picture
+    return [picture for picture in pictures if picture is not None]
+
+
+def settings_text(
+    prompt: SamplePrompt,
+    cfg: float,
+    scheduler: str,
+    num_inference_steps: int,
+    clip_skip: int = 0,
+    model_name: str = "",
+    guidance_rescale: float = 0.0,
+) -> str:
+    """A picture's settings in the form that AUTOMATIC1111, Forge, ComfyUI and InvokeAI read back from a file."""
+    lines = [prompt.prompt]
+    if prompt.negative_prompt:
+        lines.append(f"Negative prompt: {prompt.negative_prompt}")
+    settings: dict[str, object] = {
+        "Steps": num_inference_steps,
+        "Sampler": sampler_by_name(scheduler).title,
+        "CFG scale": f"{cfg:g}",
+        "Seed": prompt.seed,
+        "Size": f"{prompt.width}x{prompt.height}",
+    }
+    if model_name:
+        settings["Model"] = model_name.rstrip("/").rpartition("/")[2].replace(",", " ")
+    if clip_skip > 1:
+        settings["Clip skip"] = clip_skip
+    if guidance_rescale:
+        settings["CFG Rescale φ"] = f"{guidance_rescale:g}"
+    settings["Version"] = "EveryDream Kit"
+    return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in settings.items())])
+
+
+def _check_size(prompt: SamplePrompt, cell: int) -> None:
+    if prompt.width % cell or prompt.height % cell or min(prompt.width, prompt.height) < cell:
+        raise ConfigError(
+            f"size {prompt.width} x {prompt.height} of the prompt {prompt.prompt!r}: width and height must be "
+            f"multiples of {cell}."
+        )
+
+
+def _batches(model: Model, rows: Sequence[_Row], batch_size: int) -> Iterator[tuple[int, list[_Row]]]:
+    """Rows of one size and one text length together, in order; the text length is in chunks."""
+    groups: dict[tuple[int, int, int], list[_Row]] = {}
+    for row in rows:
+        prompt = row.prompt
+        num_chunks = count_chunks(model, [prompt.prompt, prompt.negative_prompt])
+        groups.setdefault((prompt.width, prompt.height, num_chunks), []).append(row)
+    for (_, _, num_chunks), group in groups.items():
+        for start in range(0, len(group), batch_size):
+            yield num_chunks, group[start : start + batch_size]
+
+
+@contextmanager
+def _drawing(model: Model) -> Iterator[None]:
+    """No gradients, no dropout; every module's mode is put back, whatever happens."""
+    parts = [part for module in model.modules().values() for part in module.modules()]
+    modes = [part.training for part in parts]
+    for module in model.modules().values():
+        module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, mode in zip(parts, modes, strict=True):
+            part.training = mode
+
+
+def _part_of(progress: Progress, number: int, num_batches: int) -> Progress:
+    return lambda done, total: progress(number * total + done, num_batches * total)
+
+
+def _denoise(
+    model: Model,
+    rows: Sequence[_Row],
+    scheduler: Any,
+    num_inference_steps: int,
+    clip_skip: int,
+    num_chunks: int,
+    guidance_rescale: float,
+    progress: Progress | None,
+) -> torch.Tensor:
+    """From noise to latents (B, 4, h, w)."""
+    device = model.device
+    prompt = rows[0].prompt
+    cell = model.vae_scale_factor
+    shape = (1, model.vae.config["latent_channels"], prompt.height // cell, prompt.width // cell)
+    generators = [torch.Generator("cpu").manual_seed(row.prompt.seed) for row in rows]
+    noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+    guided = any(row.cfg != 1 for row in rows)
+    cfg = torch.tensor([row.cfg for row in rows], device=device).view(-1, 1, 1, 1)
+    conditioning = _conditioning(model, rows, clip_skip, num_chunks, guided)
+    sizes = Sizes.uncropped(prompt.width, prompt.height, len(rows) * (2 if guided else 1))
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    extra = {"generator": generators} if takes_generator else {}
+
+    scheduler.set_timesteps(num_inference_steps, device=device)
+    latents = noise * scheduler.init_noise_sigma
+    for done, timestep in enumerate(scheduler.timesteps):
+        doubled = torch.cat([latents, latents]) if guided else latents
+        model_input = scheduler.scale_model_input(doubled, timestep)
+        prediction = model.family.predict(model, model_input, timestep.expand(len(doubled)), conditioning, sizes)
+        if guided:
+            prediction = guide(*prediction.chunk(2), cfg, guidance_rescale)
+        latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
+        if progress is not None:
+            progress(done + 1, len(scheduler.timesteps))
+    return latents
+
+
+def _conditioning(model: Model, rows: Sequence[_Row], clip_skip: int, num_chunks: int, guided: bool) -> Conditioning:
+    """The rows' texts; with guidance, their negative prompts before them."""
+    texts = [row.prompt.negative_prompt for row in rows] if guided else []
+    texts += [row.prompt.prompt for row in rows]
+    unique = list(dict.fromkeys(texts))
+    encoded = encode_captions(model, unique, clip_skip, num_chunks=num_chunks)
+    picked = torch.tensor([unique.index(text) for text in texts], device=encoded.encoder_hidden_states.device)
+    pooled = None if encoded.pooled is None else encoded.pooled[picked]
+    return Conditioning(encoded.encoder_hidden_states[picked], pooled).to(model.device)
+
+
+def guide(
+    unconditional: torch.Tensor, conditional: torch.Tensor, cfg: torch.Tensor, guidance_rescale: float = 0.0
+) -> torch.Tensor:
+    """Classifier-free guidance (arXiv 2207.12598, equation 6 with w = cfg - 1), rescaled by arXiv 2305.08891,
+    equations 15, 16.
+
+    Args:
+        unconditional, conditional: (B, C, h, w) predictions.
+        cfg: (B, 1, 1, 1).
+    """
+    guided = unconditional + cfg * (conditional - unconditional)
+    if guidance_rescale == 0:
+        return guided
+    axes = (1, 2, 3)
+    rescaled = guided * (conditional.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True))
+    return guidance_rescale * rescaled + (1 - guidance_rescale) * guided
