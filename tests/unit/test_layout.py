@@ -169,7 +169,19 @@ def test_importing_the_package_loads_neither_torch_nor_pydantic():
 
 
 TEXTS = {".py", ".md", ".txt", ".cfg", ".toml", ".json", ".yaml", ".yml", ".sh", ".ipynb", ".js", ".css", ""}
-SKIPPED = {".git", ".venv", "build", "dist", "node_modules", "logs", "workspace", "input", "demo-run", ".edk_cache"}
+SKIPPED = {
+    ".git",
+    ".venv",
+    ".hypothesis",
+    "build",
+    "dist",
+    "node_modules",
+    "logs",
+    "workspace",
+    "input",
+    "demo-run",
+    ".edk_cache",
+}
 MACHINE = re.compile(
     r"/work/(?!space)|/opt/(pypi|wheels)|/home/(?!user\b)[a-z]\w*/|/root/|/tmp/bash_jobs|file:///(?!\{)|\.pyenv/versions"
 )

@@ -1,0 +1,153 @@
+"""The documentation keeps up: links lead somewhere, commands and settings exist, every page can be found."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import everydream_kit
+from everydream_kit.cli import COMMANDS
+from everydream_kit.config import RETIRED, TrainConfig
+
+REPOSITORY = Path(__file__).parents[2]
+DOCS = REPOSITORY / "docs"
+PAGES = sorted([REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *DOCS.glob("*.md")])
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+OTHERS_FLAGS = {"no-deps", "shm-size", "help", "host", "port", "logdir", "gpus", "bind_all", "force-reinstall", "fix"}
+"""Flags of pip, docker, TensorBoard and our scripts that the pages mention beside ours."""
+
+
+def name_of(path):
+    return str(path.relative_to(REPOSITORY))
+
+
+def anchors(page):
+    """The names that GitHub gives to headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    broken = []
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", link):
+            continue
+        target, _, anchor = link.partition("#")
+        file = (page.parent / target) if target else page
+        if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
+            broken.append(link)
+    assert not broken
+
+
+def test_every_page_can_be_found_from_the_index():
+    linked = {(DOCS / link.partition("#")[0]).resolve() for link in LINK.findall((DOCS / "index.md").read_text())}
+    missing = {page.resolve() for page in PAGES if page.name != "index.md"} - linked
+    assert not missing
+
+
+def commands_in(text):
+    """The words after `everydream` in code, whether in a block or between backquotes."""
+    return set(re.findall(r"(?:^ {4,}|`|bin/|&& |\$ )everydream ([a-z]+)", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_command_that_is_shown_exists(page):
+    assert commands_in(page.read_text(encoding="utf-8")) <= set(COMMANDS)
+
+
+def test_the_readme_shows_the_two_commands_first():
+    code = [line.strip() for line in README.splitlines() if line.startswith("    ")]
+    assert code[:2] == ["bash colab_setup.sh demo", "bash colab_setup.sh test"]
+    assert {"doctor", "prepare", "train", "resume", "sample", "export"} <= commands_in(README)
+
+
+PROSE = [page for page in PAGES if page.name in ("README.md", "tweaking.md", "differences.md", "colab.md", "runpod.md")]
+
+
+@pytest.mark.parametrize("page", PROSE, ids=name_of)
+def test_every_flag_that_is_shown_exists(page):
+    flags = set(re.findall(r"(?<![\w-])--([a-zA-Z][\w-]*)", page.read_text(encoding="utf-8")))
+    command_flags = {"config", "prompt", "out", "json", "plot", "precision", "ema", "public", "set", "cfg", "dry_run"}
+    assert flags - set(TrainConfig.model_fields) - set(RETIRED) - OTHERS_FLAGS - command_flags == set()
+
+
+def test_the_guide_covers_every_setting_of_the_old_one():
+    """The settings of EveryDream 2's page on advanced tweaking."""
+    old = (
+        *(
+            "resolution",
+            "logdir",
+            "save_ckpt_dir",
+            "cond_dropout",
+            "lr",
+            "clip_skip",
+            "lr_scheduler",
+            "lr_warmup_steps",
+        ),
+        *("lr_decay_steps", "grad_accum", "gradient_checkpointing", "flip_p", "seed", "shuffle_tags", "log_step"),
+        *("scale_lr", "write_schedule", "clip_grad_norm", "batch_size"),
+    )
+    guide = (DOCS / "tweaking.md").read_text(encoding="utf-8")
+    assert [name for name in old if not re.search(rf"(--|`){name}\b", guide)] == []
+    assert set(old) <= set(TrainConfig.model_fields)
+
+
+def python_blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_readme_has_a_python_example():
+    assert python_blocks(REPOSITORY / "README.md")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_python_in_the_pages_uses_public_names(page):
+    public = {*everydream_kit.__all__, "__version__"}
+    for block in python_blocks(page):
+        used = {
+            node.attr
+            for node in ast.walk(ast.parse(block))
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "edk"
+        }
+        assert used <= public
+
+
+def test_settings_in_the_readmes_python_are_accepted():
+    (call,) = re.findall(r"edk\.TrainConfig\(.*?\)", README)
+    config = eval(call, {"edk": everydream_kit})
+    assert config.resume_ckpt == "embedded"
+
+
+@pytest.mark.parametrize("word", ["help", *sorted(COMMANDS)])
+def test_help_answers(word):
+    words = ["--help"] if word == "help" else [word, "--help"]
+    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-m", "everydream_kit", *words], capture_output=True, text=True, check=False, env=environ
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage: everydream" in done.stdout
+
+
+def test_the_image_has_no_password_built_in_and_refuses_to_start_without_one(tmp_path):
+    dockerfile = (REPOSITORY / "Dockerfile").read_text(encoding="utf-8")
+    assert not re.search(r"^(ENV|ARG).*(PASSWORD|TOKEN)", dockerfile, re.MULTILINE)
+    environ = {name: value for name, value in os.environ.items() if name != "JUPYTER_PASSWORD"}
+    script = REPOSITORY / "scripts" / "start_pod.sh"
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False, env=environ)
+    assert done.returncode == 1
+    assert "Set JUPYTER_PASSWORD" in done.stderr
+    assert done.stdout == ""
+
+
+def test_what_the_image_copies_exists():
+    dockerfile = (REPOSITORY / "Dockerfile").read_text(encoding="utf-8")
+    copied = [word for line in re.findall(r"^COPY (.+) \S+$", dockerfile, re.MULTILINE) for word in line.split()]
+    assert copied
+    assert [word for word in copied if not (REPOSITORY / word).exists()] == []
