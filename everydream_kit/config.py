@@ -603,8 +603,12 @@ class TrainConfig(
         return TrainConfig(**{**kept, **changes})
 
     def to_json(self) -> str:
-        """The file form: flat, every parameter, with the layout's version. `load_config` reads it back."""
-        return json.dumps({"version": VERSION, **self.model_dump(mode="json")}, indent=2, ensure_ascii=False)
+        """The file form: flat, every parameter, with the layout's version. `load_config` reads it back.
+
+        `given` lists what was said rather than left at its default: `optimizer_config` fills in what was not said.
+        """
+        head = {"version": VERSION, "given": sorted(self.model_fields_set)}
+        return json.dumps({**head, **self.model_dump(mode="json")}, indent=2, ensure_ascii=False)
 
 
 RETIRED: dict[str, str] = {
@@ -675,9 +679,12 @@ def _upgrade(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         raise ConfigError(
             f"version: this file was written by a newer EveryDream Kit (layout {version!r}). Upgrade the kit."
         )
+    given = values.get("given")
     kept: dict[str, Any] = {}
     warnings = []
     for name, value in values.items():
+        if name == "given" or (given is not None and name not in given and value == _default(name)):
+            continue
         if name in RETIRED:
             warnings.append(f"{name}: no longer used; replaced by {RETIRED[name]}.")
         elif name == "version" or (value is None and not _accepts_none(name)):
@@ -685,6 +692,11 @@ def _upgrade(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         else:
             kept[name] = value
     return kept, warnings
+
+
+def _default(name: str) -> Any:
+    field = TrainConfig.model_fields.get(name)
+    return None if field is None or field.is_required() else field.default
 
 
 def _accepts_none(name: str) -> bool:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from everydream_kit.data.dataset import Dataset
     from everydream_kit.data.plan import PlanSettings
     from everydream_kit.data.records import Batch, StepBatches
-    from everydream_kit.models.encoding import Conditioning
+    from everydream_kit.models.family import Conditioning
     from everydream_kit.models.loading import Model
     from everydream_kit.training.ema import Ema
     from everydream_kit.training.journal import Journal
@@ -222,7 +222,7 @@ class Run:
         if self.ema is not None:
             tensors["ema"] = keep(self.ema.state_dict())
             averaged = keep(averaged)
-        model_bytes = sum(count_bytes(component.state_dict()) for component in self.model.components.values())
+        model_bytes = sum(count_bytes(module.state_dict()) for module in self.model.modules().values())
         return Snapshot(
             step=self.position.step,
             copied=copy,
@@ -238,7 +238,7 @@ class Run:
         """State dicts of the components that are trained, by their folder's name."""
         trained = {id(module) for part in self.parts for module in part.modules}
         return {
-            name: component.state_dict() for name, component in self.model.components.items() if id(component) in trained
+            name: module.state_dict() for name, module in self.model.modules().items() if id(module) in trained
         }
 
     def _averaged_components(self) -> dict[str, dict[str, torch.Tensor]]:

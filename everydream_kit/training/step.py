@@ -17,7 +17,7 @@ import torch
 from everydream_kit.data.records import Batch, StepBatches
 from everydream_kit.draws import torch_generator
 from everydream_kit.errors import NonFiniteLossError
-from everydream_kit.models.encoding import Conditioning, Sizes
+from everydream_kit.models.family import Conditioning, Sizes
 from everydream_kit.training.noise import make_noise, perturb_embeddings, perturb_input
 from everydream_kit.training.timesteps import draw_timesteps
 

@@ -1,0 +1,133 @@
+"""`sample`: draw pictures with any model or checkpoint, and write them with their settings inside.
+
+The drawing itself is in `models/sampling.py`; here is finding the model that a person means, and naming the files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from everydream_kit.errors import ConfigError
+from everydream_kit.workspace import RunFolder
+
+if TYPE_CHECKING:
+    from everydream_kit.models.loading import Model
+
+
+def sample(
+    checkpoint: str | Path | RunFolder | Model,
+    prompts: str | Sequence[str],
+    *,
+    negative_prompt: str = "",
+    cfgs: Sequence[float] = (7.0,),
+    scheduler: str = "ddim",
+    num_inference_steps: int = 30,
+    seed: int = 555,
+    num_images: int = 1,
+    width: int | None = None,
+    height: int | None = None,
+    clip_skip: int = 0,
+    lora: str | Path | None = None,
+    out: str | Path = "samples",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Path]:
+    """Draw pictures and write them as PNG files that carry their settings, with a labelled sheet of all.
+
+    Args:
+        checkpoint: a diffusers folder, a single file, a Hub id, a run (its last checkpoint), `embedded`, or a loaded model.
+        prompts: one or several.
+        cfgs: guidance scales; each prompt is drawn at each, from the same noise.
+        num_images: pictures of each prompt, with seeds counting up from `seed`.
+        width, height: in pixels; by default the model's own size.
+        lora: a LoRA file to draw with.
+        out: folder for the pictures; made if it is not there.
+        progress: called with (denoising steps done, in all).
+
+    Returns:
+        The picture files, in order of prompt, seed and cfg; last the sheet, where there is more than one picture.
+
+    Raises:
+        ModelError: the checkpoint cannot be used.
+        ConfigError: no prompt, an unknown scheduler, or a size that is no multiple of 8.
+    """
+    from everydream_kit.models.sampling import SamplePrompt, label_grid, sample_pictures, save_picture
+
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts:
+        raise ConfigError("prompt: give at least one")
+    model = open_for_drawing(checkpoint, lora=lora)
+    side = native_size(model)
+    wanted = [
+        SamplePrompt(text, negative_prompt, seed + number, width or side, height or side, tuple(cfgs))
+        for text in texts
+        for number in range(num_images)
+    ]
+    pictures = sample_pictures(
+        model,
+        wanted,
+        scheduler=scheduler,
+        num_inference_steps=num_inference_steps,
+        clip_skip=clip_skip,
+        progress=progress,
+    )
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    names = [(prompt, cfg) for prompt in wanted for cfg in prompt.cfgs]
+    for (prompt, cfg), picture in zip(names, pictures, strict=True):
+        path = _free_name(folder, f"{_as_file_name(prompt.prompt)}-seed{prompt.seed}-cfg{cfg:g}")
+        save_picture(picture, path)
+        paths.append(path)
+    if len(pictures) > 1:
+        rows = [pictures[start : start + len(cfgs)] for start in range(0, len(pictures), len(cfgs))]
+        labels = [f"{prompt.prompt} (seed {prompt.seed})" for prompt in wanted]
+        sheet = label_grid(rows, column_labels=[f"cfg {cfg:g}" for cfg in cfgs], row_labels=labels)
+        paths.append(_free_name(folder, "sheet"))
+        sheet.save(paths[-1])
+    return paths
+
+
+def open_for_drawing(checkpoint: str | Path | RunFolder | Model, *, lora: str | Path | None = None) -> Model:
+    """Load the model that is meant, on the device there is, with a LoRA if one is given."""
+    import torch
+
+    from everydream_kit.models.loading import load_model
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(checkpoint, RunFolder):
+        checkpoint = checkpoint.last_checkpoint
+    if isinstance(checkpoint, (str, Path)):
+        if str(checkpoint) == "embedded":
+            from everydream_kit.demo import base_model_path
+
+            checkpoint = base_model_path()
+        elif (Path(checkpoint) / "ckpts").is_dir():
+            checkpoint = RunFolder(Path(checkpoint)).last_checkpoint
+        checkpoint = load_model(checkpoint, dtype=torch.float16 if device == "cuda" else torch.float32, device=device)
+    if lora is not None:
+        from everydream_kit.models.lora import load_lora
+
+        load_lora(checkpoint, lora)
+    return checkpoint
+
+
+def native_size(model: Model) -> int:
+    """Side in pixels that a model draws best: its UNet's sample size times the VAE's factor."""
+    cells = model.unet.config["sample_size"]
+    return int(cells if isinstance(cells, int) else cells[0]) * model.vae_scale_factor
+
+
+def _as_file_name(prompt: str) -> str:
+    return re.sub(r"[^\w\-]+", "-", prompt).strip("-")[:60] or "empty"
+
+
+def _free_name(folder: Path, stem: str) -> Path:
+    """A PNG name that is not taken: earlier pictures are never overwritten."""
+    path, number = folder / f"{stem}.png", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{stem}-{number}.png"
+    return path

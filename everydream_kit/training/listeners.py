@@ -1,0 +1,84 @@
+"""Which listeners a run has, in the order in which they are told.
+
+The order matters: the log comes before whatever may take long, validation before saving (it decides what is best), saving
+before the requests from outside.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from everydream_kit.data.plan import plan_epoch
+from everydream_kit.training.control import ControlFile, StopSignal
+from everydream_kit.training.reports import Listener, LossLog, PictureTable, ProgressBar, StatusFile, StepReport
+from everydream_kit.training.samples import Sampler, SampleSchedule
+from everydream_kit.training.saving import Saver, SavingRules
+
+if TYPE_CHECKING:
+    from everydream_kit.training.run import Run
+
+
+def build_listeners(run: Run, stop: StopSignal) -> list[Listener]:
+    """The run's listeners; none but the main process has any."""
+    config = run.config
+    if not run.ranks.is_main:
+        return []
+    sampler = build_sampler(run)
+    saver = build_saver(run)
+    listeners: list[Listener] = [LossLog(config.log_step), PictureTable(), StatusFile(), ProgressBar(), sampler]
+    if config.write_schedule:
+        listeners.append(ScheduleWriter())
+    listeners += [saver, ControlFile(stop, {"save": saver.save, "sample": sampler.draw})]
+    return listeners
+
+
+def build_sampler(run: Run) -> Sampler:
+    config = run.config
+    averaged = run.ema is not None and config.ema_sample_ema_model
+    return Sampler(
+        Path(config.sample_prompts),
+        SampleSchedule(config.sample_steps, config.sample_before_training),
+        live=not averaged or config.ema_sample_nonema_model,
+        averaged=averaged,
+    )
+
+
+def build_saver(run: Run) -> Saver:
+    config = run.config
+    precision = "fp32" if config.save_full_precision else "fp16"
+    return Saver(
+        SavingRules.make(
+            config.ckpt_every_n_minutes,
+            config.save_every_n_epochs,
+            config.save_every_n_steps,
+            config.save_ckpts_from_n_epochs,
+        ),
+        keep_last_n=config.keep_last_n,
+        keep_all_resume_state=config.save_optimizer,
+        prepend_last=not config.no_prepend_last,
+        single_files=None if config.no_save_ckpt else Path(config.save_ckpt_dir or "."),
+        write_single_file=lambda source, target: _export(source, target, precision),
+    )
+
+
+class ScheduleWriter(Listener):
+    """Writes each epoch's plan before it is run: `ep<N>_batch_schedule.txt`, and a ledger of uses in `ep<N>_uses.txt`."""
+
+    def on_start(self, run: Run) -> None:
+        self._write(run, run.position.epoch)
+
+    def __call__(self, run: Run, report: StepReport) -> None:
+        if report.epoch_ended and not run.is_complete():
+            self._write(run, report.epoch + 1)
+
+    def _write(self, run: Run, epoch: int) -> None:
+        plan = plan_epoch(run.dataset, run.plan_settings, epoch)
+        plan.write_schedule(run.folder.folder / f"ep{epoch}_batch_schedule.txt", run.dataset)
+        plan.write_ledger(run.folder.folder / f"ep{epoch}_uses.txt", run.dataset)
+
+
+def _export(source: Path, target: Path, precision: str) -> None:
+    from everydream_kit.export.single_file import export_checkpoint
+
+    export_checkpoint(source, target, precision=precision)

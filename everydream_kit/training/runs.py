@@ -1,0 +1,281 @@
+"""From settings to a run: the one place where a config meets the components.
+
+`build_run` checks what is cheap first (settings, dataset, optimizer file), so that a mistake costs seconds and no GPU. Its
+steps are functions with plain arguments; starting, resuming and ending a run are in `sessions.py`.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from everydream_kit.config import TrainConfig
+from everydream_kit.data.dataset import Dataset
+from everydream_kit.data.files import scan_dataset
+from everydream_kit.data.plan import PlanSettings, plan_epoch
+from everydream_kit.errors import ConfigError, DataError
+from everydream_kit.models.loading import Model, load_model
+from everydream_kit.models.saving import save_model
+from everydream_kit.training import schedules
+from everydream_kit.training.journal import Journal
+from everydream_kit.training.objectives import build_objective, rescale_zero_terminal_snr
+from everydream_kit.training.optimizer_config import OptimizerConfig, PartSettings, load_optimizer_config, part_settings
+from everydream_kit.training.optimizers import build_optimizer_for_parts, default_optimizer_name
+from everydream_kit.training.parameters import TrainedPart, select_parameters
+from everydream_kit.training.precision import choose_precision
+from everydream_kit.training.ranks import Ranks
+from everydream_kit.training.run import Run
+from everydream_kit.training.step import NoiseSettings
+from everydream_kit.workspace import RunFolder, find_last_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+PASSED_TO_OPTIMIZER = ("optimizer", "lr", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps")
+"""Settings that win over `optimizer_config`'s base where a person gave them."""
+
+
+def build_run(
+    config: TrainConfig,
+    folder: RunFolder,
+    journal: Journal,
+    ranks: Ranks,
+    *,
+    seed: int | None = None,
+    weights_from: Path | None = None,
+) -> Run:
+    """Build everything that a run consists of, standing at its beginning; listeners are added by the caller.
+
+    Args:
+        seed: of a run that goes on; by default the config's, where -1 draws one.
+        weights_from: checkpoint of a run that goes on; by default `resume_ckpt`.
+
+    Raises:
+        KitError: something cannot be used; the message names it and the cure.
+    """
+    seed = resolve_seed(config.seed) if seed is None else seed
+    optimizer_config = load_optimizer_config(config.optimizer_config)
+    for warning in optimizer_config.warnings:
+        journal.warn(warning)
+    dataset = read_dataset(config, folder, journal)
+    plan_settings = make_plan_settings(config, seed, ranks.num_ranks)
+    num_steps = foretell_steps(dataset, plan_settings, config.max_epochs, config.max_steps)
+    journal.tell("dataset", pictures=len(dataset), problems=len(dataset.problems), num_steps=num_steps, seed=seed)
+
+    model = load_base(config, weights_from, ranks)
+    parts = select_trained(model, config, optimizer_config)
+    settings = [settle_part(part.name, config, optimizer_config, ranks.device.type) for part in parts]
+    precision = choose_precision(
+        ranks.device,
+        amp=config.amp and not config.disable_amp,
+        amp_dtype=config.amp_dtype,
+        weight_dtype=config.weight_dtype,
+    )
+    prepare_modules(model, config)
+    return Run(
+        config=config,
+        folder=folder,
+        journal=journal,
+        ranks=ranks,
+        seed=seed,
+        dataset=dataset,
+        plan_settings=plan_settings,
+        num_steps=num_steps,
+        model=model,
+        parts=parts,
+        optimizer=build_optimizer_for_parts(parts, settings, device_type=ranks.device.type),
+        schedules={how.part: make_schedule(how, config, num_steps, ranks.num_ranks) for how in settings},
+        objective=build_objective(
+            model.noise_scheduler,
+            model.prediction_type,
+            loss_type=config.loss_type,
+            min_snr_gamma=config.min_snr_gamma,
+            debiased_estimation=config.debiased_estimation,
+        ),
+        noise_settings=NoiseSettings(
+            zero_frequency_noise_ratio=config.zero_frequency_noise_ratio,
+            pyramid_noise_discount=config.pyramid_noise_discount,
+            input_perturbation=config.input_perturbation,
+            embedding_perturbation=config.embedding_perturbation,
+            timestep_start=config.timestep_start,
+            timestep_end=config.timestep_end,
+            timestep_sampling=config.timestep_sampling,
+        ),
+        precision=precision,
+        write_model=partial(_write_model, model),
+        loader_options={
+            "num_workers": choose_num_workers(config.num_workers),
+            "crop_jitter": config.crop_jitter,
+            "background": config.background,
+        },
+        wants_gradient_norm=lambda step: step % config.log_step == 0,
+    )
+
+
+def resolve_seed(seed: int) -> int:
+    """The seed itself, or a fresh one for -1."""
+    return secrets.randbelow(2**31) if seed == -1 else seed
+
+
+def read_dataset(config: TrainConfig, folder: RunFolder, journal: Journal) -> Dataset:
+    """Scan the dataset and report what cannot be used.
+
+    Raises:
+        DataError: no picture can be used.
+    """
+    dataset = scan_dataset(
+        config.data_root,
+        cond_dropout=config.cond_dropout,
+        flip_p=config.flip_p,
+        shuffle_tags=config.shuffle_tags,
+        keep_tags=config.keep_tags,
+        caption_lines=config.caption_lines,
+        loss_mask=config.loss_mask,
+        cache_dir=Path(config.logdir) / ".edk_cache",
+    )
+    for problem in dataset.problems:
+        journal.warn(f"{problem.path}: {problem.cause} {problem.cure}".strip())
+    if not len(dataset):
+        raise DataError(f"data_root {config.data_root}: no picture can be used; the log names each problem.")
+    return dataset
+
+
+def make_plan_settings(config: TrainConfig, seed: int, num_ranks: int) -> PlanSettings:
+    """What the epoch plan depends on."""
+    if config.batch_size == "auto":
+        raise ConfigError("batch_size: auto has to be settled before a run is built")
+    return PlanSettings(
+        batch_size=config.batch_size,
+        grad_accum=config.grad_accum,
+        resolutions=config.resolutions,
+        seed=seed,
+        num_ranks=num_ranks,
+        rated_dropout_percent=config.rated_dataset_target_dropout_percent if config.rated_dataset else None,
+        max_epochs=config.max_epochs,
+    )
+
+
+def foretell_steps(dataset: Dataset, settings: PlanSettings, max_epochs: int, max_steps: int | None) -> int:
+    """Optimizer steps of the whole run, from the first epoch's plan."""
+    steps = plan_epoch(dataset, settings, 0).num_steps * max_epochs
+    return steps if max_steps is None else min(steps, max_steps)
+
+
+def load_base(config: TrainConfig, weights_from: Path | None, ranks: Ranks) -> Model:
+    """Load the base model, or the weights of a run that goes on, onto the device.
+
+    Raises:
+        ModelError, CheckpointError: it is not there or cannot be used.
+        ConfigError: zero terminal SNR is asked of an epsilon model.
+    """
+    import torch
+
+    model = load_model(
+        weights_from or find_base(config),
+        dtype=torch.bfloat16 if config.weight_dtype == "bfloat16" else torch.float32,
+        device=ranks.device,
+        revision=config.base_revision,
+        subfolder=config.base_subfolder if weights_from is None else None,
+        variant=config.base_variant if weights_from is None else None,
+        family=config.family,
+        prediction_type=config.prediction_type,
+    )
+    if config.enable_zero_terminal_snr and not model.zero_terminal_snr:
+        model.noise_scheduler = rescale_zero_terminal_snr(model.noise_scheduler, model.prediction_type)
+        model.zero_terminal_snr = True
+    return model
+
+
+def find_base(config: TrainConfig) -> str | Path:
+    """What `resume_ckpt` means: the embedded model, the project's newest checkpoint, or what it says."""
+    if config.resume_ckpt == "embedded":
+        from everydream_kit.demo import base_model_path
+
+        return base_model_path()
+    if config.resume_ckpt == "findlast":
+        return find_last_checkpoint(config.logdir, config.project_name)
+    return config.resume_ckpt
+
+
+def select_trained(model: Model, config: TrainConfig, optimizer_config: OptimizerConfig) -> list[TrainedPart]:
+    """Choose what is trained, and freeze the rest."""
+    unet_freezing = optimizer_config.unet_freezing
+    return select_parameters(
+        model,
+        train_unet=not config.disable_unet_training,
+        train_text_encoder=not config.disable_textenc_training,
+        freezing=optimizer_config.text_encoder_freezing,
+        unet_patterns=unet_freezing.train if unet_freezing else None,
+        unet_frozen_patterns=unet_freezing.freeze if unet_freezing else None,
+    )
+
+
+def prepare_modules(model: Model, config: TrainConfig) -> None:
+    """Modes and memory measures of the modules: training mode, checkpointing, attention, memory format."""
+    import torch
+
+    for module in [model.unet, *model.text_encoders]:
+        module.train()
+    if config.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+        for text_encoder in model.text_encoders:
+            text_encoder.gradient_checkpointing_enable()
+    if config.attn_type == "slice":
+        model.unet.set_attention_slice("auto")
+    if config.channels_last:
+        model.unet.to(memory_format=torch.channels_last)
+    if config.torch_compile:
+        compile_blocks(model.unet)
+
+
+def compile_blocks(unet: torch.nn.Module) -> None:
+    """Compile the UNet's transformer blocks in place: they repeat, so each shape is compiled once for all of them."""
+    for module in unet.modules():
+        if type(module).__name__ == "BasicTransformerBlock":
+            module.compile(dynamic=True)
+
+
+def settle_part(name: str, config: TrainConfig, optimizer_config: OptimizerConfig, device_type: str) -> PartSettings:
+    """How one part is trained, from the settings that were given and the optimizer file."""
+    given = {key: getattr(config, key) for key in PASSED_TO_OPTIMIZER if key in config.model_fields_set}
+    return part_settings(
+        optimizer_config,
+        name,
+        given=given,
+        default_optimizer=default_optimizer_name(device_type),
+        default_lr=config.lr,
+        default_lr_scheduler=config.lr_scheduler,
+    )
+
+
+def make_schedule(how: PartSettings, config: TrainConfig, num_steps: int, num_ranks: int) -> Callable[[int], float]:
+    """The learning rate of one part as a function of the optimizer step."""
+    peak = how.lr
+    if config.scale_lr:
+        assert isinstance(config.batch_size, int)
+        peak = schedules.scaled_lr(peak, config.batch_size * num_ranks, config.grad_accum)
+    decay_steps = how.lr_decay_steps or schedules.default_decay_steps(num_steps)
+    warmup_steps = how.lr_warmup_steps
+    if warmup_steps is None:
+        warmup_steps = schedules.default_warmup_steps(decay_steps, how.lr_scheduler)
+    return partial(
+        schedules.learning_rate,
+        peak=peak,
+        kind=how.lr_scheduler,
+        warmup_steps=warmup_steps,
+        decay_steps=decay_steps,
+    )
+
+
+def choose_num_workers(num_workers: int | None) -> int:
+    """Loader processes: as asked, or one fewer than there are cores, at most 8."""
+    import os
+
+    return max(0, min(8, (os.cpu_count() or 1) - 1)) if num_workers is None else num_workers
+
+
+def _write_model(model: Model, folder: Path, weights: dict[str, dict[str, Any]]) -> None:
+    save_model(model, folder, weights=weights)

@@ -1,0 +1,267 @@
+"""The life of a run: starting, resuming, ending, whatever happens in between.
+
+A session is one process's work on a run folder. However it ends (finished, stopped, failed), `status.json` says so and the
+folder holds every whole checkpoint; an error never triggers a save.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from everydream_kit.config import TrainConfig, config_warnings, load_config
+from everydream_kit.errors import CheckpointError, KitError
+from everydream_kit.training.checkpoints import choose_checkpoint, load_resume_tensors, sweep
+from everydream_kit.training.control import StopSignal, signals_stop
+from everydream_kit.training.journal import Journal
+from everydream_kit.training.loop import train_loop
+from everydream_kit.training.memory import explain_out_of_memory, is_out_of_memory
+from everydream_kit.training.position import Position
+from everydream_kit.training.ranks import Ranks
+from everydream_kit.training.reports import Listener
+from everydream_kit.training.run import Run
+from everydream_kit.training.listeners import build_listeners
+from everydream_kit.training.runs import build_run
+from everydream_kit.workspace import RunFolder, find_run, write_whole
+
+RUN_FOLDER_VARIABLE = "EVERYDREAM_RUN_FOLDER"
+"""Environment variable by which whoever starts a process names the run folder that was made for it."""
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "peft", "safetensors", "numpy", "pillow")
+CANNOT_CHANGE = frozenset({"resume_ckpt", "seed", "training_kind", "optimizer", "project_name", "logdir"})
+"""Settings that a resumed run cannot change: they say what its saved state is the state of."""
+
+
+def train(
+    config: TrainConfig | dict[str, Any] | str | Path,
+    *,
+    listeners: Sequence[Listener] = (),
+    resume_from: RunFolder | str | Path | None = None,
+) -> RunFolder:
+    """Train, in this process, and return the run's folder when it has ended.
+
+    Args:
+        config: settings, or the path of a settings file.
+        listeners: told after every step, after the kit's own.
+        resume_from: go on with this run instead of starting a new one.
+
+    Raises:
+        KitError: a setting, the dataset or the model cannot be used, or training had to end; the message says how to go on.
+    """
+    if resume_from is not None:
+        return resume(resume_from.folder if isinstance(resume_from, RunFolder) else resume_from, listeners=listeners)
+    config = as_config(config)
+    ranks = Ranks.find(config.gpuid)
+    folder = _new_folder(config, ranks)
+    return _session(config, folder, ranks, listeners, checkpoint=None, state={})
+
+
+def resume(
+    run: str | Path | None = None,
+    *,
+    logdir: str | Path = "logs",
+    changes: dict[str, Any] | None = None,
+    listeners: Sequence[Listener] = (),
+) -> RunFolder:
+    """Go on with a run from its newest whole checkpoint, as if it had never stopped.
+
+    Args:
+        run: a run folder, its name, a checkpoint inside it, or None for the newest run in `logdir`.
+        changes: settings that are different from here on. They are logged; the file before is kept as `config-<step>.json`.
+
+    Raises:
+        JobError: there is no such run.
+        CheckpointError: no checkpoint can be resumed from, or a setting cannot change on the way.
+    """
+    folder = find_run(run, logdir)
+    warnings: list[str] = []
+    ranks = Ranks.find()
+    if ranks.is_main:
+        sweep(folder.checkpoints_folder)
+    ranks.barrier()
+    checkpoint, state = choose_checkpoint(folder, warnings.append)
+    config, _ = load_config(folder.config_path)
+    if changes:
+        config = _changed(config, changes, folder, state["position"]["step"], writes=ranks.is_main)
+    return _session(config, folder, ranks, listeners, checkpoint=checkpoint, state=state, warnings=warnings)
+
+
+def as_config(config: TrainConfig | dict[str, Any] | str | Path) -> TrainConfig:
+    """Settings in any form that people give them. Raises: ConfigError."""
+    if isinstance(config, TrainConfig):
+        return config
+    if isinstance(config, dict):
+        return load_config(None, config)[0]
+    return load_config(config)[0]
+
+
+def _session(
+    config: TrainConfig,
+    folder: RunFolder,
+    ranks: Ranks,
+    listeners: Sequence[Listener],
+    *,
+    checkpoint: Path | None,
+    state: dict[str, Any],
+    warnings: Sequence[str] = (),
+) -> RunFolder:
+    stop = StopSignal()
+    journal = Journal(folder, writes=ranks.is_main)
+    started_by_a_job = os.environ.pop(RUN_FOLDER_VARIABLE, None) is not None  # then stderr is train.log already
+    log = _log_to(folder) if ranks.is_main and not started_by_a_job else None
+    try:
+        with signals_stop(stop):
+            journal.set_state("starting", stopped_by=None, message=None)
+            for warning in [*warnings, *config_warnings(config)]:
+                journal.warn(warning)
+            if ranks.is_main:
+                _write_facts(config, folder)
+            run = build_run(
+                config, folder, journal, ranks, seed=state.get("seed"), weights_from=checkpoint
+            )
+            run.listeners = [*build_listeners(run, stop), *listeners]
+            if checkpoint is not None:
+                _restore(run, checkpoint, state)
+            _work(run, stop)
+    except BaseException as error:
+        _record_failure(journal, error)
+        if is_out_of_memory(error):
+            raise explain_out_of_memory(error, config) from error
+        raise
+    finally:
+        journal.close()
+        if log is not None:
+            logging.getLogger("everydream_kit").removeHandler(log)
+            log.close()
+    return folder
+
+
+def _work(run: Run, stop: StopSignal) -> None:
+    """Train, then tell everyone that it has ended; files and threads are given back in any case."""
+    try:
+        run.set_state("running", step=run.position.step, num_steps=run.num_steps, epoch=run.position.epoch)
+        for listener in run.listeners:
+            listener.on_start(run)
+        if not run.is_complete():
+            train_loop(run, run.listeners, stop)
+        for listener in run.listeners:
+            listener.on_finish(run)
+    finally:
+        for listener in run.listeners:
+            listener.close()
+    finished = run.is_complete()
+    run.tell("finished" if finished else "stopped", step=run.position.step, reason=stop.reason)
+    run.set_state(
+        "finished" if finished else "stopped",
+        step=run.position.step,
+        epoch=run.position.epoch,
+        stopped_by=None if finished else stop.reason,
+        eta_seconds=0 if finished else None,
+    )
+
+
+def _restore(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
+    """Put a freshly built run where its checkpoint stands."""
+    if state["num_pictures"] != len(run.dataset):
+        run.warn(
+            f"The dataset has {len(run.dataset)} pictures and had {state['num_pictures']} when this was saved: "
+            "the run goes on with the new ones, and is not the one that would have been without the pause."
+        )
+    tensors = load_resume_tensors(checkpoint)
+    try:
+        run.optimizer.load_state_dict(tensors["optimizer"])
+        run.precision.load_state_dict(tensors["precision"])
+        if run.ema is not None and "ema" in tensors:
+            run.ema.load_state_dict(tensors["ema"])
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{checkpoint}: its optimizer state does not fit these settings ({error}). What is trained cannot change on "
+            "a resume; start a new run with --resume_ckpt instead."
+        ) from error
+    run.position = Position(**state["position"])
+    for listener in run.listeners:
+        if listener.name in state["listeners"]:
+            listener.restore(state["listeners"][listener.name])
+    run.journal.forget_after(run.position.step)
+    run.tell("resumed", step=run.position.step, checkpoint=str(checkpoint))
+
+
+def _changed(
+    config: TrainConfig, changes: dict[str, Any], folder: RunFolder, step: int, *, writes: bool
+) -> TrainConfig:
+    fixed = sorted(CANNOT_CHANGE & changes.keys())
+    if fixed:
+        raise CheckpointError(
+            f"{', '.join(fixed)}: cannot change when a run goes on. Start a new run from its weights with --resume_ckpt "
+            f"{folder.last_checkpoint}."
+        )
+    changed = config.replace(**changes)
+    if writes:
+        kept = folder.folder / f"config-{step:05}.json"
+        write_whole(kept, folder.config_path.read_text("utf-8"))
+        write_whole(folder.config_path, changed.to_json())
+        logging.getLogger("everydream_kit").info(f"changed from step {step} on: {changes}")
+    return changed
+
+
+def _new_folder(config: TrainConfig, ranks: Ranks) -> RunFolder:
+    """The run folder, made by the main process (or by whoever started it) and known to all."""
+    prepared = os.environ.get(RUN_FOLDER_VARIABLE)
+    if prepared:
+        folder = RunFolder(Path(prepared))
+        folder.samples_folder.mkdir(parents=True, exist_ok=True)
+        folder.checkpoints_folder.mkdir(exist_ok=True)
+        return folder
+    if ranks.num_ranks == 1:
+        return RunFolder.create(config.logdir, config.project_name)
+    import torch.distributed as dist
+
+    chosen = [str(RunFolder.create(config.logdir, config.project_name).folder) if ranks.is_main else ""]
+    dist.broadcast_object_list(chosen, src=0)
+    return RunFolder(Path(chosen[0]))
+
+
+def _write_facts(config: TrainConfig, folder: RunFolder) -> None:
+    """`config.json` and `environment.json`: what is needed to do this again."""
+    write_whole(folder.config_path, config.to_json())
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    import torch
+
+    facts = {
+        "everydream_kit": metadata.version("everydream-kit"),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": versions,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
+        "cuda": torch.version.cuda,
+    }
+    write_whole(folder.folder / "environment.json", json.dumps(facts, indent=2))
+
+
+def _log_to(folder: RunFolder) -> logging.Handler:
+    """Send the kit's log to `train.log` as well."""
+    handler = logging.FileHandler(folder.log_path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("everydream_kit")
+    logger.addHandler(handler)
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    return handler
+
+
+def _record_failure(journal: Journal, error: BaseException) -> None:
+    message = str(error) if isinstance(error, KitError) else f"{type(error).__name__}: {error}"
+    journal.tell("error", message=message)
+    journal.set_state("failed", message=message)

@@ -1,0 +1,42 @@
+"""Fixtures that many tests share: a tiny real model, a folder of real captioned pictures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+SUBJECTS = [("red square", (220, 40, 40)), ("green square", (40, 180, 60)), ("blue square", (50, 70, 220))]
+SIZES = [(96, 96), (144, 96), (96, 144), (128, 72)]
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of Stable Diffusion 1.x shape with seeded random weights, small enough to train in seconds."""
+    from everydream_kit.models.saving import save_model
+    from everydream_kit.models.scratch import build_tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_model(build_tiny_model("sd1", seed=0), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve pictures of four aspect ratios, each with tags in a .txt beside it."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(12):
+        subject, colour = SUBJECTS[number % 3]
+        width, height = SIZES[number % 4]
+        pixels = np.random.default_rng(number).integers(200, 255, (height, width, 3), dtype=np.uint8)
+        pixels[height // 4 : -height // 4, width // 4 : -width // 4] = colour
+        suffix = ".png" if number % 2 else ".jpg"
+        Image.fromarray(pixels).save(folder / f"{number:02}{suffix}", quality=95)
+        (folder / f"{number:02}.txt").write_text(f"a {subject}, plain, flat, number {number}", encoding="utf-8")
+    return folder
