@@ -195,6 +195,14 @@ def plan_epoch(dataset: Dataset, settings: PlanSettings, epoch: int) -> EpochPla
     )
 
 
+def possible_buckets(dataset: Dataset, settings: PlanSettings) -> list[tuple[int, Size]]:
+    """Every (picture, bucket) that can occur in any epoch, so what a latent cache must hold."""
+    buckets = tuple(dict.fromkeys(b for r in settings.resolutions for b in bucket_table(r, settings.bucket_step)))
+    used = np.flatnonzero(dataset.numbers["multiply"] > 0)
+    pictures, _, bucket = _spread_over_classes(dataset, settings, buckets, used, np.zeros_like(used))
+    return [(index, buckets[number]) for index, number in zip(pictures.tolist(), bucket.tolist(), strict=True)]
+
+
 def _nothing_left(dataset: Dataset) -> str:
     roots = ", ".join(dataset.roots)
     if not len(dataset):
