@@ -22,7 +22,7 @@ ROOMS = [
 ]
 APART = {("data", "models"), ("models", "data")}
 TORCH_FREE = ("errors", "draws", "config", "params", "workspace", "hosts")
-TORCH_IN_DATA = ("batches.py", "cache.py", "latents.py", "loader.py")
+TORCH_IN_DATA = ("batches.py", "cache.py", "latents.py", "loader.py", "text_cache.py")
 SLOW = ("diffusers", "transformers", "peft", "bitsandbytes", "accelerate", "pytorch_optimizer", "tensorboard", "torch")
 """Importing these takes from a half to several seconds; `torch` is listed for the rooms that must work without it."""
 LONGEST_FILE = 500
