@@ -1,33 +1,80 @@
 """Train the embedded base model from scratch, on two cores, in about two hours of background time.
 
-python recipes/make_emoji_dataset.py DATA
-python recipes/train_embedded_base.py vae DATA WORK --minutes 46
+The kit must be importable (`pip install -e .`).
+
+    python recipes/make_emoji_dataset.py DATA
+    pip download --no-deps -d WHEELS clip-anytorch
+    python recipes/train_embedded_base.py tokenizer DATA WORK --merges WHEELS/clip_anytorch-*.whl
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 recipes/train_embedded_base.py vae DATA WORK --minutes 47
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 recipes/train_embedded_base.py unet DATA WORK --minutes 55
+    python recipes/train_embedded_base.py package DATA WORK
+    python recipes/train_embedded_base.py features DATA WORK
+    python recipes/train_embedded_base.py sheets DATA WORK
+
+Each training stage saves every four minutes and goes on from there when started again. `package` writes the averaged
+weights into everydream_kit/demo/base; `features` trains the network behind the demo's score; `sheets` draws
+docs/images/base-*.png from what is packaged.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the kit, when it is not installed
-
-from embedded_base import autoencoder
+from embedded_base import autoencoder, denoiser, features, sheets, vocabulary
 from embedded_base.peers import Peers
+
+from everydream_kit.demo import architecture
+from everydream_kit.demo.folder import write_model_folder
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+BASE = REPOSITORY / "everydream_kit" / "demo" / "base"
+
+
+def write_tokenizer(data: Path, merges: Path) -> None:
+    texts = [path.read_text("utf-8") for path in (data / "base").glob("*.txt")]
+    size = vocabulary.write_tokenizer(BASE / "tokenizer", merges, texts, architecture.MAX_TOKENS)
+    print("tokens:", size)
+
+
+def package(work: Path, folder: Path) -> None:
+    write_model_folder(folder, BASE / "tokenizer", *denoiser.load_trained(work, BASE / "tokenizer"))
+    print("bytes:", sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+
+
+def draw_sheets(data: Path, work: Path, folder: Path, images: Path) -> None:
+    images.mkdir(parents=True, exist_ok=True)
+    paths = sorted((data / "base").glob("*.webp"))[::25][:18] + sorted((data / "demo").glob("*.webp"))[:6]
+    sheets.reconstructions(denoiser.load_vae(work), paths).save(images / "base-reconstructions.png", optimize=True)
+    if (folder / "unet" / "diffusion_pytorch_model.safetensors").is_file():
+        drawn = sheets.samples(folder, [f"{prompt}, 3d" for prompt in sheets.PROMPTS])
+        sheets.draw_sheet([drawn], sheets.PROMPTS, columns=8).save(images / "base-samples.png", optimize=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["vae"])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--minutes", type=float, default=46)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    autoencoder.train(arguments.data, arguments.work, arguments.minutes, Peers())
+    parser.add_argument("stage", choices=["tokenizer", "vae", "unet", "package", "features", "sheets"])
+    parser.add_argument("data", type=Path, help="what make_emoji_dataset.py wrote")
+    parser.add_argument("work", type=Path, help="folder for checkpoints and logs")
+    parser.add_argument("--minutes", type=float, default=50, help="budget of a training stage")
+    parser.add_argument("--merges", type=Path, help="wheel or .txt.gz with CLIP's merges (tokenizer)")
+    parser.add_argument("--folder", type=Path, default=BASE, help="where the packaged model is (package, sheets)")
+    parser.add_argument("--images", type=Path, default=REPOSITORY / "docs" / "images", help="where sheets go")
+    options = parser.parse_args()
+    if options.stage == "tokenizer":
+        write_tokenizer(options.data, options.merges)
+    elif options.stage == "vae":
+        autoencoder.train(options.data, options.work, options.minutes, Peers())
+    elif options.stage == "unet":
+        denoiser.train(options.data / "base", options.work, BASE / "tokenizer", options.minutes, Peers())
+    elif options.stage == "package":
+        package(options.work, options.folder)
+    elif options.stage == "features":
+        features.train(options.data)
+    else:
+        torch.set_num_threads(2)
+        draw_sheets(options.data, options.work, options.folder, options.images)
 
 
 if __name__ == "__main__":
