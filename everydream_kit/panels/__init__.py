@@ -1,8 +1,8 @@
 """Widget panels for notebooks: `edk.panels.train("workspace/jets")` and the others.
 
 Each function opens the project folder and returns its panel, which shows itself as the last line of a cell. Panels work
-under ipywidgets 7.7.1 (Colab) and 8; they use core widgets, and anywidget for the clock and the upload area, with a
-fallback for each. They compute nothing: their buttons call the library and show its reports.
+under ipywidgets 7.7.1 (Colab) and 8; they use core widgets, and anywidget for the clock, the upload area and the token
+field, with a fallback for each. They compute nothing: their buttons call the library and show its reports.
 """
 
 from __future__ import annotations
@@ -11,17 +11,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from everydream_kit.panels.compare import ComparePanel
     from everydream_kit.panels.pictures import DatasetPanel
+    from everydream_kit.panels.setup import SetupPanel
+    from everydream_kit.panels.share import SharePanel
     from everydream_kit.panels.training import TrainPanel
 
-__all__ = ["dataset", "train"]
+__all__ = ["compare", "dataset", "setup", "share", "train"]
 
 
-def dataset(project: str | Path) -> DatasetPanel:
-    """Upload, look through, caption, tag, report; problems and undo."""
+def setup(project: str | Path, **options: Any) -> SetupPanel:
+    """Where am I, what fits here, what is wrong; log in to the Hub. Options as `SetupPanel`."""
+    from everydream_kit.panels.setup import SetupPanel
+
+    return SetupPanel(project, **options)
+
+
+def dataset(project: str | Path, **options: Any) -> DatasetPanel:
+    """Upload, look through, caption, tag, report; problems and undo. Options as `DatasetPanel`."""
     from everydream_kit.panels.pictures import DatasetPanel
 
-    return DatasetPanel(project)
+    return DatasetPanel(project, **options)
 
 
 def train(project: str | Path, **options: Any) -> TrainPanel:
@@ -29,3 +39,17 @@ def train(project: str | Path, **options: Any) -> TrainPanel:
     from everydream_kit.panels.training import TrainPanel
 
     return TrainPanel(project, **options)
+
+
+def compare(project: str | Path, **options: Any) -> ComparePanel:
+    """Checkpoints beside each other, before and after, pick a winner. Options as `ComparePanel`."""
+    from everydream_kit.panels.compare import ComparePanel
+
+    return ComparePanel(project, **options)
+
+
+def share(project: str | Path, **options: Any) -> SharePanel:
+    """A file for image apps; the model on the Hub with its card. Options as `SharePanel`."""
+    from everydream_kit.panels.share import SharePanel
+
+    return SharePanel(project, **options)

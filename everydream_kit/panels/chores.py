@@ -63,10 +63,15 @@ def export(told: Told, folder: Path, checkpoint: str, out: str, precision: str) 
 
 def push(told: Told, folder: Path, source: str, repo_id: str, options: str) -> dict[str, Any]:
     """Upload a run or checkpoint to the Hub."""
-    from everydream_kit.export.hub import push_to_hub
+    from everydream_kit.export.hub.push import push_to_hub
+    from everydream_kit.panels.words import size
 
     told.tell("running", message=f"Uploading to {repo_id} …")
-    url = push_to_hub(source, repo_id, **json.loads(options))
+
+    def progress(done: int, total: int, doing: str) -> None:
+        told.tell("running", step=done, num_steps=total, message=f"{doing} · {size(done)} of {size(total)}")
+
+    url = push_to_hub(source, repo_id, progress=progress, **json.loads(options))
     return {"url": str(url), "message": f"Pushed to {url}"}
 
 

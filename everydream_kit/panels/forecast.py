@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from everydream_kit.config import TrainConfig
-from everydream_kit.panels.look import duration, size
 from everydream_kit.panels.project import EMBEDDED_MODEL, Project
+from everydream_kit.panels.words import duration, size
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".jfif"})
 SINGLE_FILE_BYTES = {True: 2.13e9, False: 4.27e9}

@@ -14,6 +14,13 @@ from typing import Literal
 
 import ipywidgets as widgets
 
+from everydream_kit.panels.words import duration, size
+
+__all__ = [
+    "Tone", "badge", "button", "column", "duration", "facts", "heading", "log_view", "note", "panel_box", "read_asset",
+    "row", "section", "size", "style_sheet", "table",
+]  # fmt: skip
+
 Tone = Literal["plain", "good", "warn", "bad", "busy"]
 
 
@@ -48,6 +55,7 @@ def column(*children: widgets.Widget) -> widgets.VBox:
 
 
 def button(text: str, *, tone: str = "", icon: str = "", width: str = "auto", hint: str = "") -> widgets.Button:
+    """A button that is as wide as its text."""
     return widgets.Button(
         description=text, button_style=tone, icon=icon, tooltip=hint or text, layout=widgets.Layout(width=width)
     )
@@ -94,26 +102,3 @@ def log_view(lines: Sequence[str]) -> str:
     """The end of a log, newest line in view without a script (the outer box lays out from its bottom)."""
     text = html.escape("\n".join(lines)) or "The log is empty so far."
     return f'<div class="edk-log" tabindex="0" role="log"><div>{text}</div></div>'
-
-
-def duration(seconds: float | None) -> str:
-    """`95` as `1 min 35 s`; None as a dash."""
-    if seconds is None:
-        return "–"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s" if whole < 600 else f"{whole // 60} min"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
-
-
-def size(num_bytes: float | None) -> str:
-    """Bytes in the unit that people read; None as a dash."""
-    if not num_bytes:
-        return "–"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if num_bytes < 1000 or unit == "TB":
-            return f"{num_bytes:.0f} {unit}" if unit in ("B", "kB", "MB") else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    raise AssertionError("unreachable")

@@ -34,12 +34,12 @@ class Project:
 
     @classmethod
     def open(cls, folder: str | Path) -> Project:
-        """Open a project, and make its folders where they are missing.
+        """Open a project by name or path (`locate_project`), and make its folders where they are missing.
 
         Raises:
             JobError: the path cannot be a project folder.
         """
-        path = Path(folder).expanduser().resolve()
+        path = locate_project(folder).expanduser().resolve()
         if path.exists() and not path.is_dir():
             raise JobError(f"{path}: is a file; a project is a folder. Give another name.")
         for name in ("input", "logs", "exports"):
@@ -118,3 +118,24 @@ class Project:
 
     def pick_winner(self, checkpoint: Path) -> None:
         write_whole(self.folder / "winner.json", json.dumps({"checkpoint": str(checkpoint)}))
+
+
+def locate_project(name: str | Path, *, mount_drive: bool = False) -> Path:
+    """The folder of a project that is given by name or by path.
+
+    A bare name lies in the host's storage, so that the same notebook keeps its work on Drive, on a pod's volume, or in
+    `workspace/` on a plain machine. A path with folders is taken as it is.
+
+    Args:
+        name: `jets`, or `workspace/jets`.
+        mount_drive: on Colab, mount Google Drive first.
+
+    Raises:
+        HostError: Drive was wanted and could not be mounted.
+    """
+    path = Path(name).expanduser()
+    if len(path.parts) > 1:
+        return path
+    from everydream_kit.hosts import detect_host, prepare_storage
+
+    return prepare_storage(detect_host(), Path("workspace"), mount_drive=mount_drive) / path

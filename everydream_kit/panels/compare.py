@@ -1,0 +1,294 @@
+"""The compare panel: checkpoints beside each other on the same prompts and seeds, before and after, pick a winner."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import ipywidgets as widgets
+
+from everydream_kit import jobs
+from everydream_kit.errors import ConfigError
+from everydream_kit.panels import look
+from everydream_kit.panels.clock import has_clock, make_clock
+from everydream_kit.panels.comparison import Comparison
+from everydream_kit.panels.panel import Panel, set_html
+from everydream_kit.panels.project import Project
+from everydream_kit.panels.shots import picture_tag
+
+SHOWN_CHECKPOINTS = 12
+THUMBNAIL_SIDE = 256
+
+
+class ComparePanel(Panel):
+    """`edk.panels.compare(project)`.
+
+    Attributes:
+        project: the project folder.
+        comparison: what was drawn, or is being drawn; None before the first.
+        job: the drawing in progress, or None.
+    """
+
+    def __init__(self, folder: str | Path, *, environment: dict[str, str] | None = None) -> None:
+        """Build the panel; the last comparison comes back."""
+        super().__init__()
+        self.project = Project.open(folder)
+        self._environment = environment
+        self.job: jobs.Job | None = None
+        self.comparison = self._last_comparison()
+        self._shown: object = None
+        self._build()
+        self._draw(force=True)
+
+    @property
+    def _folder(self) -> Path:
+        return self.project.folder / "compare"
+
+    def _last_comparison(self) -> Comparison | None:
+        path = self._folder / "comparison.json"
+        return Comparison.load(path) if path.is_file() else None
+
+    def _choices(self) -> dict[str, str]:
+        """What can be compared: label to checkpoint; the base first, then by step."""
+        base = str(self.project.settings()["resume_ckpt"])
+        found = {f"base: {Path(base).name}": base}
+        for checkpoint in reversed(self.project.checkpoints()[:SHOWN_CHECKPOINTS]):
+            found[checkpoint.name if checkpoint.name not in found else str(checkpoint)] = str(checkpoint)
+        return found
+
+    def _build(self) -> None:
+        self.choices = self._choices()
+        asked = self.comparison.checkpoints if self.comparison is not None else None
+        default = {next(iter(self.choices.values())), *list(self.choices.values())[-1:]}
+        self.checks = {
+            label: widgets.Checkbox(
+                value=source in (asked or default), description=label, indent=False, layout=widgets.Layout(width="auto")
+            )
+            for label, source in self.choices.items()
+        }
+        self._build_settings()
+        self.draw_button = look.button("Draw", tone="primary", icon="paint-brush", hint="Draw what is not there yet")
+        self.stop_button = look.button("Stop drawing", icon="stop")
+        self.refresh_button = look.button("Refresh", icon="refresh")
+        self.refresh_button.layout.display = "none" if has_clock() else ""
+        self.on_press(self.draw_button, self.draw)
+        self.on_press(self.stop_button, self.stop)
+        self.on_press(self.refresh_button, self.refresh)
+        self.head, self.grid, self.pair = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.bar = widgets.IntProgress(min=0, max=1, layout=widgets.Layout(width="100%", height="8px", margin="2px 0"))
+        self.tabs = widgets.Tab(children=[self._build_pair(), look.column(self.grid)])
+        for index, title in enumerate(("Before and after", "Whole grid")):
+            self.tabs.set_title(index, title)
+        self.clock = make_clock(self.refresh)
+        self.box = look.panel_box(
+            [
+                self.head,
+                look.section("Checkpoints"),
+                look.row(*self.checks.values(), gap="4px 22px"),
+                look.section("Prompts, one a line"),
+                self.prompts,
+                look.row(self.cfgs, self.size, self.steps, self.seed),
+                look.row(self.draw_button, self.stop_button, self.refresh_button),
+                self.bar,
+                self.message,
+                self.tabs,
+                self._build_winner(),
+                self.clock,
+            ]
+        )
+
+    def _build_settings(self) -> None:
+        last = self.comparison
+        settings = self.project.settings()
+        resolution = settings.get("resolution", 512)
+        size = last.size if last else (resolution if isinstance(resolution, int) else resolution[0])
+        style = {"description_width": "70px"}
+        narrow = widgets.Layout(width="200px")
+        self.prompts = widgets.Textarea(
+            value="\n".join(last.prompts if last else self._first_captions()),
+            placeholder="a jet over the sea",
+            layout=widgets.Layout(width="100%", height="82px"),
+        )
+        self.prompts.description = "Prompts"
+        self.prompts.style.description_width = "70px"
+        cfgs = ", ".join(f"{cfg:g}" for cfg in (last.cfgs if last else (4.0,)))
+        self.cfgs = widgets.Text(value=cfgs, description="cfg", style=style, layout=narrow)
+        self.size = widgets.BoundedIntText(
+            value=size, min=64, max=2048, step=8, description="Size", style=style, layout=narrow
+        )
+        self.steps = widgets.BoundedIntText(
+            value=last.num_inference_steps if last else 20,
+            min=1,
+            max=200,
+            description="Steps",
+            style=style,
+            layout=narrow,
+        )
+        self.seed = widgets.IntText(value=last.seed if last else 555, description="Seed", style=style, layout=narrow)
+
+    def _build_pair(self) -> widgets.Widget:
+        self.prompt_choice = widgets.Dropdown(
+            description="Prompt", style={"description_width": "70px"}, layout=widgets.Layout(width="620px")
+        )
+        self.slider = widgets.IntSlider(
+            min=0, max=1, description="Checkpoint", readout=False, style={"description_width": "70px"},
+            layout=widgets.Layout(width="620px"),
+        )  # fmt: skip
+        self.prompt_choice.observe(lambda _: self._draw_pair(), "value")
+        self.slider.observe(lambda _: self._draw_pair(), "value")
+        return look.column(self.prompt_choice, self.slider, self.pair)
+
+    def _build_winner(self) -> widgets.Widget:
+        trained = [(label, source) for label, source in list(self.choices.items())[1:]]
+        self.winner = widgets.Dropdown(
+            options=trained,
+            description="Winner",
+            style={"description_width": "70px"},
+            layout=widgets.Layout(width="420px"),
+        )
+        chosen = str(self.project.winner)
+        if chosen in [source for _, source in trained]:
+            self.winner.value = chosen
+        self.winner_button = look.button("Pick this one", icon="check")
+        self.winner_button.disabled = not trained
+        self.on_press(self.winner_button, self.pick_winner)
+        return look.row(self.winner, self.winner_button)
+
+    def _first_captions(self) -> Sequence[str]:
+        """Two captions of the dataset, to begin with."""
+        texts = [
+            path.read_text("utf-8", "replace").strip()
+            for path in sorted(self.project.pictures_folder.rglob("*.txt"))[:2]
+        ]
+        return [text for text in texts if text] or ["a photo"]
+
+    # What the buttons do
+
+    def asked(self) -> Comparison:
+        """What the controls ask for.
+
+        Raises:
+            ConfigError: nothing is chosen, or a number cannot be read.
+        """
+        try:
+            cfgs = tuple(float(text) for text in self.cfgs.value.replace(";", ",").split(",") if text.strip())
+        except ValueError as error:
+            raise ConfigError(f"cfg: numbers with commas between, such as 1, 4, 7 (got {self.cfgs.value!r})") from error
+        return Comparison(
+            folder=str(self._folder),
+            checkpoints=tuple(self.choices[label] for label, check in self.checks.items() if check.value),
+            prompts=tuple(line.strip() for line in self.prompts.value.splitlines() if line.strip()),
+            cfgs=cfgs,
+            seed=self.seed.value,
+            size=self.size.value,
+            num_inference_steps=self.steps.value,
+            clip_skip=int(self.project.settings().get("clip_skip", 0)),
+        )
+
+    def draw(self) -> None:
+        """Start drawing what is missing, in a process of its own."""
+        self.comparison = self.asked()
+        plan = self.comparison.save()
+        if self.comparison.count_missing():
+            arguments = ["draw", str(self._folder), str(plan)]
+            self.job = jobs.start_module(
+                self._folder, "everydream_kit.panels.chores", arguments, environment=self._environment
+            )
+            self.say("Drawing … the model is being loaded.", "busy")
+        self._draw(force=True)
+
+    def stop(self) -> None:
+        """End the drawing; what is drawn stays."""
+        if self.job is not None and self.job.is_alive():
+            self.job.kill()
+        self.refresh()
+
+    def watch(self) -> None:
+        """Show the drawing live from the cell until it ends."""
+        self.show()
+        if self.job is not None:
+            self.job.watch(lambda _: self.refresh())
+        self.refresh()
+
+    def pick_winner(self) -> None:
+        """Remember the winner; the export panel begins with it."""
+        self.project.pick_winner(Path(self.winner.value))
+        self.say(f"{Path(self.winner.value).name} is the winner. Export or share it in the next notebook.", "good")
+
+    # Showing
+
+    def refresh(self) -> None:
+        """Show pictures that have come since the last look."""
+        if self.job is not None:
+            status = self.job.status()
+            self.bar.max, self.bar.value = max(1, status.get("num_steps") or 1), status.get("step") or 0
+            if not status["alive"]:
+                self.job = None
+                good = status["state"] == "finished"
+                self.say(status.get("message") or status["state"], "good" if good else "bad")
+            elif status.get("num_steps"):
+                self.say(f"Drawing … {status['step']} of {status['num_steps']} pictures.", "busy")
+        self._draw()
+
+    def _draw(self, *, force: bool = False) -> None:
+        self.stop_button.disabled = self.job is None
+        self.draw_button.disabled = self.job is not None
+        set_html(
+            self.head,
+            look.heading("Compare", self.project.name, "The same seeds everywhere, so only the model differs."),
+        )
+        here = self.comparison
+        state = None if here is None else (here, here.count_missing())
+        if state == self._shown and not force:
+            return
+        self._shown = state
+        if here is None:
+            empty = '<div class="edk-empty">Choose checkpoints and prompts, then press Draw.</div>'
+            set_html(self.grid, empty)
+            set_html(self.pair, empty)
+            return
+        set_html(self.grid, self._grid_html(here))
+        rows = [
+            (f"{prompt[:80]} · cfg {cfg:g}", json.dumps([prompt, cfg])) for prompt in here.prompts for cfg in here.cfgs
+        ]
+        if tuple(rows) != tuple(self.prompt_choice.options):
+            self.prompt_choice.options = rows
+        last = max(0, len(here.checkpoints) - 1)
+        if self.slider.max != last:
+            self.slider.max = last
+            self.slider.value = last
+        self._draw_pair()
+
+    def _label(self, checkpoint: str) -> str:
+        names = {source: label for label, source in self.choices.items()}
+        return names.get(checkpoint, Path(checkpoint).name)
+
+    def _cell(self, checkpoint: str, prompt: str, cfg: float, side: int) -> str:
+        path = (self.comparison or self.asked()).picture_path(checkpoint, prompt, cfg)
+        if path.is_file():
+            return picture_tag(path, side, words=f"{prompt}, {self._label(checkpoint)}, cfg {cfg:g}")
+        return f'<div class="edk-empty" style="width:{side - 30}px;height:{side - 20}px">not drawn yet</div>'
+
+    def _grid_html(self, here: Comparison) -> str:
+        top = "".join(f"<th>{html.escape(self._label(checkpoint))}</th>" for checkpoint in here.checkpoints)
+        rows = []
+        for prompt in here.prompts:
+            for cfg in here.cfgs:
+                cells = "".join(f"<td>{self._cell(c, prompt, cfg, 170)}</td>" for c in here.checkpoints)
+                rows.append(f"<tr><td>{html.escape(prompt)}<div class='edk-hint'>cfg {cfg:g}</div></td>{cells}</tr>")
+        table = f'<table class="edk-table"><tr><th></th>{top}</tr>{"".join(rows)}</table>'
+        return f'<div style="overflow-x:auto">{table}</div>'
+
+    def _draw_pair(self) -> None:
+        here = self.comparison
+        if here is None or not self.prompt_choice.value:
+            return
+        prompt, cfg = json.loads(self.prompt_choice.value)
+        first, second = here.checkpoints[0], here.checkpoints[min(self.slider.value, len(here.checkpoints) - 1)]
+        figures = "".join(
+            f"<figure>{self._cell(source, prompt, cfg, 420)}<figcaption>{html.escape(words)}</figcaption></figure>"
+            for source, words in ((first, f"before · {self._label(first)}"), (second, f"after · {self._label(second)}"))
+        )
+        set_html(self.pair, f'<div class="edk-shots edk-pair">{figures}</div>')

@@ -1,0 +1,96 @@
+"""Logging in to the Hub from a notebook without the token ever becoming part of it.
+
+The field sends what was typed as a message and forgets it; huggingface_hub checks the token and keeps it in its own
+file, where the training and upload processes find it. It is in no widget state, output, setting or log. Without
+anywidget there is a password box, emptied before anything else happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ipywidgets as widgets
+
+from everydream_kit.errors import HubError
+from everydream_kit.panels.look import read_asset
+
+
+def make_token_field(on_token: Callable[[str], object]) -> widgets.Widget:
+    """A field for a token; `on_token` is called with what was typed."""
+    kind = _token_field_class()
+    if kind is None:
+        box = widgets.Password(description="Access token", continuous_update=False, style={"description_width": "90px"})
+
+        def take_box(change: dict[str, Any]) -> None:
+            typed = change["new"]
+            if typed:
+                box.value = ""
+                on_token(typed)
+
+        box.observe(take_box, "value")
+        return box
+    field = kind()
+
+    def take(widget: Any, content: dict[str, Any], buffers: list[Any]) -> None:
+        if content.get("kind") == "token":
+            on_token(str(content.get("token", "")).strip())
+
+    field.on_msg(take)
+    return field
+
+
+def log_in(token: str) -> str:
+    """Check a token with the Hub and keep it in huggingface_hub's own place.
+
+    Returns:
+        The user's name.
+
+    Raises:
+        HubError: the Hub refused it or cannot be reached; the message does not hold the token.
+    """
+    if not token:
+        raise HubError(
+            "Paste an access token first. You make one at huggingface.co/settings/tokens, with the role write."
+        )
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        user = str(huggingface_hub.whoami(token)["name"])
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        words = "The Hub refused this token" if status in (401, 403) else f"The Hub answered with an error ({status})"
+        raise HubError(f"{words}. Copy it again from huggingface.co/settings/tokens.") from None
+    except OSError as error:
+        raise HubError(
+            f"The Hub cannot be reached ({type(error).__name__}). Check the connection, then try again."
+        ) from None
+    huggingface_hub.login(token=token, add_to_git_credential=False)
+    return user
+
+
+def has_token() -> bool:
+    """Whether a token is there: huggingface_hub's login, HF_TOKEN, or Colab's secret of that name."""
+    import huggingface_hub
+
+    return huggingface_hub.get_token() is not None
+
+
+def _token_field_class() -> Any:
+    try:
+        import anywidget
+    except ImportError:
+        return None
+    global _cached  # noqa: PLW0603  one class for all panels: anywidget registers every new one with the page
+    if _cached is None:
+
+        class TokenField(anywidget.AnyWidget):
+            _esm = read_asset("token_field.js")
+            _css = read_asset("token_field.css")
+
+        _cached = TokenField
+    return _cached
+
+
+_cached: Any = None

@@ -1,0 +1,94 @@
+"""The set-up panel: where am I, what fits here, what is wrong and how it is mended; log in to the Hub."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+
+import ipywidgets as widgets
+
+from everydream_kit.doctor import Check, Diagnosis, diagnose
+from everydream_kit.hosts import Host, detect_host
+from everydream_kit.panels import look
+from everydream_kit.panels.login import has_token, log_in, make_token_field
+from everydream_kit.panels.panel import Panel, set_html
+from everydream_kit.panels.project import Project, locate_project
+
+MARKS = {"ok": ("✓", "good"), "warning": ("!", "warn"), "error": ("✗", "bad")}
+
+
+class SetupPanel(Panel):
+    """`edk.panels.setup(project)`.
+
+    Attributes:
+        project: the project folder; it is made here.
+        host: the machine.
+        diagnosis: what was found.
+    """
+
+    def __init__(self, folder: str | Path, *, mount_drive: bool = False, diagnosis: Diagnosis | None = None) -> None:
+        """Look at the machine.
+
+        Args:
+            folder: a project's name, or its folder.
+            mount_drive: on Colab, keep projects on Google Drive.
+            diagnosis: shown instead of looking.
+        """
+        super().__init__()
+        self.host: Host = detect_host()
+        self.project = Project.open(locate_project(folder, mount_drive=mount_drive and self.host.name == "colab"))
+        self.diagnosis = diagnosis or diagnose(self.project.folder)
+        self.head, self.checks, self.hub = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.again_button = look.button("Look again", icon="refresh")
+        self.on_press(self.again_button, self.look_again)
+        self.token_field = make_token_field(self._take_token)
+        self.box = look.panel_box(
+            [
+                self.head,
+                self.checks,
+                look.row(self.again_button),
+                look.section("Hugging Face Hub"),
+                self.hub,
+                self.token_field,
+                self.message,
+            ]
+        )
+        self._draw()
+
+    def look_again(self) -> None:
+        """Check the machine again."""
+        self.diagnosis = diagnose(self.project.folder)
+        self._draw()
+
+    def _take_token(self, token: str) -> None:
+        from everydream_kit.errors import KitError
+
+        try:
+            user = log_in(token)
+        except KitError as error:
+            self.say(str(error), "bad")
+        else:
+            self.say(f"Logged in as {user}.", "good")
+        self._draw()
+
+    def _draw(self) -> None:
+        tone: look.Tone = {"ok": "good", "warning": "warn", "error": "bad"}[self.diagnosis.status]  # type: ignore[assignment]
+        words = {"ok": "ready", "warning": "ready, with remarks", "error": "something is missing"}
+        mark = look.badge(words[self.diagnosis.status], tone)
+        lead = f"The project lives in {self.project.folder}; every notebook finds it there again."
+        set_html(self.head, look.heading("Set-up", f"{self.project.name} on {self.host.title}", lead, badge=mark))
+        rows = "".join(_row(check) for check in self.diagnosis.checks)
+        set_html(self.checks, f'<table class="edk-table edk-checks">{rows}</table>')
+        text = "A token is there: pushing and private models work." if has_token() else (
+            "No token yet. You need one only for private models and for pushing; training works without."
+        )  # fmt: skip
+        set_html(self.hub, f'<div class="edk-hint">{html.escape(text)}</div>')
+
+
+def _row(check: Check) -> str:
+    mark, tone = MARKS[check.status]
+    cure = f'<div class="edk-hint">→ {html.escape(check.cure)}</div>' if check.cure else ""
+    return (
+        f'<tr><td class="edk-mark {tone}" aria-label="{check.status}">{mark}</td><td>{html.escape(check.name)}</td>'
+        f"<td>{html.escape(check.text)}{cure}</td></tr>"
+    )
