@@ -19,12 +19,12 @@ class DoWG(torch.optim.Optimizer):
     Args:
         params: parameters or groups.
         lr: factor on the rate that is found; 1 is the paper's.
-        eps: first guess of the distance, r_eps, as a share of 1 + |x_0|.
+        d0: first guess of the distance (r_eps in the paper), as a share of 1 + |x_0|.
         weight_decay: decoupled: each step also takes lr · r²/sqrt(v) · weight_decay · x away.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 1.0, eps: float = 1e-6, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
+    def __init__(self, params: Iterable[Any], lr: float = 1.0, d0: float = 1e-6, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "d0": d0, "weight_decay": weight_decay})
         # In the groups, where load_state_dict keeps Python numbers as they are; equal in all groups.
         for group in self.param_groups:
             group.setdefault("distance_squared", None)
@@ -47,7 +47,7 @@ class DoWG(torch.optim.Optimizer):
         first = self.param_groups[0]
         farthest = first["distance_squared"]
         if farthest is None:
-            farthest = (first["eps"] * (1.0 + _squared_norm(starts) ** 0.5)) ** 2
+            farthest = (first["d0"] * (1.0 + _squared_norm(starts) ** 0.5)) ** 2
         moved = torch._foreach_sub([p.detach() for p in parameters], starts)
         farthest = max(farthest, _squared_norm(moved))
         weighted_norms = first["weighted_norms"] + farthest * _squared_norm([p.grad for p in parameters])

@@ -10,14 +10,16 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from everydream_kit.errors import ConfigError
+from everydream_kit.training.combined import CombinedOptimizer, FusedBackwardOptimizer
 from everydream_kit.training.optimizer_config import (
     DEFAULT_WEIGHT_DECAY,
     OptimizerConfig,
@@ -25,6 +27,7 @@ from everydream_kit.training.optimizer_config import (
     load_optimizer_config,
     part_settings,
 )
+from everydream_kit.training.rounding import RoundedOptimizer
 
 if TYPE_CHECKING:
     from everydream_kit.training.parameters import TrainedPart
@@ -43,6 +46,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 Group = dict[str, Any]
+Builder = Callable[[list[Group]], Any]
+COMMON = ("betas", "eps", "weight_decay")
+"""What a group has of its own, where the optimizer knows it. lr is known by all."""
 
 
 @dataclass(frozen=True)
@@ -128,25 +134,22 @@ def build_optimizer(
     Raises:
         ConfigError: an unknown name, a class that cannot be imported, or an argument that it does not take.
     """
-    kind, optimizer_class = _find(name, device_type)
-    common = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
-    options = {**kind.fixed, **_translate(kwargs, optimizer_class)}
-    _refuse_unknown(options, optimizer_class, name)
     groups = [dict(group) if isinstance(group, dict) else {"params": [group]} for group in param_groups]
     for group in groups:
-        own = {key: group.pop(key, value) for key, value in common.items()}
-        group.update(_accepted(own, optimizer_class, kind, name))
         group.setdefault("lr", lr)
-    for key in _fast_paths(optimizer_class, device_type):
-        options.setdefault(key, True)
-    if kind.finds_own_rate and any(0 < group["lr"] < 0.01 for group in groups):
-        logger.warning("%s finds its own learning rate and lr is a factor on it: 1.0 is normal (got %g).", name, lr)
-    return optimizer_class(groups, lr=lr, **options)
+        for key, value in (("betas", betas), ("eps", eps), ("weight_decay", weight_decay)):
+            group.setdefault(key, value)
+    return _make_builder(name, groups, device_type, kwargs)(groups)
 
 
 def build_optimizer_for_parts(
-    parts: Sequence[TrainedPart], settings: Sequence[PartSettings], *, device_type: str = "cpu"
-) -> torch.optim.Optimizer | CombinedOptimizer:
+    parts: Sequence[TrainedPart],
+    settings: Sequence[PartSettings],
+    *,
+    device_type: str = "cpu",
+    rounding_seed: int | None = None,
+    fused_backward: bool = False,
+) -> torch.optim.Optimizer | CombinedOptimizer | RoundedOptimizer:
     """Make the optimizer of everything that is trained: one group for each part.
 
     Parts with the same optimizer share one; otherwise there are several behind one face.
@@ -154,20 +157,39 @@ def build_optimizer_for_parts(
     Args:
         parts: what is trained, from `select_parameters`.
         settings: for each part, in the same order.
+        rounding_seed: the run's seed, where bfloat16 weights should be rounded stochastically.
+        fused_backward: step inside the backward pass (see `combined`).
 
     Raises:
-        ConfigError: as `build_optimizer`.
+        ConfigError: as `build_optimizer`; or fused_backward with an optimizer that needs all gradients together.
     """
     bundles: dict[Any, list[tuple[Group, PartSettings]]] = {}
     for part, how in zip(parts, settings, strict=True):
         key = (_plain(how.optimizer), repr(sorted(how.kwargs.items())))
         bundles.setdefault(key, []).append((part_group(part, how), how))
     optimizers = []
-    for bundle in bundles.values():
-        how = bundle[0][1]
-        groups = [group for group, _ in bundle]
-        optimizers.append(build_optimizer(how.optimizer, groups, lr=how.lr, device_type=device_type, **how.kwargs))
+    for number, bundle in enumerate(bundles.values()):
+        name, groups = bundle[0][1].optimizer, [group for group, _ in bundle]
+        build = _make_builder(name, groups, device_type, bundle[0][1].kwargs)
+        if fused_backward and not may_step_by_parameter(name):
+            raise ConfigError(
+                f"fused_backward, optimizer: {name} needs all gradients together; "
+                "switch fused_backward off, or use adamw, adamw8bit, lion8bit or adafactor"
+            )
+        if rounding_seed is not None:
+            build = _rounded(build, rounding_seed, str(number), by_parameter=may_step_by_parameter(name))
+        optimizers.append(FusedBackwardOptimizer(build, groups) if fused_backward else build(groups))
     return optimizers[0] if len(optimizers) == 1 else CombinedOptimizer(optimizers)
+
+
+def _rounded(build: Builder, seed: int, name: str, *, by_parameter: bool) -> Builder:
+    """A builder of RoundedOptimizers, each with an address of its own."""
+    numbers = itertools.count()
+
+    def build_rounded(groups: list[Group]) -> RoundedOptimizer:
+        return RoundedOptimizer(build, groups, seed=seed, by_parameter=by_parameter, name=f"{name}.{next(numbers)}")
+
+    return build_rounded
 
 
 def part_group(part: TrainedPart, how: PartSettings) -> Group:
@@ -189,39 +211,33 @@ def may_step_by_parameter(name: str) -> bool:
     return kind is not None and kind.by_parameter
 
 
-class CombinedOptimizer:
-    """Several optimizers that step as one. Has what a training loop and a GradScaler use of torch's Optimizer."""
-
-    def __init__(self, optimizers: Sequence[Any]) -> None:
-        self.optimizers = list(optimizers)
-
-    @property
-    def param_groups(self) -> list[Group]:
-        """The groups of all of them; setting a group's lr works."""
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
-
-    @property
-    def state(self) -> dict[torch.Tensor, Any]:
-        return {key: value for optimizer in self.optimizers for key, value in optimizer.state.items()}
-
-    def step(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for optimizer, one in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(one)
-
-
 def _plain(name: str) -> str:
     return name if "." in name else name.lower().replace("_", "").replace("-", "")
+
+
+def _make_builder(name: str, groups: Sequence[Group], device_type: str, kwargs: Mapping[str, Any]) -> Builder:
+    """What makes an optimizer of this name from groups. Everything is checked and said here, once.
+
+    Args:
+        groups: all groups that it will be called with, as one list or several; each has lr, betas, eps, weight_decay.
+    """
+    kind, optimizer_class = _find(name, device_type)
+    options = {**kind.fixed, **_translate(kwargs, optimizer_class)}
+    _refuse_unknown(options, optimizer_class, name)
+    options |= dict.fromkeys(_fast_paths(optimizer_class, device_type) - options.keys(), True)
+    slow = [group["lr"] for group in groups if kind.finds_own_rate and 0 < group["lr"] < 0.01]
+    if slow:
+        logger.warning("%s finds its own learning rate and lr is a factor on it: 1 is normal (got %g).", name, slow[0])
+
+    def build(groups: list[Group]) -> torch.optim.Optimizer:
+        accepted = []
+        for group in groups:
+            common = {key: group[key] for key in COMMON}
+            plain = {key: value for key, value in group.items() if key not in COMMON}
+            accepted.append(plain | _accepted(common, optimizer_class, kind, name))
+        return optimizer_class(accepted, lr=groups[0]["lr"], **options)
+
+    return build
 
 
 def _find(name: str, device_type: str) -> tuple[OptimizerKind, Any]:
@@ -262,7 +278,7 @@ def _arguments(optimizer_class: Any) -> dict[str, inspect.Parameter]:
     return {key: one for key, one in parameters.items() if one.kind is not one.VAR_KEYWORD and key != "self"}
 
 
-def _translate(kwargs: dict[str, Any], optimizer_class: Any) -> dict[str, Any]:
+def _translate(kwargs: Mapping[str, Any], optimizer_class: Any) -> dict[str, Any]:
     """EveryDream 2's `decouple` by the name that the class has for it."""
     decouple = "weight_decouple" if "weight_decouple" in _arguments(optimizer_class) else "decouple"
     return {decouple if key == "decouple" else key: value for key, value in kwargs.items()}
@@ -293,11 +309,11 @@ def _accepted(common: dict[str, Any], optimizer_class: Any, kind: OptimizerKind,
     return accepted
 
 
-def _fast_paths(optimizer_class: Any, device_type: str) -> tuple[str, ...]:
+def _fast_paths(optimizer_class: Any, device_type: str) -> set[str]:
     """torch's fused implementation where there is one for this device, else foreach; elsewhere the library's choice."""
     if not optimizer_class.__module__.startswith("torch.optim"):
-        return ()
+        return set()
     known = _arguments(optimizer_class)
     if "fused" in known and device_type in FUSED_DEVICES:
-        return ("fused",)
-    return ("foreach",) if "foreach" in known else ()
+        return {"fused"}
+    return {"foreach"} & known.keys()

@@ -1,0 +1,133 @@
+"""In which number formats the run computes: autocast, and the gradient scaler of float16.
+
+What happens to bfloat16 weights at an update is in `rounding`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from everydream_kit.errors import ConfigError
+
+INITIAL_SCALE = 2**17.5
+SCALER_STAGES = ((0, 2.0, 25), (500, 1.8, 100), (1000, 1.6, 200), (2000, 1.3, 500), (4000, 1.15, 2000))
+"""(from this step, growth factor, steps without overflow before growing), as EveryDream 2 tunes its scaler: the scale
+finds its place quickly, and later overflows, each of which costs a step, become rare."""
+
+
+@dataclass
+class Precision:
+    """How a run computes. Made by `choose_precision`.
+
+    Attributes:
+        device_type: "cpu", "cuda" ...
+        dtype: format of the arithmetic inside autocast; float32 means no autocast.
+        weight_dtype: format of the trained weights.
+        scaler: gradient scaler, with float16 only.
+        num_steps: optimizer steps taken with the scaler.
+    """
+
+    device_type: str
+    dtype: torch.dtype
+    weight_dtype: torch.dtype = torch.float32
+    scaler: torch.amp.GradScaler | None = None
+    tune_scaler: bool = True
+    num_steps: int = field(default=0, repr=False)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Where the forward pass belongs."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device_type, self.dtype)
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss to call backward on."""
+        return loss if self.scaler is None else self.scaler.scale(loss)
+
+    def unscale(self, optimizer: Any) -> None:
+        """Bring the gradients back to their true size, before they are measured or clipped."""
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+
+    def step(self, optimizer: Any) -> None:
+        """Step the optimizer, unless float16 gradients overflowed; then the scale is lowered instead."""
+        if self.scaler is None:
+            optimizer.step()
+            return
+        if self.tune_scaler:
+            tune_scaler(self.scaler, self.num_steps)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        self.num_steps += 1
+
+    @property
+    def gradient_scale(self) -> float | None:
+        """The scaler's factor, None without one."""
+        return None if self.scaler is None else self.scaler.get_scale()
+
+    def state_dict(self) -> dict[str, Any]:
+        scaler = None if self.scaler is None else self.scaler.state_dict()
+        return {"scaler": scaler, "num_steps": self.num_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """A scaler's state is taken where there is a scaler; a change of format begins anew."""
+        self.num_steps = int(state["num_steps"])
+        if self.scaler is not None and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def choose_precision(
+    device: torch.device | str,
+    *,
+    amp: bool = True,
+    amp_dtype: str = "auto",
+    weight_dtype: str = "float32",
+    tune_scaler: bool = True,
+) -> Precision:
+    """Choose the formats.
+
+    Args:
+        device: where the model runs.
+        amp: mixed precision; off means float32.
+        amp_dtype: "bf16", "fp16", or "auto": on a GPU bfloat16 where it has it and else float16, elsewhere float32.
+        weight_dtype: "float32" or "bfloat16"; the latter computes in bfloat16 as well.
+        tune_scaler: raise float16's scale more slowly as the run goes on (EveryDream 2's step tweaks).
+
+    Raises:
+        ConfigError: bfloat16 weights together with float16 arithmetic.
+    """
+    device_type = torch.device(device).type
+    if weight_dtype == "bfloat16":
+        if amp and amp_dtype == "fp16":
+            raise ConfigError(
+                "weight_dtype, amp_dtype: bfloat16 weights compute in bfloat16; set amp_dtype to auto or bf16"
+            )
+        return Precision(device_type, torch.bfloat16, torch.bfloat16)
+    dtype = _amp_dtype(device_type, amp_dtype) if amp else torch.float32
+    scaler = None
+    if dtype == torch.float16:
+        scaler = torch.amp.GradScaler(
+            device_type, init_scale=INITIAL_SCALE, growth_factor=2.0, backoff_factor=0.5, growth_interval=25
+        )
+    return Precision(device_type, dtype, torch.float32, scaler, tune_scaler)
+
+
+def _amp_dtype(device_type: str, amp_dtype: str) -> torch.dtype:
+    if amp_dtype != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}[amp_dtype]
+    if device_type != "cuda":
+        return torch.float32
+    # Without the argument, cards that only imitate bfloat16 (a T4) say yes, and are several times slower with it.
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def tune_scaler(scaler: torch.amp.GradScaler, num_steps: int) -> None:
+    """Set how fast the scale grows after so many optimizer steps, see SCALER_STAGES."""
+    factor, interval = next(stage[1:] for stage in reversed(SCALER_STAGES) if num_steps >= stage[0])
+    scaler.set_growth_factor(factor)
+    scaler.set_backoff_factor(1.0 / factor)
+    scaler.set_growth_interval(interval)
