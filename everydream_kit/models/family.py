@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -95,17 +97,14 @@ class Family:
     """Everything that differs between model families.
 
     Attributes:
-        name: key in `FAMILIES`, and the name of the folder of shipped configs.
-        title: for messages and model cards.
-        pipeline_class: diffusers' pipeline, written into `model_index.json`.
-        text_encoders: in the order of `Model.text_encoders`.
-        encode_tokens, predict: see their types.
-        matches_configs: whether a diffusers folder's configs ("unet", "text_encoder", ...) are of this family.
-        matches_keys: whether a single file's names and shapes are of this family.
-        modelspec_architecture: as single-file metadata names it (stability.ai's modelspec).
-        kohya_base: as kohya-style LoRA metadata names it (`ss_base_model_version`).
-        resolution: side in pixels that the family was trained at, given the prediction type.
-        legacy_config: name of the `.yaml` template for old UIs, given the prediction type, or None if none is needed.
+        name: key in `FAMILIES`, and the name of the folder of shipped configs. title: for messages and model cards.
+        pipeline_class: diffusers' pipeline, written into `model_index.json`. text_encoders: in the order of
+        `Model.text_encoders`. encode_tokens, predict: see their types. matches_configs: whether a diffusers folder's
+        configs ("unet", "text_encoder", ...) are of this family. matches_keys: whether a single file's names and
+        shapes are of this family. modelspec_architecture: as single-file metadata names it (stability.ai's
+        modelspec). kohya_base: as kohya-style LoRA metadata names it (`ss_base_model_version`). resolution: side in
+        pixels that the family was trained at, given the prediction type. legacy_config: content of the `.yaml` that
+        old UIs want beside a single file, given the prediction type, or None.
     """
 
     name: str
@@ -119,7 +118,12 @@ class Family:
     modelspec_architecture: str
     kohya_base: str
     resolution: Callable[[str], int]
-    legacy_config: Callable[[str], str | None] = lambda prediction_type: None
+    legacy_config: Callable[[str], dict[str, Any] | None] = lambda prediction_type: None
+
+
+def configs_folder(family: Family) -> Path:
+    """The shipped config files of a family, laid out as a diffusers folder without weights."""
+    return Path(str(files("everydream_kit") / "models" / "configs" / family.name))
 
 
 def text_tower(text_encoder: torch.nn.Module) -> torch.nn.Module:

@@ -15,9 +15,10 @@ import torch
 
 from everydream_kit.errors import ModelError
 from everydream_kit.models.components import build_text_encoder, build_unet, build_vae, fill
-from everydream_kit.models.family import Family
-from everydream_kit.models.files import ModelFiles, open_folder
-from everydream_kit.models.tokenizer import END, build_tokenizer, load_tokenizer
+from everydream_kit.models.family import Family, configs_folder
+from everydream_kit.models.files import ModelFiles, open_folder, read_json
+from everydream_kit.models.single_file import open_single_file
+from everydream_kit.models.tokenizer import build_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
@@ -115,7 +116,7 @@ def open_model(
     """Find and open a model without reading its weights. Arguments and errors as `load_model`."""
     path = Path(source).expanduser()
     if path.is_file():
-        raise ModelError(f"{path}: single files are not read yet.")
+        return open_single_file(path, family=family, prediction_type=prediction_type)
     if path.is_dir():
         folder = path / subfolder if subfolder else path
         return open_folder(folder, family=family, prediction_type=prediction_type, variant=variant)
@@ -155,7 +156,8 @@ def _tokenizer(files: ModelFiles, name: str) -> CLIPTokenizer:
     folder = files.tokenizers[name]
     if folder is not None:
         return load_tokenizer(folder)
-    return build_tokenizer(files.configs[name].get("pad_token", END) if name in files.configs else END)
+    shipped = read_json(configs_folder(files.family) / name / "tokenizer_config.json")
+    return build_tokenizer(str(shipped["pad_token"]))
 
 
 def training_scheduler(

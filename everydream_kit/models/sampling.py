@@ -105,16 +105,22 @@ def sample_pictures(
                 model,
                 batch,
                 build_scheduler(model, scheduler),
-                num_inference_steps,
-                clip_skip,
-                num_chunks,
-                rescale,
-                tell,
+                num_inference_steps=num_inference_steps,
+                clip_skip=clip_skip,
+                num_chunks=num_chunks,
+                guidance_rescale=rescale,
+                progress=tell,
             )
             for row, pixels in zip(batch, decode_latents(model, latents), strict=True):
                 picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
                 picture.info["parameters"] = settings_text(
-                    row.prompt, row.cfg, scheduler, num_inference_steps, clip_skip, model.source, rescale
+                    row.prompt,
+                    row.cfg,
+                    scheduler=scheduler,
+                    num_inference_steps=num_inference_steps,
+                    clip_skip=clip_skip,
+                    model_name=model.source,
+                    guidance_rescale=rescale,
                 )
                 pictures[row.position] = picture
     return [picture for picture in pictures if picture is not None]
@@ -123,6 +129,7 @@ def sample_pictures(
 def settings_text(
     prompt: SamplePrompt,
     cfg: float,
+    *,
     scheduler: str,
     num_inference_steps: int,
     clip_skip: int = 0,
@@ -193,6 +200,7 @@ def _denoise(
     model: Model,
     rows: Sequence[_Row],
     scheduler: Any,
+    *,
     num_inference_steps: int,
     clip_skip: int,
     num_chunks: int,

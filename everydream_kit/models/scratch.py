@@ -7,7 +7,6 @@ that has every part of the real one, and trains in seconds on a CPU.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from everydream_kit.draws import derive_seed
 from everydream_kit.models.components import build_text_encoder, build_unet, build_vae
 from everydream_kit.models.families import family_by_name
+from everydream_kit.models.family import configs_folder
 from everydream_kit.models.files import read_json
 from everydream_kit.models.loading import Model, training_scheduler
 from everydream_kit.models.saving import save_model
@@ -60,11 +60,6 @@ _TINY: dict[str, dict[str, Any]] = {
 }
 
 
-def configs_folder(family: str) -> Path:
-    """The shipped config files of a family, laid out as a diffusers folder without weights."""
-    return Path(str(files("everydream_kit") / "models" / "configs" / family_by_name(family).name))
-
-
 def build_model(
     family: str,
     *,
@@ -89,7 +84,7 @@ def build_model(
         ModelError: unknown family, or a config that cannot be built.
     """
     table = family_by_name(family)
-    folder = configs_folder(family)
+    folder = configs_folder(table)
     changes = text_encoders or [{}] * len(table.text_encoders)
     scheduler_config = {**read_json(folder / "scheduler" / "scheduler_config.json"), **(scheduler or {})}
     prediction_type = prediction_type or scheduler_config["prediction_type"]

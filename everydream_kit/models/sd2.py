@@ -6,6 +6,7 @@ The base models (512) predict epsilon, the 768 models v. The single files hold a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from everydream_kit.models.family import Config, Family, Shapes, TextEncoderSlot
 from everydream_kit.models.sd1 import encode_one_encoder, predict_from_text
@@ -23,6 +24,72 @@ def _matches_configs(configs: Mapping[str, Config]) -> bool:
 
 def _matches_keys(shapes: Shapes) -> bool:
     return any(name.startswith("cond_stage_model.model.") for name in shapes)
+
+
+def _legacy_config(prediction_type: str) -> dict[str, Any]:
+    """What Stability AI published as `v2-inference.yaml` and `v2-inference-v.yaml`."""
+    unet = {
+        "use_checkpoint": True,
+        "use_fp16": True,
+        "image_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 320,
+        "attention_resolutions": [4, 2, 1],
+        "num_res_blocks": 2,
+        "channel_mult": [1, 2, 4, 4],
+        "num_head_channels": 64,
+        "use_spatial_transformer": True,
+        "use_linear_in_transformer": True,
+        "transformer_depth": 1,
+        "context_dim": 1024,
+        "legacy": False,
+    }
+    vae = {
+        "double_z": True,
+        "z_channels": 4,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 128,
+        "ch_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    params: dict[str, Any] = {"parameterization": "v"} if prediction_type == "v_prediction" else {}
+    params |= {
+        "linear_start": 0.00085,
+        "linear_end": 0.0120,
+        "num_timesteps_cond": 1,
+        "log_every_t": 200,
+        "timesteps": 1000,
+        "first_stage_key": "jpg",
+        "cond_stage_key": "txt",
+        "image_size": 64,
+        "channels": 4,
+        "cond_stage_trainable": False,
+        "conditioning_key": "crossattn",
+        "monitor": "val/loss_simple_ema",
+        "scale_factor": 0.18215,
+        "use_ema": False,
+        "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},
+        "first_stage_config": {
+            "target": "ldm.models.autoencoder.AutoencoderKL",
+            "params": {
+                "embed_dim": 4,
+                "monitor": "val/rec_loss",
+                "ddconfig": vae,
+                "lossconfig": {"target": "torch.nn.Identity"},
+            },
+        },
+        "cond_stage_config": {
+            "target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder",
+            "params": {"freeze": True, "layer": "penultimate"},
+        },
+    }
+    target = "ldm.models.diffusion.ddpm.LatentDiffusion"
+    return {"model": {"base_learning_rate": 1.0e-4, "target": target, "params": params}}
 
 
 SD2 = Family(
@@ -47,5 +114,5 @@ SD2 = Family(
     modelspec_architecture="stable-diffusion-v2",
     kohya_base="sd_v2",
     resolution=lambda prediction_type: 768 if prediction_type == "v_prediction" else 512,
-    legacy_config=lambda prediction_type: "v2-inference-v" if prediction_type == "v_prediction" else "v2-inference",
+    legacy_config=_legacy_config,
 )

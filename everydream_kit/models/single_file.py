@@ -1,0 +1,169 @@
+"""Reading single-file models: `.safetensors` and `.ckpt` in the LDM layout, offline.
+
+What a single file does not hold (configs, vocabulary) comes from the kit's own data, or from metadata that the kit's
+exports carry. The family is recognised by names and shapes; the prediction type by markers, metadata, the `.yaml`
+beside the file, or a statistic of the weights, in this order.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from everydream_kit.errors import ModelError
+from everydream_kit.models.convert import UNET_PREFIX, VAE_PREFIX, from_single_file
+from everydream_kit.models.families import FAMILIES, family_by_name
+from everydream_kit.models.family import Config, Family, configs_folder
+from everydream_kit.models.files import (
+    ModelFiles,
+    has_zero_terminal_snr,
+    prediction_type_of,
+    read_json,
+    refuse_unsupported,
+)
+from everydream_kit.models.tensors import Tensors, open_weights
+
+logger = logging.getLogger(__name__)
+
+CONFIGS_KEY = "everydream_kit.configs"
+"""Metadata key under which our exports keep the components' configs: a file of another width than the published one is
+readable by it, and the model's own sampler comes back."""
+V_PRED_MARKER, ZTSNR_MARKER = "v_pred", "ztsnr"
+"""Names of empty tensors by which UIs know v-prediction and zero-terminal-SNR models."""
+
+_V_STATISTIC = UNET_PREFIX + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+_V_THRESHOLD = 0.09
+"""ComfyUI's rule for SD 2.x files that say nothing: this bias spreads wider in v-prediction models."""
+
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+
+def open_single_file(path: Path, *, family: str | None = None, prediction_type: str | None = None) -> ModelFiles:
+    """Open a single-file model.
+
+    Args:
+        family, prediction_type: overrides of what the file says.
+
+    Raises:
+        ModelError: damaged, carrying code, no Stable Diffusion model, or of a kind that the kit does not train.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise ModelError(f"{path}: not a model file by its name; the kit reads {', '.join(SUFFIXES)}.")
+    tensors, metadata = open_weights(path)
+    _refuse(path, tensors)
+    found = family_by_name(family) if family else _recognise(path, tensors)
+    configs = _configs(path, found, metadata)
+    refuse_unsupported(str(path), configs, {})
+    scheduler = dict(configs.pop("scheduler"))
+    predicted = prediction_type or _prediction_type(path, tensors, metadata, found, scheduler)
+    rescaled = ZTSNR_MARKER in tensors or has_zero_terminal_snr(scheduler)
+    return ModelFiles(
+        family=found,
+        source=str(path),
+        configs=configs,
+        tensors=from_single_file(tensors, found, configs),
+        tokenizers=dict.fromkeys((slot.tokenizer_folder for slot in found.text_encoders), None),
+        scheduler_config=_scheduler_of(scheduler, predicted, rescaled),
+        prediction_type=predicted,
+        zero_terminal_snr=rescaled,
+        metadata=metadata,
+    )
+
+
+def _refuse(path: Path, tensors: Tensors) -> None:
+    """Say what a file is that is not ours to train.
+
+    Raises:
+        ModelError: with the kind of file.
+    """
+    if not tensors:
+        raise ModelError(f"{path}: holds no weights at all.")
+    first = UNET_PREFIX + "input_blocks.0.0.weight"
+    if first in tensors:
+        refuse_unsupported(str(path), {"unet": {"in_channels": tensors[first].shape[1]}}, {})
+        if any(name.startswith("conditioner.embedders.0.model.") for name in tensors):
+            raise ModelError(
+                f"{path}: this is an SDXL refiner, which this version cannot train. Take the SDXL base model."
+            )
+        return
+    kinds: list[tuple[str, Callable[[str], bool]]] = [
+        ("a LoRA, not a model: give it beside its base model", lambda name: "lora_" in name),
+        (
+            "an SD 3, Flux or later model, which this version cannot train",
+            lambda name: re.search(r"(joint|double)_blocks\.", name) is not None,
+        ),
+        (
+            "one part of a diffusers model: give the folder that holds model_index.json",
+            lambda name: "down_blocks." in name,
+        ),
+        ("a VAE alone, not a whole model", lambda name: name.startswith(("encoder.", VAE_PREFIX))),
+        ("a textual-inversion embedding, not a model", lambda name: name in ("emb_params", "clip_l", "clip_g")),
+    ]
+    for kind, matches in kinds:
+        if any(matches(name) for name in tensors):
+            raise ModelError(f"{path}: this is {kind}.")
+    raise ModelError(f"{path}: no Stable Diffusion model; its first tensor is named {next(iter(tensors))!r}.")
+
+
+def _recognise(path: Path, tensors: Tensors) -> Family:
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    for family in FAMILIES.values():
+        if family.matches_keys(shapes):
+            return family
+    raise ModelError(
+        f"{path}: a UNet, but no text encoder of the families {', '.join(FAMILIES)} in it. Take the full checkpoint "
+        "instead of a UNet-only file, or say the family with `family`."
+    )
+
+
+def _configs(path: Path, family: Family, metadata: dict[str, str]) -> dict[str, Config]:
+    """The components' configs and the scheduler's: from the file's metadata, else as the family is published."""
+    folder = configs_folder(family)
+    names = ["unet", "vae", *(slot.folder for slot in family.text_encoders)]
+    configs: dict[str, Config] = {name: read_json(folder / name / "config.json") for name in names}
+    configs["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
+    if CONFIGS_KEY in metadata:
+        try:
+            own = json.loads(metadata[CONFIGS_KEY])
+        except json.JSONDecodeError as error:
+            raise ModelError(f"{path}: its metadata {CONFIGS_KEY} is no JSON ({error}).") from error
+        if isinstance(own, dict):
+            configs |= {name: own[name] for name in configs if isinstance(own.get(name), dict)}
+    return configs
+
+
+def _prediction_type(
+    path: Path, tensors: Tensors, metadata: dict[str, str], family: Family, scheduler: dict[str, Any]
+) -> str:
+    if V_PRED_MARKER in tensors:
+        return "v_prediction"
+    if CONFIGS_KEY in metadata:
+        return prediction_type_of(scheduler, str(path))
+    named = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key") or ""
+    if named:
+        return "v_prediction" if named.lower().startswith("v") else "epsilon"
+    beside = path.with_suffix(".yaml")
+    if beside.is_file():
+        text = beside.read_text(encoding="utf-8", errors="replace")
+        return "v_prediction" if re.search(r"parameterization:\s*[\"']?v\b", text) else "epsilon"
+    if family.name == "sd2" and _V_STATISTIC in tensors:
+        is_v = tensors[_V_STATISTIC].read().float().std(unbiased=False).item() > _V_THRESHOLD
+        guess = "v_prediction" if is_v else "epsilon"
+        logger.warning(
+            "%s does not say what it predicts; its weights look like %s. Set prediction_type if not.", path, guess
+        )
+        return guess
+    return "epsilon"
+
+
+def _scheduler_of(scheduler: dict[str, Any], prediction_type: str, zero_terminal_snr: bool) -> dict[str, Any]:
+    config = {**scheduler, "prediction_type": prediction_type}
+    if zero_terminal_snr and not has_zero_terminal_snr(scheduler):
+        if config.get("_class_name") not in ("DDIMScheduler", "EulerDiscreteScheduler", "DDPMScheduler"):
+            config["_class_name"] = "DDIMScheduler"
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return config
