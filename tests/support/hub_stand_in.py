@@ -2,7 +2,7 @@
 
 What is here: whoami with token roles, creating repositories, branches and pull-request refs, preupload, LFS in one
 part or several, Xet through a local store, commits, tree, model info, refs, commit lists, the card check, and downloads
-with ranges. Any request can be made to fail (`HubStandIn.fail`). What is not: sign-in, organisations beyond their names,
+with ranges. Any request can be made to fail (`HubStandIn.fail`). What is not: sign-in, organisations beyond names,
 tags, discussions, gated access, rate-limit accounting, moving and deleting repositories, a CAS over HTTP (Xet goes to
 `local://`), downloads of Xet files without Xet, redirects to a CDN, TLS. The card check knows a dozen licences.
 
@@ -649,12 +649,18 @@ def _slice(call: Call, content: bytes, headers: dict[str, str]) -> Reply:
     return Reply(206, part, headers | {"Content-Range": f"bytes {start}-{start + len(part) - 1}/{len(content)}"})
 
 
+def _auth_check(_call: Call) -> Reply:
+    return as_json({})
+
+
 _ID = "([^/]+/[^/]+)"
 _REPO = f"/api/models/{_ID}"
 _ROUTES: list[tuple[str, str, str | None, Callable[[Call], Reply]]] = [
     ("GET", "/api/whoami-v2", None, _whoami),
     ("POST", "/api/repos/create", None, _create_repo),
     ("POST", "/api/validate-yaml", None, _validate_card),
+    ("GET", f"{_REPO}/auth-check", "read", _auth_check),
+    ("GET", f"{_REPO}/auth-check/write", "write", _auth_check),
     ("POST", f"{_REPO}/branch/(.+)", "write", _create_branch),
     ("POST", f"{_REPO}/preupload/([^/]+)", "write", _preupload),
     ("POST", f"{_REPO}/commit/([^/]+)", "write", _commit),

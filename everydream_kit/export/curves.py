@@ -1,0 +1,98 @@
+"""Training curves as a small PNG, drawn from a run's events with Pillow alone.
+
+Two panels, one above the other: the loss (each logged point faint, a running mean over it, the validation loss where
+there is one) and the learning rate. For a model card; the panels and TensorBoard have charts of their own.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.ImageDraw import ImageDraw
+
+WIDTH, PANEL_HEIGHT, LEFT, MARGIN = 720, 220, 70, 28
+INK, GRID, FAINT, BLUE, ORANGE = "#24292f", "#d8dee4", "#b6cdf5", "#1f5fbf", "#c2571a"
+Points = list[tuple[float, float]]
+
+
+def read_curves(events: Iterable[dict[str, Any]]) -> dict[str, Points]:
+    """Points (step, value) of `loss`, `validation loss` and `lr` from a run's events. Other events are passed over."""
+    curves: dict[str, Points] = {"loss": [], "validation loss": [], "lr": []}
+    for event in events:
+        step, kind = event.get("step"), event.get("kind")
+        if not isinstance(step, int):
+            continue
+        rates = event.get("lr")
+        rate = next(iter(rates.values()), None) if isinstance(rates, dict) else rates
+        name = {"loss": "loss", "validation": "validation loss"}.get(str(kind))
+        if name is not None:
+            _add(curves[name], step, event.get("loss"))
+            _add(curves["lr"], step, rate)
+    return curves
+
+
+def draw_curves(events: Iterable[dict[str, Any]]) -> bytes | None:
+    """The curves as a PNG, or None where fewer than two losses were logged."""
+    from PIL import Image, ImageDraw
+
+    curves = read_curves(events)
+    if len(curves["loss"]) < 2:
+        return None
+    panels = [[("loss", curves["loss"], FAINT), ("running mean", running_mean(curves["loss"]), BLUE)]]
+    panels[0].append(("validation loss", curves["validation loss"], ORANGE))
+    if len(curves["lr"]) > 1:
+        panels.append([("learning rate", curves["lr"], BLUE)])
+    picture = Image.new("RGB", (WIDTH, PANEL_HEIGHT * len(panels)), "white")
+    draw = ImageDraw.Draw(picture)
+    for number, lines in enumerate(panels):
+        _draw_panel(draw, number * PANEL_HEIGHT, [line for line in lines if line[1]])
+    file = io.BytesIO()
+    picture.save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def running_mean(points: Points, share: float = 0.05) -> Points:
+    """Mean over a window of the last `share` of all points (at least 5), so that a noisy loss shows its course."""
+    window = max(5, round(len(points) * share))
+    means, total = [], 0.0
+    for index, (step, value) in enumerate(points):
+        total += value - (points[index - window][1] if index >= window else 0.0)
+        means.append((step, total / min(index + 1, window)))
+    return means
+
+
+def _add(points: Points, step: int, value: Any) -> None:
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        points.append((float(step), float(value)))
+
+
+def _draw_panel(draw: ImageDraw, top: int, lines: Sequence[tuple[str, Points, str]]) -> None:
+    from PIL import ImageFont
+
+    font = ImageFont.load_default(13)
+    steps = [step for _, points, _ in lines for step, _ in points]
+    values = [value for _, points, _ in lines for _, value in points]
+    low, high = min(*values, 0.0), max(values) or 1.0
+    first, last = min(steps), max(*steps, min(steps) + 1)
+    bottom, height = top + PANEL_HEIGHT - MARGIN, PANEL_HEIGHT - 2 * MARGIN
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        across = (step - first) / (last - first)
+        return LEFT + across * (WIDTH - LEFT - MARGIN), bottom - (value - low) / (high - low) * height
+
+    for quarter in range(5):
+        value = low + (high - low) * quarter / 4
+        y = place(first, value)[1]
+        draw.line([(LEFT, y), (WIDTH - MARGIN, y)], fill=GRID)
+        draw.text((LEFT - 8, y), f"{value:.3g}", fill=INK, font=font, anchor="rm")
+    draw.text((LEFT, bottom + 6), f"step {first:.0f}", fill=INK, font=font)
+    draw.text((WIDTH - MARGIN, bottom + 6), f"{last:.0f}", fill=INK, font=font, anchor="ra")
+    across = LEFT
+    for label, points, colour in lines:
+        draw.line([place(*point) for point in points], fill=colour, width=1 if colour == FAINT else 2, joint="curve")
+        draw.text((across, top + 6), label, fill=INK if colour == FAINT else colour, font=font)
+        across += int(draw.textlength(label, font=font)) + 24

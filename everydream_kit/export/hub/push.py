@@ -1,0 +1,257 @@
+"""Pushing a run or checkpoint to the Hub, and saying beforehand what would go."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from everydream_kit.export.curves import draw_curves
+from everydream_kit.export.hub.access import base_licence, open_repo
+from everydream_kit.export.hub.connection import HubConnection, quiet_client, redact
+from everydream_kit.export.hub.contents import (
+    DEFAULT_WHAT,
+    Source,
+    UploadFile,
+    What,
+    check_what,
+    checkpoint_files,
+    config_file,
+    find_samples,
+    find_source,
+    resume_files,
+    without_folders,
+)
+from everydream_kit.export.hub.upload import Progress, Target, Upload, size_words
+from everydream_kit.export.model_card import CardFacts, make_card, read_base, read_pipeline_class
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PushPreview:
+    """What a push would upload.
+
+    Attributes:
+        repo_id, revision: where to.
+        files: in order of upload. A single file that would be written first has its estimated size.
+        card: the README.md.
+        message: of the commit.
+    """
+
+    repo_id: str
+    revision: str | None
+    files: tuple[UploadFile, ...]
+    card: str
+    message: str
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.num_bytes for file in self.files)
+
+    def text(self) -> str:
+        """The preview for reading: one file a line, largest last, then the card."""
+        lines = [f"{size_words(file.num_bytes):>10}  {file.path}" for file in self.files]
+        where = self.repo_id + (f" at {self.revision}" if self.revision else "")
+        size = size_words(self.num_bytes)
+        head = f"Would push {len(self.files)} files, {size}, to {where} as one commit: {self.message}"
+        return "\n".join([head, *lines, "", "README.md:", self.card])
+
+
+def preview_push(
+    run_or_checkpoint: Any,
+    repo_id: str,
+    *,
+    what: Iterable[What] = DEFAULT_WHAT,
+    revision: str | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
+    message: str | None = None,
+) -> PushPreview:
+    """What `push_to_hub` would upload, without uploading, a token, or a network.
+
+    The licence of a base on the Hub is looked up only when pushing.
+
+    Raises:
+        ExportError, CheckpointError: there is nothing to push.
+    """
+    source = find_source(run_or_checkpoint)
+    wish = _Wish(repo_id, check_what(what, source), license, base_model, message)
+    files, card = _collect(source, wish, licence={"license": license} if license else {}, token=None, scratch=None)
+    return PushPreview(repo_id, revision, tuple(files), card, wish.message_for(source))
+
+
+def push_to_hub(
+    run_or_checkpoint: Any,
+    repo_id: str,
+    *,
+    private: bool = True,
+    what: Iterable[What] = DEFAULT_WHAT,
+    revision: str | None = None,
+    create_pr: bool = False,
+    dry_run: bool = False,
+    license: str | None = None,
+    base_model: str | None = None,
+    message: str | None = None,
+    precision: str = "fp16",
+    token: str | None = None,
+    progress: Progress | None = None,
+    api: HfApi | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> str:
+    """Upload a run's newest checkpoint, or a given checkpoint or file, with a model card, as one commit.
+
+    Args:
+        run_or_checkpoint: a run folder, a checkpoint folder, a single file, or an object with a `.folder`.
+        repo_id: `me/jets`; created if it does not exist.
+        private: of a repository that is created here. An existing one stays as it is.
+        what: of "diffusers", "lora", "single_file", "samples", "training", "resume". The card always goes.
+        revision: branch to push to; created if it does not exist.
+        create_pr: open a pull request instead of changing the branch.
+        dry_run: upload nothing and return what would go, as text.
+        license: Hub name of the licence; by default the base model's, where the base is on the Hub.
+        base_model: Hub id of the base; by default the one the run started from.
+        message: of the commit.
+        precision: of a single file that is written for the push.
+        token: by default huggingface_hub's login or HF_TOKEN.
+        progress: told (bytes done, bytes in all, what is being done).
+        api: another Hub than the usual one.
+        sleep: waits between tries.
+
+    Returns:
+        Address of the repository, branch or pull request; in a dry run the preview's text.
+
+    Raises:
+        ExportError, CheckpointError: there is nothing to push.
+        HubError: the Hub refused, or could not be reached in three tries; what is on disk stays, and pushing again goes
+            on where it stopped.
+    """
+    if dry_run:
+        options = {"what": what, "revision": revision, "license": license, "base_model": base_model, "message": message}
+        return preview_push(run_or_checkpoint, repo_id, **options).text()  # type: ignore[arg-type]
+    source = find_source(run_or_checkpoint)
+    wish = _Wish(repo_id, check_what(what, source), license, base_model, message)
+    connection = HubConnection(token, api=api, sleep=sleep)
+    with ExitStack() as stack:
+        stack.enter_context(quiet_client())
+        if not create_pr:
+            access = open_repo(connection, repo_id, private=private, revision=revision)
+            wish = replace(wish, repo_id=access.repo_id)
+            if private and not access.private:
+                logger.warning("%s is public already, and stays so; private is for new repositories.", access.repo_id)
+        base = base_model or read_base(source.config)
+        licence = {"license": license} if license else base_licence(connection, base)
+        scratch = stack.enter_context(_scratch_beside(source.place)) if _writes_single_file(source, wish) else None
+        files, _ = _collect(source, wish, licence=licence, token=connection.token, scratch=scratch, precision=precision)
+        target = Target(
+            repo_id=wish.repo_id,
+            revision=revision,
+            create_pr=create_pr,
+            message=redact(wish.message_for(source), connection.token),
+            replaces=bool({"diffusers", "lora", "resume"} & set(wish.what)),
+            keeps_resume="resume" in wish.what,
+        )
+        advice = f"Nothing is lost: {source.place} is untouched. Push again; what has arrived is not sent twice."
+        return Upload(connection, target, files, advice=advice, progress=progress).run()
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What the caller asked for, checked."""
+
+    repo_id: str
+    what: tuple[What, ...]
+    license: str | None
+    base_model: str | None
+    message: str | None
+
+    def message_for(self, source: Source) -> str:
+        return self.message or f"Upload {source.place.resolve().name} with EveryDream Kit"
+
+
+def _collect(
+    source: Source,
+    wish: _Wish,
+    *,
+    licence: dict[str, str],
+    token: str | None,
+    scratch: Path | None,
+    precision: str = "fp16",
+) -> tuple[list[UploadFile], str]:
+    """All files of a push, smallest first, and the text of the card among them."""
+    what, files = wish.what, []
+    if source.checkpoint is not None and ("diffusers" in what or "lora" in what):
+        files += checkpoint_files(source.checkpoint)
+    if "single_file" in what:
+        files.append(_single_file(source, scratch, precision))
+    if "resume" in what:
+        files += resume_files(source, token)
+    samples = find_samples(source.run) if "samples" in what else []
+    files += [UploadFile.of(sample.path_in_repo, sample.path) for sample in samples]
+    events = list(source.run.events()) if source.run else []
+    curves = draw_curves(events) if "training" in what else None
+    if "training" in what or "resume" in what:
+        config = config_file(source, token, keep_paths="resume" in what)
+        files += [config] if config else []
+    if curves is not None:
+        files.append(UploadFile.of("training/curves.png", curves))
+    card = make_card(
+        CardFacts(
+            title=source.title,
+            repo_id=wish.repo_id,
+            base_model=wish.base_model or read_base(source.config),
+            licence=licence,
+            config=without_folders(source.config),
+            events=events,
+            pipeline_class=read_pipeline_class(source.checkpoint),
+            is_lora="lora" in what,
+            single_file=next((f.path for f in files if "/" not in f.path and _is_single_file(f.path, source)), None),
+            has_folder="diffusers" in what,
+            samples=[(sample.path_in_repo, sample.prompt, sample.negative_prompt) for sample in samples],
+            curves="training/curves.png" if curves is not None else None,
+        )
+    )
+    card = redact(card, token)
+    files.append(UploadFile.of("README.md", card.encode()))
+    return sorted(files, key=lambda file: (file.num_bytes, file.path)), card
+
+
+def _is_single_file(path: str, source: Source) -> bool:
+    return path == _single_file_name(source)
+
+
+def _single_file_name(source: Source) -> str:
+    return source.single_file.name if source.single_file else f"{source.title}.safetensors"
+
+
+def _writes_single_file(source: Source, wish: _Wish) -> bool:
+    return "single_file" in wish.what and source.single_file is None
+
+
+def _single_file(source: Source, scratch: Path | None, precision: str) -> UploadFile:
+    """The given file, or one written from the checkpoint; without a scratch folder only its estimated size."""
+    name = _single_file_name(source)
+    if source.single_file is not None:
+        return UploadFile.of(name, source.single_file)
+    assert source.checkpoint is not None
+    if scratch is None:
+        weights = sum(path.stat().st_size for path in source.checkpoint.glob("*/*.safetensors"))
+        return UploadFile(name, source.checkpoint, weights)
+    from everydream_kit.export.single_file import export_checkpoint
+
+    return UploadFile.of(name, Path(export_checkpoint(source.checkpoint, scratch / name, precision=precision)))
+
+
+@contextmanager
+def _scratch_beside(place: Path) -> Iterator[Path]:
+    """A folder on the checkpoint's own disk, for a single file on its way up."""
+    with tempfile.TemporaryDirectory(prefix=".push-", dir=place.resolve().parent) as folder:
+        yield Path(folder)

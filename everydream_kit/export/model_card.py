@@ -1,0 +1,235 @@
+"""The model card: README.md with the metadata that the Hub reads, written from what a run says about itself.
+
+The card names the base and the licence, shows samples and curves, tells how to load the model, and lists the settings
+that the training ran with. It shows no training picture and no folder of the machine. Text is plain Markdown put
+together here: the client's own card template needs jinja2.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MAIN_SETTINGS = (
+    *("resolution", "batch_size", "grad_accum", "max_epochs", "lr", "lr_scheduler", "optimizer", "training_kind"),
+    *("clip_skip", "cond_dropout", "flip_p", "shuffle_tags", "seed", "loss_type", "min_snr_gamma"),
+)
+"""Always in the table, in this order; of the others, those that were changed."""
+HIDDEN_SETTINGS = frozenset(
+    {
+        "version",
+        "resume_ckpt",
+        "data_root",
+        "logdir",
+        "save_ckpt_dir",
+        "project_name",
+        "run_name",
+        "push_to",
+        "push_every",
+    }
+    | {"wandb", "gpuid", "plugins", "latent_cache_dir", "sample_prompts", "num_workers"}
+)
+PIPELINES = {
+    "StableDiffusionPipeline": ("stable-diffusion", "stable-diffusion-diffusers"),
+    "StableDiffusionXLPipeline": ("stable-diffusion-xl", "stable-diffusion-xl-diffusers"),
+}
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card is written from.
+
+    Attributes:
+        title, repo_id: of the model.
+        base_model: Hub id of the base, if it has one.
+        licence: metadata of the licence: `license`, and for `other` also `license_name` and `license_link`.
+        config: the run's settings, without folders of the machine.
+        events: the run's events.
+        pipeline_class: diffusers class that loads it, from model_index.json.
+        is_lora: LoRA weights, to be loaded over the base.
+        single_file: name of the single file beside it, if there is one.
+        has_folder: it can be loaded with from_pretrained.
+        samples: (path in the repository, prompt, negative prompt).
+        curves: path of the training curves in the repository.
+    """
+
+    title: str
+    repo_id: str
+    base_model: str | None = None
+    licence: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    events: Sequence[dict[str, Any]] = ()
+    pipeline_class: str = "DiffusionPipeline"
+    is_lora: bool = False
+    single_file: str | None = None
+    has_folder: bool = True
+    samples: Sequence[tuple[str, str, str]] = ()
+    curves: str | None = None
+
+
+def make_card(facts: CardFacts) -> str:
+    """The whole README.md."""
+    parts = [
+        _metadata(facts),
+        f"# {_inline(facts.title)}",
+        _introduction(facts),
+        "<Gallery />" if facts.samples else "",
+        *_section("Use", _usage(facts)),
+        *_section("Training data", dataset_summary(facts.events, facts.config)),
+        *_section("Training settings", settings_table(facts.config)),
+        *_section("Results", _results(facts)),
+        *_section("Licence", _licence(facts)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _section(title: str, text: str) -> tuple[str, ...]:
+    return (f"## {title}", text) if text else ()
+
+
+def _metadata(facts: CardFacts) -> str:
+    tags = ["text-to-image", *PIPELINES.get(facts.pipeline_class, ("stable-diffusion",)), "diffusers"]
+    tags += ["lora", "template:sd-lora"] if facts.is_lora else ["diffusers-training"]
+    tags.append("everydream-kit")
+    card: dict[str, Any] = {**facts.licence}
+    if facts.base_model:
+        card |= {"base_model": facts.base_model, "base_model_relation": "adapter" if facts.is_lora else "finetune"}
+    card |= {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags, "inference": True}
+    if facts.samples:
+        card["widget"] = [
+            {"text": prompt or " ", "output": {"url": path}}
+            | ({"parameters": {"negative_prompt": negative}} if negative else {})
+            for path, prompt, negative in facts.samples
+        ]
+    return f"---\n{yaml.safe_dump(card, sort_keys=False, allow_unicode=True)}---"
+
+
+def _introduction(facts: CardFacts) -> str:
+    kind = "A LoRA for" if facts.is_lora else "Fine-tuned from"
+    base = (
+        f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else "a local base model"
+    )
+    tokens = ", ".join(f"`{token}`" for token in facts.config.get("new_tokens") or {})
+    words = f" New tokens: {tokens}." if tokens else ""
+    return f"{kind} {base} with EveryDream Kit.{words}"
+
+
+def _usage(facts: CardFacts) -> str:
+    blocks = []
+    if facts.has_folder or facts.is_lora:
+        blocks.append("```python\n" + "\n".join(_usage_lines(facts)) + "\n```")
+    if facts.single_file:
+        blocks.append(f"`{facts.single_file}` loads in every image app that takes checkpoint files.")
+    return "\n\n".join(blocks)
+
+
+def _usage_lines(facts: CardFacts) -> list[str]:
+    prompt = facts.samples[0][1] if facts.samples else "your prompt"
+    skip = int(facts.config.get("clip_skip") or 0)
+    argument = f", clip_skip={skip - 1}" if skip > 1 else ""  # diffusers counts the layers that are skipped
+    source = (facts.base_model or "the-base-model") if facts.is_lora else facts.repo_id
+    lines = [
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        "",
+        f"pipeline = DiffusionPipeline.from_pretrained({source!r}, torch_dtype=torch.float16).to('cuda')",
+    ]
+    if facts.is_lora:
+        lines.append(f"pipeline.load_lora_weights({facts.repo_id!r})")
+    return [*lines, f"picture = pipeline({prompt!r}{argument}).images[0]"]
+
+
+def dataset_summary(events: Iterable[dict[str, Any]], config: dict[str, Any]) -> str:
+    """Size of the dataset and a summary of its captions, from the run's `dataset` event. No picture, no caption."""
+    event = next((event for event in events if event.get("kind") == "dataset"), None)
+    lines = []
+    if event and isinstance(event.get("pictures"), int):
+        resolution = config.get("resolution")
+        sizes = resolution if isinstance(resolution, list) else [resolution]
+        at = f", trained at {' and '.join(str(size) for size in sizes)} px" if resolution else ""
+        lines.append(f"{event['pictures']} pictures{at}.")
+    captions = event.get("captions") if event else None
+    if isinstance(captions, dict):
+        lines += [f"- {name.replace('_', ' ')}: {_value(value)}" for name, value in captions.items()]
+    return "\n".join(lines)
+
+
+def settings_table(config: dict[str, Any]) -> str:
+    """Main settings, and every other one that differs from its default."""
+    if not config:
+        return ""
+    from everydream_kit.config import TrainConfig
+
+    defaults = {name: field.default for name, field in TrainConfig.model_fields.items()}
+    names = [name for name in MAIN_SETTINGS if config.get(name) is not None]
+    names += [
+        name
+        for name, value in config.items()
+        if name not in names and name not in HIDDEN_SETTINGS and name in defaults and value != defaults[name]
+    ]
+    rows = [f"| {name} | {_value(config[name])} |" for name in names]
+    return "\n".join(["| setting | value |", "|---|---|", *rows])
+
+
+def _results(facts: CardFacts) -> str:
+    events = list(facts.events)
+    lines = [line for line in (_last_words(events), _hours(events)) if line]
+    if facts.curves:
+        lines.append(f"![Training curves]({facts.curves})")
+    return "\n\n".join(lines)
+
+
+def _last_words(events: list[dict[str, Any]]) -> str:
+    losses = [e for e in events if e.get("kind") in ("loss", "epoch") and isinstance(e.get("loss"), float)]
+    if not losses:
+        return ""
+    last = losses[-1]
+    epochs = f" ({last['epoch'] + 1} epochs)" if isinstance(last.get("epoch"), int) else ""
+    checked = [e for e in events if e.get("kind") == "validation" and isinstance(e.get("loss"), float)]
+    validated = f"; validation loss {checked[-1]['loss']:.4f}" if checked else ""
+    return f"{last.get('step', 0)} optimizer steps{epochs}; training loss at the end {last['loss']:.4f}{validated}."
+
+
+def _hours(events: list[dict[str, Any]]) -> str:
+    minutes = sum(e["minutes"] for e in events if e.get("kind") == "epoch" and isinstance(e.get("minutes"), float))
+    return f"Training took {minutes / 60:.1f} hours." if minutes >= 6 else ""
+
+
+def _licence(facts: CardFacts) -> str:
+    if facts.licence.get("license"):
+        return f"`{facts.licence.get('license_name') or facts.licence['license']}`"
+    return "Not stated. The licence of the base model binds what is made from it."
+
+
+def read_base(config: dict[str, Any]) -> str | None:
+    """Hub id of the model that a run started from, or None where it was a file or folder."""
+    base = config.get("resume_ckpt")
+    if not isinstance(base, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", base) or Path(base).exists():
+        return None
+    return None if Path(base).suffix in (".safetensors", ".ckpt") else base
+
+
+def read_pipeline_class(folder: Path | None) -> str:
+    """Class named by a checkpoint's model_index.json."""
+    path = folder / "model_index.json" if folder else None
+    if path is None or not path.is_file():
+        return "DiffusionPipeline"
+    return str(json.loads(path.read_text("utf-8")).get("_class_name", "DiffusionPipeline"))
+
+
+def _inline(text: str) -> str:
+    """Text without what Markdown or HTML would act on."""
+    return re.sub(r"[<>\[\]`|\n]", " ", text).strip()
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)
+    return _inline(text) if len(text) <= 120 else _inline(text[:117]) + "..."
