@@ -221,13 +221,13 @@ class Dataset:
     @cached_property
     def key_hashes(self) -> np.ndarray:
         """(n,) uint64 hash of each key: vectorised draws start from it. Equal on every platform."""
-        hashes = np.empty(len(self), np.uint64)
+        digests = bytearray()
+        roots = self.numbers["root"].tolist() if len(self.roots) > 1 else None
         for index, path in enumerate(self.paths):
-            if not (path.isascii() and path.isprintable()):
-                path = printable(unicodedata.normalize("NFC", path))  # noqa: PLW2901
-            key = self._root_prefixes[int(self.numbers["root"][index])] + path if len(self.roots) > 1 else path
-            hashes[index] = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
-        return hashes
+            text = path if path.isascii() else unicodedata.normalize("NFC", path)
+            prefix = "" if roots is None else self._root_prefixes[roots[index]]
+            digests += hashlib.blake2b((prefix + printable(text)).encode(), digest_size=8).digest()
+        return np.frombuffer(digests, "<u8").astype(np.uint64)
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> Dataset:
         """The pictures at `indices`, in that order, for instance one side of a validation split.

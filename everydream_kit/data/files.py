@@ -21,8 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
-
 from everydream_kit.data.dataset import MASK_SUFFIX, Dataset, DatasetBuilder, Defaults, MaskMode, Problem, printable
 from everydream_kit.data.folders import SIDECAR_EXTENSIONS, Report, report_unknown, walk_folders
 from everydream_kit.data.pictures import Entry, Job, entries_of_folder, read_job
@@ -129,12 +127,12 @@ class _Scanner:
 
     def scan(self, path: Path, base: str, cache: Path | None) -> Dataset:
         """One root, as a dataset with a single root."""
-        remembered = load_remembered(cache, str(path))
+        remembered = load_remembered(cache, str(path), in_folder_order=path.is_dir())
         builder = DatasetBuilder([base])
         jobs = self._jobs(path, base, builder.problems.append)
         with warnings.catch_warnings(), ThreadPoolExecutor(self._num_threads, "scan") as pool:
-            # Pillow warns at half of the size that we (and it) refuse
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # of damaged EXIF, and of pictures half as large as what we (and it) refuse
+            warnings.filterwarnings("ignore", module=r"PIL\b")
             for part in self._in_order(pool, jobs, remembered):
                 builder.extend(part, root=0)
         del remembered
@@ -218,6 +216,7 @@ def _index_entry(item: Any, base: str, index: Path, report: Report) -> Entry:
     relative = image.strip().replace("\\", "/")
     path = os.path.normpath(os.path.join(base, relative))
     stem = os.path.splitext(path)[0]
+    settings = replace(settings, unknown=())
     # an entry with a caption speaks for itself; others may have one beside the picture
     beside = (
         ()
@@ -225,4 +224,4 @@ def _index_entry(item: Any, base: str, index: Path, report: Report) -> Entry:
         else tuple(file for file in (stem + extension for extension in SIDECAR_EXTENSIONS) if os.path.isfile(file))
     )
     mask = stem + MASK_SUFFIX
-    return Entry(path, relative, beside, mask if os.path.isfile(mask) else None, replace(settings, unknown=()))
+    return Entry(path, relative, beside, mask if os.path.isfile(mask) else None, settings, repr(settings))

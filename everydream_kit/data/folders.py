@@ -81,7 +81,7 @@ class _Blocked:
 def walk_folders(root: str, report: Report) -> Iterator[Folder]:
     """Every folder with usable pictures under `root`, parents first, by name.
 
-    Names that begin with a dot are passed over. Links to folders are followed, each folder once.
+    Names that begin with a dot are passed over. Links to folders are followed, unless they lead back up.
 
     Args:
         root: absolute path of a folder.
@@ -149,7 +149,7 @@ def _list(path: str, report: Report) -> tuple[list[str], list[str]]:
 
 def _pictures_of(files: list[str], names: frozenset[str]) -> tuple[str, ...]:
     """Names of pictures. The loss mask of a picture is none, whether masks are used or not."""
-    pictures = [name for name in files if os.path.splitext(name)[1].lower() in EXTENSIONS]
+    pictures = [name for name in files if name[name.rfind(".") :].lower() in EXTENSIONS]
     stems: set[str] | None = None
     kept = []
     for name in pictures:

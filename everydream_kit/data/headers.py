@@ -18,8 +18,8 @@ from PIL import Image
 MAX_PIXELS = 178_956_970
 """Largest picture that is opened: Pillow's own limit against decompression bombs, twice its warning."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "MPO")
-"""Contents that are read, whatever the file's extension."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+"""Contents that are read, whatever the file's extension. Pillow calls a JPEG with several views MPO."""
 
 EXTENSIONS = {".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP"}
 """What is scanned for, and the format that each extension promises."""
@@ -41,7 +41,7 @@ READ_ERRORS = (
 """All that Pillow raises on damaged files."""
 
 
-class PictureError(ValueError):
+class PictureError(Exception):
     """The picture cannot be trained on.
 
     Args:

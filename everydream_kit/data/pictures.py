@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
 from everydream_kit.data.captions import (
     Caption,
@@ -32,13 +33,14 @@ from everydream_kit.data.dataset import (
 )
 from everydream_kit.data.folders import SETTINGS_FILES, SIDECAR_EXTENSIONS, report_unknown
 from everydream_kit.data.headers import Header, PictureError, read_header
-from everydream_kit.data.scan_cache import Remembered
+from everydream_kit.data.scan_cache import NEVER, Remembered
 from everydream_kit.data.settings import PictureSettings, caption_of, parse_settings, settings_from_text
 from everydream_kit.data.textfiles import TextError, read_mapping, read_text
 
+T = TypeVar("T")
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+
+class Entry(NamedTuple):
     """One picture to read.
 
     Attributes:
@@ -47,13 +49,15 @@ class Entry:
         companions: absolute paths of the files that speak about it, in the order in which they are read.
         mask: its loss mask, or None.
         settings: what its folder, or its entry in an index, says.
+        settings_text: the same as text, for the stamp; one for all pictures of a folder.
     """
 
     path: str
     relative: str
-    companions: tuple[str, ...]
+    companions: Sequence[str]
     mask: str | None
     settings: PictureSettings
+    settings_text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +78,22 @@ def entries_of_folder(
 ) -> tuple[Entry, ...]:
     """The pictures of a folder, each with the files that lie beside it."""
     prefix = f"{relative}/" if relative else ""
+    place = os.path.join(path, "")
+    said = repr(settings)
+    companions = companions - SETTINGS_FILES
     entries = []
     for name in names:
-        stem = os.path.splitext(name)[0]
-        beside = [stem + extension for extension in SIDECAR_EXTENSIONS]
+        stem = name[: name.rfind(".")]
         mask = stem + MASK_SUFFIX
         entries.append(
             Entry(
-                path=os.path.join(path, name),
+                path=place + name,
                 relative=prefix + name,
-                companions=tuple(
-                    os.path.join(path, file) for file in beside if file in companions and file not in SETTINGS_FILES
-                ),
+                companions=[place + stem + end for end in SIDECAR_EXTENSIONS if stem + end in companions],
                 # masks were taken out of the pictures, so they are among the companions
-                mask=os.path.join(path, mask) if mask in companions else None,
+                mask=place + mask if mask in companions else None,
                 settings=settings,
+                settings_text=said,
             )
         )
     return tuple(entries)
@@ -97,89 +102,116 @@ def entries_of_folder(
 def read_job(job: Job, remembered: Remembered) -> Dataset:
     """Read the pictures of a job into a small dataset with one root, problems included."""
     builder = DatasetBuilder([""])
-    known: list[int] = []
+    rows = remembered.look_up([entry.relative for entry in job.entries])
+    unchanged: list[int] = []
     for entry in job.entries:
         try:
-            stamp, size, mtime = _stamp(entry, job.choose_lines)
+            stamp = _stamp(entry, job.choose_lines)
         except OSError as error:
-            builder.problems.append(
-                _problem(entry.path, f"cannot be read: {error.strerror}", "Check that it is still there.")
-            )
+            builder.problems.append(_problem(entry.path, f"cannot be read: {error.strerror}", "Is it still there?"))
             continue
-        index = remembered.find(entry.relative, stamp)
-        if index is None:
-            _flush(builder, known, remembered)
-            _read_entry(builder, entry, job.choose_lines, (stamp, size, mtime), remembered)
-        else:
-            known.append(index)
-            builder.problems += remembered.remarks(entry.path)
-    _flush(builder, known, remembered)
+        row = rows.get(entry.relative)
+        if row is not None and remembered.stamps[row] == stamp.files:
+            unchanged.append(row)
+            continue
+        _copy_rows(builder, unchanged, remembered)
+        known = None if row is None else remembered.header(row, stamp.file_bytes, stamp.mtime_ns)
+        _read_entry(builder, entry, job.choose_lines, stamp, known)
+    _copy_rows(builder, unchanged, remembered)
     return builder.build(Defaults())
 
 
-def _flush(builder: DatasetBuilder, known: list[int], remembered: Remembered) -> None:
-    """Copy the remembered rows that have gathered."""
-    if known:
-        builder.extend(remembered.rows(known), root=0)
-        known.clear()
+def _copy_rows(builder: DatasetBuilder, rows: list[int], remembered: Remembered) -> None:
+    """Append remembered rows, and empty the list."""
+    if rows:
+        builder.extend(remembered.rows(rows), root=0)
+        rows.clear()
 
 
-def _stamp(entry: Entry, choose_lines: bool) -> tuple[int, int, int]:
-    """A hash over the state of all files that the row depends on, and the picture's size and time.
+class _Stamp(NamedTuple):
+    files: int  # a hash over the state of all files that the row depends on
+    file_bytes: int
+    mtime_ns: int
+
+
+def _stamp(entry: Entry, choose_lines: bool) -> _Stamp:
+    """The state of a picture's files.
 
     Raises:
         OSError: the picture, or a file beside it, has gone.
     """
     own = os.stat(entry.path)
-    words: list[object] = [own.st_size, own.st_mtime_ns, choose_lines, entry.mask is not None, entry.settings]
+    text = f"{own.st_size} {own.st_mtime_ns} {choose_lines} {entry.mask is None} {entry.settings_text}"
     for path in entry.companions:
         stat = os.stat(path)
-        words += [os.path.splitext(path)[1], stat.st_size, stat.st_mtime_ns]
-    digest = hashlib.blake2b(repr(words).encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True), own.st_size, own.st_mtime_ns
+        text += f" {path[path.rfind('.') :]} {stat.st_size} {stat.st_mtime_ns}"
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return _Stamp(int.from_bytes(digest, "little", signed=True), own.st_size, own.st_mtime_ns)
 
 
 def _read_entry(
-    builder: DatasetBuilder, entry: Entry, choose_lines: bool, stamp: tuple[int, int, int], remembered: Remembered
+    builder: DatasetBuilder, entry: Entry, choose_lines: bool, stamp: _Stamp, header: Header | None
 ) -> None:
     """Read one picture and append its row, or its problem."""
+    num_problems = len(builder.problems)
     try:
-        header = remembered.header(entry.relative, *stamp[1:]) or read_header(entry.path)
+        header = header or read_header(entry.path)
     except PictureError as error:
         builder.problems.append(_problem(entry.path, error.cause, error.cure))
         return
-    settings = entry.settings
-    texts: list[str] = []
-    try:
-        for path in entry.companions:
-            settings = settings.updated(_read_companion(path, texts, choose_lines, builder))
-    except TextError as error:
-        cure = "Mend the file or delete it; until then its picture is left out."
-        builder.problems.append(_problem(path, str(error), cure))
-        return
-    except OSError as error:
-        builder.problems.append(_problem(path, f"cannot be read: {error.strerror}", "Check its permissions."))
-        return
     if header.remark:
         builder.problems.append(Problem(printable(entry.path), header.remark, _REMARK_CURE, skipped=False))
-    kind, text = _caption_column(entry, settings, texts, choose_lines)
+    try:
+        settings, kind, text = _read_words(entry, choose_lines, builder)
+    except _CompanionError as error:
+        builder.problems.append(_problem(*error.args))
+        return
+    if len(builder.problems) > num_problems:
+        stamp = stamp._replace(files=NEVER)  # read it again next time, so that the remark is made again
     _append(builder, entry, header, settings, caption=(kind, text), stamp=stamp)
 
 
+def _read_words(entry: Entry, choose_lines: bool, builder: DatasetBuilder) -> tuple[PictureSettings, int, str]:
+    """All that is said about a picture, and its caption as the dataset keeps it.
+
+    Raises:
+        _CompanionError: a file cannot be understood.
+    """
+    settings = entry.settings
+    folder_has_words = settings.main_prompt is not None or bool(settings.tags)
+    if not folder_has_words and len(entry.companions) == 1 and _is_caption(entry.companions[0]):
+        text = _read(entry.companions[0], read_text).strip()
+        return settings, (FROM_LINES if choose_lines and "\n" in text else FROM_TEXT), text
+    for path in entry.companions:
+        if _is_caption(path):
+            text = _read(path, read_text)
+            said = _settings_from_lines(text) if choose_lines else settings_from_text(text)
+        else:
+            said = _read(path, lambda file: parse_settings(read_mapping(file)))
+            report_unknown(said, path, builder.problems.append)
+        settings = settings.updated(said)
+    return settings, *_caption_column(entry, settings)
+
+
+class _CompanionError(Exception):
+    """Of a file beside a picture. Args: path, cause, cure."""
+
+
+def _read(path: str, reader: Callable[[str], T]) -> T:
+    try:
+        return reader(path)
+    except TextError as error:
+        cure = "Mend the file or delete it; until then its picture is left out."
+        raise _CompanionError(path, str(error), cure) from error
+    except OSError as error:
+        raise _CompanionError(path, f"cannot be read: {error.strerror}", "Check its permissions.") from error
+
+
+def _is_caption(path: str) -> bool:
+    return path.endswith((".txt", ".caption"))
+
+
 _REMARK_CURE = "Nothing needs to be done, unless you meant another file."
-
-
-def _read_companion(path: str, texts: list[str], choose_lines: bool, builder: DatasetBuilder) -> PictureSettings:
-    """What one file beside a picture says. The text of caption files is put into `texts`, too."""
-    if path.lower().endswith((".txt", ".caption")):
-        text = read_text(path).strip()
-        texts.append(text)
-        if choose_lines:
-            return _settings_from_lines(text)
-        return settings_from_text(text)
-    said = parse_settings(read_mapping(path))
-    report_unknown(said, path, builder.problems.append)
-    return said
 
 
 def _settings_from_lines(text: str) -> PictureSettings:
@@ -187,11 +219,8 @@ def _settings_from_lines(text: str) -> PictureSettings:
     return PictureSettings(main_prompt=caption.main_prompt, tags=caption.tags, alternatives=caption.alternatives)
 
 
-def _caption_column(entry: Entry, settings: PictureSettings, texts: list[str], choose_lines: bool) -> tuple[int, str]:
+def _caption_column(entry: Entry, settings: PictureSettings) -> tuple[int, str]:
     """The caption as the dataset keeps it: as short as it goes."""
-    folder_says_nothing = entry.settings.main_prompt is None and not entry.settings.tags
-    if folder_says_nothing and len(texts) == len(entry.companions) == 1:
-        return (FROM_LINES if choose_lines and "\n" in texts[0] else FROM_TEXT), texts[0]
     if settings.main_prompt is None and not settings.tags:
         return FROM_FILE_NAME, ""
     caption, needs_json = caption_of(settings, caption_from_file_name(entry.relative))
@@ -213,7 +242,7 @@ def _append(
     settings: PictureSettings,
     *,
     caption: tuple[int, str],
-    stamp: tuple[int, int, int],
+    stamp: _Stamp,
 ) -> None:
     builder.add(
         entry.relative,
@@ -222,9 +251,9 @@ def _append(
         caption=caption[1],
         caption_kind=caption[0],
         batch_id=settings.batch_id or None,
-        stamp=stamp[0],
-        file_bytes=stamp[1],
-        mtime_ns=stamp[2],
+        stamp=stamp.files,
+        file_bytes=stamp.file_bytes,
+        mtime_ns=stamp.mtime_ns,
         max_caption_length=settings.max_caption_length,
         multiply=settings.multiply,
         cond_dropout=settings.cond_dropout,

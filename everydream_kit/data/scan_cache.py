@@ -7,18 +7,19 @@ caption changed, the header is still not read again. A file that is damaged or o
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import logging
 import os
 import zipfile
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from everydream_kit.data.dataset import NUMBERS, Dataset, Defaults, Problem
+from everydream_kit.data.dataset import NUMBERS, Dataset, Defaults
 from everydream_kit.data.headers import Header
 from everydream_kit.data.strings import StringColumn
 
@@ -28,56 +29,62 @@ VERSION = 1
 log = logging.getLogger(__name__)
 
 
+NEVER = 0
+"""Stamp of a row that is to be read again next time."""
+
+
 class Remembered:
     """The last scan of a root, asked by picture. Empty if there was none.
 
-    Rows of one folder lie together and are looked up through a table of that folder alone, so it costs little memory.
+    Attributes:
+        stamps: (n,) of the rows.
     """
 
-    def __init__(self, dataset: Dataset | None = None) -> None:
+    def __init__(self, dataset: Dataset | None = None, in_folder_order: bool = True) -> None:
+        """
+        Args:
+            dataset: what was remembered. in_folder_order: pictures of a folder lie together, sorted by name. Then a
+            few of them are found by bisection,
+                and no table of all names is needed.
+        """
         self._dataset = dataset
-        self._remarks: dict[str, list[Problem]] = {}
-        self._folders: dict[str, list[int]] = {}  # folder -> rows from .. to
-        self._open: tuple[str, dict[str, int]] = ("", {})
+        self._folders: dict[str, tuple[int, int]] = {}
+        self._everything: dict[str, int] | None = None
         if dataset is None:
+            self.stamps = np.empty(0, np.int64)
             return
-        for problem in dataset.problems:
-            if not problem.skipped:
-                self._remarks.setdefault(problem.path, []).append(problem)
+        self.stamps = dataset.numbers["stamp"]
+        if not in_folder_order:
+            self._everything = {path: row for row, path in enumerate(dataset.paths)}
+            return
         for row, path in enumerate(dataset.paths):
-            self._folders.setdefault(path.rpartition("/")[0], [row, row])[1] = row + 1
+            folder = path[: path.rfind("/") + 1]
+            first, _ = self._folders.get(folder, (row, row))
+            self._folders[folder] = (first, row + 1)
 
-    def _row(self, relative: str) -> int | None:
-        if self._dataset is None:
-            return None
-        folder = relative.rpartition("/")[0]
-        name, rows = self._open  # one reference: threads may swap it under us
-        if name != folder or not rows:
-            first, end = self._folders.get(folder, (0, 0))
-            rows = {self._dataset.paths[row]: row for row in range(first, end)}
-            self._open = (folder, rows)
-        return rows.get(relative)
+    def look_up(self, paths: Sequence[str]) -> Mapping[str, int]:
+        """Rows by path, of at least those of `paths` that are known; they must be of one folder, and sorted."""
+        if self._everything is not None:
+            return self._everything
+        folder = paths[0][: paths[0].rfind("/") + 1]
+        if folder not in self._folders:
+            return {}
+        first, end = self._folders[folder]
+        names = self._dataset.paths
+        first = bisect.bisect_left(names, paths[0], first, end)
+        end = bisect.bisect_right(names, paths[-1], first, end)
+        return {names[row]: row for row in range(first, end)}
 
-    def find(self, relative: str, stamp: int) -> int | None:
-        """The row of a picture whose files are all as they were, or None."""
-        row = self._row(relative)
-        return row if row is not None and self._dataset.numbers["stamp"][row] == stamp else None
-
-    def header(self, relative: str, file_bytes: int, mtime_ns: int) -> Header | None:
+    def header(self, row: int, file_bytes: int, mtime_ns: int) -> Header | None:
         """The header of a picture whose own file is as it was, or None."""
-        row = self._row(relative)
-        if row is None:
-            return None
         n = self._dataset.numbers
-        if n["file_bytes"][row] != file_bytes or n["mtime_ns"][row] != mtime_ns:
+        if n["file_bytes"][row] != file_bytes or n["mtime_ns"][row] != mtime_ns or n["stamp"][row] == NEVER:
             return None
         return Header(int(n["width"][row]), int(n["height"][row]), bool(n["alpha"][row]))
 
     def rows(self, rows: Sequence[int]) -> Dataset:
-        return self._dataset.subset(rows)
-
-    def remarks(self, path: str) -> list[Problem]:
-        return self._remarks.get(path, [])
+        """Some rows as a dataset, without problems: rows that had any are stamped NEVER."""
+        return replace(self._dataset.subset(rows), problems=[])
 
 
 def cache_file(cache_dir: Path, root: str) -> Path:
@@ -85,17 +92,17 @@ def cache_file(cache_dir: Path, root: str) -> Path:
     return cache_dir / f"scan-{hashlib.blake2b(os.fsencode(root), digest_size=8).hexdigest()}.npz"
 
 
-def load_remembered(cache_dir: Path | None, root: str) -> Remembered:
+def load_remembered(cache_dir: Path | None, root: str, in_folder_order: bool) -> Remembered:
     """The last scan of a root; empty if there is none that can be used."""
     if cache_dir is None:
         return Remembered()
     path = cache_file(cache_dir, root)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             meta = json.loads(file["meta"].tobytes())
             if meta["version"] != VERSION or meta["root"] != os.fsencode(root).hex():
                 return Remembered()
-            return Remembered(_from_arrays(meta, file))
+            return Remembered(_from_arrays(meta, file), in_folder_order)
     except FileNotFoundError:
         return Remembered()
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
@@ -111,7 +118,6 @@ def _from_arrays(meta: dict, file: np.lib.npyio.NpzFile) -> Dataset:
         captions=StringColumn(file["caption_data"], file["caption_ends"]),
         numbers=numbers,
         batch_names=tuple(meta["batch_names"]),
-        problems=[Problem(**problem) for problem in meta["problems"]],
         defaults=Defaults(),
     )
     if len({len(dataset.captions), len(dataset), *(len(column) for column in numbers.values())}) != 1:
@@ -126,7 +132,6 @@ def save_remembered(cache_dir: Path, root: str, dataset: Dataset) -> None:
         "version": VERSION,
         "root": os.fsencode(root).hex(),
         "batch_names": dataset.batch_names,
-        "problems": [asdict(problem) for problem in dataset.problems],
     }
     arrays = {f"number_{name}": column for name, column in dataset.numbers.items()}
     arrays |= {"path_data": dataset.paths.data, "path_ends": dataset.paths.ends}

@@ -150,7 +150,7 @@ def _number(low: float, high: float) -> Callable[[Any], float]:
             number = math.nan
         if not (low <= number <= high) or math.isinf(number):
             what = str(value)[:40] if isinstance(value, (str, int, float)) else f"a {kind_of(value)}"
-            bound = f"from {low:g} to {high:g}" if not math.isinf(high) else f"of at least {low:g}"
+            bound = f"from {low:.10g} to {high:.10g}" if not math.isinf(high) else f"of at least {low:.10g}"
             raise TextError(f"a number {bound} is expected, found {what}")
         return number
 
