@@ -178,7 +178,7 @@ class Job:
 
     def _find_process(self) -> psutil.Process | None:
         job, status = read_object(self.folder / JOB_FILE), read_object(self.folder / "status.json")
-        for record, started in ((job, job.get("start_time")), (status, status.get("process_start_time"))):
+        for record, started in ((job, job.get("start_time")), (status, status.get("process_started"))):
             if record.get("pid") and record.get("host", platform.node()) == platform.node():
                 process = find_process(record["pid"], started)
                 if process is not None:

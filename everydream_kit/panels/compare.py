@@ -69,7 +69,9 @@ class ComparePanel(Panel):
             for label, source in self.choices.items()
         }
         self._build_settings()
-        self.draw_button = look.button("Draw", tone="primary", icon="paint-brush", hint="Draw what is not there yet")
+        self.draw_button = look.button(
+            "Draw pictures", tone="primary", icon="paint-brush", hint="Draw what is not there yet"
+        )
         self.stop_button = look.button("Stop drawing", icon="stop")
         self.refresh_button = look.button("Refresh", icon="refresh")
         self.refresh_button.layout.display = "none" if has_clock() else ""
@@ -130,10 +132,10 @@ class ComparePanel(Panel):
 
     def _build_pair(self) -> widgets.Widget:
         self.prompt_choice = widgets.Dropdown(
-            description="Prompt", style={"description_width": "70px"}, layout=widgets.Layout(width="620px")
+            description="Prompt", style={"description_width": "84px"}, layout=widgets.Layout(width="620px")
         )
         self.slider = widgets.IntSlider(
-            min=0, max=1, description="Checkpoint", readout=False, style={"description_width": "70px"},
+            min=0, max=1, description="Checkpoint", readout=False, style={"description_width": "84px"},
             layout=widgets.Layout(width="620px"),
         )  # fmt: skip
         self.prompt_choice.observe(lambda _: self._draw_pair(), "value")
@@ -245,7 +247,7 @@ class ComparePanel(Panel):
             return
         self._shown = state
         if here is None:
-            empty = '<div class="edk-empty">Choose checkpoints and prompts, then press Draw.</div>'
+            empty = '<div class="edk-empty">Choose checkpoints and prompts, then press Draw pictures.</div>'
             set_html(self.grid, empty)
             set_html(self.pair, empty)
             return
@@ -255,6 +257,7 @@ class ComparePanel(Panel):
         ]
         if tuple(rows) != tuple(self.prompt_choice.options):
             self.prompt_choice.options = rows
+            self.prompt_choice.value = rows[0][1]
         last = max(0, len(here.checkpoints) - 1)
         if self.slider.max != last:
             self.slider.max = last

@@ -118,9 +118,8 @@ class SharePanel(Panel):
         preview = preview_push(self._source(), self._repo_id(), what=self._what(), license=self.licence.value or None)
         files = [(file.path, look.size(file.num_bytes)) for file in preview.files]
         text = look.table(("file", "size"), files)
-        text += (
-            f'<div class="edk-section">README.md</div><div class="edk-log"><div>{html.escape(preview.card)}</div></div>'
-        )
+        card = f'<div class="edk-doc" tabindex="0">{html.escape(preview.card)}</div>'
+        text += f'<div class="edk-section">README.md</div>{card}'
         set_html(self.preview_text, text)
         self.say(f"{len(files)} files, {look.size(preview.num_bytes)}; nothing is uploaded yet.")
 
