@@ -5,9 +5,9 @@ goes with it. Not here: which picture goes into which bucket (`buckets`), and te
 
 The trade-off: one resampling, never two. A crop is a box in the source's own pixels, possibly of fractional size, and
 the box is resampled straight to the bucket (Lanczos down, bicubic up). JPEGs are decoded at the smallest of libjpeg's
-scales (1, 1/2, 1/4, 1/8) that still has twice the pixels wanted in each direction: in exact arithmetic the result is
-60 dB or more from the full decode, below the rounding to 8 bits (docs/data-pixels.md has the numbers), in under half of
-the time and a fraction of the memory.
+scales (1, 1/2, 1/4, 1/8) that still has three times the pixels wanted in each direction: before the rounding to 8 bits
+photographs then come out 60 dB or more from the full decode, in about half of the time and a quarter of the memory.
+Twice the pixels, which is often advised, gave 52 to 58 dB (docs/data-pixels.md has the numbers).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Box = tuple[float, float, float, float]
 PictureTransform = Callable[[Image.Image], Image.Image]
 """A plug-in's change to the cropped picture: takes and returns an RGB picture of the bucket's size."""
 
-DRAFT_FACTOR = 2
+DRAFT_FACTOR = 3
 """JPEGs are decoded with at least this many times the pixels wanted, in each direction."""
 
 LATENT_CELL_PIXELS = 8
