@@ -82,7 +82,7 @@ def _describe_unknown(parser: argparse.ArgumentParser, word: str) -> str:
     import difflib
 
     known = [flag for action in parser._actions for flag in action.option_strings]
-    near = difflib.get_close_matches(word.split("=")[0], known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word.split("=", maxsplit=1)[0], known, n=1, cutoff=0.6)
     return f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags.")
 
 
@@ -105,7 +105,9 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
             const="on" if record.kind == "bool" else None,
             default=argparse.SUPPRESS,
             metavar="VALUE" if record.kind != "bool" else "on|off",
-            help=f"{record.help} ({'; '.join(part for part in (record.range_text, default) if part)})".replace("%", "%%"),
+            help=f"{record.help} ({'; '.join(part for part in (record.range_text, default) if part)})".replace(
+                "%", "%%"
+            ),
         )
 
 
@@ -142,7 +144,11 @@ def _add_resume_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="?", help="run folder, its name, or hf://me/repo; by default the newest run")
     parser.add_argument("--logdir", default="logs", help="where runs are looked for (default logs)")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting from here on; may be repeated"
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change a setting from here on; may be repeated",
     )
 
 
@@ -195,7 +201,9 @@ def _tell_outcome(run: Any) -> int:
 
 
 def _add_demo_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="demo-run", help="folder for everything that the demo makes (default demo-run)")
+    parser.add_argument(
+        "--out", default="demo-run", help="folder for everything that the demo makes (default demo-run)"
+    )
     parser.add_argument("--max_epochs", type=int, help="train for another number of epochs")
     parser.add_argument("--seed", type=int, default=555)
 

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING
 
 from everydream_kit.data.plan import plan_epoch
 from everydream_kit.training.control import ControlFile, StopSignal
+from everydream_kit.training.live import LiveSettingsReader
+from everydream_kit.training.plugins import PluginListener
 from everydream_kit.training.reports import Listener, LossLog, PictureTable, ProgressBar, StatusFile, StepReport
 from everydream_kit.training.samples import Sampler, SampleSchedule
 from everydream_kit.training.saving import Saver, SavingRules
+from everydream_kit.training.validating import Validator
 
 if TYPE_CHECKING:
     from everydream_kit.training.run import Run
@@ -26,10 +29,23 @@ def build_listeners(run: Run, stop: StopSignal) -> list[Listener]:
         return []
     sampler = build_sampler(run)
     saver = build_saver(run)
-    listeners: list[Listener] = [LossLog(config.log_step), PictureTable(), StatusFile(), ProgressBar(), sampler]
+    listeners: list[Listener] = [LossLog(config.log_step), PictureTable(), StatusFile(), ProgressBar()]
     if config.write_schedule:
         listeners.append(ScheduleWriter())
-    listeners += [saver, ControlFile(stop, {"save": saver.save, "sample": sampler.draw})]
+    if config.load_settings_every_epoch:
+        listeners.append(LiveSettingsReader(sampler, saver))
+    if run.plugins:
+        listeners.append(PluginListener(run.plugins))
+    if run.validation_config is not None:
+        listeners.append(
+            Validator(
+                run.validation_config,
+                run.validation_sets,
+                save_best=saver.save_best,
+                patience=config.early_stopping_patience,
+            )
+        )
+    listeners += [sampler, saver, ControlFile(stop, {"save": saver.save, "sample": sampler.draw})]
     return listeners
 
 

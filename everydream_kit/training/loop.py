@@ -16,7 +16,7 @@ from everydream_kit.training.step import PictureLosses, backward, refuse_non_fin
 
 if TYPE_CHECKING:
     from everydream_kit.training.control import StopSignal
-    from everydream_kit.training.runs import Run
+    from everydream_kit.training.run import Run
 
 
 def train_loop(run: Run, listeners: Sequence[Listener], stop: StopSignal) -> Position:
@@ -48,7 +48,7 @@ def train_loop(run: Run, listeners: Sequence[Listener], stop: StopSignal) -> Pos
         run.position = run.position.after(work)
 
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
-        report = StepReport.make(run, work, losses, learning_rates, gradient_norm, seconds)
+        report = StepReport.make(run, work, losses, learning_rates, gradient_norm=gradient_norm, seconds=seconds)
         for listener in listeners:
             listener(run, report)
         if run.agree(stop.is_set()):

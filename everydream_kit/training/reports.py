@@ -58,6 +58,7 @@ class StepReport:
         work: StepBatches,
         losses: PictureLosses,
         learning_rates: dict[str, float],
+        *,
         gradient_norm: float | None,
         seconds: float,
     ) -> StepReport:

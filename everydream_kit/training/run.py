@@ -17,6 +17,7 @@ import torch
 from everydream_kit.data.loader import make_loader
 from everydream_kit.draws import derive_seed
 from everydream_kit.models.encoding import encode_captions, encode_moments, latents_from_moments
+from everydream_kit.models.family import Sizes
 from everydream_kit.training.noise import make_noise
 from everydream_kit.training.position import Position
 from everydream_kit.training.snapshots import Snapshot, clone_to_host, count_bytes
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from everydream_kit.training.precision import Precision
     from everydream_kit.training.ranks import Ranks
     from everydream_kit.training.reports import Listener
+    from everydream_kit.training.validating import ValidationSet
+    from everydream_kit.training.validation_config import ValidationConfig
     from everydream_kit.workspace import RunFolder
 
 
@@ -73,6 +76,9 @@ class Run:
     ended_early: bool = False
     updates_in_backward: bool = False
     wants_gradient_norm: Callable[[int], bool] = lambda step: False
+    validation_sets: list[ValidationSet] = field(default_factory=list)
+    validation_config: ValidationConfig | None = None
+    plugins: list[Any] = field(default_factory=list)
 
     # --- what the loop asks for ---------------------------------------------------------------------------------
 
@@ -113,8 +119,8 @@ class Run:
             torch.manual_seed(derive_seed(self.seed, "dropout", step, self.ranks.rank))
         return rates
 
-    def encode_pictures(self, batch: Batch) -> torch.Tensor:
-        """(B, 4, H/8, W/8) scaled latents, drawn from the VAE's posterior at each picture's address."""
+    def encode_pictures(self, batch: Batch, *, mean_only: bool = False) -> torch.Tensor:
+        """(B, 4, H/8, W/8) scaled latents, drawn from the VAE's posterior at each picture's address, or its mean."""
         device = self.ranks.device
         with torch.no_grad():
             if batch.moments is not None:
@@ -123,7 +129,10 @@ class Run:
                 assert batch.pixels is not None
                 moments = encode_moments(self.model, batch.pixels.to(device, non_blocking=True)).float()
             shape = (moments.shape[1] // 2, *moments.shape[2:])
-            noise = make_noise(shape, picture_generators(self, batch, "posterior")).to(moments)
+            if mean_only:
+                noise = torch.zeros((len(moments), *shape), device=device)
+            else:
+                noise = make_noise(shape, picture_generators(self, batch, "posterior")).to(moments)
             return latents_from_moments(self.model, moments, noise)
 
     def encode_captions(self, captions: list[str]) -> Conditioning:
@@ -134,6 +143,13 @@ class Run:
             if self.text_cache is None:
                 return encode_captions(self.model, captions, self.config.clip_skip)
             return self.text_cache.encode(captions)
+
+    def predict(
+        self, batch: Batch, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> torch.Tensor:
+        """The UNet's prediction, (B, 4, H/8, W/8) float32, told what its family wants to know."""
+        sizes = Sizes(batch.original_sizes, batch.crop_top_lefts, batch.planned.bucket)
+        return self.model.family.predict(self.model, noisy_latents, timesteps, conditioning, sizes)
 
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss, times the gradient scaler's factor in float16."""
@@ -237,9 +253,7 @@ class Run:
     def _components(self) -> dict[str, dict[str, torch.Tensor]]:
         """State dicts of the components that are trained, by their folder's name."""
         trained = {id(module) for part in self.parts for module in part.modules}
-        return {
-            name: module.state_dict() for name, module in self.model.modules().items() if id(module) in trained
-        }
+        return {name: module.state_dict() for name, module in self.model.modules().items() if id(module) in trained}
 
     def _averaged_components(self) -> dict[str, dict[str, torch.Tensor]]:
         assert self.ema is not None

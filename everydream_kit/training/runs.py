@@ -7,7 +7,7 @@ steps are functions with plain arguments; starting, resuming and ending a run ar
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,20 +20,26 @@ from everydream_kit.errors import ConfigError, DataError
 from everydream_kit.models.loading import Model, load_model
 from everydream_kit.models.saving import save_model
 from everydream_kit.training import schedules
+from everydream_kit.training.caching import build_latent_cache, build_text_cache
+from everydream_kit.training.ema import Ema, decay_from_strength_target
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.objectives import build_objective, rescale_zero_terminal_snr
 from everydream_kit.training.optimizer_config import OptimizerConfig, PartSettings, load_optimizer_config, part_settings
 from everydream_kit.training.optimizers import build_optimizer_for_parts, default_optimizer_name
 from everydream_kit.training.parameters import TrainedPart, select_parameters
+from everydream_kit.training.plugins import caption_transform, load_plugins, picture_transform
 from everydream_kit.training.precision import choose_precision
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.run import Run
 from everydream_kit.training.step import NoiseSettings
+from everydream_kit.training.validating import split_dataset
+from everydream_kit.training.validation_config import load_validation_config
 from everydream_kit.workspace import RunFolder, find_last_checkpoint
 
 if TYPE_CHECKING:
     import torch
 
+TEXT_ENCODER = "text encoder"
 PASSED_TO_OPTIMIZER = ("optimizer", "lr", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps")
 """Settings that win over `optimizer_config`'s base where a person gave them."""
 
@@ -60,7 +66,13 @@ def build_run(
     optimizer_config = load_optimizer_config(config.optimizer_config)
     for warning in optimizer_config.warnings:
         journal.warn(warning)
-    dataset = read_dataset(config, folder, journal)
+    validation_config = None if config.validation_config is None else load_validation_config(config.validation_config)
+    plugins = load_plugins(config.plugins)
+    dataset, validation_sets = read_dataset(config, journal), []
+    if validation_config is not None:
+        for warning in validation_config.warnings:
+            journal.warn(warning)
+        dataset, validation_sets = split_dataset(dataset, validation_config, partial(scan, config))
     plan_settings = make_plan_settings(config, seed, ranks.num_ranks)
     num_steps = foretell_steps(dataset, plan_settings, config.max_epochs, config.max_steps)
     journal.tell("dataset", pictures=len(dataset), problems=len(dataset.problems), num_steps=num_steps, seed=seed)
@@ -74,6 +86,20 @@ def build_run(
         amp_dtype=config.amp_dtype,
         weight_dtype=config.weight_dtype,
     )
+    num_workers = choose_num_workers(config.num_workers)
+    latent_cache = build_latent_cache(
+        model,
+        dataset,
+        plan_settings,
+        journal,
+        mode=config.cache_latents,
+        variants=config.cache_variants,
+        crop_jitter=config.crop_jitter,
+        background=config.background,
+        folder=Path(config.latent_cache_dir or Path(config.logdir) / ".edk_cache" / "latents"),
+        num_workers=num_workers,
+        transforms_pictures=picture_transform(plugins) is not None,
+    )
     prepare_modules(model, config)
     return Run(
         config=config,
@@ -86,7 +112,13 @@ def build_run(
         num_steps=num_steps,
         model=model,
         parts=parts,
-        optimizer=build_optimizer_for_parts(parts, settings, device_type=ranks.device.type),
+        optimizer=build_optimizer_for_parts(
+            parts,
+            settings,
+            device_type=ranks.device.type,
+            rounding_seed=seed if config.weight_dtype == "bfloat16" else None,
+            fused_backward=config.fused_backward,
+        ),
         schedules={how.part: make_schedule(how, config, num_steps, ranks.num_ranks) for how in settings},
         objective=build_objective(
             model.noise_scheduler,
@@ -106,11 +138,21 @@ def build_run(
         ),
         precision=precision,
         write_model=partial(_write_model, model),
+        ema=build_ema(config, parts, num_steps),
+        ema_update_interval=config.ema_update_interval,
+        latent_cache=latent_cache,
+        text_cache=build_text_cache(model, config.clip_skip, trains_text=any(p.name == TEXT_ENCODER for p in parts)),
         loader_options={
-            "num_workers": choose_num_workers(config.num_workers),
+            "num_workers": 0 if latent_cache is not None and latent_cache.in_memory else num_workers,
             "crop_jitter": config.crop_jitter,
             "background": config.background,
+            "caption_transform": caption_transform(plugins),
+            "picture_transform": picture_transform(plugins),
         },
+        updates_in_backward=config.fused_backward,
+        validation_sets=validation_sets,
+        validation_config=validation_config,
+        plugins=plugins,
         wants_gradient_norm=lambda step: step % config.log_step == 0,
     )
 
@@ -120,14 +162,10 @@ def resolve_seed(seed: int) -> int:
     return secrets.randbelow(2**31) if seed == -1 else seed
 
 
-def read_dataset(config: TrainConfig, folder: RunFolder, journal: Journal) -> Dataset:
-    """Scan the dataset and report what cannot be used.
-
-    Raises:
-        DataError: no picture can be used.
-    """
-    dataset = scan_dataset(
-        config.data_root,
+def scan(config: TrainConfig, data_root: Any) -> Dataset:
+    """Scan a dataset under the run's settings."""
+    return scan_dataset(
+        data_root,
         cond_dropout=config.cond_dropout,
         flip_p=config.flip_p,
         shuffle_tags=config.shuffle_tags,
@@ -136,6 +174,15 @@ def read_dataset(config: TrainConfig, folder: RunFolder, journal: Journal) -> Da
         loss_mask=config.loss_mask,
         cache_dir=Path(config.logdir) / ".edk_cache",
     )
+
+
+def read_dataset(config: TrainConfig, journal: Journal) -> Dataset:
+    """Scan the run's dataset and report what cannot be used.
+
+    Raises:
+        DataError: no picture can be used.
+    """
+    dataset = scan(config, config.data_root)
     for problem in dataset.problems:
         journal.warn(f"{problem.path}: {problem.cause} {problem.cure}".strip())
     if not len(dataset):
@@ -268,6 +315,20 @@ def make_schedule(how: PartSettings, config: TrainConfig, num_steps: int, num_ra
         warmup_steps=warmup_steps,
         decay_steps=decay_steps,
     )
+
+
+def build_ema(config: TrainConfig, parts: list[TrainedPart], num_steps: int) -> Ema | None:
+    """The average of the trained weights, or None where it is off."""
+    parameters = [parameter for part in parts for _, parameter in part.parameters]
+    device = None if config.ema_device == "cuda" else config.ema_device
+    if config.ema_strength_target is not None:
+        decay = decay_from_strength_target(config.ema_strength_target, num_steps, config.ema_update_interval)
+        ema = Ema(parameters, decay, device)
+    elif config.ema_decay_rate is not None:
+        ema = Ema(parameters, config.ema_decay_rate, device, warmup=True)
+    else:
+        return None
+    return ema
 
 
 def choose_num_workers(num_workers: int | None) -> int:

@@ -10,7 +10,6 @@ All cfg values of a prompt start from the same noise, so the columns of a sheet 
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -81,7 +80,9 @@ def read_sample_settings(path: Path) -> SampleSettings:
         raise ConfigError(f"sample_prompts: {path}: {problems}") from error
 
 
-def plan_prompts(settings: SampleSettings, dataset: Dataset, *, seed: int, resolution: int, step: int) -> list[SamplePrompt]:
+def plan_prompts(
+    settings: SampleSettings, dataset: Dataset, *, seed: int, resolution: int, step: int
+) -> list[SamplePrompt]:
     """Turn the file's entries into prompts with sizes and seeds; random captions are drawn from the dataset by address."""
     from everydream_kit.models.sampling import SamplePrompt
 
@@ -141,7 +142,9 @@ class Sampler(Listener):
         live, averaged: draw with the live weights, with the EMA weights, or both.
     """
 
-    def __init__(self, prompts_path: Path, schedule: SampleSchedule, *, live: bool = True, averaged: bool = False) -> None:
+    def __init__(
+        self, prompts_path: Path, schedule: SampleSchedule, *, live: bool = True, averaged: bool = False
+    ) -> None:
         self.prompts_path = prompts_path
         self.schedule = schedule
         self.live = live

@@ -21,20 +21,30 @@ from everydream_kit.errors import CheckpointError, KitError
 from everydream_kit.training.checkpoints import choose_checkpoint, load_resume_tensors, sweep
 from everydream_kit.training.control import StopSignal, signals_stop
 from everydream_kit.training.journal import Journal
+from everydream_kit.training.listeners import build_listeners
 from everydream_kit.training.loop import train_loop
 from everydream_kit.training.memory import explain_out_of_memory, is_out_of_memory
 from everydream_kit.training.position import Position
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.reports import Listener
 from everydream_kit.training.run import Run
-from everydream_kit.training.listeners import build_listeners
 from everydream_kit.training.runs import build_run
 from everydream_kit.workspace import RunFolder, find_run, write_whole
 
 RUN_FOLDER_VARIABLE = "EVERYDREAM_RUN_FOLDER"
 """Environment variable by which whoever starts a process names the run folder that was made for it."""
 
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "peft", "safetensors", "numpy", "pillow")
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "bitsandbytes",
+    "peft",
+    "safetensors",
+    "numpy",
+    "pillow",
+)
 CANNOT_CHANGE = frozenset({"resume_ckpt", "seed", "training_kind", "optimizer", "project_name", "logdir"})
 """Settings that a resumed run cannot change: they say what its saved state is the state of."""
 
@@ -123,9 +133,7 @@ def _session(
                 journal.warn(warning)
             if ranks.is_main:
                 _write_facts(config, folder)
-            run = build_run(
-                config, folder, journal, ranks, seed=state.get("seed"), weights_from=checkpoint
-            )
+            run = build_run(config, folder, journal, ranks, seed=state.get("seed"), weights_from=checkpoint)
             run.listeners = [*build_listeners(run, stop), *listeners]
             if checkpoint is not None:
                 _restore(run, checkpoint, state)
@@ -244,7 +252,9 @@ def _write_facts(config: TrainConfig, folder: RunFolder) -> None:
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "packages": versions,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"cpu, {torch.get_num_threads()} threads",
         "cuda": torch.version.cuda,
     }
     write_whole(folder.folder / "environment.json", json.dumps(facts, indent=2))

@@ -17,7 +17,7 @@ import torch
 from everydream_kit.data.records import Batch, StepBatches
 from everydream_kit.draws import torch_generator
 from everydream_kit.errors import NonFiniteLossError
-from everydream_kit.models.family import Conditioning, Sizes
+from everydream_kit.models.family import Conditioning
 from everydream_kit.training.noise import make_noise, perturb_embeddings, perturb_input
 from everydream_kit.training.timesteps import draw_timesteps
 
@@ -105,8 +105,10 @@ def picture_losses(run: Run, batch: Batch, work: StepBatches) -> torch.Tensor:
     with run.precision.autocast():
         conditioning = run.encode_captions(batch.captions)
         if settings.embedding_perturbation:
-            conditioning = _perturbed(conditioning, settings.embedding_perturbation, picture_generators(run, batch, "embedding"))
-        model_pred = run.model.family.predict(run.model, noisy_latents, timesteps, conditioning, _sizes(batch))
+            conditioning = _perturbed(
+                conditioning, settings.embedding_perturbation, picture_generators(run, batch, "embedding")
+            )
+        model_pred = run.predict(batch, noisy_latents, timesteps, conditioning)
     target = run.objective.target(latents, noise, timesteps)
     mask = None if batch.mask is None else batch.mask.to(latents.device)
     return run.objective.loss(model_pred, target, timesteps, mask)
@@ -157,7 +159,3 @@ def _timesteps(run: Run, batch: Batch, work: StepBatches) -> torch.Tensor:
 def _perturbed(conditioning: Conditioning, gamma: float, generators: list[torch.Generator]) -> Conditioning:
     embeddings = perturb_embeddings(conditioning.encoder_hidden_states, gamma, generators)
     return Conditioning(embeddings, conditioning.pooled)
-
-
-def _sizes(batch: Batch) -> Sizes:
-    return Sizes(batch.original_sizes, batch.crop_top_lefts, batch.planned.bucket)

@@ -1,0 +1,191 @@
+"""The validation listener: which pictures are measured, when, and what follows (best checkpoint, warning, early stopping).
+
+The measurement itself is in `validation.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from everydream_kit.data.dataset import Dataset
+from everydream_kit.data.loader import make_loader
+from everydream_kit.errors import DataError
+from everydream_kit.training.reports import Listener, StepReport
+from everydream_kit.training.validation import (
+    LossCurve,
+    content_groups,
+    once_each,
+    split_indices,
+    timestep_grid,
+    validate,
+)
+from everydream_kit.training.validation_config import ValidationConfig, validation_steps
+
+if TYPE_CHECKING:
+    from everydream_kit.data.records import Batch
+    from everydream_kit.models.family import Conditioning
+    from everydream_kit.training.run import Run
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """Pictures with a curve of their own. `tag` is the curve's name; `decides` says that best and stopping follow it."""
+
+    tag: str
+    dataset: Dataset
+    decides: bool = False
+
+
+def split_dataset(
+    dataset: Dataset, config: ValidationConfig, scan: Callable[[str], Dataset]
+) -> tuple[Dataset, list[ValidationSet]]:
+    """Divide the pictures into those that are trained on and the sets that are measured.
+
+    Args:
+        dataset: all pictures.
+        config: the validation config.
+        scan: reads a folder (manual and extra sets).
+
+    Raises:
+        DataError: a manual or extra set has no picture that can be used.
+    """
+    sets = []
+    training = dataset
+    if config.validate_training and config.val_split_mode != "none":
+        if config.splits_training_set:
+            kept, held_out = split_indices(content_groups(dataset), config.auto_split_proportion, config.seed)
+            if not kept:
+                raise DataError(
+                    f"validation_config: the split leaves none of {len(dataset)} pictures for training; lower "
+                    "auto_split_proportion or add pictures."
+                )
+            training, measured = dataset.subset(kept), dataset.subset(held_out)
+        else:
+            measured = _scan_some(scan, str(config.manual_data_root))
+        sets.append(ValidationSet("loss/val", measured, decides=True))
+    if config.stabilize_training_loss:
+        groups = content_groups(training)
+        _, stable = split_indices(groups, config.stabilize_split_proportion, config.seed, "stabilized loss")
+        sets.append(ValidationSet("loss/train-stabilized", training.subset(stable)))
+    for name, folder in config.extra_manual_datasets.items():
+        sets.append(ValidationSet(f"loss/{name}", _scan_some(scan, folder)))
+    return training, sets
+
+
+def _scan_some(scan: Callable[[str], Dataset], folder: str) -> Dataset:
+    dataset = scan(folder)
+    if not len(dataset):
+        raise DataError(f"validation_config: {folder} holds no picture that can be used.")
+    return dataset
+
+
+class Validator(Listener):
+    """Measures every set when it is due, and before the first step.
+
+    Args:
+        config: the validation config.
+        sets: what is measured.
+        save_best: called when the deciding set's loss is the lowest so far.
+        patience: measurements without improvement after which the run ends; None: never.
+    """
+
+    name = "validator"
+
+    def __init__(
+        self,
+        config: ValidationConfig,
+        sets: list[ValidationSet],
+        *,
+        save_best: Callable[[Run], None],
+        patience: int | None = None,
+    ) -> None:
+        self.config = config
+        self.sets = sets
+        self.save_best = save_best
+        self.patience = patience
+        self.curves = {entry.tag: LossCurve() for entry in sets}
+
+    def on_start(self, run: Run) -> None:
+        if run.position.step == 0:
+            self.measure(run, is_start=True)
+
+    def __call__(self, run: Run, report: StepReport) -> None:
+        due = validation_steps(self.config.every_n_epochs, report.epoch, report.num_steps_in_epoch)
+        if report.step_in_epoch in due:
+            self.measure(run)
+
+    def measure(self, run: Run, *, is_start: bool = False) -> None:
+        """Measure every set now."""
+        run.set_state("validating")
+        for entry in self.sets:
+            loss = measure_loss(run, entry.dataset, self.config)
+            curve = self.curves[entry.tag]
+            is_best = curve.add(run.position.step, loss)
+            run.scalar(entry.tag, loss, run.position.step)
+            run.tell("validation", step=run.position.step, set=entry.tag, loss=loss, best=is_best)
+            if entry.decides:
+                self._follow(run, curve, is_best=is_best and not is_start)
+        run.set_state("running")
+
+    def _follow(self, run: Run, curve: LossCurve, *, is_best: bool) -> None:
+        if is_best:
+            self.save_best(run)
+        if curve.is_rising():
+            run.warn(
+                f"step {run.position.step}: the validation loss has been rising; the best was {curve.best_loss:.5f} at step "
+                f"{curve.best_step}. The model is probably overfitting; ckpts/best holds its best weights."
+            )
+        if curve.should_stop(self.patience):
+            run.ended_early = True
+            run.tell("stopping early", step=run.position.step, best_step=curve.best_step, best_loss=curve.best_loss)
+
+    def state(self) -> dict[str, Any]:
+        return {tag: curve.state() for tag, curve in self.curves.items()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for tag in self.curves.keys() & state.keys():
+            self.curves[tag] = LossCurve.restore(state[tag])
+
+
+def measure_loss(run: Run, dataset: Dataset, config: ValidationConfig) -> float:
+    """The mean loss of a dataset on the fixed grid of timesteps, with the run's weights as they are.
+
+    Plain settings: centre crops, captions as written, no extra noise; the training's own objective.
+    """
+    settings = replace(
+        run.plan_settings,
+        batch_size=config.batch_size or run.plan_settings.batch_size,
+        grad_accum=1,
+        num_ranks=1,
+        resolutions=run.plan_settings.resolutions[:1],
+        rated_dropout_percent=None,
+    )
+    dataset = once_each(dataset)
+    loader = make_loader(
+        dataset, settings, seed=config.seed, fixed=True, background=run.config.background, num_workers=0
+    )
+
+    def encode(batch: Batch) -> tuple[torch.Tensor, Conditioning]:
+        return run.encode_pictures(batch, mean_only=True), run.encode_captions(batch.captions)
+
+    def predict(
+        batch: Batch, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> torch.Tensor:
+        with run.precision.autocast():
+            return run.predict(batch, noisy_latents, timesteps, conditioning)
+
+    with loader:
+        return validate(
+            (batch for work in loader for batch in work.batches),
+            keys=lambda batch: [dataset.key(draw.picture) for draw in batch.planned.draws],
+            encode=encode,
+            predict=predict,
+            objective=run.objective,
+            timesteps=timestep_grid(run.config.timestep_start, run.config.timestep_end),
+            seed=config.seed,
+            modules=[run.model.unet, *run.model.text_encoders],
+        ).mean
