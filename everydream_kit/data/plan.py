@@ -260,6 +260,8 @@ def _spread_over_classes(
     """
     index_of = {size: index for index, size in enumerate(buckets)}
     widths, heights = dataset.numbers["width"], dataset.numbers["height"]
+    if len(set(settings.resolutions)) == 1:
+        return pictures, rounds, assign_buckets(widths, heights, buckets)[pictures]
     sides = np.array(buckets)
     chosen = []
     for resolution in sorted(set(settings.resolutions)):
@@ -268,8 +270,6 @@ def _spread_over_classes(
         bucket = renumber[assign_buckets(widths, heights, table)]
         fits = upscale_needed(widths, heights, sides[bucket, 0], sides[bucket, 1]) <= 1
         chosen.append((bucket, fits if chosen else np.ones_like(fits)))
-    if len(chosen) == 1:
-        return pictures, rounds, chosen[0][0][pictures]
     num_classes = sum(fits.astype(np.int64) for _, fits in chosen)
     before = np.zeros(len(dataset), np.int64)
     parts = []

@@ -103,7 +103,7 @@ def load_remembered(cache_dir: Path | None, root: str, in_folder_order: bool) ->
             if meta["version"] != VERSION or meta["root"] != os.fsencode(root).hex():
                 return Remembered()
             return Remembered(_from_arrays(meta, file), in_folder_order)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return Remembered()
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         log.warning("%s: the remembered scan is damaged and is made anew (%s)", path, error)
@@ -145,4 +145,5 @@ def save_remembered(cache_dir: Path, root: str, dataset: Dataset) -> None:
         os.replace(part, path)
     except OSError as error:
         log.warning("%s: the scan could not be remembered (%s); the next start reads the folder again", path, error)
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
