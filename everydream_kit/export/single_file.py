@@ -135,8 +135,8 @@ def check_free_space(folder: Path, num_bytes: int) -> None:
     needed = num_bytes + 16 * 2**20
     if free < needed:
         raise DiskSpaceError(
-            f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free. Nothing was written; make room, or "
-            "write to another disk."
+            f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free. Nothing was written; "
+            "make room, or write to another disk."
         )
 
 

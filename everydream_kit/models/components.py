@@ -15,6 +15,7 @@ import torch
 
 from everydream_kit.errors import ModelError
 from everydream_kit.models.family import Config, text_tower
+from everydream_kit.models.imports import make_lazy
 from everydream_kit.models.tensors import LazyTensor, Tensors
 
 BOOKKEEPING = frozenset({"_class_name", "_diffusers_version", "_name_or_path", "_use_default_values"})
@@ -26,6 +27,7 @@ _NEW_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_att
 
 def build_unet(config: Config, device: str = "meta") -> torch.nn.Module:
     """A UNet, without memory unless another device is named."""
+    make_lazy()
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     return _build_diffusers(UNet2DConditionModel, config, device)
@@ -33,6 +35,7 @@ def build_unet(config: Config, device: str = "meta") -> torch.nn.Module:
 
 def build_vae(config: Config, device: str = "meta") -> torch.nn.Module:
     """A VAE, without memory unless another device is named."""
+    make_lazy()
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     return _build_diffusers(AutoencoderKL, config, device)
@@ -40,6 +43,7 @@ def build_vae(config: Config, device: str = "meta") -> torch.nn.Module:
 
 def build_text_encoder(config: Config, class_name: str, device: str = "meta") -> torch.nn.Module:
     """A text encoder, without memory unless another device is named."""
+    make_lazy()
     from transformers.models.clip.configuration_clip import CLIPTextConfig
     from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
