@@ -176,6 +176,15 @@ def test_a_package_that_was_removed_since_is_noticed(pretended):
     assert len(pretended.pip) > before
 
 
+def test_a_kit_of_another_copy_of_the_repository_is_replaced_by_this_one(pretended):
+    pretended.set(**COLAB)
+    set_up.set_up(pretended.target(), [])
+    before = len(pretended.pip)
+    pretended.set(kit="/elsewhere/everydream_kit/__init__.py")
+    set_up.set_up(pretended.target(), [])
+    assert len(pretended.pip) > before
+
+
 def test_a_torch_that_pip_does_not_know_is_worked_around(pretended):
     pretended.set(torch="2.9.0a0+vendor", versions={})
     set_up.set_up(pretended.target("runpod"), [])
