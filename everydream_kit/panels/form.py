@@ -101,7 +101,9 @@ class SettingsForm:
         return self._field(record)
 
     def load_file(self, path: str | Path) -> list[str]:
-        """Take over a settings file (also EveryDream 2's); everything else goes back to its default.
+        """Take over a settings file (also EveryDream 2's); what it does not name goes back to its default.
+
+        Base model, dataset and folders stay as they are where the file does not name them.
 
         Returns:
             Warnings about names that have gone out of use.
@@ -109,8 +111,11 @@ class SettingsForm:
         Raises:
             ConfigError: the file cannot be used; nothing was changed.
         """
-        kept = {name: self.values[name] for name in ("resume_ckpt", "data_root", "project_name", "logdir")}
-        config, warnings = load_config(path)
+        kept = {
+            name: self.values[name] for name in ("resume_ckpt", "data_root", "project_name", "logdir", "save_ckpt_dir")
+        }
+        names_base = '"resume_ckpt"' in Path(path).read_text("utf-8", "replace") if Path(path).is_file() else True
+        config, warnings = load_config(path, None if names_base else {"resume_ckpt": kept["resume_ckpt"]})
         chosen = {name: getattr(config, name) for name in config.model_fields_set}
         defaults = {record.name: record.default for record in parameters() if not record.required}
         self.set_values({**defaults, **{k: v for k, v in kept.items() if k not in chosen}, **chosen})

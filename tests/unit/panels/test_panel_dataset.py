@@ -1,0 +1,249 @@
+"""The dataset panel and what it is made of: captions on disk, tags, settings, problems, undo, uploads in pieces."""
+
+import io
+import zipfile
+
+import pytest
+from PIL import Image
+
+from everydream_kit.errors import DataError
+from everydream_kit.panels.album import Album
+from everydream_kit.panels.pictures import DatasetPanel
+from everydream_kit.panels.upload import Receiver, safe_name
+
+
+def picture(path, size=(64, 48), colour=(200, 80, 40)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+@pytest.fixture
+def project(tmp_path):
+    folder = tmp_path / "jets"
+    for number in range(15):
+        picture(folder / "input" / f"a jet_{number:02}.png")
+    for number in range(3):
+        picture(folder / "input" / "night" / f"{number}.jpg", size=(48, 64))
+        (folder / "input" / "night" / f"{number}.txt").write_text("a jet at night, sky, dark")
+    return folder
+
+
+@pytest.fixture
+def album(project):
+    return Album(project / "input")
+
+
+def find(album, name):
+    return next(index for index in range(len(album)) if album.name(index) == name)
+
+
+def test_captions_come_from_the_file_beside_or_the_name(album):
+    assert len(album) == 18
+    assert album.caption(find(album, "night/0.jpg")) == "a jet at night, sky, dark"
+    assert album.caption(find(album, "a jet_00.png")) == "a jet"
+
+
+def test_a_caption_is_written_and_undone_byte_for_byte(album):
+    index = find(album, "night/0.jpg")
+    album.set_caption(index, "  a red jet ")
+    path = album.root / "night" / "0.txt"
+    assert path.read_text() == "a red jet\n"
+    assert "caption of night/0.jpg" in album.undo()
+    assert path.read_text() == "a jet at night, sky, dark"
+    index = find(album, "a jet_00.png")
+    album.set_caption(index, "new")
+    album.undo()
+    assert not (album.root / "a jet_00.txt").exists()
+    assert album.undo() == ""
+
+
+def test_tags_are_added_and_removed_for_a_selection(album):
+    indices = album.search("night")
+    assert album.add_tag(indices, "3d") == 3
+    assert album.add_tag(indices, "3d") == 0
+    assert album.remove_tag(indices, "sky") == 3
+    assert album.caption(indices[0]) == "a jet at night, dark, 3d"
+    assert dict(album.count_tags(indices)) == {"a jet at night": 3, "dark": 3, "3d": 3}
+    album.undo()
+    assert album.caption(indices[0]) == "a jet at night, sky, dark, 3d"
+
+
+def test_search_takes_all_words_and_leaves_out_the_crossed_ones(album):
+    assert len(album.search("")) == 18
+    assert len(album.search("jet dark")) == 3
+    assert len(album.search("jet -dark")) == 15
+
+
+def test_a_caption_in_a_settings_file_is_shown_and_not_edited(album, project):
+    path = project / "input" / "night" / "0.yaml"
+    path.write_text("main_prompt: a jet\ntags:\n  - tag: sky\n    weight: 2\n")
+    album.reload()
+    index = find(album, "night/0.jpg")
+    assert album.locked_by(index) == "0.yaml"
+    with pytest.raises(DataError, match=r"0\.yaml"):
+        album.set_caption(index, "x")
+
+
+def test_settings_for_a_folder_and_for_pictures_reach_the_data_engine(album):
+    album.set_for_folder("night", "multiply", 2.5)
+    assert album.dataset.picture(find(album, "night/1.jpg")).multiply == 2.5
+    index = find(album, "a jet_00.png")
+    album.set_for_pictures([index], "loss_scale", 0.5)
+    assert album.dataset.picture(find(album, "a jet_00.png")).loss_scale == 0.5
+    assert album.caption(find(album, "a jet_00.png")) == "a jet"
+    album.undo()
+    album.undo()
+    assert album.dataset.picture(find(album, "night/1.jpg")).multiply == 1.0
+    with pytest.raises(DataError, match="from 0 to 1"):
+        album.set_for_folder("night", "flip_p", 3)
+
+
+def test_set_aside_moves_a_picture_with_its_caption_and_undo_brings_it_back(album):
+    path = album.root / "night" / "0.jpg"
+    assert album.set_aside([path]) == 1
+    assert not path.exists() and not path.with_suffix(".txt").exists()
+    assert (album.aside / "night" / "0.txt").is_file()
+    assert len(album) == 17
+    album.undo()
+    assert len(album) == 18 and path.with_suffix(".txt").read_text() == "a jet at night, sky, dark"
+    with pytest.raises(DataError, match="outside"):
+        album.set_aside([album.root.parent / "settings.json"])
+
+
+def test_the_panel_shows_twelve_at_a_time_and_writes_what_is_typed(project):
+    panel = DatasetPanel(project)
+    cards = panel.gallery.cards
+    assert [card.box.layout.display for card in cards] == [""] * 12 or all(card.index is not None for card in cards)
+    assert panel.gallery.page.max == 2
+    panel.gallery.next.click()
+    assert sum(card.index is not None for card in cards) == 6
+    panel.gallery.search.value = "night"
+    card = cards[0]
+    assert card.text.value == "a jet at night, sky, dark"
+    card.text.value = "typed in the panel"
+    assert (project / "input" / "night" / "0.txt").read_text() == "typed in the panel\n"
+    assert "written" in panel.message.value
+    panel.undo_button.click()
+    assert cards[0].text.value == "a jet at night, sky, dark"
+
+
+def test_the_panel_tags_a_selection_and_asks_for_one(project):
+    panel = DatasetPanel(project)
+    panel.tag.value = "3d"
+    panel.add_tag_button.click()
+    assert "Select pictures first" in panel.message.value
+    panel.gallery.search.value = "night"
+    panel.gallery.choose_found.click()
+    panel.add_tag_button.click()
+    assert "3 captions changed" in panel.message.value
+    assert (project / "input" / "night" / "2.txt").read_text() == "a jet at night, sky, dark, 3d\n"
+
+
+def test_the_panel_applies_a_setting_to_a_folder(project):
+    panel = DatasetPanel(project)
+    panel.setting.value, panel.setting_value.value, panel.setting_where.value = "multiply", "3", "night"
+    panel.setting_button.click()
+    assert (project / "input" / "night" / "multiply.txt").read_text() == "3\n"
+    panel.setting_value.value = "many"
+    panel.setting_button.click()
+    assert "must be a number" in panel.message.value
+
+
+def test_problems_are_listed_with_their_cure_and_set_aside(project):
+    (project / "input" / "broken.jpg").write_bytes(b"no picture at all")
+    panel = DatasetPanel(project)
+    assert "broken.jpg" in panel.problem_list.value
+    panel.problems_button.click()
+    assert not (project / "input" / "broken.jpg").exists()
+    assert "No problems" in panel.problem_list.value
+    panel.undo_button.click()
+    assert (project / "input" / "broken.jpg").exists()
+
+
+def test_another_folder_becomes_the_dataset_and_stays_so(project, tmp_path):
+    picture(tmp_path / "other" / "x.png")
+    panel = DatasetPanel(project)
+    panel.source.value = str(tmp_path / "other")
+    panel.source_button.click()
+    assert len(panel.album) == 1
+    assert len(DatasetPanel(project).album) == 1
+
+
+def test_a_dataset_of_five_thousand_stays_usable(tmp_path):
+    folder = tmp_path / "big" / "input"
+    picture(folder / "p0000.png")
+    data = (folder / "p0000.png").read_bytes()
+    for number in range(1, 5000):
+        (folder / f"p{number:04}.png").write_bytes(data)
+    panel = DatasetPanel(tmp_path / "big")
+    assert panel.gallery.page.max == 417
+    assert len(panel.gallery.cards) == 12
+    panel.gallery.page.value = 417
+    assert panel.gallery.shown[-1] == 4999
+
+
+def send(receiver, name, data, piece=1000):
+    answers = [receiver.take({"kind": "begin", "name": name, "size": len(data)}, [])]
+    for at in range(0, len(data), piece):
+        answers.append(receiver.take({"kind": "piece", "name": name, "at": at}, [memoryview(data[at : at + piece])]))
+    answers.append(receiver.take({"kind": "end", "name": name}, []))
+    return [answer["error"] for answer in answers if "error" in answer]
+
+
+def unzip(archive, target):
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(target)
+    return 1
+
+
+def test_a_file_arrives_in_pieces_and_appears_whole(tmp_path):
+    receiver = Receiver(tmp_path, unzip)
+    data = bytes(range(256)) * 40
+    receiver.take({"kind": "begin", "name": "sub/a.png", "size": len(data)}, [])
+    assert not (tmp_path / "sub" / "a.png").exists()
+    assert send(receiver, "sub/a.png", data) == []
+    assert (tmp_path / "sub" / "a.png").read_bytes() == data
+    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["a.png"]
+
+
+def test_a_piece_that_comes_twice_does_no_harm_and_a_missing_one_is_told(tmp_path):
+    receiver = Receiver(tmp_path, unzip)
+    receiver.take({"kind": "begin", "name": "a.png", "size": 4}, [])
+    for at, piece in ((0, b"ab"), (0, b"ab"), (2, b"cd")):
+        receiver.take({"kind": "piece", "name": "a.png", "at": at}, [piece])
+    assert "error" not in receiver.take({"kind": "end", "name": "a.png"}, [])
+    assert (tmp_path / "a.png").read_bytes() == b"abcd"
+    receiver.take({"kind": "begin", "name": "b.png", "size": 4}, [])
+    assert "incomplete" in receiver.take({"kind": "end", "name": "b.png"}, [])["error"]
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_an_archive_is_unpacked_and_not_kept(tmp_path):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("x.txt", "hello")
+    assert send(Receiver(tmp_path, unzip), "set.zip", buffer.getvalue()) == []
+    assert (tmp_path / "set" / "x.txt").read_text() == "hello"
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_other_kinds_of_file_are_refused(tmp_path):
+    assert "not a picture" in send(Receiver(tmp_path, unzip), "virus.exe", b"x")[0]
+
+
+@pytest.mark.parametrize(
+    "name, safe",
+    [
+        ("../../etc/a.png", "etc/a.png"),
+        ("/abs/a.png", "abs/a.png"),
+        ("a\\b.png", "a/b.png"),
+        ("C:/x?.png", "C_/x_.png"),
+    ],
+)
+def test_names_cannot_lead_out_of_the_folder(name, safe):
+    assert safe_name(name) == safe
+
+
+def test_a_name_of_nothing_is_refused():
+    with pytest.raises(DataError, match="no usable file name"):
+        safe_name("../..")

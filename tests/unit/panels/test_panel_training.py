@@ -1,0 +1,159 @@
+"""The training panel's own buttons on a double of the trainer: start, live view, stop, resume, re-attach."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from everydream_kit import jobs
+from everydream_kit.panels.training import TrainPanel
+
+DOUBLE = str(Path(__file__).parents[2] / "fakes" / "trainer_double.py")
+
+
+def command(*options):
+    return [sys.executable, DOUBLE, "{run}", *map(str, options)]
+
+
+@pytest.fixture
+def project(tmp_path):
+    folder = tmp_path / "jets"
+    (folder / "input").mkdir(parents=True)
+    for number in range(6):
+        Image.new("RGB", (64, 64), (number * 40, 80, 120)).save(folder / "input" / f"a jet_{number}.png")
+    yield folder
+    for job in jobs.running_jobs(folder / "logs"):
+        job.kill()
+
+
+def wait_until(panel, condition, seconds=15.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, panel.message.value
+        time.sleep(0.03)
+        panel.refresh()
+
+
+def test_the_plan_line_says_pictures_epochs_steps_and_disk(project):
+    panel = TrainPanel(project)
+    panel.form.set_values({"batch_size": 4, "max_epochs": 10})
+    assert "6 pictures × 10 epochs → 20 steps" in panel.plan.value
+    assert "free" in panel.plan.value
+
+
+def test_an_empty_dataset_is_told_before_anything_starts(tmp_path):
+    panel = TrainPanel(tmp_path / "empty")
+    assert "No pictures in the dataset yet" in panel.plan.value
+    panel.start_button.click()
+    assert "No pictures" in panel.message.value
+    assert panel.job is None
+
+
+def test_a_wrong_setting_closes_the_start_button(project):
+    panel = TrainPanel(project)
+    panel.form.field("lr").control.value = "x"
+    assert panel.start_button.disabled
+    assert "1 setting to mend" in panel.plan.value
+
+
+def test_start_shows_progress_curves_samples_and_log_and_then_the_end(project):
+    panel = TrainPanel(project, command=command("--steps", 12, "--seconds-a-step", 0.02))
+    panel.start_button.click()
+    assert panel.job is not None and panel.start_button.disabled and not panel.stop_button.disabled
+    wait_until(panel, lambda: "finished" in panel.head.value)
+    assert panel.bar.value == 12
+    assert "12 / 12" in panel.figures.value
+    assert "<polyline" in panel.chart.value and "Learning rate" in panel.rate_chart.value
+    assert panel.gallery.value.count("data:image/jpeg") == 2
+    assert "step 12" in panel.log.value
+    assert "Finished" in panel.message.value
+    wait_until(panel, lambda: not panel.start_button.disabled)
+
+
+def test_stop_saves_and_resume_goes_on(project):
+    panel = TrainPanel(project, command=command("--steps", 60, "--seconds-a-step", 0.03))
+    panel.start_button.click()
+    wait_until(panel, lambda: panel.bar.value >= 3)
+    panel.stop_button.click()
+    wait_until(panel, lambda: "stopped" in panel.head.value and not panel.resume_button.disabled)
+    stopped_at = panel.bar.value
+    panel.resume_button.click()
+    wait_until(panel, lambda: "finished" in panel.head.value)
+    assert panel.bar.value == 60 > stopped_at
+
+
+def test_a_new_panel_finds_the_run_in_progress(project):
+    first = TrainPanel(project, command=command("--steps", 400))
+    first.start_button.click()
+    again = TrainPanel(project)
+    assert again.job.folder == first.job.folder
+    assert again.start_button.disabled
+    assert again.tabs.selected_index == 1
+    again.kill_button.click()
+    wait_until(again, lambda: "died" in again.head.value)
+    assert not again.resume_button.disabled
+
+
+def test_a_second_start_from_another_panel_is_refused_in_words(project):
+    first, second = (TrainPanel(project, command=command("--steps", 400)) for _ in range(2))
+    first.start_button.click()
+    second.start_button.click()
+    assert "being trained already" in second.message.value
+
+
+def test_save_now_and_sample_now_reach_the_trainer(project):
+    panel = TrainPanel(project, command=command("--steps", 400, "--seconds-a-step", 0.03))
+    panel.start_button.click()
+    wait_until(panel, lambda: panel.bar.value >= 1)
+    panel.save_button.click()
+    wait_until(panel, lambda: panel.view.saved)
+
+
+def test_settings_come_back_in_a_new_panel(project):
+    TrainPanel(project).form.field("max_epochs").control.value = "7"
+    assert TrainPanel(project).form.config().max_epochs == 7
+
+
+def test_settings_that_cannot_be_read_are_one_clear_error(project):
+    from everydream_kit.errors import ConfigError
+
+    project.joinpath("settings.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"settings\.json: not valid JSON"):
+        TrainPanel(project)
+
+
+def test_a_look_without_news_changes_no_widget(project):
+    panel = TrainPanel(project, command=command("--steps", 3, "--seconds-a-step", 0.01))
+    panel.start_button.click()
+    wait_until(panel, lambda: "finished" in panel.head.value)
+    panel.refresh()
+    changes = []
+    for widget in (panel.head, panel.figures, panel.chart, panel.gallery, panel.log, panel.message, panel.notes):
+        widget.observe(changes.append, "value")
+    panel.refresh()
+    assert changes == []
+
+
+def test_text_from_a_run_is_escaped(project):
+    run = project / "logs" / "jets-20260101-000000"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    (run / "train.log").write_text("<script>alert(1)</script>\n")
+    (run / "events.jsonl").write_text(json.dumps({"kind": "warning", "message": "<img src=x>"}) + "\n")
+    status = {"state": "failed", "message": "<b>no</b>", "pid": os.getpid(), "process_started": 0.0, "step": 0}
+    (run / "status.json").write_text(json.dumps(status))
+    panel = TrainPanel(project)
+    shown = panel.log.value + panel.notes.value + panel.message.value
+    assert "<script>" not in shown and "<img" not in shown and "<b>no" not in shown
+    assert "&lt;b&gt;no" in shown
+
+
+def test_watch_shows_the_run_until_it_ends(project, capsys):
+    panel = TrainPanel(project, command=command("--steps", 4, "--seconds-a-step", 0.02))
+    panel.start()
+    assert panel.watch()["state"] == "finished"
+    assert "4 / 4" in panel.figures.value
