@@ -45,8 +45,8 @@ class _Lazy(ModuleType):
 
 
 def make_lazy() -> None:
-    """Defer these packages' `__init__` until somebody asks them for something. Idempotent; costs an import of
-    `diffusers.models`.""" for name in LAZY_PACKAGES:
+    """Defer these packages' `__init__` until somebody asks them for something. Idempotent."""
+    for name in LAZY_PACKAGES:
         _defer(name, open_path=True)
     for name in LAZY_MODULES:
         _defer(name, open_path=False)
