@@ -1,0 +1,276 @@
+"""Datasets that are not a folder yet: archives, which are unpacked safely, and Hub datasets, which are fetched.
+
+An archive is untrusted: every entry is looked at before it is written, and what could reach outside of the target
+folder (`..`, absolute paths, links, devices) or fill the disk is refused with the entry's name. It is unpacked into a
+hidden folder beside the target and renamed when whole, so a refusal or an interruption leaves nothing behind, and a
+folder of the final name is complete. Not here: finding pictures in the folder (`files`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import os
+import re
+import shutil
+import stat
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from everydream_kit.errors import DataError, DiskSpaceError
+
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+MAX_BYTES = 200 * 2**30
+"""Most that one archive may unpack to: about 50 000 large photographs."""
+MAX_ENTRIES = 5_000_000
+"""Most entries of one archive: a million pictures with captions, masks and settings."""
+
+_CHUNK_BYTES = 2**20
+_DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, NotImplementedError)
+_HUB_ID = re.compile(r"()([\w.-]+/[\w.-]+)()()")
+_HUB_URL = re.compile(r"(hf://datasets/)([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.*))?")
+_WANTED = (
+    "jpg",
+    "jpeg",
+    "png",
+    "bmp",
+    "webp",
+    "jfif",
+    "txt",
+    "caption",
+    "yaml",
+    "yml",
+    "json",
+    "zip",
+    "tar",
+    "gz",
+    "tgz",
+)
+_HUB_PATTERNS = [f"*.{spelt}" for name in _WANTED for spelt in (name, name.upper())]
+
+Fetch = Callable[[str, str | None], Path]
+"""Downloads a Hub dataset: (owner/name, revision or None) -> local folder."""
+
+
+def open_source(
+    spec: str,
+    work_dir: Path,
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_entries: int = MAX_ENTRIES,
+    fetch: Fetch | None = None,
+) -> Path:
+    """The folder that an archive or a Hub dataset becomes. A second call finds it there.
+
+    Args:
+        spec: path of an archive, `owner/name`, or `hf://datasets/owner/name[@revision][/folder]`.
+        work_dir: archives are unpacked into a folder of their own in it.
+        max_bytes, max_entries: limits of one archive.
+        fetch: downloads Hub datasets; huggingface_hub's `snapshot_download` unless given.
+
+    Raises:
+        DataError: the archive is damaged or unsafe, or the dataset cannot be fetched.
+        DiskSpaceError: the archive does not fit on the disk.
+    """
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return unpack_archive(path, Path(work_dir), max_bytes=max_bytes, max_entries=max_entries)
+    match = _HUB_URL.fullmatch(spec) or _HUB_ID.fullmatch(spec)
+    if not match:
+        raise DataError(f"{spec}: neither an archive ({', '.join(ARCHIVES)}) nor a Hub dataset such as owner/name.")
+    _, repo_id, revision, inner = match.groups()
+    folder = (fetch or _fetch_snapshot)(repo_id, revision or None)
+    return _inside_snapshot(spec, folder, inner, Path(work_dir), (max_bytes, max_entries))
+
+
+def unpack_archive(
+    archive: Path, work_dir: Path, *, max_bytes: int = MAX_BYTES, max_entries: int = MAX_ENTRIES
+) -> Path:
+    """Unpack an archive into a folder of its own, once.
+
+    Args:
+        archive: `.zip`, `.tar`, or a compressed tar.
+        work_dir: where the folder is made; named after the archive and its size and time.
+        max_bytes, max_entries: limits of what comes out.
+
+    Raises:
+        DataError: damaged, or an entry is refused; the message names it, and nothing is left behind.
+        DiskSpaceError: it does not fit on the disk.
+    """
+    target = work_dir / f"{archive.name.split('.')[0]}-{_stamp(archive)}"
+    if target.is_dir():
+        return target
+    work_dir.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=work_dir))
+    try:
+        _unpack_into(archive, unfinished, max_bytes, max_entries)
+        os.replace(unfinished, target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return target
+
+
+def _stamp(archive: Path) -> str:
+    """Names one state of one archive file."""
+    status = archive.stat()
+    text = f"{archive.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+    return hashlib.blake2b(os.fsencode(text), digest_size=5).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One entry of an archive of any kind."""
+
+    name: str
+    kind: str  # "file", "folder", or in words what it is instead
+    num_bytes: int  # as the archive claims
+    open: Callable[[], IO[bytes]]
+
+
+def _unpack_into(archive: Path, folder: Path, max_bytes: int, max_entries: int) -> None:
+    free = shutil.disk_usage(folder).free
+    claimed = 0
+    name = "its beginning"
+    try:
+        with ExitStack() as stack:
+            for number, entry in enumerate(_entries(archive, stack)):
+                name = entry.name
+                target = _safe_target(archive, entry, folder)
+                claimed += entry.num_bytes
+                if number >= max_entries:
+                    raise DataError(f"{archive}: more than {max_entries:,} entries, {name!r} is the first too many.")
+                if claimed > max_bytes:
+                    raise DataError(
+                        f"{archive}: unpacks to more than {max_bytes / 2**30:,.1f} GiB, {name!r} goes beyond it. "
+                        f"If that is right, unpack it yourself and give the folder."
+                    )
+                if claimed > free:
+                    raise DiskSpaceError(
+                        f"{archive}: needs more than the {free / 2**30:.1f} GiB that are free in {folder.parent}. "
+                        f"Free some, or unpack it to another disk and give the folder."
+                    )
+                _write_entry(archive, entry, target)
+    except _DAMAGED as error:
+        raise DataError(f"{archive}: damaged at {name!r} ({error}). Copy or download it again.") from error
+    except (OSError, UnicodeError) as error:
+        raise DataError(f"{archive}: {name!r} cannot be unpacked ({error}).") from error
+
+
+def _write_entry(archive: Path, entry: _Entry, target: Path) -> None:
+    """Write one entry, and no more bytes than it claims."""
+    if entry.kind == "folder":
+        target.mkdir(parents=True, exist_ok=True)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    left = entry.num_bytes
+    with entry.open() as source, target.open("xb") as file:
+        while chunk := source.read(_CHUNK_BYTES):
+            left -= len(chunk)
+            if left < 0:
+                raise DataError(
+                    f"{archive}: {entry.name!r} holds more bytes than it claims; the archive is not trusted."
+                )
+            file.write(chunk)
+
+
+def _safe_target(archive: Path, entry: _Entry, folder: Path) -> Path:
+    """Where an entry is written; refuses what may not be."""
+
+    def refuse(cause: str) -> DataError:
+        return DataError(
+            f"{archive}: the entry {entry.name!r} {cause}; nothing was unpacked. "
+            f"An archive of pictures has no need of it: make it anew, or ask who made it."
+        )
+
+    if entry.kind not in ("file", "folder"):
+        raise refuse(f"is {entry.kind}")
+    parts = entry.name.replace("\\", "/").split("/")
+    if ".." in parts:
+        raise refuse("leads out of the folder ('..')")
+    if entry.name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", entry.name):
+        raise refuse("is an absolute path")
+    if "\0" in entry.name:
+        raise refuse("has a zero byte in its name")
+    return folder.joinpath(*(part for part in parts if part not in ("", ".")))
+
+
+def _entries(archive: Path, stack: ExitStack) -> Iterator[_Entry]:
+    """Entries of a zip or tar, in their order."""
+    if zipfile.is_zipfile(archive):
+        opened = stack.enter_context(zipfile.ZipFile(archive))
+        for info in opened.infolist():
+            yield _Entry(info.orig_filename, _zip_kind(info), info.file_size, lambda i=info: opened.open(i))
+        return
+    # in one pass: a compressed tar is not read twice
+    stream = stack.enter_context(tarfile.open(archive, "r|*"))  # noqa: SIM115
+    for member in stream:
+        yield _Entry(member.name, _tar_kind(member), member.size, lambda m=member: stream.extractfile(m))
+
+
+def _zip_kind(info: zipfile.ZipInfo) -> str:
+    if info.flag_bits & 1:
+        return "encrypted"
+    if info.is_dir():
+        return "folder"
+    mode = info.external_attr >> 16  # of Unix archives; 0 elsewhere
+    if stat.S_ISLNK(mode):
+        return "a link"
+    return "file" if stat.S_IFMT(mode) in (0, stat.S_IFREG) else "a device or pipe"
+
+
+def _tar_kind(member: tarfile.TarInfo) -> str:
+    if member.isdir():
+        return "folder"
+    if member.issym() or member.islnk():
+        return "a link"
+    return "file" if member.isreg() else "a device or pipe"
+
+
+def _fetch_snapshot(repo_id: str, revision: str | None) -> Path:
+    """Download a Hub dataset into the Hub's own cache, which goes on where it was interrupted."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    network_errors = tuple(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")  # httpx or httpx2
+    try:
+        folder = snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=_HUB_PATTERNS)
+    except (HfHubHTTPError, OSError, ValueError, *network_errors) as error:
+        cause = next(iter(str(error).splitlines()), "no answer")
+        raise DataError(
+            f"{repo_id}: this dataset cannot be fetched from the Hugging Face Hub ({type(error).__name__}: {cause}). "
+            f"Check the name and the network; a private or gated dataset needs a login whose token may read it. "
+            f"If a folder was meant: there is none of that name."
+        ) from error
+    return Path(folder)
+
+
+def _inside_snapshot(spec: str, folder: Path, inner: str | None, work_dir: Path, limits: tuple[int, int]) -> Path:
+    """The folder of pictures within a fetched dataset: the whole, a sub-folder, or its one archive."""
+    if inner:
+        folder = folder / inner.strip("/")
+        if ".." in Path(inner).parts or not folder.exists():
+            raise DataError(f"{spec}: the dataset has no folder {inner!r}.")
+    if folder.is_file():
+        return unpack_archive(folder, work_dir, max_bytes=limits[0], max_entries=limits[1])
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    archives = [path for path in files if path.name.lower().endswith(ARCHIVES)]
+    pictures = any(path.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".jfif") for path in files)
+    if not pictures and len(archives) == 1:
+        return unpack_archive(archives[0], work_dir, max_bytes=limits[0], max_entries=limits[1])
+    if not pictures:
+        raise DataError(
+            f"{spec}: this Hub dataset holds no picture files"
+            + (
+                f" but {len(archives)} archives; name one: {spec}/{archives[0].name}."
+                if archives
+                else ". Datasets kept as tables (parquet) must be saved as a folder of pictures first."
+            )
+        )
+    return folder
