@@ -1,0 +1,76 @@
+"""`prepare_dataset`: scan, report and plot in one object, for notebooks and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from everydream_kit.data.chart import draw_dataset
+from everydream_kit.data.dataset import Dataset
+from everydream_kit.data.files import DataRoot, scan_dataset
+from everydream_kit.data.plan import PlanSettings
+from everydream_kit.data.report import CLIP_WINDOW, DatasetReport, fill_buckets, make_report
+
+
+@dataclass(frozen=True)
+class PreparedDataset:
+    """A scanned dataset, and how it will be cut into batches."""
+
+    dataset: Dataset
+    settings: PlanSettings
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def report(
+        self,
+        *,
+        near_duplicates: bool = True,
+        count_tokens: Callable[[str], int] | None = None,
+        max_tokens: int = CLIP_WINDOW,
+        progress: Callable[[int], None] | None = None,
+    ) -> DatasetReport:
+        """Look through the dataset: see `report.make_report`. `report().text` is for people."""
+        return make_report(
+            self.dataset,
+            self.settings,
+            near_duplicates=near_duplicates,
+            count_tokens=count_tokens,
+            max_tokens=max_tokens,
+            progress=progress,
+        )
+
+    def plot(self) -> Image.Image:
+        """Bucket chart and contact sheet; a notebook shows it by itself, `.save(path)` keeps it."""
+        return draw_dataset(self.dataset, fill_buckets(self.dataset, self.settings)[0])
+
+
+def prepare_dataset(
+    data_root: DataRoot,
+    *,
+    resolution: int | list[int] = 512,
+    batch_size: int = 2,
+    grad_accum: int = 1,
+    cache_dir: str | Path | None = None,
+    **scan_settings: Any,
+) -> PreparedDataset:
+    """Find all pictures of a dataset and check their headers.
+
+    Args:
+        data_root: a folder, a `.json` index, an archive, a Hub dataset id, or a list of these.
+        resolution: area class, or several.
+        batch_size, grad_accum: that it will be trained at.
+        cache_dir: folder that remembers the scan.
+        **scan_settings: `scan_dataset`'s other arguments.
+
+    Raises:
+        DataError: a root is not there.
+        ConfigError: a resolution has no buckets.
+    """
+    resolutions = tuple(resolution) if isinstance(resolution, (list, tuple)) else (resolution,)
+    settings = PlanSettings(batch_size, grad_accum, resolutions)
+    return PreparedDataset(scan_dataset(data_root, cache_dir=cache_dir, **scan_settings), settings)
