@@ -176,7 +176,7 @@ def _load_moments(request: BatchRequest, settings: LoadSettings, cache: LatentCa
         else:
             stacked[row] = entry.moments
         crops.append(crop)
-        masks.append(None if entry is None or entry.mask is None else entry.mask.numpy())
+        masks.append(None if entry is None or entry.mask is None else entry.mask.numpy() / np.float32(255))
         broken.append(entry is None)
     batch = _assemble(request, settings, crops, masks, broken)
     batch.moments = stacked

@@ -1,0 +1,267 @@
+"""The latent cache: right entries, no wrong hits, nothing encoded twice, jitter and mirroring kept."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from everydream_kit.data import cache_room
+from everydream_kit.data.cache import LatentCache
+from everydream_kit.data.cache_room import choose_cache_mode, foretell_bytes
+from everydream_kit.data.contents import digest_pictures
+from everydream_kit.data.files import scan_dataset
+from everydream_kit.data.latents import DiskStore, Entry
+from everydream_kit.data.loader import make_loader
+from everydream_kit.data.pixels import load_pixels
+from everydream_kit.data.plan import PlanSettings
+from everydream_kit.data.text_cache import TextCache, captions_vary
+from everydream_kit.errors import ConfigError, DataError, DiskSpaceError
+
+PLAN = PlanSettings(batch_size=2, resolutions=(64,), seed=7)
+
+
+class CountingEncoder:
+    """Stands for the VAE: moments are averages of 8 x 8 pixels, so that they can be checked by hand."""
+
+    def __init__(self, stop_after=None):
+        self.count = 0
+        self.stop_after = stop_after
+
+    def __call__(self, pixels):
+        if self.stop_after is not None and self.count + len(pixels) > self.stop_after:
+            raise KeyboardInterrupt
+        self.count += len(pixels)
+        means = torch.nn.functional.avg_pool2d(pixels.float() / 255, 8)
+        return torch.cat([means, means, means[:, :2]], 1)
+
+
+def write_pictures(folder, count=3, size=(96, 80)):
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_pictures(tmp_path / "pictures")
+
+
+def build(dataset, encoder=None, identity="vae", **options):
+    encoder = encoder or CountingEncoder()
+    return LatentCache.build(dataset, PLAN, encoder, identity, **options), encoder
+
+
+def run(dataset, cache, **options):
+    with make_loader(dataset, PLAN, seed=1, latent_cache=cache, **({"num_epochs": 8} | options)) as loader:
+        return [batch for step in loader for batch in step.batches], loader.problems
+
+
+def test_memory_and_disk_hold_the_moments_of_the_reported_crops(folder, tmp_path):
+    dataset = scan_dataset(folder, flip_p=0.5)
+    caches = [build(dataset)[0], build(dataset, folder=tmp_path / "cache")[0]]
+    results = [run(dataset, cache)[0] for cache in caches]
+    results.append(run(dataset, caches[1], num_workers=1)[0])
+    seen = set()
+    for first, *others in zip(*results, strict=True):
+        assert first.pixels is None
+        assert first.moments.shape == (len(first.paths), 8, 8, 8)
+        assert all(torch.equal(first.moments, other.moments) for other in others)
+        for row, draw in enumerate(first.planned.draws):
+            picture = dataset.picture(draw.picture)
+            address = (first.planned.epoch, dataset.key(draw.picture), draw.repeat)
+            crop = caches[0].draw_crop(draw.picture, picture, (64, 64), seed=1, address=address)
+            pixels = torch.from_numpy(load_pixels(picture.path, (64, 64), crop).pixels.copy()).permute(2, 0, 1)[None]
+            assert torch.equal(first.moments[row], CountingEncoder()(pixels)[0].half().float())
+            seen.add((draw.picture, crop))
+    assert len({crop.flip for _, crop in seen}) == 2
+    assert len({(index, crop.left, crop.top) for index, crop in seen}) > 2 * 3  # jitter survives
+
+
+def test_captions_and_mirroring_are_the_same_with_and_without_a_cache(folder):
+    dataset = scan_dataset(folder, flip_p=0.5, shuffle_tags=True)
+    with_cache = run(dataset, build(dataset)[0])[0]
+    without = run(dataset, None)[0]
+    assert [batch.captions for batch in with_cache] == [batch.captions for batch in without]
+
+
+def test_every_crop_is_encoded_once_and_found_again(folder, tmp_path):
+    dataset = scan_dataset(folder, flip_p=0.5)
+    _, first = build(dataset, folder=tmp_path / "cache", variants=4)
+    assert 3 * 2 * 2 <= first.count <= 3 * 4 * 2  # variants may fall on the same crop
+    _, second = build(dataset, folder=tmp_path / "cache", variants=4)
+    assert second.count == 0
+
+
+def test_fewer_variants_and_fixed_crops_are_found_among_more(folder, tmp_path):
+    dataset = scan_dataset(folder, flip_p=0.5)
+    build(dataset, folder=tmp_path / "cache", variants=4)
+    assert build(dataset, folder=tmp_path / "cache", variants=2)[1].count == 0
+    cache, encoder = build(dataset, folder=tmp_path / "cache", fixed=True)
+    assert encoder.count == 3
+    assert run(dataset, cache, fixed=True, num_epochs=1)[1] == []
+
+
+def test_a_renamed_picture_is_found_and_a_changed_one_is_not(folder, tmp_path):
+    options = {"folder": tmp_path / "cache"}
+    per_picture = build(scan_dataset(folder), **options)[1].count / 3
+    (folder / "0.png").rename(folder / "zero.png")
+    assert build(scan_dataset(folder), **options)[1].count == 0
+    stat = (folder / "1.png").stat()
+    Image.effect_noise((96, 80), 99).convert("RGB").save(folder / "1.png")
+    os.utime(folder / "1.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as some sync tools do
+    changed = build(scan_dataset(folder), **options)[1].count
+    assert 0 < changed <= 2 * per_picture
+
+
+@pytest.mark.parametrize("change", [{"identity": "other vae"}, {"background": "#000000"}])
+def test_another_model_or_setting_shares_nothing(folder, tmp_path, change):
+    dataset = scan_dataset(folder)
+    first = build(dataset, folder=tmp_path / "cache")[1].count
+    assert build(dataset, folder=tmp_path / "cache", **change)[1].count == first
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 2
+
+
+def test_a_shard_of_another_identity_is_not_believed(folder, tmp_path, caplog):
+    store = DiskStore(tmp_path / "a", "one")
+    store.put(b"0" * 16, Entry(torch.zeros(8, 2, 2, dtype=torch.float16)))
+    store.flush()
+    assert b"0" * 16 in DiskStore(tmp_path / "a", "one")
+    assert b"0" * 16 not in DiskStore(tmp_path / "a", "two")
+    assert "another model or setting" in caplog.text
+
+
+def test_an_interrupted_build_goes_on_where_it_was(folder, tmp_path):
+    dataset = scan_dataset(folder, flip_p=0.5)
+    total = build(dataset)[1].count
+    with pytest.raises(KeyboardInterrupt):
+        build(dataset, CountingEncoder(stop_after=5), folder=tmp_path / "cache", batch_size=2)
+    cache, encoder = build(dataset, folder=tmp_path / "cache")
+    assert encoder.count == total - 4
+    assert run(dataset, cache)[1] == []
+
+
+def test_a_damaged_shard_is_encoded_again(folder, tmp_path, caplog):
+    dataset = scan_dataset(folder)
+    total = build(dataset, folder=tmp_path / "cache")[1].count
+    (shard,) = (tmp_path / "cache").rglob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert build(dataset, folder=tmp_path / "cache")[1].count == total
+    assert "damaged" in caplog.text
+
+
+def test_a_picture_that_cannot_be_encoded_has_no_weight(folder, tmp_path):
+    dataset = scan_dataset(folder)
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:3000])
+    cache, _ = build(dataset, folder=tmp_path / "cache")
+    assert [Path(problem.path).name for problem in cache.problems] == ["1.png"]
+    batches, problems = run(dataset, cache, num_epochs=1)
+    weights = {Path(p).name: float(w) for batch in batches for p, w in zip(batch.paths, batch.loss_scale, strict=True)}
+    assert weights == {"0.png": 1, "1.png": 0, "2.png": 1}
+    assert len(problems) == 1
+
+
+def test_masks_are_cached_with_their_latents(folder, tmp_path):
+    mask = Image.new("L", (96, 80))
+    mask.paste(255, (0, 0, 48, 80))
+    mask.save(folder / "0.mask.png")
+    dataset = scan_dataset(folder, loss_mask="file")
+    cached = run(dataset, build(dataset, folder=tmp_path / "cache", crop_jitter=0.0, fixed=True)[0], fixed=True)[0]
+    fresh = run(dataset, None, fixed=True)[0]
+    for one, two in zip(cached, fresh, strict=True):
+        assert (one.mask is None) == (two.mask is None)
+        if one.mask is not None:
+            assert torch.allclose(one.mask, two.mask, atol=1 / 255)
+    assert any(batch.mask is not None for batch in cached)
+
+
+def test_values_that_are_not_finite_are_refused_by_name(folder):
+    with pytest.raises(DataError, match=r"\d\.png: the VAE encodes it to values that are not finite"):
+        build(scan_dataset(folder), lambda pixels: torch.full((len(pixels), 8, 8, 8), torch.nan))
+
+
+def test_the_room_is_foretold_and_checked_before_anything_is_encoded(folder, tmp_path, monkeypatch):
+    dataset = scan_dataset(folder, flip_p=0.5)
+    foretold = foretell_bytes(dataset, PLAN, variants=4)
+    # 3 pictures x 4 crops x 2 mirrorings x (8 channels x 8 x 8 cells x 2 bytes + a line in the header)
+    assert foretold == 24 * (1024 + 128)
+    build(dataset, folder=tmp_path / "cache")
+    (shard,) = (tmp_path / "cache").rglob("*.safetensors")
+    assert foretold / 2 < shard.stat().st_size <= foretold
+    monkeypatch.setattr(cache_room, "free_disk", lambda folder: 5000)
+    encoder = CountingEncoder()
+    with pytest.raises(DiskSpaceError, match="Lower cache_variants, set latent_cache_dir"):
+        build(dataset, encoder, "new vae", folder=tmp_path / "cache")
+    assert encoder.count == 0
+
+
+@pytest.mark.parametrize(("needed", "expected"), [(25, "memory"), (26, "disk"), (500, "disk"), (501, "off")])
+def test_auto_takes_a_quarter_of_memory_or_half_of_the_disk(tmp_path, needed, expected):
+    assert choose_cache_mode(needed, tmp_path / "new", free_memory_bytes=100, free_disk_bytes=1000) == expected
+    assert choose_cache_mode(0, tmp_path / "new") == "memory"
+
+
+def test_a_cache_is_refused_where_it_would_give_something_else(folder):
+    dataset = scan_dataset(folder)
+    cache, _ = build(dataset)
+    with pytest.raises(ConfigError, match="cache_latents, plugins"):
+        make_loader(dataset, PLAN, seed=1, latent_cache=cache, picture_transform=Image.Image.copy)
+    with pytest.raises(ConfigError, match="built for 3 pictures"):
+        make_loader(dataset.subset([0, 1]), PLAN, seed=1, latent_cache=cache)
+    with pytest.raises(ConfigError, match="fixed=False"):
+        make_loader(dataset, PLAN, seed=1, latent_cache=cache, fixed=True)
+
+
+def test_digests_are_remembered_until_a_file_changes(folder, tmp_path, monkeypatch):
+    from everydream_kit.data import contents
+
+    pairs = [(str(path), None) for path in sorted(folder.glob("*.png"))]
+    memo = tmp_path / "contents.bin"
+    first = digest_pictures(pairs, 3, memo_file=memo)
+    assert len({row.tobytes() for row in first}) == 3
+    read = []
+    whole = contents.digest_file
+    monkeypatch.setattr(contents, "digest_file", lambda path: read.append(path) or whole(path))
+    with memo.open("ab") as file:
+        file.write(b"torn record")
+    assert np.array_equal(digest_pictures(pairs, 3, memo_file=memo), first)
+    assert read == []
+    (folder / "1.png").touch()
+    assert np.array_equal(digest_pictures(pairs, 3, memo_file=memo), first)
+    assert read == [str(folder / "1.png")]
+
+
+def test_captions_are_encoded_once_as_long_as_there_is_room():
+    from everydream_kit.models.family import Conditioning
+
+    asked = []
+
+    def encode(captions):
+        asked.append(list(captions))
+        length = 77 * max(1, *(caption.count("long") + 1 for caption in captions))
+        states = torch.stack([torch.full((length, 4), float(len(caption))) for caption in captions])
+        return Conditioning(states, states[:, 0])
+
+    cache = TextCache(encode)
+    for _ in range(2):
+        result = cache.encode(["a cat", "", "a cat"])
+        assert result.encoder_hidden_states[:, 0, 0].tolist() == [5, 0, 5]
+        assert result.pooled.shape == (3, 4)
+    assert asked == [["a cat"], [""]]
+    assert cache.encode(["a cat", "a long cat"]).encoder_hidden_states.shape == (2, 154, 4)
+    small = TextCache(encode, max_bytes=cache.num_bytes // 3)
+    small.encode(["one", "two", "three", "four"])
+    assert len(small) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "shuffle", "vary"), [("a, b, c", True, True), ("a, b, c", False, False), ("a cat", True, False)]
+)
+def test_captions_vary_only_where_something_is_drawn(tmp_path, text, shuffle, vary):
+    write_pictures(tmp_path / "p", count=1)
+    (tmp_path / "p" / "0.txt").write_text(text)
+    assert captions_vary(scan_dataset(tmp_path / "p", shuffle_tags=shuffle)) == vary
