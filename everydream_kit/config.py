@@ -577,12 +577,13 @@ class TrainConfig(
 
     def __init__(self, **values: Any) -> None:
         unknown = [name for name in values if name not in type(self).model_fields]
-        if unknown:
-            raise ConfigError("\n".join(_unknown_name(name) for name in unknown))
+        problems = [_unknown_name(name) for name in unknown]
         try:
-            super().__init__(**values)
+            super().__init__(**{name: value for name, value in values.items() if name not in unknown})
         except ValidationError as error:
-            raise ConfigError(_describe(error)) from None
+            problems.append(_describe(error))
+        if problems:
+            raise ConfigError("\n".join(problems))
 
     @model_validator(mode="after")
     def _check_combinations(self) -> TrainConfig:

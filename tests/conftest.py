@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+
 
 SUBJECTS = [("red square", (220, 40, 40)), ("green square", (40, 180, 60)), ("blue square", (50, 70, 220))]
 SIZES = [(96, 96), (144, 96), (96, 144), (128, 72)]

@@ -1,0 +1,159 @@
+"""Settings: one declaration, one way in, all problems at once, each with its cure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from everydream_kit.config import RETIRED, TrainConfig, config_warnings, load_config
+from everydream_kit.errors import ConfigError
+
+DESIGN_DEFAULTS = {
+    "data_root": "input",
+    "project_name": "myproj",
+    "logdir": "logs",
+    "resolution": 512,
+    "batch_size": 2,
+    "grad_accum": 1,
+    "max_epochs": 300,
+    "lr": 1e-6,
+    "lr_scheduler": "constant",
+    "scale_lr": False,
+    "clip_skip": 0,
+    "cond_dropout": 0.04,
+    "flip_p": 0.0,
+    "shuffle_tags": False,
+    "keep_tags": 0,
+    "seed": 555,
+    "gradient_checkpointing": False,
+    "amp": True,
+    "clip_grad_norm": None,
+    "log_step": 25,
+    "sample_steps": 250,
+    "sample_prompts": "sample_prompts.txt",
+    "save_ckpts_from_n_epochs": 0,
+    "cache_latents": "auto",
+    "cache_variants": 4,
+    "loss_type": "mse",
+    "zero_frequency_noise_ratio": 0.0,
+    "timestep_start": 0,
+    "timestep_end": 1000,
+    "train_sampler": "ddpm",
+    "ema_update_interval": 500,
+    "rated_dataset_target_dropout_percent": 50,
+}
+
+
+@pytest.mark.parametrize(("name", "default"), DESIGN_DEFAULTS.items())
+def test_the_defaults_are_those_that_the_design_names(name: str, default: object) -> None:
+    assert getattr(TrainConfig(resume_ckpt="x"), name) == default
+
+
+def test_all_problems_are_reported_together_with_name_rule_and_value() -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(lr=-1.0, batch_size=0, resolution=100, bach_size=3)
+    message = str(caught.value)
+    assert "lr: must be greater than 0 (got -1.0)" in message
+    assert "batch_size: must be greater than or equal to 1 (got 0)" in message
+    assert "resolution: must be a multiple of 8 (got 100)" in message
+    assert "resume_ckpt: required, and not given" in message
+    assert "bach_size: unknown setting; did you mean batch_size?" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"timestep_start": 10, "timestep_end": 5}, "timestep_start, timestep_end"),
+        ({"disable_unet_training": True, "disable_textenc_training": True}, "nothing is left to train"),
+        ({"ema_decay_rate": 0.9, "ema_strength_target": 0.1}, "give one of them"),
+        ({"min_snr_gamma": 5.0, "debiased_estimation": True}, "give one of them"),
+        ({"fused_backward": True, "grad_accum": 2}, "grad_accum"),
+        ({"training_kind": "textual_inversion"}, "new_tokens"),
+        ({"push_every": 2}, "push_to"),
+        ({"early_stopping_patience": 3}, "validation_config"),
+    ],
+)
+def test_a_rule_about_two_settings_names_both_and_the_cure(settings: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        TrainConfig(resume_ckpt="x", **settings)
+
+
+def test_non_finite_numbers_and_wrong_types_are_refused() -> None:
+    for settings in ({"lr": float("nan")}, {"seed": 1.5}, {"shuffle_tags": "yes"}, {"lr": "1e-6"}):
+        with pytest.raises(ConfigError):
+            TrainConfig(resume_ckpt="x", **settings)
+
+
+def test_a_file_gives_back_the_same_settings(tmp_path: Path) -> None:
+    config = TrainConfig(resume_ckpt="x", resolution=[768, 512, 512], lr=2e-6, optimizer_config={"base": {"lr": 1e-5}})
+    path = tmp_path / "config.json"
+    path.write_text(config.to_json(), "utf-8")
+    again, warnings = load_config(path)
+    assert again == config
+    assert again.model_fields_set == config.model_fields_set
+    assert warnings == []
+    assert config.resolutions == (512, 768)
+
+
+def test_a_broken_file_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+    path.write_text('{\n  "lr": 1e-6,\n  "batch_size" 2\n}', "utf-8")
+    with pytest.raises(ConfigError, match=r"train\.json, line 3.*not valid JSON"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="there is no such settings file"):
+        load_config(tmp_path / "nowhere.json")
+    path.write_text("[1]", "utf-8")
+    with pytest.raises(ConfigError, match="holds a JSON list"):
+        load_config(path)
+
+
+def test_an_everydream2_file_loads_and_names_what_has_gone_out_of_use(tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+    old = {
+        "resume_ckpt": "sd_v1-5",
+        "batch_size": 10,
+        "ckpt_every_n_minutes": None,
+        "cond_dropout": None,  # null means the default
+        "clip_grad_norm": None,
+        "lowvram": False,
+        "useadam8bit": True,
+        "save_every_n_epochs": 20,
+    }
+    path.write_text(json.dumps(old), "utf-8")
+    config, warnings = load_config(path)
+    assert (config.batch_size, config.cond_dropout, config.save_every_n_epochs) == (10, 0.04, 20)
+    assert len(warnings) == 2
+    assert all(any(warning.startswith(name) for name in RETIRED) for warning in warnings)
+
+
+def test_a_file_of_a_newer_kit_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"version": 99, "resume_ckpt": "x"}', "utf-8")
+    with pytest.raises(ConfigError, match="newer EveryDream Kit"):
+        load_config(path)
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"resume_ckpt": "x", "lr": 1e-5}', "utf-8")
+    assert load_config(path, {"lr": 3e-6})[0].lr == 3e-6
+
+
+def test_a_config_cannot_be_changed_and_a_changed_copy_is_validated() -> None:
+    config = TrainConfig(resume_ckpt="x")
+    with pytest.raises(Exception, match="frozen"):
+        config.lr = 1.0  # type: ignore[misc]
+    assert config.replace(lr=2e-6).lr == 2e-6
+    with pytest.raises(ConfigError, match="lr: must be greater than 0"):
+        config.replace(lr=0.0)
+
+
+def test_settings_that_are_probably_not_meant_are_warned_about() -> None:
+    config = TrainConfig(resume_ckpt="x", cond_dropout=0.3, keep_tags=2, attn_type="xformers")
+    text = "\n".join(config_warnings(config))
+    assert "0.26" in text
+    assert "keep_tags" in text
+    assert "xformers" in text
+    assert config_warnings(TrainConfig(resume_ckpt="x")) == []

@@ -1,0 +1,87 @@
+"""Run folders: names, finding, reading while someone writes."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from everydream_kit.errors import CheckpointError, JobError
+from everydream_kit.workspace import Checkpoint, RunFolder, checkpoint_name, find_last_checkpoint, find_run, list_runs
+
+NOON = datetime(2026, 1, 2, 12, 0, 0)
+
+
+def make_run(logdir: Path, project: str = "jets", now: datetime = NOON) -> RunFolder:
+    run = RunFolder.create(logdir, project, now)
+    run.config_path.write_text("{}", "utf-8")
+    return run
+
+
+def add_checkpoint(run: RunFolder, name: str, *, resumable: bool = False) -> Path:
+    folder = run.checkpoints_folder / name
+    folder.mkdir()
+    (folder / "model_index.json").write_text("{}", "utf-8")
+    if resumable:
+        (folder / "resume").mkdir()
+        (folder / "resume" / "manifest.json").write_text("{}", "utf-8")
+    return folder
+
+
+def test_a_run_is_named_by_project_and_time_and_never_shares_a_folder(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path), make_run(tmp_path)
+    assert first.name == "jets-20260102-120000"
+    assert second.name == "jets-20260102-120000-2"
+    assert [run.name for run in list_runs(tmp_path)] == [first.name, second.name]
+
+
+def test_the_newest_run_is_by_the_time_in_its_name(tmp_path: Path) -> None:
+    late = make_run(tmp_path, now=datetime(2026, 3, 1))
+    make_run(tmp_path, now=datetime(2026, 2, 1))
+    make_run(tmp_path, "other", now=datetime(2026, 4, 1))
+    assert find_run(None, tmp_path, "jets").folder == late.folder
+    assert find_run(late.name, tmp_path).folder == late.folder
+    assert find_run(add_checkpoint(late, "jets-ep01-gs00003"), tmp_path).folder == late.folder
+    with pytest.raises(JobError, match="no such run folder"):
+        find_run("nothing", tmp_path)
+    with pytest.raises(JobError, match="holds no run"):
+        find_run(None, tmp_path / "empty")
+
+
+def test_checkpoints_are_listed_by_step_and_half_written_ones_are_not(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    add_checkpoint(run, "jets-ep02-gs00010", resumable=True)
+    add_checkpoint(run, "jets-ep01-gs00005")
+    add_checkpoint(run, "jets-ep02-gs00010_ema")
+    add_checkpoint(run, ".partial-jets-ep03-gs00015")
+    (run.checkpoints_folder / "jets-ep04-gs00020").mkdir()  # no model in it
+    found = run.checkpoints()
+    assert [(c.epoch, c.step, c.resumable) for c in found] == [(1, 5, False), (2, 10, True), (2, 10, False)]
+    assert run.last_checkpoint.name == "jets-ep02-gs00010"
+    assert find_last_checkpoint(tmp_path, "jets").name == "jets-ep02-gs00010"
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        Checkpoint.open(tmp_path)
+    with pytest.raises(CheckpointError, match="holds a whole checkpoint"):
+        find_last_checkpoint(tmp_path, "cars")
+
+
+def test_checkpoint_names_are_everydream2s() -> None:
+    assert checkpoint_name("jets", 3, 120) == "jets-ep03-gs00120"
+    assert checkpoint_name("jets", 120, 123456, prefix="last-") == "last-jets-ep120-gs123456"
+
+
+def test_an_event_that_is_still_being_written_is_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.events_path.write_text('{"kind": "loss", "step": 1}\n{"kind": "saved"}\n{"kind": "lo', "utf-8")
+    assert [event["kind"] for event in run.events()] == ["loss", "saved"]
+    assert [event["step"] for event in run.events("loss")] == [1]
+
+
+def test_a_request_is_taken_once(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    request = run.request("save")
+    taken = run.take_request()
+    assert taken is not None
+    assert (taken["action"], taken["id"]) == ("save", request)
+    assert run.take_request() is None
