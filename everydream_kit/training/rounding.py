@@ -80,6 +80,7 @@ class RoundedOptimizer:
         self.num_steps += 1
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of the real parameters, or fill them with zeros."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if set_to_none:

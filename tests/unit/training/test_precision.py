@@ -1,0 +1,132 @@
+"""Number formats, the gradient scaler, and out of memory."""
+
+import pytest
+import torch
+
+from everydream_kit.errors import ConfigError
+from everydream_kit.training.precision import choose_precision
+
+
+def test_on_a_cpu_automatic_precision_is_float32():
+    precision = choose_precision("cpu")
+    assert (precision.dtype, precision.scaler, precision.gradient_scale) == (torch.float32, None, None)
+    with precision.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("amp_dtype", "expected"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_a_named_format_is_used_on_any_device(amp_dtype, expected):
+    precision = choose_precision("cpu", amp_dtype=amp_dtype)
+    with precision.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
+
+
+@pytest.mark.parametrize(("has_bfloat16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_on_a_gpu_the_format_follows_what_it_has(monkeypatch, has_bfloat16, expected):
+    def is_supported(including_emulation=True):
+        return True if including_emulation else has_bfloat16  # a T4 imitates it
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, **options: options)
+    precision = choose_precision("cuda")
+    assert precision.dtype == expected
+    assert (precision.scaler is None) == has_bfloat16
+
+
+def test_amp_off_means_float32():
+    assert choose_precision("cpu", amp=False, amp_dtype="bf16").dtype == torch.float32
+
+
+def test_bfloat16_weights_compute_in_bfloat16_even_without_amp():
+    precision = choose_precision("cpu", amp=False, weight_dtype="bfloat16")
+    assert (precision.dtype, precision.weight_dtype) == (torch.bfloat16, torch.bfloat16)
+
+
+def test_bfloat16_weights_and_float16_arithmetic_are_refused():
+    with pytest.raises(ConfigError, match="weight_dtype, amp_dtype: bfloat16 weights compute in bfloat16"):
+        choose_precision("cpu", amp_dtype="fp16", weight_dtype="bfloat16")
+
+
+def trained_parameter():
+    parameter = torch.nn.Parameter(torch.tensor([1.0]))
+    return parameter, torch.optim.SGD([parameter], lr=1.0)
+
+
+def test_without_a_scaler_the_loss_is_the_loss():
+    precision = choose_precision("cpu")
+    parameter, optimizer = trained_parameter()
+    precision.scale(0.25 * parameter.sum()).backward()
+    precision.unscale(optimizer)
+    precision.step(optimizer)
+    assert parameter.item() == 0.75
+
+
+def test_float16_scales_the_loss_and_unscales_the_gradients():
+    precision = choose_precision("cpu", amp_dtype="fp16")
+    assert precision.gradient_scale == pytest.approx(2**17.5)
+    parameter, optimizer = trained_parameter()
+    precision.scale(0.25 * parameter.sum()).backward()
+    assert parameter.grad.item() == pytest.approx(0.25 * 2**17.5)
+    precision.unscale(optimizer)
+    assert parameter.grad.item() == pytest.approx(0.25)
+    precision.step(optimizer)
+    assert parameter.item() == pytest.approx(0.75)
+
+
+def test_an_overflow_skips_the_step_and_halves_the_scale():
+    precision = choose_precision("cpu", amp_dtype="fp16")
+    parameter, optimizer = trained_parameter()
+    parameter.grad = torch.tensor([float("inf")])
+    precision.scale(torch.zeros(()))  # makes the scaler's tensors
+    precision.unscale(optimizer)
+    precision.step(optimizer)
+    assert parameter.item() == 1.0
+    assert precision.gradient_scale == pytest.approx(2**16.5)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "factor", "interval"),
+    [
+        (0, 2.0, 25),
+        (499, 2.0, 25),
+        (500, 1.8, 100),
+        (1000, 1.6, 200),
+        (2000, 1.3, 500),
+        (4000, 1.15, 2000),
+        (9999, 1.15, 2000),
+    ],
+)
+def test_the_scale_grows_more_slowly_as_the_run_goes_on(num_steps, factor, interval):
+    precision = choose_precision("cpu", amp_dtype="fp16")
+    precision.num_steps = num_steps
+    parameter, optimizer = trained_parameter()
+    precision.scale(parameter.sum()).backward()
+    precision.step(optimizer)
+    scaler = precision.scaler
+    assert scaler.get_growth_factor() == factor
+    assert scaler.get_backoff_factor() == pytest.approx(1 / factor)
+    assert scaler.get_growth_interval() == interval
+
+
+def test_the_tuning_can_be_left_out():
+    precision = choose_precision("cpu", amp_dtype="fp16", tune_scaler=False)
+    precision.num_steps = 5000
+    parameter, optimizer = trained_parameter()
+    precision.scale(parameter.sum()).backward()
+    precision.step(optimizer)
+    assert precision.scaler.get_growth_interval() == 25
+
+
+def test_the_scalers_state_survives_a_resume():
+    first, second = (choose_precision("cpu", amp_dtype="fp16") for _ in range(2))
+    parameter, optimizer = trained_parameter()
+    first.scale(torch.zeros(()))
+    parameter.grad = torch.tensor([float("inf")])
+    first.unscale(optimizer)
+    first.step(optimizer)
+    second.load_state_dict(first.state_dict())
+    assert second.gradient_scale == first.gradient_scale
+    assert second.num_steps == 1
+    plain = choose_precision("cpu")
+    plain.load_state_dict(plain.state_dict())
+    assert plain.gradient_scale is None
