@@ -1,12 +1,12 @@
 """A score for the demo that does not look at the training loss: do the samples look like what was taught?
 
 A small network, trained on the emoji sets and stored beside this file, gives every picture two unit vectors: one says
-how it is drawn (3d, flat, ink), the other what it shows. Stored with it are the vectors of some thousand reference
-pictures. The demo's own ink drawings are neither among the references nor did the network see them.
+how it is drawn (3d, flat, ink), the other what it shows. Stored with it are the vectors of a few hundred reference
+pictures. The network never saw the demo's own 32 drawings; they are references for what is shown, not for how.
 
     style     (d_other - d_ink) / (d_other + d_ink), where d is the distance to the nearest reference of the ink
               drawings or of the other two styles: -1 like a 3d picture, +1 like an ink drawing. A mean over pictures.
-    subject   the share of pictures whose nearest subject, out of all of them, is the one that was asked for.
+    subject   the share of pictures whose nearest reference shows the subject that was asked for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.nn import functional
 SIDE_PIXELS = 64
 STYLE_SIZE, SUBJECT_SIZE = 8, 48
 WIDTHS = (24, 48, 64, 96)
-STYLES = ("3d", "flat", "ink")
+STYLES = ("3d", "flat", "ink", "taught")  # "taught": the demo's own pictures
 NEW_STYLE = "ink"
 FEATURES_FILE = Path(__file__).resolve().parent / "features.safetensors"
 
@@ -124,7 +124,8 @@ def score(pictures: Sequence[Image.Image], subjects: Sequence[str]) -> Score:
         style_vectors, subject_vectors = net(torch.stack([to_pixels(picture) for picture in pictures]))
     distances = torch.cdist(style_vectors, references.style_vectors)
     is_new = references.styles == STYLES.index(NEW_STYLE)
-    to_new, to_other = distances[:, is_new].amin(dim=1), distances[:, ~is_new].amin(dim=1)
+    is_other = references.styles < STYLES.index(NEW_STYLE)
+    to_new, to_other = distances[:, is_new].amin(dim=1), distances[:, is_other].amin(dim=1)
     styles = ((to_other - to_new) / (to_other + to_new)).tolist()
     nearest = references.subjects[torch.cdist(subject_vectors, references.subject_vectors).argmin(dim=1)]
     names = tuple(references.subject_names[index] for index in nearest.tolist())

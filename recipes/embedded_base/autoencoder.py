@@ -70,13 +70,16 @@ def loss_of(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return difference.abs().mean() + difference.square().mean() + 0.5 * tones + 0.5 * edges
 
 
-def build_optimizers(vae: torch.nn.Module) -> list[torch.optim.Optimizer]:
+def build_optimizers(vae: torch.nn.Module, peers: Peers) -> list[torch.optim.Optimizer]:
     """Muon for the inner convolutions and attention, AdamW for all else."""
     by_adam = ("conv_in", "conv_out", "quant_conv")
     matrices = [p for n, p in vae.named_parameters() if p.ndim >= 2 and not any(part in n for part in by_adam)]
     known = {id(p) for p in matrices}
     rest = [p for p in vae.parameters() if id(p) not in known]
-    return [Muon(matrices, lr=0.02), torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.95), weight_decay=0, fused=True)]
+    return [
+        Muon(matrices, lr=0.02, peers=peers),
+        torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.95), weight_decay=0, fused=True),
+    ]
 
 
 def train(dataset: Path, folder: Path, minutes: float, peers: Peers) -> None:
@@ -87,7 +90,7 @@ def train(dataset: Path, folder: Path, minutes: float, peers: Peers) -> None:
     held = chosen[:: max(1, len(chosen) // 24)][:24]
     held_pictures = pictures[held].permute(0, 3, 1, 2).float() / 127.5 - 1
 
-    optimizers = build_optimizers(vae)
+    optimizers = build_optimizers(vae, peers)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     ema = Ema(vae, 0.998)
     generator = torch.Generator().manual_seed(2 + peers.rank)

@@ -6,6 +6,7 @@ for two reasons: Muon, which is no optimizer for fine-tuning, and two processes 
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -42,8 +43,14 @@ def load_vae(folder: Path) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def encode_all(pictures: list[Path], vae: torch.nn.Module) -> dict[tuple[int, int], torch.Tensor]:
-    """Mean latents of every picture on a sheet of every shape, {(width, height): (N, 4, height/8, width/8)}."""
+def encode_all(pictures: list[Path], vae: torch.nn.Module, cache: Path) -> dict[tuple[int, int], torch.Tensor]:
+    """Mean latents of every picture on a sheet of every shape, {(width, height): (N, 4, height/8, width/8)}.
+
+    Kept in the file `cache`; delete it when the autoencoder has changed.
+    """
+    names = [path.name for path in pictures]
+    if cache.is_file() and (kept := torch.load(cache, weights_only=True))["names"] == names:
+        return kept["latents"]
     latents = {}
     for width, height in SHAPES:
         side = min(width, height)
@@ -55,6 +62,8 @@ def encode_all(pictures: list[Path], vae: torch.nn.Module) -> dict[tuple[int, in
             pixels = torch.from_numpy(np.asarray(sheet).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
             encoded.append(vae.encode(pixels).latent_dist.mean)
         latents[width, height] = torch.cat(encoded)
+    if os.environ.get("RANK", "0") == "0":
+        torch.save({"names": names, "latents": latents}, cache)
     return latents
 
 
@@ -79,14 +88,17 @@ def snr_weights(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     return snr.clamp(max=MIN_SNR_GAMMA) / snr
 
 
-def build_optimizers(unet: torch.nn.Module, text_encoder: torch.nn.Module) -> list[torch.optim.Optimizer]:
+def build_optimizers(unet: torch.nn.Module, text_encoder: torch.nn.Module, peers: Peers) -> list[torch.optim.Optimizer]:
     """Muon for the inner matrices; AdamW for embeddings, norms, biases, and the first and last convolutions."""
     by_adam = ("conv_in", "conv_out", "embedding", "time_emb")
     named = [*unet.named_parameters(), *text_encoder.named_parameters()]
     matrices = [p for n, p in named if p.ndim >= 2 and not any(part in n for part in by_adam)]
     known = {id(p) for p in matrices}
     rest = [p for _, p in named if id(p) not in known]
-    return [Muon(matrices, lr=0.015), torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.98), weight_decay=0, fused=True)]
+    return [
+        Muon(matrices, lr=0.015, peers=peers),
+        torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.98), weight_decay=0, fused=True),
+    ]
 
 
 class Batches:
@@ -119,29 +131,28 @@ def train(dataset: Path, folder: Path, tokenizer_folder: Path, minutes: float, p
 
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
     captions = read_folder(dataset)
-    vae = load_vae(folder)
-    latents = encode_all([path for path, _ in captions], vae)
-    scaling_factor = 1 / float(latents[128, 128].std())
-    latents = {shape: values * scaling_factor for shape, values in latents.items()}
-
+    latents = encode_all([path for path, _ in captions], load_vae(folder), folder / "latents.pt")
     torch.manual_seed(3)
-    unet = architecture.build_unet()
+    unet = architecture.build_unet().to(memory_format=torch.channels_last)
     text_encoder = architecture.build_text_encoder(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id)
     both = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
-    optimizers = build_optimizers(unet, text_encoder)
+    optimizers = build_optimizers(unet, text_encoder, peers)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     ema = Ema(both, 0.998)
     scheduler = DDPMScheduler(**architecture.NOISE)
     weights = snr_weights(scheduler.alphas_cumprod)
 
     stage = Stage(folder, "unet", minutes)
-    if payload := stage.load():
+    payload = stage.load()
+    scaling_factor = payload["scaling_factor"] if payload else 1 / float(latents[128, 128].std())
+    if payload:
         both.load_state_dict(payload["model"])
         ema.weights = payload["ema"]
         for optimizer, state in zip(optimizers, payload["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        if payload["scaling_factor"] != scaling_factor:
-            raise SystemExit("the autoencoder has changed since this checkpoint was written")
+    latents = {
+        shape: (values * scaling_factor).to(memory_format=torch.channels_last) for shape, values in latents.items()
+    }
     batches = Batches([parts for _, parts in captions], latents, seed=1000 + peers.rank + 2 * stage.step)
 
     def payload_now() -> dict:

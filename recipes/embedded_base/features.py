@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from everydream_kit.demo.score import FEATURES_FILE, SIDE_PIXELS, STYLES, FeatureNet
+from everydream_kit.demo import pictures_path
+from everydream_kit.demo.score import FEATURES_FILE, SIDE_PIXELS, STYLES, FeatureNet, to_pixels
 
-BATCH, STEPS, SHARPNESS = 64, 1500, 16.0
+BATCH, STEPS, SHARPNESS = 64, 700, 16.0
 
 
 def disturb(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -39,15 +41,17 @@ def train(data: Path, steps: int = STEPS) -> None:
     archive = np.load(data / "vae.npz")
     labels = {entry["code"]: entry["label"] for entry in json.loads((data / "subjects.json").read_text("utf-8"))}
     keys = [str(name).split() for name in archive["names"]]
-    codes = sorted({code for code, _ in keys})
+    codes = sorted(labels)
     pictures = torch.from_numpy(archive["pictures"]).permute(0, 3, 1, 2)
     small = functional.interpolate(pictures.float(), (SIDE_PIXELS, SIDE_PIXELS), mode="area").round().byte()
-    subjects = torch.tensor([codes.index(code) for code, _ in keys])
+    # The other emoji teach styles only: -100 is what cross_entropy leaves out.
+    subjects = torch.tensor([codes.index(code) if code in labels else -100 for code, _ in keys])
     styles = torch.tensor([STYLES.index(style) for _, style in keys])
+    known = (subjects >= 0).nonzero()[:, 0]
 
     torch.manual_seed(4)
     net = FeatureNet()
-    style_heads = torch.nn.Parameter(torch.randn(len(STYLES), net.style.out_features))
+    style_heads = torch.nn.Parameter(torch.randn(len(STYLES) - 1, net.style.out_features))
     subject_heads = torch.nn.Parameter(torch.randn(len(codes), net.subject.out_features))
     optimizer = torch.optim.AdamW([*net.parameters(), style_heads, subject_heads], lr=3e-3, fused=True)
     generator = torch.Generator().manual_seed(5)
@@ -56,7 +60,7 @@ def train(data: Path, steps: int = STEPS) -> None:
         style, subject = net(disturb(small[indices].float() / 127.5 - 1, generator))
         style_logits = SHARPNESS / 2 * style @ functional.normalize(style_heads, dim=1).T
         subject_logits = SHARPNESS * subject @ functional.normalize(subject_heads, dim=1).T
-        hits = (subject_logits.argmax(dim=1) == subjects[indices]).float().mean()
+        hits = (subject_logits.argmax(dim=1) == subjects[indices])[subjects[indices] >= 0].float().mean()
         return (
             functional.cross_entropy(style_logits, styles[indices]),
             functional.cross_entropy(subject_logits, subjects[indices]),
@@ -65,7 +69,9 @@ def train(data: Path, steps: int = STEPS) -> None:
 
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, (step + 1) / 50) * (1 - step / steps)
-        style_loss, subject_loss, hits = losses(torch.randint(len(small), (BATCH,), generator=generator))
+        named = known[torch.randint(len(known), (BATCH * 3 // 4,), generator=generator)]
+        indices = torch.cat([named, torch.randint(len(small), (BATCH // 4,), generator=generator)])
+        style_loss, subject_loss, hits = losses(indices)
         (style_loss + subject_loss).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -73,13 +79,26 @@ def train(data: Path, steps: int = STEPS) -> None:
             print(f"step {step + 1}: style {style_loss:.3f}, subject {subject_loss:.3f}, hits {hits:.0%}", flush=True)
 
     kept = [index for index, (code, _) in enumerate(keys) if code in labels]
-    names = sorted(set(labels.values()))
-    net.eval()
-    with torch.no_grad():
-        style_vectors, subject_vectors = net(small[kept].float() / 127.5 - 1)
+    write(
+        net.eval(),
+        small[kept].float() / 127.5 - 1,
+        [labels[keys[index][0]] for index in kept],
+        styles[kept].tolist(),
+    )
+
+
+@torch.no_grad()
+def write(net: FeatureNet, pixels: torch.Tensor, subjects: list[str], styles: list[int]) -> None:
+    """Store the network and the vectors of its references: `pixels` and the demo's own pictures."""
+    taught = sorted(pictures_path().glob("*.webp"))
+    pixels = torch.cat([pixels, torch.stack([to_pixels(Image.open(path)) for path in taught])])
+    subjects = subjects + [path.with_suffix(".txt").read_text("utf-8").split(",")[0] for path in taught]
+    styles = styles + [STYLES.index("taught")] * len(taught)
+    names = sorted(set(subjects))
+    style_vectors, subject_vectors = net(pixels)
     tensors = {f"net.{key}": value.half().contiguous() for key, value in net.state_dict().items()}
     tensors["style_vectors"], tensors["subject_vectors"] = style_vectors.half(), subject_vectors.half()
-    tensors["styles"] = styles[kept].to(torch.uint8)
-    tensors["subjects"] = torch.tensor([names.index(labels[keys[index][0]]) for index in kept], dtype=torch.int16)
+    tensors["styles"] = torch.tensor(styles, dtype=torch.uint8)
+    tensors["subjects"] = torch.tensor([names.index(subject) for subject in subjects], dtype=torch.int16)
     save_file(tensors, FEATURES_FILE, metadata={"subjects": "|".join(names)})
-    print("references:", len(kept), "bytes:", FEATURES_FILE.stat().st_size)
+    print("references:", len(subjects), "bytes:", FEATURES_FILE.stat().st_size)
