@@ -166,7 +166,8 @@ def explain(error: BaseException) -> Cause:
     transport = next((each for each in chain if isinstance(each, _transport_errors())), None)
     if transport is not None:
         return _explain_transport(transport)
-    return Cause(None, False, None, _first_line(str(error)) or type(error).__name__, "")
+    lines = dict.fromkeys(_first_line(str(each)) or type(each).__name__ for each in (chain[0], chain[-1]))
+    return Cause(None, False, None, ": ".join(lines), "")
 
 
 def _explain_status(status: int, headers: Any, message: str) -> Cause:
