@@ -261,7 +261,11 @@ def printable(text: str) -> str:
     """A path that can be logged, hashed and saved on one line: bytes that are no text, and controls, as escapes."""
     if text.isprintable():
         return text
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    try:
+        data = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half a character, as JSON can spell it; no file name holds one
+        data = text.encode("utf-8", "backslashreplace")
+    text = data.decode("utf-8", "backslashreplace")
     return "".join(repr(c)[1:-1] if c < " " or c == "\x7f" else c for c in text)
 
 

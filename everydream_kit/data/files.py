@@ -23,10 +23,10 @@ from typing import Any, Literal
 
 from everydream_kit.data.dataset import MASK_SUFFIX, Dataset, DatasetBuilder, Defaults, MaskMode, Problem, printable
 from everydream_kit.data.folders import SIDECAR_EXTENSIONS, Report, report_unknown, walk_folders
-from everydream_kit.data.pictures import Entry, Job, entries_of_folder, read_job
+from everydream_kit.data.pictures import Entry, Job, entries_of_folder, hash_settings, read_job
 from everydream_kit.data.scan_cache import Remembered, load_remembered, save_remembered
 from everydream_kit.data.settings import parse_settings
-from everydream_kit.data.textfiles import TextError, kind_of, parse_json
+from everydream_kit.data.textfiles import TextError, kind_of, parse_json, require_text
 from everydream_kit.errors import DataError
 
 DataRoot = str | Path | list[Any] | dict[str, Any]
@@ -70,13 +70,14 @@ def scan_dataset(
     cache = None if cache_dir is None else Path(cache_dir)
     roots = [_locate(spec, cache) for spec in _flatten(data_root)]
     bases = [str(path.parent if path.is_file() else path) for path in roots]
-    builder = DatasetBuilder(bases)
+    defaults = Defaults(cond_dropout, flip_p, shuffle_tags, keep_tags, loss_mask)
     scanner = _Scanner(caption_lines == "choose", num_threads, progress)
+    if len(roots) == 1:
+        return replace(scanner.scan(roots[0], bases[0], cache), defaults=defaults)
+    builder = DatasetBuilder(bases)
     for number, (path, base) in enumerate(zip(roots, bases, strict=True)):
-        found = scanner.scan(path, base, cache)
-        builder.extend(found, root=number)
-        del found
-    return builder.build(Defaults(cond_dropout, flip_p, shuffle_tags, keep_tags, loss_mask))
+        builder.extend(scanner.scan(path, base, cache), root=number)
+    return builder.build(defaults)
 
 
 def _flatten(data_root: Any) -> list[str]:
@@ -135,9 +136,8 @@ class _Scanner:
             warnings.filterwarnings("ignore", module=r"PIL\b")
             for part in self._in_order(pool, jobs, remembered):
                 builder.extend(part, root=0)
-        del remembered
         dataset = builder.build(Defaults())
-        if cache is not None:
+        if cache is not None and not remembered.is_all_of(dataset):
             save_remembered(cache, str(path), dataset)
         return dataset
 
@@ -213,7 +213,7 @@ def _index_entry(item: Any, base: str, index: Path, report: Report) -> Entry:
         raise TextError("there is no image in it")
     settings = parse_settings(item)
     report_unknown(settings, str(index), report)
-    relative = image.strip().replace("\\", "/")
+    relative = require_text(image.strip()).replace("\\", "/")
     path = os.path.normpath(os.path.join(base, relative))
     stem = os.path.splitext(path)[0]
     settings = replace(settings, unknown=())
@@ -224,4 +224,4 @@ def _index_entry(item: Any, base: str, index: Path, report: Report) -> Entry:
         else tuple(file for file in (stem + extension for extension in SIDECAR_EXTENSIONS) if os.path.isfile(file))
     )
     mask = stem + MASK_SUFFIX
-    return Entry(path, relative, beside, mask if os.path.isfile(mask) else None, settings, repr(settings))
+    return Entry(path, relative, beside, mask if os.path.isfile(mask) else None, settings, hash_settings(settings))

@@ -23,7 +23,7 @@ from everydream_kit.data.dataset import NUMBERS, Dataset, Defaults
 from everydream_kit.data.headers import Header
 from everydream_kit.data.strings import StringColumn
 
-VERSION = 1
+VERSION = 2
 """Of the cache file and of everything that decides what a row holds; raise it when either changes."""
 
 log = logging.getLogger(__name__)
@@ -81,6 +81,14 @@ class Remembered:
         if n["file_bytes"][row] != file_bytes or n["mtime_ns"][row] != mtime_ns or n["stamp"][row] == NEVER:
             return None
         return Header(int(n["width"][row]), int(n["height"][row]), bool(n["alpha"][row]))
+
+    def is_all_of(self, dataset: Dataset) -> bool:
+        """Whether saving this scan would change nothing."""
+        return (
+            self._dataset is not None
+            and np.array_equal(self._dataset.paths.data, dataset.paths.data)
+            and np.array_equal(self.stamps, dataset.numbers["stamp"])
+        )
 
     def rows(self, rows: Sequence[int]) -> Dataset:
         """Some rows as a dataset, without problems: rows that had any are stamped NEVER."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from everydream_kit.data.captions import Caption, Tag, join_caption, parse_caption
-from everydream_kit.data.textfiles import TextError, kind_of
+from everydream_kit.data.textfiles import TextError, kind_of, require_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def nearest_setting(name: str) -> str | None:
 def _read_text(value: Any) -> str:
     if isinstance(value, (dict, list)):
         raise TextError(f"a text is expected, found a {kind_of(value)}")
-    return " ".join(str(value).split()) if value is not None else ""
+    return require_text(" ".join(str(value).split())) if value is not None else ""
 
 
 def _read_main_prompt(value: Any) -> str:

@@ -86,10 +86,14 @@ def parse_json(text: str) -> Any:
         return None
     try:
         return json.loads(text, parse_constant=_refuse_constant)
+    except TextError:
+        raise
     except json.JSONDecodeError as error:
         raise TextError(f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from error
     except RecursionError as error:
         raise TextError("nested too deeply to be settings") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise TextError(f"not valid JSON: {error}") from error
 
 
 def _refuse_constant(name: str) -> Any:
@@ -175,6 +179,21 @@ class _Composer:
             else:
                 items[key] = value
         return {**merged, **items}
+
+
+def require_text(text: str) -> str:
+    """The text itself, if it can be written to a file. JSON can spell half a character, such as `\\ud800`.
+
+    Raises:
+        TextError: it cannot be written, or holds a NUL.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(f"holds {text[error.start : error.end]!r}, which is no character") from error
+    if "\0" in text:
+        raise TextError("holds a NUL character")
+    return text
 
 
 def kind_of(value: Any) -> str:

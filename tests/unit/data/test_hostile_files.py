@@ -325,7 +325,20 @@ def test_unknown_settings_are_remarks_that_name_the_nearest(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", '{"multiply": NaN}', "[" * 100_000, '{"a": 1', "[1]", '{"flip_p": true}', '{"multiply": 1e999}']
+    "content",
+    [
+        "{",
+        '{"multiply": NaN}',
+        "[" * 100_000,
+        '{"a": 1',
+        "[1]",
+        '{"flip_p": true}',
+        '{"multiply": 1e999}',
+        '{"multiply": ' + "1" * 5000 + "}",
+        '{"caption": "half \\ud800"}',
+        '{"tags": ["a\\u0000b"]}',
+        '{"\\ud800": 1, "flip_p": 2}',
+    ],
 )
 def test_broken_json_beside_a_picture_is_named(tmp_path, content):
     files = {"a.json": content.encode(), "a.png": encode(Image.new("RGB", (32, 32)), "PNG")}
@@ -370,3 +383,13 @@ def test_problems_are_plain_data(tmp_path):
     _, problems = scan_bytes(tmp_path, {"a.png": b""})
     problem = problems["a.png"]
     assert json.loads(json.dumps([problem.path, problem.cause, problem.cure, problem.skipped]))[3] is True
+
+
+@pytest.mark.parametrize("image", ["a\\u0000.png", "\\ud800.png", ".", "", " ", "x" * 5000 + ".png"])
+def test_paths_in_an_index_that_cannot_exist_are_named(tmp_path, image):
+    Image.new("RGB", (32, 32)).save(tmp_path / "good.png")
+    (tmp_path / "index.json").write_text(f'[{{"image": "{image}"}}, {{"image": "good.png", "\\ud800": 1}}]')
+    dataset = scan_dataset(tmp_path / "index.json")
+    assert list(dataset.paths) == ["good.png"]
+    assert [p.skipped for p in dataset.problems].count(True) == 1
+    assert json.dumps([p.cause for p in dataset.problems])
