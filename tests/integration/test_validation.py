@@ -1,0 +1,151 @@
+"""The validation pass on a real (tiny) model and real files."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from everydream_kit.data.files import scan_dataset
+from everydream_kit.data.loader import make_loader
+from everydream_kit.data.plan import PlanSettings
+from everydream_kit.errors import ConfigError
+from everydream_kit.models.encoding import encode_captions, encode_moments, latents_from_moments
+from everydream_kit.models.family import Sizes
+from everydream_kit.models.loading import load_model
+from everydream_kit.training.objectives import build_objective
+from everydream_kit.training.validation import content_groups, once_each, split_indices, validate
+
+TIMESTEPS = [250, 750]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_folder):
+    return load_model(str(tiny_model_folder))
+
+
+@pytest.fixture(scope="module")
+def dataset(picture_folder):
+    return once_each(scan_dataset(picture_folder))
+
+
+def measure(model, dataset, *, batch_size=4, seed=555, num_ranks=1, rank=0, timesteps=TIMESTEPS, objective=None):
+    settings = PlanSettings(batch_size=batch_size, resolutions=(64,), num_ranks=num_ranks)
+
+    def encode(batch):
+        moments = encode_moments(model, batch.pixels)
+        mean = torch.zeros(len(moments), moments.shape[1] // 2, *moments.shape[2:])
+        return latents_from_moments(model, moments, mean), encode_captions(model, batch.captions)
+
+    def predict(batch, noisy_latents, steps, conditioning):
+        sizes = Sizes(batch.original_sizes, batch.crop_top_lefts, batch.planned.bucket)
+        return model.family.predict(model, noisy_latents, steps, conditioning, sizes)
+
+    with make_loader(dataset, settings, seed=seed, rank=rank, fixed=True) as loader:
+        return validate(
+            (batch for work in loader for batch in work.batches),
+            keys=lambda batch: [dataset.key(draw.picture) for draw in batch.planned.draws],
+            encode=encode,
+            predict=predict,
+            objective=objective or build_objective(model.noise_scheduler, "epsilon"),
+            timesteps=timesteps,
+            seed=seed,
+            modules=[model.unet, *model.text_encoders],
+        )
+
+
+def test_two_passes_give_the_same_number_and_leave_no_trace(model, dataset):
+    torch.manual_seed(1)
+    model.unet.train()
+    model.text_encoders[0].eval()
+    first = measure(model, dataset)
+    state = torch.get_rng_state()
+    second = measure(model, dataset)
+    assert first == second
+    assert first.num_pictures == 12
+    assert list(first.by_timestep) == TIMESTEPS
+    assert first.mean == pytest.approx(sum(first.by_timestep.values()) / 2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.unet.training
+    assert not model.text_encoders[0].training
+    assert all(parameter.grad is None for parameter in model.unet.parameters())
+
+
+def test_the_batch_size_changes_nothing(model, dataset):
+    whole, single = measure(model, dataset), measure(model, dataset, batch_size=1)
+    assert whole.num_pictures == single.num_pictures == 12
+    assert whole.mean == pytest.approx(single.mean, rel=1e-5)
+
+
+def test_two_ranks_measure_what_one_measures_and_fillers_do_not_count(model, dataset):
+    some = dataset.subset([0, 4, 8])  # one bucket, three pictures: the second rank gets a filler
+    whole = measure(model, some, batch_size=2)
+    parts = [measure(model, some, batch_size=1, num_ranks=2, rank=rank) for rank in (0, 1)]
+    assert sorted(part.num_pictures for part in parts) == [1, 2]
+    together = sum(part.mean * part.num_pictures for part in parts) / 3
+    assert together == pytest.approx(whole.mean, rel=1e-5)
+
+
+def test_every_picture_weighs_alike_whatever_its_batch(model, dataset):
+    singles = [measure(model, dataset.subset([index])).mean for index in range(5)]
+    together = measure(model, dataset.subset(range(5)), batch_size=3)
+    assert together.mean == pytest.approx(sum(singles) / 5, rel=1e-5)
+
+
+def test_another_seed_and_other_timesteps_are_other_measurements(model, dataset):
+    some = dataset.subset([0, 1])
+    assert measure(model, some, seed=1).mean != measure(model, some, seed=2).mean
+    one = measure(model, some, timesteps=[250])
+    assert one.mean == pytest.approx(measure(model, some).by_timestep[250])
+
+
+def test_the_objective_is_the_trainings_own(model, dataset):
+    some = dataset.subset([0, 1])
+    huber = build_objective(model.noise_scheduler, "epsilon", loss_type="huber")
+    assert measure(model, some, objective=huber).mean < measure(model, some).mean
+
+
+def test_modes_come_back_after_an_error(model, dataset):
+    model.unet.train()
+    objective = build_objective(model.noise_scheduler, "epsilon")
+    with pytest.raises(IndexError):
+        measure(model, dataset.subset([0]), objective=objective, timesteps=[5000])
+    assert model.unet.training
+
+
+def test_without_pictures_there_is_nothing_to_measure(model):
+    with pytest.raises(ConfigError, match="no pictures to validate with"):
+        validate(
+            [],
+            keys=list,
+            encode=lambda batch: (torch.zeros(1), None),
+            predict=lambda *arguments: torch.zeros(1),
+            objective=build_objective(model.noise_scheduler, "epsilon"),
+            timesteps=[1],
+            seed=1,
+        )
+
+
+def test_the_same_picture_in_two_folders_is_never_on_both_sides(picture_folder, tmp_path):
+    for folder in ("first", "second"):
+        shutil.copytree(picture_folder, tmp_path / folder)
+    renamed = tmp_path / "second" / "00.jpg"
+    renamed.rename(renamed.with_name("another name.jpg"))
+    dataset = scan_dataset(tmp_path)
+    groups = content_groups(dataset)
+    assert len(groups) == 24
+    assert len(set(groups)) == 12
+    for seed in range(5):
+        stays, taken = split_indices(groups, 0.25, seed)
+        contents = [{Path(dataset.path(index)).read_bytes() for index in side} for side in (stays, taken)]
+        assert len(taken) == 6
+        assert not contents[0] & contents[1]
+
+
+def test_a_multiplied_picture_is_measured_once(picture_folder, tmp_path):
+    shutil.copytree(picture_folder, tmp_path / "pictures")
+    (tmp_path / "pictures" / "multiply.txt").write_text("3", encoding="utf-8")
+    dataset = scan_dataset(tmp_path)
+    assert dataset.picture(0).multiply == 3.0
+    assert once_each(dataset).picture(0).multiply == 1.0
+    assert dataset.picture(0).multiply == 3.0  # the training's own stays
