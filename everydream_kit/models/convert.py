@@ -152,18 +152,18 @@ def _forward(tensors: Tensors, renames: list[Rename]) -> Iterable[tuple[str, Laz
     table = dict(renames)
     for name, value in tensors.items():
         if _ATTENTION_MATRIX.search(name) and len(value.shape) == 2:
-            yield _renamed(name, table), value.reshaped(*value.shape, 1, 1)
+            yield rename(name, table), value.reshaped(*value.shape, 1, 1)
         else:
-            yield _renamed(name, table), value
+            yield rename(name, table), value
 
 
 def _backward(tensors: Tensors, renames: list[Rename]) -> Iterable[tuple[str, LazyTensor]]:
     table = {theirs: ours for ours, theirs in renames}
     for name, value in tensors.items():
-        yield _renamed(name, table), value
+        yield rename(name, table), value
 
 
-def _renamed(name: str, table: dict[str, str]) -> str:
+def rename(name: str, table: dict[str, str]) -> str:
     """Replace the longest known prefix that ends at a dot; an unknown name stays, and the reader complains about it."""
     end = len(name)
     while (end := name.rfind(".", 0, end)) > 0:

@@ -13,6 +13,7 @@ import torch
 
 from everydream_kit.models.family import Conditioning, Sizes, parameter_dtype
 from everydream_kit.models.loading import Model
+from everydream_kit.models.tokens import expand_tokens
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -33,6 +34,7 @@ def encode_captions(model: Model, captions: Sequence[str], clip_skip: int = 0, *
     Returns:
         (B, 77 * num_chunks, D) hidden states, on the text encoder's device and in its format.
     """
+    captions = [expand_tokens(model, caption) for caption in captions]
     token_ids = [
         tokenize(tokenizer, captions, num_chunks).to(next(text_encoder.parameters()).device)
         for tokenizer, text_encoder in zip(model.tokenizers, model.text_encoders, strict=True)

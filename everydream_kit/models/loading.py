@@ -7,6 +7,7 @@ is only the assembly.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from everydream_kit.errors import ModelError
+from everydream_kit.models.adapters import LORA_FILE, TOKENS_FILE, is_adapter_folder, read_adapter_file
 from everydream_kit.models.components import build_text_encoder, build_unet, build_vae, fill
 from everydream_kit.models.family import Family, configs_folder
 from everydream_kit.models.files import ModelFiles, open_folder, read_json
@@ -23,6 +25,8 @@ from everydream_kit.models.tokenizer import build_tokenizer, load_tokenizer
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
     from transformers import CLIPTokenizer
+
+    from everydream_kit.models.lora import LoraSettings
 
 
 @dataclass
@@ -36,6 +40,8 @@ class Model:
         scheduler_config: the model's own sampler (class name and settings) as found; saved back unchanged.
         prediction_type: `epsilon`, `v_prediction` or `sample`.
         source: where it came from, for messages and model cards.
+        origin: how to load it again: `load_model`'s arguments.
+        lora: the settings of its LoRA adapter (`lora.py`), if it has one.
         new_tokens: learnt tokens (`tokens.py`): name -> the names of its vectors in the tokenizers.
     """
 
@@ -49,6 +55,8 @@ class Model:
     prediction_type: str
     zero_terminal_snr: bool
     source: str
+    origin: dict[str, Any] = field(default_factory=dict)
+    lora: LoraSettings | None = None
     new_tokens: dict[str, list[str]] = field(default_factory=dict)
 
     def modules(self) -> dict[str, torch.nn.Module]:
@@ -91,16 +99,36 @@ def load_model(
     Raises:
         ModelError: it is not there, damaged, or of a kind that the kit does not train.
     """
-    files = open_model(
-        source,
-        revision=revision,
-        subfolder=subfolder,
-        variant=variant,
-        token=token,
-        family=family,
-        prediction_type=prediction_type,
-    )
-    return assemble(files, dtype=dtype, device=device)
+    where: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "variant": variant}
+    folder = Path(source).expanduser()
+    if folder.is_dir() and is_adapter_folder(folder):
+        return _load_adapted(folder, dtype=dtype, device=device, token=token)
+    files = open_model(source, token=token, family=family, prediction_type=prediction_type, **where)
+    model = assemble(files, dtype=dtype, device=device)
+    wanted = {"source": str(source), **where, "family": family, "prediction_type": prediction_type}
+    model.origin = {name: value for name, value in wanted.items() if value is not None}
+    return model
+
+
+def _load_adapted(folder: Path, *, dtype: torch.dtype, device: torch.device | str, token: str | None) -> Model:
+    """A base with the live adapter of a small checkpoint."""
+    from everydream_kit.models.lora import LoraSettings, inject, set_lora
+    from everydream_kit.models.lora_formats import read_lora
+    from everydream_kit.models.tokens import load_tokens
+
+    note = read_adapter_file(folder)
+    origin = note["base"]
+    base = {name: value for name, value in origin.items() if name != "source"}
+    model = load_model(origin["source"], dtype=dtype, device="cpu", token=token, **base)
+    if (folder / TOKENS_FILE).is_file():
+        load_tokens(model, folder / TOKENS_FILE)
+    if "lora" in note:
+        inject(model, LoraSettings.from_json(note["lora"]))
+        set_lora(model, read_lora(folder / LORA_FILE, open_model(origin["source"], token=token, **base)))
+    for module in model.modules().values():
+        module.to(device)
+    model.source = str(folder)
+    return model
 
 
 def open_model(
@@ -117,10 +145,23 @@ def open_model(
     path = Path(source).expanduser()
     if path.is_file():
         return open_single_file(path, family=family, prediction_type=prediction_type)
+    if path.is_dir() and is_adapter_folder(path):
+        return _open_adapted(path, token)
     if path.is_dir():
         folder = path / subfolder if subfolder else path
         return open_folder(folder, family=family, prediction_type=prediction_type, variant=variant)
     raise ModelError(f"{source}: there is no such file or folder.")
+
+
+def _open_adapted(folder: Path, token: str | None) -> ModelFiles:
+    """A base with the LoRA of a small checkpoint merged into it."""
+    from everydream_kit.models.lora_formats import apply_lora, read_lora
+
+    note = read_adapter_file(folder)
+    base = open_model(token=token, **note["base"])
+    if "lora" not in note:
+        return base
+    return dataclasses.replace(apply_lora(base, read_lora(folder / LORA_FILE, base)), source=str(folder))
 
 
 def assemble(files: ModelFiles, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:

@@ -15,10 +15,13 @@ from typing import Any
 
 import torch
 
+from everydream_kit.errors import ModelError
+from everydream_kit.models.adapters import LORA_FILE, TOKENS_FILE, write_adapter_file
 from everydream_kit.models.components import BOOKKEEPING
 from everydream_kit.models.family import Config
 from everydream_kit.models.files import ModelFiles
 from everydream_kit.models.loading import Model, _tokenizer
+from everydream_kit.models.lora import base_name
 from everydream_kit.models.tensors import LazyTensor, Tensors, write_safetensors
 from everydream_kit.models.tokenizer import save_tokenizer
 
@@ -30,7 +33,7 @@ def save_model(
     dtype: torch.dtype | None = None,
     weights: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
 ) -> None:
-    """Write a model as a diffusers folder.
+    """Write a model as a diffusers folder; a model with an adapter as a small one that names its base (`adapters.py`).
 
     Args:
         folder: made if it is not there.
@@ -39,12 +42,43 @@ def save_model(
             earlier step, or averaged weights.
     """
     folder = Path(folder)
+    if model.lora is not None or model.new_tokens:
+        _save_adapter(model, folder, weights)
+        return
     files = files_of(model)
     for name, state_dict in (weights or {}).items():
         files.tensors[name] = live_tensors(name, state_dict)
     _write_components(files, folder, dtype)
     for slot, tokenizer in zip(model.family.text_encoders, model.tokenizers, strict=True):
         save_tokenizer(tokenizer, folder / slot.tokenizer_folder)
+
+
+def _save_adapter(model: Model, folder: Path, weights: Mapping[str, Mapping[str, torch.Tensor]] | None) -> None:
+    from everydream_kit.models.lora import lora_of
+    from everydream_kit.models.lora_formats import write_lora
+    from everydream_kit.models.tokens import save_tokens
+
+    if not model.origin:
+        raise ModelError(
+            f"{model.source}: an adapter's checkpoint names its base, and this base was never saved. Save it first."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    parts: dict[str, Any] = {}
+    if model.lora is not None:
+        unet_config = dict(model.unet.config)
+        write_lora(
+            folder / LORA_FILE,
+            lora_of(model, weights),
+            model.family,
+            unet_config,
+            layout="diffusers",
+            title=folder.name,
+        )
+        parts["lora"] = model.lora.to_json()
+    if model.new_tokens:
+        save_tokens(model, folder / TOKENS_FILE, weights)
+        parts["new_tokens"] = model.new_tokens
+    write_adapter_file(folder, model.origin, **parts)
 
 
 def write_folder(files: ModelFiles, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -72,7 +106,11 @@ def files_of(model: Model) -> ModelFiles:
 
 def live_tensors(name: str, state_dict: Mapping[str, torch.Tensor]) -> Tensors:
     """A module's weights by the names that every reader knows."""
-    state = {key: LazyTensor.of(value) for key, value in state_dict.items()}
+    state = {}
+    for key, value in state_dict.items():
+        kept = base_name(key)
+        if kept is not None:
+            state[kept] = LazyTensor.of(value)
     if name.startswith("text_encoder") and not any(key.startswith("text_model.") for key in state):
         state = {f"text_model.{key}": value for key, value in state.items()}
     return state

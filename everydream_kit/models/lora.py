@@ -1,0 +1,258 @@
+"""LoRA adapters on a live model: adding them for training, reading their weights out, and putting weights back in.
+
+peft injects the layers; everything else is ours: which layers, seeded starting values, and the records that the file
+formats (`lora_formats.py`) read and write. The base stays frozen and unchanged beneath.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from everydream_kit.draws import derive_seed
+from everydream_kit.errors import ConfigError, ModelError
+from everydream_kit.models.loading import Model
+from everydream_kit.models.tensors import LazyTensor
+
+UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+ADAPTER = "default"
+"""peft's name of the adapter that is trained."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """How a model's adapter was made; kept in its checkpoint.
+
+    Attributes:
+        rank, alpha: the adapter's output is scaled by alpha / rank.
+        targets: names or regular expressions of UNet layers, or None for the attention projections.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] | None = None
+    text_encoder: bool = False
+    dora: bool = False
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, object]) -> LoraSettings:
+        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        if isinstance(known.get("targets"), list):
+            known["targets"] = tuple(known["targets"])  # type: ignore[arg-type]
+        return cls(**known)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraLayer:
+    """One adapted layer: W + alpha / rank * up @ down, or DoRA's renormalised form of it.
+
+    Attributes:
+        down: (rank, in) or (rank, in, k, k).
+        up: (out, rank) or (out, rank, 1, 1).
+        magnitude: (out,), DoRA's length of each row, or None.
+    """
+
+    down: LazyTensor
+    up: LazyTensor
+    alpha: float
+    magnitude: LazyTensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+
+Weights = Mapping[str, Mapping[str, torch.Tensor]]
+"""State dicts by component ("unet", ...)."""
+Lora = dict[str, dict[str, LoraLayer]]
+"""Component ("unet", "text_encoder", ...) -> layer by its diffusers name, text encoders' with `text_model.` ->
+weights."""
+
+
+def add_lora(
+    model: Model,
+    rank: int = 16,
+    *,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    targets: Sequence[str] | None = None,
+    text_encoder: bool = False,
+    dora: bool = False,
+    seed: int = 0,
+) -> list[torch.nn.Parameter]:
+    """Freeze a model and give it a LoRA adapter to train. The model draws as before until the adapter has learnt
+    something.
+
+    Args:
+        rank: of the matrices.
+        alpha: the adapter's output is scaled by alpha / rank; None: rank, so by 1.
+        dropout: on the adapter's input.
+        targets: names ("to_q") or regular expressions of UNet layers; None: the attention projections.
+        text_encoder: adapt the text encoders' attention, too.
+        dora: weight-decomposed (arXiv 2402.09353).
+        seed: of the starting values.
+
+    Returns:
+        The adapter's parameters.
+
+    Raises:
+        ConfigError: no layer fits the targets.
+    """
+    settings = LoraSettings(
+        rank,
+        float(rank if alpha is None else alpha),
+        dropout,
+        None if targets is None else tuple(targets),
+        text_encoder,
+        dora,
+    )
+    inject(model, settings, seed=seed)
+    return lora_parameters(model)
+
+
+def inject(model: Model, settings: LoraSettings, *, seed: int = 0) -> None:
+    """`add_lora` from settings that were kept."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if model.lora is not None:
+        raise ModelError(f"{model.source}: this model has an adapter already; merge it first.")
+    for module in model.modules().values():
+        module.requires_grad_(False)
+    patterns: dict[str, Sequence[str]] = {"unet": settings.targets or UNET_TARGETS}
+    if settings.text_encoder:
+        patterns |= {slot.folder: TEXT_TARGETS for slot in model.family.text_encoders}
+    for name, wanted in patterns.items():
+        module = model.modules()[name]
+        config = LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            use_dora=settings.dora,
+            target_modules=matching_layers(module, wanted),
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "lora", name))
+            inject_adapter_in_model(config, module, adapter_name=ADAPTER)
+    for parameter in lora_parameters(model):
+        parameter.requires_grad_(True)
+    model.lora = settings
+
+
+def matching_layers(module: torch.nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Full names of the linear and convolution layers that fit a name or regular expression.
+
+    Raises:
+        ConfigError: a pattern fits nothing, or is no regular expression.
+    """
+    layers = [name for name, part in module.named_modules() if isinstance(part, (torch.nn.Linear, torch.nn.Conv2d))]
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        try:
+            expression = re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"lora_targets: {pattern!r} is no regular expression ({error}).") from error
+        fitting = [
+            name for name in layers if name == pattern or name.endswith(f".{pattern}") or expression.fullmatch(name)
+        ]
+        if not fitting:
+            raise ConfigError(
+                f"lora_targets: {pattern!r} fits no layer; layers are named like {layers[len(layers) // 2]}."
+            )
+        found |= dict.fromkeys(fitting)
+    return list(found)
+
+
+def lora_parameters(model: Model) -> list[torch.nn.Parameter]:
+    """Parameters of the adapter, in a fixed order."""
+    return [
+        parameter
+        for module in model.modules().values()
+        for name, parameter in module.named_parameters()
+        if ".lora_" in name
+    ]
+
+
+def lora_of(model: Model, weights: Weights | None = None) -> Lora:
+    """The adapter's weights, by component and layer.
+
+    Args:
+        weights: state dicts by component that are read instead of the live ones.
+
+    Raises:
+        ModelError: the model has none.
+    """
+    if model.lora is None:
+        raise ModelError(f"{model.source}: this model has no LoRA adapter.")
+    lora: Lora = {}
+    for component, module in model.modules().items():
+        state = (weights or {}).get(component) or module.state_dict()
+        layers = _layers(state, model.lora.alpha)
+        if layers:
+            lora[component] = {_long_name(component, name): layer for name, layer in layers.items()}
+    return lora
+
+
+def _layers(state: Mapping[str, torch.Tensor], alpha: float) -> dict[str, LoraLayer]:
+    mark = f".lora_A.{ADAPTER}.weight"
+    found = {}
+    for key, down in state.items():
+        if not key.endswith(mark):
+            continue
+        name = key.removesuffix(mark)
+        magnitude = state.get(f"{name}.lora_magnitude_vector.{ADAPTER}.weight")
+        found[name] = LoraLayer(
+            LazyTensor.of(down),
+            LazyTensor.of(state[f"{name}.lora_B.{ADAPTER}.weight"]),
+            alpha,
+            None if magnitude is None else LazyTensor.of(magnitude.flatten()),
+        )
+    return found
+
+
+def _long_name(component: str, name: str) -> str:
+    bare = not component.startswith("text_encoder") or name.startswith("text_model.")
+    return name if bare else f"text_model.{name}"
+
+
+def set_lora(model: Model, lora: Lora) -> None:
+    """Put weights into the adapter that a model has.
+
+    Raises:
+        ModelError: layers or shapes do not fit.
+    """
+    for component, module in model.modules().items():
+        layers = lora.get(component, {})
+        for name, part in module.named_modules():
+            if not hasattr(part, "lora_A") or ADAPTER not in part.lora_A:
+                continue
+            layer = layers.get(_long_name(component, name))
+            if layer is None:
+                raise ModelError(f"{model.source}: the LoRA has no weights for {component}.{name}.")
+            _copy(part.lora_A[ADAPTER].weight, layer.down, name)
+            _copy(part.lora_B[ADAPTER].weight, layer.up, name)
+            if layer.magnitude is not None:
+                _copy(part.lora_magnitude_vector[ADAPTER].weight, layer.magnitude, name)
+
+
+def _copy(parameter: torch.nn.Parameter, lazy: LazyTensor, name: str) -> None:
+    if parameter.numel() != lazy.read().numel():
+        raise ModelError(
+            f"{name}: the LoRA's weights have the shape {lazy.shape}, the adapter {tuple(parameter.shape)}."
+        )
+    with torch.no_grad():
+        parameter.copy_(lazy.read().reshape(parameter.shape))
+
+
+def base_name(name: str) -> str | None:
+    """A weight's name in the base model beneath an adapter; None for the adapter's own."""
+    if ".lora_" in name:
+        return None
+    return name.replace(".base_layer.", ".")

@@ -1,0 +1,170 @@
+"""Textual inversion: new words whose embeddings are all that is trained.
+
+A new token stands for one or several vectors, as many as the word that it starts from has tokens. The new rows are a
+parameter of their own beside the frozen table, so that no optimizer can touch the old words, weight decay included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from everydream_kit.errors import ConfigError, ModelError
+from everydream_kit.models.convert import CLIP_VOCABULARY
+from everydream_kit.models.family import text_tower
+from everydream_kit.models.loading import Model
+from everydream_kit.models.lora import Weights
+from everydream_kit.models.tensors import LazyTensor, Tensors, open_safetensors, write_safetensors
+
+
+class GrownEmbedding(torch.nn.Module):
+    """A frozen token table, and rows for new tokens that train.
+
+    Attributes:
+        weight: (V, D), the old table.
+        new: (N, D), rows of the ids V to V + N - 1.
+    """
+
+    def __init__(self, weight: torch.Tensor, new: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.new = torch.nn.Parameter(new)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        num_old = len(self.weight)
+        old = torch.nn.functional.embedding(input_ids.clamp(max=num_old - 1), self.weight)
+        new = torch.nn.functional.embedding((input_ids - num_old).clamp(min=0), self.new)
+        return torch.where((input_ids >= num_old).unsqueeze(-1), new, old)
+
+
+def add_tokens(model: Model, new_tokens: Mapping[str, str]) -> list[torch.nn.Parameter]:
+    """Freeze a model and give it new words to learn.
+
+    Args:
+        new_tokens: each new token ("<my-cat>") with the words whose embeddings it starts from ("cat"); it gets one
+        vector
+            for each of their tokens. A token that the model knows already goes on from where it is.
+
+    Returns:
+        The new rows, one parameter for each text encoder.
+
+    Raises:
+        ConfigError: a token is an ordinary word, or its starting words are empty.
+    """
+    for module in model.modules().values():
+        module.requires_grad_(False)
+    names = {token: _names(model, token, words) for token, words in new_tokens.items()}
+    for tokenizer, text_encoder in zip(model.tokenizers, model.text_encoders, strict=True):
+        embeddings = text_tower(text_encoder).embeddings
+        table = embeddings.token_embedding.weight.detach()
+        rows = [table[CLIP_VOCABULARY:]]
+        known = tokenizer.get_added_vocab()
+        for token, words in new_tokens.items():
+            if names[token][0] in known:
+                continue
+            tokenizer.add_tokens(names[token])
+            rows.append(table[tokenizer(words, add_special_tokens=False)["input_ids"]])
+        new = torch.cat(rows).clone()
+        embeddings.token_embedding = GrownEmbedding(table[:CLIP_VOCABULARY].clone(), new)
+        _find_end_by_its_id(text_encoder, tokenizer.eos_token_id)
+        text_encoder.config.vocab_size = CLIP_VOCABULARY + len(new)
+    model.new_tokens |= names
+    return token_parameters(model)
+
+
+def _names(model: Model, token: str, words: str) -> list[str]:
+    """A token's vectors by name: `<cat>`, `<cat>_1`, ...: what UIs and diffusers call them."""
+    tokenizer = model.tokenizers[0]
+    vocabulary = tokenizer.get_vocab()
+    if (token in vocabulary and vocabulary[token] < CLIP_VOCABULARY) or f"{token.lower()}</w>" in vocabulary:
+        raise ConfigError(f"new_tokens: {token!r} is an ordinary word of the model; choose one such as '<{token}>'.")
+    if any(character.isspace() for character in token) or not token:
+        raise ConfigError(f"new_tokens: {token!r} must be one word without spaces.")
+    if token in model.new_tokens:
+        return model.new_tokens[token]
+    num_vectors = len(tokenizer(words, add_special_tokens=False)["input_ids"])
+    if not num_vectors:
+        raise ConfigError(f"new_tokens: {token!r} needs a word to start from (got {words!r}).")
+    return [token, *(f"{token}_{index}" for index in range(1, num_vectors))]
+
+
+def _find_end_by_its_id(text_encoder: torch.nn.Module, end: int) -> None:
+    """Older configs find the end of the text as the largest id, which new tokens exceed."""
+    tower = text_tower(text_encoder)
+    tower.eos_token_id = end  # type: ignore[assignment]
+    text_encoder.config.eos_token_id = end  # type: ignore[union-attr]
+    tower.config.eos_token_id = end  # type: ignore[union-attr]
+
+
+def token_parameters(model: Model) -> list[torch.nn.Parameter]:
+    """The rows that train."""
+    tables = [text_tower(text_encoder).embeddings.token_embedding for text_encoder in model.text_encoders]
+    return [table.new for table in tables if isinstance(table, GrownEmbedding)]
+
+
+def learnt_embeddings(model: Model, weights: Weights | None = None) -> dict[str, list[LazyTensor]]:
+    """Each token's vectors (n, D), one tensor for each text encoder.
+
+    Args:
+        weights: state dicts by component that are read instead of the live ones.
+    """
+    learnt: dict[str, list[LazyTensor]] = {token: [] for token in model.new_tokens}
+    for slot, tokenizer, text_encoder in zip(
+        model.family.text_encoders, model.tokenizers, model.text_encoders, strict=True
+    ):
+        state = (weights or {}).get(slot.folder) or text_encoder.state_dict()
+        rows = next(value for key, value in state.items() if key.endswith("token_embedding.new"))
+        for token, names in model.new_tokens.items():
+            ids = [tokenizer.convert_tokens_to_ids(name) - CLIP_VOCABULARY for name in names]
+            learnt[token].append(LazyTensor.of(rows[ids]))
+    return learnt
+
+
+def save_tokens(model: Model, path: Path, weights: Weights | None = None) -> None:
+    """Write all learnt tokens into one file: `<token>` for the first text encoder, `<token>|1` for the second."""
+    tensors: Tensors = {}
+    for token, parts in learnt_embeddings(model, weights).items():
+        for index, part in enumerate(parts):
+            tensors[token if index == 0 else f"{token}|{index}"] = part
+    write_safetensors(path, tensors, {"format": "pt"})
+
+
+def load_tokens(model: Model, path: Path) -> None:
+    """Give a model the tokens of a file that `save_tokens` wrote.
+
+    Raises:
+        ModelError: the vectors are of another size.
+    """
+    tensors, _ = open_safetensors(path)
+    tokens = [name for name in tensors if "|" not in name]
+    for token in tokens:
+        num_vectors = tensors[token].shape[0]
+        add_tokens(model, {token: " ".join(["a"] * num_vectors)})
+        for index, (tokenizer, text_encoder) in enumerate(zip(model.tokenizers, model.text_encoders, strict=True)):
+            part = tensors.get(token if index == 0 else f"{token}|{index}")
+            table = text_tower(text_encoder).embeddings.token_embedding
+            if part is None or part.shape[1] != table.new.shape[1]:
+                raise ModelError(f"{path}: {token} does not fit the text encoder {index} of {model.source}.")
+            ids = [tokenizer.convert_tokens_to_ids(name) - len(table.weight) for name in model.new_tokens[token]]
+            with torch.no_grad():
+                table.new[ids] = part.read().to(table.new)
+
+
+def export_embedding(model: Model, token: str, path: Path) -> Path:
+    """Write one token as UIs want it: `emb_params`, or `clip_l` and `clip_g` for two text encoders."""
+    learnt = learnt_embeddings(model)
+    if token not in learnt:
+        raise ModelError(f"{model.source}: has no learnt token {token!r}; it has {', '.join(learnt) or 'none'}.")
+    names = ["emb_params"] if len(learnt[token]) == 1 else ["clip_l", "clip_g"]
+    write_safetensors(path, dict(zip(names, learnt[token], strict=True)), {"format": "pt", "name": token})
+    return path
+
+
+def expand_tokens(model: Model, caption: str) -> str:
+    """A caption with each learnt token spelled as all of its vectors."""
+    for token, names in model.new_tokens.items():
+        if len(names) > 1:
+            caption = caption.replace(token, " ".join(names))
+    return caption
