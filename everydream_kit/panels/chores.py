@@ -92,13 +92,5 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def unpack_archive(archive: Path, target: Path) -> int:
-    """Unpack an uploaded archive into a folder, safely. Returns the number of files."""
-    from everydream_kit.data.sources import unpack
-
-    unpack(archive, target)
-    return sum(1 for path in target.rglob("*") if path.is_file())
-
-
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -135,7 +135,7 @@ class ComparePanel(Panel):
             description="Prompt", style={"description_width": "84px"}, layout=widgets.Layout(width="620px")
         )
         self.slider = widgets.IntSlider(
-            min=0, max=1, description="Checkpoint", readout=False, style={"description_width": "84px"},
+            min=0, max=0, description="Checkpoint", readout=False, style={"description_width": "84px"},
             layout=widgets.Layout(width="620px"),
         )  # fmt: skip
         self.prompt_choice.observe(lambda _: self._draw_pair(), "value")
@@ -213,6 +213,11 @@ class ComparePanel(Panel):
         if self.job is not None:
             self.job.watch(lambda _: self.refresh())
         self.refresh()
+
+    def run(self) -> None:
+        """Draw what the controls ask for, and show it live until it is done."""
+        self._press(self.draw)
+        self.watch()
 
     def pick_winner(self) -> None:
         """Remember the winner; the export panel begins with it."""

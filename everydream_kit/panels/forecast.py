@@ -1,7 +1,7 @@
 """What a run will take, said before it starts: pictures, steps, time, disk. Cheap enough for every change in the form.
 
-Steps come from the number of picture files, so they are exact where no folder multiplies or switches off its pictures;
-the trainer's own plan is exact in all cases. Time comes from the speed of this project's last run at the same
+Steps come from the trainer's own plan of the first epoch, or, where a dataset is too large to be planned at every key
+stroke, from the number of its files. Time comes from the speed of this project's last run at the same
 resolution, and is not guessed without one. No widgets here.
 """
 
@@ -16,10 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from everydream_kit.config import TrainConfig
+from everydream_kit.data.dataset import Dataset
+from everydream_kit.data.files import scan_dataset
+from everydream_kit.data.plan import PlanSettings, plan_epoch
+from everydream_kit.errors import DataError
 from everydream_kit.panels.project import EMBEDDED_MODEL, Project
 from everydream_kit.panels.words import duration, size
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".jfif"})
+LARGEST_PLANNED = 3000
+"""Pictures up to which the first epoch is planned for real: a fraction of a second."""
+GUESSED_BATCH_SIZE = 4
+"""Stands for `auto` until the trainer has measured."""
 SINGLE_FILE_BYTES = {True: 2.13e9, False: 4.27e9}
 """SD 1.x as a single file in half and in full precision, for bases that are not on this disk yet."""
 
@@ -66,11 +74,16 @@ class Forecast:
 def forecast(config: TrainConfig, project: Project) -> Forecast:
     """Look at the dataset folder, the last run and the disk."""
     pictures = count_pictures(config.data_root)
-    per_step = (config.batch_size if isinstance(config.batch_size, int) else 4) * config.grad_accum
+    batch_size = config.batch_size if isinstance(config.batch_size, int) else GUESSED_BATCH_SIZE
+    per_step = batch_size * config.grad_accum
     steps = None
     if pictures is not None:
-        steps = math.ceil(pictures * len(config.resolutions) / per_step) * config.max_epochs
-        steps = min(steps, config.max_steps or steps)
+        if 0 < pictures <= LARGEST_PLANNED:
+            num_pictures, in_epoch = _plan_first_epoch(config, batch_size, _newest_change(config.data_root))
+            pictures = num_pictures
+        else:
+            in_epoch = math.ceil(pictures * len(config.resolutions) / per_step)
+        steps = min(in_epoch * config.max_epochs, config.max_steps or in_epoch * config.max_epochs)
     speed = last_speed(project, config)
     weights = base_bytes(config.resume_ckpt)
     return Forecast(
@@ -81,6 +94,36 @@ def forecast(config: TrainConfig, project: Project) -> Forecast:
         checkpoint_bytes=3 * weights if weights else None,  # the weights in float32 or half, and AdamW's two states
         free_bytes=_free_bytes(Path(config.logdir)),
     )
+
+
+def _plan_first_epoch(config: TrainConfig, batch_size: int, changed: int) -> tuple[int, int]:
+    """Usable pictures, and optimizer steps of an epoch; nothing and 0 steps where the dataset cannot be planned."""
+    try:
+        dataset = _scan(json.dumps(config.data_root), changed)
+        settings = PlanSettings(
+            batch_size=batch_size,
+            grad_accum=config.grad_accum,
+            resolutions=config.resolutions,
+            seed=max(0, config.seed),
+        )
+        return len(dataset), plan_epoch(dataset, settings, 0).num_steps if len(dataset) else 0
+    except DataError:  # the dataset panel and the trainer say what is wrong with it
+        return 0, 0
+
+
+@lru_cache(maxsize=4)
+def _scan(data_root: str, changed: int) -> Dataset:
+    return scan_dataset(json.loads(data_root))
+
+
+def _newest_change(data_root: str | list[str] | dict[str, Any]) -> int:
+    """When a file of the dataset was written or came last, so that a scan is used again until then."""
+    newest = 0
+    for root in [data_root] if isinstance(data_root, str) else data_root:
+        for folder, _, names in os.walk(root):
+            for path in (folder, *(os.path.join(folder, name) for name in names)):
+                newest = max(newest, os.stat(path, follow_symlinks=False).st_mtime_ns)
+    return newest
 
 
 def count_pictures(data_root: str | list[str] | dict[str, Any]) -> int | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import ipywidgets as widgets
 
@@ -29,9 +28,7 @@ class Panel:
 
     def show(self) -> None:
         """Show the panel below the cell."""
-        from IPython.display import display
-
-        display(self.box)
+        display_widget(self.box)
 
     def _ipython_display_(self) -> None:
         self.show()
@@ -43,18 +40,25 @@ class Panel:
     def on_press(self, control: widgets.Button, action: Callable[[], object]) -> None:
         """Run an action when a button is pressed; what goes wrong is shown in words, with its traceback in the log."""
 
-        def press(_: Any) -> None:
-            self.say("")
-            try:
-                action()
-            except (KitError, OSError) as error:
-                logger.debug("%s failed", control.description, exc_info=True)
-                self.say(str(error), "bad")
+        control.on_click(lambda _: self._press(action))
 
-        control.on_click(press)
+    def _press(self, action: Callable[[], object]) -> None:
+        self.say("")
+        try:
+            action()
+        except (KitError, OSError) as error:
+            logger.debug("%s failed", action, exc_info=True)
+            self.say(str(error), "bad")
 
 
 def set_html(widget: widgets.HTML, text: str) -> None:
     """Change an HTML widget if the text is another one: an equal value would still cost the page a redraw."""
     if widget.value != text:
         widget.value = text
+
+
+def display_widget(widget: widgets.Widget) -> None:
+    """Show a widget below the cell."""
+    from IPython.display import display
+
+    display(widget)

@@ -18,7 +18,7 @@ from everydream_kit.panels.clock import make_clock
 from everydream_kit.panels.gallery import Gallery
 from everydream_kit.panels.panel import Panel, set_html
 from everydream_kit.panels.project import Project
-from everydream_kit.panels.upload import Receiver, make_drop_zone
+from everydream_kit.panels.upload import Receiver, make_drop_zone, unpack_upload
 
 SHOWN_PROBLEMS = 15
 
@@ -32,10 +32,17 @@ class DatasetPanel(Panel):
         gallery: the page of pictures.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        """Open the project's dataset: its own folder, or the one its settings name."""
+    def __init__(self, folder: str | Path, *, demo: bool = False) -> None:
+        """Open the project's dataset: its own folder, or the one its settings name.
+
+        Args:
+            folder: the project's name or folder.
+            demo: put the kit's demo pictures into the project if it has none.
+        """
         super().__init__()
         self.project = Project.open(folder)
+        if demo:
+            self.project.add_demo_pictures()
         self.fetching: jobs.Job | None = None
         self.album = Album(self._dataset_folder())
         self.head, self.figures, self.report = widgets.HTML(), widgets.HTML(), widgets.HTML()
@@ -68,9 +75,7 @@ class DatasetPanel(Panel):
     # The tabs
 
     def _build_add(self) -> widgets.Widget:
-        from everydream_kit.panels.chores import unpack_archive
-
-        self.receiver = Receiver(self.album.root, unpack_archive)
+        self.receiver = Receiver(self.album.root, unpack_upload)
         zone = make_drop_zone(self.receiver, self._received)
         where = html.escape(str(self.album.root))
         self.source = widgets.Text(

@@ -13,6 +13,7 @@ Its name is the project's. No widgets here.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,17 @@ class Project:
     def config(self, **changes: Any) -> TrainConfig:
         """The saved settings as a config. Raises: ConfigError."""
         return load_config(None, {**self.settings(), **changes})[0]
+
+    def add_demo_pictures(self) -> bool:
+        """Copy the kit's demo pictures into the dataset folder if it is empty. Returns whether it was."""
+        if any(self.pictures_folder.iterdir()):
+            return False
+        from everydream_kit.demo import pictures_path
+
+        for source in sorted(pictures_path().iterdir()):
+            if source.suffix != ".md":
+                shutil.copy(source, self.pictures_folder)
+        return True
 
     def jobs(self) -> list[Job]:
         """Runs of this project, newest first."""

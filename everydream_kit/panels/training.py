@@ -21,7 +21,8 @@ from everydream_kit.panels.clock import has_clock, make_clock
 from everydream_kit.panels.forecast import forecast
 from everydream_kit.panels.form import SettingsForm
 from everydream_kit.panels.live import RunView, smooth, thin
-from everydream_kit.panels.panel import Panel, set_html
+from everydream_kit.panels.panel import Panel, display_widget, set_html
+from everydream_kit.panels.presets import PRESETS
 from everydream_kit.panels.project import Project
 from everydream_kit.panels.shots import picture_tag, strip
 
@@ -53,6 +54,8 @@ class TrainPanel(Panel):
         *,
         command: Sequence[str] | None = None,
         environment: dict[str, str] | None = None,
+        preset: str | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> None:
         """Build the panel, and attach it to the project's run in progress, if there is one.
 
@@ -60,6 +63,8 @@ class TrainPanel(Panel):
             folder: the project folder; it is made if it does not exist.
             command: what to run instead of the kit's trainer; see `jobs.start`.
             environment: variables for the training process.
+            preset: name of a preset that the form begins with.
+            settings: further settings that it begins with.
         """
         super().__init__()
         self.project = Project.open(folder)
@@ -70,6 +75,9 @@ class TrainPanel(Panel):
         self._build()
         self._list_runs()
         self._attach(self.project.running_job() or next(iter(self.project.jobs()), None))
+        begin = {**(PRESETS[preset].settings if preset else {}), **(settings or {})}
+        if begin:
+            self.form.set_values(begin)
         self._tell_plan()
         if self.job is not None and self.job.is_alive():
             self.tabs.selected_index = 1
@@ -174,15 +182,24 @@ class TrainPanel(Panel):
         self._require_job().kill()
         self.refresh()
 
-    def watch(self) -> dict[str, Any]:
-        """Show the run live from the cell until it ends; an interrupt only detaches. Keeps Colab awake.
-
-        Returns:
-            The last status of the run.
-        """
-        job = self._require_job()
+    def watch(self) -> None:
+        """Show the run live from the cell until it ends; an interrupt only detaches. Keeps Colab awake."""
+        if self.job is None:
+            self.say("There is no run yet. Press Start training above, then run this cell again.", "warn")
+            display_widget(look.panel_box([self.message]))
+            return
         self.show()
-        return job.watch(lambda _: self.refresh())
+        self.job.watch(lambda _: self.refresh())
+
+    def run(self) -> None:
+        """Start training with the form's settings, unless a run is in progress, and watch it: both in one call."""
+        if self.job is None or not self.job.is_alive():
+            before = self.job
+            self._press(self.start)
+            if self.job is before:
+                self.show()  # the panel says why it could not start
+                return
+        self.watch()
 
     def _ask(self, action: Any) -> None:
         self._require_job().request(action)

@@ -16,7 +16,7 @@ from typing import Any
 import ipywidgets as widgets
 import traitlets
 
-from everydream_kit.errors import DataError
+from everydream_kit.errors import DataError, KitError
 from everydream_kit.panels.forecast import PICTURE_SUFFIXES
 from everydream_kit.panels.look import read_asset
 
@@ -49,7 +49,7 @@ class Receiver:
         try:
             step = {"begin": self._begin, "piece": self._piece, "end": self._end}[content["kind"]]
             step(content, buffers)
-        except (DataError, OSError) as error:
+        except (KitError, OSError) as error:
             return {"to": "drop", "error": str(error)}
         return {"to": "drop", "name": content.get("name")}
 
@@ -87,6 +87,24 @@ class Receiver:
     def _part(self, name: str) -> Path:
         path = self.folder / name
         return path.with_name(f".{path.name}.part")
+
+
+def unpack_upload(archive: Path, target: Path) -> int:
+    """Unpack an uploaded archive, safely, as a folder that was not there before. Returns the number of files.
+
+    Raises:
+        DataError, DiskSpaceError: as `data.sources.unpack_archive`.
+    """
+    from everydream_kit.data.sources import unpack_archive
+
+    unpacked = unpack_archive(archive, archive.parent)
+    free = target
+    number = 2
+    while free.exists():
+        free = target.with_name(f"{target.name}-{number}")
+        number += 1
+    unpacked.replace(free)
+    return sum(1 for path in free.rglob("*") if path.is_file())
 
 
 def safe_name(name: str) -> str:

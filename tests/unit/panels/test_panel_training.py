@@ -45,6 +45,14 @@ def test_the_plan_line_says_pictures_epochs_steps_and_disk(project):
     assert "free" in panel.plan.value
 
 
+def test_the_plan_line_counts_steps_as_the_trainer_does(project):
+    for number in range(3):  # another bucket: its batch cannot be shared
+        Image.new("RGB", (64, 160)).save(project / "input" / f"tall_{number}.png")
+    (project / "input" / "broken.png").write_bytes(b"")
+    panel = TrainPanel(project, settings={"batch_size": 4, "max_epochs": 1, "resolution": 64})
+    assert "9 pictures × 1 epochs → 3 steps" in panel.plan.value
+
+
 def test_an_empty_dataset_is_told_before_anything_starts(tmp_path):
     panel = TrainPanel(tmp_path / "empty")
     assert "No pictures in the dataset yet" in panel.plan.value
@@ -152,8 +160,21 @@ def test_text_from_a_run_is_escaped(project):
     assert "&lt;b&gt;no" in shown
 
 
-def test_watch_shows_the_run_until_it_ends(project, capsys):
+def test_run_starts_and_shows_the_run_until_it_ends(project):
     panel = TrainPanel(project, command=command("--steps", 4, "--seconds-a-step", 0.02))
-    panel.start()
-    assert panel.watch()["state"] == "finished"
+    panel.run()
+    assert panel.job.status()["state"] == "finished"
     assert "4 / 4" in panel.figures.value
+
+
+def test_run_says_why_it_cannot_start_and_watch_that_there_is_no_run(tmp_path):
+    panel = TrainPanel(tmp_path / "empty")
+    panel.run()
+    assert "No pictures" in panel.message.value
+    panel.watch()
+    assert "no run yet" in panel.message.value
+
+
+def test_presets_and_settings_can_be_given(project):
+    panel = TrainPanel(project, preset="demo", settings={"max_epochs": 3})
+    assert (panel.form.config().resolution, panel.form.config().max_epochs) == (128, 3)

@@ -1,0 +1,42 @@
+# %% [markdown]
+# # 2. Train
+#
+# **What:** choose settings, start, watch, stop, go on. **Why:** training runs in a process of its own, so you can close this
+# tab and come back. **You will see:** how many steps it will be before you start, then loss, samples and speed as they come.
+
+# %% [setup]
+
+# %% [markdown]
+# ## Your project
+#
+# Every notebook with the same project name works on the same folder. The list says what this machine can do and what to
+# mend.
+
+# %% tags=["parameters"]
+PROJECT = "jets"  #@param {type:"string"}
+MOUNT_DRIVE = False  #@param {type:"boolean"}
+
+import everydream_kit as edk
+
+edk.panels.setup(PROJECT, mount_drive=MOUNT_DRIVE)
+
+# %% [markdown]
+# ## Settings and progress
+#
+# *Start from* fills the form with a sensible beginning for a style, a person, a big dataset or a small card. Each field says
+# what it does and what it may be; what is wrong is said beside it. *Start training* works as soon as nothing is.
+
+# %%
+edk.panels.train(PROJECT)
+
+# %% [markdown]
+# ## Keep this notebook awake (Colab)
+#
+# Colab ends sessions in which nothing runs. This cell runs until training ends, and shows it live; interrupting the cell does not
+# stop the training.
+
+# %%
+edk.panels.train(PROJECT).watch()
+
+# %% [markdown]
+# Finished? Go on with `03_compare_and_export`.

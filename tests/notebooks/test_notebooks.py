@@ -1,0 +1,120 @@
+"""The notebooks: their form, that they are what their sources say, and that each runs from top to bottom."""
+
+import ast
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+REPOSITORY = Path(__file__).parents[2]
+BOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+NAMES = ["00_quickstart", "01_prepare_dataset", "02_train", "03_compare_and_export", "04_share_on_the_hub"]
+SETUP = (REPOSITORY / "notebooks" / "src" / "setup.txt").read_text("utf-8").strip()
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(path):
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def test_all_five_are_there_in_order():
+    assert [path.stem for path in BOOKS] == NAMES
+
+
+def test_they_are_what_their_sources_say():
+    script = REPOSITORY / "scripts" / "build_notebooks.py"
+    checked = subprocess.run([sys.executable, script, "--check"], check=False, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
+def test_no_output_is_stored_and_ids_are_hashes(path):
+    book = read(path)
+    nbformat.validate(book)
+    assert all(not cell.outputs and cell.execution_count is None for cell in code_cells(path))
+    assert len({cell.id for cell in book.cells}) == len(book.cells)
+
+
+@pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
+def test_every_code_cell_follows_a_short_text(path):
+    cells = read(path).cells
+    assert cells[0].cell_type == "markdown"
+    for before, cell in itertools.pairwise(cells):
+        if cell.cell_type == "code":
+            assert before.cell_type == "markdown"
+            assert len(before.source.split()) < 120
+
+
+@pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
+def test_the_first_code_cell_is_the_same_set_up_everywhere(path):
+    assert code_cells(path)[0].source == SETUP
+
+
+@pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
+def test_every_other_cell_is_one_call_without_logic(path):
+    cells = code_cells(path)[1:]
+    assert cells
+    for cell in cells:
+        body = [node for node in ast.parse(cell.source).body if not isinstance(node, ast.Import)]
+        settings = [node for node in body if isinstance(node, ast.Assign)]
+        calls = [node for node in body if isinstance(node, ast.Expr)]
+        assert len(calls) == 1 and isinstance(calls[0].value, ast.Call)
+        assert len(settings) + len(calls) == len(body)
+        assert all(isinstance(node.value, ast.Constant) for node in settings)
+        assert not settings or "parameters" in cell.metadata.tags
+        assert "!" not in cell.source and "%" not in cell.source
+
+
+def test_the_quickstart_has_five_code_cells():
+    assert len(code_cells(BOOKS[0])) == 5
+
+
+def run_book(name, folder, **parameters):
+    """Execute a notebook in a folder of its own, with other values in the cell tagged `parameters`."""
+    book = read(REPOSITORY / "notebooks" / f"{name}.ipynb")
+    cell = next(cell for cell in book.cells if "parameters" in cell.metadata.get("tags", ()))
+    lines = cell.source.splitlines()
+    for key, value in parameters.items():
+        number = next(i for i, line in enumerate(lines) if line.startswith(f"{key} = "))
+        lines[number] = f"{key} = {value!r}"
+    cell.source = "\n".join(lines)
+    NotebookClient(book, timeout=280, resources={"metadata": {"path": str(folder)}}, kernel_name="python3").execute()
+    return book
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """One folder for all notebooks, as a person has it; kernels are the test's own Python."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    return tmp_path_factory.mktemp("notebooks")
+
+
+def shown_text(book):
+    """All HTML that the notebook's widgets show at its end."""
+    state = book.metadata["widgets"]["application/vnd.jupyter.widget-state+json"]["state"]
+    return "".join(str(entry["state"].get("value", "")) for entry in state.values())
+
+
+def test_the_quickstart_ends_with_before_and_after(workspace):
+    book = run_book("00_quickstart", workspace, MAX_EPOCHS=1, PROJECT="quick")
+    shown = shown_text(book)
+    assert "before · base" in shown and "after · last-quick" in shown
+    assert "pictures drawn" in shown
+    status = json.loads(next((workspace / "workspace" / "quick" / "logs").glob("*/status.json")).read_text())
+    assert (status["state"], status["step"]) == ("finished", 10)
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_each_other_notebook_runs_alone_and_after_the_quickstart(name, workspace):
+    for project in ("alone", "quick"):
+        book = run_book(name, workspace, PROJECT=project)
+        assert "edk-head" in shown_text(book)
