@@ -15,8 +15,14 @@ from typing import BinaryIO
 
 from PIL import Image
 
+from everydream_kit.data.webp import is_webp, read_webp_header
+
 MAX_PIXELS = 178_956_970
 """Largest picture that is opened: Pillow's own limit against decompression bombs, twice its warning."""
+
+ORIENTATION = 0x0112
+LYING = (5, 6, 7, 8)
+"""The EXIF tag of orientation, and its values for pictures that lie on their side."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 """Contents that are read, whatever the file's extension. Pillow calls a JPEG with several views MPO."""
@@ -92,38 +98,61 @@ def read_header(path: str) -> Header:
         raise PictureError(f"cannot be read: {reason}", "Save or download it again, or delete it.") from error
 
 
+_CUT_OFF = ("the file is cut off: its end is missing", "Copy or download it again.")
+_ANIMATED = "animated: only its first frame is trained on"
+
+
 def _inspect(file: BinaryIO, size: int, extension: str) -> Header:
+    if is_webp(file.read(12)):
+        return _inspect_webp(file, size, extension)
+    file.seek(0)
     with Image.open(file, formats=FORMATS) as image:
         width, height = image.size
         if width < 1 or height < 1:
             raise PictureError(f"has no pixels ({width} x {height})", "Delete it, or save it again.")
         if not _is_whole(image, file, size):
-            raise PictureError("the file is cut off: its end is missing", "Copy or download it again.")
+            raise PictureError(*_CUT_OFF)
         if _is_turned(image):
             width, height = height, width
         has_alpha = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
         return Header(width, height, has_alpha, _remark(image, extension))
 
 
+def _inspect_webp(file: BinaryIO, size: int, extension: str) -> Header:
+    try:
+        header = read_webp_header(file, size)
+    except EOFError:
+        raise PictureError(*_CUT_OFF) from None
+    width, height = header.width, header.height
+    if width * height > MAX_PIXELS:
+        raise Image.DecompressionBombError
+    if width < 1 or height < 1:
+        raise PictureError(f"has no pixels ({width} x {height})", "Delete it, or save it again.")
+    if header.exif is not None and header.exif.get(ORIENTATION) in LYING:
+        width, height = height, width
+    return Header(width, height, header.has_alpha, _ANIMATED if header.is_animated else _wrong_name("WEBP", extension))
+
+
 def _is_turned(image: Image.Image) -> bool:
-    """Whether EXIF says that the picture lies on its side. Asked only where there is EXIF: looking costs a decode in
-    PNG."""
+    """Whether EXIF says that the picture lies on its side. Asked only where there is EXIF: PNG decodes to look for it."""
     if not any(name in image.info for name in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")):
         return False
     try:
-        return image.getexif().get(0x0112) in (5, 6, 7, 8)
+        return image.getexif().get(ORIENTATION) in LYING
     except READ_ERRORS:
         return False  # damaged EXIF: viewers show the picture unturned
 
 
 def _remark(image: Image.Image, extension: str) -> str:
+    found = "JPEG" if image.format == "MPO" else str(image.format)
+    if found != "JPEG" and getattr(image, "is_animated", False):
+        return _ANIMATED
+    return _wrong_name(found, extension)
+
+
+def _wrong_name(found: str, extension: str) -> str:
     promised = EXTENSIONS.get(extension)
-    found = "JPEG" if image.format == "MPO" else image.format
-    if getattr(image, "is_animated", False) and found != "JPEG":
-        return "animated: only its first frame is trained on"
-    if promised and found != promised:
-        return f"named {extension}, but is a {found} file"
-    return ""
+    return f"named {extension}, but is a {found} file" if promised and found != promised else ""
 
 
 def _is_whole(image: Image.Image, file: BinaryIO, size: int) -> bool:
@@ -134,9 +163,6 @@ def _is_whole(image: Image.Image, file: BinaryIO, size: int) -> bool:
             return _ends_with(file, size, b"\xff\xd9") or _decodes(image)
         if image.format == "PNG":
             return _ends_with(file, size, b"IEND\xaeB`\x82") or _png_has_end(file, size)
-        if image.format == "WEBP":
-            file.seek(4)
-            return size >= int.from_bytes(file.read(4), "little") + 8
         if image.format == "GIF":
             return _ends_with(file, size, b";")
         return _bmp_has_all_rows(image, size)
