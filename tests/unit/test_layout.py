@@ -4,6 +4,7 @@ The list of rooms is the one in `docs/architecture.md`: a room imports itself an
 """
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ ROOMS = [
 ]
 APART = {("data", "models"), ("models", "data")}
 TORCH_FREE = ("errors", "draws", "config", "params", "workspace", "hosts")
-TORCH_IN_DATA = ("batches.py", "cache.py", "latents.py", "loader.py", "text_cache.py")
+TORCH_IN_DATA = ("batches.py", "cache.py", "captioning.py", "latents.py", "loader.py", "text_cache.py")
 SLOW = ("diffusers", "transformers", "peft", "bitsandbytes", "accelerate", "pytorch_optimizer", "tensorboard", "torch")
 """Importing these takes from a half to several seconds; `torch` is listed for the rooms that must work without it."""
 LONGEST_FILE = 500
@@ -204,10 +205,13 @@ MACHINE = re.compile(
 
 def texts():
     """Every text file of ours: caches, environments and what runs leave behind are not."""
-    for path in sorted(REPOSITORY.rglob("*")):
-        parts = path.relative_to(REPOSITORY).parts
-        if any(part in SKIPPED or part.endswith(("cache", "cache__", ".egg-info")) for part in parts):
-            continue
+    paths = []
+    for folder, names, files in os.walk(REPOSITORY):
+        names[:] = [
+            name for name in names if name not in SKIPPED and not name.endswith(("cache", "cache__", ".egg-info"))
+        ]
+        paths += [Path(folder) / name for name in files]
+    for path in sorted(paths):
         if path.is_file() and path.suffix in TEXTS and path != Path(__file__) and path.stat().st_size < 2_000_000:
             yield path
 

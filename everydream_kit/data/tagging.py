@@ -1,0 +1,215 @@
+"""Captions of a whole folder at once: tags added and removed, captions written from a table.
+
+Only plain text captions (`.txt`, `.caption`) are written. A picture whose caption is held by a `.yaml` or `.json` file is
+left alone and named, because rewriting such a file would lose its comments and order. Every step keeps what it replaced in
+a journal for `changes.undo`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from everydream_kit.data.changes import Changes, PrepReport
+from everydream_kit.data.dataset import FROM_FILE_NAME, FROM_JSON, Dataset
+from everydream_kit.data.files import scan_dataset
+from everydream_kit.data.textfiles import TextError, read_text
+from everydream_kit.errors import ConfigError, DataError
+
+_RICH = (".yaml", ".yml", ".json")
+_NAME_COLUMNS = ("image", "file_name", "filename", "file", "path", "name")
+_CAPTION_COLUMNS = ("caption", "text", "prompt", "description")
+
+
+def caption_file(picture: Path) -> Path:
+    """The text file that holds, or would hold, a caption: `.caption` if it is there, since it wins, else `.txt`."""
+    other = picture.with_suffix(".caption")
+    return other if other.is_file() else picture.with_suffix(".txt")
+
+
+def has_rich_caption(dataset: Dataset, index: int) -> bool:
+    """Whether a picture's caption may come from a settings file, which is not ours to rewrite."""
+    if int(dataset.numbers["caption_kind"][index]) == FROM_JSON:
+        return True
+    return any(Path(dataset.path(index)).with_suffix(suffix).is_file() for suffix in _RICH)
+
+
+def edit_tags(
+    folder: str | Path,
+    *,
+    add: Sequence[str] = (),
+    remove: Sequence[str] = (),
+    position: Literal["start", "end"] = "end",
+    journal: str | Path | None = None,
+    dry_run: bool = False,
+) -> PrepReport:
+    """Add and remove tags in every caption of a folder.
+
+    A caption is its main prompt (up to the first comma) and tags. Added tags stand right after the main prompt
+    ("start") or last ("end"), and are not added twice; the main prompt is never removed. Each line of a caption file with
+    several lines is edited. A picture captioned by its file name gets a `.txt`.
+
+    Args:
+        folder: dataset folder.
+        add, remove: tags, compared without regard to case.
+        position: where added tags stand.
+        journal: where former captions are kept; by default `<folder>-tags-undo.jsonl` beside it.
+        dry_run: only report.
+    """
+    added = [tag for tag in map(_tidy, add) if tag]
+    removed = {_tidy(tag).lower() for tag in remove}
+    if not added and not removed:
+        raise ConfigError("edit_tags: nothing to add or remove; give add=[...] or remove=[...].")
+    if any("," in tag for tag in (*added, *removed)):
+        raise ConfigError("edit_tags: a tag holds a comma; give each tag on its own.")
+    _, changes, dataset = _start("Edit tags", folder, journal, "tags", dry_run)
+    for index in range(len(dataset)):
+        path = Path(dataset.path(index))
+        if has_rich_caption(dataset, index):
+            changes.leave(path, "its caption is in a .yaml or .json file.", "Edit that file.")
+            continue
+        text = caption_file(path)
+        try:
+            before = read_text(text) if text.is_file() else dataset.caption(index).text
+        except (TextError, OSError) as error:
+            changes.leave(text, f"cannot be read ({error}).", "Save it as UTF-8 text.")
+            continue
+        lines = before.splitlines() or [""]
+        after = "\n".join(
+            _edit_line(line, added, removed, position) if line.strip() or len(lines) == 1 else line for line in lines
+        )
+        if after.strip() != before.strip():
+            changes.write(text, after.encode(), "captions edited", path)
+    return changes.report
+
+
+def _edit_line(line: str, added: list[str], removed: set[str], position: Literal["start", "end"]) -> str:
+    main, *tags = map(_tidy, line.split(","))
+    tags = [tag for tag in tags if tag and tag.lower() not in removed]
+    there = {main.lower(), *(tag.lower() for tag in tags)}
+    new = [tag for tag in added if tag.lower() not in there]
+    parts = [main, *new, *tags] if position == "start" else [main, *tags, *new]
+    return ", ".join(part for part in parts if part)
+
+
+def _tidy(tag: str) -> str:
+    return " ".join(tag.split())
+
+
+def captions_from_table(
+    table: str | Path,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    journal: str | Path | None = None,
+    dry_run: bool = False,
+) -> PrepReport:
+    """Write captions from a table into text files beside their pictures.
+
+    Args:
+        table: `.csv` or `.tsv` with a header, `.jsonl`, or `.json` with a list of objects or an object name -> caption.
+            The picture's column is called image, file_name, filename, file, path or name; the caption's caption,
+            text, prompt or description. Hugging Face's `metadata.csv` and `metadata.jsonl` are such tables.
+        folder: dataset folder. Names are paths in it; a bare file name will do where it is the only one.
+        overwrite: replace captions that are there.
+        journal: where former captions are kept; by default `<folder>-captions-undo.jsonl` beside it.
+        dry_run: only report.
+
+    Raises:
+        DataError: the table cannot be read or has no such columns.
+    """
+    rows = read_table(Path(table))
+    root, changes, dataset = _start(f"Captions from {table}", folder, journal, "captions", dry_run)
+    place = _places(dataset, root)
+    for name, caption in rows:
+        index = place.get(_key(name), place.get(_key(name).rpartition("/")[2]))
+        if index is None:
+            changes.leave(name, "there is no such picture in the folder, or several.", "Give its path in the folder.")
+            continue
+        path = Path(dataset.path(index))
+        if has_rich_caption(dataset, index):
+            changes.leave(path, "its caption is in a .yaml or .json file.", "Edit that file.")
+        elif caption_file(path).is_file() and not overwrite:
+            changes.leave(path, "has a caption.", "Use overwrite to replace it.")
+        else:
+            changes.write(caption_file(path), caption.encode(), "captions written", path)
+    return changes.report
+
+
+def read_table(table: Path) -> list[tuple[str, str]]:
+    """Picture names and captions of a table.
+
+    Raises:
+        DataError: it cannot be read, or the columns are not there.
+    """
+    try:
+        rows = _parse_rows(table.read_text(encoding="utf-8-sig"), table.suffix.lower())
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{table}: cannot be read as a table of captions ({error}).") from error
+    if not rows:
+        raise DataError(f"{table}: has no rows.")
+    names = [_column(rows[0], wanted, table) for wanted in (_NAME_COLUMNS, _CAPTION_COLUMNS)]
+    pairs = []
+    for number, row in enumerate(rows, 1):
+        values = [row.get(name) for name in names]
+        if not all(isinstance(value, str) for value in values) or not values[0]:
+            raise DataError(f"{table}: row {number} has no text in {names[0]!r} or {names[1]!r}: {row!r}.")
+        pairs.append((values[0], " ".join(values[1].split())))
+    return pairs
+
+
+def _parse_rows(text: str, suffix: str) -> list[dict[str, Any]]:
+    if suffix in (".csv", ".tsv"):
+        return list(csv.DictReader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else ","))
+    if suffix == ".jsonl":
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    else:
+        held = json.loads(text)
+        rows = [{"image": k, "caption": v} for k, v in held.items()] if isinstance(held, dict) else held
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("a list of objects is expected")
+    return rows
+
+
+def _column(row: dict[str, Any], wanted: tuple[str, ...], table: Path) -> str:
+    found = {str(name).strip().lower(): name for name in row}
+    for name in wanted:
+        if name in found:
+            return found[name]
+    raise DataError(f"{table}: none of the columns is called {', '.join(wanted)} (found {', '.join(map(str, row))}).")
+
+
+def _places(dataset: Dataset, root: Path) -> dict[str, int]:
+    """Index of each picture by its path in the folder, and by its bare name where that is unique."""
+    paths = [_key(Path(dataset.path(index)).relative_to(root).as_posix()) for index in range(len(dataset))]
+    bare = Counter(path.rpartition("/")[2] for path in paths)
+    places = {path.rpartition("/")[2]: i for i, path in enumerate(paths) if bare[path.rpartition("/")[2]] == 1}
+    return places | {path: index for index, path in enumerate(paths)}
+
+
+def _key(name: str) -> str:
+    return name.replace("\\", "/").removeprefix("./")
+
+
+def _start(
+    title: str, folder: str | Path, journal: str | Path | None, kind: str, dry_run: bool
+) -> tuple[Path, Changes, Dataset]:
+    root = Path(folder).resolve()
+    place = root.with_name(f"{root.name}-{kind}-undo.jsonl") if journal is None else Path(journal)
+    dataset = scan_dataset(root)
+    changes = Changes(f"{title} in {root}", dry_run=dry_run, journal=place)
+    changes.report.problems.extend(dataset.problems)
+    return root, changes, dataset
+
+
+def has_own_caption(dataset: Dataset, index: int) -> bool:
+    """Whether someone wrote a caption for this picture: anything but its file name."""
+    return (
+        int(dataset.numbers["caption_kind"][index]) != FROM_FILE_NAME
+        or caption_file(Path(dataset.path(index))).is_file()
+    )

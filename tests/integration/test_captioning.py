@@ -1,0 +1,107 @@
+"""Auto-captioning with a real BLIP model, tiny and with random weights."""
+
+import pytest
+from PIL import Image
+
+from everydream_kit.data.captioning import auto_caption
+from everydream_kit.data.changes import undo
+from everydream_kit.errors import ModelError
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]", "a", "cat", "dog", "photo", "of", "the", "red"]
+
+
+@pytest.fixture(scope="module")
+def tiny_blip(tmp_path_factory):
+    import torch
+    from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipProcessor
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("blip")
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), additional_special_tokens=["[DEC]", "[ENC]"])
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": len(WORDS), "encoder_hidden_size": 32, "bos_token_id": 5, "sep_token_id": 3}
+    config = BlipConfig(
+        text_config={**small, **text, "pad_token_id": 0, "eos_token_id": 3, "max_position_embeddings": 64},
+        vision_config={**small, "image_size": 32, "patch_size": 16},
+        projection_dim=16,
+    )
+    torch.manual_seed(0)
+    BlipForConditionalGeneration(config).save_pretrained(folder)
+    BlipProcessor(BlipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "pictures"
+    root.mkdir()
+    for name, colour in (("one", "red"), ("two", "green"), ("three", "blue")):
+        Image.new("RGB", (64, 48), colour).save(root / f"{name}.png")
+    (root / "two.txt").write_text("mine")
+    return root
+
+
+def captions(folder):
+    return {path.stem: path.read_text() for path in folder.glob("*.txt")}
+
+
+def test_pictures_without_captions_get_them_with_prompt_and_prefix(folder, tiny_blip):
+    done = []
+    report = auto_caption(
+        folder,
+        model=tiny_blip,
+        batch_size=2,
+        prompt="a photo of",
+        prefix="ohwx, ",
+        suffix=", end",
+        max_new_tokens=8,
+        progress=lambda *counts: done.append(counts),
+    )
+    written = captions(folder)
+    assert written["two"] == "mine"
+    for name in ("one", "three"):
+        assert written[name].startswith("ohwx, a photo of")
+        assert written[name].endswith(", end")
+        assert "[" not in written[name]
+    assert done == [(2, 2)]
+    assert len(report.changes) == 2
+    assert not auto_caption(folder, model="not/loaded").changes  # all have one now: no model is needed
+    undo(report.journal)
+    assert captions(folder) == {"two": "mine"}
+
+
+def test_captions_are_replaced_only_when_asked(folder, tiny_blip):
+    report = auto_caption(folder, model=tiny_blip, overwrite=True, prompt="a red", max_new_tokens=8)
+    assert set(captions(folder)) == {"one", "two", "three"}
+    assert captions(folder)["two"].startswith("a red")
+    undo(report.journal)
+    assert captions(folder) == {"two": "mine"}
+
+
+def test_a_dry_run_loads_no_model(folder):
+    report = auto_caption(folder, model="no/such-model", dry_run=True)
+    assert len(report.changes) == 2
+    assert captions(folder) == {"two": "mine"}
+
+
+def test_a_broken_picture_is_named_and_the_others_are_captioned(folder, tiny_blip, monkeypatch):
+    from everydream_kit.data import captioning
+
+    scan = captioning.scan_dataset
+
+    def break_after_the_scan(root):
+        dataset = scan(root)
+        (folder / "one.png").write_bytes((folder / "one.png").read_bytes()[:60])
+        return dataset
+
+    monkeypatch.setattr(captioning, "scan_dataset", break_after_the_scan)
+    report = auto_caption(folder, model=tiny_blip, max_new_tokens=4)
+    assert [p.path.endswith("one.png") for p in report.problems] == [True]
+    assert "three" in captions(folder)
+
+
+def test_what_is_no_captioning_model_is_said(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="cannot be loaded as an image-to-text model"):
+        auto_caption(folder, model=tmp_path / "empty")
