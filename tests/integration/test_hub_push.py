@@ -297,7 +297,7 @@ def test_offline_mode_is_told_as_such(hub: HubStandIn, tmp_path: Path, monkeypat
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match="offline mode is on. Unset HF_HUB_OFFLINE"):
+    with pytest.raises(HubError, match=r"offline mode is on\. Unset HF_HUB_OFFLINE"):
         push(hub, make_run(tmp_path))
 
 

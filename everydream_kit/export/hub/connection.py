@@ -156,7 +156,7 @@ def explain(error: BaseException) -> Cause:
         return _explain_status(response.status_code, response.headers, message)
     if any(isinstance(each, OfflineModeIsEnabled) for each in chain):
         return Cause(None, False, None, "offline mode is on", "Unset HF_HUB_OFFLINE and try again.")
-    transport = next((each for each in chain if isinstance(each, _http().TransportError)), None)
+    transport = next((each for each in chain if isinstance(each, _http().TransportError) or _is_hung_up(each)), None)
     if transport is not None:
         return _explain_transport(transport)
     text = " / ".join(str(each) for each in chain)
@@ -168,6 +168,11 @@ def explain(error: BaseException) -> Cause:
         return _explain_transport(transport)
     lines = dict.fromkeys(_first_line(str(each)) or type(each).__name__ for each in (chain[0], chain[-1]))
     return Cause(None, False, None, ": ".join(lines), "")
+
+
+def _is_hung_up(error: BaseException) -> bool:
+    """Another thread's connection failed, upon which the client closed the session that all threads share."""
+    return isinstance(error, RuntimeError) and "client has been closed" in str(error)
 
 
 def _explain_status(status: int, headers: Any, message: str) -> Cause:

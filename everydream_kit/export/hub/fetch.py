@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from everydream_kit.errors import CheckpointError, HubError
 from everydream_kit.export.hub.connection import HubConnection, quiet_client
 from everydream_kit.export.hub.contents import RUN_FACTS, read_json
-from everydream_kit.export.hub.upload import Progress, heartbeat, size_words
+from everydream_kit.export.hub.upload import Progress, heartbeat, size_words, tell_nobody
 from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class _Fetch:
         self.repo_id = repo_id
         self.revision = revision
         self.target = target
-        self.progress = progress or (lambda done, total, doing: None)
+        self.progress = progress if progress is not None else tell_nobody
 
     def run(self) -> Path:
         api = self.connection.api

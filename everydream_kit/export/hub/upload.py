@@ -31,6 +31,10 @@ OWN_STEP_FROM_BYTES = 8_000_000
 HEARTBEAT_SECONDS = 30.0
 
 
+def tell_nobody(done: int, total: int, doing: str) -> None:
+    """Progress for those who do not ask."""
+
+
 @dataclass(frozen=True)
 class Target:
     """Where a push goes, and what it leaves there.
@@ -76,12 +80,13 @@ class Upload:
         self.target = target
         self.files = files
         self.advice = advice
-        self.progress = progress or (lambda done, total, doing: None)
+        self.progress = progress if progress is not None else tell_nobody
         self.total = sum(file.num_bytes for file in files)
         self.head: str | None = None
         self.requests_before: set[str] = set()
 
     def run(self) -> str:
+        """Upload what the Hub does not have yet, then commit everything at once. Returns the address of what came of it."""
         operations = self._operations()
         self._upload_large_files(operations)
         if self.target.create_pr:

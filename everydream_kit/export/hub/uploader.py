@@ -56,7 +56,7 @@ class HubUploader:
     ) -> None:
         self.repo_id = repo_id
         self.every = every
-        self.report = report or _log_report
+        self.report = report if report is not None else _log_report
         self.options = {"private": private, **options}
         self._lock = threading.Lock()
         self._waiting: _Waiting | None = None
@@ -131,7 +131,8 @@ class HubUploader:
         try:
             url = self._push(job)
         except (KitError, OSError) as error:
-            self.report("warning", job.step, f"Upload of step {job.step} failed, training goes on. {error}")
+            words = str(error).replace(str(job.held or job.folder), str(job.folder))
+            self.report("warning", job.step, f"Upload of step {job.step} failed, training goes on. {words}")
             return
         self._uploaded_step = job.step
         logger.info("Uploaded step %d to %s in %.0f s.", job.step, url, time.monotonic() - started)

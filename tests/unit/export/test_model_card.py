@@ -1,0 +1,110 @@
+"""The model card: what the Hub reads in it, what people read, and what must not be in it."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hub_runs import make_run
+
+from everydream_kit.export.curves import draw_curves, read_curves, running_mean
+from everydream_kit.export.hub import preview_push
+from everydream_kit.export.hub.contents import without_folders
+from everydream_kit.export.model_card import CardFacts, make_card, read_base, settings_table
+
+
+def metadata(card: str) -> dict[str, Any]:
+    front = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+    assert front
+    return dict(yaml.safe_load(front[1]))
+
+
+def test_the_metadata_is_what_the_hub_reads(tmp_path: Path) -> None:
+    card = metadata(preview_push(make_run(tmp_path), "me/jets", license="creativeml-openrail-m").card)
+    assert card["license"] == "creativeml-openrail-m"
+    assert (card["base_model"], card["base_model_relation"]) == ("someone/base-model", "finetune")
+    assert (card["library_name"], card["pipeline_tag"]) == ("diffusers", "text-to-image")
+    assert {"text-to-image", "stable-diffusion", "everydream-kit"} <= set(card["tags"])
+    assert card["widget"] == [
+        {
+            "text": prompt,
+            "output": {"url": f"samples/gs00020-00{number}.jpg"},
+            "parameters": {"negative_prompt": "blurry"},
+        }
+        for number, prompt in enumerate(("a red jet", "a <b>blue</b> jet: *fast* | loud"))
+    ]
+
+
+def test_the_card_tells_settings_data_results_and_use(tmp_path: Path) -> None:
+    card = preview_push(make_run(tmp_path), "me/jets").card
+    assert "| lr | 2e-06 |" in card and "| flip_p | 0.5 |" in card
+    assert "12 pictures, trained at 128 px." in card
+    assert "20 optimizer steps (1 epochs); training loss at the end 0.0500." in card
+    assert "![Training curves](training/curves.png)" in card
+    assert "from_pretrained('me/jets'" in card and "pipeline('a red jet', clip_skip=1)" in card
+    assert "<Gallery />" in card
+    assert "Not stated." in card
+
+
+def test_no_folder_of_the_machine_is_in_the_card_or_the_settings(tmp_path: Path) -> None:
+    preview = preview_push(make_run(tmp_path), "me/jets")
+    text = preview.card + next(f.source for f in preview.files if f.path == "training/config.json").decode()
+    assert "/home/ada" not in text and str(tmp_path) not in text
+    assert without_folders({"a": ["/x/y", "C:\\data\\cats", "~/z"], "b": "me/jets", "c": 1}) == {
+        "a": ["y", "cats", "z"],
+        "b": "me/jets",
+        "c": 1,
+    }
+
+
+def test_a_lora_is_an_adapter_that_is_loaded_over_its_base(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    folder = run.checkpoints_folder / "jets-ep01-gs00030"
+    folder.mkdir()
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
+    preview = preview_push(folder, "me/jets")
+    card = metadata(preview.card)
+    assert card["base_model_relation"] == "adapter" and "lora" in card["tags"]
+    assert "from_pretrained('someone/base-model'" in preview.card and "load_lora_weights('me/jets')" in preview.card
+    assert "pytorch_lora_weights.safetensors" in [file.path for file in preview.files]
+
+
+def test_a_card_of_a_bare_checkpoint_says_only_what_is_known() -> None:
+    card = make_card(CardFacts("jets", "me/jets"))
+    assert "base_model" not in metadata(card) and "license" not in metadata(card)
+    assert "## Training settings" not in card and "## Results" not in card and "<Gallery" not in card
+
+
+def test_only_a_hub_id_counts_as_a_base(tmp_path: Path) -> None:
+    assert read_base({"resume_ckpt": "someone/base-model"}) == "someone/base-model"
+    for other in (str(tmp_path), "embedded", "findlast", "models/base.safetensors", None):
+        assert read_base({"resume_ckpt": other}) is None
+
+
+def test_the_table_holds_main_settings_and_changed_ones_but_no_wiring() -> None:
+    table = settings_table({"lr": 1e-6, "crop_jitter": 0.1, "log_step": 25, "push_to": "me/jets", "data_root": "input"})
+    assert table.splitlines()[2:] == ["| lr | 1e-06 |", "| crop_jitter | 0.1 |"]
+
+
+def test_curves_are_read_from_events_and_drawn_as_a_picture() -> None:
+    from PIL import Image
+
+    events = [{"kind": "loss", "step": n, "loss": 1 / n, "lr": {"unet": n * 1e-6}} for n in range(1, 50)]
+    events += [{"kind": "validation", "step": 25, "loss": 0.3}, {"kind": "loss", "step": 50, "loss": float("nan")}]
+    events += [{"kind": "sample", "step": 3}, {"kind": "warning", "message": "x"}]
+    curves = read_curves(events)
+    assert len(curves["loss"]) == 49 and curves["validation loss"] == [(25.0, 0.3)]
+    assert curves["lr"][1] == (2.0, 2e-6)
+    picture = Image.open(io.BytesIO(draw_curves(events) or b""))
+    assert picture.size == (720, 440)
+    assert len(picture.getcolors(1 << 20) or []) > 3
+    assert draw_curves(events[:1]) is None
+
+
+def test_the_running_mean_follows_its_window() -> None:
+    points = [(float(n), float(n)) for n in range(1, 9)]
+    assert running_mean(points)[:3] == [(1.0, 1.0), (2.0, 1.5), (3.0, 2.0)]
+    assert running_mean(points)[-1] == (8.0, 6.0)  # mean of 4..8
