@@ -51,6 +51,8 @@ class Knob:
 
 
 class Group(BaseModel):
+    """A heading under which parameters are declared: frozen, strict, and closed to unknown names."""
+
     model_config = ConfigDict(
         frozen=True,
         strict=True,

@@ -20,6 +20,8 @@ import numpy as np
 
 
 class Tag(NamedTuple):
+    """One tag of a caption; heavier ones are named earlier more often when tags are shuffled."""
+
     text: str
     weight: float = 1.0
 

@@ -111,6 +111,7 @@ class DiskStore:
         return name in self._shard_of or name in self._pending
 
     def get(self, name: bytes) -> Entry | None:
+        """The entry of this name, from what waits to be written or from its shard; None if there is none."""
         if name in self._pending:
             return self._pending[name]
         shard = self._shard_of.get(name)

@@ -14,6 +14,11 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (SD1, SD2, SDXL
 
 
 def family_by_name(name: str) -> Family:
+    """The family of this name.
+
+    Raises:
+        ModelError: there is none; the message names those that are.
+    """
     if name not in FAMILIES:
         raise ModelError(f"{name!r} is not a model family; known are {', '.join(FAMILIES)}.")
     return FAMILIES[name]

@@ -42,6 +42,7 @@ def encode_one_encoder(model: Model, token_ids: Sequence[torch.Tensor], clip_ski
 def predict_from_text(
     model: Model, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, sizes: Sizes
 ) -> torch.Tensor:
+    """The UNet's prediction (B, 4, H/8, W/8) in float32, from the caption alone: SD 1.x and 2.x ignore `sizes`."""
     dtype = parameter_dtype(model.unet)
     text = conditioning.encoder_hidden_states.to(dtype)
     return model.unet(noisy_latents.to(dtype), timesteps, encoder_hidden_states=text).sample.float()

@@ -57,6 +57,7 @@ def time_ids(sizes: Sizes, batch_size: int) -> torch.Tensor:
 def predict_from_text_and_sizes(
     model: Model, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, sizes: Sizes
 ) -> torch.Tensor:
+    """The UNet's prediction (B, 4, H/8, W/8) in float32, from the caption and the sizes before and after cropping."""
     if conditioning.pooled is None:
         raise ValueError("SDXL needs the pooled text embedding")
     dtype = parameter_dtype(model.unet)

@@ -50,6 +50,7 @@ def build_listeners(run: Run, stop: StopSignal) -> list[Listener]:
 
 
 def build_sampler(run: Run) -> Sampler:
+    """What draws pictures while training, with the live weights, the averaged ones, or both."""
     config = run.config
     averaged = run.ema is not None and config.ema_sample_ema_model
     return Sampler(
@@ -61,6 +62,7 @@ def build_sampler(run: Run) -> Sampler:
 
 
 def build_saver(run: Run) -> Saver:
+    """What saves checkpoints and single files, by the rules of the config."""
     config = run.config
     precision = "fp32" if config.save_full_precision else "fp16"
     return Saver(

@@ -62,6 +62,7 @@ class StepReport:
         gradient_norm: float | None,
         seconds: float,
     ) -> StepReport:
+        """The report of the step that has just been done; the run's position already counts it."""
         return cls(
             step=run.position.step,
             epoch=work.epoch,
