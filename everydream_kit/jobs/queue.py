@@ -91,7 +91,7 @@ def run_queue(path: Path) -> None:
     for number, entry in enumerate(plan["entries"]):
         if path.with_suffix(".stop").exists():
             break
-        values = {name: value for name, value in entry["settings"].items() if name != "version"}
+        values = {name: entry["settings"][name] for name in entry["settings"]["given"]}
         try:
             job = start(values, command=plan["command"])
         except JobError as error:
