@@ -52,7 +52,7 @@ def draw_timesteps(
         fractions = torch.stack([_FRACTIONS[how](as_generator(source)) for source in sources])
     else:
         raise ConfigError(f"timestep_sampling: must be uniform, logit_normal or stratified (got {how!r})")
-    # The sigmoid can round up to 1, so the last timestep is a bound here, too.
+    # A fraction just below 1 may round up to it.
     return (start + torch.floor(fractions * (end - start)).long()).clamp(max=end - 1)
 
 
