@@ -1,0 +1,164 @@
+"""Killed at any moment, also inside a save: the run goes on from its newest whole checkpoint and ends with the same bytes.
+
+Several kills are dealt to one run (kill, resume, kill, ...), because starting a process costs more than the training does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from everydream_kit.training.checkpoints import verify_checkpoint
+from everydream_kit.workspace import RunFolder, list_runs
+
+SECONDS_TO_START = 120
+
+
+def settings(model: Path, pictures: Path, logdir: Path) -> dict[str, object]:
+    return {
+        "resume_ckpt": str(model),
+        "data_root": str(pictures),
+        "project_name": "kill",
+        "resolution": 64,
+        "batch_size": 4,
+        "max_epochs": 6,
+        "lr": 1e-4,
+        "logdir": str(logdir),
+        "no_save_ckpt": True,
+        "sample_steps": None,
+        "save_every_n_steps": 2,
+        "log_step": 1,
+        "num_workers": 0,
+        "cache_variants": 1,
+        "shuffle_tags": True,
+        "flip_p": 0.5,
+    }
+
+
+def start(*words: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "everydream_kit", *map(str, words)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    _, errors = process.communicate(timeout=280)
+    return errors
+
+
+def steps_done(run: RunFolder) -> int:
+    return max((event["step"] for event in run.events("loss")), default=0)
+
+
+def train_whole(tmp_path: Path, model: Path, pictures: Path) -> RunFolder:
+    config = tmp_path / "whole.json"
+    config.write_text(json.dumps(settings(model, pictures, tmp_path / "whole")), "utf-8")
+    process = start("train", "--config", config)
+    errors = finish(process)
+    assert process.returncode == 0, errors
+    return list_runs(tmp_path / "whole")[-1]
+
+
+def wait_for(moment: str, run_of: object, process: subprocess.Popen[str], chance: random.Random) -> None:
+    """Let the process run on to the wished moment: `save`: while a checkpoint is half written; else after some steps."""
+    deadline = time.monotonic() + SECONDS_TO_START
+    seen: int | None = None
+    target = chance.randint(0, 3)
+    while process.poll() is None and time.monotonic() < deadline:
+        run = run_of()  # type: ignore[operator]
+        if run is not None:
+            if moment == "save" and any(run.checkpoints_folder.glob(".partial-*")):
+                return
+            if moment == "step":
+                done = steps_done(run)
+                seen = done if seen is None else seen
+                if done >= seen + target and run.status().get("state") == "running":
+                    time.sleep(chance.random() * 0.3)
+                    return
+        time.sleep(0.002)
+
+
+def no_checkpoint_only_looks_whole(run: RunFolder) -> None:
+    for checkpoint in run.checkpoints():
+        load_file(checkpoint.folder / "unet" / "diffusion_pytorch_model.safetensors")
+        load_file(checkpoint.folder / "text_encoder" / "model.safetensors")
+        if checkpoint.resumable:
+            verify_checkpoint(checkpoint.folder)
+
+
+def kill_and_resume(
+    tmp_path: Path, model: Path, pictures: Path, moments: list[str], chance: random.Random
+) -> RunFolder:
+    logdir = tmp_path / "killed"
+    config = tmp_path / "killed.json"
+    config.write_text(json.dumps(settings(model, pictures, logdir)), "utf-8")
+
+    def run_of() -> RunFolder | None:
+        runs = list_runs(logdir)
+        return runs[-1] if runs else None
+
+    process = start("train", "--config", config)
+    kills = 0
+    for moment in moments:
+        try:
+            wait_for(moment, run_of, process, chance)
+        finally:
+            killed = process.poll() is None
+            os.killpg(process.pid, signal.SIGKILL) if killed else None
+            errors = finish(process)
+        assert killed or process.returncode == 0, errors
+        kills += killed
+        run = run_of()
+        if run is not None:
+            no_checkpoint_only_looks_whole(run)
+        has_one = run is not None and any(checkpoint.resumable for checkpoint in run.checkpoints())
+        process = start("resume", run.folder) if has_one and run else start("train", "--config", config)
+    errors = finish(process)
+    assert process.returncode == 0, errors
+    assert kills >= 1
+    run = run_of()
+    assert run is not None
+    return run
+
+
+def assert_same_weights(whole: RunFolder, killed: RunFolder) -> None:
+    assert killed.status()["state"] == "finished"
+    for part in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        expected, found = load_file(whole.last_checkpoint / part), load_file(killed.last_checkpoint / part)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.timeout(900)
+def test_five_kills_change_no_byte(tmp_path: Path, tiny_model_folder: Path, picture_folder: Path) -> None:
+    whole = train_whole(tmp_path, tiny_model_folder, picture_folder)
+    moments = ["step", "save", "step", "save", "step"]
+    killed = kill_and_resume(tmp_path, tiny_model_folder, picture_folder, moments, random.Random(1))
+    assert_same_weights(whole, killed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_thirty_kills_change_no_byte(tmp_path: Path, tiny_model_folder: Path, picture_folder: Path) -> None:
+    whole = train_whole(tmp_path, tiny_model_folder, picture_folder)
+    for number in range(6):
+        chance = random.Random(100 + number)
+        moments = [chance.choice(["step", "save"]) for _ in range(5)]
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        assert_same_weights(whole, kill_and_resume(folder, tiny_model_folder, picture_folder, moments, chance))

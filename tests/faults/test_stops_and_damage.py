@@ -1,0 +1,173 @@
+"""Signals, damaged checkpoints and full disks: what is asked for happens, and nothing that was whole is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from everydream_kit.config import TrainConfig
+from everydream_kit.errors import CheckpointError, DiskSpaceError
+from everydream_kit.training.checkpoints import sweep, verify_checkpoint, write_checkpoint
+from everydream_kit.training.sessions import resume, train
+from everydream_kit.workspace import RunFolder, list_runs
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tiny_model_folder: Path, picture_folder: Path) -> dict[str, Any]:
+    return {
+        "resume_ckpt": str(tiny_model_folder),
+        "data_root": str(picture_folder),
+        "project_name": "stop",
+        "resolution": 64,
+        "batch_size": 4,
+        "max_epochs": 2,
+        "logdir": str(tmp_path / "logs"),
+        "no_save_ckpt": True,
+        "sample_steps": None,
+        "log_step": 1,
+        "num_workers": 0,
+        "cache_variants": 1,
+    }
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_says_so(
+    settings: dict[str, Any], tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    config = tmp_path / "c.json"
+    config.write_text(json.dumps({**settings, "max_epochs": 500}), "utf-8")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "everydream_kit", "train", "--config", str(config)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            runs = list_runs(tmp_path / "logs")
+            if runs and any(runs[-1].events("loss")):
+                break
+            time.sleep(0.05)
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    run = list_runs(tmp_path / "logs")[-1]
+    assert process.returncode == status, errors
+    assert "everydream resume" in output
+    assert "Stopping after this step" in errors
+    state = run.status()
+    assert (state["state"], state["stopped_by"]) == ("stopped", number.name)
+    verify_checkpoint(run.last_checkpoint)
+    assert run.checkpoints()[-1].step == state["step"]
+
+
+def save_twice(settings: dict[str, Any]) -> RunFolder:
+    return train(TrainConfig(**{**settings, "save_every_n_steps": 3}))
+
+
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "resume/optimizer.pt"])
+def test_a_truncated_checkpoint_is_refused_by_name_and_the_one_before_taken(
+    settings: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    run = save_twice(settings)
+    newest, before = run.checkpoints()[-1], run.checkpoints()[-2]
+    damaged = newest.folder / name
+    os.truncate(damaged, damaged.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match=Path(name).name):
+        verify_checkpoint(newest.folder)
+    shutil.move(run.folder / "events.jsonl", run.folder / "events-before.jsonl")
+    again = resume(run.folder)
+    warnings = [event["message"] for event in again.events("warning")]
+    assert any(Path(name).name in text and "the checkpoint before it" in text for text in warnings)
+    assert next(again.events("resumed"))["step"] == before.step
+    assert again.status()["state"] == "finished"
+    verify_checkpoint(again.last_checkpoint)
+
+
+def test_a_changed_byte_is_noticed(settings: dict[str, Any]) -> None:
+    run = save_twice(settings)
+    path = run.last_checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="SHA-256 differs"):
+        verify_checkpoint(run.last_checkpoint)
+
+
+def test_without_any_whole_checkpoint_resume_says_what_to_do(settings: dict[str, Any]) -> None:
+    run = save_twice(settings)
+    for checkpoint in run.checkpoints():
+        shutil.rmtree(checkpoint.folder / "resume")
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be resumed from[\s\S]*--resume_ckpt"):
+        resume(run.folder)
+
+
+def test_a_disk_that_fills_up_leaves_the_checkpoints_before_untouched(tmp_path: Path) -> None:
+    # A limit on the size of files stands for the full disk: the write fails in the middle in the same way.
+    final = tmp_path / "ckpts" / "a-ep01-gs00001"
+    write_checkpoint(final, lambda folder: (folder / "model_index.json").write_text("{}") and None)
+
+    def too_large(folder: Path) -> None:
+        (folder / "model_index.json").write_text("{}")
+        (folder / "big.bin").write_bytes(b"x" * 200_000)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(DiskSpaceError, match="Checkpoints before it are untouched"):
+            write_checkpoint(final.with_name("a-ep02-gs00002"), too_large)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in final.parent.iterdir()] == [final.name]
+
+
+def test_a_checkpoint_that_cannot_fit_is_refused_before_a_byte_is_written(tmp_path: Path) -> None:
+    def must_not_run(folder: Path) -> None:
+        raise AssertionError("written although it cannot fit")
+
+    with pytest.raises(DiskSpaceError, match="needs 1000000000"):
+        write_checkpoint(tmp_path / "ckpts" / "huge", must_not_run, expected_bytes=10**18)
+
+
+def test_a_real_full_disk_warns_and_training_goes_on(settings: dict[str, Any], tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(small)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        with pytest.raises(DiskSpaceError):
+            train(TrainConfig(**{**settings, "logdir": str(small), "save_every_n_steps": 2}))
+        run = list_runs(small)[-1]
+        assert run.status()["state"] == "failed"
+        assert any("Training goes on and saves again later" in event["message"] for event in run.events("warning"))
+        for checkpoint in run.checkpoints():
+            verify_checkpoint(checkpoint.folder)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_what_a_killed_process_left_is_cleared_and_what_it_was_replacing_is_put_back(tmp_path: Path) -> None:
+    for name in (".partial-a", ".gone-b", ".old-best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    assert (tmp_path / "best" / "file").read_text() == ".old-best"

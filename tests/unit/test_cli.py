@@ -1,0 +1,99 @@
+"""The command line: what a person gets who makes a mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from everydream_kit.cli import COMMANDS, main
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in COMMANDS)
+
+
+def test_help_needs_neither_torch_nor_the_settings() -> None:
+    code = (
+        "import sys\nfrom everydream_kit.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'pydantic', 'diffusers', 'PIL'} & sys.modules.keys()), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+def problem_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    try:
+        status = main(words)
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    return status, capsys.readouterr().err
+
+
+def test_an_unknown_flag_names_its_nearest_neighbour(capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = problem_of(["train", "--batchsize", "3"], capsys)
+    assert (status, "did you mean --batch_size?" in text) == (2, True)
+
+
+def test_an_unknown_key_in_a_file_names_its_nearest_neighbour(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.json").write_text('{"resume_ckpt": "x", "max_epoch": 3}', "utf-8")
+    status, text = problem_of(["train", "--config", str(tmp_path / "c.json")], capsys)
+    assert (status, "max_epoch: unknown setting; did you mean max_epochs?" in text) == (1, True)
+
+
+def test_values_that_cannot_be_are_reported_together(capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = problem_of(["train", "--resume_ckpt", "x", "--lr", "fast", "--seed", "often"], capsys)
+    assert status == 1
+    assert "lr: must be a number" in text
+    assert "seed: must be a whole number" in text
+    status, text = problem_of(["train", "--resume_ckpt", "x", "--lr", "-1", "--cond_dropout", "2"], capsys)
+    assert status == 1
+    assert "lr: must be greater than 0 (got -1.0)" in text
+    assert "cond_dropout: must be less than or equal to 1 (got 2.0)" in text
+
+
+def test_a_data_folder_that_is_missing_or_empty_is_one_clear_error(
+    tmp_path: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["train", "--resume_ckpt", str(tiny_model_folder), "--logdir", str(tmp_path / "logs")]
+    status, text = problem_of([*common, "--data_root", str(tmp_path / "nowhere")], capsys)
+    assert status == 1
+    assert "nowhere" in text
+    assert "Traceback" not in text
+    (tmp_path / "empty").mkdir()
+    status, text = problem_of([*common, "--data_root", str(tmp_path / "empty")], capsys)
+    assert status == 1
+    assert "empty" in text
+
+
+def test_a_base_model_that_is_not_there_is_one_clear_error(
+    tmp_path: Path, picture_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "train",
+        "--resume_ckpt",
+        str(tmp_path / "no_model"),
+        "--data_root",
+        str(picture_folder),
+        "--resolution",
+        "64",
+    ]
+    status, text = problem_of([*words, "--logdir", str(tmp_path / "logs")], capsys)
+    assert status == 1
+    assert "no_model" in text
+
+
+def test_resume_without_a_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = problem_of(["resume", "--logdir", str(tmp_path)], capsys)
+    assert (status, "holds no run" in text) == (1, True)
+    status, text = problem_of(["resume", "--set", "lr"], capsys)
+    assert (status, "NAME=VALUE" in text) == (1, True)
