@@ -116,6 +116,20 @@ def test_a_pushed_model_comes_back_and_draws_the_same_picture(
     np.testing.assert_array_equal(draw(pulled), draw(tiny_model_folder))
 
 
+def test_a_single_file_is_written_for_the_push_and_leaves_nothing_behind(
+    hub: HubStandIn, tmp_path: Path, tiny_model_folder: Path, lfs: None
+) -> None:
+    from safetensors import safe_open
+
+    before = set(tiny_model_folder.parent.iterdir())
+    push(hub, tiny_model_folder, what=("single_file",))
+    name = f"{tiny_model_folder.name}.safetensors"
+    assert set(hub.files("me/jets")) == {".gitattributes", "README.md", name}
+    with safe_open(hub.lfs_folder / hub.sha256_of("me/jets", name), framework="np") as file:
+        assert any(key.startswith("model.diffusion_model.") for key in file.keys())  # noqa: SIM118
+    assert set(tiny_model_folder.parent.iterdir()) == before
+
+
 def test_pushing_the_same_again_makes_no_commit(hub: HubStandIn, tmp_path: Path, lfs: None) -> None:
     run = make_run(tmp_path)
     push(hub, run)
