@@ -63,7 +63,7 @@ def export(told: Told, folder: Path, checkpoint: str, out: str, precision: str) 
 
 def push(told: Told, folder: Path, source: str, repo_id: str, options: str) -> dict[str, Any]:
     """Upload a run or checkpoint to the Hub."""
-    from everydream_kit.export.hub.push import push_to_hub
+    from everydream_kit.export.hub import push_to_hub
     from everydream_kit.panels.words import size
 
     told.tell("running", message=f"Uploading to {repo_id} …")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from everydream_kit.panels.panel import Panel, set_html
 from everydream_kit.panels.project import Project
 
 PRECISIONS = {"half (fp16): what apps expect": "fp16", "bfloat16": "bf16", "full (fp32): to train on": "fp32"}
+LARGEST_HEADER_BYTES = 100_000_000
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
@@ -113,7 +115,7 @@ class SharePanel(Panel):
 
     def preview(self) -> None:
         """Show what a push would upload, and the model card."""
-        from everydream_kit.export.hub.push import preview_push
+        from everydream_kit.export.hub import preview_push
 
         preview = preview_push(self._source(), self._repo_id(), what=self._what(), license=self.licence.value or None)
         files = [(file.path, look.size(file.num_bytes)) for file in preview.files]
@@ -200,8 +202,11 @@ class SharePanel(Panel):
         if not self.checkpoint.value:
             return
         weights = [f for f in Path(self.checkpoint.value).rglob("*.safetensors") if "resume" not in f.parts]
-        num_bytes = sum(count_weights(path) for path in weights) * BYTES[self.precision.value]
-        set_html(self.size, f'<span class="edk-hint">about {look.size(num_bytes)}</span>')
+        try:
+            words = f"about {look.size(sum(map(count_weights, weights)) * BYTES[self.precision.value])}"
+        except ExportError as error:
+            words = str(error)
+        set_html(self.size, f'<span class="edk-hint">{html.escape(words)}</span>')
 
     def _draw(self) -> None:
         set_html(self.head, look.heading("Export and share", self.project.name))
@@ -213,14 +218,15 @@ class SharePanel(Panel):
 
 
 def count_weights(path: Path) -> int:
-    """Numbers in a safetensors file, from its header alone."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    total = 0
-    for name, entry in header.items():
-        if name != "__metadata__":
-            count = 1
-            for length in entry["shape"]:
-                count *= length
-            total += count
-    return total
+    """Numbers in a safetensors file, from its header alone.
+
+    Raises:
+        ExportError: the file is no safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length < LARGEST_HEADER_BYTES else None
+        return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExportError(f"{path.parent.name}/{path.name} is damaged; choose another checkpoint") from error

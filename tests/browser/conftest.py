@@ -1,11 +1,13 @@
 """A real JupyterLab on the loopback address and a real Chromium, one of each for the whole session.
 
 The server gets configuration, kernels and workspace folders of its own below a temporary folder, and is ended with its
-process group. A failed test leaves a screenshot in `tests/browser/failures/`.
+process group. A failed test leaves a screenshot in `tests/browser/failures/`. With EDK_SCREENSHOTS=1 the pictures of
+the panels in `docs/images/` are taken anew.
 """
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -56,6 +58,27 @@ class Lab:
         nbformat.write(book, self.root / name)
         return self.page(name)
 
+    def copy(self, name, **parameters):
+        """One of the kit's notebooks, with other values in its cell of parameters; returns its address."""
+        text = (REPOSITORY / "notebooks" / f"{name}.ipynb").read_text("utf-8")
+        book = nbformat.reads(text, as_version=4)
+        for cell in book.cells:
+            if "parameters" in cell.metadata.get("tags", ()):
+                for key, value in parameters.items():
+                    cell.source = re.sub(rf"^{key} = .*$", f"{key} = {value!r}", cell.source, flags=re.MULTILINE)
+        target = f"{name}-{secrets.token_hex(3)}.ipynb"
+        nbformat.write(book, self.root / target)
+        return self.page(target)
+
+    def project(self, name, **settings):
+        """A project with the demo's pictures and these settings, as notebooks in `root` find it by its name."""
+        folder = self.root / "workspace" / name
+        shutil.copytree(REPOSITORY / "everydream_kit" / "demo" / "pictures", folder / "input")
+        (folder / "input" / "SOURCE.md").unlink()
+        base = {"resume_ckpt": "embedded", "resolution": 128, "batch_size": 4, "lr": 1e-4, "log_step": 1}
+        (folder / "settings.json").write_text(json.dumps({**base, **settings}))
+        return folder
+
     def page(self, name):
         return f"{self.address}/doc/tree/{name}?token={self.token}&reset"
 
@@ -95,13 +118,14 @@ def lab(tmp_path_factory):
         "JUPYTERLAB_SETTINGS_DIR": ".js",
         "JUPYTERLAB_WORKSPACES_DIR": ".jw",
     }
+    log = (root / "server.log").open("wb")
     server = subprocess.Popen(
         [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
          f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}", "--LabApp.news_url=None",
          "--LabApp.extension_manager=readonly", "--ServerApp.terminals_enabled=False"],
         cwd=root,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **{name: str(root / path) for name, path in folders.items()}},
-        stdout=(root / "server.log").open("wb"),
+        env={**os.environ, "OMP_NUM_THREADS": "2", **{name: str(root / path) for name, path in folders.items()}},
+        stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )  # fmt: skip
@@ -112,6 +136,7 @@ def lab(tmp_path_factory):
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(timeout=20)
+        log.close()
 
 
 @pytest.fixture(scope="session")
@@ -147,18 +172,38 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
-def open_notebook(page, address):
-    """Open a notebook and wait until its kernel is really connected: Run All before that does nothing, silently."""
-    page.goto(address)
-    page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for(timeout=60_000)
+@pytest.fixture
+def driver(page):
+    return Driver(page)
 
 
-def run_all(page):
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+@dataclass
+class Driver:
+    """What a person does with a notebook page."""
 
+    page: object
 
-def photograph(locator, name):
-    """A panel's picture for the documentation; never wider than it is on the page."""
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    locator.screenshot(path=SHOTS / f"panel-{name}.png")
+    def open(self, address):
+        """Open a notebook and wait until its kernel is really connected: Run All before that does nothing, silently."""
+        self.page.goto(address)
+        self.page.locator("#jp-main-statusbar").get_by_text("| Idle").wait_for(timeout=90_000)
+
+    def run_all(self):
+        self.menu("Run", "Run All Cells")
+
+    def menu(self, name, item):
+        self.page.get_by_role("menuitem", name=name, exact=True).click()
+        self.page.get_by_role("menuitem", name=item).first.click()
+
+    def panel(self, title):
+        """The first panel of this title, once it is there."""
+        panel = self.page.locator(".edk").filter(has=self.page.get_by_role("heading", name=title, exact=True)).first
+        panel.wait_for(timeout=120_000)
+        return panel
+
+    def photograph(self, locator, name):
+        """A panel's picture for the documentation, when they are wanted."""
+        if os.environ.get("EDK_SCREENSHOTS") == "1":
+            SHOTS.mkdir(parents=True, exist_ok=True)
+            self.page.mouse.move(0, 0)
+            locator.screenshot(path=SHOTS / f"panel-{name}.png")

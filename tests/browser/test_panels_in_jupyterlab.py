@@ -1,0 +1,171 @@
+"""A person's way through the notebooks in a real JupyterLab and a real Chromium, on the embedded base."""
+
+import json
+import os
+import re
+import time
+
+import pytest
+from playwright.sync_api import expect
+
+pytestmark = pytest.mark.timeout(600)
+SLOW = 240_000
+"""Milliseconds that training or drawing may take on two busy cores."""
+
+
+def newest_run(project):
+    return sorted((project / "logs").glob("*-*"))[-1]
+
+
+def test_the_quickstart_ends_with_before_and_after(lab, driver):
+    driver.open(lab.copy("00_quickstart", PROJECT="quick", MAX_EPOCHS=int(os.environ.get("EDK_EPOCHS", "1"))))
+    driver.run_all()
+    panel = driver.panel("Compare")
+    expect(panel.get_by_text("pictures drawn")).to_be_visible(timeout=2 * SLOW)
+    expect(panel.get_by_text("after · last-quick", exact=False)).to_be_visible()
+    assert panel.locator(".edk-pair img").count() == 2
+    driver.photograph(panel, "compare")
+    driver.photograph(driver.panel("Set-up"), "setup")
+
+
+def test_train_stop_reload_resume_and_finish(lab, driver, page):
+    project = lab.project(
+        "jets", max_epochs=3, max_steps=14, batch_size=2, sample_steps=12, sample_prompts="prompts.json"
+    )
+    prompts = {"samples": [{"prompt": "a robot, ink drawing"}], "num_inference_steps": 4, "cfgs": [4]}
+    (lab.root / "prompts.json").write_text(json.dumps(prompts))
+    address = lab.copy("02_train", PROJECT="jets")
+    driver.open(address)
+    driver.run_all()
+    panel = driver.panel("Training")
+
+    readout = panel.locator(".widget-slider", has_text="resolution").locator(".widget-readout")
+    readout.click()
+    page.keyboard.press("Control+A")
+    page.keyboard.type("64")
+    page.keyboard.press("Enter")
+    expect(panel.get_by_text(re.compile("32 pictures × 3 epochs → 14 steps"))).to_be_visible()
+
+    rate = panel.get_by_label("lr", exact=True)
+    rate.fill("fast")
+    expect(panel.locator(".edk-error", has_text="must be a number (got 'fast')")).to_be_visible()
+    expect(panel.get_by_role("button", name="Start training")).to_be_disabled()
+    driver.photograph(panel, "train-settings")
+    rate.fill("1e-4")
+    expect(panel.locator(".edk-error")).to_have_count(0)
+
+    panel.get_by_role("button", name="Start training").click()
+    expect(panel.locator(".edk-facts")).to_contain_text(re.compile(r"[1-9]\d* / 14"), timeout=SLOW)
+    panel.get_by_role("button", name="Stop", exact=False).first.click()
+    expect(panel.locator(".edk-badge")).to_have_text("stopped", timeout=SLOW)
+    run = newest_run(project)
+    assert list((run / "ckpts").glob("*/model_index.json"))
+    assert json.loads((run / "config.json").read_text())["resolution"] == 64
+    stopped_at = json.loads((run / "status.json").read_text())["step"]
+    assert 0 < stopped_at < 14
+
+    driver.open(address)  # a reload without saving: the old panel is gone
+    driver.run_all()
+    panel = driver.panel("Training")
+    expect(panel.locator(".edk-badge")).to_have_text("stopped")
+    panel.get_by_role("button", name="Resume").click()
+    expect(panel.locator(".edk-badge")).to_have_text("finished", timeout=SLOW)
+    expect(panel.locator(".edk-facts")).to_contain_text("14 / 14")
+    assert json.loads((run / "status.json").read_text())["step"] == 14
+    panel.get_by_role("tab", name="Progress").click()
+    expect(panel.locator("svg.edk-chart").first).to_be_visible()
+    driver.photograph(panel, "train-progress")
+    panel.get_by_role("tab", name="Samples").click()
+    expect(panel.locator(".edk-shots img").first).to_be_visible()
+    driver.photograph(panel, "train-samples")
+
+
+def test_a_run_outlives_its_kernel_and_the_reopened_panel_shows_it(lab, driver, page):
+    project = lab.project("night", max_steps=8, batch_size=2, resolution=64, sample_steps=None)
+    address = lab.copy("02_train", PROJECT="night")
+    driver.open(address)
+    driver.run_all()
+    panel = driver.panel("Training")
+    panel.get_by_role("button", name="Start training").click()
+    expect(panel.locator(".edk-badge")).not_to_have_text("no run yet")
+    page.get_by_role("menuitem", name="Kernel", exact=True).click()
+    page.get_by_role("menuitem", name=re.compile("^Restart Kernel…")).click()
+    page.get_by_role("dialog").get_by_role("button", name="Confirm Kernel Restart").click()
+    status = newest_run(project) / "status.json"
+    end = time.monotonic() + SLOW / 1000
+    while not status.exists() or json.loads(status.read_text())["state"] != "finished":
+        assert time.monotonic() < end, status.read_text() if status.exists() else "no status"
+        time.sleep(0.5)
+    driver.open(address)
+    driver.run_all()
+    panel = driver.panel("Training")
+    expect(panel.locator(".edk-badge")).to_have_text("finished")
+    expect(panel.locator(".edk-facts")).to_contain_text("8 / 8")
+
+
+def test_captions_are_edited_in_place_and_pictures_uploaded(lab, driver, page, tmp_path):
+    project = lab.project("drawings")
+    (project / "input" / "broken.jpg").write_bytes(b"no picture")
+    driver.open(lab.copy("01_prepare_dataset", PROJECT="drawings"))
+    driver.run_all()
+    panel = driver.panel("Dataset")
+    caption = panel.get_by_label("Caption of balloon.webp")
+    caption.fill("a red balloon, ink drawing")
+    caption.blur()
+    expect(panel.get_by_text("Caption of balloon.webp written.")).to_be_visible()
+    assert (project / "input" / "balloon.txt").read_text() == "a red balloon, ink drawing\n"
+    driver.photograph(panel, "dataset")
+    panel.get_by_role("button", name="Undo").click()
+    expect(caption).to_have_value("balloon, ink drawing")
+
+    panel.get_by_role("tab", name="Report").click()
+    expect(panel.get_by_text("Pictures in each bucket")).to_be_visible()
+    driver.photograph(panel, "dataset-report")
+    panel.get_by_role("tab", name="Problems (1)").click()
+    panel.get_by_role("button", name="Set all of them aside").click()
+    expect(panel.get_by_text("No problems")).to_be_visible()
+
+    data = os.urandom(12_000_000)  # more than one message of Jupyter's may hold
+    (tmp_path / "big.png").write_bytes(data)
+    panel.get_by_role("tab", name="Add pictures").click()
+    with page.expect_file_chooser() as chooser:
+        panel.locator(".edk-drop").click()
+    chooser.value.set_files(tmp_path / "big.png")
+    expect(panel.get_by_text("1 files received.")).to_be_visible(timeout=60_000)
+    assert (project / "input" / "big.png").read_bytes() == data
+
+
+def test_a_model_is_pushed_to_the_hub_and_the_token_stays_out_of_the_notebook(lab, driver, page, tmp_path):
+    from hub_runs import TOKEN, make_run
+    from hub_stand_in import HubStandIn
+
+    project = lab.project("shared")
+    make_run(project / "logs")
+    with HubStandIn(tmp_path / "hub") as hub:
+        hub.add_user(TOKEN, "me")
+        address = lab.copy("04_share_on_the_hub", PROJECT="shared")
+        name = address.split("/doc/tree/")[1].split("?")[0]
+        book = json.loads((lab.root / name).read_text())
+        surroundings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        book["cells"][1]["source"] = f"import os\nos.environ.update({surroundings!r})"
+        (lab.root / name).write_text(json.dumps(book))
+        driver.open(address)
+        driver.run_all()
+        setup = driver.panel("Set-up")
+        setup.locator(".edk-token input").fill(TOKEN)
+        setup.get_by_role("button", name="Log in").click()
+        expect(setup.get_by_text("Logged in as me.")).to_be_visible()
+
+        panel = driver.panel("Export and share")
+        panel.get_by_label("Repository").fill("me/jets")
+        panel.get_by_role("button", name="Preview").click()
+        expect(panel.get_by_text("nothing is uploaded yet")).to_be_visible()
+        driver.photograph(panel, "share")
+        panel.get_by_role("button", name="Push to the Hub").click()
+        expect(panel.get_by_role("link", name="me/jets")).to_be_visible(timeout=SLOW)
+        assert "README.md" in hub.repos["me/jets"].refs["main"][-1].tree
+        page.keyboard.press("Escape")
+        page.keyboard.press("Control+s")
+        time.sleep(2)
+    written = [path for path in lab.root.rglob("*") if path.is_file() and ".j" not in str(path.relative_to(lab.root))]
+    assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
