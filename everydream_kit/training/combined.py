@@ -59,6 +59,7 @@ class FusedBackwardOptimizer(CombinedOptimizer):
 
     def __init__(self, build: Callable[[list[dict[str, Any]]], Any], param_groups: Sequence[dict[str, Any]]) -> None:
         optimizers, self._handles = [], []
+        self.measures_norm = False
         self._squared_norms: list[torch.Tensor] = []
         for group in param_groups:
             for parameter in group["params"]:
@@ -70,7 +71,8 @@ class FusedBackwardOptimizer(CombinedOptimizer):
     def _make_hook(self, optimizer: Any) -> Callable[[torch.Tensor], None]:
         def update(parameter: torch.Tensor) -> None:
             assert parameter.grad is not None
-            self._squared_norms.append(parameter.grad.float().square().sum())
+            if self.measures_norm:
+                self._squared_norms.append(parameter.grad.float().square().sum())
             optimizer.step()
             parameter.grad = None
 
@@ -83,7 +85,7 @@ class FusedBackwardOptimizer(CombinedOptimizer):
         """Nothing: the gradients are gone."""
 
     def take_gradient_norm(self) -> float:
-        """Norm of all gradients since the last call, those of the last step."""
+        """Norm of all gradients of the step, if `measures_norm` was set before its backward pass; else 0."""
         if not self._squared_norms:
             return 0.0
         norm = torch.stack([one.to(self._squared_norms[0].device) for one in self._squared_norms]).sum().sqrt()

@@ -41,6 +41,7 @@ __all__ = [
     "default_optimizer_name",
     "load_optimizer_config",
     "part_settings",
+    "restore_optimizer",
 ]
 
 logger = logging.getLogger(__name__)
@@ -203,6 +204,31 @@ def part_group(part: TrainedPart, how: PartSettings) -> Group:
         "eps": how.eps,
         "weight_decay": how.weight_decay,
     }
+
+
+def restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Load a saved state, and keep the settings that the optimizer was built with.
+
+    torch's own load_state_dict puts the saved betas, eps and weight decay in place of what a resumed run asks for.
+
+    Raises:
+        ValueError, KeyError: the state is of another optimizer.
+    """
+    kept = ("peak_lr", "lr", *COMMON)
+    groups = [group for one in _innermost(optimizer) for group in one.param_groups]
+    settings = [{key: group[key] for key in kept if key in group} for group in groups]
+    optimizer.load_state_dict(state)
+    # Loading makes new groups, so they are looked up again.
+    restored = [group for one in _innermost(optimizer) for group in one.param_groups]
+    for group, own in zip(restored, settings, strict=True):
+        group.update(own)
+
+
+def _innermost(optimizer: Any) -> list[Any]:
+    """The torch optimizers behind any number of faces."""
+    if isinstance(optimizer, CombinedOptimizer | RoundedOptimizer):
+        return [inner for one in optimizer.optimizers for inner in _innermost(one)]
+    return [optimizer]
 
 
 def may_step_by_parameter(name: str) -> bool:

@@ -87,6 +87,7 @@ def choose_precision(
     amp_dtype: str = "auto",
     weight_dtype: str = "float32",
     tune_scaler: bool = True,
+    fused_backward: bool = False,
 ) -> Precision:
     """Choose the formats.
 
@@ -96,9 +97,11 @@ def choose_precision(
         amp_dtype: "bf16", "fp16", or "auto": on a GPU bfloat16 where it has it and else float16, elsewhere float32.
         weight_dtype: "float32" or "bfloat16"; the latter computes in bfloat16 as well.
         tune_scaler: raise float16's scale more slowly as the run goes on (EveryDream 2's step tweaks).
+        fused_backward: whether weights are updated inside the backward pass.
 
     Raises:
-        ConfigError: bfloat16 weights together with float16 arithmetic.
+        ConfigError: float16 arithmetic together with bfloat16 weights, or with a fused backward, which updates weights
+            before its scaled gradients can be brought back to their size.
     """
     device_type = torch.device(device).type
     if weight_dtype == "bfloat16":
@@ -110,6 +113,11 @@ def choose_precision(
     dtype = _amp_dtype(device_type, amp_dtype) if amp else torch.float32
     scaler = None
     if dtype == torch.float16:
+        if fused_backward:
+            raise ConfigError(
+                "fused_backward, amp_dtype: float16 needs its gradients unscaled before the update, and a fused backward "
+                "does not wait for that; set amp_dtype to bf16, or fused_backward off"
+            )
         scaler = torch.amp.GradScaler(
             device_type, init_scale=INITIAL_SCALE, growth_factor=2.0, backoff_factor=0.5, growth_interval=25
         )

@@ -69,6 +69,11 @@ class RoundedOptimizer:
             self._chunks.append(_Chunk(build, plan))
 
     @property
+    def optimizers(self) -> list[Any]:
+        """The inner optimizers."""
+        return [chunk.optimizer for chunk in self._chunks]
+
+    @property
     def state(self) -> dict[Any, Any]:
         return {key: value for chunk in self._chunks for key, value in chunk.optimizer.state.items()}
 

@@ -14,6 +14,7 @@ from everydream_kit.training.optimizers import (
     build_optimizer_for_parts,
     default_optimizer_name,
     may_step_by_parameter,
+    restore_optimizer,
 )
 from everydream_kit.training.parameters import TrainedPart
 
@@ -169,6 +170,52 @@ def test_a_fused_backward_with_an_optimizer_that_needs_all_gradients_is_refused(
         build_optimizer_for_parts(
             [part("unet", parameter())], [PartSettings("unet", "prodigy", 1.0)], fused_backward=True
         )
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rounding_seed": 1}, {"fused_backward": True}, {"fused_backward": True, "rounding_seed": 1}]
+)
+@pytest.mark.parametrize("names", [["adamw", "adamw"], ["adamw", "lion"]])
+def test_a_restored_optimizer_has_the_old_state_and_the_new_settings(options, names):
+    def build(weight_decay, betas):
+        weights = [
+            torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16 if "rounding_seed" in options else None))
+            for _ in "ab"
+        ]
+        settings = [
+            PartSettings(part, name, 0.1, betas=betas, weight_decay=weight_decay)
+            for part, name in zip(["unet", "text encoder"], names, strict=True)
+        ]
+        parts = [part("unet", weights[0]), part("text encoder", weights[1])]
+        return weights, build_optimizer_for_parts(parts, settings, **options)
+
+    def step(weights, optimizer):
+        sum(weight.float().square().sum() for weight in weights).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    weights, old = build(0.5, (0.9, 0.99))
+    step(weights, old)
+    _, new = build(0.0, (0.8, 0.9))
+    restore_optimizer(new, old.state_dict())
+    assert {(group["weight_decay"], tuple(group["betas"])) for group in new.param_groups} == {(0.0, (0.8, 0.9))}
+    moments = [[state["exp_avg"].flatten() for state in one.state.values()] for one in (old, new)]
+    assert len(moments[0]) == 2
+    assert torch.equal(torch.cat(moments[0]), torch.cat(moments[1]))
+
+
+def test_the_settings_of_a_rounded_optimizer_reach_its_inner_ones_after_a_restore():
+    weight = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    built = [
+        build_optimizer_for_parts(
+            [part("unet", weight)], [PartSettings("unet", "adamw", 0.5, weight_decay=decay)], rounding_seed=1
+        )
+        for decay in (0.0, 1.0)
+    ]
+    restore_optimizer(built[1], built[0].state_dict())
+    weight.grad = torch.zeros_like(weight)
+    built[1].step()
+    assert weight.tolist() == [0.5, 0.5]  # decayed by lr · weight_decay, as asked for now
 
 
 def test_dowg_takes_the_papers_steps():

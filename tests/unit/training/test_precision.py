@@ -47,6 +47,12 @@ def test_bfloat16_weights_and_float16_arithmetic_are_refused():
         choose_precision("cpu", amp_dtype="fp16", weight_dtype="bfloat16")
 
 
+def test_float16_and_a_fused_backward_are_refused():
+    with pytest.raises(ConfigError, match="fused_backward, amp_dtype: float16 needs its gradients unscaled"):
+        choose_precision("cpu", amp_dtype="fp16", fused_backward=True)
+    assert choose_precision("cpu", amp_dtype="bf16", fused_backward=True).dtype == torch.bfloat16
+
+
 def trained_parameter():
     parameter = torch.nn.Parameter(torch.tensor([1.0]))
     return parameter, torch.optim.SGD([parameter], lr=1.0)
