@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
@@ -88,13 +89,13 @@ def assign_buckets(widths: np.ndarray, heights: np.ndarray, buckets: Sequence[Si
     """
     if not buckets:
         raise ConfigError("buckets: the table is empty; take one from bucket_table(resolution).")
-    best: dict[float, int] = {}  # log aspect ratio -> index of the largest bucket that has it
+    best: dict[Fraction, int] = {}  # aspect ratio -> index of the largest bucket that has it
     for index, (width, height) in enumerate(buckets):
-        aspect = round(math.log(width / height), 12)
+        aspect = Fraction(width, height)
         if aspect not in best or width * height > math.prod(buckets[best[aspect]]):
             best[aspect] = index
-    ratios = np.array(sorted(best))
-    order = np.array([best[ratio] for ratio in ratios.tolist()], np.int16)
+    order = np.array([best[aspect] for aspect in sorted(best)], np.int16)
+    ratios = np.log([float(aspect) for aspect in sorted(best)])
     middles = (ratios[1:] + ratios[:-1]) / 2
     aspects = np.log(np.maximum(widths, 1) / np.maximum(heights, 1))
     # A picture exactly on a border between two wide buckets belongs to the lower ratio, between two tall ones to the

@@ -101,3 +101,8 @@ def test_no_buckets_and_too_small_resolutions_are_refused():
 def test_the_enlargement_needed_is_that_of_the_shorter_side():
     scale = upscale_needed(np.array([512, 520]), np.array([470, 520]), np.array([512, 512]), np.array([512, 512]))
     assert scale.tolist() == [512 / 470, 512 / 520]
+
+
+def test_of_two_equally_near_buckets_the_squarer_and_of_one_shape_the_larger_is_taken():
+    table = [(64, 64), (256, 64), (64, 256), (128, 128)]
+    assert assign_bucket(200, 100, table) == assign_bucket(100, 200, table) == (128, 128)

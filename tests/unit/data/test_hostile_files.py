@@ -311,6 +311,12 @@ def test_anchors_and_merge_keys_work(tmp_path):
     }
 
 
+def test_of_several_merged_mappings_the_first_wins():
+    text = "a: &a {flip_p: 1, rating: 2}\nb: &b {flip_p: 0, multiply: 3}\n<<: [*a, *b]\n"
+    merged = parse_yaml(text)
+    assert (merged["flip_p"], merged["rating"], merged["multiply"]) == ("1", "2", "3")
+
+
 def test_unknown_settings_are_remarks_that_name_the_nearest(tmp_path):
     files = {"a.yaml": b"flip: 0.5\nfoo_bar_baz: 1", "a.png": encode(Image.new("RGB", (32, 32)), "PNG")}
     Image.new("RGB", (48, 32)).save(tmp_path / "good.png")

@@ -217,6 +217,14 @@ def test_a_full_window_mixes_buckets_only_when_no_bucket_can_fill_it(rows, grad_
     assert plan.num_steps == -(-plan.num_batches // grad_accum)
 
 
+def test_full_batches_of_a_bucket_fill_windows_of_their_own_first():
+    # 4 full batches of each of two buckets, windows of 3: one pure window each, and the two that are left over together
+    rows = [{"width": w, "height": 128} for w in (128, 256) for _ in range(8)]
+    plan = plan_epoch(make_dataset(rows), PlanSettings(2, 3, (128,)), 0)
+    windows = sorted(sorted(batch.bucket[0] for batch in step) for step in all_steps(plan))
+    assert windows == [[128, 128, 128], [128, 176], [176, 176, 176]]
+
+
 def test_epochs_seeds_and_purposes_give_different_orders():
     dataset = square_dataset(50)
     orders = {

@@ -77,6 +77,16 @@ def test_after_any_change_the_scan_is_what_a_fresh_one_would_be(folder, tmp_path
     assert again.problems == fresh.problems
 
 
+def test_another_picture_of_the_same_length_is_read(tmp_path):
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data/a.bmp"
+    for size in ((48, 32), (32, 48)):
+        Image.new("RGB", size).save(path)
+        os.utime(path, (1, size[0]))  # within one tick of the clock they could be told apart by nothing
+        dataset = scan_dataset(tmp_path / "data", cache_dir=tmp_path / "cache")
+        assert (dataset.picture(0).width, dataset.picture(0).height) == size
+
+
 def test_other_run_settings_use_the_same_memory_and_other_caption_rules_do_not(folder, tmp_path):
     (folder / "a.txt").write_text("one\ntwo")
     scan_dataset(folder, cache_dir=tmp_path / "cache")
