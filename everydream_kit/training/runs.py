@@ -85,6 +85,7 @@ def build_run(
         amp=config.amp and not config.disable_amp,
         amp_dtype=config.amp_dtype,
         weight_dtype=config.weight_dtype,
+        fused_backward=config.fused_backward,
     )
     num_workers = choose_num_workers(config.num_workers)
     latent_cache = build_latent_cache(
