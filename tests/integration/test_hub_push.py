@@ -301,10 +301,10 @@ def test_the_kit_bounds_every_wait_but_leaves_a_users_own_client_alone(hub: HubS
 
 
 def test_a_hub_that_cannot_be_reached_is_told_as_such(tmp_path: Path, naps: list[float]) -> None:
-    from huggingface_hub import HfApi
-
+    with HubStandIn(tmp_path / "hub") as gone:
+        pass
     with pytest.raises(HubError, match=r"\(tried 3 times\): the Hub cannot be reached. Check the internet"):
-        push_to_hub(make_run(tmp_path), "me/jets", token=TOKEN, api=HfApi(endpoint="http://127.0.0.1:9"))
+        push(gone, make_run(tmp_path))
 
 
 def test_offline_mode_is_told_as_such(hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
