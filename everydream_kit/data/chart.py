@@ -18,6 +18,8 @@ CELL = 120
 NUM_CELLS = 32
 """Pictures of a contact sheet, spread evenly over the dataset."""
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 _MARGIN = 16
 _BARS_HEIGHT = 220
 _INK, _PALE, _BAR, _SHORT, _PAPER = "#1f2933", "#9aa5b1", "#2f6fab", "#e0a030", "#ffffff"
@@ -61,7 +63,7 @@ def _draw_buckets(buckets: Sequence[BucketFill]) -> Image.Image:
     return page
 
 
-def _draw_upright(page: Image.Image, text: str, top: tuple[int, int], font: ImageFont.FreeTypeFont) -> None:
+def _draw_upright(page: Image.Image, text: str, top: tuple[int, int], font: Font) -> None:
     """A label that reads from bottom to top, centred below a point."""
     left, upper, right, lower = font.getbbox(text)
     label = Image.new("RGB", (int(right - left) + 2, int(lower - upper) + 2), _PAPER)
@@ -91,7 +93,7 @@ def _draw_contact_sheet(dataset: Dataset) -> Image.Image:
     return page
 
 
-def _shorten(text: str, font: ImageFont.FreeTypeFont) -> str:
+def _shorten(text: str, font: Font) -> str:
     """As much of a text as fits below a cell."""
     while text and font.getlength(text) > CELL - 8:
         text = text[: max(0, int(len(text) * 0.9) - 1)]

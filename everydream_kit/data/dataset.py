@@ -277,7 +277,7 @@ class DatasetBuilder:
         self._roots = tuple(roots)
         self._paths = StringColumnBuilder()
         self._captions = StringColumnBuilder()
-        self._numbers = {name: array(code) for name, code in NUMBERS.items()}
+        self._numbers: dict[str, array[Any]] = {name: array(code) for name, code in NUMBERS.items()}
         self._batch_names: dict[str, int] = {}
 
     def add(

@@ -13,7 +13,7 @@ import zlib
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from PIL import Image
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from everydream_kit.data.webp import is_webp, read_webp_header
 
@@ -88,7 +88,7 @@ def read_header(path: str) -> Header:
             f"claims to have more than {MAX_PIXELS // 10**6} million pixels",
             "If it is a real picture, make a smaller copy; else delete it: files like this are made to fill memory.",
         ) from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise PictureError(
             "not a picture in a format that is read, or its beginning is damaged",
             f"Save it again as one of {', '.join(EXTENSIONS)}.",
@@ -155,7 +155,7 @@ def _wrong_name(found: str, extension: str) -> str:
     return f"named {extension}, but is a {found} file" if promised and found != promised else ""
 
 
-def _is_whole(image: Image.Image, file: BinaryIO, size: int) -> bool:
+def _is_whole(image: ImageFile.ImageFile, file: BinaryIO, size: int) -> bool:
     """Whether the file's end is there."""
     position = file.tell()
     try:
@@ -194,14 +194,14 @@ def _png_has_end(file: BinaryIO, size: int) -> bool:
         length, kind = struct.unpack(">I4s", file.read(8))
         position += 12 + length
         if kind == b"IEND":
-            return position <= size
+            return bool(position <= size)
     return False
 
 
-def _bmp_has_all_rows(image: Image.Image, size: int) -> bool:
+def _bmp_has_all_rows(image: ImageFile.ImageFile, size: int) -> bool:
     """Rows of an uncompressed BMP are as long as its header says; compressed ones are left to the loader."""
     tile = image.tile[0] if image.tile else None
     if tile is None or tile[0] != "raw":
         return True
-    stride = tile[3][1]
+    stride = int(tile[3][1])
     return size >= tile[2] + stride * image.height

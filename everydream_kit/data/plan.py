@@ -216,6 +216,8 @@ def _choose_uses(dataset: Dataset, settings: PlanSettings, epoch: int) -> tuple[
     A multiplier's whole part is exact in every epoch. Its fraction f is spread by error diffusion: the picture has
     one extra use in the epochs where floor(e·f + phase) steps up, with a phase of its own, so after E epochs it had
     f·E extra uses to within one, and about the same number of pictures take their turn in every epoch.
+
+    The share that ratings leave out grows evenly from nothing in the first epoch to the whole of it in the last.
     """
     multiply = dataset.numbers["multiply"]
     whole = np.floor(multiply)
@@ -229,25 +231,22 @@ def _choose_uses(dataset: Dataset, settings: PlanSettings, epoch: int) -> tuple[
     rounds = _count_within(uses)
     if settings.rated_dropout_percent is None:
         return pictures, rounds
-    kept = _draw_by_rating(dataset, settings, epoch, pictures, rounds)
+    share_left_out = settings.rated_dropout_percent / 100 * min(1.0, epoch / max(1, settings.max_epochs - 1))
+    num_kept = max(round(len(pictures) * (1 - share_left_out)), min(1, len(pictures)))
+    kept = _draw_by_rating(dataset, (settings.seed, "rating", epoch), pictures, rounds, num_kept)
     return pictures[kept], rounds[kept]
 
 
 def _draw_by_rating(
-    dataset: Dataset, settings: PlanSettings, epoch: int, pictures: np.ndarray, rounds: np.ndarray
+    dataset: Dataset, address: tuple[int, str, int], pictures: np.ndarray, rounds: np.ndarray, num_kept: int
 ) -> np.ndarray:
-    """Sorted positions of the uses that stay: weighted sampling without replacement (Efraimidis & Spirakis 2006).
-
-    The share left out grows linearly from nothing in the first epoch to `rated_dropout_percent` in the last.
-    """
-    progress = min(1.0, epoch / max(1, settings.max_epochs - 1))
-    num_kept = round(len(pictures) * (1 - settings.rated_dropout_percent / 100 * progress))
+    """Sorted positions of the uses that stay: weighted sampling without replacement (Efraimidis & Spirakis 2006)."""
     ratings = dataset.numbers["rating"][pictures].astype(np.float64)
     ratings[np.isnan(ratings)] = 1.0
-    uniform = (_hash(dataset, (settings.seed, "rating", epoch), pictures, rounds) + 0.5) / 2.0**64
+    uniform = (_hash(dataset, address, pictures, rounds) + 0.5) / 2.0**64
     with np.errstate(divide="ignore"):
         arrivals = -np.log(uniform) / ratings  # rating 0 never arrives
-    return np.sort(np.argsort(arrivals, kind="stable")[: max(num_kept, min(1, len(pictures)))])
+    return np.sort(np.argsort(arrivals, kind="stable")[:num_kept])
 
 
 def _spread_over_classes(
@@ -263,14 +262,14 @@ def _spread_over_classes(
     if len(set(settings.resolutions)) == 1:
         return pictures, rounds, assign_buckets(widths, heights, buckets)[pictures]
     sides = np.array(buckets)
-    chosen = []
+    chosen: list[tuple[np.ndarray, np.ndarray]] = []
     for resolution in sorted(set(settings.resolutions)):
         table = bucket_table(resolution, settings.bucket_step)
         renumber = np.array([index_of[size] for size in table])
         bucket = renumber[assign_buckets(widths, heights, table)]
         fits = upscale_needed(widths, heights, sides[bucket, 0], sides[bucket, 1]) <= 1
         chosen.append((bucket, fits if chosen else np.ones_like(fits)))
-    num_classes = sum(fits.astype(np.int64) for _, fits in chosen)
+    num_classes = np.sum([fits for _, fits in chosen], axis=0, dtype=np.int64)
     before = np.zeros(len(dataset), np.int64)
     parts = []
     for bucket, fits in chosen:
@@ -279,7 +278,8 @@ def _spread_over_classes(
             (pictures[mine], (rounds * num_classes[pictures] + before[pictures])[mine], bucket[pictures[mine]])
         )
         before += fits
-    return tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
+    used, repeats, bucket = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    return used, repeats, bucket
 
 
 def _form_batches(

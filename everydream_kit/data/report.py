@@ -119,7 +119,8 @@ class DatasetReport:
 
     def to_json(self) -> dict[str, Any]:
         """All of it as lists, dicts, numbers and texts, for `json.dumps`."""
-        return _plain(asdict(self))
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
 
     @property
     def text(self) -> str:

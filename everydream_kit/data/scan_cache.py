@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -64,8 +65,8 @@ class Remembered:
 
     def look_up(self, paths: Sequence[str]) -> Mapping[str, int]:
         """Rows by path, of at least those of `paths` that are known; they must be of one folder, and sorted."""
-        if self._everything is not None:
-            return self._everything
+        if self._dataset is None or self._everything is not None:
+            return self._everything or {}
         folder = paths[0][: paths[0].rfind("/") + 1]
         if folder not in self._folders:
             return {}
@@ -77,6 +78,7 @@ class Remembered:
 
     def header(self, row: int, file_bytes: int, mtime_ns: int) -> Header | None:
         """The header of a picture whose own file is as it was, or None."""
+        assert self._dataset is not None  # rows come from look_up
         n = self._dataset.numbers
         if n["file_bytes"][row] != file_bytes or n["mtime_ns"][row] != mtime_ns or n["stamp"][row] == NEVER:
             return None
@@ -92,6 +94,7 @@ class Remembered:
 
     def rows(self, rows: Sequence[int]) -> Dataset:
         """Some rows as a dataset, without problems: rows that had any are stamped NEVER."""
+        assert self._dataset is not None  # rows come from look_up
         return replace(self._dataset.subset(rows), problems=[])
 
 
@@ -118,7 +121,7 @@ def load_remembered(cache_dir: Path | None, root: str, in_folder_order: bool) ->
         return Remembered()
 
 
-def _from_arrays(meta: dict, file: np.lib.npyio.NpzFile) -> Dataset:
+def _from_arrays(meta: dict[str, Any], file: np.lib.npyio.NpzFile) -> Dataset:
     numbers = {name: file[f"number_{name}"] for name in NUMBERS}
     dataset = Dataset(
         roots=("",),
@@ -141,7 +144,7 @@ def save_remembered(cache_dir: Path, root: str, dataset: Dataset) -> None:
         "root": os.fsencode(root).hex(),
         "batch_names": dataset.batch_names,
     }
-    arrays = {f"number_{name}": column for name, column in dataset.numbers.items()}
+    arrays: dict[str, Any] = {f"number_{name}": column for name, column in dataset.numbers.items()}
     arrays |= {"path_data": dataset.paths.data, "path_ends": dataset.paths.ends}
     arrays |= {"caption_data": dataset.captions.data, "caption_ends": dataset.captions.ends}
     arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)

@@ -37,7 +37,7 @@ class PictureSettings:
 
     def updated(self, later: PictureSettings) -> PictureSettings:
         """These settings with `later` words over them. Tags of both are kept, the later first."""
-        values = {}
+        values: dict[str, Any] = {}
         for item in fields(self):
             mine, theirs = getattr(self, item.name), getattr(later, item.name)
             if item.name == "tags":
