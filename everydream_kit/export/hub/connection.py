@@ -288,13 +288,15 @@ def _limit_waiting() -> None:
 @contextlib.contextmanager
 def quiet_client() -> Iterator[None]:
     """Keep the client's own progress bars out of logs and notebooks; the kit reports progress itself."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub import utils as client
+
+    are_progress_bars_disabled: Any = client.are_progress_bars_disabled  # type: ignore[attr-defined]
 
     if are_progress_bars_disabled():
         yield
         return
-    disable_progress_bars()
+    client.disable_progress_bars()  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        enable_progress_bars()
+        client.enable_progress_bars()  # type: ignore[attr-defined]
