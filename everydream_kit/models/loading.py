@@ -92,7 +92,7 @@ def load_model(
 
     Args:
         source: a diffusers folder, a `.safetensors` or `.ckpt` file, or a Hub id.
-        dtype: of the UNet and text encoders. A VAE that overflows in half precision (SDXL's) stays float32.
+        dtype: of the UNet and text encoders. The VAE stays float32: it is small, and several overflow in float16.
         revision, subfolder, variant, token: for Hub ids (subfolder and variant for folders, too).
         family, prediction_type: overrides of what the files say.
 
@@ -167,7 +167,6 @@ def _open_adapted(folder: Path, token: str | None) -> ModelFiles:
 def assemble(files: ModelFiles, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
     """Read the weights and build the modules."""
     slots = files.family.text_encoders
-    vae_dtype = torch.float32 if files.configs["vae"].get("force_upcast") else dtype
     text_encoders = [
         fill(
             build_text_encoder(files.configs[slot.folder], slot.class_name),
@@ -178,7 +177,7 @@ def assemble(files: ModelFiles, *, dtype: torch.dtype = torch.float32, device: t
         for slot in slots
     ]
     unet = fill(build_unet(files.configs["unet"]), files.tensors["unet"], dtype, f"{files.source}/unet")
-    vae = fill(build_vae(files.configs["vae"]), files.tensors["vae"], vae_dtype, f"{files.source}/vae")
+    vae = fill(build_vae(files.configs["vae"]), files.tensors["vae"], torch.float32, f"{files.source}/vae")
     return Model(
         family=files.family,
         unet=unet.to(device),

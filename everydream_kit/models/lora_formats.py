@@ -64,10 +64,11 @@ def _diffusers_metadata(lora: Lora) -> str:
     values: dict[str, object] = {}
     for component, layers in lora.items():
         first = next(iter(layers.values()))
+        short = sorted(name.removeprefix("text_model.") for name in layers)  # transformers 5 has no such prefix
         values |= {
             f"{component}.r": first.rank,
             f"{component}.lora_alpha": first.alpha,
-            f"{component}.target_modules": sorted(layers),
+            f"{component}.target_modules": short,
             f"{component}.use_dora": first.magnitude is not None,
         }
     return json.dumps(values, sort_keys=True)

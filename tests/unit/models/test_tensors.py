@@ -1,0 +1,155 @@
+"""Lazy tensors and the streaming safetensors writer."""
+
+import gc
+import hashlib
+import json
+import struct
+import weakref
+
+import pytest
+import safetensors.torch
+import torch
+
+from everydream_kit.errors import ModelError
+from everydream_kit.models.tensors import (
+    HASH_KEY,
+    LazyTensor,
+    concatenated,
+    open_pickle,
+    open_safetensors,
+    write_safetensors,
+)
+
+FORMATS = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8]
+
+
+def lazily(tensors):
+    return {name: LazyTensor.of(tensor) for name, tensor in tensors.items()}
+
+
+def test_safetensors_own_reader_reads_what_we_write(tmp_path):
+    tensors = {f"t{index}": torch.arange(6).reshape(2, 3).to(dtype) for index, dtype in enumerate(FORMATS)}
+    tensors |= {"odd": torch.tensor([1, 2, 3], dtype=torch.uint8), "scalar": torch.tensor(2.5), "empty": torch.zeros(0)}
+    tensors["strided"] = torch.arange(12.0).reshape(3, 4).t()
+    write_safetensors(tmp_path / "a.safetensors", lazily(tensors), {"title": "Bär"})
+    read = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor)
+    assert open_safetensors(tmp_path / "a.safetensors")[1] == {"title": "Bär"}
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.safetensors"]
+
+
+def test_the_hash_in_the_header_is_of_all_tensor_bytes(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, lazily({"a": torch.ones(3), "b": torch.zeros(2)}), {HASH_KEY: ""})
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    metadata = json.loads(content[8 : 8 + length])["__metadata__"]
+    assert metadata[HASH_KEY] == "0x" + hashlib.sha256(content[8 + length :]).hexdigest()
+
+
+def test_writing_holds_one_tensor_at_a_time(tmp_path):
+    alive = weakref.WeakSet()
+    most = 0
+
+    def read():
+        nonlocal most
+        gc.collect()
+        tensor = torch.ones(1000)
+        alive.add(tensor)
+        most = max(most, len(alive))
+        return tensor
+
+    write_safetensors(
+        tmp_path / "a.safetensors", {f"t{i}": LazyTensor((1000,), torch.float32, read) for i in range(20)}
+    )
+    assert most <= 2  # the one being read, and at most the one before it
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, lazily({"a": torch.ones(2)}))
+    before = path.read_bytes()
+
+    def fail():
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_safetensors(path, {"a": LazyTensor((2,), torch.float32, fail)})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_lazy_steps_announce_what_they_read():
+    base = LazyTensor.of(torch.arange(12.0).reshape(4, 3))
+    steps = [
+        base.transposed(),
+        base.rows(1, 3),
+        base.reshaped(2, 6),
+        base.cast(torch.float16),
+        concatenated([base, base]),
+    ]
+    for lazy in steps:
+        assert tuple(lazy.read().shape) == lazy.shape
+        assert lazy.read().dtype == lazy.dtype
+    assert LazyTensor.of(torch.arange(3)).cast(torch.float16).dtype == torch.int64  # counts are not rounded
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, lazily({"a": torch.ones(1000)}))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"a\.safetensors: not a whole safetensors file .* Fetch it again"):
+        open_safetensors(path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [1000, 1000, 1000], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [4], "data_offsets": [0, 10**15]},
+        {"dtype": "F32", "shape": [4], "data_offsets": [8, 24]},
+        {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]},
+    ],
+)
+def test_a_header_that_lies_about_sizes_is_refused(tmp_path, entry):
+    header = json.dumps({"a": entry}).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+    with pytest.raises(ModelError, match="not a whole safetensors file"):
+        open_safetensors(tmp_path / "a.safetensors")
+
+
+def test_a_header_longer_than_the_file_is_refused(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
+    with pytest.raises(ModelError, match="not a whole safetensors file"):
+        open_safetensors(tmp_path / "a.safetensors")
+
+
+class Bomb:
+    """Unpickled by an ordinary reader, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_with_code_is_refused_and_nothing_in_it_runs(tmp_path, zipped):
+    proof = tmp_path / "ran"
+    path = tmp_path / "evil.ckpt"
+    torch.save({"state_dict": {"a": torch.ones(1)}, "x": Bomb(proof)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ModelError, match=r"evil\.ckpt: refused\. .*nothing in it was run"):
+        open_pickle(path)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04broken", b"not a checkpoint at all", b"\x80\x02}q\x00."])
+def test_a_damaged_pickle_is_one_clear_error_or_an_empty_table(tmp_path, content):
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"a\.ckpt: (cannot be read|refused)"):
+        open_pickle(path)
