@@ -81,8 +81,8 @@ def load_batch(request: BatchRequest, settings: LoadSettings, latent_cache: Late
     """Load one micro-batch: pixels decoded from the files, or moments from the cache."""
     if latent_cache is not None:
         return _load_moments(request, settings, latent_cache)
-    rows = []
-    problems = []
+    rows: list[tuple[pixels.Crop, pixels.LoadedPixels | None]] = []
+    problems: list[Problem] = []
     for row, picture in enumerate(request.pictures):
         crop = crop_for(request, row, settings)
         try:

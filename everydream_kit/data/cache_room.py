@@ -72,11 +72,15 @@ def choose_cache_mode(
 
 def free_memory() -> int:
     """Bytes of memory that this process can still take: the machine's, or the container's where that is less."""
-    available = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    available = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
     try:
-        return min(available, int(limit.read_text()) - int(used.read_text()))
-    except (OSError, ValueError):  # no container, or "max"
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # files that were read count as used until someone needs the room
+        return min(available, limit - used + int(statistics.get("inactive_file", 0)))
+    except (OSError, ValueError):  # no container, or no limit ("max")
         return available
 
 

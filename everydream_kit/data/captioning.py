@@ -65,14 +65,13 @@ def auto_caption(
     changes = Changes(f"Caption pictures in {root} with {model}", dry_run=dry_run, journal=place)
     changes.report.problems.extend(dataset.problems)
     wanted = list(_without_caption(dataset, overwrite, changes))
+    captioner = None
     if not dry_run and wanted:
         captioner = Captioner(model, device=device, max_new_tokens=max_new_tokens)
     for start in range(0, len(wanted), batch_size):
         paths = wanted[start : start + batch_size]
-        shown = [(path, None if dry_run else _open(path, changes)) for path in paths]
-        readable = [(path, picture) for path, picture in shown if dry_run or picture is not None]
-        texts = [""] * len(readable) if dry_run else captioner([picture for _, picture in readable], prompt)
-        for (path, _), text in zip(readable, texts, strict=True):
+        texts = dict.fromkeys(paths, "") if captioner is None else _caption(captioner, paths, prompt, changes)
+        for path, text in texts.items():
             changes.write(caption_file(path), f"{prefix}{text}{suffix}".strip().encode(), "captions written", path)
         if progress is not None:
             progress(start + len(paths), len(wanted))
@@ -86,6 +85,12 @@ def _without_caption(dataset: Dataset, overwrite: bool, changes: Changes) -> Ite
             changes.leave(path, "its caption may be in a .yaml or .json file.", "Edit that file.")
         elif overwrite or not has_own_caption(dataset, index):
             yield path
+
+
+def _caption(captioner: Captioner, paths: list[Path], prompt: str | None, changes: Changes) -> dict[Path, str]:
+    """Captions of those pictures that can be decoded."""
+    shown = {path: picture for path in paths if (picture := _open(path, changes)) is not None}
+    return dict(zip(shown, captioner(list(shown.values()), prompt), strict=True))
 
 
 def _open(path: Path, changes: Changes) -> Image.Image | None:
@@ -115,14 +120,16 @@ class Captioner:
             ModelError: it cannot be found or loaded, or is no image-to-text model.
         """
         import torch
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        import transformers
+
+        auto: Any = transformers  # whose own annotations do not fit its classes
 
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         dtype = torch.float16 if device.startswith("cuda") else torch.float32
         try:
-            self._processor: Any = AutoProcessor.from_pretrained(str(model))
-            loaded = AutoModelForImageTextToText.from_pretrained(str(model), dtype=dtype)
+            self._processor: Any = auto.AutoProcessor.from_pretrained(str(model))
+            loaded: Any = auto.AutoModelForImageTextToText.from_pretrained(str(model), dtype=dtype)
         except (OSError, ValueError, KeyError, ImportError) as error:
             cause = next(iter(str(error).splitlines()), type(error).__name__)
             raise ModelError(

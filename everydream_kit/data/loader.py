@@ -20,7 +20,7 @@ import signal
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -128,7 +128,7 @@ class Loader(Iterator[StepBatches]):
         self.problems: list[Problem] = []
         self._known_problems: set[str] = set()
         self._heads = sampler.heads
-        self._loader: DataLoader | None = DataLoader(
+        self._loader: DataLoader[LoadedBatch] | None = DataLoader(
             decoder,
             sampler=sampler,
             batch_size=None,
@@ -227,6 +227,6 @@ def leave_signals_to_the_parent(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def as_is(item: LoadedBatch) -> LoadedBatch:
+def as_is(item: Any) -> Any:
     """Nothing is left to collate: a named function, so that it can be pickled."""
     return item

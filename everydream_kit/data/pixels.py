@@ -6,7 +6,7 @@ goes with it. Not here: which picture goes into which bucket (`buckets`), and te
 The trade-off: one resampling, never two. A crop is a box in the source's own pixels, possibly of fractional size, and
 the box is resampled straight to the bucket (Lanczos down, bicubic up). JPEGs are decoded at the smallest of libjpeg's
 scales (1, 1/2, 1/4, 1/8) that still has three times the pixels wanted in each direction: before the rounding to 8 bits
-photographs then come out 60 dB or more from the full decode, in about half of the time and a quarter of the memory.
+photographs at 512 px came out 60 dB or more from the full decode, in under half of the time and a quarter of the memory.
 Twice the pixels, which is often advised, gave 52 to 58 dB (docs/data-pixels.md has the numbers).
 """
 
@@ -214,7 +214,7 @@ def _orientation(image: Image.Image) -> int:
     if not any(name in image.info for name in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")):
         return 1
     try:
-        return image.getexif().get(_ORIENTATION_TAG, 1)
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except DECODE_ERRORS:
         return 1
 

@@ -21,8 +21,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from everydream_kit.errors import DataError, DiskSpaceError
 
@@ -206,12 +207,19 @@ def _entries(archive: Path, stack: ExitStack) -> Iterator[_Entry]:
     if zipfile.is_zipfile(archive):
         opened = stack.enter_context(zipfile.ZipFile(archive))
         for info in opened.infolist():
-            yield _Entry(info.orig_filename, _zip_kind(info), info.file_size, lambda i=info: opened.open(i))
+            yield _Entry(info.orig_filename, _zip_kind(info), info.file_size, partial(opened.open, info))
         return
     # in one pass: a compressed tar is not read twice
     stream = stack.enter_context(tarfile.open(archive, "r|*"))  # noqa: SIM115
     for member in stream:
-        yield _Entry(member.name, _tar_kind(member), member.size, lambda m=member: stream.extractfile(m))
+        yield _Entry(member.name, _tar_kind(member), member.size, partial(_extract, stream, member))
+
+
+def _extract(stream: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    file = stream.extractfile(member)
+    if file is None:  # only of what is no regular file, which was refused before
+        raise tarfile.TarError("no contents")
+    return file
 
 
 def _zip_kind(info: zipfile.ZipInfo) -> str:
@@ -238,10 +246,12 @@ def _fetch_snapshot(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    network_errors = tuple(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")  # httpx or httpx2
+    # httpx's HTTPError with huggingface_hub 1.x, httpx2's with 2.x: the client's own error is made of it
+    network = [base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"]
+    expected: tuple[type[Any], ...] = (OSError, ValueError, *network)
     try:
         folder = snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=_HUB_PATTERNS)
-    except (HfHubHTTPError, OSError, ValueError, *network_errors) as error:
+    except expected as error:
         cause = next(iter(str(error).splitlines()), "no answer")
         raise DataError(
             f"{repo_id}: this dataset cannot be fetched from the Hugging Face Hub ({type(error).__name__}: {cause}). "

@@ -154,12 +154,12 @@ def read_table(table: Path) -> list[tuple[str, str]]:
     if not rows:
         raise DataError(f"{table}: has no rows.")
     names = [_column(rows[0], wanted, table) for wanted in (_NAME_COLUMNS, _CAPTION_COLUMNS)]
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for number, row in enumerate(rows, 1):
-        values = [row.get(name) for name in names]
-        if not all(isinstance(value, str) for value in values) or not values[0]:
+        name, caption = (row.get(column) for column in names)
+        if not isinstance(name, str) or not isinstance(caption, str) or not name:
             raise DataError(f"{table}: row {number} has no text in {names[0]!r} or {names[1]!r}: {row!r}.")
-        pairs.append((values[0], " ".join(values[1].split())))
+        pairs.append((name, " ".join(caption.split())))
     return pairs
 
 

@@ -51,19 +51,21 @@ class TextCache(Generic[Encoded]):
         ordered = [rows[caption] for caption in captions]
         if len({tuple(t.shape for t in _tensors(row)) for row in ordered}) > 1:
             return self._encode(list(captions))
-        columns = {f.name: [getattr(row, f.name) for row in ordered] for f in fields(ordered[0])}
+        first: Any = ordered[0]
+        columns = {f.name: [getattr(row, f.name) for row in ordered] for f in fields(first)}
         together = {
             name: None if values[0] is None else torch.cat(values).to(self._device) for name, values in columns.items()
         }
-        return replace(ordered[0], **together)
+        result: Encoded = replace(first, **together)
+        return result
 
     def _row(self, caption: str) -> Encoded:
         """One caption, from memory or freshly encoded; on the CPU, so that the device's memory stays the model's."""
         if caption in self._known:
             return self._known[caption]
-        row: Any = self._encode([caption])
-        self._device = next(iter(_tensors(row))).device
-        row = replace(row, **{f.name: _to_cpu(getattr(row, f.name)) for f in fields(row)})
+        encoded: Any = self._encode([caption])
+        self._device = next(iter(_tensors(encoded))).device
+        row: Encoded = replace(encoded, **{f.name: _to_cpu(getattr(encoded, f.name)) for f in fields(encoded)})
         size = sum(tensor.nbytes for tensor in _tensors(row))
         if self.num_bytes + size <= self._max_bytes:
             self._known[caption] = row
