@@ -3,6 +3,8 @@
 Each function opens the project folder and returns its panel, which shows itself as the last line of a cell. Panels work
 under ipywidgets 7.7.1 (Colab) and 8; they use core widgets, and anywidget for the clock, the upload area and the token
 field, with a fallback for each. They compute nothing: their buttons call the library and show its reports.
+
+No module here has the name of one of these functions: importing it would put the module in the function's place.
 """
 
 from __future__ import annotations
@@ -11,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from everydream_kit.panels.compare import ComparePanel
+    from everydream_kit.panels.machine import SetupPanel
     from everydream_kit.panels.pictures import DatasetPanel
-    from everydream_kit.panels.setup import SetupPanel
-    from everydream_kit.panels.share import SharePanel
+    from everydream_kit.panels.sharing import SharePanel
+    from everydream_kit.panels.side_by_side import ComparePanel
     from everydream_kit.panels.training import TrainPanel
 
 __all__ = ["compare", "dataset", "setup", "share", "train"]
@@ -22,7 +24,7 @@ __all__ = ["compare", "dataset", "setup", "share", "train"]
 
 def setup(project: str | Path, **options: Any) -> SetupPanel:
     """Where am I, what fits here, what is wrong; log in to the Hub. Options as `SetupPanel`."""
-    from everydream_kit.panels.setup import SetupPanel
+    from everydream_kit.panels.machine import SetupPanel
 
     return SetupPanel(project, **options)
 
@@ -43,13 +45,13 @@ def train(project: str | Path, **options: Any) -> TrainPanel:
 
 def compare(project: str | Path, **options: Any) -> ComparePanel:
     """Checkpoints beside each other, before and after, pick a winner. Options as `ComparePanel`."""
-    from everydream_kit.panels.compare import ComparePanel
+    from everydream_kit.panels.side_by_side import ComparePanel
 
     return ComparePanel(project, **options)
 
 
 def share(project: str | Path, **options: Any) -> SharePanel:
     """A file for image apps; the model on the Hub with its card. Options as `SharePanel`."""
-    from everydream_kit.panels.share import SharePanel
+    from everydream_kit.panels.sharing import SharePanel
 
     return SharePanel(project, **options)

@@ -30,7 +30,9 @@ class Card:
         self._quiet = False
         self.image = widgets.Image(format="jpeg")
         self.image.add_class("edk-thumb")
-        self.check = widgets.Checkbox(indent=False, layout=widgets.Layout(width="auto", margin="0 8px"))
+        self.check = widgets.Checkbox(
+            description="picture", indent=False, layout=widgets.Layout(width="auto", margin="0 8px")
+        )
         self.text = widgets.Textarea(continuous_update=False, layout=widgets.Layout(width="auto", height="76px"))
         self.note = widgets.HTML()
         self.text.observe(self._take_text, "value")

@@ -26,6 +26,8 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 SHOTS = REPOSITORY / "docs" / "images"
 FAILURES = Path(__file__).parent / "failures"
+VIEWPORT = {"width": 1180, "height": 1000}
+TALLEST_PICTURE = 1250
 CHROMIUM_ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -153,7 +155,7 @@ def browser():
 
 @pytest.fixture
 def page(browser, request):
-    context = browser.new_context(viewport={"width": 1180, "height": 1000})
+    context = browser.new_context(viewport=VIEWPORT)
     page = context.new_page()
     page.set_default_timeout(30_000)
     yield page
@@ -203,7 +205,14 @@ class Driver:
 
     def photograph(self, locator, name):
         """A panel's picture for the documentation, when they are wanted."""
-        if os.environ.get("EDK_SCREENSHOTS") == "1":
-            SHOTS.mkdir(parents=True, exist_ok=True)
-            self.page.mouse.move(0, 0)
-            locator.screenshot(path=SHOTS / f"panel-{name}.png")
+        if os.environ.get("EDK_SCREENSHOTS") != "1":
+            return
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        self.page.mouse.move(0, 0)
+        self.page.set_viewport_size({"width": 1180, "height": 2400})
+        locator.evaluate("element => element.scrollIntoView()")
+        self.page.wait_for_timeout(1200)
+        box = locator.bounding_box()
+        box["height"] = min(box["height"], TALLEST_PICTURE)
+        self.page.screenshot(path=SHOTS / f"panel-{name}.png", clip=box)
+        self.page.set_viewport_size(VIEWPORT)

@@ -1,0 +1,215 @@
+"""Compare, share and set-up panels, and the rules that all panels keep."""
+
+import json
+import os
+from pathlib import Path
+
+import ipywidgets as widgets
+import pytest
+from hub_runs import make_run
+from PIL import Image
+
+from everydream_kit import panels
+from everydream_kit.doctor import Check, Diagnosis
+from everydream_kit.errors import ConfigError, ExportError
+from everydream_kit.panels.comparison import Comparison
+from everydream_kit.panels.machine import SetupPanel
+from everydream_kit.panels.project import Project
+from everydream_kit.panels.sharing import SharePanel, count_weights
+from everydream_kit.panels.side_by_side import ComparePanel
+
+SEEN = Diagnosis((Check("Python", "ok", "3.11"), Check("device", "warning", "CPU", "Use a GPU <b>")))
+
+
+def all_widgets(box):
+    yield box
+    for child in getattr(box, "children", ()):
+        yield from all_widgets(child)
+
+
+def texts(box):
+    return "".join(widget.value for widget in all_widgets(box) if isinstance(widget, widgets.HTML))
+
+
+@pytest.fixture
+def project(tmp_path):
+    folder = tmp_path / "jets"
+    make_run(folder / "logs")
+    (folder / "input").mkdir()
+    (folder / "input" / "a.txt").write_text("a jet")
+    return folder
+
+
+BUILDERS = {
+    "setup": lambda folder: panels.setup(folder, diagnosis=SEEN),
+    "dataset": panels.dataset,
+    "train": panels.train,
+    "compare": panels.compare,
+    "share": panels.share,
+}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_panel_is_built_twice_on_an_empty_project_by_its_public_name(name, tmp_path):
+    for _ in range(2):
+        panel = BUILDERS[name](tmp_path / "empty")
+        assert "edk-head" in texts(panel.box)
+        assert callable(getattr(panels, name))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_control_has_a_label_and_no_widget_is_one_that_colab_lacks(name, project):
+    kinds = set()
+    for widget in all_widgets(BUILDERS[name](project).box):
+        kinds.add(type(widget).__name__)
+        if isinstance(
+            widget, widgets.Text | widgets.Textarea | widgets.Dropdown | widgets.IntSlider | widgets.Checkbox
+        ):
+            assert widget.description, widget
+    known = "HTML Text Textarea Dropdown IntSlider FloatSlider Checkbox Button IntProgress Image VBox HBox GridBox"
+    known += " Accordion Tab BoundedIntText IntText Clock DropZone TokenField"
+    assert kinds <= set(known.split())
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_panel_is_built_without_anywidget(name, project, monkeypatch):
+    for module in ("clock", "upload", "login"):
+        import importlib
+
+        loaded = importlib.import_module(f"everydream_kit.panels.{module}")
+        attribute = {"clock": "_clock_class", "upload": "_drop_zone_class", "login": "_token_field_class"}[module]
+        monkeypatch.setattr(loaded, attribute, lambda: None)
+    panel = BUILDERS[name](project)
+    assert "edk-head" in texts(panel.box)
+
+
+def test_a_panel_shows_itself_as_the_last_line_of_a_cell(project, monkeypatch):
+    import IPython.display
+
+    shown = []
+    monkeypatch.setattr(IPython.display, "display", shown.append)
+    panel = panels.share(project)
+    panel._ipython_display_()
+    assert shown == [panel.box]
+
+
+def test_setup_lists_what_is_wrong_with_the_cure(tmp_path):
+    panel = SetupPanel(tmp_path / "jets", diagnosis=SEEN)
+    shown = texts(panel.box)
+    assert "ready, with remarks" in shown and "Use a GPU &lt;b&gt;" in shown
+    assert (tmp_path / "jets" / "input").is_dir()
+
+
+def test_a_refused_token_is_one_sentence_without_the_token(tmp_path, monkeypatch):
+    from everydream_kit.errors import HubError
+    from everydream_kit.panels import machine
+
+    def refuse(token):
+        raise HubError("The Hub refused this token.")
+
+    monkeypatch.setattr(machine, "log_in", refuse)
+    panel = SetupPanel(tmp_path / "jets", diagnosis=SEEN)
+    panel._take_token("hf_secret")
+    assert "refused" in panel.message.value
+    states = json.dumps([str(widget.get_state()) for widget in all_widgets(panel.box)])
+    assert "hf_secret" not in states
+
+
+def make_pictures(comparison):
+    for checkpoint in comparison.checkpoints:
+        for prompt, cfg in comparison.missing(checkpoint):
+            path = comparison.picture_path(checkpoint, prompt, cfg)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (64, 64), (90, 90, 200)).save(path)
+
+
+def test_compare_offers_the_base_and_the_checkpoints_and_shows_what_is_drawn(project):
+    panel = ComparePanel(project)
+    assert next(iter(panel.choices)) == "base: embedded"
+    assert panel.prompts.value == "a jet"
+    panel.cfgs.value, panel.size.value = "1, 4.5", 64
+    asked = panel.asked()
+    assert (len(asked.checkpoints), asked.cfgs, asked.num_pictures) == (2, (1.0, 4.5), 4)
+    make_pictures(asked)
+    panel.draw_button.click()
+    assert panel.job is None  # everything is there already
+    assert panel.grid.value.count("data:image/jpeg") == 4
+    assert panel.pair.value.count("data:image/jpeg") == 2
+    assert "before · base: embedded" in panel.pair.value and "after · jets-ep01-gs00020" in panel.pair.value
+    again = ComparePanel(project)
+    assert again.pair.value.count("data:image/jpeg") == 2
+
+
+def test_compare_says_what_cannot_be_drawn(project):
+    panel = ComparePanel(project)
+    panel.cfgs.value = "much"
+    panel.draw_button.click()
+    assert "numbers with commas between" in panel.message.value
+    with pytest.raises(ConfigError, match="multiple of 8"):
+        Comparison(str(project), ("embedded",), ("a",), size=100)
+
+
+def test_a_picture_depends_on_everything_that_it_is_drawn_from(project):
+    one = Comparison(str(project), ("embedded",), ("a jet",), seed=1)
+    paths = {one.picture_path("embedded", "a jet", 7.0), one.picture_path("embedded", "a jet", 4.0)}
+    for changes in ({"seed": 2}, {"size": 256}, {"num_inference_steps": 5}, {"clip_skip": 2}):
+        other = Comparison(**{**one.__dict__, **changes})
+        paths.add(other.picture_path("embedded", "a jet", 7.0))
+    checkpoint = next((project / "logs").glob("*/ckpts/*"))
+    before = one.picture_path(str(checkpoint), "a jet", 7.0)
+    os.utime(checkpoint / "model_index.json", (1, 1))
+    assert one.picture_path(str(checkpoint), "a jet", 7.0) != before
+    assert len(paths) == 6
+    assert Comparison.load(one.save()) == one
+
+
+def test_the_winner_is_first_when_sharing(project):
+    panel = ComparePanel(project)
+    panel.winner_button.click()
+    winner = Project.open(project).winner
+    assert winner is not None and winner.name == "jets-ep01-gs00020"
+    assert SharePanel(project).checkpoint.value == str(winner)
+
+
+def test_share_foretells_previews_and_names_what_is_missing(project):
+    panel = SharePanel(project)
+    panel.preview_button.click()
+    assert "Give the repository" in panel.message.value
+    panel.repo.value = "me/jets"
+    panel.preview_button.click()
+    assert "nothing is uploaded yet" in panel.message.value and "README.md" in panel.preview_text.value
+    panel.file_name.value = "jets.exe"
+    panel.export_button.click()
+    assert "must end in" in panel.message.value
+    assert "is damaged" in panel.size.value  # the run's weights are noise
+
+
+def test_weights_are_counted_from_the_header_alone(tmp_path):
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    save_file({"a": np.zeros((3, 4), np.float16), "b": np.zeros((), np.float32)}, tmp_path / "x.safetensors")
+    assert count_weights(tmp_path / "x.safetensors") == 13
+    (tmp_path / "y.safetensors").write_bytes(b"\xff" * 50)
+    with pytest.raises(ExportError, match="damaged"):
+        count_weights(tmp_path / "y.safetensors")
+
+
+def test_an_empty_project_says_to_train_first(tmp_path):
+    panel = SharePanel(tmp_path / "new")
+    assert "Train first" in panel.message.value and panel.push_button.disabled
+
+
+def test_a_bare_name_lies_in_the_hosts_storage(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Project.open("jets").folder == tmp_path / "workspace" / "jets"
+    assert Project.open("elsewhere/jets").folder == tmp_path / "elsewhere" / "jets"
+
+
+def test_chores_tell_their_failure_in_words(tmp_path):
+    from everydream_kit.panels.chores import main
+
+    assert main(["fetch", str(tmp_path / "work"), str(tmp_path / "no.thing")]) == 1
+    status = json.loads((tmp_path / "work" / "status.json").read_text())
+    assert status["state"] == "failed" and "no.thing" in status["message"]
+    assert Path(tmp_path / "work").is_dir()
