@@ -314,7 +314,7 @@ def _check_gpu_memory(device: Device | None) -> Check | None:
         return None
     text = f"{_gib(device.free_bytes)} free of {_gib(device.total_bytes)}"
     if device.total_bytes < GPU_WANTED_BYTES:
-        cure = "Full fine-tuning of SD 1.x wants about 10 GiB. Train a LoRA, or use gradient_checkpointing."
+        cure = "Full fine-tuning of SD 1.x wants about 10 GiB: use gradient_checkpointing at batch_size 1, or a smaller model."
         return Check("GPU memory", "warning", text, cure)
     if device.free_bytes < device.total_bytes / 2:
         return Check(
