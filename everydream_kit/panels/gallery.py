@@ -33,7 +33,9 @@ class Card:
         self.check = widgets.Checkbox(
             description="picture", indent=False, layout=widgets.Layout(width="auto", margin="0 8px")
         )
-        self.text = widgets.Textarea(continuous_update=False, layout=widgets.Layout(width="auto", height="76px"))
+        self.text = widgets.Textarea(
+            description="Caption", continuous_update=False, layout=widgets.Layout(width="auto", height="76px")
+        )
         self.note = widgets.HTML()
         self.text.observe(self._take_text, "value")
         self.check.observe(self._take_check, "value")
