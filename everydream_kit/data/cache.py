@@ -216,7 +216,9 @@ class LatentCache:
         broken: set[str] = set()
         for batch in decoder:
             if batch.names:
-                self._put(batch, encode_moments(batch.pixels))
+                with torch.no_grad():
+                    moments = encode_moments(batch.pixels)
+                self._put(batch, moments)
             for problem in batch.problems:
                 if problem.path not in broken:
                     broken.add(problem.path)
