@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from everydream_kit.demo.main import TRAINING
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -25,16 +27,7 @@ PRESETS: dict[str, Preset] = {
     "demo": Preset(
         "Demo (embedded base)",
         "Learn the panels in two minutes, on any machine: the small model that ships with the kit at 128 pixels.",
-        {
-            "resume_ckpt": "embedded",
-            "resolution": 128,
-            "batch_size": 4,
-            "lr": 1e-4,
-            "max_epochs": 10,
-            "log_step": 1,
-            "sample_steps": 20,
-            "cond_dropout": 0.04,
-        },
+        {"resume_ckpt": "embedded", **TRAINING, "sample_steps": 80, "log_step": 1},
     ),
     "style": Preset(
         "Style",

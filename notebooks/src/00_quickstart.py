@@ -17,7 +17,7 @@
 
 # %% tags=["parameters"]
 PROJECT = "quickstart"  #@param {type:"string"}
-MAX_EPOCHS = 10  #@param {type:"integer"}
+MAX_EPOCHS = 40  #@param {type:"integer"}
 MOUNT_DRIVE = False  #@param {type:"boolean"}
 
 import everydream_kit as edk

@@ -110,7 +110,7 @@ def test_the_quickstart_ends_with_before_and_after(workspace):
     assert "before · base" in shown and "after · last-quick" in shown
     assert "pictures drawn" in shown
     status = json.loads(next((workspace / "workspace" / "quick" / "logs").glob("*/status.json")).read_text())
-    assert (status["state"], status["step"]) == ("finished", 10)
+    assert status["state"] == "finished" and status["step"] == status["num_steps"] > 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,120 @@
+"""The panels with Colab's versions: ipywidgets 7.7.1, ipykernel 6.17.1, IPython 7.34, Notebook 6.5.7, traitlets of that time.
+
+A second environment holds these and sees everything else through this one's site-packages. All plain panel tests run in it,
+and one panel is driven in a browser. Colab's own widget manager cannot be had here; core widgets behave alike in both.
+"""
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import REPOSITORY, VIEWPORT, free_port, wait_for
+from playwright.sync_api import expect
+
+pytestmark = pytest.mark.timeout(600)
+
+COLAB = [
+    *("notebook==6.5.7", "ipywidgets==7.7.1", "widgetsnbextension==3.6.10", "ipykernel==6.17.1", "ipython==7.34.0"),
+    *("jupyter_client==7.4.9", "anywidget==0.9.21", "setuptools<80"),
+]
+
+
+@pytest.fixture(scope="module")
+def colab_python(tmp_path_factory):
+    """The Python of the second environment."""
+    if sys.version_info >= (3, 12):
+        pytest.skip(
+            "IPython 7.34 and Notebook 6.5 of Colab's patched Python cannot be installed from PyPI on 3.12 and later"
+        )
+    folder = tmp_path_factory.mktemp("colab") / "venv"
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    installed = subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", *COLAB], check=False, capture_output=True, text=True
+    )
+    if installed.returncode != 0:
+        pytest.skip(f"Colab's versions cannot be installed here: {installed.stderr[-300:]}")
+    packages = next((folder / "lib").glob("python*")) / "site-packages"
+    (packages / "zz_rest.pth").write_text(f"{sysconfig.get_path('purelib')}\n{REPOSITORY}\n")  # after its own
+    return python
+
+
+def test_all_plain_panel_tests_pass_with_colabs_versions(colab_python):
+    versions = "import ipywidgets, IPython, anywidget; print(ipywidgets.__version__, IPython.__version__)"
+    seen = subprocess.run([colab_python, "-c", versions], check=True, capture_output=True, text=True).stdout
+    assert seen.split() == ["7.7.1", "7.34.0"]
+    ran = subprocess.run(
+        [colab_python, "-m", "pytest", "tests/unit/panels", "-q", "-p", "no:cacheprovider", "-W", "ignore::DeprecationWarning"],
+        cwd=REPOSITORY,
+        check=False,
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout[-3000:]
+
+
+CELL = """
+import sys
+import everydream_kit as edk
+double = [sys.executable, {double!r}, "{{run}}", "--steps", "40", "--seconds-a-step", "0.1"]
+edk.panels.train("ws/jets", command=double)
+"""
+
+
+@pytest.fixture
+def classic(colab_python, tmp_path):
+    """A Notebook 6 server with one notebook; gives its address."""
+    from PIL import Image
+
+    pictures = tmp_path / "ws" / "jets" / "input"
+    pictures.mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(pictures / "a jet.png")
+    double = Path(__file__).parents[1] / "fakes" / "trainer_double.py"
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL.format(double=str(double)))])
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(book, tmp_path / "panel.ipynb")
+    port, token = free_port(), secrets.token_hex(8)
+    folders = {
+        "JUPYTER_CONFIG_DIR": ".jc",
+        "JUPYTER_DATA_DIR": ".jd",
+        "JUPYTER_RUNTIME_DIR": ".jr",
+        "IPYTHONDIR": ".ip",
+    }
+    with (tmp_path / "server.log").open("wb") as log:
+        server = subprocess.Popen(
+            [colab_python, "-m", "notebook", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
+             f"--NotebookApp.token={token}"],
+            cwd=tmp_path,
+            env={**os.environ, **{name: str(tmp_path / path) for name, path in folders.items()}},
+            stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            wait_for(f"http://127.0.0.1:{port}/api/status?token={token}", 60)
+            yield f"http://127.0.0.1:{port}/notebooks/panel.ipynb?token={token}"
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(timeout=20)
+
+
+def test_the_training_panel_lives_in_notebook_6(classic, page):
+    page.set_viewport_size(VIEWPORT)
+    page.goto(classic)
+    page.wait_for_function("window.Jupyter && Jupyter.notebook && Jupyter.notebook.kernel", timeout=60_000)
+    page.wait_for_function("Jupyter.notebook.kernel.is_connected()", timeout=60_000)
+    page.wait_for_timeout(3000)
+    page.evaluate("Jupyter.notebook.execute_all_cells()")
+    panel = page.locator(".edk").first
+    panel.wait_for(timeout=60_000)
+    panel.get_by_label("lr", exact=True).fill("fast")
+    expect(panel.locator(".edk-error", has_text="must be a number")).to_be_visible()
+    panel.get_by_label("lr", exact=True).fill("1e-5")
+    panel.get_by_role("button", name="Start training").click()
+    expect(panel.locator(".edk-badge")).to_have_text("finished", timeout=60_000)  # so the clock beats here, too
+    expect(panel.locator(".edk-facts")).to_contain_text("40 / 40")
