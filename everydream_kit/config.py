@@ -324,7 +324,7 @@ class ObjectiveGroup(Group):
 
     loss_type: Annotated[
         Literal["mse", "huber", "mse_huber", "huber_mse"],
-        Knob(when="outliers dominate: huber_mse at high noise ... see docs"),
+        Knob(when="outliers dominate the loss; docs/training-objective.md shows the curves"),
     ] = "mse"
     """Plain squared error, Huber (delta 1), or a mix that goes over with the timestep: `mse_huber` is MSE at high noise and
     Huber at low noise, `huber_mse` the reverse."""
@@ -351,7 +351,7 @@ class ObjectiveGroup(Group):
     embedding_perturbation: Annotated[
         Annotated[float, Field(ge=0, le=100)], Knob(when="captions are memorised: 1.0")
     ] = 0.0
-    """Noise on the text embeddings, gamma / sqrt(dim) (arXiv 2310.05914)."""
+    """Noise on the text embeddings, gamma / sqrt(dim) (arXiv 2405.20494)."""
     timestep_start: Annotated[
         int, Field(ge=0, le=999), Knob(unit="timesteps", when="only coarse structure should be trained")
     ] = 0
@@ -383,7 +383,7 @@ class PrecisionGroup(Group):
     """Format of mixed precision. `auto` chooses by the GPU, and means float32 on a CPU."""
     weight_dtype: Annotated[
         Literal["float32", "bfloat16"],
-        Knob(memory="bfloat16 halves weights, gradients and states", when="a card too small by a third"),
+        Knob(memory="bfloat16 halves weights and gradients", when="a card too small by a third"),
     ] = "float32"
     """Format of the trained weights. bfloat16 weights are updated with stochastic rounding."""
     gradient_checkpointing: Annotated[

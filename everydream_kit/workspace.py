@@ -26,6 +26,8 @@ from typing import Any, Literal
 from everydream_kit.errors import CheckpointError, JobError
 
 CHECKPOINT_MANIFEST = "resume/manifest.json"
+MODEL_FILES = ("model_index.json", "adapter.json")
+"""One of these makes a folder a checkpoint: a whole model's, or a small one's that names its base."""
 Action = Literal["stop", "save", "sample"]
 ENDED_STATES = ("finished", "stopped", "failed")
 
@@ -43,6 +45,11 @@ def write_whole(path: Path, text: str) -> None:
 def checkpoint_name(project: str, epoch: int, step: int, *, prefix: str = "") -> str:
     """`<prefix><project>-ep<NN>-gs<NNNNN>`: epochs that have ended and optimizer steps done, as EveryDream 2 names them."""
     return f"{prefix}{project}-ep{epoch:02}-gs{step:05}"
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a model, whole or small. Half-written checkpoints have other names."""
+    return any((folder / name).is_file() for name in MODEL_FILES)
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,8 @@ class Checkpoint:
     def open(cls, folder: str | Path) -> Checkpoint:
         """Raises: CheckpointError if the folder is no checkpoint."""
         folder = Path(folder)
-        if not (folder / "model_index.json").is_file():
-            raise CheckpointError(f"{folder}: no checkpoint; a diffusers folder has a model_index.json.")
+        if not is_checkpoint(folder):
+            raise CheckpointError(f"{folder}: no checkpoint; one has a {' or an '.join(MODEL_FILES)}.")
         found = re.search(r"-ep(\d+)-gs(\d+)(_ema)?$", folder.resolve().name)
         epoch, step = (int(found[1]), int(found[2])) if found else (-1, -1)
         return cls(folder, epoch, step, (folder / CHECKPOINT_MANIFEST).is_file())
@@ -169,7 +176,7 @@ class RunFolder:
         found = [
             Checkpoint.open(folder)
             for folder in self.checkpoints_folder.iterdir()
-            if not folder.name.startswith(".") and not folder.is_symlink() and (folder / "model_index.json").is_file()
+            if not folder.name.startswith(".") and not folder.is_symlink() and is_checkpoint(folder)
         ]
         return sorted((c for c in found if c.step >= 0), key=lambda c: (c.step, c.folder.name))
 
@@ -185,7 +192,7 @@ class RunFolder:
     def best_checkpoint(self) -> Path | None:
         """The checkpoint with the lowest validation loss, or None where nothing was validated."""
         folder = self.checkpoints_folder / "best"
-        return folder if (folder / "model_index.json").is_file() else None
+        return folder if is_checkpoint(folder) else None
 
     def samples(self) -> list[Path]:
         """Sample pictures, in order of their step."""
@@ -231,14 +238,14 @@ def find_run(reference: str | Path | None, logdir: str | Path = "logs", project:
     raise JobError(f"{reference}: no such run folder. Newest runs in {logdir}: {known}.")
 
 
-def find_last_checkpoint(logdir: str | Path, project: str) -> Path:
-    """The newest checkpoint of a project, over all its runs (`--resume_ckpt findlast`).
+def find_last_checkpoint(logdir: str | Path, project: str, *, averaged: bool = False) -> Path:
+    """The newest checkpoint of a project, over all its runs (`--resume_ckpt findlast`), or the newest with averaged weights.
 
     Raises:
         CheckpointError: no run of the project holds a whole checkpoint.
     """
     for run in reversed(list_runs(logdir, project)):
-        live = [c for c in run.checkpoints() if not c.folder.name.endswith("_ema")]
-        if live:
-            return live[-1].folder
-    raise CheckpointError(f"resume_ckpt findlast: no run of project {project} in {logdir} holds a whole checkpoint.")
+        found = [c for c in run.checkpoints() if c.folder.name.endswith("_ema") == averaged]
+        if found:
+            return found[-1].folder
+    raise CheckpointError(f"findlast: no run of project {project} in {logdir} holds a whole checkpoint.")

@@ -97,3 +97,23 @@ class FusedBackwardOptimizer(CombinedOptimizer):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def measure_gradient_norm(optimizer: Any, wanted: bool) -> None:
+    """Tell a fused optimizer, or those behind a combined one, whether to measure the next backward pass."""
+    for one in _fused(optimizer):
+        one.measures_norm = wanted
+
+
+def take_gradient_norm(optimizer: Any) -> float | None:
+    """Norm of all gradients of the last backward pass, None where it was not measured."""
+    fused = _fused(optimizer)
+    if not any(one.measures_norm for one in fused):
+        return None
+    return sum(one.take_gradient_norm() ** 2 for one in fused) ** 0.5
+
+
+def _fused(optimizer: Any) -> list[FusedBackwardOptimizer]:
+    if isinstance(optimizer, FusedBackwardOptimizer):
+        return [optimizer]
+    return [one for one in optimizer.optimizers if isinstance(one, FusedBackwardOptimizer)]

@@ -75,6 +75,10 @@ class Journal:
             import numpy as np
 
             self._writer().add_image(tag, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+            if self.wandb_run is not None:
+                import wandb
+
+                self.wandb_run.log({tag: wandb.Image(picture)}, step=step)
 
     def text(self, tag: str, text: str) -> None:
         if self.writes:
@@ -85,6 +89,8 @@ class Journal:
             self._tensorboard.close()
         if self._events is not None:
             self._events.close()
+        if self.wandb_run is not None:
+            self.wandb_run.finish()
 
     def _writer(self) -> SummaryWriter:
         if self._tensorboard is None:

@@ -15,7 +15,7 @@ from everydream_kit.training.live import LiveSettingsReader
 from everydream_kit.training.plugins import PluginListener
 from everydream_kit.training.reports import Listener, LossLog, PictureTable, ProgressBar, StatusFile, StepReport
 from everydream_kit.training.samples import Sampler, SampleSchedule
-from everydream_kit.training.saving import Saver, SavingRules
+from everydream_kit.training.saving import Saver, SavingRules, Uploader
 from everydream_kit.training.validating import Validator
 
 if TYPE_CHECKING:
@@ -77,7 +77,31 @@ def build_saver(run: Run) -> Saver:
         prepend_last=not config.no_prepend_last,
         single_files=None if config.no_save_ckpt else Path(config.save_ckpt_dir or "."),
         write_single_file=lambda source, target: _export(source, target, precision),
+        uploader=build_uploader(run),
     )
+
+
+def build_uploader(run: Run) -> Uploader | None:
+    """Uploads checkpoints to the Hub while training goes on; a problem there is a warning and never stops the run.
+
+    Raises:
+        HubError: the repository cannot be written to. Better known before training than after.
+    """
+    config = run.config
+    if config.push_to is None:
+        return None
+    from everydream_kit.export.hub import HubUploader, check_hub_access
+
+    check_hub_access(config.push_to)
+
+    def report(kind: str, step: int, message: str) -> None:
+        if kind == "warning":
+            run.warn(message)
+        else:
+            run.tell(kind, step=step, message=message)
+
+    what = ("diffusers", "samples", "training", "resume")
+    return HubUploader(config.push_to, config.push_every, report=report, what=what)
 
 
 class ScheduleWriter(Listener):

@@ -18,6 +18,7 @@ from everydream_kit.data.loader import make_loader
 from everydream_kit.draws import derive_seed
 from everydream_kit.models.encoding import encode_captions, encode_moments, latents_from_moments
 from everydream_kit.models.family import Sizes
+from everydream_kit.training.combined import measure_gradient_norm, take_gradient_norm
 from everydream_kit.training.noise import make_noise
 from everydream_kit.training.position import Position
 from everydream_kit.training.snapshots import Snapshot, clone_to_host, count_bytes
@@ -115,6 +116,8 @@ class Run:
         rates = {name: schedule(step) * self.lr_factor for name, schedule in self.schedules.items()}
         for group in self.optimizer.param_groups:
             group["lr"] = rates[group["name"]]
+        if self.updates_in_backward:
+            measure_gradient_norm(self.optimizer, self.wants_gradient_norm(step + 1))
         if self._has_dropout:  # dropout layers read torch's own generator; an address makes them resumable
             torch.manual_seed(derive_seed(self.seed, "dropout", step, self.ranks.rank))
         return rates
@@ -161,7 +164,7 @@ class Run:
     def update_weights(self, step: int) -> float | None:
         """Reduce, measure, clip, step, zero. Returns the gradients' norm before clipping where it is wanted."""
         if self.updates_in_backward:
-            return None
+            return take_gradient_norm(self.optimizer)
         parameters = self.parameters()
         self.ranks.sum_gradients(parameters)
         self.precision.unscale(self.optimizer)
@@ -238,7 +241,9 @@ class Run:
         if self.ema is not None:
             tensors["ema"] = keep(self.ema.state_dict())
             averaged = keep(averaged)
-        model_bytes = sum(count_bytes(module.state_dict()) for module in self.model.modules().values())
+        whole = self.config.training_kind == "full"
+        modules = self.model.modules().values()
+        model_bytes = sum(count_bytes(m.state_dict()) for m in modules) if whole else count_bytes(weights)
         return Snapshot(
             step=self.position.step,
             copied=copy,
@@ -251,9 +256,16 @@ class Run:
         )
 
     def _components(self) -> dict[str, dict[str, torch.Tensor]]:
-        """State dicts of the components that are trained, by their folder's name."""
+        """State dicts of the components that are trained, by their folder's name; of adapters and tokens, only these."""
         trained = {id(module) for part in self.parts for module in part.modules}
-        return {name: module.state_dict() for name, module in self.model.modules().items() if id(module) in trained}
+        whole = self.config.training_kind == "full"
+        components = {}
+        for name, module in self.model.modules().items():
+            if id(module) in trained:
+                wanted = None if whole else {key for key, p in module.named_parameters() if p.requires_grad}
+                state = module.state_dict()
+                components[name] = {key: value for key, value in state.items() if wanted is None or key in wanted}
+        return components
 
     def _averaged_components(self) -> dict[str, dict[str, torch.Tensor]]:
         assert self.ema is not None

@@ -16,7 +16,7 @@ from everydream_kit.config import TrainConfig
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.data.files import scan_dataset
 from everydream_kit.data.plan import PlanSettings, plan_epoch
-from everydream_kit.errors import ConfigError, DataError
+from everydream_kit.errors import CheckpointError, ConfigError, DataError
 from everydream_kit.models.loading import Model, load_model
 from everydream_kit.models.saving import save_model
 from everydream_kit.training import schedules
@@ -39,7 +39,7 @@ from everydream_kit.workspace import RunFolder, find_last_checkpoint
 if TYPE_CHECKING:
     import torch
 
-TEXT_ENCODER = "text encoder"
+UNET, TEXT_ENCODER = "unet", "text encoder"
 PASSED_TO_OPTIMIZER = ("optimizer", "lr", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps")
 """Settings that win over `optimizer_config`'s base where a person gave them."""
 
@@ -78,7 +78,7 @@ def build_run(
     journal.tell("dataset", pictures=len(dataset), problems=len(dataset.problems), num_steps=num_steps, seed=seed)
 
     model = load_base(config, weights_from, ranks)
-    parts = select_trained(model, config, optimizer_config)
+    parts = select_trained(model, config, optimizer_config, seed)
     settings = [settle_part(part.name, config, optimizer_config, ranks.device.type) for part in parts]
     precision = choose_precision(
         ranks.device,
@@ -101,6 +101,10 @@ def build_run(
         num_workers=num_workers,
         transforms_pictures=picture_transform(plugins) is not None,
     )
+    if config.fused_backward and ranks.num_ranks > 1:
+        raise ConfigError(
+            "fused_backward: works on one process only, since gradients must be summed over all of them first"
+        )
     prepare_modules(model, config)
     return Run(
         config=config,
@@ -139,7 +143,7 @@ def build_run(
         ),
         precision=precision,
         write_model=partial(_write_model, model),
-        ema=build_ema(config, parts, num_steps),
+        ema=build_ema(config, model, parts, num_steps, resumes=weights_from is not None),
         ema_update_interval=config.ema_update_interval,
         latent_cache=latent_cache,
         text_cache=build_text_cache(model, config.clip_skip, trains_text=any(p.name == TEXT_ENCODER for p in parts)),
@@ -248,17 +252,52 @@ def find_base(config: TrainConfig) -> str | Path:
     return config.resume_ckpt
 
 
-def select_trained(model: Model, config: TrainConfig, optimizer_config: OptimizerConfig) -> list[TrainedPart]:
-    """Choose what is trained, and freeze the rest."""
-    unet_freezing = optimizer_config.unet_freezing
-    return select_parameters(
-        model,
-        train_unet=not config.disable_unet_training,
-        train_text_encoder=not config.disable_textenc_training,
-        freezing=optimizer_config.text_encoder_freezing,
-        unet_patterns=unet_freezing.train if unet_freezing else None,
-        unet_frozen_patterns=unet_freezing.freeze if unet_freezing else None,
-    )
+def select_trained(
+    model: Model, config: TrainConfig, optimizer_config: OptimizerConfig, seed: int
+) -> list[TrainedPart]:
+    """Choose what is trained, and freeze the rest: all weights, an adapter, or new tokens.
+
+    A model that comes from such a run's checkpoint has its adapter or tokens already, and goes on with them.
+    """
+    if config.training_kind == "full":
+        unet_freezing = optimizer_config.unet_freezing
+        return select_parameters(
+            model,
+            train_unet=not config.disable_unet_training,
+            train_text_encoder=not config.disable_textenc_training,
+            freezing=optimizer_config.text_encoder_freezing,
+            unet_patterns=unet_freezing.train if unet_freezing else None,
+            unet_frozen_patterns=unet_freezing.freeze if unet_freezing else None,
+        )
+    if config.training_kind == "lora":
+        from everydream_kit.models.lora import add_lora
+
+        if model.lora is None:
+            add_lora(
+                model,
+                config.lora_rank,
+                alpha=config.lora_alpha,
+                dropout=config.lora_dropout,
+                targets=config.lora_targets,
+                text_encoder=config.lora_text_encoder,
+                dora=config.lora_dora,
+                seed=seed,
+            )
+    elif not model.new_tokens:
+        from everydream_kit.models.tokens import add_tokens
+
+        add_tokens(model, config.new_tokens or {})
+    return parts_that_ask_for_gradients(model)
+
+
+def parts_that_ask_for_gradients(model: Model) -> list[TrainedPart]:
+    """UNet and text encoders as parts, each with the parameters whose gradients are wanted."""
+    parts = []
+    for name, modules in ((UNET, [model.unet]), (TEXT_ENCODER, model.text_encoders)):
+        named = [(key, p) for module in modules for key, p in module.named_parameters() if p.requires_grad]
+        if named:
+            parts.append(TrainedPart(name, list(modules), named))
+    return parts
 
 
 def prepare_modules(model: Model, config: TrainConfig) -> None:
@@ -305,7 +344,7 @@ def make_schedule(how: PartSettings, config: TrainConfig, num_steps: int, num_ra
     if config.scale_lr:
         assert isinstance(config.batch_size, int)
         peak = schedules.scaled_lr(peak, config.batch_size * num_ranks, config.grad_accum)
-    decay_steps = how.lr_decay_steps or schedules.default_decay_steps(num_steps)
+    decay_steps = schedules.default_decay_steps(num_steps) if how.lr_decay_steps is None else how.lr_decay_steps
     warmup_steps = how.lr_warmup_steps
     if warmup_steps is None:
         warmup_steps = schedules.default_warmup_steps(decay_steps, how.lr_scheduler)
@@ -318,7 +357,9 @@ def make_schedule(how: PartSettings, config: TrainConfig, num_steps: int, num_ra
     )
 
 
-def build_ema(config: TrainConfig, parts: list[TrainedPart], num_steps: int) -> Ema | None:
+def build_ema(
+    config: TrainConfig, model: Model, parts: list[TrainedPart], num_steps: int, *, resumes: bool
+) -> Ema | None:
     """The average of the trained weights, or None where it is off."""
     parameters = [parameter for part in parts for _, parameter in part.parameters]
     device = None if config.ema_device == "cuda" else config.ema_device
@@ -329,7 +370,31 @@ def build_ema(config: TrainConfig, parts: list[TrainedPart], num_steps: int) -> 
         ema = Ema(parameters, config.ema_decay_rate, device, warmup=True)
     else:
         return None
+    if config.ema_resume_model is not None and not resumes:
+        ema.load_averages(averages_of(config, model, parameters))
     return ema
+
+
+def averages_of(config: TrainConfig, model: Model, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """The weights of the checkpoint that `ema_resume_model` names, in the order of the trained parameters.
+
+    Raises:
+        CheckpointError, ModelError: it is not there, or is another model's.
+    """
+    source = config.ema_resume_model
+    if source == "findlast":
+        source = str(find_last_checkpoint(config.logdir, config.project_name, averaged=True))
+    other = {name: module.state_dict() for name, module in load_model(str(source)).modules().items()}
+    places = {id(p): (name, key) for name, module in model.modules().items() for key, p in module.named_parameters()}
+    averages = []
+    for parameter in parameters:
+        name, key = places[id(parameter)]
+        if key not in other.get(name, {}) or other[name][key].shape != parameter.shape:
+            raise CheckpointError(
+                f"ema_resume_model {source}: has no {name}.{key} of the shape {tuple(parameter.shape)}."
+            )
+        averages.append(other[name][key])
+    return averages
 
 
 def choose_num_workers(num_workers: int | None) -> int:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
 
@@ -31,6 +31,14 @@ if TYPE_CHECKING:
 
 DEFAULT_MINUTES = 20.0
 """Saving interval where no rule is given, as in EveryDream 2."""
+
+
+class Uploader(Protocol):
+    """Takes whole checkpoints away in the background (`export/hub`)."""
+
+    def submit(self, folder: Path, step: int, *, last: bool = False) -> bool: ...
+
+    def close(self) -> Any: ...
 
 
 @dataclass
@@ -76,7 +84,7 @@ class Saver(Listener):
         prepend_last: name the final checkpoint `last-...`.
         single_files: folder for single-file checkpoints, or None.
         write_single_file: turns a checkpoint folder into a single file.
-        after_save: told of each whole checkpoint (the Hub upload).
+        uploader: given each whole checkpoint, or None.
     """
 
     def __init__(
@@ -88,7 +96,7 @@ class Saver(Listener):
         prepend_last: bool = True,
         single_files: Path | None = None,
         write_single_file: Callable[[Path, Path], Any] | None = None,
-        after_save: Callable[[Path, int], None] | None = None,
+        uploader: Uploader | None = None,
     ) -> None:
         self.rules = rules
         self.keep_last_n = keep_last_n
@@ -96,7 +104,7 @@ class Saver(Listener):
         self.prepend_last = prepend_last
         self.single_files = single_files
         self.write_single_file = write_single_file
-        self.after_save = after_save
+        self.uploader = uploader
         self.saved_steps: list[int] = []
         self._clock = time.monotonic()
         self._writer: threading.Thread | None = None
@@ -154,6 +162,8 @@ class Saver(Listener):
 
     def close(self) -> None:
         self.wait()
+        if self.uploader is not None:
+            self.uploader.close()
 
     def _write(self, run: Run, snapshot: Snapshot, name: str) -> None:
         folder = run.folder.checkpoints_folder / name
@@ -181,8 +191,8 @@ class Saver(Listener):
             seconds=round(time.monotonic() - started, 3),
         )
         self._prune(run)
-        if self.after_save is not None:
-            self.after_save(folder, snapshot.step)
+        if self.uploader is not None:
+            self.uploader.submit(folder, snapshot.step, last=run.is_complete())
 
     def _write_single_files(self, folder: Path, *, with_ema: bool) -> list[Path]:
         if self.single_files is None or self.write_single_file is None:

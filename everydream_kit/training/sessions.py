@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from everydream_kit.config import TrainConfig, config_warnings, load_config
-from everydream_kit.errors import CheckpointError, KitError
+from everydream_kit.errors import CheckpointError, ConfigError, KitError
 from everydream_kit.training.checkpoints import choose_checkpoint, load_resume_tensors, sweep
 from everydream_kit.training.control import StopSignal, signals_stop
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.listeners import build_listeners
 from everydream_kit.training.loop import train_loop
 from everydream_kit.training.memory import explain_out_of_memory, is_out_of_memory
+from everydream_kit.training.optimizers import restore_optimizer
 from everydream_kit.training.position import Position
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.reports import Listener
@@ -83,13 +84,18 @@ def resume(
     """Go on with a run from its newest whole checkpoint, as if it had never stopped.
 
     Args:
-        run: a run folder, its name, a checkpoint inside it, or None for the newest run in `logdir`.
+        run: a run folder, its name, a checkpoint inside it, `hf://me/jets` for a run that was pushed while training, or
+            None for the newest run in `logdir`.
         changes: settings that are different from here on. They are logged; the file before is kept as `config-<step>.json`.
 
     Raises:
         JobError: there is no such run.
         CheckpointError: no checkpoint can be resumed from, or a setting cannot change on the way.
     """
+    if isinstance(run, str) and run.startswith("hf://"):
+        from everydream_kit.export.hub import fetch_run
+
+        run = fetch_run(run, logdir)
     folder = find_run(run, logdir)
     warnings: list[str] = []
     ranks = Ranks.find()
@@ -123,7 +129,7 @@ def _session(
     warnings: Sequence[str] = (),
 ) -> RunFolder:
     stop = StopSignal()
-    journal = Journal(folder, writes=ranks.is_main)
+    journal = Journal(folder, writes=ranks.is_main, wandb_run=_start_wandb(config, folder) if ranks.is_main else None)
     started_by_a_job = os.environ.pop(RUN_FOLDER_VARIABLE, None) is not None  # then stderr is train.log already
     log = _log_to(folder) if ranks.is_main and not started_by_a_job else None
     try:
@@ -149,6 +155,24 @@ def _session(
             logging.getLogger("everydream_kit").removeHandler(log)
             log.close()
     return folder
+
+
+def _start_wandb(config: TrainConfig, folder: RunFolder) -> Any:
+    """A Weights & Biases run where it is asked for. Raises: ConfigError if the package is missing."""
+    if not config.wandb:
+        return None
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "wandb: the package is not installed. pip install 'everydream-kit[wandb]', or leave it off."
+        ) from error
+    return wandb.init(
+        project=config.project_name,
+        name=config.run_name or folder.name,
+        dir=str(folder.folder),
+        config=config.model_dump(mode="json"),
+    )
 
 
 def _work(run: Run, stop: StopSignal) -> None:
@@ -184,7 +208,7 @@ def _restore(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
         )
     tensors = load_resume_tensors(checkpoint)
     try:
-        run.optimizer.load_state_dict(tensors["optimizer"])
+        restore_optimizer(run.optimizer, tensors["optimizer"])
         run.precision.load_state_dict(tensors["precision"])
         if run.ema is not None and "ema" in tensors:
             run.ema.load_state_dict(tensors["ema"])

@@ -110,7 +110,8 @@ def test_a_changed_byte_is_noticed(settings: dict[str, Any]) -> None:
 def test_without_any_whole_checkpoint_resume_says_what_to_do(settings: dict[str, Any]) -> None:
     run = save_twice(settings)
     for checkpoint in run.checkpoints():
-        shutil.rmtree(checkpoint.folder / "resume")
+        if checkpoint.resumable:
+            shutil.rmtree(checkpoint.folder / "resume")
     with pytest.raises(CheckpointError, match=r"no checkpoint can be resumed from[\s\S]*--resume_ckpt"):
         resume(run.folder)
 
