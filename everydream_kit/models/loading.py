@@ -17,6 +17,7 @@ import torch
 from everydream_kit.errors import ModelError
 from everydream_kit.models.adapters import LORA_FILE, TOKENS_FILE, is_adapter_folder, read_adapter_file
 from everydream_kit.models.components import build_text_encoder, build_unet, build_vae, fill
+from everydream_kit.models.download import fetch_model, is_hub_id
 from everydream_kit.models.family import Family, configs_folder
 from everydream_kit.models.files import ModelFiles, open_folder, read_json
 from everydream_kit.models.single_file import open_single_file
@@ -150,7 +151,11 @@ def open_model(
     if path.is_dir():
         folder = path / subfolder if subfolder else path
         return open_folder(folder, family=family, prediction_type=prediction_type, variant=variant)
-    raise ModelError(f"{source}: there is no such file or folder.")
+    if not is_hub_id(str(source)):
+        raise ModelError(f"{source}: there is no such file or folder, and it is no Hub id (owner/repository) either.")
+    where = fetch_model(str(source), revision=revision, subfolder=subfolder, variant=variant, token=token)
+    files = open_model(where, family=family, prediction_type=prediction_type, variant=variant, token=token)
+    return dataclasses.replace(files, source=str(source))
 
 
 def _open_adapted(folder: Path, token: str | None) -> ModelFiles:
