@@ -111,6 +111,8 @@ class Job:
         self._require_alive("kill")
         process = self._find_process()
         if process is None:
+            if not self.is_alive():  # it ended between the two looks
+                return
             raise JobError(
                 f"{self.folder}: this run goes on, on another machine. Stop it there, or ask it to stop from here."
             )

@@ -58,8 +58,8 @@ def line_chart(
                 f'<text class="edk-axis" x="{across:.1f}" y="{height - 10}" text-anchor="middle">{tick:g}</text>'
             )
     parts.append(f'<text class="edk-axis" x="{right}" y="{height - 10}" text-anchor="end" dx="8"></text>')
-    for number, (name, points) in enumerate(drawn.items()):
-        style = "edk-faint" if name == faint else f"edk-line-{number % 4}"
+    for name, points in drawn.items():
+        style = _style_of(name, drawn, faint)
         if len(points) == 1:
             across, up = place(*points[0]).split(",")
             parts.append(f'<circle class="edk-dot {style}" cx="{across}" cy="{up}" r="2.5"/>')
@@ -78,14 +78,21 @@ def _frame(title: str, drawn: Mapping[str, Sequence[Point]], width: int, height:
         f'<text class="edk-chart-title" x="0" y="14">{html.escape(title)}</text>',
     ]
     across = width - 14
-    for number, name in reversed(list(enumerate(drawn))):
-        if name == faint:
-            continue
+    for name in reversed([name for name in drawn if name != faint]):
         label = f"{name} {drawn[name][-1][1]:.4g}"
         across -= 7 * len(label) + 26
-        parts.append(f'<rect class="edk-key edk-line-{number % 4}" x="{across}" y="7" width="14" height="4" rx="2"/>')
+        parts.append(
+            f'<rect class="edk-key {_style_of(name, drawn, faint)}" x="{across}" y="7" width="14" height="4" rx="2"/>'
+        )
         parts.append(f'<text class="edk-axis" x="{across + 19}" y="14">{html.escape(label)}</text>')
     return "".join(parts)
+
+
+def _style_of(name: str, drawn: Mapping[str, Sequence[Point]], faint: str | None) -> str:
+    """Class of a curve: colours go to the curves of the legend, in order."""
+    if name == faint:
+        return "edk-faint"
+    return f"edk-line-{[other for other in drawn if other != faint].index(name) % 4}"
 
 
 def bar_chart(

@@ -35,7 +35,7 @@ class SettingsForm:
         self._on_change = on_change
         self._fields: dict[str, Field] = {}
         self._unreadable: dict[str, str] = {}
-        self._notes = widgets.HTML()
+        self._notes = widgets.HTML(layout=widgets.Layout(min_height="6px"))
         self._groups = _group_records(basic=False)
         basic: list[widgets.Widget] = []
         for title, records in _group_records(basic=True).items():
@@ -169,11 +169,8 @@ class SettingsForm:
         combined = {} if self._unreadable else self._combined_errors()
         for name, field in self._fields.items():
             field.set_outside_error(combined.get(name))
-        lines = [f"{name}: {message}" for name, message in {**self._unreadable, **combined}.items()]
-        if lines:
-            self._notes.value = look.note("\n".join(lines), "bad")
-        else:
-            self._notes.value = look.note("\n".join(config_warnings(self.config())), "warn")
+        warnings = [] if self._unreadable or combined else config_warnings(self.config())
+        self._notes.value = look.note("\n".join(warnings), "warn")
 
     def _preset_row(self) -> widgets.Widget:
         options = [("your own", ""), *((preset.title, name) for name, preset in PRESETS.items())]

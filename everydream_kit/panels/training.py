@@ -220,11 +220,11 @@ class TrainPanel(Panel):
         self._draw_buttons()
 
     def _tell_plan(self) -> None:
-        count = len(self.form.errors)
-        if count:
-            set_html(
-                self.plan, look.note(f"{count} setting{'s' * (count > 1)} to mend before training can start.", "bad")
-            )
+        errors = self.form.errors
+        if errors:
+            first = "; ".join(f"{name} {message}" for name, message in list(errors.items())[:3])
+            what = "1 setting" if len(errors) == 1 else f"{len(errors)} settings"
+            set_html(self.plan, look.note(f"{what} to mend before training can start: {first}", "bad"))
             return
         plan = forecast(self.form.config(), self.project)
         text = plan.problem or plan.sentence()
