@@ -58,13 +58,23 @@ def export_checkpoint(
         DiskSpaceError: not enough room; nothing was written.
         ModelError: the checkpoint cannot be read.
     """
-    if precision not in PRECISIONS:
-        raise ExportError(f"precision {precision!r} is unknown; known are {', '.join(PRECISIONS)}.")
+    files = open_model(_source(Path(checkpoint_folder), ema))
+    return export_files(files, out_path, precision, title=title, extra_metadata=extra_metadata)
+
+
+def export_files(
+    files: ModelFiles,
+    out_path: str | Path,
+    precision: str = "fp16",
+    *,
+    title: str | None = None,
+    extra_metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """`export_checkpoint` for a model that is opened already, merged ones included."""
+    dtype = precision_dtype(precision)
     out = Path(out_path)
     if out.suffix not in (".safetensors", ".ckpt"):
         raise ExportError(f"{out}: the name must end in .safetensors or .ckpt.")
-    files = open_model(_source(Path(checkpoint_folder), ema))
-    dtype = PRECISIONS[precision]
     tensors = {name: tensor.cast(dtype) for name, tensor in to_single_file(files).items()}
     tensors |= _markers(files)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -76,6 +86,12 @@ def export_checkpoint(
         _write_ckpt(out, tensors, metadata)
     _write_legacy_config(files, out)
     return out
+
+
+def precision_dtype(precision: str) -> torch.dtype:
+    if precision not in PRECISIONS:
+        raise ExportError(f"precision {precision!r} is unknown; known are {', '.join(PRECISIONS)}.")
+    return PRECISIONS[precision]
 
 
 def _source(folder: Path, ema: bool) -> Path:

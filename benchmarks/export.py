@@ -1,0 +1,86 @@
+"""Export of a full-size SD 1.5 beside writing the same bytes with safetensors: seconds and peak memory, interleaved.
+
+    python benchmarks/export.py [--family sd1] [--rounds 3] [--precision fp16]
+
+Random weights of the true shapes are written once as a diffusers folder (float32) in a temporary folder. Then, in
+turn and each in a process of its own: `export_checkpoint`, and `safetensors.torch.save_file` of the very tensors of
+that export, loaded beforehand; both synced to disk. Needs 12 GB of disk and 6 GB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+EXPORT = """
+import resource, sys, time
+from pathlib import Path
+from everydream_kit.export.single_file import export_checkpoint
+from everydream_kit.models.loading import open_model
+open_model(sys.argv[1])  # imports, and the headers
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+export_checkpoint(sys.argv[1], sys.argv[2], sys.argv[3])
+seconds = time.perf_counter() - start
+print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+"""
+WRITE = """
+import os, resource, sys, time
+from safetensors.torch import load_file, save_file
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+tensors = {name: tensor.clone() for name, tensor in load_file(sys.argv[1]).items()}
+start = time.perf_counter()
+save_file(tensors, sys.argv[2])
+with open(sys.argv[2], "rb+") as file:
+    os.fsync(file.fileno())
+seconds = time.perf_counter() - start
+print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+"""
+
+
+def measure(script: str, *arguments: str) -> tuple[float, float]:
+    """Seconds, and GiB of peak memory above what the imports took."""
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    seconds, memory = done.stdout.split()[-2:]
+    return float(seconds), float(memory)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", default="sd1")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", default="fp16")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        run(Path(name), options.family, options.rounds, options.precision)
+
+
+def run(root: Path, family: str, rounds: int, precision: str) -> None:
+    from everydream_kit.models.saving import save_model
+    from everydream_kit.models.scratch import build_model
+
+    source, exported, written = str(root / "model"), str(root / "a.safetensors"), str(root / "b.safetensors")
+    save_model(build_model(family), source)
+    ours, theirs = [], []
+    for _ in range(rounds):
+        ours.append(measure(EXPORT, source, exported, precision))
+        theirs.append(measure(WRITE, exported, written))
+        os.remove(written)
+    size = os.path.getsize(exported) / 2**30
+    print(f"{family}, {precision}, file of {size:.2f} GiB, {rounds} rounds, median (range)")
+    print(f"{'':24}{'seconds':>22}{'peak GiB':>12}")
+    for label, rows in (("export_checkpoint", ours), ("safetensors save_file", theirs)):
+        seconds = [row[0] for row in rows]
+        spread = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} - {max(seconds):.2f})"
+        print(f"{label:24}{spread:>22}{max(row[1] for row in rows):>12.2f}")
+    ratios = [one[0] / other[0] for one, other in zip(ours, theirs, strict=True)]
+    print(f"ratio of each round: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
+
+
+if __name__ == "__main__":
+    main()

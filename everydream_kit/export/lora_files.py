@@ -1,0 +1,119 @@
+"""LoRA files out of checkpoints: in diffusers' or kohya's layout, or extracted from the difference of two models."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from everydream_kit.errors import ExportError
+from everydream_kit.models.adapters import LORA_FILE, is_adapter_folder, read_adapter_file
+from everydream_kit.models.files import ModelFiles
+from everydream_kit.models.loading import open_model
+from everydream_kit.models.lora import Lora, LoraLayer
+from everydream_kit.models.lora_formats import read_lora, write_lora
+from everydream_kit.models.tensors import LazyTensor
+
+logger = logging.getLogger(__name__)
+
+
+def export_lora(
+    checkpoint_folder: str | Path, out_path: str | Path, *, layout: Literal["diffusers", "kohya"] = "kohya"
+) -> Path:
+    """Write a LoRA checkpoint as one file.
+
+    Args:
+        checkpoint_folder: a checkpoint of `training_kind: lora`.
+        out_path: `.safetensors`.
+        layout: `kohya` for image apps, `diffusers` for `load_lora_weights`.
+
+    Raises:
+        ExportError: the checkpoint is no LoRA, or the name ends otherwise.
+        ModelError: its base cannot be read.
+    """
+    folder, out = Path(checkpoint_folder), Path(out_path)
+    if not is_adapter_folder(folder) or not (folder / LORA_FILE).is_file():
+        raise ExportError(f"{folder}: no LoRA checkpoint. Full checkpoints are exported with export_checkpoint.")
+    _check_name(out)
+    base = open_model(**read_adapter_file(folder)["base"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lora = read_lora(folder / LORA_FILE, base)
+    write_lora(out, lora, base.family, base.configs["unet"], layout=layout, title=out.stem)
+    return out
+
+
+def extract_lora(
+    tuned: str | Path,
+    base: str | Path,
+    out_path: str | Path,
+    *,
+    rank: int = 32,
+    text_encoder: bool = True,
+    layout: Literal["diffusers", "kohya"] = "kohya",
+) -> Path:
+    """Write the difference of two models as a LoRA: the best one of its rank, by singular values (Eckart and Young
+    1936).
+
+    Args:
+        tuned, base: two models of one family and shape.
+        rank: of the result; layers that are smaller get less.
+        text_encoder: extract the text encoders' difference, too.
+
+    Raises:
+        ExportError: the models differ in shape, or not at all.
+    """
+    out = Path(out_path)
+    _check_name(out)
+    one, other = open_model(tuned), open_model(base)
+    if one.family is not other.family:
+        raise ExportError(
+            f"{tuned} is {one.family.title} and {base} is {other.family.title}: no LoRA leads over there."
+        )
+    components = ["unet", *(slot.folder for slot in one.family.text_encoders if text_encoder)]
+    lora: Lora = {}
+    for component in components:
+        layers = _differences(one, other, component, rank)
+        if layers:
+            lora[component] = layers
+    if not lora:
+        raise ExportError(f"{tuned}: its layers are equal to those of {base}, so there is nothing to extract.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_lora(out, lora, one.family, one.configs["unet"], layout=layout, title=out.stem)
+    return out
+
+
+def _check_name(out: Path) -> None:
+    if out.suffix != ".safetensors":
+        raise ExportError(f"{out}: the name of a LoRA file must end in .safetensors.")
+
+
+def _differences(one: ModelFiles, other: ModelFiles, component: str, rank: int) -> dict[str, LoraLayer]:
+    layers = {}
+    for key, weight in one.tensors[component].items():
+        if not key.endswith(".weight") or len(weight.shape) not in (2, 4) or "embedding" in key.rpartition(".")[0]:
+            continue
+        twin = other.tensors[component].get(key)
+        if twin is None or twin.shape != weight.shape:
+            raise ExportError(f"{component}.{key} has the shape {weight.shape} in one model, and not in the other.")
+        change = weight.read().float() - twin.read().float()
+        if change.any():
+            layers[key.removesuffix(".weight")] = low_rank(change, rank)
+    return layers
+
+
+def low_rank(change: torch.Tensor, rank: int) -> LoraLayer:
+    """The nearest matrix of this rank to a change of weights, halves of each singular value on both sides.
+
+    Args:
+        change: (out, in) or (out, in, k, k), float32.
+    """
+    matrix = change.flatten(1)
+    kept = min(rank, *matrix.shape)
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    root = s[:kept].sqrt()
+    up, down = u[:, :kept] * root, root[:, None] * v[:kept]
+    if change.dim() == 4:
+        up, down = up[:, :, None, None], down.reshape(kept, *change.shape[1:])
+    return LoraLayer(LazyTensor.of(down.contiguous()), LazyTensor.of(up.contiguous()), float(kept))

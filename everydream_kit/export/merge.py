@@ -1,0 +1,74 @@
+"""Models out of models: a LoRA merged into its base, and two checkpoints mixed by weight. Weights stream, tensor by
+tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from everydream_kit.errors import ExportError
+from everydream_kit.export.single_file import export_files, precision_dtype
+from everydream_kit.models.files import ModelFiles
+from everydream_kit.models.loading import open_model
+from everydream_kit.models.lora_formats import apply_lora, read_lora
+from everydream_kit.models.saving import write_folder
+from everydream_kit.models.tensors import LazyTensor
+
+
+def merge_lora(
+    base: str | Path, lora: str | Path, out_path: str | Path, *, strength: float = 1.0, precision: str = "fp16"
+) -> Path:
+    """Write a base with a LoRA merged into it.
+
+    Args:
+        base: any model that `load_model` takes.
+        lora: a LoRA file of either layout.
+        out_path: `.safetensors` or `.ckpt` for a single file, anything else for a diffusers folder.
+        strength: 1 is the LoRA as it was trained.
+        precision: of the result: fp16, bf16 or fp32.
+    """
+    files = open_model(base)
+    return _write(apply_lora(files, read_lora(Path(lora), files), strength), Path(out_path), precision)
+
+
+def merge_checkpoints(
+    first: str | Path, second: str | Path, out_path: str | Path, *, weight: float = 0.5, precision: str = "fp16"
+) -> Path:
+    """Write a mix of two models: (1 - weight) × first + weight × second. Configs and vocabulary are the first one's.
+
+    Args:
+        weight: 0 is the first model, 1 the second; beyond that it extrapolates.
+
+    Raises:
+        ExportError: the models differ in family or shape.
+    """
+    one, other = open_model(first), open_model(second)
+    if one.family is not other.family:
+        raise ExportError(f"{first} is {one.family.title} and {second} is {other.family.title}: they cannot be mixed.")
+    tensors = {
+        component: {
+            name: _mixed(f"{component}.{name}", value, other.tensors[component].get(name), weight)
+            for name, value in weights.items()
+        }
+        for component, weights in one.tensors.items()
+    }
+    return _write(dataclasses.replace(one, tensors=tensors), Path(out_path), precision)
+
+
+def _mixed(name: str, one: LazyTensor, other: LazyTensor | None, weight: float) -> LazyTensor:
+    if other is None or other.shape != one.shape:
+        raise ExportError(f"{name} has the shape {one.shape} in one model, and not in the other: they cannot be mixed.")
+    if not one.dtype.is_floating_point:
+        return one
+    return LazyTensor(
+        one.shape, torch.float32, lambda: torch.lerp(one.read().float(), other.read().float(), float(weight))
+    )
+
+
+def _write(files: ModelFiles, out: Path, precision: str) -> Path:
+    if out.suffix in (".safetensors", ".ckpt"):
+        return export_files(files, out, precision)
+    write_folder(files, out, dtype=precision_dtype(precision))
+    return out
