@@ -120,6 +120,18 @@ def native_size(model: Model) -> int:
     return int(cells if isinstance(cells, int) else cells[0]) * model.vae_scale_factor
 
 
+def token_counter(model: str | Path) -> Callable[[str], int]:
+    """How many tokens a caption has for a model's first tokenizer, begin and end left out: what a report counts by."""
+    from everydream_kit.models.tokenizer import load_tokenizer
+
+    if str(model) == "embedded":
+        from everydream_kit.demo import base_model_path
+
+        model = base_model_path()
+    tokenizer = load_tokenizer(Path(model) / "tokenizer")
+    return lambda caption: len(tokenizer(caption, add_special_tokens=False)["input_ids"])
+
+
 def _as_file_name(prompt: str) -> str:
     return re.sub(r"[^\w\-]+", "-", prompt).strip("-")[:60] or "empty"
 

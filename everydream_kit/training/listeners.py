@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from everydream_kit.data.plan import plan_epoch
+from everydream_kit.data.report import write_undersized
 from everydream_kit.training.control import ControlFile, StopSignal
 from everydream_kit.training.live import LiveSettingsReader
 from everydream_kit.training.plugins import PluginListener
@@ -29,7 +30,13 @@ def build_listeners(run: Run, stop: StopSignal) -> list[Listener]:
         return []
     sampler = build_sampler(run)
     saver = build_saver(run)
-    listeners: list[Listener] = [LossLog(config.log_step), PictureTable(), StatusFile(), ProgressBar()]
+    listeners: list[Listener] = [
+        LossLog(config.log_step),
+        PictureTable(),
+        StatusFile(),
+        ProgressBar(),
+        UndersizedList(),
+    ]
     if config.write_schedule:
         listeners.append(ScheduleWriter())
     if config.load_settings_every_epoch:
@@ -102,6 +109,13 @@ def build_uploader(run: Run) -> Uploader | None:
 
     what = ("diffusers", "samples", "training", "resume")
     return HubUploader(config.push_to, config.push_every, report=report, what=what)
+
+
+class UndersizedList(Listener):
+    """Writes `undersized_images.txt` at the start: pictures that have to be enlarged for their bucket, and how much."""
+
+    def on_start(self, run: Run) -> None:
+        write_undersized(run.folder.folder / "undersized_images.txt", run.dataset, run.plan_settings)
 
 
 class ScheduleWriter(Listener):

@@ -141,7 +141,7 @@ def test_a_checkpoint_that_cannot_fit_is_refused_before_a_byte_is_written(tmp_pa
     def must_not_run(folder: Path) -> None:
         raise AssertionError("written although it cannot fit")
 
-    with pytest.raises(DiskSpaceError, match="needs 1000000000"):
+    with pytest.raises(DiskSpaceError, match="needs 1050000000"):
         write_checkpoint(tmp_path / "ckpts" / "huge", must_not_run, expected_bytes=10**18)
 
 
