@@ -1,11 +1,12 @@
 """The project folder that all notebooks and panels share: pictures, settings, runs, results.
 
     workspace/jets/
-        input/          the pictures and their captions
-        settings.json   what the training form last held
-        logs/           run folders
-        exports/        files for image apps
-        compare/        pictures drawn to compare checkpoints
+        input/              the pictures and their captions
+        settings.json       what the training form last held
+        sample_prompts.txt  what samples are drawn of, one prompt a line
+        logs/               run folders
+        exports/            files for image apps
+        compare/            pictures drawn to compare checkpoints
 
 Its name is the project's. No widgets here.
 """
@@ -23,6 +24,7 @@ from everydream_kit.errors import ConfigError, JobError
 from everydream_kit.jobs import Job, find_jobs, running_jobs
 from everydream_kit.workspace import write_whole
 
+NUM_DEMO_PROMPTS = 3
 EMBEDDED_MODEL = "embedded"
 """The base model that ships with the kit."""
 
@@ -67,6 +69,11 @@ class Project:
     def settings_path(self) -> Path:
         return self.folder / "settings.json"
 
+    @property
+    def prompts_path(self) -> Path:
+        """Prompts of the samples, one a line. Without the file, captions of the dataset are drawn."""
+        return self.folder / "sample_prompts.txt"
+
     def own_settings(self) -> dict[str, Any]:
         """Settings that follow from the project itself."""
         return {
@@ -74,6 +81,7 @@ class Project:
             "data_root": str(self.pictures_folder),
             "logdir": str(self.logdir),
             "save_ckpt_dir": str(self.exports_folder),
+            "sample_prompts": str(self.prompts_path),
         }
 
     def settings(self) -> dict[str, Any]:
@@ -99,10 +107,13 @@ class Project:
         if any(self.pictures_folder.iterdir()):
             return False
         from everydream_kit.demo import pictures_path
+        from everydream_kit.demo.main import SUBJECTS
 
         for source in sorted(pictures_path().iterdir()):
             if source.suffix != ".md":
                 shutil.copy(source, self.pictures_folder)
+        prompts = [f"{subject}, ink drawing" for subject in SUBJECTS[:NUM_DEMO_PROMPTS]]
+        self.prompts_path.write_text("\n".join(prompts) + "\n", "utf-8")
         return True
 
     def jobs(self) -> list[Job]:

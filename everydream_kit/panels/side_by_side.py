@@ -109,7 +109,7 @@ class ComparePanel(Panel):
         style = {"description_width": "70px"}
         narrow = widgets.Layout(width="200px")
         self.prompts = widgets.Textarea(
-            value="\n".join(last.prompts if last else self._first_captions()),
+            value="\n".join(last.prompts if last else self._first_prompts()),
             placeholder="a jet over the sea",
             layout=widgets.Layout(width="100%", height="82px"),
         )
@@ -158,13 +158,12 @@ class ComparePanel(Panel):
         self.on_press(self.winner_button, self.pick_winner)
         return look.row(self.winner, self.winner_button)
 
-    def _first_captions(self) -> Sequence[str]:
-        """Two captions of the dataset, to begin with."""
-        texts = [
-            path.read_text("utf-8", "replace").strip()
-            for path in sorted(self.project.pictures_folder.rglob("*.txt"))[:2]
-        ]
-        return [text for text in texts if text] or ["a photo"]
+    def _first_prompts(self) -> Sequence[str]:
+        """To begin with: the project's own prompts, or two captions of the dataset."""
+        if self.project.prompts_path.is_file():
+            return self.project.prompts_path.read_text("utf-8").split("\n")[:3]
+        files = sorted(self.project.pictures_folder.rglob("*.txt"))[:2]
+        return [text for text in (path.read_text("utf-8", "replace").strip() for path in files) if text] or ["a photo"]
 
     # What the buttons do
 

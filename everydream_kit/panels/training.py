@@ -136,7 +136,19 @@ class TrainPanel(Panel):
         self.step_slider.observe(lambda _: self._draw_step(), "value")
         self.step_picture = widgets.HTML()
         progress = look.column(self.runs, self.chart, self.rate_chart, self.notes)
-        samples = look.column(self.step_slider, self.step_picture, look.section("Newest samples"), self.gallery)
+        known = self.project.prompts_path
+        self.prompts = widgets.Textarea(
+            value=known.read_text("utf-8").strip() if known.is_file() else "",
+            placeholder="one a line; read anew at every sampling. Empty: captions of your pictures",
+            description="Prompts",
+            continuous_update=False,
+            style={"description_width": "70px"},
+            layout=widgets.Layout(width="100%", height="76px"),
+        )
+        self.prompts.observe(lambda change: self._write_prompts(change["new"]), "value")
+        samples = look.column(
+            self.prompts, self.step_slider, self.step_picture, look.section("Newest samples"), self.gallery
+        )
         log = look.column(self.log, widgets.HTML(self._tensorboard_hint()))
         self.tabs = widgets.Tab(children=[self.form.box, progress, samples, log])
         for index, title in enumerate(("Settings", "Progress", "Samples", "Log")):
@@ -210,6 +222,13 @@ class TrainPanel(Panel):
         if self.job is None:
             raise ConfigError("There is no run yet. Press Start training.")
         return self.job
+
+    def _write_prompts(self, text: str) -> None:
+        """Keep the prompts in the project's file; without any, the file goes away and captions are drawn."""
+        if text.strip():
+            self.project.prompts_path.write_text(text.strip() + "\n", "utf-8")
+        else:
+            self.project.prompts_path.unlink(missing_ok=True)
 
     # Settings and the plan line
 

@@ -141,7 +141,7 @@ def lab(tmp_path_factory):
         log.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not session: while it lives, its event loop would keep nbclient from running
 def browser():
     from playwright.sync_api import sync_playwright
 

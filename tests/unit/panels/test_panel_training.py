@@ -178,3 +178,13 @@ def test_run_says_why_it_cannot_start_and_watch_that_there_is_no_run(tmp_path):
 def test_presets_and_settings_can_be_given(project):
     panel = TrainPanel(project, preset="demo", settings={"max_epochs": 3})
     assert (panel.form.config().resolution, panel.form.config().max_epochs) == (128, 3)
+
+
+def test_prompts_are_kept_in_the_projects_file_that_the_settings_name(project):
+    panel = TrainPanel(project)
+    panel.prompts.value = "a red jet\n\na jet at night"
+    path = project / "sample_prompts.txt"
+    assert panel.form.config().sample_prompts == str(path)
+    assert TrainPanel(project).prompts.value == "a red jet\n\na jet at night"
+    panel.prompts.value = ""
+    assert not path.exists()
