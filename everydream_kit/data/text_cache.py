@@ -45,6 +45,10 @@ class TextCache(Generic[Encoded]):
     def __len__(self) -> int:
         return len(self._known)
 
+    def knows(self, captions: Sequence[str]) -> bool:
+        """Whether `encode` needs no text encoder for them."""
+        return all(caption in self._known for caption in captions)
+
     def encode(self, captions: Sequence[str]) -> Encoded:
         """One row for each caption, on the device and of the type that the encoder gives."""
         rows = {caption: self._row(caption) for caption in dict.fromkeys(captions)}

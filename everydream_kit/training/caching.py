@@ -47,7 +47,6 @@ def build_latent_cache(
     """
     if mode == "off" or transforms_pictures:
         return None
-    variants = 1 if crop_jitter == 0 else variants
     if mode == "auto":
         mode = choose_cache_mode(foretell_bytes(dataset, plan_settings, variants=variants), folder)
         if mode == "off":

@@ -20,6 +20,7 @@ from everydream_kit.models.encoding import encode_captions, encode_moments, late
 from everydream_kit.models.family import Sizes
 from everydream_kit.training.combined import measure_gradient_norm, take_gradient_norm
 from everydream_kit.training.noise import make_noise
+from everydream_kit.training.offload import IdleModels
 from everydream_kit.training.position import Position
 from everydream_kit.training.snapshots import Snapshot, clone_to_host, count_bytes
 from everydream_kit.training.step import NoiseSettings, PictureLosses, picture_generators
@@ -28,10 +29,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from everydream_kit.config import TrainConfig
-    from everydream_kit.data.cache import LatentCache, TextCache
+    from everydream_kit.data.cache import LatentCache
     from everydream_kit.data.dataset import Dataset
     from everydream_kit.data.plan import PlanSettings
     from everydream_kit.data.records import Batch, StepBatches
+    from everydream_kit.data.text_cache import TextCache
     from everydream_kit.models.family import Conditioning
     from everydream_kit.models.loading import Model
     from everydream_kit.training.ema import Ema
@@ -80,6 +82,7 @@ class Run:
     validation_sets: list[ValidationSet] = field(default_factory=list)
     validation_config: ValidationConfig | None = None
     plugins: list[Any] = field(default_factory=list)
+    idle_models: IdleModels = field(default_factory=IdleModels)
 
     # --- what the loop asks for ---------------------------------------------------------------------------------
 
@@ -97,8 +100,14 @@ class Run:
             pin_memory=self.ranks.device.type == "cuda",
             **self.loader_options,
         )
+        num_told = 0
         try:
             for work in loader:
+                for problem in loader.problems[
+                    num_told:
+                ]:  # the loader has logged them; here they reach the run's events
+                    self.tell("warning", message=f"{problem.path}: {problem.cause} {problem.cure}")
+                num_told = len(loader.problems)
                 yield work
                 if self.is_complete():
                     return
@@ -130,7 +139,8 @@ class Run:
                 moments = batch.moments.to(device, torch.float32, non_blocking=True)
             else:
                 assert batch.pixels is not None
-                moments = encode_moments(self.model, batch.pixels.to(device, non_blocking=True)).float()
+                with self.idle_models.at_work([self.model.vae]):
+                    moments = encode_moments(self.model, batch.pixels.to(device, non_blocking=True)).float()
             shape = (moments.shape[1] // 2, *moments.shape[2:])
             if mean_only:
                 noise = torch.zeros((len(moments), *shape), device=device)
@@ -145,7 +155,10 @@ class Run:
         with torch.no_grad():
             if self.text_cache is None:
                 return encode_captions(self.model, captions, self.config.clip_skip)
-            return self.text_cache.encode(captions)
+            if self.text_cache.knows(captions):
+                return self.text_cache.encode(captions)
+            with self.idle_models.at_work(self.model.text_encoders):
+                return self.text_cache.encode(captions)
 
     def predict(
         self, batch: Batch, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
@@ -221,6 +234,10 @@ class Run:
         if self.ranks.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self.ranks.device))
         return int(psutil.Process().memory_info().rss)
+
+    def whole_model(self) -> AbstractContextManager[None]:
+        """While inside, all of the model is on the device, what waits in host memory included."""
+        return self.idle_models.at_work(self.model.modules().values())
 
     def sampling_weights(self, *, averaged: bool) -> AbstractContextManager[Any]:
         """While inside, the model holds the averaged weights (where there is an EMA) or the live ones."""

@@ -24,6 +24,7 @@ from everydream_kit.training.caching import build_latent_cache, build_text_cache
 from everydream_kit.training.ema import Ema, decay_from_strength_target
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.objectives import build_objective, rescale_zero_terminal_snr
+from everydream_kit.training.offload import IdleModels, idle_modules
 from everydream_kit.training.optimizer_config import OptimizerConfig, PartSettings, load_optimizer_config, part_settings
 from everydream_kit.training.optimizers import build_optimizer_for_parts, default_optimizer_name
 from everydream_kit.training.parameters import TrainedPart, select_parameters
@@ -32,6 +33,7 @@ from everydream_kit.training.precision import choose_precision
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.run import Run
 from everydream_kit.training.step import NoiseSettings
+from everydream_kit.training.summary import summarise_captions
 from everydream_kit.training.validating import split_dataset
 from everydream_kit.training.validation_config import load_validation_config
 from everydream_kit.workspace import RunFolder, find_last_checkpoint
@@ -75,7 +77,14 @@ def build_run(
         dataset, validation_sets = split_dataset(dataset, validation_config, partial(scan, config))
     plan_settings = make_plan_settings(config, seed, ranks.num_ranks)
     num_steps = foretell_steps(dataset, plan_settings, config.max_epochs, config.max_steps)
-    journal.tell("dataset", pictures=len(dataset), problems=len(dataset.problems), num_steps=num_steps, seed=seed)
+    journal.tell(
+        "dataset",
+        pictures=len(dataset),
+        problems=len(dataset.problems),
+        num_steps=num_steps,
+        seed=seed,
+        captions=summarise_captions(dataset),
+    )
 
     model = load_base(config, weights_from, ranks)
     parts = select_trained(model, config, optimizer_config, seed)
@@ -106,6 +115,18 @@ def build_run(
             "fused_backward: works on one process only, since gradients must be summed over all of them first"
         )
     prepare_modules(model, config)
+    trains_text = any(part.name == TEXT_ENCODER for part in parts)
+    idle = []
+    if config.offload_idle_models and ranks.device.type == "cpu":
+        journal.warn("offload_idle_models: has no effect on a CPU, where all memory is host memory.")
+    elif config.offload_idle_models:
+        idle = idle_modules(
+            model,
+            dataset,
+            latents_cached=latent_cache is not None,
+            trains_text=trains_text,
+            transforms_captions=caption_transform(plugins) is not None,
+        )
     return Run(
         config=config,
         folder=folder,
@@ -146,7 +167,7 @@ def build_run(
         ema=build_ema(config, model, parts, num_steps, resumes=weights_from is not None),
         ema_update_interval=config.ema_update_interval,
         latent_cache=latent_cache,
-        text_cache=build_text_cache(model, config.clip_skip, trains_text=any(p.name == TEXT_ENCODER for p in parts)),
+        text_cache=build_text_cache(model, config.clip_skip, trains_text=trains_text),
         loader_options={
             "num_workers": 0 if latent_cache is not None and latent_cache.in_memory else num_workers,
             "crop_jitter": config.crop_jitter,
@@ -158,6 +179,7 @@ def build_run(
         validation_sets=validation_sets,
         validation_config=validation_config,
         plugins=plugins,
+        idle_models=IdleModels(idle, ranks.device),
         wants_gradient_norm=lambda step: step % config.log_step == 0,
     )
 
@@ -198,7 +220,9 @@ def read_dataset(config: TrainConfig, journal: Journal) -> Dataset:
 def make_plan_settings(config: TrainConfig, seed: int, num_ranks: int) -> PlanSettings:
     """What the epoch plan depends on."""
     if config.batch_size == "auto":
-        raise ConfigError("batch_size: auto has to be settled before a run is built")
+        raise ConfigError(
+            "batch_size: auto: this version does not have it yet; give a number (4 to 8 at 512 px on a 24 GB card)"
+        )
     return PlanSettings(
         batch_size=config.batch_size,
         grad_accum=config.grad_accum,

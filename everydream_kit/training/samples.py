@@ -176,7 +176,7 @@ class Sampler(Listener):
         self._last_step = run.position.step
         variants = [("", False)] * self.live + [("ema-", True)] * self.averaged
         for prefix, averaged in variants:
-            with run.sampling_weights(averaged=averaged):
+            with run.whole_model(), run.sampling_weights(averaged=averaged):
                 self._draw_sheets(run, settings, prefix)
         run.set_state("running")
 

@@ -178,7 +178,7 @@ def measure_loss(run: Run, dataset: Dataset, config: ValidationConfig) -> float:
         with run.precision.autocast():
             return run.predict(batch, noisy_latents, timesteps, conditioning)
 
-    with loader:
+    with loader, run.whole_model():
         return validate(
             (batch for work in loader for batch in work.batches),
             keys=lambda batch: [dataset.key(draw.picture) for draw in batch.planned.draws],

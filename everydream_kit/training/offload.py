@@ -1,0 +1,68 @@
+"""Modules that wait in host memory while nobody needs them: the VAE, and text encoders that are not trained.
+
+A module may wait only where the steps themselves do without it: the VAE once all latents are cached, text encoders once the
+captions are remembered. Then it comes to the device for sampling, for validation, and for a caption that is met for the first
+time. Where every step would need it, it stays: moving it back and forth would cost more than it saves. On a CPU there is
+nothing to save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from everydream_kit.data.text_cache import captions_vary
+
+if TYPE_CHECKING:
+    import torch
+
+    from everydream_kit.data.dataset import Dataset
+    from everydream_kit.models.loading import Model
+
+
+class IdleModels:
+    """Holds modules in host memory except while someone is at work with them.
+
+    Args:
+        modules: what waits; they are moved to host memory at once. Of none, everything here does nothing.
+        device: where they work.
+    """
+
+    def __init__(self, modules: Iterable[torch.nn.Module] = (), device: torch.device | str = "cpu") -> None:
+        self.device = device
+        self._users = dict.fromkeys(modules, 0)
+        for module in self._users:
+            module.to("cpu")
+
+    @contextmanager
+    def at_work(self, modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+        """While inside, those of the modules that wait here are on the device. May be nested."""
+        waiting = [module for module in modules if module in self._users]
+        for module in waiting:
+            if not self._users[module]:
+                module.to(self.device)
+            self._users[module] += 1
+        try:
+            yield
+        finally:
+            for module in waiting:
+                self._users[module] -= 1
+                if not self._users[module]:
+                    module.to("cpu")
+
+
+def idle_modules(
+    model: Model, dataset: Dataset, *, latents_cached: bool, trains_text: bool, transforms_captions: bool
+) -> list[torch.nn.Module]:
+    """The modules that the steps do without.
+
+    Args:
+        latents_cached: pictures need not be encoded.
+        trains_text: gradients flow into a text encoder.
+        transforms_captions: a plug-in may give a new text at every use.
+    """
+    modules = [model.vae] if latents_cached else []
+    if not trains_text and not transforms_captions and not captions_vary(dataset):
+        modules += model.text_encoders
+    return modules

@@ -1,0 +1,59 @@
+"""Modules that wait in host memory: which ones, and when they come back. (A GPU is not needed: the moves are noted.)"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from everydream_kit.data.files import scan_dataset
+from everydream_kit.training.offload import IdleModels, idle_modules
+
+
+class Noted(torch.nn.Module):
+    """Writes down where it is asked to go."""
+
+    def __init__(self):
+        super().__init__()
+        self.moves = []
+
+    def to(self, device):
+        self.moves.append(device)
+        return self
+
+
+def test_a_module_waits_in_host_memory_except_while_it_works():
+    vae, unet = Noted(), Noted()
+    idle = IdleModels([vae], "cuda")
+    assert vae.moves == ["cpu"]
+    with idle.at_work([vae, unet]):
+        assert vae.moves == ["cpu", "cuda"]
+        with idle.at_work([vae]):
+            pass
+        assert vae.moves == ["cpu", "cuda"]  # the outer work goes on
+    assert vae.moves == ["cpu", "cuda", "cpu"]
+    assert unet.moves == []
+
+
+def test_it_goes_back_after_an_error():
+    vae = Noted()
+    idle = IdleModels([vae], "cuda")
+    with pytest.raises(RuntimeError), idle.at_work([vae]):
+        raise RuntimeError
+    assert vae.moves[-1] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({}, ["vae", "text"]),
+        ({"latents_cached": False}, ["text"]),
+        ({"trains_text": True}, ["vae"]),
+        ({"transforms_captions": True}, ["vae"]),
+        ({"shuffle_tags": True}, ["vae"]),
+    ],
+)
+def test_only_what_the_steps_do_without_waits(picture_folder, facts, expected):
+    facts = {"latents_cached": True, "trains_text": False, "transforms_captions": False, **facts}
+    dataset = scan_dataset(picture_folder, shuffle_tags=facts.pop("shuffle_tags", False))
+    model = SimpleNamespace(vae="vae", text_encoders=["text"])
+    assert idle_modules(model, dataset, **facts) == expected
