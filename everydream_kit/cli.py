@@ -287,7 +287,7 @@ def _run_tidy(options: argparse.Namespace) -> None:
         elif kind.startswith(("Sequence", "list")):
             parser.add_argument(f"--{name}", nargs="+", default=parameter.default)
         else:
-            typed = {"int": int, "float": float}.get(kind.split(" ")[0], str)
+            typed = {"int": int, "float": float}.get(kind.split(" ", maxsplit=1)[0], str)
             parser.add_argument(f"--{name}", type=typed, default=parameter.default)
     given = vars(parser.parse_args(options.arguments))
     positional = [
