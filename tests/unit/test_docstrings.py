@@ -29,7 +29,7 @@ def public_nodes(tree):
     return walk(tree, "")
 
 
-OBVIOUS_LINES = 6
+OBVIOUS_LINES = 10
 """A method or a test of this length says in its name and its class what it does."""
 
 
