@@ -89,6 +89,11 @@ def export_files(
 
 
 def precision_dtype(precision: str) -> torch.dtype:
+    """The format that a precision's name stands for.
+
+    Raises:
+        ExportError: unknown name.
+    """
     if precision not in PRECISIONS:
         raise ExportError(f"precision {precision!r} is unknown; known are {', '.join(PRECISIONS)}.")
     return PRECISIONS[precision]
