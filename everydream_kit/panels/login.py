@@ -13,6 +13,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from everydream_kit.errors import HubError
+from everydream_kit.hosts import ColabBridge, Host, detect_host, find_secret
 from everydream_kit.panels.look import read_asset
 
 
@@ -75,6 +76,13 @@ def has_token() -> bool:
     import huggingface_hub
 
     return huggingface_hub.get_token() is not None
+
+
+def token_environment(host: Host | None = None, bridge: ColabBridge | None = None) -> dict[str, str]:
+    """What a child process needs beside its inheritance to find the token: Colab's secrets are readable in the kernel only."""
+    host = host or detect_host()
+    token = find_secret("HF_TOKEN", host, environ={}, bridge=bridge) if host.name == "colab" else None
+    return {"HF_TOKEN": token} if token else {}
 
 
 def _token_field_class() -> Any:

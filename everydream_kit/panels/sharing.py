@@ -14,6 +14,7 @@ from everydream_kit import jobs
 from everydream_kit.errors import CheckpointError, ExportError
 from everydream_kit.panels import look
 from everydream_kit.panels.clock import has_clock, make_clock
+from everydream_kit.panels.login import token_environment
 from everydream_kit.panels.panel import Panel, set_html
 from everydream_kit.panels.project import Project
 
@@ -34,7 +35,7 @@ class SharePanel(Panel):
         """Build the panel on the project's checkpoints; the winner is chosen first."""
         super().__init__()
         self.project = Project.open(folder)
-        self._environment = environment
+        self._environment = {**token_environment(), **(environment or {})}
         self.job: jobs.Job | None = None
         self._build()
         self._foretell()

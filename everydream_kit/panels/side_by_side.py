@@ -14,6 +14,7 @@ from everydream_kit.errors import ConfigError
 from everydream_kit.panels import look
 from everydream_kit.panels.clock import has_clock, make_clock
 from everydream_kit.panels.comparison import Comparison
+from everydream_kit.panels.login import token_environment
 from everydream_kit.panels.panel import Panel, set_html
 from everydream_kit.panels.project import Project
 from everydream_kit.panels.shots import picture_tag
@@ -35,7 +36,7 @@ class ComparePanel(Panel):
         """Build the panel; the last comparison comes back."""
         super().__init__()
         self.project = Project.open(folder)
-        self._environment = environment
+        self._environment = {**token_environment(), **(environment or {})}
         self.job: jobs.Job | None = None
         self.comparison = self._last_comparison()
         self._shown: object = None

@@ -6,7 +6,6 @@ and made again at any time. All callbacks return at once: training is a process 
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,13 @@ import ipywidgets as widgets
 from everydream_kit import jobs
 from everydream_kit.errors import ConfigError
 from everydream_kit.panels import look
+from everydream_kit.panels.board import Board
 from everydream_kit.panels.chart import line_chart
 from everydream_kit.panels.clock import has_clock, make_clock
 from everydream_kit.panels.forecast import forecast
 from everydream_kit.panels.form import SettingsForm
 from everydream_kit.panels.live import RunView, smooth, thin
+from everydream_kit.panels.login import token_environment
 from everydream_kit.panels.panel import Panel, display_widget, set_html
 from everydream_kit.panels.presets import PRESETS
 from everydream_kit.panels.project import Project
@@ -68,7 +69,7 @@ class TrainPanel(Panel):
         """
         super().__init__()
         self.project = Project.open(folder)
-        self._command, self._environment = command, environment
+        self._command, self._environment = command, {**token_environment(), **(environment or {})}
         self.view: RunView | None = None
         self.job: jobs.Job | None = None
         self._shown: dict[str, Any] = {}
@@ -149,17 +150,15 @@ class TrainPanel(Panel):
         samples = look.column(
             self.prompts, self.step_slider, self.step_picture, look.section("Newest samples"), self.gallery
         )
-        log = look.column(self.log, widgets.HTML(self._tensorboard_hint()))
+        self.board = Board(self.project.logdir, self.project.folder / "tensorboard")
+        self.board_button, self.board_words = look.button("TensorBoard", icon="line-chart"), widgets.HTML()
+        self.on_press(self.board_button, self.switch_board)
+        log = look.column(self.log, look.row(self.board_button, self.board_words))
+        self._draw_board()
         self.tabs = widgets.Tab(children=[self.form.box, progress, samples, log])
         for index, title in enumerate(("Settings", "Progress", "Samples", "Log")):
             self.tabs.set_title(index, title)
         return self.tabs
-
-    def _tensorboard_hint(self) -> str:
-        return (
-            '<div class="edk-hint">The same curves in TensorBoard: run <code>%load_ext tensorboard</code> and '
-            f"<code>%tensorboard --logdir {html.escape(str(self.project.logdir))}</code> in a cell.</div>"
-        )
 
     # What the buttons do
 
@@ -193,6 +192,15 @@ class TrainPanel(Panel):
         """End the run at once, without saving."""
         self._require_job().kill()
         self.refresh()
+
+    def switch_board(self) -> None:
+        """Start TensorBoard, or end it."""
+        (self.board.stop if self.board.is_running else self.board.start)()
+        self._draw_board()
+
+    def _draw_board(self) -> None:
+        self.board_button.description = "Stop TensorBoard" if self.board.is_running else "TensorBoard"
+        set_html(self.board_words, self.board.words())
 
     def watch(self) -> None:
         """Show the run live from the cell until it ends; an interrupt only detaches. Keeps Colab awake."""

@@ -213,3 +213,37 @@ def test_chores_tell_their_failure_in_words(tmp_path):
     status = json.loads((tmp_path / "work" / "status.json").read_text())
     assert status["state"] == "failed" and "no.thing" in status["message"]
     assert Path(tmp_path / "work").is_dir()
+
+
+def test_colabs_secret_reaches_the_child_processes_and_no_other_hosts_does():
+    from everydream_kit.hosts import Host
+    from everydream_kit.panels.login import token_environment
+
+    class Bridge:
+        def read_secret(self, name):
+            return {"HF_TOKEN": "hf_from_colab"}.get(name)
+
+    assert token_environment(Host("colab", "Google Colab"), Bridge()) == {"HF_TOKEN": "hf_from_colab"}
+    assert token_environment(Host("plain", "this machine"), Bridge()) == {}
+
+
+def test_tensorboard_is_started_reached_and_ended(project):
+    import time
+    import urllib.request
+
+    panel = panels.train(project)
+    panel.board_button.click()
+    try:
+        assert panel.board_button.description == "Stop TensorBoard"
+        address = panel.board_words.value.split('href="')[1].split('"')[0]
+        end = time.monotonic() + 60
+        while True:
+            try:
+                assert urllib.request.urlopen(address, timeout=5).status == 200
+                break
+            except OSError:
+                assert time.monotonic() < end, panel.board_words.value
+                time.sleep(0.3)
+    finally:
+        panel.board_button.click()
+    assert not panel.board.is_running and "href" not in panel.board_words.value
