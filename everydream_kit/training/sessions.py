@@ -98,12 +98,12 @@ def resume(
         run = fetch_run(run, logdir)
     folder = find_run(run, logdir)
     warnings: list[str] = []
-    ranks = Ranks.find()
+    config, _ = load_config(folder.config_path)
+    ranks = Ranks.find((changes or {}).get("gpuid", config.gpuid))
     if ranks.is_main:
         sweep(folder.checkpoints_folder)
     ranks.barrier()
     checkpoint, state = choose_checkpoint(folder, warnings.append)
-    config, _ = load_config(folder.config_path)
     if changes:
         config = _changed(config, changes, folder, state["position"]["step"], writes=ranks.is_main)
     return _session(config, folder, ranks, listeners, checkpoint=checkpoint, state=state, warnings=warnings)
