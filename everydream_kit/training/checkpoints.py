@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from everydream_kit.errors import CheckpointError, DiskSpaceError
+from everydream_kit.training.tensor_files import read_nested, write_nested
 from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder, write_whole
 
 RESUMABLE_KEPT = 2
@@ -41,8 +42,8 @@ def write_checkpoint(
     Args:
         final: its name; an older folder there is replaced.
         write_model: writes the model files into the folder that it is given.
-        tensors: objects for `resume/<name>.pt` (optimizer, scaler, EMA): nested containers of tensors and numbers. None: the
-            checkpoint cannot be resumed from.
+        tensors: objects for `resume/<name>.safetensors` (optimizer, scaler, EMA): nested containers of tensors and
+            numbers. None: the checkpoint cannot be resumed from.
         state: JSON values for `resume/state.json`.
         expected_bytes: what it will take, checked against the free disk first.
 
@@ -114,13 +115,8 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def load_resume_tensors(folder: Path) -> dict[str, Any]:
-    """The objects of `resume/*.pt`, by name, on the CPU. Reads tensors and plain containers only, never code."""
-    import torch
-
-    return {
-        path.stem: torch.load(path, map_location="cpu", weights_only=True)
-        for path in sorted((folder / "resume").glob("*.pt"))
-    }
+    """The objects of `resume/*.safetensors`, by name, on the CPU."""
+    return {path.stem: read_nested(path) for path in sorted((folder / "resume").glob("*.safetensors"))}
 
 
 def choose_checkpoint(run: RunFolder, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
@@ -174,11 +170,9 @@ def sweep(checkpoints_folder: Path) -> None:
 
 
 def _write_resume(folder: Path, tensors: dict[str, Any], state: dict[str, Any]) -> None:
-    import torch
-
     folder.mkdir()
     for name, value in tensors.items():
-        torch.save(value, folder / f"{name}.pt")
+        write_nested(folder / f"{name}.safetensors", value)
     (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 

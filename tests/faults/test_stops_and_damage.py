@@ -78,7 +78,7 @@ def save_twice(settings: dict[str, Any]) -> RunFolder:
     return train(TrainConfig(**{**settings, "save_every_n_steps": 3}))
 
 
-@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "resume/optimizer.pt"])
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "resume/optimizer.safetensors"])
 def test_a_truncated_checkpoint_is_refused_by_name_and_the_one_before_taken(
     settings: dict[str, Any], tmp_path: Path, name: str
 ) -> None:
