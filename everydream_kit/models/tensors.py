@@ -16,6 +16,7 @@ import os
 import pickle
 import struct
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,24 +179,51 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], metadata: M
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header, hash_offset = _header(names, tensors, dict(metadata or {}))
-    digest = hashlib.sha256() if hash_offset is not None else None
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
+        with partial.open("wb") as file, _Hasher(wanted=hash_offset is not None) as hasher:
             file.write(struct.pack("<Q", len(header)) + header)
             for name in names:
                 values = tensor_bytes(_checked(name, tensors[name]))
+                hasher.update(values)
                 file.write(values)
-                if digest is not None:
-                    digest.update(values)
-            if digest is not None and hash_offset is not None:
+            if hash_offset is not None:
                 file.seek(hash_offset)
-                file.write(digest.hexdigest().encode())
+                file.write(hasher.hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+class _Hasher:
+    """SHA-256 in a thread of its own, so that it runs while the bytes are written; one tensor behind at most."""
+
+    def __init__(self, *, wanted: bool) -> None:
+        self._digest = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(max_workers=1) if wanted else None
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> _Hasher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def update(self, values: memoryview) -> None:
+        if self._thread is not None:
+            self._wait()
+            self._pending = self._thread.submit(self._digest.update, values)
+
+    def hexdigest(self) -> str:
+        self._wait()
+        return self._digest.hexdigest()
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
 
 
 def _checked(name: str, lazy: LazyTensor) -> torch.Tensor:
@@ -208,7 +236,8 @@ def _checked(name: str, lazy: LazyTensor) -> torch.Tensor:
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """A tensor's values, little-endian and row by row, without a copy where it lies so already."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    values: Any = flat.view(torch.uint8).numpy()
+    return memoryview(values)
 
 
 def _header(names: list[str], tensors: Mapping[str, LazyTensor], metadata: dict[str, str]) -> tuple[bytes, int | None]:
