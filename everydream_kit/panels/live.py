@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,14 @@ class RunView:
         for line in whole.splitlines():
             self._take(json.loads(line))
         return bool(whole)
+
+    @cached_property
+    def max_epochs(self) -> int | None:
+        """Epochs that the run was started with, or None where its settings do not say."""
+        try:
+            return int(json.loads((self.folder / "config.json").read_text("utf-8"))["max_epochs"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def sample_steps(self) -> dict[int, list[Path]]:
         """Sample pictures by the step they were drawn at."""

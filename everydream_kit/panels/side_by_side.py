@@ -112,7 +112,7 @@ class ComparePanel(Panel):
         self.prompts = widgets.Textarea(
             value="\n".join(last.prompts if last else self._first_prompts()),
             placeholder="a jet over the sea",
-            layout=widgets.Layout(width="100%", height="82px"),
+            layout=widgets.Layout(width="auto", height="82px"),
         )
         self.prompts.description = "Prompts"
         self.prompts.style.description_width = "70px"

@@ -144,7 +144,7 @@ class TrainPanel(Panel):
             description="Prompts",
             continuous_update=False,
             style={"description_width": "70px"},
-            layout=widgets.Layout(width="100%", height="76px"),
+            layout=widgets.Layout(width="auto", height="76px"),
         )
         self.prompts.observe(lambda change: self._write_prompts(change["new"]), "value")
         samples = look.column(
@@ -328,13 +328,18 @@ class TrainPanel(Panel):
         loss, speed = status.get("loss"), status.get("images_per_second")
         entries = [
             ("step", f"{step:,} / {total:,}" if total else f"{step:,}"),
-            ("epoch", "–" if epoch is None else str(int(epoch) + 1)),
+            ("epoch", "–" if epoch is None else self._epoch_words(int(epoch))),
             ("loss", "–" if loss is None else f"{loss:.4f}"),
             ("images per second", "–" if not speed else f"{speed:.1f}"),
             ("time left", look.duration(status.get("eta_seconds")) if status["alive"] else "–"),
             ("memory", look.size(status.get("memory_bytes"))),
         ]
         set_html(self.figures, look.facts(entries))
+
+    def _epoch_words(self, ended: int) -> str:
+        """`3 / 16`: the epoch in progress (the last one where all have ended) of those that the run will have."""
+        total = self.view.max_epochs if self.view is not None else None
+        return f"{min(ended + 1, total)} / {total}" if total else str(ended + 1)
 
     def _draw_curves(self, view: RunView) -> None:
         raw = thin(view.loss)

@@ -74,7 +74,7 @@ def test_start_shows_progress_curves_samples_and_log_and_then_the_end(project):
     assert panel.job is not None and panel.start_button.disabled and not panel.stop_button.disabled
     wait_until(panel, lambda: "finished" in panel.head.value)
     assert panel.bar.value == 12
-    assert "12 / 12" in panel.figures.value
+    assert "12 / 12" in panel.figures.value and "1 / 300" in panel.figures.value
     assert "<polyline" in panel.chart.value and "Learning rate" in panel.rate_chart.value
     assert panel.gallery.value.count("data:image/jpeg") == 2
     assert "step 12" in panel.log.value
