@@ -99,7 +99,7 @@ def build_uploader(run: Run) -> Uploader | None:
         return None
     from everydream_kit.export.hub import HubUploader, check_hub_access
 
-    check_hub_access(config.push_to)
+    access = check_hub_access(config.push_to)
 
     def report(kind: str, step: int, message: str) -> None:
         if kind == "warning":
@@ -107,8 +107,7 @@ def build_uploader(run: Run) -> Uploader | None:
         else:
             run.tell(kind, step=step, message=message)
 
-    what = ("diffusers", "samples", "training", "resume")
-    return HubUploader(config.push_to, config.push_every, report=report, what=what)
+    return HubUploader(access.repo_id, config.push_every, report=report)
 
 
 class UndersizedList(Listener):
