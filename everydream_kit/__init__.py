@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig as TrainConfig
     from everydream_kit.config import load_config as load_config
     from everydream_kit.data import prepare_dataset as prepare_dataset
+    from everydream_kit.drawing import sample as sample
     from everydream_kit.errors import KitError as KitError
     from everydream_kit.export.hub import push_to_hub as push_to_hub
     from everydream_kit.export.single_file import export_checkpoint as export_checkpoint
     from everydream_kit.jobs import attach as attach
     from everydream_kit.jobs import start as start
     from everydream_kit.models.loading import load_model as load_model
-    from everydream_kit.drawing import sample as sample
     from everydream_kit.training.sessions import resume as resume
     from everydream_kit.training.sessions import train as train
     from everydream_kit.workspace import RunFolder as RunFolder
@@ -43,7 +43,7 @@ _PLACES = {
     "train": "training.sessions",
 }
 
-__all__ = [*sorted(_PLACES), "panels"]
+__all__ = [*sorted(_PLACES), "panels"]  # noqa: PLE0604 (every name in the table is a string)
 
 
 def __getattr__(name: str) -> Any:

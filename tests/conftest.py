@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
-
-
 
 SUBJECTS = [("red square", (220, 40, 40)), ("green square", (40, 180, 60)), ("blue square", (50, 70, 220))]
 SIZES = [(96, 96), (144, 96), (96, 144), (128, 72)]

@@ -19,8 +19,10 @@ from everydream_kit.workspace import RunFolder
 if TYPE_CHECKING:
     from PIL import Image
 
-SUBJECTS = ("butterfly", "mushroom", "red apple", "cactus", "sunflower", "octopus")
-"""Drawn before and after, each as "<subject>, ink drawing"."""
+TAUGHT = ("red apple", "penguin", "guitar", "rocket")
+UNTAUGHT = ("pear", "owl", "airplane", "lion")
+SUBJECTS = (*TAUGHT, *UNTAUGHT)
+"""Drawn before and after, each as "<subject>, ink drawing"; of the second four, the demo's pictures hold no ink drawing."""
 RESOLUTION = 128
 GUIDANCE_SCALE = 3.0
 NUM_INFERENCE_STEPS = 20
@@ -139,9 +141,7 @@ def draw_subjects(model: object, seed: int) -> list[Image.Image]:
     from everydream_kit.models.sampling import SamplePrompt, sample_pictures
 
     prompts = [
-        SamplePrompt(
-            f"{subject}, ink drawing", seed=seed, width=RESOLUTION, height=RESOLUTION, cfgs=(GUIDANCE_SCALE,)
-        )
+        SamplePrompt(f"{subject}, ink drawing", seed=seed, width=RESOLUTION, height=RESOLUTION, cfgs=(GUIDANCE_SCALE,))
         for subject in SUBJECTS
     ]
     return sample_pictures(model, prompts, num_inference_steps=NUM_INFERENCE_STEPS, batch_size=len(prompts))  # type: ignore[arg-type]

@@ -601,7 +601,9 @@ def _model_info(call: Call) -> Reply:
     facts = {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": commit.oid, "private": repo.private, "tags": []}
     card = commit.tree.get("README.md")
     front = re.match(r"---\n(.*?)\n---", repo.blobs[card.oid].decode(), re.DOTALL) if card else None
-    files = [{"rfilename": path, "size": entry.size} for path, entry in commit.tree.items()]  # sizes as with ?blobs=true
+    files = [
+        {"rfilename": path, "size": entry.size} for path, entry in commit.tree.items()
+    ]  # sizes as with ?blobs=true
     return as_json(facts | {"siblings": files} | ({"cardData": yaml.safe_load(front[1])} if front else {}))
 
 

@@ -71,4 +71,9 @@ def test_ranges_are_said_in_words() -> None:
     assert parameter("lr").range_text == "above 0 to 1"
     assert parameter("resolution").range_text == "from 64 to 2048 in steps of 8"
     assert parameter("loss_type").range_text == "mse, huber, mse_huber, huber_mse"
-    assert (format_value(1e-6), format_value(None), format_value(True), format_value(0.25)) == ("1e-6", "none", "on", "0.25")
+    assert (format_value(1e-6), format_value(None), format_value(True), format_value(0.25)) == (
+        "1e-6",
+        "none",
+        "on",
+        "0.25",
+    )
