@@ -1,0 +1,181 @@
+"""Every parameter has a test that sees its effect from the outside: here is which one, and a check that it is there.
+
+A new parameter fails here until its test is named. The table is kept honest by reading the tests' syntax trees: each named
+function must exist, be a test, and say the parameter's name (as a setting, a flag or a keyword); where a test reaches the
+parameter under another name (a function's own argument), that name stands behind a colon.
+"""
+
+from __future__ import annotations
+
+import ast
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from everydream_kit.config import TrainConfig
+
+TESTS = Path(__file__).parents[1]
+DATA = "integration/test_parameters_data.py"
+TRAINING = "integration/test_parameters_training.py"
+SAVING = "integration/test_parameters_saving.py"
+LAWS = "integration/test_training_laws.py"
+COMMAND = "integration/test_train_command.py"
+
+LORA = f"{TRAINING}::test_lora_trains_matrices_of_its_rank_in_the_layers_that_are_meant"
+ALPHA = f"{TRAINING}::test_alpha_is_the_adapters_strength_and_dropout_makes_its_steps_differ"
+TOKENS = f"{TRAINING}::test_new_tokens_are_all_that_textual_inversion_trains"
+RATES = f"{TRAINING}::test_the_rate_of_each_step"
+LOSS = f"{TRAINING}::test_what_the_loss_asks_for_changes_the_loss"
+TIMESTEPS = f"{TRAINING}::test_only_timesteps_from_start_to_before_end_are_drawn"
+AMP = f"{TRAINING}::test_mixed_precision_can_be_forced_and_switched_off"
+MEMORY = f"{TRAINING}::test_measures_that_save_memory_leave_the_losses_as_they_are"
+HUB_MODEL = f"{DATA}::test_a_hub_model_is_asked_for_with_its_revision_folder_and_variant"
+FOLDER_MODEL = f"{DATA}::test_subfolder_and_variant_choose_the_files_of_a_folder"
+SAID_MODEL = f"{DATA}::test_family_and_prediction_type_win_over_what_the_files_say"
+CACHE = f"{DATA}::test_the_cache_keeps_so_many_crops_where_it_is_told_to"
+RATED = f"{DATA}::test_ratings_leave_out_the_asked_share_by_the_last_epoch"
+TAGS = f"{DATA}::test_tags_are_shuffled_behind_those_that_are_kept"
+AVERAGED = f"{SAVING}::test_averaged_weights_are_saved_drawn_with_and_taken_up_again"
+AVERAGE = f"{SAVING}::test_the_average_follows_its_decay_its_target_and_its_interval"
+SAMPLES = f"{SAVING}::test_samples_come_before_training_every_so_many_steps_and_from_the_prompt_file"
+STANDSTILL = f"{SAVING}::test_a_run_whose_validation_loss_stands_still_stops_early"
+EPOCHS = f"{SAVING}::test_epochs_are_saved_from_the_first_that_counts_as_single_files_too"
+STEPS = f"{SAVING}::test_steps_are_saved_and_as_many_stay_as_were_asked_for"
+PUSH = f"{SAVING}::test_checkpoints_are_pushed_while_training_as_often_as_asked"
+WANDB = f"{SAVING}::test_wandb_gets_the_points_under_the_runs_name"
+
+TEST_OF = {
+    "resume_ckpt": f"{DATA}::test_findlast_is_the_newest_checkpoint_of_the_project",
+    "base_revision": HUB_MODEL,
+    "base_subfolder": FOLDER_MODEL,
+    "base_variant": FOLDER_MODEL,
+    "family": SAID_MODEL,
+    "prediction_type": SAID_MODEL,
+    "clip_skip": LOSS,
+    "data_root": f"{DATA}::test_the_dataset_may_be_several_folders",
+    "resolution": f"{DATA}::test_every_resolution_has_its_batches",
+    "batch_size": f"{DATA}::test_batch_size_is_the_pictures_that_go_together_and_auto_is_refused_in_words",
+    "flip_p": f"{DATA}::test_pictures_are_mirrored_with_their_probability",
+    "crop_jitter": f"{DATA}::test_crop_jitter_trims_more_than_the_bucket_asks_for",
+    "background": f"{DATA}::test_transparent_pictures_stand_on_the_background",
+    "loss_mask": f"{DATA}::test_the_loss_is_weighed_by_the_mask_that_is_named",
+    "num_workers": f"{LAWS}::test_the_number_of_loader_processes_changes_nothing",
+    "cache_latents": f"{LAWS}::test_cached_latents_give_the_losses_of_encoding_each_time",
+    "cache_variants": CACHE,
+    "latent_cache_dir": CACHE,
+    "rated_dataset": RATED,
+    "rated_dataset_target_dropout_percent": RATED,
+    "write_schedule": f"{COMMAND}::test_the_schedule_names_the_pictures_that_were_trained:schedule",
+    "cond_dropout": f"{DATA}::test_dropped_captions_are_empty",
+    "shuffle_tags": TAGS,
+    "keep_tags": TAGS,
+    "caption_lines": f"{DATA}::test_lines_of_a_caption_file_are_one_caption_or_one_each",
+    "max_epochs": f"{TRAINING}::test_a_run_ends_with_its_epochs_or_its_steps_whichever_come_first",
+    "max_steps": f"{TRAINING}::test_a_run_ends_with_its_epochs_or_its_steps_whichever_come_first",
+    "grad_accum": f"{TRAINING}::test_pictures_of_one_step_are_batch_size_times_grad_accum",
+    "lr": RATES,
+    "lr_scheduler": RATES,
+    "lr_warmup_steps": RATES,
+    "lr_decay_steps": RATES,
+    "scale_lr": RATES,
+    "seed": f"{TRAINING}::test_the_seed_decides_all_draws_and_minus_one_is_a_new_one_that_is_told",
+    "optimizer": f"{TRAINING}::test_the_optimizer_is_the_one_that_is_named",
+    "optimizer_config": f"{TRAINING}::test_the_optimizer_config_sets_the_text_encoders_rate_and_freezes_layers",
+    "clip_grad_norm": f"{TRAINING}::test_clipping_bounds_the_gradient_that_is_applied",
+    "disable_unet_training": f"{LAWS}::test_frozen_parts_keep_their_bytes",
+    "disable_textenc_training": f"{LAWS}::test_frozen_parts_keep_their_bytes",
+    "training_kind": LORA,
+    "lora_rank": LORA,
+    "lora_alpha": ALPHA,
+    "lora_dropout": ALPHA,
+    "lora_targets": LORA,
+    "lora_text_encoder": LORA,
+    "lora_dora": LORA,
+    "new_tokens": TOKENS,
+    "loss_type": LOSS,
+    "min_snr_gamma": LOSS,
+    "debiased_estimation": LOSS,
+    "enable_zero_terminal_snr": (
+        f"{TRAINING}::test_zero_terminal_snr_leaves_no_signal_in_the_last_timestep_and_needs_v_prediction"
+    ),
+    "zero_frequency_noise_ratio": LOSS,
+    "pyramid_noise_discount": LOSS,
+    "input_perturbation": LOSS,
+    "embedding_perturbation": LOSS,
+    "timestep_start": TIMESTEPS,
+    "timestep_end": TIMESTEPS,
+    "timestep_sampling": LOSS,
+    "train_sampler": f"{TRAINING}::test_another_train_sampler_changes_nothing_and_says_so",
+    "amp": AMP,
+    "disable_amp": AMP,
+    "amp_dtype": f"{TRAINING}::test_bfloat16_arithmetic_gives_nearly_the_same_losses",
+    "weight_dtype": f"{TRAINING}::test_weights_are_kept_in_the_named_format",
+    "gradient_checkpointing": MEMORY,
+    "fused_backward": f"{TRAINING}::test_a_fused_backward_keeps_no_gradient_and_gives_the_same_losses",
+    "offload_idle_models": (
+        f"{SAVING}::test_idle_models_are_at_work_for_new_captions_and_for_sampling_only:idle_modules"
+    ),
+    "channels_last": MEMORY,
+    "torch_compile": f"{TRAINING}::test_the_unets_transformer_blocks_are_compiled",
+    "attn_type": MEMORY,
+    "gpuid": f"{TRAINING}::test_the_gpu_with_the_number_is_used",
+    "ema_decay_rate": AVERAGED,
+    "ema_strength_target": AVERAGE,
+    "ema_update_interval": AVERAGE,
+    "ema_device": AVERAGE,
+    "ema_sample_ema_model": AVERAGED,
+    "ema_sample_nonema_model": AVERAGED,
+    "ema_resume_model": AVERAGED,
+    "sample_steps": SAMPLES,
+    "sample_prompts": SAMPLES,
+    "sample_before_training": SAMPLES,
+    "validation_config": STANDSTILL,
+    "early_stopping_patience": STANDSTILL,
+    "project_name": f"{COMMAND}::test_the_last_checkpoint_and_the_single_file_hold_trained_weights:last-t-ep03",
+    "run_name": WANDB,
+    "logdir": EPOCHS,
+    "save_ckpt_dir": EPOCHS,
+    "ckpt_every_n_minutes": f"{SAVING}::test_checkpoints_come_by_the_clock",
+    "save_every_n_epochs": EPOCHS,
+    "save_every_n_steps": STEPS,
+    "save_ckpts_from_n_epochs": EPOCHS,
+    "keep_last_n": STEPS,
+    "save_full_precision": EPOCHS,
+    "save_optimizer": STEPS,
+    "no_save_ckpt": STEPS,
+    "no_prepend_last": EPOCHS,
+    "push_to": PUSH,
+    "push_every": PUSH,
+    "log_step": f"{SAVING}::test_points_come_every_log_step_and_at_each_epochs_end",
+    "wandb": WANDB,
+    "plugins": f"{SAVING}::test_plugins_are_called_at_every_turn_and_change_captions",
+    "load_settings_every_epoch": (
+        f"{SAVING}::test_live_settings_are_read_at_each_epochs_start_and_a_broken_file_changes_nothing"
+    ),
+}
+
+
+@lru_cache
+def functions_of(file: str) -> dict[str, str]:
+    """Source of each test function of a file, decorators and trailing comments included."""
+    source = (TESTS / file).read_text("utf-8")
+    lines = source.splitlines()
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+    return found
+
+
+def test_the_table_names_every_parameter_and_no_other() -> None:
+    assert sorted(TEST_OF) == sorted(TrainConfig.model_fields)
+
+
+@pytest.mark.parametrize("name", TEST_OF)
+def test_the_named_test_is_there_and_speaks_of_its_parameter(name: str) -> None:
+    file, place = TEST_OF[name].split("::")
+    function, _, words = place.partition(":")
+    assert function in functions_of(file), f"{file} has no {function}"
+    assert (words or name) in functions_of(file)[function]
