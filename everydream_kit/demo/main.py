@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.demo import pictures_path
+from everydream_kit.errors import JobError
 from everydream_kit.workspace import RunFolder
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def run_demo(out: Path, *, max_epochs: int | None = None, seed: int = 555) -> De
         seed: of the training and of the samples.
 
     Raises:
+        JobError: it was stopped before its end.
         KitError: as `train`.
     """
     from everydream_kit.demo.score import score
@@ -118,6 +120,10 @@ def run_demo(out: Path, *, max_epochs: int | None = None, seed: int = 555) -> De
     )
     before = draw_subjects(open_for_drawing("embedded"), seed)
     run = train(config)
+    if run.status()["state"] != "finished":
+        raise JobError(
+            f"The demo was stopped. Start it again, or go on with its training: everydream resume {run.folder}"
+        )
     after = draw_subjects(open_for_drawing(run), seed)
     path = out / "before-after.png"
     before_after_sheet(before, after).save(path)
