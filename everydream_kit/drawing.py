@@ -91,26 +91,41 @@ def sample(
 
 
 def open_for_drawing(checkpoint: str | Path | RunFolder | Model, *, lora: str | Path | None = None) -> Model:
-    """Load the model that is meant, on the device there is, with a LoRA if one is given."""
+    """Load the model that is meant, on the device there is, with a LoRA merged into it if one is given.
+
+    Raises:
+        ModelError: the checkpoint or the LoRA cannot be used, or do not belong together.
+        ConfigError: a LoRA for a model that is loaded already.
+    """
     import torch
 
-    from everydream_kit.models.loading import load_model
+    from everydream_kit.models.loading import Model, assemble, load_model, open_model
 
+    if isinstance(checkpoint, Model):
+        if lora is not None:
+            raise ConfigError("lora: give the checkpoint's path, so that the LoRA can be merged while it is loaded")
+        return checkpoint
+    source = _meant(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    if lora is None:
+        return load_model(source, dtype=dtype, device=device)
+    from everydream_kit.models.lora_formats import apply_lora, read_lora
+
+    files = open_model(source)
+    return assemble(apply_lora(files, read_lora(Path(lora), files)), dtype=dtype, device=device)
+
+
+def _meant(checkpoint: str | Path | RunFolder) -> str | Path:
+    """A run's last checkpoint, the embedded model's folder, or what was given."""
     if isinstance(checkpoint, RunFolder):
-        checkpoint = checkpoint.last_checkpoint
-    if isinstance(checkpoint, (str, Path)):
-        if str(checkpoint) == "embedded":
-            from everydream_kit.demo import base_model_path
+        return checkpoint.last_checkpoint
+    if str(checkpoint) == "embedded":
+        from everydream_kit.demo import base_model_path
 
-            checkpoint = base_model_path()
-        elif (Path(checkpoint) / "ckpts").is_dir():
-            checkpoint = RunFolder(Path(checkpoint)).last_checkpoint
-        checkpoint = load_model(checkpoint, dtype=torch.float16 if device == "cuda" else torch.float32, device=device)
-    if lora is not None:
-        from everydream_kit.models.lora import load_lora
-
-        load_lora(checkpoint, lora)
+        return base_model_path()
+    if (Path(checkpoint) / "ckpts").is_dir():
+        return RunFolder(Path(checkpoint)).last_checkpoint
     return checkpoint
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -39,6 +40,7 @@ class Journal:
         self._purge_step: int | None = None
         self._status: dict[str, Any] = {
             "pid": os.getpid(),
+            "host": platform.node(),
             "process_started": psutil.Process().create_time(),
             "state": "starting",
         }

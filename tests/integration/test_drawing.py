@@ -1,0 +1,84 @@
+"""`sample`: pictures in files that carry their settings, from whatever a person names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageChops
+
+from everydream_kit.cli import main
+from everydream_kit.drawing import sample
+from everydream_kit.errors import ConfigError
+
+SMALL = {"num_inference_steps": 2, "width": 64, "height": 64}
+
+
+def test_each_prompt_seed_and_cfg_is_a_file_with_its_settings_and_there_is_a_sheet(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    paths = sample(tiny_model_folder, ["a cat", "a dog"], cfgs=[1.0, 3.0], num_images=2, out=tmp_path, **SMALL)
+    assert len(paths) == 2 * 2 * 2 + 1
+    with Image.open(paths[3]) as picture:
+        assert picture.size == (64, 64)
+        assert "Seed: 556" in picture.info["parameters"]
+        assert "CFG scale: 3" in picture.info["parameters"]
+    assert paths[-1].name == "sheet.png"
+
+
+def test_earlier_pictures_are_never_overwritten(tmp_path: Path, tiny_model_folder: Path) -> None:
+    first = sample(tiny_model_folder, "a cat", out=tmp_path, **SMALL)
+    second = sample(tiny_model_folder, "a cat", out=tmp_path, **SMALL)
+    assert first != second
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_lora_changes_the_picture(tmp_path: Path, tiny_model_folder: Path) -> None:
+    import torch
+
+    from everydream_kit.models.loading import load_model
+    from everydream_kit.models.lora import add_lora
+    from everydream_kit.models.saving import save_model
+
+    model = load_model(tiny_model_folder)
+    for parameter in add_lora(model, 2):
+        torch.nn.init.constant_(parameter, 0.3)
+    save_model(model, tmp_path / "lora")
+    plain = sample(tiny_model_folder, "a cat", out=tmp_path / "plain", **SMALL)
+    adapted = sample(
+        tiny_model_folder,
+        "a cat",
+        lora=tmp_path / "lora" / "pytorch_lora_weights.safetensors",
+        out=tmp_path / "a",
+        **SMALL,
+    )
+    with Image.open(plain[0]) as first, Image.open(adapted[0]) as second:
+        assert ImageChops.difference(first, second).getbbox() is not None
+
+
+def test_no_prompt_is_refused(tmp_path: Path, tiny_model_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="at least one"):
+        sample(tiny_model_folder, [], out=tmp_path)
+
+
+def test_the_sample_and_export_commands_name_what_they_wrote(
+    tmp_path: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "--prompt",
+        "a cat",
+        "--num_inference_steps",
+        "2",
+        "--width",
+        "64",
+        "--height",
+        "64",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main(["sample", str(tiny_model_folder), *words]) == 0
+    assert Path(capsys.readouterr().out.strip()).is_file()
+    assert main(["export", str(tiny_model_folder), str(tmp_path / "x.safetensors"), "--precision", "bf16"]) == 0
+    assert Path(capsys.readouterr().out.strip()) == tmp_path / "x.safetensors"
+    assert main(["export", str(tiny_model_folder), str(tmp_path / "x.txt")]) == 1
+    assert ".safetensors or .ckpt" in capsys.readouterr().err
