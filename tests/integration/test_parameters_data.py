@@ -203,6 +203,17 @@ def test_ratings_leave_out_the_asked_share_by_the_last_epoch(
         assert plan_epoch(run.dataset, run.plan_settings, 9).num_images == expected
 
 
+def test_a_picture_that_breaks_while_training_is_told_once(settings: dict[str, Any]) -> None:
+    broken = Path(settings["data_root"]) / "2.png"
+    with prepared(**{**settings, "max_steps": 3}) as rehearsal:
+        broken.write_bytes(broken.read_bytes()[:2000])
+        work = rehearsal.run.batches()
+        for _ in range(3):
+            next(work)
+        work.close()
+    assert rehearsal.warnings.count("2.png") == 1
+
+
 # Captions -------------------------------------------------------------------------------------------------------------
 
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from rehearsals import Rehearsal, plain_settings, prepared, rehearse, square_pictures
 
+from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ConfigError
-from everydream_kit.training.sessions import train
+from everydream_kit.training.sessions import resume, train
+from everydream_kit.workspace import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -297,3 +299,9 @@ def test_the_gpu_with_the_number_is_used(settings: dict[str, Any], monkeypatch: 
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
     with pytest.raises(Reached, match="cuda:3"):
         train({**settings, "gpuid": 3})
+    begun = RunFolder.create(settings["logdir"], "begun")
+    begun.config_path.write_text(TrainConfig(**settings, gpuid=2).to_json(), "utf-8")
+    with pytest.raises(Reached, match="cuda:2"):
+        resume(begun.folder)
+    with pytest.raises(Reached, match="cuda:1"):
+        resume(begun.folder, changes={"gpuid": 1})
