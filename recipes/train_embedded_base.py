@@ -13,7 +13,7 @@ The kit must be importable (`pip install -e .`).
 
 Each training stage saves every four minutes and goes on from there when started again. `package` writes the averaged
 weights into everydream_kit/demo/base; `features` trains the network behind the demo's score; `sheets` draws
-docs/images/base-*.png from what is packaged.
+docs/images/base-*.jpg from what is packaged.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from pathlib import Path
 import torch
 from embedded_base import autoencoder, denoiser, features, sheets, vocabulary
 from embedded_base.peers import Peers
+from PIL import Image
 
 from everydream_kit.demo import architecture
 from everydream_kit.demo.folder import write_model_folder
+from everydream_kit.demo.score import score
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BASE = REPOSITORY / "everydream_kit" / "demo" / "base"
@@ -45,11 +47,17 @@ def package(work: Path, folder: Path) -> None:
 
 def draw_sheets(data: Path, work: Path, folder: Path, images: Path) -> None:
     images.mkdir(parents=True, exist_ok=True)
-    paths = sorted((data / "base").glob("*.webp"))[::25][:18] + sorted((data / "demo").glob("*.webp"))[:6]
-    sheets.reconstructions(denoiser.load_vae(work), paths).save(images / "base-reconstructions.png", optimize=True)
-    if (folder / "unet" / "diffusion_pytorch_model.safetensors").is_file():
-        drawn = sheets.samples(folder, [f"{prompt}, 3d" for prompt in sheets.PROMPTS])
-        sheets.draw_sheet([drawn], sheets.PROMPTS, columns=8).save(images / "base-samples.png", optimize=True)
+    paths = sorted((data / "base").glob("*.webp"))[::5][:18] + sorted((data / "demo").glob("*.webp"))[:6]
+    save(sheets.reconstructions(denoiser.load_vae(work), paths), images / "base-reconstructions.jpg")
+    save(sheets.curves({"autoencoder": work / "vae.jsonl", "U-Net": work / "unet.jsonl"}), images / "base-curves.jpg")
+    for name, subjects in (("base-samples", sheets.PROMPTS), ("base-more-samples", sheets.MORE_PROMPTS)):
+        drawn = sheets.samples(folder, [f"{subject}, 3d" for subject in subjects])
+        save(sheets.draw_sheet([drawn], subjects, columns=8), images / f"{name}.jpg")
+        print(name, score(drawn, subjects))
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    picture.convert("RGB").save(path, quality=90)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from make_emoji_dataset import DEMO_SUBJECTS
 from PIL import Image
 from torch.nn import functional
 
@@ -22,8 +23,10 @@ from everydream_kit.demo import architecture
 
 BATCH = 40
 SHAPES = ((128, 128), (144, 112), (112, 144), (160, 96), (96, 160))  # (width, height); the square one most often
-SQUARE_SHARE = 0.9
+SQUARE_SHARE = 0.96
 EMPTY_SHARE = 0.1
+DEMO_REPEATS = 3  # the demo's subjects come three times an epoch: they are what people see first
+EVEN_FROM = 0.8  # of the budget: from then on every subject comes once
 MIN_SNR_GAMMA = 5.0
 
 
@@ -49,8 +52,11 @@ def encode_all(pictures: list[Path], vae: torch.nn.Module, cache: Path) -> dict[
     Kept in the file `cache`; delete it when the autoencoder has changed.
     """
     names = [path.name for path in pictures]
-    if cache.is_file() and (kept := torch.load(cache, weights_only=True))["names"] == names:
-        return kept["latents"]
+    if cache.is_file():
+        kept = torch.load(cache, weights_only=True)
+        if set(names) <= set(kept["names"]):
+            indices = [kept["names"].index(name) for name in names]
+            return {shape: values[indices] for shape, values in kept["latents"].items()}
     latents = {}
     for width, height in SHAPES:
         side = min(width, height)
@@ -73,9 +79,9 @@ def vary(parts: list[str], chance: random.Random) -> str:
     draw = chance.random()
     if draw < EMPTY_SHARE:
         return ""
-    if draw < 0.55:
+    if draw < 0.65:
         return f"{label}, {style}"
-    if draw < 0.70:
+    if draw < 0.75:
         return f"a {label}, {style}"
     if draw < 0.95:
         return ", ".join([label, *chance.sample(tags, chance.randint(0, len(tags))), style])
@@ -104,22 +110,34 @@ def build_optimizers(unet: torch.nn.Module, text_encoder: torch.nn.Module, peers
 class Batches:
     """Endless batches of latents, token ids and timesteps, different in every process."""
 
-    def __init__(self, captions: list[list[str]], latents: dict[tuple[int, int], torch.Tensor], seed: int) -> None:
+    def __init__(
+        self,
+        captions: list[list[str]],
+        latents: dict[tuple[int, int], torch.Tensor],
+        chances: torch.Tensor,
+        seed: int,
+    ) -> None:
         self.captions, self.latents = captions, latents
+        self.cumulated = (chances / chances.sum()).cumsum(dim=0)
         self.generator = torch.Generator().manual_seed(seed)
         self.chance = random.Random(seed)
         self.order: list[int] = []
 
-    def draw(self, size: int) -> tuple[torch.Tensor, list[str], torch.Tensor, torch.Tensor]:
+    def draw(self, size: int, demo_repeats: int) -> tuple[torch.Tensor, list[str], torch.Tensor, torch.Tensor]:
         """Latents and noise (size, 4, h, w), captions, and timesteps (size,)."""
         while len(self.order) < size:
-            self.order += torch.randperm(len(self.captions), generator=self.generator).tolist()
+            pool = [
+                index
+                for index, parts in enumerate(self.captions)
+                for _ in range(demo_repeats if parts[0] in DEMO_SUBJECTS else 1)
+            ]
+            self.order += [pool[i] for i in torch.randperm(len(pool), generator=self.generator).tolist()]
         indices, self.order = self.order[:size], self.order[size:]
         shape = SHAPES[0] if self.chance.random() < SQUARE_SHARE else self.chance.choice(SHAPES[1:])
         batch = self.latents[shape][indices]
-        # One timestep out of each of `size` equal slices: the same expectation as independent draws, less noise.
-        slices = torch.arange(size) + torch.rand(size, generator=self.generator)
-        timesteps = (slices / size * 1000).long().clamp(max=999)
+        # One timestep out of each of `size` equally likely slices: the expectation of independent draws, less noise.
+        slices = (torch.arange(size) + torch.rand(size, generator=self.generator)) / size
+        timesteps = torch.searchsorted(self.cumulated, slices).clamp(max=999)
         noise = torch.randn(batch.shape, generator=self.generator)
         return batch, [vary(self.captions[index], self.chance) for index in indices], timesteps, noise
 
@@ -140,7 +158,10 @@ def train(dataset: Path, folder: Path, tokenizer_folder: Path, minutes: float, p
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     ema = Ema(both, 0.998)
     scheduler = DDPMScheduler(**architecture.NOISE)
-    weights = snr_weights(scheduler.alphas_cumprod)
+    # Timesteps that min-SNR weighs little are drawn less often, and count for more when they are: the same objective,
+    # but a third of the pictures is no longer spent on nearly clean latents.
+    chances = snr_weights(scheduler.alphas_cumprod) + 0.2
+    weights = snr_weights(scheduler.alphas_cumprod) / chances * chances.mean()
 
     stage = Stage(folder, "unet", minutes)
     payload = stage.load()
@@ -153,7 +174,7 @@ def train(dataset: Path, folder: Path, tokenizer_folder: Path, minutes: float, p
     latents = {
         shape: (values * scaling_factor).to(memory_format=torch.channels_last) for shape, values in latents.items()
     }
-    batches = Batches([parts for _, parts in captions], latents, seed=1000 + peers.rank + 2 * stage.step)
+    batches = Batches([parts for _, parts in captions], latents, chances, seed=1000 + peers.rank + 2 * stage.step)
 
     def payload_now() -> dict:
         return {
@@ -166,7 +187,7 @@ def train(dataset: Path, folder: Path, tokenizer_folder: Path, minutes: float, p
     size = BATCH // peers.count
     seen = 0.0
     while stage.progress < 1:
-        batch, texts, timesteps, noise = batches.draw(size)
+        batch, texts, timesteps, noise = batches.draw(size, DEMO_REPEATS if stage.progress < EVEN_FROM else 1)
         tokens = tokenizer(
             texts, padding="max_length", truncation=True, max_length=architecture.MAX_TOKENS, return_tensors="pt"
         ).input_ids

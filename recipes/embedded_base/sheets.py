@@ -14,6 +14,11 @@ red apple, banana, strawberry, carrot, hamburger, pizza, ice cream, mushroom, ca
 cat face, fish, octopus, butterfly, snail, ghost, robot, snowman, automobile, rocket, guitar, umbrella
 """
 PROMPTS = tuple(name.strip() for name in _SUBJECTS.split(","))
+_MORE_SUBJECTS = """
+lion, owl, frog, turtle, shark, crab, honeybee, panda, fox, rose, palm tree, Christmas tree, pineapple, cherries, lemon,
+doughnut, birthday cake, house, fire engine, airplane, violin, trophy, rainbow, skull
+"""
+MORE_PROMPTS = tuple(name.strip() for name in _MORE_SUBJECTS.split(","))  # none of the demo's
 STEPS, GUIDANCE = 30, 4.0
 
 
@@ -66,3 +71,26 @@ def samples(
         height=size[1],
         generator=[torch.Generator().manual_seed(seed + number) for number in range(len(prompts))],
     ).images
+
+
+def curves(logs: dict[str, Path]) -> Image.Image:
+    """Loss over minutes of every stage's log, and the autoencoder's PSNR, as one picture."""
+    import io
+    import json
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3), dpi=90, layout="constrained")
+    for number, (name, path) in enumerate(logs.items()):
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        axes = figure.add_subplot(1, len(logs), number + 1)
+        losses = [(line["minutes"], line["loss"]) for line in lines if "loss" in line]
+        axes.semilogy(*zip(*losses, strict=True), color="tab:blue")
+        axes.set(title=name, xlabel="minutes", ylabel="loss")
+        if levels := [(line["minutes"], line["psnr"]) for line in lines if "psnr" in line]:
+            right = axes.twinx()
+            right.plot(*zip(*levels, strict=True), color="tab:orange", marker=".")
+            right.set_ylabel("PSNR, dB (orange)")
+    file = io.BytesIO()
+    figure.savefig(file)
+    return Image.open(file)
