@@ -115,18 +115,15 @@ def build_run(
             "fused_backward: works on one process only, since gradients must be summed over all of them first"
         )
     prepare_modules(model, config)
-    trains_text = any(part.name == TEXT_ENCODER for part in parts)
-    idle = []
-    if config.offload_idle_models and ranks.device.type == "cpu":
-        journal.warn("offload_idle_models: has no effect on a CPU, where all memory is host memory.")
-    elif config.offload_idle_models:
-        idle = idle_modules(
-            model,
-            dataset,
-            latents_cached=latent_cache is not None,
-            trains_text=trains_text,
-            transforms_captions=caption_transform(plugins) is not None,
-        )
+    idle = choose_idle_modules(
+        config,
+        model,
+        dataset,
+        journal,
+        device_type=ranks.device.type,
+        latents_cached=latent_cache is not None,
+        transforms_captions=caption_transform(plugins) is not None,
+    )
     return Run(
         config=config,
         folder=folder,
@@ -167,7 +164,7 @@ def build_run(
         ema=build_ema(config, model, parts, num_steps, resumes=weights_from is not None),
         ema_update_interval=config.ema_update_interval,
         latent_cache=latent_cache,
-        text_cache=build_text_cache(model, config.clip_skip, trains_text=trains_text),
+        text_cache=build_text_cache(model, config.clip_skip, trains_text=any(p.name == TEXT_ENCODER for p in parts)),
         loader_options={
             "num_workers": 0 if latent_cache is not None and latent_cache.in_memory else num_workers,
             "crop_jitter": config.crop_jitter,
@@ -347,6 +344,32 @@ def compile_blocks(unet: torch.nn.Module) -> None:
     for module in unet.modules():
         if type(module).__name__ == "BasicTransformerBlock":
             module.compile(dynamic=True)
+
+
+def choose_idle_modules(
+    config: TrainConfig,
+    model: Model,
+    dataset: Dataset,
+    journal: Journal,
+    *,
+    device_type: str,
+    latents_cached: bool,
+    transforms_captions: bool,
+) -> list[torch.nn.Module]:
+    """What waits in host memory, where that is asked for and there is something to save."""
+    if not config.offload_idle_models:
+        return []
+    if device_type == "cpu":
+        journal.warn("offload_idle_models: has no effect on a CPU, where all memory is host memory.")
+        return []
+    trains_text = any(p.requires_grad for encoder in model.text_encoders for p in encoder.parameters())
+    return idle_modules(
+        model,
+        dataset,
+        latents_cached=latents_cached,
+        trains_text=trains_text,
+        transforms_captions=transforms_captions,
+    )
 
 
 def settle_part(name: str, config: TrainConfig, optimizer_config: OptimizerConfig, device_type: str) -> PartSettings:

@@ -16,9 +16,10 @@ from rehearsals import NotingPlugin, plain_settings, prepared, rehearse, square_
 from safetensors.torch import load_file
 
 from everydream_kit.errors import ConfigError, HubError
-from everydream_kit.training.offload import IdleModels, idle_modules
+from everydream_kit.training.offload import IdleModels
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.run import Run
+from everydream_kit.training.runs import choose_idle_modules
 from everydream_kit.training.sessions import train
 from everydream_kit.workspace import RunFolder
 
@@ -147,15 +148,20 @@ def test_idle_models_are_at_work_for_new_captions_and_for_sampling_only(
         def on_start(self, run: Run) -> None:
             nonlocal run_seen
             run_seen = run
-            waiting = idle_modules(
-                run.model, run.dataset, latents_cached=True, trains_text=False, transforms_captions=False
+            facts: dict[str, Any] = {"latents_cached": True, "transforms_captions": False}
+            assert (
+                choose_idle_modules(run.config, run.model, run.dataset, run.journal, device_type="cpu", **facts) == []
             )
+            off = run.config.replace(offload_idle_models=False)
+            assert choose_idle_modules(off, run.model, run.dataset, run.journal, device_type="cuda", **facts) == []
+            waiting = choose_idle_modules(run.config, run.model, run.dataset, run.journal, device_type="cuda", **facts)
             run.idle_models = Noting(waiting, "cpu")
 
     run_seen: Any = None
     (tmp_path / "p.json").write_text(json.dumps({**DRAW_FAST, "samples": [{"prompt": "x"}]}), "utf-8")
     drawn = {"sample_steps": 3, "sample_prompts": str(tmp_path / "p.json"), "disable_textenc_training": True}
-    train({**settings, **drawn, "max_steps": 3}, listeners=[PutInPlace()])
+    changes = {**drawn, "offload_idle_models": True, "max_steps": 3}
+    train({**settings, **changes}, listeners=[PutInPlace()])
     assert called == [(0, "CLIPTextModel"), (3, "AutoencoderKL"), (3, "CLIPTextModel")]
 
 
