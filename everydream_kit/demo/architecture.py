@@ -1,6 +1,6 @@
 """The embedded base model's shape: Stable Diffusion 1.x in small, the same parts with the same names.
 
-Here is the only place where its sizes stand: the training recipe, the random stand-in and the tests build from it.
+Here is the only place where its sizes stand: the training recipe builds from it.
 Where the compute goes decided the sizes: the autoencoder's full-resolution layers cost nearly everything, so those are
 16 wide; its deep layers and the U-Net's are cheap on two cores and hold most of the weights.
 """

@@ -61,17 +61,3 @@ def write_model_folder(
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-
-
-def write_random_model(folder: Path, tokenizer: Path, seed: int = 0) -> None:
-    """A model of the embedded base's shape that has learned nothing: the same weights for the same seed."""
-    import torch
-
-    vocabulary = json.loads((tokenizer / "vocab.json").read_text("utf-8"))
-    with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
-        torch.manual_seed(seed)
-        vae, unet = architecture.build_vae(), architecture.build_unet()
-        text_encoder = architecture.build_text_encoder(
-            len(vocabulary), vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]
-        )
-    write_model_folder(folder, tokenizer, vae, unet, text_encoder)

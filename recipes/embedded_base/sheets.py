@@ -82,7 +82,11 @@ def curves(logs: dict[str, Path]) -> Image.Image:
 
     figure = Figure(figsize=(9, 3), dpi=90, layout="constrained")
     for number, (name, path) in enumerate(logs.items()):
-        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        lines: list[dict] = []
+        for text in path.read_text("utf-8").splitlines():
+            line = json.loads(text)
+            # a stage that went on from a checkpoint did some steps again: the first time does not count
+            lines = [kept for kept in lines if kept["minutes"] < line["minutes"]] + [line]
         axes = figure.add_subplot(1, len(logs), number + 1)
         losses = [(line["minutes"], line["loss"]) for line in lines if "loss" in line]
         axes.semilogy(*zip(*losses, strict=True), color="tab:blue")
