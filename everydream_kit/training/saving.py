@@ -131,11 +131,12 @@ class Saver(Listener):
         started = time.monotonic()
         snapshot = run.snapshot(copy=not final and _memory_allows(run.weight_bytes()))
         self._clock = time.monotonic()
+        last = run.is_complete()  # now: while it is written in the background, the run may end
         if final or not snapshot.copied:
-            self._write(run, snapshot, name)
+            self._write(run, snapshot, name, last)
             self._report_failure(run, fatal=final)
         else:
-            self._writer = threading.Thread(target=self._write, args=(run, snapshot, name), name="saver")
+            self._writer = threading.Thread(target=self._write, args=(run, snapshot, name, last), name="saver")
             self._writer.start()
         self._waited += time.monotonic() - started
 
@@ -165,7 +166,7 @@ class Saver(Listener):
         if self.uploader is not None:
             self.uploader.close()
 
-    def _write(self, run: Run, snapshot: Snapshot, name: str) -> None:
+    def _write(self, run: Run, snapshot: Snapshot, name: str, last: bool) -> None:
         folder = run.folder.checkpoints_folder / name
         started = time.monotonic()
         try:
@@ -192,7 +193,7 @@ class Saver(Listener):
         )
         self._prune(run)
         if self.uploader is not None:
-            self.uploader.submit(folder, snapshot.step, last=run.is_complete())
+            self.uploader.submit(folder, snapshot.step, last=last)
 
     def _write_single_files(self, folder: Path, *, with_ema: bool) -> list[Path]:
         if self.single_files is None or self.write_single_file is None:
