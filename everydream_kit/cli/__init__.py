@@ -1,0 +1,70 @@
+"""The command line: `everydream COMMAND`, the same as `python -m everydream_kit COMMAND`.
+
+A command is a row of the table `COMMANDS` in one of the files here, which group them by subject: its flags and the one
+library function that it calls. A new file's table is added to `COMMANDS` below, in the order of the help page.
+
+Only what the chosen command needs is imported, so `everydream --help` answers at once. Problems that the user can mend
+are printed as one clear message; anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+from everydream_kit.cli import hub, looking, models, pictures, training
+from everydream_kit.cli.command import EXIT_PROBLEM, Command, Parser
+from everydream_kit.errors import KitError
+
+COMMANDS: dict[str, Command] = {
+    **training.COMMANDS,
+    **pictures.COMMANDS,
+    **models.COMMANDS,
+    **hub.COMMANDS,
+    **looking.COMMANDS,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns its exit status."""
+    words = sys.argv[1:] if arguments is None else arguments
+    parser = _outer_parser()
+    if not words or words[0] in ("-h", "--help") or words[0] not in COMMANDS:
+        parser.parse_args(words)
+        return 0
+    command = COMMANDS[words[0]]
+    inner = Parser(prog=f"everydream {words[0]}", usage=command.usage, description=command.summary, allow_abbrev=False)
+    command.add_flags(inner)
+    options, unknown = inner.parse_known_args(words[1:])
+    if unknown:
+        inner.error(_describe_unknown(inner, unknown[0]))
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    for noisy in ("httpx", "httpx2", "huggingface_hub", "PIL", "bitsandbytes", "torch", "diffusers", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        return command.run(options) or 0
+    except KitError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return EXIT_PROBLEM
+
+
+def _outer_parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    table = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    parser = Parser(
+        prog="everydream",
+        usage="everydream COMMAND [flags]      (everydream COMMAND --help explains one)",
+        description=f"Fine-tune Stable Diffusion.\n\ncommands:\n{table}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS)
+    return parser
+
+
+def _describe_unknown(parser: argparse.ArgumentParser, word: str) -> str:
+    import difflib
+
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    near = difflib.get_close_matches(word.split("=", maxsplit=1)[0], known, n=1, cutoff=0.6)
+    return f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags.")

@@ -1,0 +1,153 @@
+"""Commands that train: demo, train, resume, chain."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+from everydream_kit.cli.command import Command
+
+EXIT_STOPPED = {"SIGINT": 130, "SIGTERM": 143}
+
+
+def _add_train_flags(parser: argparse.ArgumentParser) -> None:
+    from everydream_kit.params import format_value, parameters
+
+    parser.add_argument("--config", metavar="FILE", help="settings from a JSON file; flags win over it")
+    groups: dict[str, Any] = {}
+    for record in parameters():
+        group = groups.setdefault(record.group, parser.add_argument_group(record.group))
+        default = "required" if record.required else f"default {format_value(record.default)}"
+        nargs: str | None = "?" if record.kind == "bool" else "+" if record.many else None
+        group.add_argument(
+            f"--{record.name}",
+            dest=record.name,
+            nargs=nargs,
+            const="on" if record.kind == "bool" else None,
+            default=argparse.SUPPRESS,
+            metavar="VALUE" if record.kind != "bool" else "on|off",
+            help=f"{record.help} ({'; '.join(part for part in (record.range_text, default) if part)})".replace(
+                "%", "%%"
+            ),
+        )
+
+
+def _overrides(options: argparse.Namespace) -> dict[str, Any]:
+    """What was given as flags, as values; all that cannot be read is reported together."""
+    from everydream_kit.errors import ConfigError
+    from everydream_kit.params import parameters, parse_text
+
+    values: dict[str, Any] = {}
+    problems = []
+    for record in parameters():
+        if hasattr(options, record.name):
+            try:
+                values[record.name] = parse_text(record.name, getattr(options, record.name))
+            except ConfigError as problem:
+                problems.append(str(problem))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return values
+
+
+def _run_train(options: argparse.Namespace) -> int:
+    from everydream_kit.config import load_config
+
+    config, warnings = load_config(options.config, _overrides(options))
+    for warning in warnings:
+        logging.getLogger("everydream_kit").warning(warning)
+    from everydream_kit.training.sessions import train
+
+    return _tell_outcome(train(config))
+
+
+def _add_resume_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", nargs="?", help="run folder, its name, or hf://me/repo; by default the newest run")
+    parser.add_argument("--logdir", default="logs", help="where runs are looked for (default logs)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change a setting from here on; may be repeated",
+    )
+
+
+def _run_resume(options: argparse.Namespace) -> int:
+    from everydream_kit.errors import ConfigError
+    from everydream_kit.params import parse_text
+
+    changes = {}
+    for text in options.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text}: give it as NAME=VALUE, for instance --set lr=1e-6")
+        changes[name] = parse_text(name, value)
+    from everydream_kit.training.sessions import resume
+
+    return _tell_outcome(resume(options.run, logdir=options.logdir, changes=changes))
+
+
+def _add_chain_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="settings files, trained one after the other")
+
+
+def _run_chain(options: argparse.Namespace) -> int:
+    from everydream_kit.config import load_config
+    from everydream_kit.training.sessions import train
+
+    configs = [load_config(path)[0] for path in options.configs]  # all of them are checked before the first one starts
+    for config in configs:
+        status = _tell_outcome(train(config))
+        if status:
+            return status
+    return 0
+
+
+def _tell_outcome(run: Any) -> int:
+    """Say where everything is. Returns the exit status: 0, or that of the signal which stopped the run."""
+    status = run.status()
+    print(f"\n{status['state']}: {run.folder}")
+    checkpoints = run.checkpoints()
+    if checkpoints:
+        print(f"checkpoint: {checkpoints[-1].folder}")
+    files = [path for event in run.events("saved") for path in event["files"]]
+    if files:
+        print(f"single file: {files[-1]}")
+    if run.samples():
+        print(f"samples: {run.samples_folder}")
+    if status["state"] == "stopped":
+        print(f"go on with: everydream resume {run.folder}")
+    return EXIT_STOPPED.get(status.get("stopped_by", ""), 0)
+
+
+def _add_demo_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", default="demo-run", help="folder for everything that the demo makes (default demo-run)"
+    )
+    parser.add_argument("--max_epochs", type=int, help="train for another number of epochs")
+    parser.add_argument("--seed", type=int, default=555)
+
+
+def _run_demo(options: argparse.Namespace) -> None:
+    from everydream_kit.demo.main import run_demo
+
+    outcome = run_demo(Path(options.out), max_epochs=options.max_epochs, seed=options.seed)
+    print("\nDone. What the demo made:")
+    for name, value in outcome.describe().items():
+        print(f"  {name:<20} {value}")
+
+
+COMMANDS = {
+    "demo": Command("train the embedded model on the demo pictures; show before and after", _add_demo_flags, _run_demo),
+    "train": Command(
+        "fine-tune a model on your pictures",
+        _add_train_flags,
+        _run_train,
+        usage="everydream train [--config FILE] [--name value ...]",
+    ),
+    "resume": Command("go on with a run that was stopped, exactly where it was", _add_resume_flags, _run_resume),
+    "chain": Command("train several configs, one after the other", _add_chain_flags, _run_chain),
+}
