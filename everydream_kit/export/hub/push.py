@@ -28,6 +28,7 @@ from everydream_kit.export.hub.contents import (
     without_folders,
 )
 from everydream_kit.export.hub.upload import Progress, Target, Upload, size_words
+from everydream_kit.export.licence import local_licence
 from everydream_kit.export.model_card import CardFacts, make_card, read_base, read_pipeline_class
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class PushPreview:
 
     Attributes:
         repo_id, revision: where to.
+        create_pr: as a pull request.
+        private: of a repository that would be created.
         files: in order of upload. A single file that would be written first has its estimated size.
         card: the README.md.
         message: of the commit.
@@ -52,6 +55,8 @@ class PushPreview:
     files: tuple[UploadFile, ...]
     card: str
     message: str
+    create_pr: bool = False
+    private: bool = True
 
     @property
     def num_bytes(self) -> int:
@@ -62,16 +67,21 @@ class PushPreview:
         lines = [f"{size_words(file.num_bytes):>10}  {file.path}" for file in self.files]
         where = self.repo_id + (f" at {self.revision}" if self.revision else "")
         size = size_words(self.num_bytes)
-        head = f"Would push {len(self.files)} files, {size}, to {where} as one commit: {self.message}"
-        return "\n".join([head, *lines, "", "README.md:", self.card])
+        kind = "pull request" if self.create_pr else "commit"
+        head = f"Would push {len(self.files)} files, {size}, to {where} as one {kind}: {self.message}"
+        visibility = "private" if self.private else "public"
+        new = [] if self.create_pr else [f"If {self.repo_id} does not exist, it is created {visibility}."]
+        return "\n".join([head, *new, *lines, "", "README.md:", self.card])
 
 
 def preview_push(
     run_or_checkpoint: Any,
     repo_id: str,
     *,
+    private: bool = True,
     what: Iterable[What] = DEFAULT_WHAT,
     revision: str | None = None,
+    create_pr: bool = False,
     license: str | None = None,
     base_model: str | None = None,
     message: str | None = None,
@@ -85,8 +95,10 @@ def preview_push(
     """
     source = find_source(run_or_checkpoint)
     wish = _Wish(repo_id, check_what(what, source), license, base_model, message)
-    files, card = _collect(source, wish, licence={"license": license} if license else {}, token=None, scratch=None)
-    return PushPreview(repo_id, revision, tuple(files), card, wish.message_for(source))
+    licence = {"license": license} if license else _licence_on_disk(source, base_model)
+    files, card = _collect(source, wish, licence=licence, token=None, scratch=None)
+    message = wish.message_for(source)
+    return PushPreview(repo_id, revision, tuple(files), card, message, create_pr=create_pr, private=private)
 
 
 def push_to_hub(
@@ -117,7 +129,8 @@ def push_to_hub(
         revision: branch to push to; created if it does not exist.
         create_pr: open a pull request instead of changing the branch.
         dry_run: upload nothing and return what would go, as text.
-        license: Hub name of the licence; by default the base model's, where the base is on the Hub.
+        license: Hub name of the licence; by default the base model's, from its card on the Hub, its folder's card, or
+            its file's header.
         base_model: Hub id of the base; by default the one the run started from.
         message: of the commit.
         precision: of a single file that is written for the push.
@@ -135,8 +148,17 @@ def push_to_hub(
             on where it stopped.
     """
     if dry_run:
-        options = {"what": what, "revision": revision, "license": license, "base_model": base_model, "message": message}
-        return preview_push(run_or_checkpoint, repo_id, **options).text()  # type: ignore[arg-type]
+        return preview_push(
+            run_or_checkpoint,
+            repo_id,
+            private=private,
+            what=what,
+            revision=revision,
+            create_pr=create_pr,
+            license=license,
+            base_model=base_model,
+            message=message,
+        ).text()
     source = find_source(run_or_checkpoint)
     wish = _Wish(repo_id, check_what(what, source), license, base_model, message)
     connection = HubConnection(token, api=api, sleep=sleep)
@@ -145,10 +167,14 @@ def push_to_hub(
         if not create_pr:
             access = open_repo(connection, repo_id, private=private, revision=revision)
             wish = replace(wish, repo_id=access.repo_id)
-            if private and not access.private:
-                logger.warning("%s is public already, and stays so; private is for new repositories.", access.repo_id)
+            if private != access.private:
+                now, wanted = ("private", "public") if access.private else ("public", "private")
+                logger.warning(
+                    "%s is %s already, and stays so; %s is for new repositories.", access.repo_id, now, wanted
+                )
         base = base_model or read_base(source.config)
-        licence = {"license": license} if license else base_licence(connection, base)
+        on_disk = _licence_on_disk(source, base_model)
+        licence = {"license": license} if license else on_disk or base_licence(connection, base)
         scratch = stack.enter_context(_scratch_beside(source.place)) if _writes_single_file(source, wish) else None
         files, _ = _collect(source, wish, licence=licence, token=connection.token, scratch=scratch, precision=precision)
         target = Target(
@@ -161,6 +187,18 @@ def push_to_hub(
         )
         advice = f"Nothing is lost: {source.place} is untouched. Push again; what has arrived is not sent twice."
         return Upload(connection, target, files, advice=advice, progress=progress).run()
+
+
+def _licence_on_disk(source: Source, base_model: str | None) -> dict[str, str]:
+    """What the base that the run started from states, else the pushed model itself; nothing where the Hub is asked."""
+    if base_model is not None or read_base(source.config) is not None:
+        return {}
+    start = source.config.get("resume_ckpt")
+    if start == "embedded":
+        from everydream_kit.demo import base_model_path
+
+        start = base_model_path()
+    return local_licence(Path(start).expanduser() if start else None) or local_licence(source.place)
 
 
 @dataclass(frozen=True)
