@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from everydream_kit.jobs import attach as attach
     from everydream_kit.jobs import start as start
     from everydream_kit.models.loading import load_model as load_model
-    from everydream_kit.training.sessions import resume as resume
-    from everydream_kit.training.sessions import train as train
+    from everydream_kit.sessions import resume as resume
+    from everydream_kit.sessions import train as train
     from everydream_kit.workspace import RunFolder as RunFolder
 
 __version__ = "0.1.0"
@@ -37,10 +37,10 @@ _PLACES = {
     "load_model": "models.loading",
     "prepare_dataset": "data",
     "push_to_hub": "export.hub",
-    "resume": "training.sessions",
+    "resume": "sessions",
     "sample": "drawing",
     "start": "jobs",
-    "train": "training.sessions",
+    "train": "sessions",
 }
 
 __all__ = [*sorted(_PLACES), "panels"]  # noqa: PLE0604 (every name in the table is a string)

@@ -91,7 +91,7 @@ def run_demo(out: Path, *, max_epochs: int | None = None, seed: int = 555) -> De
     """
     from everydream_kit.demo.score import score
     from everydream_kit.drawing import open_for_drawing
-    from everydream_kit.training.sessions import train
+    from everydream_kit.sessions import train
 
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)

@@ -17,8 +17,8 @@ import pytest
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import CheckpointError, DiskSpaceError
+from everydream_kit.sessions import resume, train
 from everydream_kit.training.checkpoints import sweep, verify_checkpoint, write_checkpoint
-from everydream_kit.training.sessions import resume, train
 from everydream_kit.workspace import RunFolder, list_runs
 
 

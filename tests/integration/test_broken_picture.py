@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from everydream_kit.config import TrainConfig
-from everydream_kit.training.sessions import train
+from everydream_kit.sessions import train
 
 
 def test_a_run_goes_on_without_a_broken_picture_and_names_it(

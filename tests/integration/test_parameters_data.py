@@ -16,7 +16,7 @@ from everydream_kit.config import TrainConfig
 from everydream_kit.data.plan import plan_epoch
 from everydream_kit.data.records import Batch
 from everydream_kit.errors import ConfigError, ModelError
-from everydream_kit.training.runs import find_base
+from everydream_kit.training.base import find_base
 
 
 @pytest.fixture

@@ -16,11 +16,11 @@ from rehearsals import NotingPlugin, plain_settings, prepared, rehearse, square_
 from safetensors.torch import load_file
 
 from everydream_kit.errors import ConfigError, HubError
+from everydream_kit.sessions import train
+from everydream_kit.training.base import choose_idle_modules
 from everydream_kit.training.offload import IdleModels
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.run import Run
-from everydream_kit.training.runs import choose_idle_modules
-from everydream_kit.training.sessions import train
 from everydream_kit.workspace import RunFolder
 
 DRAW_FAST = {"cfgs": [1.0], "num_inference_steps": 1}

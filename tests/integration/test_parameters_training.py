@@ -13,7 +13,7 @@ from rehearsals import Rehearsal, plain_settings, prepared, rehearse, square_pic
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ConfigError
-from everydream_kit.training.sessions import resume, train
+from everydream_kit.sessions import resume, train
 from everydream_kit.workspace import RunFolder
 
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from everydream_kit.config import TrainConfig
+from everydream_kit.sessions import resume, train
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.run import Run
-from everydream_kit.training.sessions import resume, train
 from everydream_kit.workspace import RunFolder
 
 Weights = dict[str, torch.Tensor]

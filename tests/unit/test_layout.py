@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = [
     *("errors", "draws", "config", "params", "workspace", "hosts", "doctor"),
-    *("data", "models", "demo", "export", "training", "drawing", "jobs", "demo.main", "panels", "cli"),
+    *("data", "models", "demo", "export", "training", "preflight", "sessions", "drawing", "jobs", "demo.main", "panels", "cli"),
 ]
 APART = {("data", "models"), ("models", "data")}
 TORCH_FREE = ("errors", "draws", "config", "params", "workspace", "hosts")
@@ -29,7 +29,7 @@ SLOW = ("diffusers", "transformers", "peft", "bitsandbytes", "accelerate", "pyto
 LONGEST_FILE = 500
 LONG_BY_NATURE = {
     "config.py": "a declaration: as long as there are parameters",
-    "build_run": "one call for each thing that a run consists of, and no branches",
+    "assemble_run": "one call for each thing that a run consists of, and no branches",
 }
 LONGEST_FUNCTION = 80
 

@@ -1,0 +1,162 @@
+"""The model that a run starts from: found, loaded, and made ready to be trained.
+
+Here it is decided which weights are trained (all, an adapter, new tokens) and which memory measures the modules take. How a
+file becomes a model is in `models.loading`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from everydream_kit.models.loading import Model, load_model
+from everydream_kit.training.objectives import rescale_zero_terminal_snr
+from everydream_kit.training.offload import idle_modules
+from everydream_kit.training.parameters import TrainedPart, select_parameters
+from everydream_kit.workspace import find_last_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+    from everydream_kit.config import TrainConfig
+    from everydream_kit.data.dataset import Dataset
+    from everydream_kit.training.journal import Journal
+    from everydream_kit.training.optimizer_config import OptimizerConfig
+    from everydream_kit.training.ranks import Ranks
+
+UNET, TEXT_ENCODER = "unet", "text encoder"
+
+
+def load_base(config: TrainConfig, weights_from: Path | None, ranks: Ranks) -> Model:
+    """Load the base model, or the weights of a run that goes on, onto the device.
+
+    Raises:
+        ModelError, CheckpointError: it is not there or cannot be used.
+        ConfigError: zero terminal SNR is asked of an epsilon model.
+    """
+    import torch
+
+    model = load_model(
+        weights_from or find_base(config),
+        dtype=torch.bfloat16 if config.weight_dtype == "bfloat16" else torch.float32,
+        device=ranks.device,
+        revision=config.base_revision,
+        subfolder=config.base_subfolder if weights_from is None else None,
+        variant=config.base_variant if weights_from is None else None,
+        family=config.family,
+        prediction_type=config.prediction_type,
+    )
+    if config.enable_zero_terminal_snr and not model.zero_terminal_snr:
+        model.noise_scheduler = rescale_zero_terminal_snr(model.noise_scheduler, model.prediction_type)
+        model.zero_terminal_snr = True
+    return model
+
+
+def find_base(config: TrainConfig) -> str | Path:
+    """What `resume_ckpt` means: the embedded model, the project's newest checkpoint, or what it says."""
+    if config.resume_ckpt == "embedded":
+        from everydream_kit.demo import base_model_path
+
+        return base_model_path()
+    if config.resume_ckpt == "findlast":
+        return find_last_checkpoint(config.logdir, config.project_name)
+    return config.resume_ckpt
+
+
+def select_trained(
+    model: Model, config: TrainConfig, optimizer_config: OptimizerConfig, seed: int
+) -> list[TrainedPart]:
+    """Choose what is trained, and freeze the rest: all weights, an adapter, or new tokens.
+
+    A model that comes from such a run's checkpoint has its adapter or tokens already, and goes on with them.
+    """
+    if config.training_kind == "full":
+        unet_freezing = optimizer_config.unet_freezing
+        return select_parameters(
+            model,
+            train_unet=not config.disable_unet_training,
+            train_text_encoder=not config.disable_textenc_training,
+            freezing=optimizer_config.text_encoder_freezing,
+            unet_patterns=unet_freezing.train if unet_freezing else None,
+            unet_frozen_patterns=unet_freezing.freeze if unet_freezing else None,
+        )
+    if config.training_kind == "lora":
+        from everydream_kit.models.lora import add_lora
+
+        if model.lora is None:
+            add_lora(
+                model,
+                config.lora_rank,
+                alpha=config.lora_alpha,
+                dropout=config.lora_dropout,
+                targets=config.lora_targets,
+                text_encoder=config.lora_text_encoder,
+                dora=config.lora_dora,
+                seed=seed,
+            )
+    elif not model.new_tokens:
+        from everydream_kit.models.tokens import add_tokens
+
+        add_tokens(model, config.new_tokens or {})
+    return parts_that_ask_for_gradients(model)
+
+
+def parts_that_ask_for_gradients(model: Model) -> list[TrainedPart]:
+    """UNet and text encoders as parts, each with the parameters whose gradients are wanted."""
+    parts = []
+    for name, modules in ((UNET, [model.unet]), (TEXT_ENCODER, model.text_encoders)):
+        named = [(key, p) for module in modules for key, p in module.named_parameters() if p.requires_grad]
+        if named:
+            parts.append(TrainedPart(name, list(modules), named))
+    return parts
+
+
+def prepare_modules(model: Model, config: TrainConfig) -> None:
+    """Modes and memory measures of the modules: training mode, checkpointing, attention, memory format."""
+    import torch
+
+    for module in [model.unet, *model.text_encoders]:
+        module.train()
+    if config.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+        for text_encoder in model.text_encoders:
+            text_encoder.gradient_checkpointing_enable()
+    if config.attn_type == "slice":
+        model.unet.set_attention_slice("auto")
+    if config.channels_last:
+        model.unet.to(memory_format=torch.channels_last)
+    if config.torch_compile:
+        compile_blocks(model.unet)
+
+
+def compile_blocks(unet: torch.nn.Module) -> None:
+    """Compile the UNet's transformer blocks in place: they repeat, so each shape is compiled once for all of them."""
+    for module in unet.modules():
+        if type(module).__name__ == "BasicTransformerBlock":
+            module.compile(dynamic=True)
+
+
+def choose_idle_modules(
+    config: TrainConfig,
+    model: Model,
+    dataset: Dataset,
+    journal: Journal,
+    *,
+    device_type: str,
+    latents_cached: bool,
+    transforms_captions: bool,
+) -> list[torch.nn.Module]:
+    """What waits in host memory, where that is asked for and there is something to save."""
+    if not config.offload_idle_models:
+        return []
+    if device_type == "cpu":
+        journal.warn("offload_idle_models: has no effect on a CPU, where all memory is host memory.")
+        return []
+    trains_text = any(p.requires_grad for encoder in model.text_encoders for p in encoder.parameters())
+    return idle_modules(
+        model,
+        dataset,
+        latents_cached=latents_cached,
+        trains_text=trains_text,
+        transforms_captions=transforms_captions,
+    )

@@ -1,0 +1,81 @@
+"""What a run trains on: its dataset scanned under its settings, and the plan of its epochs.
+
+Nothing here needs a model or a device, so a mistake in the dataset costs seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from everydream_kit.data.files import scan_dataset
+from everydream_kit.data.plan import PlanSettings, plan_epoch
+from everydream_kit.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from everydream_kit.config import TrainConfig
+    from everydream_kit.data.dataset import Dataset
+    from everydream_kit.training.journal import Journal
+
+
+def resolve_seed(seed: int) -> int:
+    """The seed itself, or a fresh one for -1."""
+    return secrets.randbelow(2**31) if seed == -1 else seed
+
+
+def scan(config: TrainConfig, data_root: Any) -> Dataset:
+    """Scan a dataset under the run's settings."""
+    return scan_dataset(
+        data_root,
+        cond_dropout=config.cond_dropout,
+        flip_p=config.flip_p,
+        shuffle_tags=config.shuffle_tags,
+        keep_tags=config.keep_tags,
+        caption_lines=config.caption_lines,
+        loss_mask=config.loss_mask,
+        cache_dir=Path(config.logdir) / ".edk_cache",
+    )
+
+
+def read_dataset(config: TrainConfig, journal: Journal) -> Dataset:
+    """Scan the run's dataset and report what cannot be used.
+
+    Raises:
+        DataError: no picture can be used.
+    """
+    dataset = scan(config, config.data_root)
+    for problem in dataset.problems:
+        journal.warn(f"{problem.path}: {problem.cause} {problem.cure}".strip())
+    if not len(dataset):
+        raise DataError(f"data_root {config.data_root}: no picture can be used; the log names each problem.")
+    return dataset
+
+
+def make_plan_settings(config: TrainConfig, seed: int, num_ranks: int) -> PlanSettings:
+    """What the epoch plan depends on."""
+    if config.batch_size == "auto":
+        raise ConfigError(
+            "batch_size: auto: this version does not have it yet; give a number (4 to 8 at 512 px on a 24 GB card)"
+        )
+    return PlanSettings(
+        batch_size=config.batch_size,
+        grad_accum=config.grad_accum,
+        resolutions=config.resolutions,
+        seed=seed,
+        num_ranks=num_ranks,
+        rated_dropout_percent=config.rated_dataset_target_dropout_percent if config.rated_dataset else None,
+        max_epochs=config.max_epochs,
+    )
+
+
+def foretell_steps(dataset: Dataset, settings: PlanSettings, max_epochs: int, max_steps: int | None) -> int:
+    """Optimizer steps of the whole run, from the first epoch's plan."""
+    steps = plan_epoch(dataset, settings, 0).num_steps * max_epochs
+    return steps if max_steps is None else min(steps, max_steps)
+
+
+def choose_num_workers(num_workers: int | None) -> int:
+    """Loader processes: as asked, or one fewer than there are cores, at most 8."""
+    return max(0, min(8, (os.cpu_count() or 1) - 1)) if num_workers is None else num_workers
