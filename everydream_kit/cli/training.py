@@ -58,7 +58,7 @@ def _run_train(options: argparse.Namespace) -> int:
     config, warnings = load_config(options.config, _overrides(options))
     for warning in warnings:
         logging.getLogger("everydream_kit").warning(warning)
-    from everydream_kit.training.sessions import train
+    from everydream_kit.sessions import train
 
     return _tell_outcome(train(config))
 
@@ -85,7 +85,7 @@ def _run_resume(options: argparse.Namespace) -> int:
         if not equals:
             raise ConfigError(f"--set {text}: give it as NAME=VALUE, for instance --set lr=1e-6")
         changes[name] = parse_text(name, value)
-    from everydream_kit.training.sessions import resume
+    from everydream_kit.sessions import resume
 
     return _tell_outcome(resume(options.run, logdir=options.logdir, changes=changes))
 
@@ -96,7 +96,7 @@ def _add_chain_flags(parser: argparse.ArgumentParser) -> None:
 
 def _run_chain(options: argparse.Namespace) -> int:
     from everydream_kit.config import load_config
-    from everydream_kit.training.sessions import train
+    from everydream_kit.sessions import train
 
     configs = [load_config(path)[0] for path in options.configs]  # all of them are checked before the first one starts
     for config in configs:
