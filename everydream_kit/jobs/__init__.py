@@ -9,13 +9,14 @@ can be attached by anybody who can read the folder, and nothing here keeps state
 """
 
 from everydream_kit.jobs.job import FINAL_STATES, Job, attach, find_jobs, resume, running_jobs, start, start_module
-from everydream_kit.jobs.queue import Queue, start_queue
+from everydream_kit.jobs.queue import Queue, entry_settings, start_queue
 
 __all__ = [
     "FINAL_STATES",
     "Job",
     "Queue",
     "attach",
+    "entry_settings",
     "find_jobs",
     "resume",
     "running_jobs",

@@ -7,7 +7,7 @@ cost nothing until somebody wants them. Rules about two settings are shown at bo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from everydream_kit.config import TrainConfig, config_warnings, load_config
 from everydream_kit.errors import ConfigError
 from everydream_kit.panels import look
 from everydream_kit.panels.fields import Field
+from everydream_kit.panels.pages import Fold
 from everydream_kit.panels.presets import PRESETS
 from everydream_kit.params import Parameter, check_value, parameters
 
@@ -27,6 +28,7 @@ class SettingsForm:
     Attributes:
         box: the widget to show.
         values: all settings that differ from nothing, as a settings file holds them.
+        folds: the folded groups, in order.
     """
 
     def __init__(self, values: dict[str, Any], on_change: Callable[[], object] = lambda: None) -> None:
@@ -36,22 +38,18 @@ class SettingsForm:
         self._fields: dict[str, Field] = {}
         self._unreadable: dict[str, str] = {}
         self._notes = widgets.HTML(layout=widgets.Layout(min_height="6px"))
-        self._groups = _group_records(basic=False)
         basic: list[widgets.Widget] = []
         for title, records in _group_records(basic=True).items():
             basic.append(widgets.HTML(f'<div class="edk-group">{title}</div>'))
             basic += [self._field(record).box for record in records]
-        self._folded = widgets.Accordion(children=[widgets.VBox() for _ in self._groups], selected_index=None)
-        for index, (title, records) in enumerate(self._groups.items()):
-            self._folded.set_title(index, f"{title} ({len(records)})")
-        self._folded.observe(self._open_group, "selected_index")
+        self.folds = [self._make_fold(title, records) for title, records in _group_records(basic=False).items()]
         self.box = widgets.VBox(
             [
                 self._preset_row(),
                 self._notes,
                 *basic,
                 look.section("All other settings"),
-                self._folded,
+                *(fold.box for fold in self.folds),
                 look.section("Settings file"),
                 self._file_row(),
             ]
@@ -143,15 +141,13 @@ class SettingsForm:
         self._check_together()
         self._on_change()
 
-    def _open_group(self, change: dict[str, Any]) -> None:
-        index = change["new"]
-        if index is None:
-            return
-        box = self._folded.children[index]
-        if not box.children:
-            records = list(self._groups.values())[index]
-            box.children = [self._field(record).box for record in records]
+    def _make_fold(self, title: str, records: Sequence[Parameter]) -> Fold:
+        def make() -> list[widgets.Widget]:
+            fields = [self._field(record) for record in records]
             self._check_together()
+            return [field.box for field in fields]
+
+        return Fold(f"{title} ({len(records)})", make)
 
     def _combined_errors(self) -> dict[str, str]:
         try:

@@ -7,18 +7,18 @@ escaped here.
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import ipywidgets as widgets
 
 from everydream_kit.panels.words import duration, size
 
 __all__ = [
-    "Tone", "badge", "button", "column", "duration", "facts", "heading", "log_view", "note", "panel_box", "read_asset",
-    "row", "section", "size", "style_sheet", "table",
+    "Tone", "actions", "badge", "button", "column", "duration", "facts", "heading", "log_view", "note", "panel_box",
+    "progress_bar", "read_asset", "row", "section", "show_progress", "size", "style_sheet", "table",
 ]  # fmt: skip
 
 Tone = Literal["plain", "good", "warn", "bad", "busy"]
@@ -48,6 +48,26 @@ def row(*children: widgets.Widget, gap: str = "8px") -> widgets.HBox:
     return widgets.HBox(
         list(children), layout=widgets.Layout(flex_flow="row wrap", align_items="center", grid_gap=gap, width="100%")
     )
+
+
+def actions(*buttons: widgets.Widget, message: widgets.HTML) -> widgets.HBox:
+    """Buttons with the panel's message beside them, so that a message comes and goes without moving anything."""
+    message.layout.flex, message.layout.width, message.layout.margin = "1 1 320px", "auto", "0"
+    return row(*buttons, message)
+
+
+def progress_bar() -> widgets.IntProgress:
+    """A thin bar that keeps its place while there is nothing to show."""
+    layout = widgets.Layout(width="100%", height="14px", margin="2px 0", visibility="hidden")
+    return widgets.IntProgress(min=0, max=1, layout=layout)
+
+
+def show_progress(bar: widgets.IntProgress, status: Mapping[str, Any] | None) -> None:
+    """Show how far a chore is by its status; None hides the bar."""
+    bar.layout.visibility = "hidden" if status is None else "visible"
+    if status is not None:
+        bar.max = max(1, status.get("num_steps") or 1)
+        bar.value = bar.max if status.get("state") == "finished" else status.get("step") or 0
 
 
 def column(*children: widgets.Widget) -> widgets.VBox:

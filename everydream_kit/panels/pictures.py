@@ -16,6 +16,7 @@ from everydream_kit.panels.album import SETTINGS, Album
 from everydream_kit.panels.chart import bar_chart
 from everydream_kit.panels.clock import make_clock
 from everydream_kit.panels.gallery import Gallery
+from everydream_kit.panels.pages import Pages
 from everydream_kit.panels.panel import Panel, set_html
 from everydream_kit.panels.project import Project
 from everydream_kit.panels.upload import Receiver, make_drop_zone, unpack_upload
@@ -51,17 +52,21 @@ class DatasetPanel(Panel):
         self.gallery = Gallery(self.album, self.say, self._draw)
         self.on_press(self.undo_button, self.undo)
         self.on_press(self.reload_button, self.reload)
-        self.tabs = widgets.Tab(
-            children=[self._build_add(), self._build_edit(), look.column(self.report), self._build_problems()]
+        self.tabs = Pages(
+            {
+                "Add pictures": self._build_add(),
+                "Pictures": self._build_edit(),
+                "Report": look.column(self.report),
+                "Problems": self._build_problems(),
+            }
         )
         self.clock = make_clock(self.refresh)
         self.box = look.panel_box(
             [
                 self.head,
                 self.figures,
-                look.row(self.undo_button, self.reload_button),
-                self.message,
-                self.tabs,
+                look.actions(self.undo_button, self.reload_button, message=self.message),
+                self.tabs.box,
                 self.clock,
             ]
         )

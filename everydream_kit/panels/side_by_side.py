@@ -15,6 +15,7 @@ from everydream_kit.panels import look
 from everydream_kit.panels.clock import has_clock, make_clock
 from everydream_kit.panels.comparison import Comparison
 from everydream_kit.panels.login import token_environment
+from everydream_kit.panels.pages import Pages
 from everydream_kit.panels.panel import Panel, set_html
 from everydream_kit.panels.project import Project
 from everydream_kit.panels.shots import picture_tag
@@ -81,9 +82,7 @@ class ComparePanel(Panel):
         self.on_press(self.refresh_button, self.refresh)
         self.head, self.grid, self.pair = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.bar = widgets.IntProgress(min=0, max=1, layout=widgets.Layout(width="100%", height="8px", margin="2px 0"))
-        self.tabs = widgets.Tab(children=[self._build_pair(), look.column(self.grid)])
-        for index, title in enumerate(("Before and after", "Whole grid")):
-            self.tabs.set_title(index, title)
+        self.tabs = Pages({"Before and after": self._build_pair(), "Whole grid": look.column(self.grid)})
         self.clock = make_clock(self.refresh)
         self.box = look.panel_box(
             [
@@ -93,10 +92,10 @@ class ComparePanel(Panel):
                 look.section("Prompts, one a line"),
                 self.prompts,
                 look.row(self.cfgs, self.size, self.steps, self.seed),
-                look.row(self.draw_button, self.stop_button, self.refresh_button),
+                look.actions(self.draw_button, self.stop_button, self.refresh_button, message=self.message),
                 self.bar,
-                self.message,
-                self.tabs,
+                self.tabs.box,
+                look.section("The winner"),
                 self._build_winner(),
                 self.clock,
             ]

@@ -6,6 +6,8 @@ and made again at any time. All callbacks return at once: training is a process 
 
 from __future__ import annotations
 
+import html
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,32 +15,33 @@ from typing import Any
 import ipywidgets as widgets
 
 from everydream_kit import jobs
+from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ConfigError
 from everydream_kit.panels import look
 from everydream_kit.panels.board import Board
-from everydream_kit.panels.chart import line_chart
 from everydream_kit.panels.clock import has_clock, make_clock
 from everydream_kit.panels.forecast import forecast
 from everydream_kit.panels.form import SettingsForm
-from everydream_kit.panels.live import RunView, smooth, thin
 from everydream_kit.panels.login import token_environment
+from everydream_kit.panels.monitor import STATE_TONES, RunMonitor
+from everydream_kit.panels.pages import Pages
 from everydream_kit.panels.panel import Panel, display_widget, set_html
 from everydream_kit.panels.presets import PRESETS
 from everydream_kit.panels.project import Project
-from everydream_kit.panels.shots import picture_tag, strip
+from everydream_kit.panels.waiting import QueueBox
 
-STATE_TONES: dict[str, look.Tone] = {
-    "starting": "busy",
-    "running": "busy",
-    "saving": "busy",
-    "sampling": "busy",
-    "finished": "good",
-    "stopped": "warn",
-    "failed": "bad",
-    "died": "bad",
+IDLE_WORDS = {
+    "": "Nothing has been trained in this project yet. Look through the settings, then press Start training.",
+    "starting": "Starting: the model is loaded and the dataset is looked through.",
+    "running": "Training. Closing this tab or restarting the kernel does not stop it.",
+    "saving": "Saving a checkpoint.",
+    "sampling": "Drawing samples.",
+    "finished": "Finished. Compare the checkpoints in the next notebook, or export the last one.",
+    "stopped": "Stopped, and saved. Resume goes on exactly where it ended.",
+    "failed": "It failed; the log says why.",
+    "died": "The process ended without a word. Resume goes on from the newest checkpoint.",
 }
-SHOWN_STEPS = 6
-"""Rows of the samples gallery: the newest steps."""
+"""What the message line says while there is nothing newer to say."""
 
 
 class TrainPanel(Panel):
@@ -70,9 +73,8 @@ class TrainPanel(Panel):
         super().__init__()
         self.project = Project.open(folder)
         self._command, self._environment = command, {**token_environment(), **(environment or {})}
-        self.view: RunView | None = None
         self.job: jobs.Job | None = None
-        self._shown: dict[str, Any] = {}
+        self._state: str | None = None
         self._build()
         self._list_runs()
         self._attach(self.project.running_job() or next(iter(self.project.jobs()), None))
@@ -87,6 +89,11 @@ class TrainPanel(Panel):
 
     def _build(self) -> None:
         self.form = SettingsForm(self.project.settings(), self._settings_changed)
+        self.monitor = RunMonitor()
+        self.waiting = QueueBox(
+            jobs.Queue(self.project.folder / "queue.json"), self._checked_config, self.say,
+            command=self._command, environment=self._environment,
+        )  # fmt: skip
         self.head, self.plan = widgets.HTML(), widgets.HTML()
         self.start_button = look.button("Start training", tone="primary", icon="play", hint="Train with these settings")
         self.stop_button = look.button("Stop", icon="stop", hint="Finish the step, save a checkpoint, and end")
@@ -106,8 +113,6 @@ class TrainPanel(Panel):
         ):
             self.on_press(control, action)
         self.refresh_button.layout.display = "none" if has_clock() else ""
-        self.bar = widgets.IntProgress(min=0, max=1, layout=widgets.Layout(width="100%", height="10px", margin="2px 0"))
-        self.figures = widgets.HTML()
         self.runs = widgets.Dropdown(
             description="Run", style={"description_width": "40px"}, layout=widgets.Layout(width="360px")
         )
@@ -119,24 +124,16 @@ class TrainPanel(Panel):
                 self.plan,
                 look.row(self.start_button, self.stop_button, self.resume_button, self.sample_button, self.save_button,
                          self.kill_button, self.refresh_button),
-                self.bar,
-                self.figures,
+                self.monitor.bar,
+                self.monitor.figures,
                 self.message,
                 self._build_tabs(),
                 self.clock,
             ]
         )  # fmt: skip
 
-    def _build_tabs(self) -> widgets.Tab:
-        self.chart, self.rate_chart = widgets.HTML(), widgets.HTML()
-        self.gallery, self.log, self.notes = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self.step_slider = widgets.IntSlider(
-            min=0, max=0, description="Sampling", readout=False, style={"description_width": "70px"},
-            layout=widgets.Layout(width="420px"),
-        )  # fmt: skip
-        self.step_slider.observe(lambda _: self._draw_step(), "value")
-        self.step_picture = widgets.HTML()
-        progress = look.column(self.runs, self.chart, self.rate_chart, self.notes)
+    def _build_tabs(self) -> widgets.Widget:
+        progress = look.column(self.runs, self.monitor.curves)
         known = self.project.prompts_path
         self.prompts = widgets.Textarea(
             value=known.read_text("utf-8").strip() if known.is_file() else "",
@@ -147,18 +144,16 @@ class TrainPanel(Panel):
             layout=widgets.Layout(width="auto", height="76px"),
         )
         self.prompts.observe(lambda change: self._write_prompts(change["new"]), "value")
-        samples = look.column(
-            self.prompts, self.step_slider, self.step_picture, look.section("Newest samples"), self.gallery
-        )
+        samples = look.column(self.prompts, self.monitor.samples)
         self.board = Board(self.project.logdir, self.project.folder / "tensorboard")
         self.board_button, self.board_words = look.button("TensorBoard", icon="line-chart"), widgets.HTML()
         self.on_press(self.board_button, self.switch_board)
-        log = look.column(self.log, look.row(self.board_button, self.board_words))
+        log = look.column(self.monitor.log, look.row(self.board_button, self.board_words))
         self._draw_board()
-        self.tabs = widgets.Tab(children=[self.form.box, progress, samples, log])
-        for index, title in enumerate(("Settings", "Progress", "Samples", "Log")):
-            self.tabs.set_title(index, title)
-        return self.tabs
+        self.tabs = Pages(
+            {"Settings": self.form.box, "Progress": progress, "Samples": samples, "Log": log, "Queue": self.waiting.box}
+        )
+        return self.tabs.box
 
     # What the buttons do
 
@@ -168,14 +163,17 @@ class TrainPanel(Panel):
         Raises:
             ConfigError, JobError: as `jobs.start`; also where the dataset is empty or the disk is full.
         """
+        self._attach(jobs.start(self._checked_config(), command=self._command, environment=self._environment))
+        self._list_runs()
+        self.tabs.selected_index = 1
+
+    def _checked_config(self) -> TrainConfig:
         config = self.form.config()
         problem = forecast(config, self.project).problem
         if problem:
             raise ConfigError(problem)
         self.project.save_settings(self.form.changed_values())
-        self._attach(jobs.start(config, command=self._command, environment=self._environment))
-        self._list_runs()
-        self.tabs.selected_index = 1
+        return config
 
     def stop(self) -> None:
         """Ask the run to save and end."""
@@ -209,7 +207,11 @@ class TrainPanel(Panel):
             display_widget(look.panel_box([self.message]))
             return
         self.show()
-        self.job.watch(lambda _: self.refresh())
+        status = self.job.watch(lambda _: self.refresh())
+        while not status["alive"] and self.waiting.queue.is_alive():  # the next of the queue begins
+            time.sleep(0.5)
+            self.refresh()
+            status = self.job.watch(lambda _: self.refresh())
 
     def run(self) -> None:
         """Start training with the form's settings, unless a run is in progress, and watch it: both in one call."""
@@ -254,16 +256,15 @@ class TrainPanel(Panel):
             set_html(self.plan, look.note(f"{what} to mend before training can start: {first}", "bad"))
             return
         plan = forecast(self.form.config(), self.project)
-        text = plan.problem or plan.sentence()
-        set_html(self.plan, look.note(text, "warn" if plan.problem else "plain"))
+        plain = f'<div class="edk-plan">{html.escape(plan.sentence())}</div>'
+        set_html(self.plan, look.note(plan.problem, "warn") if plan.problem else plain)
 
     # Showing a run
 
     def _attach(self, job: jobs.Job | None) -> None:
         self.job = job
-        self.view = RunView(job.folder) if job is not None else None
-        self._shown.clear()
-        self.step_slider.max = 0
+        self.monitor.attach(job)
+        self._state = None
         self.refresh()
 
     def _list_runs(self) -> None:
@@ -283,27 +284,37 @@ class TrainPanel(Panel):
 
     def refresh(self) -> None:
         """Show what is new in the run folder. Cheap where nothing is."""
-        status = self.job.status() if self.job is not None else {"state": "", "alive": False}
+        self.waiting.refresh()
+        self.tabs.set_title(4, f"Queue ({self.waiting.num_waiting})" if self.waiting.num_waiting else "Queue")
+        status = self._status()
+        if not status["alive"] and (begun := self.waiting.running_job()) not in (None, self.job):
+            self._attach(begun)
+            self._list_runs()
+            return
         self._draw_head(status)
         self._draw_buttons(status)
-        self._draw_figures(status)
-        if self.view is None or self.job is None:
-            self._draw_curves(RunView(self.project.folder))
-            self._draw_samples({})
-            set_html(self.log, look.log_view([]))
-            return
-        if self.view.update() or "curves" not in self._shown:
-            self._shown["curves"] = True
-            self._draw_curves(self.view)
-            set_html(self.notes, look.note("\n".join(self.view.messages[-5:]), "warn"))
-        self._draw_samples(self.view.sample_steps())
-        set_html(self.log, look.log_view(self.job.log_tail()))
-        if status.get("state") != self._shown.get("state"):
-            self._shown["state"] = status.get("state")
-            self._list_runs()
-            if status["state"] in jobs.FINAL_STATES:
-                self._say_end(status)
-                self._tell_plan()
+        self.monitor.show(status)
+        if status["state"] != self._state:
+            self._begin_state(status)
+        elif not self.message.value:
+            self._say_state(status)
+
+    def _status(self) -> dict[str, Any]:
+        return self.job.status() if self.job is not None else {"state": "", "alive": False}
+
+    def _begin_state(self, status: dict[str, Any]) -> None:
+        self._state = status["state"]
+        self._list_runs()
+        if status["state"] in jobs.FINAL_STATES:
+            self._tell_plan()
+        self._say_state(status)
+
+    def _say_state(self, status: dict[str, Any]) -> None:
+        state = status["state"]
+        words = IDLE_WORDS.get(state, state)
+        if state in ("stopped", "failed", "died"):
+            words = status.get("message") or words
+        self.say(words, STATE_TONES.get(state, "plain"))
 
     def _draw_head(self, status: dict[str, Any]) -> None:
         state = status["state"]
@@ -311,77 +322,9 @@ class TrainPanel(Panel):
         set_html(self.head, look.heading("Training", str(self.project.name), badge=mark))
 
     def _draw_buttons(self, status: dict[str, Any] | None = None) -> None:
-        status = status or (self.job.status() if self.job is not None else {"state": "", "alive": False})
+        status = status or self._status()
         alive = status["alive"]
         self.start_button.disabled = alive or bool(self.form.errors)
         self.resume_button.disabled = alive or status["state"] not in ("stopped", "died", "failed")
         for control in (self.stop_button, self.sample_button, self.save_button, self.kill_button):
             control.disabled = not alive
-
-    def _draw_figures(self, status: dict[str, Any]) -> None:
-        step, total = int(status.get("step") or 0), status.get("num_steps")
-        self.bar.max, self.bar.value = max(1, total or 1), min(step, max(1, total or 1))
-        self.bar.bar_style = {"good": "success", "bad": "danger", "warn": "warning"}.get(
-            STATE_TONES.get(status["state"], ""), "info"
-        )
-        epoch = status.get("epoch")
-        loss, speed = status.get("loss"), status.get("images_per_second")
-        entries = [
-            ("step", f"{step:,} / {total:,}" if total else f"{step:,}"),
-            ("epoch", "–" if epoch is None else self._epoch_words(int(epoch))),
-            ("loss", "–" if loss is None else f"{loss:.4f}"),
-            ("images per second", "–" if not speed else f"{speed:.1f}"),
-            ("time left", look.duration(status.get("eta_seconds")) if status["alive"] else "–"),
-            ("memory", look.size(status.get("memory_bytes"))),
-        ]
-        set_html(self.figures, look.facts(entries))
-
-    def _epoch_words(self, ended: int) -> str:
-        """`3 / 16`: the epoch in progress (the last one where all have ended) of those that the run will have."""
-        total = self.view.max_epochs if self.view is not None else None
-        return f"{min(ended + 1, total)} / {total}" if total else str(ended + 1)
-
-    def _draw_curves(self, view: RunView) -> None:
-        raw = thin(view.loss)
-        curves = {"raw": raw, "loss": thin(smooth(view.loss)), "validation": thin(view.validation)}
-        set_html(self.chart, line_chart(curves, title="Loss", faint="raw"))
-        rates = {name.replace("_", " "): thin(points) for name, points in view.learning_rates.items()}
-        set_html(self.rate_chart, line_chart(rates, title="Learning rate", height=140))
-
-    def _draw_samples(self, steps: dict[int, list[Path]]) -> None:
-        if self._shown.get("samples") == (known := [(step, len(paths)) for step, paths in steps.items()]):
-            return
-        self._shown["samples"] = known
-        follow = self.step_slider.value == self.step_slider.max
-        self.step_slider.max = max(0, len(steps) - 1)
-        self.step_slider.disabled = len(steps) < 2
-        if follow:
-            self.step_slider.value = self.step_slider.max
-        newest = list(steps)[-SHOWN_STEPS:][::-1]
-        rows = (
-            [strip([(path, f"step {step:,}") for step in newest for path in steps[step][:8]], side=180)]
-            if newest
-            else []
-        )
-        empty = '<div class="edk-empty">Samples appear here, the newest first, as soon as the run draws some.</div>'
-        set_html(self.gallery, "".join(rows) or empty)
-        self._draw_step()
-
-    def _draw_step(self) -> None:
-        steps = self.view.sample_steps() if self.view is not None else {}
-        if not steps:
-            set_html(self.step_picture, "")
-            return
-        step = list(steps)[min(self.step_slider.value, len(steps) - 1)]
-        pictures = "".join(picture_tag(path, 640, words=f"sample at step {step}") for path in steps[step][:4])
-        set_html(
-            self.step_picture, f'<div class="edk-section">step {step:,}</div><div class="edk-shots">{pictures}</div>'
-        )
-
-    def _say_end(self, status: dict[str, Any]) -> None:
-        words = {
-            "finished": "Finished. Compare the checkpoints in the next notebook, or export the last one.",
-            "stopped": status.get("message") or "Stopped, and saved. Resume goes on exactly where it ended.",
-        }
-        text = words.get(status["state"]) or status.get("message") or "See the log."
-        self.say(text, STATE_TONES[status["state"]])

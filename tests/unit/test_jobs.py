@@ -212,6 +212,54 @@ def test_a_stopped_queue_starts_no_further_run(settings, tmp_path):
     assert [entry["state"] for entry in queue.entries] == ["stopped", "waiting"]
 
 
+def test_a_queue_is_added_to_moved_and_thinned_while_it_works(settings, tmp_path):
+    queue = jobs.Queue(tmp_path / "queue.json")
+    with pytest.raises(JobError, match="Nothing waits"):
+        queue.start()
+    first = queue.add({**settings, "project_name": "first"})
+    queue.start(command=double("--steps", 900))
+    wait_until(lambda: queue.entries[0].get("run"), 20)
+    second, third, fourth = (queue.add({**settings, "project_name": name}) for name in ("second", "third", "fourth"))
+    queue.move(fourth, -2)
+    queue.remove(third)
+    assert [entry["id"] for entry in queue.entries] == [first, fourth, second]
+    queue.move(fourth, 1)
+    assert [entry["id"] for entry in queue.entries] == [first, second, fourth]
+    with pytest.raises(JobError, match="being trained"):
+        queue.remove(first)
+    with pytest.raises(JobError, match="waiting entries"):
+        queue.move(first, 1)
+    with pytest.raises(JobError, match="not in the queue"):
+        queue.remove(third)
+    with pytest.raises(ConfigError, match="lr"):
+        queue.add({**settings, "lr": -1})
+    queue.stop()
+    wait_until(lambda: not queue.is_alive(), 20)
+    assert [entry["state"] for entry in queue.entries] == ["stopped", "waiting", "waiting"]
+
+
+def test_a_queue_waits_for_a_run_in_progress_of_the_same_project(started, settings, tmp_path):
+    job = started("--steps", 400)
+    wait_until(lambda: job.status()["step"] > 0)
+    queue = jobs.start_queue([settings], tmp_path / "queue.json", command=double("--steps", 2))
+    wait_until(lambda: queue.entries[0]["state"] == "starting", 20)
+    assert queue.entries[0]["run"] is None
+    job.stop(timeout_seconds=20)
+    wait_until(lambda: queue.entries[0]["state"] == "finished", 20)
+
+
+def test_a_queue_that_was_killed_goes_on_with_what_waits(settings, tmp_path):
+    configs = [{**settings, "project_name": name} for name in ("one", "two")]
+    queue = jobs.start_queue(configs, tmp_path / "queue.json", command=double("--steps", 900))
+    wait_until(lambda: queue.entries[0].get("run"), 20)
+    for pid in (queue.path.with_suffix(".job.json"), Path(queue.entries[0]["run"]) / "job.json"):
+        psutil.Process(json.loads(pid.read_text())["pid"]).kill()
+    wait_until(lambda: not queue.is_alive(), 20)
+    queue.start(command=double("--steps", 2))
+    wait_until(lambda: queue.entries[1]["state"] == "finished", 20)
+    assert queue.entries[0]["state"] == "died"
+
+
 def test_a_program_that_cannot_be_started_is_one_clear_error(settings):
     with pytest.raises(JobError, match="could not be started"):
         jobs.start(settings, command=["/no/such/program"])

@@ -36,13 +36,17 @@ def test_every_parameter_has_a_control_with_label_help_and_range(form):
 
 
 def test_basic_parameters_are_open_and_the_others_folded(form):
-    assert form._folded.selected_index is None
+    assert not any(fold.is_open for fold in form.folds)
     assert set(form._fields) == {record.name for record in parameters() if record.knob.basic}
 
 
 def test_a_folded_group_is_made_when_it_is_opened(form):
-    form._folded.selected_index = 0
-    assert len(form._folded.children[0].children) > 0
+    fold = form.folds[0]
+    assert fold.content.children == ()
+    fold.title.click()
+    assert fold.is_open and len(fold.content.children) > 0
+    fold.title.click()
+    assert not fold.is_open
 
 
 def test_an_invalid_learning_rate_is_named_beside_its_field_and_in_words(form):

@@ -73,11 +73,11 @@ def test_start_shows_progress_curves_samples_and_log_and_then_the_end(project):
     panel.start_button.click()
     assert panel.job is not None and panel.start_button.disabled and not panel.stop_button.disabled
     wait_until(panel, lambda: "finished" in panel.head.value)
-    assert panel.bar.value == 12
-    assert "12 / 12" in panel.figures.value and "1 / 300" in panel.figures.value
-    assert "<polyline" in panel.chart.value and "Learning rate" in panel.rate_chart.value
-    assert panel.gallery.value.count("data:image/jpeg") == 2
-    assert "step 12" in panel.log.value
+    assert panel.monitor.bar.value == 12
+    assert "12 / 12" in panel.monitor.figures.value and "1 / 300" in panel.monitor.figures.value
+    assert "<polyline" in panel.monitor.chart.value and "Learning rate" in panel.monitor.rate_chart.value
+    assert panel.monitor.gallery.value.count("data:image/jpeg") == 2
+    assert "step 12" in panel.monitor.log.value
     assert "Finished" in panel.message.value
     wait_until(panel, lambda: not panel.start_button.disabled)
 
@@ -85,13 +85,13 @@ def test_start_shows_progress_curves_samples_and_log_and_then_the_end(project):
 def test_stop_saves_and_resume_goes_on(project):
     panel = TrainPanel(project, command=command("--steps", 60, "--seconds-a-step", 0.03))
     panel.start_button.click()
-    wait_until(panel, lambda: panel.bar.value >= 3)
+    wait_until(panel, lambda: panel.monitor.bar.value >= 3)
     panel.stop_button.click()
     wait_until(panel, lambda: "stopped" in panel.head.value and not panel.resume_button.disabled)
-    stopped_at = panel.bar.value
+    stopped_at = panel.monitor.bar.value
     panel.resume_button.click()
     wait_until(panel, lambda: "finished" in panel.head.value)
-    assert panel.bar.value == 60 > stopped_at
+    assert panel.monitor.bar.value == 60 > stopped_at
 
 
 def test_a_new_panel_finds_the_run_in_progress(project):
@@ -116,9 +116,9 @@ def test_a_second_start_from_another_panel_is_refused_in_words(project):
 def test_save_now_and_sample_now_reach_the_trainer(project):
     panel = TrainPanel(project, command=command("--steps", 400, "--seconds-a-step", 0.03))
     panel.start_button.click()
-    wait_until(panel, lambda: panel.bar.value >= 1)
+    wait_until(panel, lambda: panel.monitor.bar.value >= 1)
     panel.save_button.click()
-    wait_until(panel, lambda: panel.view.saved)
+    wait_until(panel, lambda: panel.monitor.view.saved)
 
 
 def test_settings_come_back_in_a_new_panel(project):
@@ -140,7 +140,9 @@ def test_a_look_without_news_changes_no_widget(project):
     wait_until(panel, lambda: "finished" in panel.head.value)
     panel.refresh()
     changes = []
-    for widget in (panel.head, panel.figures, panel.chart, panel.gallery, panel.log, panel.message, panel.notes):
+    monitor = panel.monitor
+    shown = (monitor.figures, monitor.chart, monitor.gallery, monitor.log, monitor.notes)
+    for widget in (panel.head, panel.message, *shown):
         widget.observe(changes.append, "value")
     panel.refresh()
     assert changes == []
@@ -155,7 +157,7 @@ def test_text_from_a_run_is_escaped(project):
     status = {"state": "failed", "message": "<b>no</b>", "pid": os.getpid(), "process_started": 0.0, "step": 0}
     (run / "status.json").write_text(json.dumps(status))
     panel = TrainPanel(project)
-    shown = panel.log.value + panel.notes.value + panel.message.value
+    shown = panel.monitor.log.value + panel.monitor.notes.value + panel.message.value
     assert "<script>" not in shown and "<img" not in shown and "<b>no" not in shown
     assert "&lt;b&gt;no" in shown
 
@@ -164,7 +166,7 @@ def test_run_starts_and_shows_the_run_until_it_ends(project):
     panel = TrainPanel(project, command=command("--steps", 4, "--seconds-a-step", 0.02))
     panel.run()
     assert panel.job.status()["state"] == "finished"
-    assert "4 / 4" in panel.figures.value
+    assert "4 / 4" in panel.monitor.figures.value
 
 
 def test_run_says_why_it_cannot_start_and_watch_that_there_is_no_run(tmp_path):
