@@ -42,7 +42,7 @@ def sample(
         cfgs: guidance scales; each prompt is drawn at each, from the same noise.
         num_images: pictures of each prompt, with seeds counting up from `seed`.
         width, height: in pixels; by default the model's own size.
-        lora: a LoRA file to draw with.
+        lora: a LoRA file or checkpoint to draw with.
         out: folder for the pictures; made if it is not there.
         progress: called with (denoising steps done, in all).
 
@@ -105,7 +105,7 @@ def open_for_drawing(checkpoint: str | Path | RunFolder | Model, *, lora: str | 
         if lora is not None:
             raise ConfigError("lora: give the checkpoint's path, so that the LoRA can be merged while it is loaded")
         return checkpoint
-    source = _meant(checkpoint)
+    source = meant(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
     if lora is None:
@@ -116,8 +116,8 @@ def open_for_drawing(checkpoint: str | Path | RunFolder | Model, *, lora: str | 
     return assemble(apply_lora(files, read_lora(Path(lora), files)), dtype=dtype, device=device)
 
 
-def _meant(checkpoint: str | Path | RunFolder) -> str | Path:
-    """A run's last checkpoint, the embedded model's folder, or what was given."""
+def meant(checkpoint: str | Path | RunFolder) -> str | Path:
+    """What a person means: a run's last checkpoint, the embedded model's folder, or what was given."""
     if isinstance(checkpoint, RunFolder):
         return checkpoint.last_checkpoint
     if str(checkpoint) == "embedded":

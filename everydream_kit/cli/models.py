@@ -1,11 +1,13 @@
-"""Commands that read models: sample, export."""
+"""Commands that make pictures and files out of models: sample, export, merge, extract."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Literal
 
 from everydream_kit.cli.command import Command
+from everydream_kit.errors import ConfigError
 
 
 def _add_sample_flags(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +22,7 @@ def _add_sample_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int)
     parser.add_argument("--height", type=int)
     parser.add_argument("--clip_skip", type=int, default=0)
-    parser.add_argument("--lora", help="LoRA weights to draw with")
+    parser.add_argument("--lora", help="LoRA file or checkpoint to draw with")
     parser.add_argument("--out", default="samples", help="folder for the pictures (default samples)")
 
 
@@ -46,24 +48,119 @@ def _run_sample(options: argparse.Namespace) -> None:
         print(path)
 
 
+EXPORT_FORMATS = {
+    "single_file": "one file that every image app loads (.safetensors or .ckpt); a LoRA is merged into its base",
+    "diffusers": "a diffusers folder; a LoRA is merged into its base",
+    "lora": "a LoRA file for image apps (kohya's layout)",
+    "diffusers_lora": "a LoRA file for diffusers' load_lora_weights",
+    "embedding": "a learnt token as an embedding file",
+}
+MODEL_FORMATS = ("single_file", "diffusers")
+LORA_LAYOUTS: dict[str, Literal["kohya", "diffusers"]] = {"lora": "kohya", "diffusers_lora": "diffusers"}
+PRECISIONS = ("fp16", "bf16", "fp32")
+
+
 def _add_export_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="checkpoint folder, or a run folder for its last one")
-    parser.add_argument("out", help="file to write: .safetensors or .ckpt")
-    parser.add_argument("--precision", choices=["fp16", "bf16", "fp32"], default="fp16")
+    parser.add_argument("checkpoint", help="checkpoint, run folder (its last one goes), single file, or Hub id")
+    parser.add_argument("out", help="what to write")
+    formats = "; ".join(f"{name}: {text}" for name, text in EXPORT_FORMATS.items())
+    parser.add_argument(
+        "--format", choices=list(EXPORT_FORMATS), default="single_file", help=f"{formats} (default single_file)"
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, help="of the weights (default fp16)")
     parser.add_argument("--ema", action="store_true", help="the averaged weights")
+    parser.add_argument("--token", help="which learnt token, where there are several (with --format embedding)")
 
 
 def _run_export(options: argparse.Namespace) -> None:
-    from everydream_kit.export.single_file import export_checkpoint
-    from everydream_kit.workspace import RunFolder
+    from everydream_kit.drawing import meant
 
-    source = Path(options.checkpoint)
-    if (source / "ckpts").is_dir():
-        source = RunFolder(source).last_checkpoint
-    print(export_checkpoint(source, options.out, precision=options.precision, ema=options.ema))
+    if options.format == "embedding" and (options.precision or options.ema):
+        raise ConfigError("--precision and --ema do not apply to an embedding: it is written as it was learnt.")
+    if options.format != "embedding" and options.token:
+        raise ConfigError("--token names a learnt token: it goes with --format embedding.")
+    source, precision = meant(options.checkpoint), options.precision or "fp16"
+    if options.format == "single_file":
+        from everydream_kit.export.single_file import export_checkpoint
+
+        print(export_checkpoint(source, options.out, precision=precision, ema=options.ema))
+    elif options.format == "diffusers":
+        from everydream_kit.export.folder import export_folder
+
+        print(export_folder(source, options.out, precision, ema=options.ema))
+    elif options.format == "embedding":
+        from everydream_kit.export.lora_files import export_token
+
+        print(export_token(source, options.out, token=options.token))
+    else:
+        from everydream_kit.export.lora_files import export_lora
+
+        layout = LORA_LAYOUTS[options.format]
+        print(export_lora(source, options.out, layout=layout, precision=precision, ema=options.ema))
+
+
+def _add_merge_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="checkpoint, run folder, single file, or Hub id")
+    parser.add_argument("other", help="a LoRA (file or checkpoint) to merge into it, or a second model to mix it with")
+    parser.add_argument(
+        "out", help="a name in .safetensors or .ckpt for a single file, any other for a diffusers folder"
+    )
+    parser.add_argument("--strength", type=float, help="of the LoRA: 1 is as it was trained (default 1)")
+    parser.add_argument("--weight", type=float, help="of the second model: 0 is the first, 1 the second (default 0.5)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp16", help="of the result (default fp16)")
+
+
+def _run_merge(options: argparse.Namespace) -> None:
+    from everydream_kit.drawing import meant
+    from everydream_kit.export.merge import merge_checkpoints, merge_lora
+    from everydream_kit.models.lora_formats import is_lora
+
+    model, other = meant(options.model), meant(options.other)
+    if is_lora(Path(other)):
+        if options.weight is not None:
+            raise ConfigError(f"--weight mixes two models, and {other} is a LoRA: it is merged with --strength.")
+        strength = 1.0 if options.strength is None else options.strength
+        print(merge_lora(model, other, options.out, strength=strength, precision=options.precision))
+        return
+    if options.strength is not None:
+        raise ConfigError(f"--strength is for a LoRA, and {other} is none: two models are mixed with --weight.")
+    weight = 0.5 if options.weight is None else options.weight
+    print(merge_checkpoints(model, other, options.out, weight=weight, precision=options.precision))
+
+
+def _add_extract_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("tuned", help="the fine-tuned model: checkpoint, run folder, single file, or Hub id")
+    parser.add_argument("base", help="the model that it was made from")
+    parser.add_argument("out", help="file to write: .safetensors")
+    parser.add_argument("--rank", type=int, default=32, help="of the LoRA: more keeps more and is larger (default 32)")
+    parser.add_argument("--unet_only", action="store_true", help="leave the text encoders' difference out")
+    parser.add_argument("--format", choices=list(LORA_LAYOUTS), default="lora", help="as for export (default lora)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp16", help="of the weights (default fp16)")
+
+
+def _run_extract(options: argparse.Namespace) -> None:
+    from everydream_kit.drawing import meant
+    from everydream_kit.export.lora_files import extract_lora
+
+    out = extract_lora(
+        meant(options.tuned),
+        meant(options.base),
+        options.out,
+        rank=options.rank,
+        text_encoder=not options.unet_only,
+        layout=LORA_LAYOUTS[options.format],
+        precision=options.precision,
+    )
+    print(out)
 
 
 COMMANDS = {
     "sample": Command("draw pictures with a checkpoint", _add_sample_flags, _run_sample),
-    "export": Command("write a checkpoint as one file that every image app loads", _add_export_flags, _run_export),
+    "export": Command(
+        "write a checkpoint as one file that every image app loads, as a folder, or a LoRA alone",
+        _add_export_flags,
+        _run_export,
+    ),
+    "merge": Command("merge a LoRA into a model, or mix two models", _add_merge_flags, _run_merge),
+    "extract": Command("write the difference of two models as a LoRA", _add_extract_flags, _run_extract),
 }

@@ -1,4 +1,5 @@
-"""LoRA files out of checkpoints: in diffusers' or kohya's layout, or extracted from the difference of two models."""
+"""Small files out of checkpoints: LoRAs in diffusers' or kohya's layout, LoRAs extracted from the difference of two
+models, learnt tokens."""
 
 from __future__ import annotations
 
@@ -9,18 +10,25 @@ from typing import Literal
 import torch
 
 from everydream_kit.errors import ExportError
-from everydream_kit.models.adapters import LORA_FILE, is_adapter_folder, read_adapter_file
+from everydream_kit.export.single_file import live_or_averaged, precision_dtype
+from everydream_kit.models.adapters import LORA_FILE, TOKENS_FILE, is_adapter_folder, read_adapter_file
 from everydream_kit.models.files import ModelFiles
 from everydream_kit.models.loading import open_model
 from everydream_kit.models.lora import Lora, LoraLayer
 from everydream_kit.models.lora_formats import read_lora, write_lora
-from everydream_kit.models.tensors import LazyTensor
+from everydream_kit.models.tensors import LazyTensor, open_safetensors
+from everydream_kit.models.tokens import write_embedding
 
 logger = logging.getLogger(__name__)
 
 
 def export_lora(
-    checkpoint_folder: str | Path, out_path: str | Path, *, layout: Literal["diffusers", "kohya"] = "kohya"
+    checkpoint_folder: str | Path,
+    out_path: str | Path,
+    *,
+    layout: Literal["diffusers", "kohya"] = "kohya",
+    precision: str = "fp16",
+    ema: bool = False,
 ) -> Path:
     """Write a LoRA checkpoint as one file.
 
@@ -28,19 +36,22 @@ def export_lora(
         checkpoint_folder: a checkpoint of `training_kind: lora`.
         out_path: `.safetensors`.
         layout: `kohya` for image apps, `diffusers` for `load_lora_weights`.
+        precision: fp16, bf16 or fp32.
+        ema: take the averaged weights, which lie in the folder `<checkpoint>_ema` beside the checkpoint.
 
     Raises:
-        ExportError: the checkpoint is no LoRA, or the name ends otherwise.
+        ExportError: the checkpoint is no LoRA, the name ends otherwise, unknown precision, or no EMA weights.
         ModelError: its base cannot be read.
     """
-    folder, out = Path(checkpoint_folder), Path(out_path)
+    folder, out = Path(live_or_averaged(checkpoint_folder, ema=ema)), Path(out_path)
+    dtype = precision_dtype(precision)
     if not is_adapter_folder(folder) or not (folder / LORA_FILE).is_file():
         raise ExportError(f"{folder}: no LoRA checkpoint. Full checkpoints are exported with export_checkpoint.")
     _check_name(out)
     base = open_model(**read_adapter_file(folder)["base"])
     out.parent.mkdir(parents=True, exist_ok=True)
     lora = read_lora(folder / LORA_FILE, base)
-    write_lora(out, lora, base.family, base.configs["unet"], layout=layout, title=out.stem)
+    write_lora(out, lora, base.family, base.configs["unet"], layout=layout, title=out.stem, dtype=dtype)
     return out
 
 
@@ -52,6 +63,7 @@ def extract_lora(
     rank: int = 32,
     text_encoder: bool = True,
     layout: Literal["diffusers", "kohya"] = "kohya",
+    precision: str = "fp16",
 ) -> Path:
     """Write the difference of two models as a LoRA: the best one of its rank, by singular values (Eckart and Young
     1936).
@@ -60,11 +72,16 @@ def extract_lora(
         tuned, base: two models of one family and shape.
         rank: of the result; layers that are smaller get less.
         text_encoder: extract the text encoders' difference, too.
+        layout: `kohya` for image apps, `diffusers` for `load_lora_weights`.
+        precision: fp16, bf16 or fp32.
 
     Raises:
-        ExportError: the models differ in shape, or not at all.
+        ExportError: the models differ in shape, or not at all; a rank below 1; unknown precision.
     """
     out = Path(out_path)
+    dtype = precision_dtype(precision)
+    if rank < 1:
+        raise ExportError(f"rank {rank}: must be at least 1.")
     _check_name(out)
     one, other = open_model(tuned), open_model(base)
     if one.family is not other.family:
@@ -80,7 +97,35 @@ def extract_lora(
     if not lora:
         raise ExportError(f"{tuned}: its layers are equal to those of {base}, so there is nothing to extract.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_lora(out, lora, one.family, one.configs["unet"], layout=layout, title=out.stem)
+    write_lora(out, lora, one.family, one.configs["unet"], layout=layout, title=out.stem, dtype=dtype)
+    return out
+
+
+def export_token(checkpoint_folder: str | Path, out_path: str | Path, *, token: str | None = None) -> Path:
+    """Write a learnt token as image apps take it: `emb_params`, or `clip_l` and `clip_g` for two text encoders.
+
+    Args:
+        checkpoint_folder: a checkpoint of `training_kind: textual_inversion`.
+        out_path: `.safetensors`. Apps call the token by the file's name.
+        token: which one; may be left out where there is only one.
+
+    Raises:
+        ExportError: the checkpoint has no learnt token, or not this one, or several and none was named.
+    """
+    folder, out = Path(checkpoint_folder), Path(out_path)
+    if out.suffix != ".safetensors":
+        raise ExportError(f"{out}: the name of an embedding file must end in .safetensors.")
+    if not (folder / TOKENS_FILE).is_file():
+        raise ExportError(f"{folder}: no learnt tokens here. They come from training_kind textual_inversion.")
+    tensors, _ = open_safetensors(folder / TOKENS_FILE)
+    tokens = sorted(name for name in tensors if "|" not in name)
+    if token is None and len(tokens) > 1:
+        raise ExportError(f"{folder}: has the tokens {', '.join(tokens)}; say which one.")
+    chosen = tokens[0] if token is None else token
+    if chosen not in tokens:
+        raise ExportError(f"{folder}: has no learnt token {chosen!r}; it has {', '.join(tokens)}.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_embedding(out, chosen, [tensors[name] for name in (chosen, f"{chosen}|1") if name in tensors])
     return out
 
 

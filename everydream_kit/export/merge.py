@@ -4,17 +4,21 @@ tensor."""
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import torch
 
 from everydream_kit.errors import ExportError
-from everydream_kit.export.single_file import export_files, precision_dtype
+from everydream_kit.export.folder import write_new_folder
+from everydream_kit.export.single_file import export_files
 from everydream_kit.models.files import ModelFiles
 from everydream_kit.models.loading import open_model
 from everydream_kit.models.lora_formats import apply_lora, read_lora
-from everydream_kit.models.saving import write_folder
 from everydream_kit.models.tensors import LazyTensor
+
+_MISSPELT = re.compile(r"\.(safe\w*|ckpt\w*|pt|pth|bin|sft)$", re.IGNORECASE)
+"""Names by which somebody means a file, and would get a folder."""
 
 
 def merge_lora(
@@ -24,8 +28,8 @@ def merge_lora(
 
     Args:
         base: any model that `load_model` takes.
-        lora: a LoRA file of either layout.
-        out_path: `.safetensors` or `.ckpt` for a single file, anything else for a diffusers folder.
+        lora: a LoRA file of either layout, or a LoRA checkpoint.
+        out_path: `.safetensors` or `.ckpt` for a single file, anything else for a new diffusers folder.
         strength: 1 is the LoRA as it was trained.
         precision: of the result: fp16, bf16 or fp32.
     """
@@ -70,5 +74,6 @@ def _mixed(name: str, one: LazyTensor, other: LazyTensor | None, weight: float) 
 def _write(files: ModelFiles, out: Path, precision: str) -> Path:
     if out.suffix in (".safetensors", ".ckpt"):
         return export_files(files, out, precision)
-    write_folder(files, out, dtype=precision_dtype(precision))
-    return out
+    if _MISSPELT.search(out.name):
+        raise ExportError(f"{out}: a model file's name ends in .safetensors or .ckpt, a folder's in neither.")
+    return write_new_folder(files, out, precision)

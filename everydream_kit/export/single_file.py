@@ -43,7 +43,7 @@ def export_checkpoint(
     """Write a checkpoint as one file that image apps load.
 
     Args:
-        checkpoint_folder: a diffusers folder; a single file is converted, too.
+        checkpoint_folder: a diffusers folder; a single file or a Hub id is converted, too. A LoRA is merged into its base.
         out_path: `.safetensors` (written tensor by tensor) or `.ckpt`. Replaced if it is there.
         precision: fp16, bf16 or fp32.
         ema: take the averaged weights, which lie in the folder `<checkpoint>_ema` beside the checkpoint.
@@ -58,7 +58,7 @@ def export_checkpoint(
         DiskSpaceError: not enough room; nothing was written.
         ModelError: the checkpoint cannot be read.
     """
-    files = open_model(_source(Path(checkpoint_folder), ema))
+    files = open_model(live_or_averaged(checkpoint_folder, ema=ema))
     return export_files(files, out_path, precision, title=title, extra_metadata=extra_metadata)
 
 
@@ -99,9 +99,15 @@ def precision_dtype(precision: str) -> torch.dtype:
     return PRECISIONS[precision]
 
 
-def _source(folder: Path, ema: bool) -> Path:
+def live_or_averaged(checkpoint: str | Path, *, ema: bool) -> str | Path:
+    """What was given, or the folder of the averaged weights beside it.
+
+    Raises:
+        ExportError: none were saved with it.
+    """
     if not ema:
-        return folder
+        return checkpoint
+    folder = Path(checkpoint)
     averaged = folder.with_name(f"{folder.name}_ema")
     if not averaged.is_dir():
         raise ExportError(

@@ -50,6 +50,10 @@ class ModelFiles:
     zero_terminal_snr: bool
     metadata: dict[str, str] = field(default_factory=dict)
 
+    def num_elements(self) -> int:
+        """How many numbers all weights hold together."""
+        return sum(math.prod(tensor.shape) for part in self.tensors.values() for tensor in part.values())
+
     def num_bytes(self) -> int:
         """Size of all weights as they are stored."""
         lazy = [tensor for part in self.tensors.values() for tensor in part.values()]

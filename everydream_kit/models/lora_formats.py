@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 
 from everydream_kit.errors import ModelError
+from everydream_kit.models.adapters import LORA_FILE
 from everydream_kit.models.convert import rename, unet_renames
 from everydream_kit.models.family import Config, Family
 from everydream_kit.models.files import ModelFiles
@@ -29,7 +30,16 @@ DIFFUSERS_METADATA = "lora_adapter_metadata"
 """Where diffusers keeps rank and alpha (JSON in the header)."""
 
 
-def write_lora(path: Path, lora: Lora, family: Family, unet_config: Config, *, layout: Layout, title: str = "") -> None:
+def write_lora(
+    path: Path,
+    lora: Lora,
+    family: Family,
+    unet_config: Config,
+    *,
+    layout: Layout,
+    title: str = "",
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write a LoRA file.
 
     Args:
@@ -37,6 +47,7 @@ def write_lora(path: Path, lora: Lora, family: Family, unet_config: Config, *, l
         unet_config: for SDXL's names in kohya's layout.
         layout: `diffusers`, or `kohya` for UIs.
         title: for the metadata.
+        dtype: of the weights; None keeps each as it is.
     """
     layers = [layer for part in lora.values() for layer in part.values()]
     rank, alpha = max(layer.rank for layer in layers), max(layer.alpha for layer in layers)
@@ -57,7 +68,13 @@ def write_lora(path: Path, lora: Lora, family: Family, unet_config: Config, *, l
     else:
         tensors = _to_diffusers(lora)
         metadata[DIFFUSERS_METADATA] = _diffusers_metadata(lora)
-    write_safetensors(path, tensors, metadata)
+    cast = tensors if dtype is None else {name: _cast(name, tensor, dtype) for name, tensor in tensors.items()}
+    write_safetensors(path, cast, metadata)
+
+
+def _cast(name: str, tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    """Alphas stay as they are: they are settings, not weights."""
+    return tensor if name.endswith(".alpha") else tensor.cast(dtype)
 
 
 def _diffusers_metadata(lora: Lora) -> str:
@@ -109,22 +126,44 @@ def kohya_name(component: str, name: str, family: Family, unet_config: Config) -
     return f"{prefix}_{name.replace('.', '_')}"
 
 
+LAYER_ENDS = (".lora_down.weight", ".lora_A.weight")
+"""What the first half of a layer is called, in kohya's and in diffusers' layout."""
+
+
+def lora_file(path: Path) -> Path:
+    """The file of a LoRA checkpoint's folder, or the file that was given."""
+    return path / LORA_FILE if path.is_dir() else path
+
+
+def is_lora(path: Path) -> bool:
+    """Whether a file or folder holds a LoRA. A damaged file does not."""
+    file = lora_file(path)
+    if not file.is_file() or file.suffix != ".safetensors":
+        return False
+    try:
+        return any(name.endswith(LAYER_ENDS) for name in open_safetensors(file)[0])
+    except ModelError:
+        return False
+
+
 def read_lora(path: Path, base: ModelFiles) -> Lora:
     """Read a LoRA file of either layout.
 
     Args:
+        path: the file, or a LoRA checkpoint's folder.
         base: the model that it belongs to; its layers' names say what the file's underscores mean.
 
     Raises:
         ModelError: damaged, no LoRA, or made for a model of another shape.
     """
+    path = lora_file(path)
     tensors, metadata = open_safetensors(path)
     if any(name.endswith(".lora_down.weight") for name in tensors):
         lora = _from_kohya(tensors, base)
     else:
         lora = _from_diffusers(tensors, metadata)
     num_read = sum(len(layers) for layers in lora.values())
-    num_there = sum(name.endswith((".lora_down.weight", ".lora_A.weight")) for name in tensors)
+    num_there = sum(name.endswith(LAYER_ENDS) for name in tensors)
     if not num_there:
         raise ModelError(f"{path}: no LoRA; its first tensor is named {next(iter(tensors), None)!r}.")
     if num_read < num_there:

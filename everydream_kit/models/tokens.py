@@ -6,7 +6,7 @@ parameter of their own beside the frozen table, so that no optimizer can touch t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -152,14 +152,10 @@ def load_tokens(model: Model, path: Path) -> None:
                 table.new[ids] = part.read().to(table.new)
 
 
-def export_embedding(model: Model, token: str, path: Path) -> Path:
-    """Write one token as UIs want it: `emb_params`, or `clip_l` and `clip_g` for two text encoders."""
-    learnt = learnt_embeddings(model)
-    if token not in learnt:
-        raise ModelError(f"{model.source}: has no learnt token {token!r}; it has {', '.join(learnt) or 'none'}.")
-    names = ["emb_params"] if len(learnt[token]) == 1 else ["clip_l", "clip_g"]
-    write_safetensors(path, dict(zip(names, learnt[token], strict=True)), {"format": "pt", "name": token})
-    return path
+def write_embedding(path: Path, token: str, parts: Sequence[LazyTensor]) -> None:
+    """Write a token's vectors, one tensor for each text encoder, as UIs name them."""
+    names = ["emb_params"] if len(parts) == 1 else ["clip_l", "clip_g"]
+    write_safetensors(path, dict(zip(names, parts, strict=True)), {"format": "pt", "name": token})
 
 
 def expand_tokens(model: Model, caption: str) -> str:

@@ -6,6 +6,7 @@ import torch
 from tiny_models import FAMILY_NAMES, draw, tiny_folder
 
 from everydream_kit.errors import ConfigError, ModelError
+from everydream_kit.export.lora_files import export_token
 from everydream_kit.export.single_file import export_checkpoint
 from everydream_kit.models.encoding import encode_captions
 from everydream_kit.models.loading import assemble, load_model, open_model
@@ -13,7 +14,7 @@ from everydream_kit.models.lora import add_lora, lora_of, lora_parameters
 from everydream_kit.models.lora_formats import apply_lora, read_lora, write_lora
 from everydream_kit.models.saving import save_model
 from everydream_kit.models.tensors import open_safetensors
-from everydream_kit.models.tokens import add_tokens, export_embedding
+from everydream_kit.models.tokens import add_tokens
 
 
 @pytest.fixture(params=FAMILY_NAMES)
@@ -142,7 +143,7 @@ def test_new_tokens_start_as_their_words_and_train_alone(family, tmp_path):
     assert torch.equal(
         encode_captions(again, captions).encoder_hidden_states, encode_captions(model, captions).encoder_hidden_states
     )
-    export_embedding(again, "<cat>", tmp_path / "cat.safetensors")
+    export_token(tmp_path / "checkpoint", tmp_path / "cat.safetensors")
     expected = {"clip_l", "clip_g"} if family == "sdxl" else {"emb_params"}
     assert open_safetensors(tmp_path / "cat.safetensors")[0].keys() == expected
 

@@ -1,0 +1,180 @@
+"""`everydream export`, `merge` and `extract`, typed as people type them: what is written, and what a misuse says."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import draw, tiny_folder
+
+from everydream_kit.cli import main
+from everydream_kit.models.loading import load_model, open_model
+from everydream_kit.models.lora import add_lora
+from everydream_kit.models.saving import save_model
+from everydream_kit.models.scratch import build_tiny_model, write_model
+from everydream_kit.models.tokens import add_tokens
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA checkpoint that changes the picture a lot."""
+    model = load_model(tiny_folder("sd1"))
+    for index, parameter in enumerate(add_lora(model, 4, text_encoder=True)):
+        with torch.no_grad():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    folder = tmp_path_factory.mktemp("lora") / "jets-ep01-gs00020"
+    save_model(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(build_tiny_model("sd1", seed=1), tmp_path_factory.mktemp("other") / "model")
+
+
+def say(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
+    """Exit status, and what was printed, or the problem."""
+    try:
+        status = main([str(word) for word in words])
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    shown = capsys.readouterr()
+    return status, (shown.err if status else shown.out).strip()
+
+
+def weights(model: Path, name: str = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight") -> torch.Tensor:
+    return open_model(model).tensors["unet"][name].read()
+
+
+def test_a_single_file_becomes_a_folder_again_and_draws_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, folder = tmp_path / "x.safetensors", tmp_path / "x"
+    assert say(capsys, "export", tiny_folder("sd1"), file, "--precision", "fp32") == (0, str(file))
+    assert say(capsys, "export", file, folder, "--format", "diffusers", "--precision", "fp32") == (0, str(folder))
+    assert {path.name for path in tmp_path.iterdir()} == {"x.safetensors", "x"}
+    np.testing.assert_array_equal(draw(load_model(folder)), draw(load_model(tiny_folder("sd1"))))
+    status, problem = say(capsys, "export", file, folder, "--format", "diffusers")
+    assert (status, "is there already" in problem) == (1, True)
+
+
+def test_a_lora_goes_out_in_both_layouts_and_merged(
+    lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for format_name, part in (("lora", ".lora_down.weight"), ("diffusers_lora", ".lora_A.weight")):
+        file = tmp_path / f"{format_name}.safetensors"
+        assert say(capsys, "export", lora, file, "--format", format_name)[0] == 0
+        tensors = load_file(file)
+        assert any(name.endswith(part) for name in tensors)
+        assert {tensor.dtype for name, tensor in tensors.items() if not name.endswith(".alpha")} == {torch.float16}
+        merged = tmp_path / f"{format_name}-merged"
+        assert say(capsys, "merge", tiny_folder("sd1"), file, merged, "--precision", "fp32")[0] == 0
+        assert torch.allclose(weights(merged), weights(lora), atol=2e-3)
+    assert not torch.allclose(weights(lora), weights(tiny_folder("sd1")), atol=0.1)
+
+
+def test_a_run_and_its_averaged_weights_can_be_named(
+    lora: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "jets-20261122-120000"
+    checkpoint = run / "ckpts" / "jets-ep01-gs00020"
+    shutil.copytree(lora, checkpoint)
+    shutil.copytree(other, run / "ckpts" / "jets-ep01-gs00020_ema")
+    (run / "config.json").write_text("{}")
+    words = ("--precision", "fp32")
+    assert say(capsys, "export", run, tmp_path / "live.safetensors", *words)[0] == 0
+    assert torch.allclose(weights(tmp_path / "live.safetensors"), weights(lora))
+    assert say(capsys, "export", checkpoint, tmp_path / "ema", "--format", "diffusers", "--ema", *words)[0] == 0
+    assert torch.equal(weights(tmp_path / "ema"), weights(other))
+    status, problem = say(capsys, "export", other, tmp_path / "no.safetensors", "--ema")
+    assert (status, "no EMA weights were saved with it" in problem) == (1, True)
+
+
+def test_a_lora_is_merged_at_its_strength(lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tiny_folder("sd1")
+    for strength, out in ((0.0, "none.safetensors"), (0.5, "half.ckpt"), (1.0, "whole")):
+        words = ("merge", base, lora, tmp_path / out, "--strength", strength, "--precision", "fp32")
+        assert say(capsys, *words) == (0, str(tmp_path / out))
+        expected = torch.lerp(weights(base), weights(lora), strength)
+        assert torch.allclose(weights(tmp_path / out), expected, atol=1e-6)
+
+
+def test_two_models_are_mixed_by_weight(other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tiny_folder("sd1")
+    for flags, weight in (((), 0.5), (("--weight", "0.25"), 0.25)):
+        out = tmp_path / f"mix-{weight}.safetensors"
+        assert say(capsys, "merge", base, other, out, "--precision", "fp32", *flags)[0] == 0
+        assert torch.allclose(weights(out), torch.lerp(weights(base), weights(other), weight))
+
+
+def test_the_difference_of_two_models_becomes_a_lora(
+    lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, tuned = tiny_folder("sd1"), tmp_path / "tuned.safetensors"
+    say(capsys, "export", lora, tuned, "--precision", "fp32")
+    out = tmp_path / "extracted.safetensors"
+    words = ("extract", tuned, base, out, "--rank", "4", "--precision", "fp32")
+    assert say(capsys, *words) == (0, str(out))
+    assert any(name.startswith("lora_te_") for name in load_file(out))
+    say(capsys, "merge", base, out, tmp_path / "again.safetensors", "--precision", "fp32")
+    assert torch.allclose(weights(tmp_path / "again.safetensors"), weights(tuned), atol=1e-4)
+    assert say(capsys, *words, "--unet_only", "--format", "diffusers_lora")[0] == 0
+    assert {name.partition(".")[0] for name in load_file(out)} == {"unet"}
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_learnt_token_becomes_an_embedding_file(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load_model(tiny_folder(family))
+    add_tokens(model, {"<cat>": "striped house", "<jet>": "plane"})
+    save_model(model, tmp_path / "checkpoint")
+    out = tmp_path / "cat.safetensors"
+    words = ("export", tmp_path / "checkpoint", out, "--format", "embedding")
+    assert say(capsys, *words, "--token", "<cat>") == (0, str(out))
+    assert {name: len(rows) for name, rows in load_file(out).items()} == (
+        {"clip_l": 2, "clip_g": 2} if family == "sdxl" else {"emb_params": 2}
+    )
+    assert "has the tokens <cat>, <jet>; say which one" in say(capsys, *words)[1]
+    assert "has no learnt token '<dog>'; it has <cat>, <jet>" in say(capsys, *words, "--token", "<dog>")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "problem"),
+    [
+        ("export BASE OUT.safetensors --format lora", 1, "no LoRA checkpoint"),
+        ("export LORA OUT.pt --format lora", 1, "must end in .safetensors"),
+        ("export BASE OUT.safetensors --format embedding", 1, "no learnt tokens here"),
+        ("export BASE OUT.safetensors --format embedding --precision fp32", 1, "do not apply to an embedding"),
+        ("export BASE OUT.safetensors --token <cat>", 1, "goes with --format embedding"),
+        ("export BASE OUT.safetensors --format kohya", 2, "invalid choice: 'kohya' (choose from"),
+        ("export NOWHERE OUT.safetensors", 1, "no such file or folder"),
+        ("merge BASE LORA OUT.safetensors --weight 0.3", 1, "is a LoRA: it is merged with --strength"),
+        ("merge BASE OTHER OUT.safetensors --strength 0.3", 1, "two models are mixed with --weight"),
+        ("merge BASE SDXL OUT.safetensors", 1, "they cannot be mixed"),
+        ("merge SDXL LORA OUT.safetensors", 1, "does not fit"),
+        ("merge BASE LORA OUT.safetensor", 1, "ends in .safetensors or .ckpt"),
+        ("merge BASE NOWHERE OUT.safetensors", 1, "no such file or folder"),
+        ("merge BASE LORA OUT --strengh 1", 2, "did you mean --strength?"),
+        ("extract BASE BASE OUT.safetensors", 1, "nothing to extract"),
+        ("extract BASE SDXL OUT.safetensors", 1, "no LoRA leads over there"),
+        ("extract OTHER BASE OUT.ckpt", 1, "must end in .safetensors"),
+        ("extract OTHER BASE OUT.safetensors --rank 0", 1, "must be at least 1"),
+    ],
+)
+def test_each_misuse_is_one_clear_error(
+    words: str, status: int, problem: str, lora: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"BASE": tiny_folder("sd1"), "LORA": lora, "OTHER": other, "NOWHERE": tmp_path / "nowhere"}
+    if "SDXL" in words:
+        places["SDXL"] = tiny_folder("sdxl")
+    typed = [str(places.get(word, tmp_path / word if word.startswith("OUT") else word)) for word in words.split(" ")]
+    ended, text = say(capsys, *typed)
+    assert ended == status
+    assert problem in text
+    assert len(text.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
