@@ -50,15 +50,16 @@ def draw(told: Told, folder: Path, plan: str) -> dict[str, Any]:
     return {"message": f"{count} pictures drawn."}
 
 
-def export(told: Told, folder: Path, checkpoint: str, out: str, precision: str) -> dict[str, Any]:
-    """Write a checkpoint as a single file."""
-    from everydream_kit.export.single_file import export_checkpoint
+def export(told: Told, folder: Path, checkpoint: str, out: str, options: str) -> dict[str, Any]:
+    """Write a checkpoint as a file."""
+    from everydream_kit.panels.formats import write_as
+    from everydream_kit.panels.words import size
 
     told.tell("running", message=f"Writing {Path(out).name} …")
     begin = time.monotonic()
-    path = export_checkpoint(checkpoint, Path(out), precision=precision)
-    megabytes = path.stat().st_size / 1e6
-    return {"path": str(path), "message": f"{path} is written: {megabytes:.0f} MB in {time.monotonic() - begin:.0f} s."}
+    path = write_as(Path(checkpoint), Path(out), **json.loads(options))
+    took = f"{size(path.stat().st_size)} in {time.monotonic() - begin:.0f} s"
+    return {"path": str(path), "message": f"{path} is written: {took}."}
 
 
 def push(told: Told, folder: Path, source: str, repo_id: str, options: str) -> dict[str, Any]:

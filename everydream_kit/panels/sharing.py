@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import html
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
 
 from everydream_kit import jobs
-from everydream_kit.errors import CheckpointError, ExportError
+from everydream_kit.errors import CheckpointError, ExportError, ModelError
 from everydream_kit.panels import look
 from everydream_kit.panels.clock import has_clock, make_clock
+from everydream_kit.panels.formats import Format, foretell_bytes, formats_of
 from everydream_kit.panels.login import token_environment
 from everydream_kit.panels.panel import Panel, set_html
 from everydream_kit.panels.project import Project
 
 PRECISIONS = {"half (fp16): what apps expect": "fp16", "bfloat16": "bf16", "full (fp32): to train on": "fp32"}
-LARGEST_HEADER_BYTES = 100_000_000
-BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+SHOWN_FILES = 8
+READY = "Choose a checkpoint; export it as a file, or push it to the Hub."
 
 
 class SharePanel(Panel):
@@ -38,24 +38,28 @@ class SharePanel(Panel):
         self._environment = {**token_environment(), **(environment or {})}
         self.job: jobs.Job | None = None
         self._build()
-        self._foretell()
+        self._offer_forms()
         self._draw()
 
     def _build(self) -> None:
-        wide = {"style": {"description_width": "110px"}, "layout": widgets.Layout(width="560px", max_width="100%")}
         found = self.project.checkpoints()
         winner = self.project.winner
         options = [(f"{p.name} · {p.parent.parent.name}" + (" · winner" if p == winner else ""), str(p)) for p in found]
-        self.checkpoint = widgets.Dropdown(options=options, description="Checkpoint", **wide)
+        self.checkpoint = widgets.Dropdown(options=options, description="Checkpoint", **_wide())
         if winner in found:
             self.checkpoint.value = str(winner)
-        self.file_name = widgets.Text(value=f"{self.project.name}.safetensors", description="File", **wide)
-        self.precision = widgets.Dropdown(options=list(PRECISIONS.items()), description="Precision", **wide)
+        self.form = widgets.Dropdown(description="Form", **_wide())
+        self.file_name = widgets.Text(description="File", **_wide())
+        self.precision = widgets.Dropdown(options=list(PRECISIONS.items()), description="Precision", **_wide())
+        self.strength = widgets.FloatSlider(
+            value=1.0, min=0.0, max=1.5, step=0.05, description="Strength", readout_format=".2f",
+            continuous_update=False, **_wide(),
+        )  # fmt: skip
         self.size = widgets.HTML()
         self.export_button = look.button("Export", tone="primary", icon="file", hint="Write the file")
-        self.repo = widgets.Text(placeholder="me/jets", description="Repository", **wide)
-        self.private = widgets.Checkbox(value=True, description="private", **wide)
-        self.licence = widgets.Text(placeholder="of the base model", description="Licence", **wide)
+        self.repo = widgets.Text(placeholder="me/jets", description="Repository", **_wide())
+        self.private = widgets.Checkbox(value=True, description="private", **_wide())
+        self.licence = widgets.Text(placeholder="of the base model", description="Licence", **_wide())
         self.what = {
             name: widgets.Checkbox(
                 value=name != "single_file", description=text, indent=False, layout={"width": "auto"}
@@ -77,21 +81,24 @@ class SharePanel(Panel):
         self.on_press(self.preview_button, self.preview)
         self.on_press(self.push_button, self.push)
         self.on_press(self.refresh_button, self.refresh)
-        for control in (self.checkpoint, self.precision):
-            control.observe(lambda _: self._foretell(), "value")
+        self.checkpoint.observe(lambda _: self._offer_forms(), "value")
+        self.form.observe(lambda _: self._choose_form(), "value")
+        self.precision.observe(lambda _: self._foretell(), "value")
         self.head, self.preview_text, self.result = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self.bar = widgets.IntProgress(min=0, max=1, layout=widgets.Layout(width="100%", height="8px", margin="2px 0"))
+        self.bar = look.progress_bar()
         self.clock = make_clock(self.refresh)
         self.box = look.panel_box(
             [
                 self.head,
                 self.checkpoint,
-                self.bar,
                 self.message,
+                self.bar,
                 self.result,
-                look.section("One file, for image apps"),
-                self.file_name,
+                look.section("A file on this machine"),
+                self.form,
                 self.precision,
+                self.strength,
+                self.file_name,
                 look.row(self.export_button, self.size, self.refresh_button),
                 look.section("On the Hugging Face Hub"),
                 self.repo,
@@ -107,20 +114,25 @@ class SharePanel(Panel):
     # What the buttons do
 
     def export(self) -> None:
-        """Write the chosen checkpoint as one file, in a process of its own."""
-        name = self.file_name.value.strip()
-        if Path(name).suffix not in (".safetensors", ".ckpt"):
-            raise ExportError(f"{name or 'the file'}: the name must end in .safetensors or .ckpt")
+        """Write the chosen checkpoint as a file, in a process of its own."""
+        name, form = self.file_name.value.strip(), self._form
+        endings = (".safetensors", ".ckpt") if form.has_precision else (".safetensors",)
+        if Path(name).suffix not in endings:
+            raise ExportError(f"{name or 'the file'}: the name must end in {' or '.join(endings)}")
         out = Path(name) if Path(name).is_absolute() else self.project.exports_folder / name
-        self._begin(["export", str(self._work), self._chosen(), str(out), self.precision.value], f"Writing {out} …")
+        options = {"form": form.name, "precision": self.precision.value, "strength": self.strength.value}
+        self._begin(["export", str(self._work), self._chosen(), str(out), json.dumps(options)], f"Writing {out} …")
 
     def preview(self) -> None:
         """Show what a push would upload, and the model card."""
         from everydream_kit.export.hub import preview_push
 
         preview = preview_push(self._source(), self._repo_id(), what=self._what(), license=self.licence.value or None)
-        files = [(file.path, look.size(file.num_bytes)) for file in preview.files]
-        text = look.table(("file", "size"), files)
+        files = sorted(preview.files, key=lambda file: -file.num_bytes)
+        rows = [(file.path, look.size(file.num_bytes)) for file in files[:SHOWN_FILES]]
+        if rest := files[SHOWN_FILES:]:
+            rows.append((f"and {len(rest)} small files", look.size(sum(file.num_bytes for file in rest))))
+        text = look.table(("file", "size"), rows)
         card = f'<div class="edk-doc" tabindex="0">{html.escape(preview.card)}</div>'
         text += f'<div class="edk-section">README.md</div>{card}'
         set_html(self.preview_text, text)
@@ -178,7 +190,7 @@ class SharePanel(Panel):
         if self.job is None:
             return
         status = self.job.status()
-        self.bar.max, self.bar.value = max(1, status.get("num_steps") or 1), status.get("step") or 0
+        look.show_progress(self.bar, status)
         if status["alive"]:
             self.say(status.get("message") or "At work …", "busy")
             return
@@ -186,7 +198,6 @@ class SharePanel(Panel):
         good = status["state"] == "finished"
         self.say(status.get("message") or status["state"], "good" if good else "bad")
         if good:
-            self.bar.value = self.bar.max
             set_html(self.result, self._link(status))
         self._draw()
 
@@ -198,14 +209,36 @@ class SharePanel(Panel):
         safe = html.escape(url, quote=True)
         return f'<p><a href="{safe}" target="_blank" rel="noopener">Open {safe}</a></p>'
 
+    @property
+    def _form(self) -> Format:
+        return next(form for form in formats_of(Path(self._chosen())) if form.name == self.form.value)
+
+    def _offer_forms(self) -> None:
+        """What the chosen checkpoint can become."""
+        if self.checkpoint.value:
+            options = [(form.title, form.name) for form in formats_of(Path(self.checkpoint.value))]
+            if list(self.form.options) != options:
+                self.form.options = options
+                self.form.value = options[0][1]
+        self._choose_form()
+
+    def _choose_form(self) -> None:
+        if not self.checkpoint.value or not self.form.value:
+            return
+        form = self._form
+        self.precision.layout.display = "" if form.has_precision else "none"
+        self.strength.layout.display = "" if form.has_strength else "none"
+        self.file_name.value = f"{self.project.name}{form.end}.safetensors"
+        self._foretell()
+
     def _foretell(self) -> None:
-        """How large the file will be: the checkpoint's weights at the chosen precision."""
+        """How large the file will be."""
         if not self.checkpoint.value:
             return
-        weights = [f for f in Path(self.checkpoint.value).rglob("*.safetensors") if "resume" not in f.parts]
         try:
-            words = f"about {look.size(sum(map(count_weights, weights)) * BYTES[self.precision.value])}"
-        except ExportError as error:
+            num_bytes = foretell_bytes(Path(self.checkpoint.value), self._form, self.precision.value)
+            words = f"about {look.size(num_bytes)}" if num_bytes else "as large as its base"
+        except (ExportError, ModelError) as error:
             words = str(error)
         set_html(self.size, f'<span class="edk-hint">{html.escape(words)}</span>')
 
@@ -214,20 +247,12 @@ class SharePanel(Panel):
         none = not self.checkpoint.options
         for control in (self.export_button, self.preview_button, self.push_button):
             control.disabled = none or self.job is not None
+        if not self.message.value:
+            self.say(READY)
         if none:
             self.say("This project has no checkpoint yet. Train first; the newest then appears here.", "warn")
 
 
-def count_weights(path: Path) -> int:
-    """Numbers in a safetensors file, from its header alone.
-
-    Raises:
-        ExportError: the file is no safetensors file.
-    """
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length < LARGEST_HEADER_BYTES else None
-        return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(f"{path.parent.name}/{path.name} is damaged; choose another checkpoint") from error
+def _wide() -> dict[str, Any]:
+    """Options of a control that stands in a line of its own. A layout of its own each: some are hidden."""
+    return {"style": {"description_width": "110px"}, "layout": widgets.Layout(width="560px", max_width="100%")}

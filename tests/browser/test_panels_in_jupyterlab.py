@@ -72,10 +72,10 @@ def test_train_stop_reload_resume_and_finish(lab, driver, page):
     expect(panel.locator(".edk-badge")).to_have_text("finished", timeout=SLOW)
     expect(panel.locator(".edk-facts")).to_contain_text("14 / 14")
     assert json.loads((run / "status.json").read_text())["step"] == 14
-    panel.get_by_role("tab", name="Progress").click()
+    panel.get_by_role("button", name="Progress", exact=True).click()
     expect(panel.locator("svg.edk-chart").first).to_be_visible()
     driver.photograph(panel, "train-progress")
-    panel.get_by_role("tab", name="Samples").click()
+    panel.get_by_role("button", name="Samples", exact=True).click()
     expect(panel.locator(".edk-shots img").first).to_be_visible()
     driver.photograph(panel, "train-samples")
 
@@ -118,16 +118,16 @@ def test_captions_are_edited_in_place_and_pictures_uploaded(lab, driver, page, t
     panel.get_by_role("button", name="Undo").click()
     expect(caption).to_have_value("balloon, ink drawing")
 
-    panel.get_by_role("tab", name="Report").click()
+    panel.get_by_role("button", name="Report", exact=True).click()
     expect(panel.get_by_text("Pictures in each bucket")).to_be_visible()
     driver.photograph(panel, "dataset-report")
-    panel.get_by_role("tab", name="Problems (1)").click()
+    panel.get_by_role("button", name="Problems (1)", exact=True).click()
     panel.get_by_role("button", name="Set all of them aside").click()
     expect(panel.get_by_text("No problems")).to_be_visible()
 
     data = os.urandom(12_000_000)  # more than one message of Jupyter's may hold
     (tmp_path / "big.png").write_bytes(data)
-    panel.get_by_role("tab", name="Add pictures").click()
+    panel.get_by_role("button", name="Add pictures", exact=True).click()
     with page.expect_file_chooser() as chooser:
         panel.locator(".edk-drop").click()
     chooser.value.set_files(tmp_path / "big.png")

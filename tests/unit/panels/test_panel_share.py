@@ -13,9 +13,10 @@ from everydream_kit import panels
 from everydream_kit.doctor import Check, Diagnosis
 from everydream_kit.errors import ConfigError, ExportError
 from everydream_kit.panels.comparison import Comparison
+from everydream_kit.panels.formats import count_weights
 from everydream_kit.panels.machine import SetupPanel
 from everydream_kit.panels.project import Project
-from everydream_kit.panels.sharing import SharePanel, count_weights
+from everydream_kit.panels.sharing import SharePanel
 from everydream_kit.panels.side_by_side import ComparePanel
 
 SEEN = Diagnosis((Check("Python", "ok", "3.11"), Check("device", "warning", "CPU", "Use a GPU <b>")))
@@ -182,6 +183,87 @@ def test_share_foretells_previews_and_names_what_is_missing(project):
     panel.export_button.click()
     assert "must end in" in panel.message.value
     assert "is damaged" in panel.size.value  # the run's weights are noise
+
+
+@pytest.fixture
+def lora_project(tmp_path, monkeypatch):
+    """A project whose run trained a LoRA: one checkpoint, whose base is a tiny model."""
+    import torch
+    from tiny_models import tiny_folder
+
+    from everydream_kit.models.loading import load_model
+    from everydream_kit.models.lora import add_lora, lora_parameters
+    from everydream_kit.models.saving import save_model
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    model = load_model(tiny_folder("sd1"))
+    add_lora(model, 2)
+    for parameter in lora_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(1))
+    folder = tmp_path / "jets"
+    run = make_run(folder / "logs")
+    save_model(model, run.checkpoints_folder / "jets-ep02-gs00040")
+    return folder
+
+
+def finish(panel):
+    panel.job.watch(interval_seconds=0.05)
+    panel.refresh()
+
+
+def test_a_lora_run_is_exported_in_both_layouts_and_merged(lora_project):
+    from safetensors.numpy import load_file
+
+    panel = SharePanel(lora_project)
+    assert [name for _, name in panel.form.options] == ["kohya", "diffusers", "merged"]
+    assert panel.file_name.value == "jets-lora.safetensors" and "kB" in panel.size.value
+    assert panel.precision.layout.display == "none" and panel.strength.layout.display == "none"
+    panel.export_button.click()
+    finish(panel)
+    assert "is written" in panel.message.value, panel.message.value
+    kohya = load_file(lora_project / "exports" / "jets-lora.safetensors")
+    assert any(name.startswith("lora_unet_") for name in kohya)
+
+    panel.form.value = "diffusers"
+    panel.export_button.click()
+    finish(panel)
+    assert any(
+        name.startswith("unet.") for name in load_file(lora_project / "exports" / "jets-lora-diffusers.safetensors")
+    )
+
+    panel.form.value, panel.strength.value, panel.precision.value = "merged", 0.5, "fp32"
+    assert panel.precision.layout.display == panel.strength.layout.display == ""
+    panel.export_button.click()
+    finish(panel)
+    half = load_file(lora_project / "exports" / "jets-merged.safetensors")
+    panel.strength.value = 1.0
+    panel.export_button.click()
+    finish(panel)
+    whole = load_file(lora_project / "exports" / "jets-merged.safetensors")
+    differing = [name for name in whole if abs(whole[name] - half[name]).max() > 1e-4]
+    assert any("attn1.to_q" in name for name in differing) and "model.diffusion_model.input_blocks.0.0.weight" in whole
+
+
+def test_the_form_follows_the_checkpoint(lora_project):
+    panel = SharePanel(lora_project)
+    whole = next(path for _, path in panel.checkpoint.options if path.endswith("gs00020"))
+    panel.checkpoint.value = whole
+    assert [name for _, name in panel.form.options] == ["single"]
+    assert panel.file_name.value == "jets.safetensors" and panel.precision.layout.display == ""
+
+
+def test_learnt_words_are_one_small_file(tmp_path):
+    from everydream_kit.models.adapters import TOKENS_FILE, write_adapter_file
+    from everydream_kit.panels.formats import foretell_bytes, formats_of, write_as
+
+    checkpoint = tmp_path / "jets-ep01-gs00001"
+    checkpoint.mkdir()
+    write_adapter_file(checkpoint, {"source": "someone/base"})
+    (checkpoint / TOKENS_FILE).write_bytes(b"12345")
+    (form,) = formats_of(checkpoint)
+    assert (form.name, foretell_bytes(checkpoint, form, "fp16")) == ("words", 5.0)
+    out = write_as(checkpoint, tmp_path / "out" / "w.safetensors", form="words", precision="fp16", strength=1.0)
+    assert out.read_bytes() == b"12345"
 
 
 def test_weights_are_counted_from_the_header_alone(tmp_path):
