@@ -120,12 +120,16 @@ def assemble_run(
     validation_sets: Sequence[ValidationSet] = (),
     plugins: Sequence[Any] = (),
     resumes: bool = False,
+    device_type: str | None = None,
 ) -> Run:
     """Build a run around a model and a dataset that are there already.
 
     Args:
         resumes: the model's weights are those of this very run, so an EMA model is not loaded over them.
+        device_type: what optimizer and precision are chosen for, where that is not the device that the tensors are on: the
+            pre-flight foretells a GPU's memory without one.
     """
+    device_type = device_type or ranks.device.type
     plan_settings = make_plan_settings(config, seed, ranks.num_ranks)
     num_steps = foretell_steps(dataset, plan_settings, config.max_epochs, config.max_steps)
     journal.tell(
@@ -137,9 +141,9 @@ def assemble_run(
         captions=summarise_captions(dataset),
     )
     parts = select_trained(model, config, optimizer_config, seed)
-    settings = [settle_part(part.name, config, optimizer_config, ranks.device.type) for part in parts]
+    settings = [settle_part(part.name, config, optimizer_config, device_type) for part in parts]
     precision = choose_precision(
-        ranks.device,
+        device_type,
         amp=config.amp and not config.disable_amp,
         amp_dtype=config.amp_dtype,
         weight_dtype=config.weight_dtype,
@@ -173,7 +177,7 @@ def assemble_run(
         optimizer=build_optimizer_for_parts(
             parts,
             settings,
-            device_type=ranks.device.type,
+            device_type=device_type,
             rounding_seed=seed if config.weight_dtype == "bfloat16" else None,
             fused_backward=config.fused_backward,
         ),
