@@ -43,42 +43,53 @@ def add_tokens(model: Model, new_tokens: Mapping[str, str]) -> list[torch.nn.Par
     """Freeze a model and give it new words to learn.
 
     Args:
-        new_tokens: each new token ("<my-cat>") with the words whose embeddings it starts from ("cat"); it gets one
-        vector
+        new_tokens: each new token ("<my-cat>") with the words whose embeddings it starts from ("cat"); it gets one vector
             for each of their tokens. A token that the model knows already goes on from where it is.
 
     Returns:
-        The new rows, one parameter for each text encoder.
+        The new rows, those of earlier calls included, one parameter for each text encoder.
 
     Raises:
         ConfigError: a token is an ordinary word, or its starting words are empty.
     """
     for module in model.modules().values():
         module.requires_grad_(False)
-    names = {token: _names(model, token, words) for token, words in new_tokens.items()}
-    for tokenizer, text_encoder in zip(model.tokenizers, model.text_encoders, strict=True):
-        embeddings = text_tower(text_encoder).embeddings
-        table = embeddings.token_embedding.weight.detach()
-        rows = [table[CLIP_VOCABULARY:]]
-        known = tokenizer.get_added_vocab()
-        for token, words in new_tokens.items():
-            if names[token][0] in known:
-                continue
-            tokenizer.add_tokens(names[token])
-            rows.append(table[tokenizer(words, add_special_tokens=False)["input_ids"]])
-        new = torch.cat(rows).clone()
-        embeddings.token_embedding = GrownEmbedding(table[:CLIP_VOCABULARY].clone(), new)
-        _find_end_by_its_id(text_encoder, tokenizer.eos_token_id)
-        text_encoder.config.vocab_size = CLIP_VOCABULARY + len(new)
-    model.new_tokens |= names
+    for token, words in new_tokens.items():
+        starting = expand_tokens(model, words)
+        names = _names(model, token, starting)
+        for tokenizer, text_encoder in zip(model.tokenizers, model.text_encoders, strict=True):
+            table, rows = _split_table(text_encoder)
+            if names[0] not in tokenizer.get_added_vocab():
+                start = tokenizer(starting, add_special_tokens=False)["input_ids"]
+                tokenizer.add_tokens(names)
+                rows = torch.cat([rows, torch.cat([table, rows])[start]])
+            _grow(text_encoder, table, rows)
+            _find_end_by_its_id(text_encoder, tokenizer.eos_token_id)
+        model.new_tokens[token] = names
+    for rows in token_parameters(model):
+        rows.requires_grad_(True)
     return token_parameters(model)
+
+
+def _split_table(text_encoder: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """The table of the model's own words (V, D), and the rows of added ones (N, D), which a plain table may end in."""
+    embedding = text_tower(text_encoder).embeddings.token_embedding
+    if isinstance(embedding, GrownEmbedding):
+        return embedding.weight.detach(), embedding.new.detach()
+    table = embedding.weight.detach()
+    return table[:CLIP_VOCABULARY], table[CLIP_VOCABULARY:]
+
+
+def _grow(text_encoder: torch.nn.Module, table: torch.Tensor, rows: torch.Tensor) -> None:
+    text_tower(text_encoder).embeddings.token_embedding = GrownEmbedding(table.clone(), rows.clone())
+    text_encoder.config.vocab_size = len(table) + len(rows)  # type: ignore[union-attr]
 
 
 def _names(model: Model, token: str, words: str) -> list[str]:
     """A token's vectors by name: `<cat>`, `<cat>_1`, ...: what UIs and diffusers call them."""
     tokenizer = model.tokenizers[0]
-    vocabulary = tokenizer.get_vocab()
-    if (token in vocabulary and vocabulary[token] < CLIP_VOCABULARY) or f"{token.lower()}</w>" in vocabulary:
+    vocabulary, num_own = tokenizer.get_vocab(), len(_split_table(model.text_encoders[0])[0])
+    if (token in vocabulary and vocabulary[token] < num_own) or f"{token.lower()}</w>" in vocabulary:
         raise ConfigError(f"new_tokens: {token!r} is an ordinary word of the model; choose one such as '<{token}>'.")
     if any(character.isspace() for character in token) or not token:
         raise ConfigError(f"new_tokens: {token!r} must be one word without spaces.")
@@ -116,8 +127,9 @@ def learnt_embeddings(model: Model, weights: Weights | None = None) -> dict[str,
     ):
         state = (weights or {}).get(slot.folder) or text_encoder.state_dict()
         rows = next(value for key, value in state.items() if key.endswith("token_embedding.new"))
+        first = len(_split_table(text_encoder)[0])
         for token, names in model.new_tokens.items():
-            ids = [tokenizer.convert_tokens_to_ids(name) - CLIP_VOCABULARY for name in names]
+            ids = [tokenizer.convert_tokens_to_ids(name) - first for name in names]
             learnt[token].append(LazyTensor.of(rows[ids]))
     return learnt
 

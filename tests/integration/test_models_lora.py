@@ -5,10 +5,12 @@ import pytest
 import torch
 from tiny_models import FAMILY_NAMES, draw, tiny_folder
 
+from everydream_kit.demo import base_model_path
 from everydream_kit.errors import ConfigError, ModelError
 from everydream_kit.export.lora_files import export_token
 from everydream_kit.export.single_file import export_checkpoint
 from everydream_kit.models.encoding import encode_captions
+from everydream_kit.models.family import text_tower
 from everydream_kit.models.loading import assemble, load_model, open_model
 from everydream_kit.models.lora import add_lora, lora_of, lora_parameters
 from everydream_kit.models.lora_formats import apply_lora, read_lora, write_lora
@@ -151,3 +153,33 @@ def test_new_tokens_start_as_their_words_and_train_alone(family, tmp_path):
 def test_an_ordinary_word_cannot_be_a_new_token():
     with pytest.raises(ConfigError, match="'cat' is an ordinary word"):
         add_tokens(load_model(tiny_folder("sd1")), {"cat": "dog"})
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_second_call_keeps_the_words_of_the_first(family, tmp_path):
+    model = load_model(tiny_folder(family))
+    add_tokens(model, {"<cat>": "striped house"})
+    with torch.no_grad():
+        for rows in add_tokens(model, {}):
+            rows.add_(1.0)
+    before = encode_captions(model, ["a <cat> here"]).encoder_hidden_states
+    later = add_tokens(model, {"<cat>": "dog", "<jet>": "<cat> plane"})
+    assert all(len(rows) == 2 + 3 and rows.requires_grad for rows in later)
+    assert torch.equal(encode_captions(model, ["a <cat> here"]).encoder_hidden_states, before)
+    for rows in later:
+        assert torch.equal(rows[2:4], rows[:2])  # <jet> starts from what <cat> has learnt
+    captions = ["a <cat> and a <jet>"]
+    wanted = encode_captions(model, captions).encoder_hidden_states
+    save_model(model, tmp_path / "checkpoint")
+    assert torch.equal(encode_captions(load_model(tmp_path / "checkpoint"), captions).encoder_hidden_states, wanted)
+
+
+def test_a_model_with_a_small_vocabulary_learns_words_too(tmp_path):
+    model = load_model(base_model_path())
+    (rows,) = add_tokens(model, {"<cat>": "cat"})
+    with torch.no_grad():
+        rows.add_(1.0)
+    save_model(model, tmp_path / "checkpoint")
+    again = load_model(tmp_path / "checkpoint")
+    assert len(text_tower(again.text_encoders[0]).embeddings.token_embedding.weight) < 4000
+    assert torch.equal(*(encode_captions(each, ["a <cat>"]).encoder_hidden_states for each in (model, again)))
