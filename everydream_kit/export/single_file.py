@@ -6,6 +6,7 @@ built. The file is written beside its final name and renamed when whole.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import math
@@ -21,8 +22,9 @@ from everydream_kit.errors import DiskSpaceError, ExportError
 from everydream_kit.models.convert import CLIP_VOCABULARY, to_single_file
 from everydream_kit.models.files import ModelFiles
 from everydream_kit.models.loading import open_model
-from everydream_kit.models.single_file import CONFIGS_KEY, V_PRED_MARKER, ZTSNR_MARKER
+from everydream_kit.models.single_file import CONFIGS_KEY, V_PRED_MARKER, VOCABULARY_KEY, ZTSNR_MARKER
 from everydream_kit.models.tensors import HASH_KEY, LazyTensor, Tensors, write_safetensors
+from everydream_kit.models.tokenizer import Vocabulary, read_vocabulary
 
 PRECISIONS: dict[str, torch.dtype] = {
     "fp16": torch.float16,
@@ -121,9 +123,14 @@ def single_file_metadata(files: ModelFiles, title: str) -> dict[str, str]:
     family = files.family
     side = family.resolution(files.prediction_type)
     configs = {**files.configs, "scheduler": files.scheduler_config}
+    vocabularies = {}
     for slot in family.text_encoders:  # learnt tokens stay out of the file
-        configs[slot.folder] = {**configs[slot.folder], "vocab_size": CLIP_VOCABULARY}
-    return {
+        size = min(configs[slot.folder].get("vocab_size", CLIP_VOCABULARY), CLIP_VOCABULARY)
+        configs[slot.folder] = {**configs[slot.folder], "vocab_size": size}
+        own = _own_vocabulary(files.tokenizers.get(slot.tokenizer_folder))
+        if own is not None:
+            vocabularies[slot.tokenizer_folder] = dataclasses.asdict(own)
+    metadata = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": family.modelspec_architecture,
@@ -135,6 +142,14 @@ def single_file_metadata(files: ModelFiles, title: str) -> dict[str, str]:
         HASH_KEY: "",
         CONFIGS_KEY: json.dumps(configs, sort_keys=True, separators=(",", ":")),
     }
+    if vocabularies:
+        metadata[VOCABULARY_KEY] = json.dumps(vocabularies, ensure_ascii=False, separators=(",", ":"))
+    return metadata
+
+
+def _own_vocabulary(tokenizer: Path | Vocabulary | None) -> Vocabulary | None:
+    """A vocabulary that single-file readers could not know."""
+    return read_vocabulary(tokenizer) if isinstance(tokenizer, Path) else tokenizer
 
 
 def _markers(files: ModelFiles) -> Tensors:

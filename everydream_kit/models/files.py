@@ -18,6 +18,7 @@ from everydream_kit.errors import ModelError
 from everydream_kit.models.families import FAMILIES, family_by_name
 from everydream_kit.models.family import Config, Family
 from everydream_kit.models.tensors import Tensors, open_weights
+from everydream_kit.models.tokenizer import Vocabulary
 
 WEIGHT_NAMES = {
     "unet": "diffusion_pytorch_model",
@@ -35,7 +36,7 @@ class ModelFiles:
     Attributes:
         configs: "unet", "vae", "text_encoder", ... -> its `config.json`.
         tensors: the same names -> weights by diffusers' names.
-        tokenizers: "tokenizer", ... -> its folder, or None for the shipped vocabulary.
+        tokenizers: "tokenizer", ... -> its folder, a vocabulary of its own, or None for the shipped one.
         scheduler_config: the model's own sampler, as found.
         extra_embeddings: folder of learnt tokens, if the model carries any.
     """
@@ -44,7 +45,7 @@ class ModelFiles:
     source: str
     configs: dict[str, Config]
     tensors: dict[str, Tensors]
-    tokenizers: dict[str, Path | None]
+    tokenizers: dict[str, Path | Vocabulary | None]
     scheduler_config: dict[str, Any]
     prediction_type: str
     zero_terminal_snr: bool

@@ -21,7 +21,7 @@ from everydream_kit.models.download import fetch_model, is_hub_id
 from everydream_kit.models.family import Family, configs_folder
 from everydream_kit.models.files import ModelFiles, open_folder, read_json
 from everydream_kit.models.single_file import open_single_file
-from everydream_kit.models.tokenizer import build_tokenizer, load_tokenizer
+from everydream_kit.models.tokenizer import Vocabulary, build_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
@@ -198,9 +198,11 @@ def assemble(files: ModelFiles, *, dtype: torch.dtype = torch.float32, device: t
 
 
 def _tokenizer(files: ModelFiles, name: str) -> CLIPTokenizer:
-    folder = files.tokenizers[name]
-    if folder is not None:
-        return load_tokenizer(folder)
+    found = files.tokenizers[name]
+    if isinstance(found, Vocabulary):
+        return build_tokenizer(vocabulary=found)
+    if found is not None:
+        return load_tokenizer(found)
     shipped = read_json(configs_folder(files.family) / name / "tokenizer_config.json")
     return build_tokenizer(str(shipped["pad_token"]))
 

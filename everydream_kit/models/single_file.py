@@ -26,12 +26,15 @@ from everydream_kit.models.files import (
     refuse_unsupported,
 )
 from everydream_kit.models.tensors import Tensors, open_weights
+from everydream_kit.models.tokenizer import Vocabulary
 
 logger = logging.getLogger(__name__)
 
 CONFIGS_KEY = "everydream_kit.configs"
 """Metadata key under which our exports keep the components' configs: a file of another width than the published one is
 readable by it, and the model's own sampler comes back."""
+VOCABULARY_KEY = "everydream_kit.vocabulary"
+"""Metadata key for the vocabulary of a model that has not CLIP's."""
 V_PRED_MARKER, ZTSNR_MARKER = "v_pred", "ztsnr"
 """Names of empty tensors by which UIs know v-prediction and zero-terminal-SNR models."""
 
@@ -66,7 +69,7 @@ def open_single_file(path: Path, *, family: str | None = None, prediction_type: 
         source=str(path),
         configs=configs,
         tensors=from_single_file(tensors, found, configs),
-        tokenizers=dict.fromkeys((slot.tokenizer_folder for slot in found.text_encoders), None),
+        tokenizers=_tokenizers(path, found, metadata),
         scheduler_config=_scheduler_of(scheduler, predicted, rescaled),
         prediction_type=predicted,
         zero_terminal_snr=rescaled,
@@ -134,6 +137,16 @@ def _configs(path: Path, family: Family, metadata: dict[str, str]) -> dict[str, 
         if isinstance(own, dict):
             configs |= {name: own[name] for name in configs if isinstance(own.get(name), dict)}
     return configs
+
+
+def _tokenizers(path: Path, family: Family, metadata: dict[str, str]) -> dict[str, Path | Vocabulary | None]:
+    """The shipped vocabulary, unless the file's metadata holds one of its own."""
+    names = [slot.tokenizer_folder for slot in family.text_encoders]
+    try:
+        own = json.loads(metadata.get(VOCABULARY_KEY, "{}"))
+        return {name: Vocabulary(**own[name]) if name in own else None for name in names}
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{path}: its metadata {VOCABULARY_KEY} cannot be read ({error}).") from error
 
 
 def _prediction_type(

@@ -8,6 +8,7 @@ transformers 4 needs `vocab.json` and `merges.txt`: we write all three.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -46,13 +47,57 @@ def clip_vocabulary() -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
 
-def build_tokenizer(pad_token: str = END) -> CLIPTokenizer:
-    """A CLIP tokenizer from the shipped vocabulary."""
+@dataclass(frozen=True)
+class Vocabulary:
+    """A vocabulary that is not CLIP's own, such as the embedded base's cut-down one.
+
+    Attributes:
+        tokens: token -> id, learnt tokens not included.
+        merges: most frequent first, the two parts of each with a space between.
+        pad_token: what fills the window.
+    """
+
+    tokens: dict[str, int]
+    merges: list[str]
+    pad_token: str = END
+
+
+def read_vocabulary(folder: Path) -> Vocabulary | None:
+    """The vocabulary of a tokenizer folder, or None where it has CLIP's size: then it is the shipped one."""
+    try:
+        if (folder / "vocab.json").is_file():
+            tokens = json.loads((folder / "vocab.json").read_text("utf-8"))
+            if len(tokens) == len(clip_vocabulary()):
+                return None
+            merges = (folder / "merges.txt").read_text("utf-8").splitlines()[1:]
+        else:
+            bpe = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
+            tokens, merges = (
+                bpe["vocab"],
+                [" ".join(pair) if isinstance(pair, list) else pair for pair in bpe["merges"]],
+            )
+            if len(tokens) == len(clip_vocabulary()):
+                return None
+        path = folder / "special_tokens_map.json"
+        special = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder}: the tokenizer cannot be read ({error}).") from error
+    pad = special.get("pad_token", END)
+    return Vocabulary(tokens, merges, pad["content"] if isinstance(pad, dict) else pad)
+
+
+def build_tokenizer(pad_token: str = END, vocabulary: Vocabulary | None = None) -> CLIPTokenizer:
+    """A CLIP tokenizer from the shipped vocabulary, or another one."""
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
+    if vocabulary is not None:
+        tokens, pad_token = vocabulary.tokens, vocabulary.pad_token
+        merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in vocabulary.merges)]
+    else:
+        tokens, merges = clip_vocabulary(), list(clip_merges())
     return CLIPTokenizer(
-        vocab=clip_vocabulary(),
-        merges=list(clip_merges()),
+        vocab=tokens,
+        merges=merges,
         pad_token=pad_token,
         model_max_length=WINDOW,
         do_lower_case=True,

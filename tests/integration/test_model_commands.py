@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tiny_models import draw, tiny_folder
 
 from everydream_kit.cli import main
+from everydream_kit.demo import base_model_path
 from everydream_kit.models.loading import load_model, open_model
 from everydream_kit.models.lora import add_lora
 from everydream_kit.models.saving import save_model
@@ -178,3 +179,16 @@ def test_each_misuse_is_one_clear_error(
     assert problem in text
     assert len(text.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["x.safetensors", "x.ckpt"])
+def test_a_model_with_a_vocabulary_of_its_own_comes_back_from_a_single_file(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert say(capsys, "export", "embedded", tmp_path / form, "--precision", "fp32")[0] == 0
+    again, before = load_model(tmp_path / form), load_model(base_model_path())
+    caption = "a red balloon, a platypus"
+    assert again.tokenizers[0](caption)["input_ids"] == before.tokenizers[0](caption)["input_ids"]
+    np.testing.assert_array_equal(draw(again, caption), draw(before, caption))
+    assert say(capsys, "export", tmp_path / form, tmp_path / "folder", "--format", "diffusers")[0] == 0
+    assert load_model(tmp_path / "folder").tokenizers[0](caption) == before.tokenizers[0](caption)
