@@ -1,13 +1,16 @@
-"""Out of memory: recognising it, and saying what to lower.
+"""Out of memory: recognising it, and what can be lowered, the cheapest first.
 
-The list is ordered by what costs least in quality and speed; only what the present settings leave open is named.
+`measures_left` is the one list: what a run that ran out of memory advises in words, and what the pre-flight tries out before
+anything is spent. It is ordered by what each measure costs in speed, and what changes the result comes after all that does not;
+only what the present settings leave open is named.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from everydream_kit.errors import MemoryLimitError
 
@@ -33,6 +36,28 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
+@dataclass(frozen=True)
+class Measure:
+    """One thing that can be lowered.
+
+    Attributes:
+        name: the setting, or the settings, by name.
+        changes: settings as they would be.
+        why: what it does, in words.
+        costs: `nothing` worth mentioning, `time`, or the `result`: what is learnt, or how large.
+        is_foretold: a rehearsal on paper shows its effect.
+    """
+
+    name: str
+    changes: dict[str, Any]
+    why: str
+    costs: Literal["nothing", "time", "result"]
+    is_foretold: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.why}"
+
+
 def explain_out_of_memory(error: BaseException, config: TrainConfig) -> MemoryLimitError:
     """The error to raise in its place: one message that lists what to lower, in order.
 
@@ -40,7 +65,7 @@ def explain_out_of_memory(error: BaseException, config: TrainConfig) -> MemoryLi
         error: the original error; raise from it.
         config: the run's settings.
     """
-    cures = list(_cures(config))
+    cures = list(measures_left(config))
     lines = "\n".join(f"  {number}. {cure}" for number, cure in enumerate(cures, start=1))
     first_line = (str(error) or type(error).__name__).splitlines()[0]
     if not cures:
@@ -51,45 +76,64 @@ def explain_out_of_memory(error: BaseException, config: TrainConfig) -> MemoryLi
     )
 
 
-def _cures(c: TrainConfig) -> Iterator[str]:
-    """What is left to lower, the cheapest first."""
-    yield from _cures_that_cost_time(c)
-    yield from _cures_that_change_the_result(c)
+def measures_left(c: TrainConfig) -> Iterator[Measure]:
+    """What these settings leave to lower, the cheapest in speed first, and what changes the result last."""
+    yield from _measures_for_nothing(c)
+    yield from _measures_that_cost_time(c)
+    yield from _measures_that_change_the_result(c)
 
 
-def _cures_that_cost_time(c: TrainConfig) -> Iterator[str]:
+def _measures_for_nothing(c: TrainConfig) -> Iterator[Measure]:
     if not c.amp or c.disable_amp:
-        yield "amp: switch it on (disable_amp off); it halves the activations"
+        changes = {"amp": True, "disable_amp": False}
+        yield Measure("amp", changes, "switch it on (disable_amp off); it halves the activations", "nothing")
+    if c.cache_latents == "off":
+        why = "auto; the VAE is not needed while training"
+        yield Measure("cache_latents", {"cache_latents": "auto"}, why, "nothing")
+    if c.ema_device != "cpu" and (c.ema_decay_rate is not None or c.ema_strength_target is not None):
+        why = f"cpu instead of {c.ema_device}; it saves a copy of the weights"
+        yield Measure("ema_device", {"ema_device": "cpu"}, why, "nothing")
+    if not c.offload_idle_models:
+        why = "switch it on; the VAE and frozen text encoders wait in host memory"
+        yield Measure("offload_idle_models", {"offload_idle_models": True}, why, "nothing")
+
+
+def _measures_that_cost_time(c: TrainConfig) -> Iterator[Measure]:
     if not c.gradient_checkpointing:
-        yield "gradient_checkpointing: switch it on; it saves most of the activations, for a quarter of the speed"
+        why = "switch it on; it saves most of the activations, for a quarter of the speed"
+        yield Measure("gradient_checkpointing", {"gradient_checkpointing": True}, why, "time")
     if isinstance(c.batch_size, int) and c.batch_size > 1:
         half = c.batch_size // 2
         accum = math.ceil(c.batch_size * c.grad_accum / half)
-        yield (
-            f"batch_size, grad_accum: {half} and {accum} instead of {c.batch_size} and {c.grad_accum}; "
-            "the same step in smaller pieces"
-        )
-    if not c.offload_idle_models:
-        yield "offload_idle_models: switch it on; the VAE and frozen text encoders wait in host memory"
-    if c.cache_latents == "off":
-        yield "cache_latents: auto; the VAE is not needed while training"
-    if c.ema_device != "cpu" and (c.ema_decay_rate is not None or c.ema_strength_target is not None):
-        yield f"ema_device: cpu instead of {c.ema_device}; it saves a copy of the weights"
+        why = f"{half} and {accum} instead of {c.batch_size} and {c.grad_accum}; the same step in smaller pieces"
+        changes = {"batch_size": half, "grad_accum": accum}
+        if c.fused_backward:  # steps inside the backward pass, so nothing can be accumulated
+            changes, why = {"batch_size": half}, f"{half} instead of {c.batch_size}"
+        yield Measure("batch_size, grad_accum" if "grad_accum" in changes else "batch_size", changes, why, "time")
     if c.attn_type != "slice":
-        yield "attn_type: slice; slower, and less for attention at high resolutions"
+        why = "slice; slower, and less for attention at high resolutions where torch has no kernel of its own for it"
+        yield Measure("attn_type", {"attn_type": "slice"}, why, "time", is_foretold=False)
 
 
-def _cures_that_change_the_result(c: TrainConfig) -> Iterator[str]:
+def _measures_that_change_the_result(c: TrainConfig) -> Iterator[Measure]:
     if c.optimizer is not None and "8bit" not in c.optimizer.lower():
-        yield f"optimizer: adamw8bit instead of {c.optimizer}; its states take a quarter"
+        why = f"adamw8bit instead of {c.optimizer}; its states take a quarter"
+        yield Measure("optimizer", {"optimizer": "adamw8bit"}, why, "result")
     if not c.fused_backward and c.grad_accum == 1 and c.clip_grad_norm is None:
-        yield "fused_backward: switch it on; gradients are never all alive"
+        why = "switch it on; gradients are never all alive"
+        yield Measure("fused_backward", {"fused_backward": True}, why, "result")
     if not c.disable_textenc_training and not c.disable_unet_training and c.training_kind == "full":
-        yield "disable_textenc_training: switch it on; it saves the text encoder's gradients and optimizer states"
+        why = "switch it on; it saves the text encoder's gradients and optimizer states"
+        yield Measure("disable_textenc_training", {"disable_textenc_training": True}, why, "result")
     if c.weight_dtype == "float32":
-        yield "weight_dtype: bfloat16; halves weights and gradients"
+        why = "bfloat16; halves weights and gradients"
+        yield Measure("weight_dtype", {"weight_dtype": "bfloat16"}, why, "result")
     largest = max(c.resolutions)
     if largest > 256:
-        yield f"resolution: {largest - 128 if largest > 512 else largest - 64} instead of {largest}"
+        smaller = largest - 128 if largest > 512 else largest - 64
+        kept = [r for r in c.resolutions if r < smaller]
+        changes = {"resolution": [*kept, smaller] if kept else smaller}
+        yield Measure("resolution", changes, f"{smaller} instead of {largest}", "result")
     if c.training_kind == "full":
-        yield "training_kind: lora; gradients and optimizer states for about 1 % of the weights"
+        why = "lora; gradients and optimizer states for about 1 % of the weights"
+        yield Measure("training_kind", {"training_kind": "lora"}, why, "result")

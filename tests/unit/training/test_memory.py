@@ -5,7 +5,7 @@ import torch
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import MemoryLimitError
-from everydream_kit.training.memory import explain_out_of_memory, is_out_of_memory
+from everydream_kit.training.memory import explain_out_of_memory, is_out_of_memory, measures_left
 
 
 @pytest.mark.parametrize(
@@ -46,9 +46,9 @@ def test_the_message_lists_what_to_lower_in_order():
     names = [line.split(". ", 1)[1].split(":")[0] for line in lines[1:]]
     assert [line.split(".")[0].strip() for line in lines[1:]] == [str(n) for n in range(1, len(names) + 1)]
     assert names == [
+        "offload_idle_models",
         "gradient_checkpointing",
         "batch_size, grad_accum",
-        "offload_idle_models",
         "attn_type",
         "optimizer",
         "fused_backward",
@@ -88,3 +88,30 @@ def test_settings_that_cost_memory_are_named_when_on():
     text = str(explain(disable_amp=True, cache_latents="off", ema_decay_rate=0.99, ema_device="cuda"))
     for name in ("amp: switch it on", "cache_latents: auto", "ema_device: cpu instead of cuda"):
         assert name in text
+
+
+def test_every_measure_can_be_taken_until_none_is_left():
+    """Each leads to settings that are allowed, and is not offered again; so trying them one after the other ends."""
+    config = TrainConfig(
+        resume_ckpt="base",
+        batch_size=8,
+        optimizer="adamw",
+        resolution=[512, 768],
+        cache_latents="off",
+        ema_decay_rate=0.9,
+    )
+    taken = []
+    while left := list(measures_left(config)):
+        taken.append(left[0].name)
+        config = config.replace(**left[0].changes)
+    assert taken[:2] == ["cache_latents", "offload_idle_models"]
+    assert taken.count("batch_size, grad_accum") == 3
+    assert (config.batch_size, config.grad_accum, config.resolutions) == (1, 8, (256,))
+    assert taken[-1] == "training_kind"
+
+
+def test_a_smaller_batch_beside_fused_backward_is_not_accumulated():
+    config = TrainConfig(resume_ckpt="base", batch_size=4, fused_backward=True)
+    (measure,) = [m for m in measures_left(config) if "batch_size" in m.name]
+    assert measure.changes == {"batch_size": 2}
+    assert config.replace(**measure.changes).batch_size == 2
