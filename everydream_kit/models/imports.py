@@ -24,8 +24,9 @@ LAZY_PACKAGES = (
     "diffusers.models.autoencoders",
 )
 """Packages whose submodules work without the package's own `__init__`."""
-LAZY_MODULES = ("bitsandbytes",)
-"""Packages whose `__init__` must run before any of their submodules: it registers the kernels."""
+LAZY_MODULES = ("bitsandbytes", "scipy.stats")
+"""Packages whose `__init__` must run before any of their submodules: it registers kernels, or imports them in the order that
+they need. diffusers imports scipy.stats for two samplers that training does not use; half a second."""
 
 
 class _Lazy(ModuleType):
