@@ -96,26 +96,33 @@ def _style_of(name: str, drawn: Mapping[str, Sequence[Point]], faint: str | None
 
 
 def bar_chart(
-    bars: Sequence[tuple[str, float]], *, title: str, width: int = 900, row_height: int = 22, label_width: int = 110
+    bars: Sequence[tuple[str, float, str]],
+    *,
+    title: str,
+    width: int = 900,
+    row_height: int = 22,
+    label_width: int = 110,
 ) -> str:
-    """Horizontal bars with their names and values, in the given order."""
+    """Horizontal bars in the given order: (name, length, words beside it)."""
     if not bars:
         return f'<div class="edk-empty">{html.escape(title)}: nothing to show yet</div>'
-    most = max(value for _, value in bars) or 1
+    most = max(value for _, value, _ in bars) or 1
     height = 26 + row_height * len(bars)
     parts = [
         f'<svg class="edk-chart" viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{html.escape(title, quote=True)}">',
         f'<text class="edk-chart-title" x="0" y="14">{html.escape(title)}</text>',
     ]
-    for number, (name, value) in enumerate(bars):
+    for number, (name, value, words) in enumerate(bars):
         y = 26 + row_height * number
-        length = (width - label_width - 70) * value / most
+        length = (width - label_width - 130) * value / most
         label = html.escape(_cut(name, label_width // 7))
         parts.append(f'<text class="edk-axis" x="{label_width - 8}" y="{y + 14}" text-anchor="end">{label}</text>')
         shape = f'x="{label_width}" y="{y + 4}" width="{max(2, length):.1f}" height="{row_height - 8}"'
         parts.append(f'<rect class="edk-bar" {shape} rx="3"/>')
-        parts.append(f'<text class="edk-axis" x="{label_width + 8 + length:.1f}" y="{y + 14}">{value:g}</text>')
+        parts.append(
+            f'<text class="edk-axis" x="{label_width + 8 + length:.1f}" y="{y + 14}">{html.escape(words)}</text>'
+        )
     return "".join(parts) + "</svg>"
 
 

@@ -1,4 +1,5 @@
-"""Long work that a panel starts and watches, a process each: fetching a dataset, drawing, exporting, pushing.
+"""Long work that a panel starts and watches, a process each: fetching, unpacking and looking
+through a dataset, drawing, exporting, pushing.
 
 `python -m everydream_kit.panels.chores CHORE FOLDER ...` does one chore and tells about it in FOLDER/status.json as the
 trainer does, so that `jobs` can watch it. No widgets here.
@@ -12,11 +13,16 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from everydream_kit.errors import KitError
 from everydream_kit.workspace import RunFolder
+
+LOOKED_FILE = "report.json"
+TELL_SECONDS = 0.5
+"""Between two words about progress."""
 
 
 class Told:
@@ -39,6 +45,47 @@ def fetch(told: Told, folder: Path, source: str) -> dict[str, Any]:
     told.tell("running", message=f"Fetching {source} …")
     found = open_source(source, folder)
     return {"folder": str(found), "message": f"{source} is in {found}."}
+
+
+def unpack(told: Told, folder: Path, archive: str, target: str) -> dict[str, Any]:
+    """Unpack an uploaded archive as a folder of the dataset; the archive goes away."""
+    from everydream_kit.panels.upload import count_entries, unpack_upload
+
+    path = Path(archive)
+    total = count_entries(path)
+    try:
+        with ThreadPoolExecutor(1) as worker:
+            unpacking = worker.submit(unpack_upload, path, Path(target))
+            while not unpacking.done():
+                done = sum(len(names) for place in path.parent.glob(".unpacking-*") for _, _, names in os.walk(place))
+                told.tell("running", step=done, num_steps=total, message=f"Unpacking: {done:,} of {total:,} files")
+                wait([unpacking], timeout=TELL_SECONDS)
+            count = unpacking.result()
+    finally:
+        path.unlink(missing_ok=True)
+    return {"step": total, "count": count, "message": f"{count:,} files unpacked."}
+
+
+def look(told: Told, folder: Path, source: str, options: str) -> dict[str, Any]:
+    """Look through all pictures of a dataset for duplicates, broken ones, and captions that are too long."""
+    from everydream_kit.data.files import scan_dataset
+    from everydream_kit.data.plan import PlanSettings
+    from everydream_kit.panels.findings import look_closely
+
+    values = json.loads(options)
+    base = values.pop("base")
+    dataset = scan_dataset(source)
+    last = 0.0
+
+    def progress(done: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= TELL_SECONDS:
+            last = time.monotonic()
+            told.tell("running", step=done, num_steps=len(dataset))
+
+    settings = PlanSettings(**{**values, "resolutions": tuple(values["resolutions"])})
+    look_closely(dataset, settings, base, folder / LOOKED_FILE, progress)
+    return {"step": len(dataset), "num_steps": len(dataset), "message": f"{len(dataset):,} pictures looked through."}
 
 
 def draw(told: Told, folder: Path, plan: str) -> dict[str, Any]:
@@ -76,7 +123,14 @@ def push(told: Told, folder: Path, source: str, repo_id: str, options: str) -> d
     return {"url": str(url), "message": f"Pushed to {url}"}
 
 
-CHORES: dict[str, Callable[..., dict[str, Any]]] = {"fetch": fetch, "draw": draw, "export": export, "push": push}
+CHORES: dict[str, Callable[..., dict[str, Any]]] = {
+    "fetch": fetch,
+    "unpack": unpack,
+    "look": look,
+    "draw": draw,
+    "export": export,
+    "push": push,
+}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import html
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
 
-from everydream_kit import jobs
-from everydream_kit.data.buckets import assign_buckets, bucket_table
+from everydream_kit.data.plan import PlanSettings
+from everydream_kit.data.report import fill_buckets
 from everydream_kit.errors import ConfigError, DataError
 from everydream_kit.panels import look
 from everydream_kit.panels.album import SETTINGS, Album
 from everydream_kit.panels.chart import bar_chart
+from everydream_kit.panels.chores import LOOKED_FILE
 from everydream_kit.panels.clock import make_clock
+from everydream_kit.panels.errand import Errand
+from everydream_kit.panels.findings import UNUSABLE, is_fresh, list_findings, report_settings
 from everydream_kit.panels.gallery import Gallery
+from everydream_kit.panels.login import token_environment
 from everydream_kit.panels.pages import Pages
 from everydream_kit.panels.panel import Panel, set_html
+from everydream_kit.panels.problems import ProblemsBox
 from everydream_kit.panels.project import Project
-from everydream_kit.panels.upload import Receiver, make_drop_zone, unpack_upload
+from everydream_kit.panels.upload import Receiver, make_drop_zone
 
-SHOWN_PROBLEMS = 15
+SHOWN_TAGS = 16
 
 
 class DatasetPanel(Panel):
@@ -44,8 +52,13 @@ class DatasetPanel(Panel):
         self.project = Project.open(folder)
         if demo:
             self.project.add_demo_pictures()
-        self.fetching: jobs.Job | None = None
+        self.fetching = Errand(self.project.folder / "fetch", token_environment())
+        self.unpacking = Errand(self.project.folder / "unpack")
+        self.looking = Errand(self.project.folder / "look")
         self.album = Album(self._dataset_folder())
+        self._looked: dict[str, Any] = read_report(self.looking.folder)
+        self.bar = look.progress_bar()
+        self._look_failed = False
         self.head, self.figures, self.report = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.undo_button = look.button("Undo", icon="undo")
         self.reload_button = look.button("Look again", icon="refresh", hint="Scan the folder again")
@@ -66,6 +79,7 @@ class DatasetPanel(Panel):
                 self.head,
                 self.figures,
                 look.actions(self.undo_button, self.reload_button, message=self.message),
+                self.bar,
                 self.tabs.box,
                 self.clock,
             ]
@@ -80,7 +94,7 @@ class DatasetPanel(Panel):
     # The tabs
 
     def _build_add(self) -> widgets.Widget:
-        self.receiver = Receiver(self.album.root, unpack_upload)
+        self.receiver = Receiver(self.album.root)
         zone = make_drop_zone(self.receiver, self._received)
         where = html.escape(str(self.album.root))
         self.source = widgets.Text(
@@ -126,10 +140,8 @@ class DatasetPanel(Panel):
         return self.gallery.box
 
     def _build_problems(self) -> widgets.Widget:
-        self.problem_list = widgets.HTML()
-        self.problems_button = look.button("Set all of them aside", icon="archive")
-        self.on_press(self.problems_button, self.set_problems_aside)
-        return look.column(self.problem_list, look.row(self.problems_button))
+        self.problems = ProblemsBox(lambda: self.album.root, lambda files: self._press(lambda: self._set_aside(files)))
+        return self.problems.box
 
     # What the buttons do
 
@@ -143,6 +155,7 @@ class DatasetPanel(Panel):
         """Scan the folder again."""
         self.album.reload()
         self._redraw()
+        self.refresh()
 
     def use_source(self) -> None:
         """Take another folder as the dataset, or fetch an archive or a Hub dataset in a process of its own."""
@@ -152,8 +165,7 @@ class DatasetPanel(Panel):
         if Path(text).expanduser().is_dir():
             self._use_folder(Path(text).expanduser())
             return
-        work = self.project.folder / "fetch"
-        self.fetching = jobs.start_module(work, "everydream_kit.panels.chores", ["fetch", str(work), text])
+        self.fetching.begin("fetch", text)
         self.say(f"Fetching {text} …", "busy")
 
     def apply_setting(self) -> None:
@@ -178,23 +190,66 @@ class DatasetPanel(Panel):
         self.gallery.chosen = set()
         self._redraw()
 
-    def set_problems_aside(self) -> None:
-        """Move every file that cannot be used out of the dataset."""
-        self._set_aside([Path(problem.path) for problem in self.album.problems if problem.skipped])
-
     def refresh(self) -> None:
-        """Look after a fetch in progress."""
-        if self.fetching is None:
+        """Look after what is under way: fetching, unpacking, looking through the pictures."""
+        self._follow_fetching()
+        self._follow_unpacking()
+        self._follow_looking()
+
+    def _follow_fetching(self) -> None:
+        status = self.fetching.poll()
+        if status is None:
             return
-        status = self.fetching.status()
         if status["alive"]:
             self.say(status.get("message") or "Fetching …", "busy")
-            return
-        self.fetching = None
-        if status["state"] == "finished":
+        elif status["state"] == "finished":
             self._use_folder(Path(status["folder"]))
         else:
             self.say(status.get("message") or "The dataset could not be fetched.", "bad")
+
+    def _follow_unpacking(self) -> None:
+        status = self.unpacking.poll()
+        if status is not None:
+            look.show_progress(self.bar, status if status["alive"] else None)
+            if status["alive"]:
+                self.say(status.get("message") or "Unpacking …", "busy")
+                return
+            self.album.reload()
+            self._redraw()
+            good = status["state"] == "finished"
+            self.say(status.get("message") or "The archive could not be unpacked.", "good" if good else "bad")
+        if self.receiver.archives and not self.unpacking.attach():
+            archive, target = self.receiver.archives.pop(0)
+            if not archive.is_file():  # another panel has unpacked it
+                return
+            self.unpacking.begin("unpack", str(archive), str(target))
+            self.say(f"Unpacking {archive.name.partition('-')[2]} …", "busy")
+
+    def _follow_looking(self) -> None:
+        status = self.looking.poll()
+        if status is not None and not status["alive"]:
+            self._looked = read_report(self.looking.folder)
+            self._look_failed = status["state"] != "finished"
+            self.problems.tell(
+                f"Duplicates could not be looked for: {status.get('message')}" if self._look_failed else ""
+            )
+            self._draw()
+        elif status is not None:
+            done, total = status.get("step") or 0, len(self.album)
+            self.problems.tell(f"Looking for duplicates and broken pictures: {done:,} of {total:,} …")
+        elif self._wants_look() and not self.looking.attach():
+            settings = {**asdict(self._report_settings()), "base": str(self.project.settings()["resume_ckpt"])}
+            self.looking.begin("look", str(self.album.root), json.dumps(settings))
+
+    def _wants_look(self) -> bool:
+        idle = self.unpacking.job is None and self.fetching.job is None and not self._look_failed
+        return idle and len(self.album) > 0 and not self._fresh
+
+    def _report_settings(self) -> PlanSettings:
+        try:
+            return report_settings(self.project.config())
+        except ConfigError:
+            return report_settings(None)
 
     def _use_folder(self, folder: Path) -> None:
         settings = {**self.project.settings(), "data_root": str(folder.resolve())}
@@ -205,10 +260,14 @@ class DatasetPanel(Panel):
         self.say(f"The dataset is now {self.album.root}.", "good")
 
     def _received(self) -> None:
-        self.album.reload()
-        self._redraw()
-        self.say(f"{len(self.receiver.received)} files received.", "good")
+        count = len(self.receiver.received)
         self.receiver.received.clear()
+        if count:
+            self.album.reload()
+            self._look_failed = False
+            self._redraw()
+            self.say(f"{count} files received.", "good")
+        self.refresh()
 
     def _change_tags(self, *, add: bool) -> None:
         self._require_selection()
@@ -217,8 +276,8 @@ class DatasetPanel(Panel):
         self._redraw()
         self.say(f"{count} captions changed.", "good")
 
-    def _set_aside(self, paths: list[Path]) -> None:
-        count = self.album.set_aside([path for path in paths if path.is_file()])
+    def _set_aside(self, paths: Sequence[str | Path]) -> None:
+        count = self.album.set_aside([path for path in paths if Path(path).is_file()])
         self._redraw()
         self.say(f"{count} files moved to {self.album.aside}. Undo moves them back.", "good")
 
@@ -233,16 +292,18 @@ class DatasetPanel(Panel):
         self._draw()
 
     def _draw(self) -> None:
-        album, problems = self.album, self.album.problems
+        album = self.album
+        self._fresh = is_fresh(album.dataset, self._looked)
+        findings = list_findings(album.dataset, self._report_settings(), self._looked)
         set_html(self.head, look.heading("Dataset", str(album.root)))
-        worst = sum(problem.skipped for problem in problems)
+        worst = sum(finding.kind == UNUSABLE for finding in findings)
         captions = sum(1 for index in range(len(album)) if not album.caption(index))
         entries = [
             ("pictures", f"{len(album):,}"),
             ("folders", f"{len(album.folders()):,}"),
             ("without a caption", f"{captions:,}"),
             ("cannot be used", f"{worst:,}"),
-            ("remarks", f"{len(problems) - worst:,}"),
+            ("remarks", f"{len(findings) - worst:,}"),
         ]
         set_html(self.figures, look.facts(entries))
         self.undo_button.disabled = not album.last_change
@@ -252,46 +313,45 @@ class DatasetPanel(Panel):
         if tuple(options) != tuple(self.setting_where.options):
             self.setting_where.options = options
             self.setting_where.value = chosen if chosen in [value for _, value in options] else ""
-        for index, title in enumerate(("Add pictures", "Pictures", "Report", f"Problems ({len(problems)})")):
+        for index, title in enumerate(("Add pictures", "Pictures", "Report", f"Problems ({len(findings):,})")):
             self.tabs.set_title(index, title)
         self._draw_report()
-        self._draw_problems()
+        self.problems.show(findings)
 
     def _draw_report(self) -> None:
         if not len(self.album):
             set_html(self.report, '<div class="edk-empty">The report begins with the first pictures.</div>')
             return
-        tags = bar_chart(self.album.count_tags(most=16), title="Most frequent caption parts", label_width=300)
-        set_html(self.report, self._bucket_chart() + '<div style="height:12px"></div>' + tags)
+        settings = self._report_settings()
+        fills, num_images, num_steps = fill_buckets(self.album.dataset, settings)
+        bars = [
+            (f"{fill.size[0]} × {fill.size[1]}", fill.num_images, f"{fill.num_images:,} · {fill.fullness:.0%} full")
+            for fill in fills
+        ]
+        lead = f"{num_images:,} images make {num_steps:,} steps in the first epoch, at batch size {settings.batch_size}"
+        resolution = ", ".join(map(str, settings.resolutions))
+        parts = [
+            f'<p class="edk-lead">{lead}.</p>',
+            bar_chart(bars, title=f"Images in each bucket at resolution {resolution}"),
+            self._tags_chart(),
+        ]
+        set_html(self.report, '<div class="edk-apart">' + "</div><div class=edk-apart>".join(parts) + "</div>")
 
-    def _bucket_chart(self) -> str:
-        try:
-            resolution = self.project.config().resolutions[0]
-        except ConfigError:
-            resolution = 512
-        table = bucket_table(resolution)
-        numbers = self.album.dataset.numbers
-        counts: dict[int, int] = {}
-        for bucket in assign_buckets(numbers["width"], numbers["height"], table):
-            counts[int(bucket)] = counts.get(int(bucket), 0) + 1
-        bars = [(f"{table[b][0]} × {table[b][1]}", count) for b, count in sorted(counts.items())]
-        return bar_chart(bars, title=f"Pictures in each bucket at resolution {resolution}")
-
-    def _draw_problems(self) -> None:
-        problems = self.album.problems
-        self.problems_button.disabled = not any(p.skipped and Path(p.path).is_file() for p in problems)
-        if not problems:
-            set_html(self.problem_list, look.note("No problems: every file can be used.", "good"))
-            return
-        rows = [(self._short(p.path), p.cause, p.cure) for p in problems[:SHOWN_PROBLEMS]]
-        more = len(problems) - len(rows)
-        text = look.table(("file", "problem", "what to do"), rows)
-        set_html(self.problem_list, text + (f'<div class="edk-hint">and {more} more</div>' if more > 0 else ""))
-
-    def _short(self, path: str) -> str:
-        return path.removeprefix(f"{self.album.root}/")
+    def _tags_chart(self) -> str:
+        counts = self.album.count_tags(most=len(self.album) * 40)
+        several = [(tag, float(count), f"{count:,}") for tag, count in counts if count > 1]
+        rest = len(counts) - len(several)
+        chart = bar_chart(several[:SHOWN_TAGS], title="Most frequent caption parts", label_width=300)
+        words = f"{rest:,} other parts stand in one caption each." if rest else ""
+        return chart + f'<div class="edk-hint">{words}</div>'
 
     def show_tab(self, title: str) -> None:
         """Bring a tab to the front, by the beginning of its title."""
         titles: list[Any] = ["Add pictures", "Pictures", "Report", "Problems"]
         self.tabs.selected_index = titles.index(title)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """What the last look through the pictures found; nothing where there was none."""
+    path = folder / LOOKED_FILE
+    return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}

@@ -107,13 +107,15 @@ class Project:
         if any(self.pictures_folder.iterdir()):
             return False
         from everydream_kit.demo import pictures_path
-        from everydream_kit.demo.main import SUBJECTS
+        from everydream_kit.demo.main import SUBJECTS, TRAINING
 
         for source in sorted(pictures_path().iterdir()):
             if source.suffix != ".md":
                 shutil.copy(source, self.pictures_folder)
         prompts = [f"{subject}, ink drawing" for subject in SUBJECTS[:NUM_DEMO_PROMPTS]]
         self.prompts_path.write_text("\n".join(prompts) + "\n", "utf-8")
+        if not self.settings_path.is_file():
+            self.save_settings({"resume_ckpt": EMBEDDED_MODEL, **self.own_settings(), **TRAINING})
         return True
 
     def jobs(self) -> list[Job]:

@@ -1,4 +1,4 @@
-"""An upload area that takes files of any size: dropped or chosen, sent in pieces, unpacked if they are archives.
+"""An upload area that takes files of any size: dropped or chosen, sent in pieces; archives are unpacked by a chore.
 
 Jupyter's own `FileUpload` fails in silence from 10 MB on, the limit of one message. Here the page sends one piece,
 waits for the answer, and sends the next; a piece that is lost is sent again. What arrives is kept under another name
@@ -9,6 +9,8 @@ until it is whole. `Receiver` is the kernel's side and knows no widgets; `make_d
 from __future__ import annotations
 
 import re
+import secrets
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,23 +27,18 @@ ACCEPTED = PICTURE_SUFFIXES | {".txt", ".caption", ".yaml", ".yml", ".json", ".z
 
 
 class Receiver:
-    """Takes files piece by piece into a folder; a whole file appears at once, an archive as its content.
+    """Takes files piece by piece into a folder; a whole file appears at once, an archive waits beside the folder.
 
     Attributes:
         folder: where files go.
         received: names of the files that have come whole.
+        archives: (archive, folder for its content) of those that wait to be unpacked.
     """
 
-    def __init__(self, folder: Path, unpack: Callable[[Path, Path], int]) -> None:
-        """Make a receiver.
-
-        Args:
-            folder: where files go.
-            unpack: called with an archive and the folder for its content; returns the number of files.
-        """
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.received: list[str] = []
-        self._unpack = unpack
+        self.archives = self._left_over()
         self._expected: dict[str, int] = {}
 
     def take(self, content: dict[str, Any], buffers: list[Any]) -> dict[str, Any]:
@@ -74,15 +71,25 @@ class Receiver:
             part.unlink()
             raise DataError("arrived incomplete; send it again")
         if target.suffix.lower() == ".zip":
-            archive = part.with_name(part.name + ".zip")
-            part.replace(archive)
-            try:
-                self._unpack(archive, target.with_suffix(""))
-            finally:
-                archive.unlink(missing_ok=True)
+            arrived = self._arrivals() / f"{secrets.token_hex(4)}-{target.name}"
+            part.replace(arrived)
+            self.archives.append((arrived, target.with_suffix("")))
         else:
             part.replace(target)
-        self.received.append(name)
+            self.received.append(name)
+
+    def _arrivals(self) -> Path:
+        """Beside the dataset, on the same disk, where no scan looks."""
+        folder = self.folder.with_name(f".{self.folder.name}-arrivals")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _left_over(self) -> list[tuple[Path, Path]]:
+        """Archives that had arrived when the kernel ended."""
+        return [
+            (path, self.folder / path.name.partition("-")[2].removesuffix(".zip"))
+            for path in sorted(self.folder.with_name(f".{self.folder.name}-arrivals").glob("*.zip"))
+        ]
 
     def _part(self, name: str) -> Path:
         path = self.folder / name
@@ -98,6 +105,7 @@ def unpack_upload(archive: Path, target: Path) -> int:
     from everydream_kit.data.sources import unpack_archive
 
     unpacked = unpack_archive(archive, archive.parent)
+    target.parent.mkdir(parents=True, exist_ok=True)
     free = target
     number = 2
     while free.exists():
@@ -105,6 +113,15 @@ def unpack_upload(archive: Path, target: Path) -> int:
         number += 1
     unpacked.replace(free)
     return sum(1 for path in free.rglob("*") if path.is_file())
+
+
+def count_entries(archive: Path) -> int:
+    """Files in a .zip, from its directory; 0 where it cannot be read (unpacking says why)."""
+    try:
+        with zipfile.ZipFile(archive) as file:
+            return sum(not entry.is_dir() for entry in file.infolist())
+    except (zipfile.BadZipFile, OSError, NotImplementedError):
+        return 0
 
 
 def safe_name(name: str) -> str:

@@ -1,8 +1,10 @@
 """The dataset panel and what it is made of: captions on disk, tags, settings, problems, undo, uploads in pieces."""
 
 import io
+import shutil
 import zipfile
 
+import ipywidgets as widgets
 import pytest
 from PIL import Image
 
@@ -149,15 +151,97 @@ def test_the_panel_applies_a_setting_to_a_folder(project):
     assert "must be a number" in panel.message.value
 
 
+def finding_lines(panel, kind):
+    """(HTML, button) of each line of a kind, and its button for all of them."""
+    box = next(box for box in panel.problems.lines.children if f">{kind} (" in box.children[0].value)
+    rows = [row.children for row in box.children[1:] if isinstance(row, widgets.HBox)]
+    return [(row[0].value, row[1]) for row in rows if len(row) == 2], rows[-1][-1]
+
+
+def look_through(panel):
+    """What the page's clock does, until the search for duplicates has ended."""
+    panel.refresh()
+    assert panel.looking.job is not None
+    panel.looking.job.watch(interval_seconds=0.05)
+    panel.refresh()
+
+
 def test_problems_are_listed_with_their_cure_and_set_aside(project):
     (project / "input" / "broken.jpg").write_bytes(b"no picture at all")
     panel = DatasetPanel(project)
-    assert "broken.jpg" in panel.problem_list.value
-    panel.problems_button.click()
+    ((line, button),), _ = finding_lines(panel, "Cannot be used")
+    assert "broken.jpg" in line
+    button.click()
     assert not (project / "input" / "broken.jpg").exists()
-    assert "No problems" in panel.problem_list.value
+    assert "1 files moved" in panel.message.value
     panel.undo_button.click()
     assert (project / "input" / "broken.jpg").exists()
+
+
+def test_pictures_that_are_too_small_are_named_for_the_projects_resolution(project):
+    panel = DatasetPanel(project)
+    lines, every = finding_lines(panel, "Smaller than their bucket")
+    assert len(lines) == 8 and "enlarged" in lines[0][0] and "(18 files)" in every.description
+    (project / "settings.json").write_text('{"resolution": 64}')
+    panel = DatasetPanel(project)
+    assert all("Smaller" not in box.children[0].value for box in panel.problems.lines.children[:-1])
+
+
+def test_duplicates_are_found_beside_and_the_copies_set_aside(project):
+    one, other = (Image.effect_noise((8, 6), 90).resize((400, 300), Image.Resampling.BICUBIC) for _ in range(2))
+    one.save(project / "input" / "one.png")
+    one.resize((200, 150)).save(project / "input" / "one small.png")
+    other.save(project / "input" / "other.png")
+    (project / "input" / "other copy.png").write_bytes((project / "input" / "other.png").read_bytes())
+    data = (project / "input" / "one.png").read_bytes()
+    (project / "input" / "torn.png").write_bytes(data[:1000] + bytes(800) + data[1800:])  # its end is there
+    for path in (project / "input").glob("a jet_*.png"):
+        path.unlink()
+    shutil.rmtree(project / "input" / "night")
+    (project / "settings.json").write_text('{"resolution": 64, "resume_ckpt": "embedded"}')
+    panel = DatasetPanel(project)
+    look_through(panel)
+    assert panel.tabs.titles[3].description == "Problems (3)"
+    ((twice, button),), _ = finding_lines(panel, "There twice")
+    assert "other.png" in twice and "other copy.png" in twice and twice.count("data:image") == 2
+    button.click()
+    assert (project / "input" / "other.png").exists() != (project / "input" / "other copy.png").exists()
+    ((alike, button),), _ = finding_lines(panel, "Look alike")
+    assert "400 × 300, 200 × 150" in alike
+    button.click()
+    assert (project / "input" / "one.png").exists() and not (project / "input" / "one small.png").exists()
+    ((torn, button),), _ = finding_lines(panel, "Cannot be used")
+    assert "cannot be decoded" in torn
+    button.click()
+    assert "No problems" in panel.problems.lines.children[0].value
+    panel.refresh()
+    assert panel.looking.job is None, "nothing has come, so nothing is looked for again"
+    for _ in range(3):
+        panel.undo_button.click()
+    assert panel.tabs.titles[3].description == "Problems (3)"
+    again = DatasetPanel(project)
+    assert again.tabs.titles[3].description == "Problems (3)"
+    again.refresh()
+    assert again.looking.job is None
+
+
+def test_captions_beyond_the_encoders_window_are_named(project):
+    (project / "input" / "night" / "0.txt").write_text("a jet " * 60)
+    panel = DatasetPanel(project)
+    look_through(panel)
+    (line,) = _texts_of(panel, "Captions that are too long")
+    assert "night/0.jpg" in line and "tokens; never read" in line
+
+
+def _texts_of(panel, kind):
+    box = next(box for box in panel.problems.lines.children if f">{kind} (" in box.children[0].value)
+    return [row.children[0].value for row in box.children[1:] if isinstance(row, widgets.HBox)]
+
+
+def test_the_report_counts_as_the_trainer_does(project):
+    panel = DatasetPanel(project)
+    assert "18 images make" in panel.report.value and "% full" in panel.report.value
+    assert "a jet at night" in panel.report.value
 
 
 def test_another_folder_becomes_the_dataset_and_stays_so(project, tmp_path):
@@ -190,14 +274,8 @@ def send(receiver, name, data, piece=1000):
     return [answer["error"] for answer in answers if "error" in answer]
 
 
-def unzip(archive, target):
-    with zipfile.ZipFile(archive) as file:
-        file.extractall(target)
-    return 1
-
-
 def test_a_file_arrives_in_pieces_and_appears_whole(tmp_path):
-    receiver = Receiver(tmp_path, unzip)
+    receiver = Receiver(tmp_path)
     data = bytes(range(256)) * 40
     receiver.take({"kind": "begin", "name": "sub/a.png", "size": len(data)}, [])
     assert not (tmp_path / "sub" / "a.png").exists()
@@ -207,7 +285,7 @@ def test_a_file_arrives_in_pieces_and_appears_whole(tmp_path):
 
 
 def test_a_piece_that_comes_twice_does_no_harm_and_a_missing_one_is_told(tmp_path):
-    receiver = Receiver(tmp_path, unzip)
+    receiver = Receiver(tmp_path)
     receiver.take({"kind": "begin", "name": "a.png", "size": 4}, [])
     for at, piece in ((0, b"ab"), (0, b"ab"), (2, b"cd")):
         receiver.take({"kind": "piece", "name": "a.png", "at": at}, [piece])
@@ -218,17 +296,53 @@ def test_a_piece_that_comes_twice_does_no_harm_and_a_missing_one_is_told(tmp_pat
     assert not (tmp_path / "b.png").exists()
 
 
-def test_an_archive_is_unpacked_and_not_kept(tmp_path):
+def zipped(**entries):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("x.txt", "hello")
-    assert send(Receiver(tmp_path, unzip), "set.zip", buffer.getvalue()) == []
-    assert (tmp_path / "set" / "x.txt").read_text() == "hello"
-    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+        for name, content in entries.items():
+            archive.writestr(name.replace("__", "."), content)
+    return buffer.getvalue()
+
+
+def unpack(panel):
+    """What the page's clock does, until everything is unpacked."""
+    panel._received()
+    while panel.unpacking.job is not None:
+        panel.unpacking.job.watch(interval_seconds=0.05)
+        panel.refresh()
+
+
+def test_an_archive_is_unpacked_beside_and_not_kept(project):
+    panel = DatasetPanel(project)
+    picture = (project / "input" / "a jet_00.png").read_bytes()
+    for _ in range(2):
+        assert send(panel.receiver, "set.zip", zipped(x__png=picture, x__txt=b"hello"), piece=100) == []
+    assert not (project / "input" / "set").exists(), "the callback only takes the file"
+    unpack(panel)
+    assert "2 files unpacked" in panel.message.value
+    assert (project / "input" / "set" / "x.txt").read_text() == "hello"
+    assert (project / "input" / "set-2" / "x.txt").read_text() == "hello"
+    assert len(panel.album) == 20
+    assert list((project / ".input-arrivals").iterdir()) == []
+
+
+def test_a_damaged_archive_is_one_sentence_and_leaves_nothing(project):
+    panel = DatasetPanel(project)
+    assert send(panel.receiver, "set.zip", zipped(x__png=b"x" * 500)[:200], piece=100) == []
+    unpack(panel)
+    assert "damaged" in panel.message.value
+    assert list((project / ".input-arrivals").iterdir()) == [] and not (project / "input" / "set").exists()
+
+
+def test_an_archive_that_waited_when_the_kernel_ended_is_unpacked_by_the_next_panel(project):
+    send(DatasetPanel(project).receiver, "set.zip", zipped(x__txt=b"hello"), piece=100)
+    panel = DatasetPanel(project)
+    unpack(panel)
+    assert (project / "input" / "set" / "x.txt").read_text() == "hello"
 
 
 def test_other_kinds_of_file_are_refused(tmp_path):
-    assert "not a picture" in send(Receiver(tmp_path, unzip), "virus.exe", b"x")[0]
+    assert "not a picture" in send(Receiver(tmp_path), "virus.exe", b"x")[0]
 
 
 @pytest.mark.parametrize(

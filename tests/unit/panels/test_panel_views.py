@@ -72,7 +72,7 @@ def test_a_chart_of_one_point_is_a_dot_and_of_none_a_sentence():
 
 
 def test_bars_are_well_formed():
-    ElementTree.fromstring(bar_chart([("512 × 512", 3), ("a <b>", 1)], title="Buckets"))
+    ElementTree.fromstring(bar_chart([("512 × 512", 3, "3"), ("a <b>", 1, "<1")], title="Buckets"))
 
 
 @pytest.mark.parametrize("low, high", [(0.0, 1.0), (0.011, 0.34), (5.0, 5.0), (1e-7, 3e-6), (-2.0, 7.0), (0.0, 0.0)])
