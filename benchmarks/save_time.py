@@ -1,10 +1,11 @@
 """Saving a checkpoint beside writing the same bytes with safetensors.
 
-A checkpoint is a model folder in float32, optimizer state, hashes of every file, and everything on the disk before the rename.
-The floor writes as many bytes into as many safetensors files and makes the disk confirm them. Both in turns; also printed is the
-share of a save that training waits for, which is the copy to host memory.
+A checkpoint is a model folder in float32, optimizer state, hashes of every file, and everything confirmed by the disk before
+the rename. The floor writes as many bytes into as many safetensors files and makes the disk confirm each. Three things in turns:
+the floor; a save at once, as at the end of a run; a save in the background, which first copies everything to host memory. That
+copy is what training waits for; the rest happens while it goes on.
 
-    python benchmarks/save_time.py [--rounds 8]
+    python benchmarks/save_time.py [--rounds 8] [--large]
 """
 
 from __future__ import annotations
@@ -16,19 +17,31 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from step_overhead import make_run
 
+from everydream_kit.models.saving import save_model
+from everydream_kit.models.scratch import build_model
 from everydream_kit.training.checkpoints import write_checkpoint
 from everydream_kit.training.run import Run
 
 
+def large_base(folder: Path) -> Path:
+    """A model of random weights whose checkpoint takes about a gigabyte."""
+    text = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 6}
+    unet = {"block_out_channels": [96, 192, 384, 384], "attention_head_dim": 8, "cross_attention_dim": 256}
+    vae = {"block_out_channels": [32, 64, 64, 64]}
+    save_model(build_model("sd1", unet=unet, vae=vae, text_encoders=[{**text, "projection_dim": 256}]), folder)
+    return folder
+
+
 def make_bytes(source: Path) -> list[torch.Tensor]:
     """Tensors of the sizes of a checkpoint's files."""
-    return [torch.empty(path.stat().st_size, dtype=torch.uint8) for path in source.rglob("*") if path.is_file()]
+    return [torch.zeros(path.stat().st_size, dtype=torch.uint8) for path in source.rglob("*") if path.is_file()]
 
 
 def write_floor(folder: Path, tensors: list[torch.Tensor]) -> None:
@@ -41,11 +54,11 @@ def write_floor(folder: Path, tensors: list[torch.Tensor]) -> None:
         os.close(descriptor)
 
 
-def save(run: Run, folder: Path) -> float:
-    """Save as the saver does. Returns the seconds for which training would have waited."""
+def save(run: Run, folder: Path, *, copy: bool) -> float:
+    """Save as the saver does. Returns the seconds of the copy."""
     started = time.perf_counter()
-    snapshot = run.snapshot(copy=True)
-    waited = time.perf_counter() - started
+    snapshot = run.snapshot(copy=copy)
+    copied = time.perf_counter() - started
     write_checkpoint(
         folder,
         snapshot.write_model,
@@ -53,42 +66,51 @@ def save(run: Run, folder: Path) -> float:
         state=snapshot.state,
         expected_bytes=snapshot.num_bytes,
     )
-    return waited
+    return copied
 
 
-def measure(folder: Path, rounds: int) -> None:
-    run = make_run(folder, resolution=128, batch_size=4)
+def timed(folder: Path, work: Callable[[Path], object]) -> float:
+    """Seconds of one piece of work; what it wrote is removed, and the disk is idle before the next."""
+    started = time.perf_counter()
+    work(folder)
+    seconds = time.perf_counter() - started
+    shutil.rmtree(folder)
+    os.sync()
+    return seconds
+
+
+def measure(folder: Path, rounds: int, base: Path | None) -> None:
+    run = make_run(folder, resolution=128, batch_size=4, base=base)
     for group in run.optimizer.param_groups:  # one step of zero gradients, so that the optimizer has its state
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     run.optimizer.step()
-    save(run, folder / "first")
+    run.optimizer.zero_grad(set_to_none=True)
+    save(run, folder / "first", copy=False)
     tensors = make_bytes(folder / "first")
-    ours, floor, waited = [], [], []
-    for number in range(rounds):
-        started = time.perf_counter()
-        waited.append(save(run, folder / f"ours{number}"))
-        ours.append(time.perf_counter() - started)
-        started = time.perf_counter()
-        write_floor(folder / f"floor{number}", tensors)
-        floor.append(time.perf_counter() - started)
-        shutil.rmtree(folder / f"ours{number}")
-        shutil.rmtree(folder / f"floor{number}")
-    megabytes = sum(tensor.nbytes for tensor in tensors) / 1e6
-    ratios = [a / b for a, b in zip(ours, floor, strict=True)]
-    print(f"{megabytes:.0f} MB in {len(tensors)} files")
+    copies: list[float] = []
+    floor, at_once, background = [], [], []
+    for _ in range(rounds):
+        floor.append(timed(folder / "floor", lambda path: write_floor(path, tensors)))
+        at_once.append(timed(folder / "at once", lambda path: save(run, path, copy=False)))
+        background.append(timed(folder / "background", lambda path: copies.append(save(run, path, copy=True))))
+    print(f"{sum(tensor.nbytes for tensor in tensors) / 1e6:.0f} MB in {len(tensors)} files, {rounds} rounds")
     print(f"{'writing the bytes, s':32}{statistics.median(floor):8.3f}")
-    print(f"{'saving, s':32}{statistics.median(ours):8.3f}   ratio {statistics.median(ratios):.2f}")
-    print(f"{'of that training waits, s':32}{statistics.median(waited):8.3f}")
+    for name, seconds in (("saving at once, s", at_once), ("saving in the background, s", background)):
+        ratios = [a / b for a, b in zip(seconds, floor, strict=True)]
+        print(f"{name:32}{statistics.median(seconds):8.3f}   ratio {statistics.median(ratios):.2f}")
+    print(f"{'of that training waits, s':32}{statistics.median(copies):8.3f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--large", action="store_true", help="about a gigabyte instead of 80 MB")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
-    with tempfile.TemporaryDirectory() as folder:
-        measure(Path(folder), options.rounds)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        measure(folder, options.rounds, large_base(folder / "base") if options.large else None)
 
 
 if __name__ == "__main__":

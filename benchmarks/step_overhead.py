@@ -47,12 +47,12 @@ def square_pictures(folder: Path, resolution: int) -> Path:
     return folder
 
 
-def make_run(folder: Path, resolution: int, batch_size: int) -> Run:
+def make_run(folder: Path, resolution: int, batch_size: int, base: Path | None = None) -> Run:
     pictures = folder / "pictures"
     if not pictures.is_dir():
         square_pictures(pictures, resolution)
     config = TrainConfig(
-        resume_ckpt=str(base_model_path()),
+        resume_ckpt=str(base or base_model_path()),
         data_root=str(pictures),
         resolution=resolution,
         batch_size=batch_size,

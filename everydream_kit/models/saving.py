@@ -22,7 +22,7 @@ from everydream_kit.models.family import Config
 from everydream_kit.models.files import ModelFiles
 from everydream_kit.models.loading import Model, _tokenizer
 from everydream_kit.models.lora import base_name
-from everydream_kit.models.tensors import LazyTensor, Tensors, write_safetensors
+from everydream_kit.models.tensors import LazyTensor, OpenFile, Tensors, write_safetensors
 from everydream_kit.models.tokenizer import save_tokenizer
 
 
@@ -32,6 +32,7 @@ def save_model(
     *,
     dtype: torch.dtype | None = None,
     weights: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+    open_file: OpenFile | None = None,
 ) -> None:
     """Write a model as a diffusers folder; a model with an adapter as a small one that names its base (`adapters.py`).
 
@@ -40,6 +41,7 @@ def save_model(
         dtype: of the weights; None keeps each as it is in memory.
         weights: state dicts by component ("unet", ...) that are written in place of the live ones: a snapshot of an
             earlier step, or averaged weights.
+        open_file: see `write_safetensors`.
     """
     folder = Path(folder)
     if model.lora is not None or model.new_tokens:
@@ -48,7 +50,7 @@ def save_model(
     files = files_of(model)
     for name, state_dict in (weights or {}).items():
         files.tensors[name] = live_tensors(name, state_dict)
-    _write_components(files, folder, dtype)
+    _write_components(files, folder, dtype, open_file)
     for slot, tokenizer in zip(model.family.text_encoders, model.tokenizers, strict=True):
         save_tokenizer(tokenizer, folder / slot.tokenizer_folder)
 
@@ -142,7 +144,9 @@ def _config(module: Any) -> Config:
     return {"_class_name": type(module).__name__, **json.loads(json.dumps(kept, default=list))}
 
 
-def _write_components(files: ModelFiles, folder: Path, dtype: torch.dtype | None) -> None:
+def _write_components(
+    files: ModelFiles, folder: Path, dtype: torch.dtype | None, open_file: OpenFile | None = None
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, tensors in files.tensors.items():
         part = folder / name
@@ -150,7 +154,7 @@ def _write_components(files: ModelFiles, folder: Path, dtype: torch.dtype | None
         _write_json(part / "config.json", files.configs[name])
         stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
         cast = tensors if dtype is None else {key: value.cast(dtype) for key, value in tensors.items()}
-        write_safetensors(part / f"{stem}.safetensors", cast, {"format": "pt"})
+        write_safetensors(part / f"{stem}.safetensors", cast, {"format": "pt"}, open_file=open_file)
     (folder / "scheduler").mkdir(exist_ok=True)
     _write_json(folder / "scheduler" / "scheduler_config.json", files.scheduler_config)
     _write_json(folder / "model_index.json", _model_index(files))

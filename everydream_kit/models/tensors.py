@@ -17,6 +17,7 @@ import pickle
 import struct
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,8 @@ def concatenated(parts: list[LazyTensor]) -> LazyTensor:
 
 
 Tensors = dict[str, LazyTensor]
+OpenFile = Callable[[Path], AbstractContextManager[Any]]
+"""Opens a new file to write bytes into."""
 
 
 def open_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
@@ -168,7 +171,13 @@ def open_weights(path: Path) -> tuple[Tensors, dict[str, str]]:
     return open_safetensors(path) if path.suffix == ".safetensors" else open_pickle(path)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, LazyTensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    open_file: OpenFile | None = None,
+) -> None:
     """Write a `.safetensors` file tensor by tensor: beside its final name, synced, then renamed, so it is whole or
     absent.
 
@@ -176,9 +185,16 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], metadata: M
         path: file to write; replaced if it is there.
         tensors: in any order; wide formats come first in the file, so that every tensor is aligned.
         metadata: text by key. A `modelspec.hash_sha256` among the keys is filled in.
+        open_file: opens the file instead; for a caller that answers for the whole folder, as checkpoints do.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header, hash_offset = _header(names, tensors, dict(metadata or {}))
+    if open_file is not None and hash_offset is None:
+        with open_file(path) as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            for name in names:
+                file.write(tensor_bytes(_checked(name, tensors[name])))
+        return
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file, _Hasher(wanted=hash_offset is not None) as hasher:

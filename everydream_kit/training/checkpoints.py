@@ -11,16 +11,16 @@ fall back to if the newest turns out damaged.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from everydream_kit.errors import CheckpointError, DiskSpaceError
+from everydream_kit.training.receipts import OpenFile, Receipts, digests_of, sync
 from everydream_kit.training.tensor_files import read_nested, write_nested
 from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder, write_whole
 
@@ -31,7 +31,7 @@ DISK_MARGIN = 1.05
 
 def write_checkpoint(
     final: Path,
-    write_model: Callable[[Path], None],
+    write_model: Callable[[Path, OpenFile], None],
     *,
     tensors: dict[str, Any] | None = None,
     state: dict[str, Any] | None = None,
@@ -41,7 +41,8 @@ def write_checkpoint(
 
     Args:
         final: its name; an older folder there is replaced.
-        write_model: writes the model files into the folder that it is given.
+        write_model: writes the model files into the folder that it is given; large ones into what the second argument
+            opens, which hashes them on the way.
         tensors: objects for `resume/<name>.safetensors` (optimizer, scaler, EMA): nested containers of tensors and
             numbers. None: the checkpoint cannot be resumed from.
         state: JSON values for `resume/state.json`.
@@ -56,11 +57,15 @@ def write_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        write_model(partial)
+        with Receipts(partial) as receipts, ThreadPoolExecutor(1, "resume state") as beside:
+            resume = beside.submit(_write_resume, partial / "resume", tensors, state or {}, receipts.open)
+            write_model(partial, receipts.open)
+            resume.result()
+            facts = receipts.facts()
         if tensors is not None:
-            _write_resume(partial / "resume", tensors, state or {})
-            write_whole(partial / CHECKPOINT_MANIFEST, json.dumps(_manifest(partial), indent=1))
-        _sync_tree(partial)
+            manifest = {"version": 1, "files": facts}
+            write_whole(partial / CHECKPOINT_MANIFEST, json.dumps(manifest, indent=1))
+            sync(partial / "resume")
         _put_in_place(partial, final)
     except OSError as error:
         raise DiskSpaceError(
@@ -107,7 +112,7 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: missing, though the manifest lists it.")
         if path.stat().st_size != facts["bytes"]:
             raise CheckpointError(f"{path}: has {path.stat().st_size} bytes and should have {facts['bytes']}.")
-    digests = _digests([folder / name for name in manifest["files"]])
+    digests = digests_of([folder / name for name in manifest["files"]])
     for (name, facts), digest in zip(manifest["files"].items(), digests, strict=True):
         if digest != facts["sha256"]:
             raise CheckpointError(f"{folder / name}: its content is not what was written (SHA-256 differs).")
@@ -169,51 +174,13 @@ def sweep(checkpoints_folder: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_resume(folder: Path, tensors: dict[str, Any], state: dict[str, Any]) -> None:
+def _write_resume(folder: Path, tensors: dict[str, Any] | None, state: dict[str, Any], open_file: OpenFile) -> None:
+    if tensors is None:
+        return
     folder.mkdir()
     for name, value in tensors.items():
-        write_nested(folder / f"{name}.safetensors", value)
+        write_nested(folder / f"{name}.safetensors", value, open_file=open_file)
     (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    digests = _digests(paths)
-    return {
-        "version": 1,
-        "files": {
-            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
-            for path, digest in zip(paths, digests, strict=True)
-        },
-    }
-
-
-def _digests(paths: Iterable[Path]) -> list[str]:
-    """SHA-256 of files, two at a time: hashing releases the interpreter's lock."""
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(_digest, paths))
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _put_in_place(partial: Path, final: Path) -> None:
@@ -222,7 +189,7 @@ def _put_in_place(partial: Path, final: Path) -> None:
     if final.exists():
         os.replace(final, replaced)
     os.replace(partial, final)
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from everydream_kit.training.parameters import TrainedPart
     from everydream_kit.training.precision import Precision
     from everydream_kit.training.ranks import Ranks
+    from everydream_kit.training.receipts import OpenFile
     from everydream_kit.training.reports import Listener
     from everydream_kit.training.validating import ValidationSet
     from everydream_kit.training.validation_config import ValidationConfig
@@ -67,7 +69,7 @@ class Run:
     objective: Objective
     noise_settings: NoiseSettings
     precision: Precision
-    write_model: Callable[[Path, dict[str, dict[str, torch.Tensor]]], None]
+    write_model: Callable[[Path, dict[str, dict[str, torch.Tensor]], OpenFile], None]
     ema: Ema | None = None
     ema_update_interval: int = 1
     latent_cache: LatentCache | None = None
@@ -259,18 +261,23 @@ class Run:
             tensors["ema"] = keep(self.ema.state_dict())
             averaged = keep(averaged)
         whole = self.config.training_kind == "full"
-        modules = self.model.modules().values()
-        model_bytes = sum(count_bytes(m.state_dict()) for m in modules) if whole else count_bytes(weights)
+        model_bytes = self._model_bytes() if whole else count_bytes(weights)
         return Snapshot(
             step=self.position.step,
             copied=copy,
-            write_model=lambda folder: self.write_model(folder, weights),
-            write_ema=None if averaged is None else lambda folder: self.write_model(folder, averaged),
+            write_model=lambda folder, open_file: self.write_model(folder, weights, open_file),
+            write_ema=None
+            if averaged is None
+            else lambda folder, open_file: self.write_model(folder, averaged, open_file),
             resume_tensors=tensors,
             state=self._state(),
             model_bytes=model_bytes,
             num_bytes=model_bytes + count_bytes(tensors),
         )
+
+    def _model_bytes(self) -> int:
+        modules = self.model.modules().values()
+        return sum(tensor.nbytes for m in modules for tensor in itertools.chain(m.parameters(), m.buffers()))
 
     def _components(self) -> dict[str, dict[str, torch.Tensor]]:
         """State dicts of the components that are trained, by their folder's name; of adapters and tokens, only these."""

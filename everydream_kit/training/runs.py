@@ -39,6 +39,7 @@ from everydream_kit.training.pictures import (
 from everydream_kit.training.plugins import caption_transform, load_plugins, picture_transform
 from everydream_kit.training.precision import choose_precision
 from everydream_kit.training.ranks import Ranks
+from everydream_kit.training.receipts import OpenFile
 from everydream_kit.training.run import Run
 from everydream_kit.training.step import NoiseSettings
 from everydream_kit.training.summary import summarise_captions
@@ -309,5 +310,5 @@ def averages_of(config: TrainConfig, model: Model, parameters: list[torch.nn.Par
     return averages
 
 
-def _write_model(model: Model, folder: Path, weights: dict[str, dict[str, Any]]) -> None:
-    save_model(model, folder, weights=weights)
+def _write_model(model: Model, folder: Path, weights: dict[str, dict[str, Any]], open_file: OpenFile) -> None:
+    save_model(model, folder, weights=weights, open_file=open_file)

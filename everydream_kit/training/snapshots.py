@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from everydream_kit.training.receipts import OpenFile
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -29,8 +31,8 @@ class Snapshot:
 
     step: int
     copied: bool
-    write_model: Callable[[Path], None]
-    write_ema: Callable[[Path], None] | None
+    write_model: Callable[[Path, OpenFile], None]
+    write_ema: Callable[[Path, OpenFile], None] | None
     resume_tensors: dict[str, Any]
     state: dict[str, Any]
     model_bytes: int

@@ -15,19 +15,23 @@ from typing import Any
 import torch
 
 from everydream_kit.errors import CheckpointError
+from everydream_kit.models.tensors import LazyTensor, OpenFile, write_safetensors
 
 STRUCTURE = "structure"
 SMALL_NUMBERS = 16_384
 """Tensors up to this size are laid end to end in one: a file's cost is by tensor as well as by byte."""
 
 
-def write_nested(path: Path, value: Any) -> None:
-    """Write dicts, lists, tuples, tensors, numbers, texts and None."""
-    from safetensors.torch import save_file
+def write_nested(path: Path, value: Any, *, open_file: OpenFile | None = None) -> None:
+    """Write dicts, lists, tuples, tensors, numbers, texts and None.
 
+    Args:
+        open_file: see `write_safetensors`.
+    """
     packer = _Packer()
     structure = packer.flatten(value)
-    save_file(packer.tensors(), path, metadata={STRUCTURE: json.dumps(structure)})
+    tensors = {name: LazyTensor.of(tensor) for name, tensor in packer.tensors().items()}
+    write_safetensors(path, tensors, {STRUCTURE: json.dumps(structure)}, open_file=open_file)
 
 
 def read_nested(path: Path) -> Any:
@@ -51,7 +55,6 @@ class _Packer:
 
     def __init__(self) -> None:
         self._large: dict[str, torch.Tensor] = {}
-        self._storages: set[int] = set()
         self._small: dict[str, list[torch.Tensor]] = {}
         self._offsets: dict[str, int] = {}
 
@@ -78,15 +81,7 @@ class _Packer:
             self._offsets[name] = offset + tensor.numel()
             return {"slice": [name, offset, list(tensor.shape)]}
         name = str(len(self._large))
-        pointer = tensor.untyped_storage().data_ptr()
-        # safetensors wants each tensor to itself, whole and in order
-        own = (
-            tensor.contiguous()
-            if pointer not in self._storages
-            else tensor.clone(memory_format=torch.contiguous_format)
-        )
-        self._large[name] = own
-        self._storages.add(pointer)
+        self._large[name] = tensor
         return {"tensor": name}
 
 

@@ -119,9 +119,9 @@ def test_without_any_whole_checkpoint_resume_says_what_to_do(settings: dict[str,
 def test_a_disk_that_fills_up_leaves_the_checkpoints_before_untouched(tmp_path: Path) -> None:
     # A limit on the size of files stands for the full disk: the write fails in the middle in the same way.
     final = tmp_path / "ckpts" / "a-ep01-gs00001"
-    write_checkpoint(final, lambda folder: (folder / "model_index.json").write_text("{}") and None)
+    write_checkpoint(final, lambda folder, open_file: (folder / "model_index.json").write_text("{}") and None)
 
-    def too_large(folder: Path) -> None:
+    def too_large(folder: Path, open_file: object) -> None:
         (folder / "model_index.json").write_text("{}")
         (folder / "big.bin").write_bytes(b"x" * 200_000)
 
@@ -138,7 +138,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoints_before_untouched(tmp_path: 
 
 
 def test_a_checkpoint_that_cannot_fit_is_refused_before_a_byte_is_written(tmp_path: Path) -> None:
-    def must_not_run(folder: Path) -> None:
+    def must_not_run(folder: Path, open_file: object) -> None:
         raise AssertionError("written although it cannot fit")
 
     with pytest.raises(DiskSpaceError, match="needs 1050000000"):
