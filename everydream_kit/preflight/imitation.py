@@ -1,0 +1,93 @@
+"""What a CUDA device does differently with the same code, imitated on tensors of the CPU.
+
+Fake tensors "on cuda" cannot be differentiated without a driver, so the pre-flight's tensors are on the CPU. Two things would
+then be other than on the GPU that is foretold, and are put right here: autocast keeps norms in float32 there (a CPU computes them
+in the low format), and the optimizers of bitsandbytes want values that do not exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+
+from everydream_kit.preflight.tracker import StorageTracker
+from everydream_kit.training.precision import Precision
+
+PAGED_FROM = 100_000
+"""Numbers from which bitsandbytes pages a state (optimizer.py, `get_state_buffer`: `p.numel() < 1e5` is not paged)."""
+
+
+class ImitatedPrecision(Precision):
+    """A run's precision as it is on the device that is foretold, on tensors of the CPU and without a gradient scaler.
+
+    The scaler's memory is a few numbers, and whether it lets a step happen depends on values that do not exist here.
+    """
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast("cpu", self.dtype)
+
+
+def imitate_precision(precision: Precision) -> ImitatedPrecision:
+    """The same formats, without scaler."""
+    return ImitatedPrecision(precision.device_type, precision.dtype, precision.weight_dtype)
+
+
+def imitate_autocast(modules: Iterable[torch.nn.Module]) -> None:
+    """Let norms, upsampling and the softmax of sliced attention work in float32 under autocast, as they do on CUDA.
+
+    By hooks on the modules rather than by a mode: what checkpointing computes again, inside the backward pass, is theirs too.
+    Attention needs nothing: the CPU's fused kernel keeps the same tensors as CUDA's, in the same layout.
+    """
+    for module in modules:
+        for part in module.modules():
+            if isinstance(part, (torch.nn.GroupNorm, torch.nn.LayerNorm)) or type(part).__name__ == "Upsample2D":
+                part.register_forward_pre_hook(_raise_first)
+            if hasattr(part, "upcast_softmax"):
+                part.upcast_softmax = True
+
+
+def _raise_first(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """ATen/autocast_mode.h, AT_FORALL_FP32: group_norm, layer_norm, upsample_nearest2d."""
+    if not torch.is_autocast_enabled("cpu") or args[0].dtype not in (torch.float16, torch.bfloat16):
+        return args
+    return (args[0].float(), *args[1:])
+
+
+def innermost_optimizers(optimizer: Any) -> list[Any]:
+    """The torch optimizers behind the kit's combined, fused and rounded ones."""
+    inner = getattr(optimizer, "optimizers", None)
+    return [optimizer] if inner is None else [one for part in inner for one in innermost_optimizers(part)]
+
+
+def replace_bitsandbytes(optimizer: Any, tracker: StorageTracker, host: str) -> None:
+    """Let the optimizers of bitsandbytes make their states by their own rule, and leave out their kernels.
+
+    The rule is `init_state` of bitsandbytes/optim/optimizer.py itself: 8-bit states are one byte a number, a float32 scale for
+    each 256 numbers; tensors under `min_8bit_size` (4096) have float32 states. Its kernels work in place.
+
+    Args:
+        host: the category of paged states, which live in host memory.
+    """
+    for one in innermost_optimizers(optimizer):
+        if type(one).__module__.startswith("bitsandbytes."):
+            # The two tables that all 8-bit states share; made by a sort that needs values.
+            one.name2qmap = {name: torch.empty(256) for name in ("dynamic", "udynamic")}
+            one._cpu_paged_warned = True
+            one.step = partial(_make_states, one, tracker, host)
+
+
+def _make_states(optimizer: Any, tracker: StorageTracker, host: str, closure: Callable[[], Any] | None = None) -> None:
+    for index, group in enumerate(optimizer.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            if parameter.grad is None or optimizer.state[parameter]:
+                continue
+            optimizer.init_state(group, parameter, index, position)
+            if optimizer.is_paged and parameter.numel() >= PAGED_FROM:
+                state = optimizer.state[parameter]
+                tracker.label([state[key] for key in ("state1", "state2") if key in state], host)

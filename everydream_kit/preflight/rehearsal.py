@@ -1,0 +1,328 @@
+"""A run on tensors without values: every phase is gone through once, and every byte is followed.
+
+What runs is the trainer's own: `assemble_run` builds the run around a skeleton of the model, `backward` and `update_weights` make
+the step. The pictures are one batch of the largest bucket. Nothing is read but config files, nothing is written.
+
+Not here: what the numbers mean for a card (`memory`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from everydream_kit.data.buckets import bucket_table
+from everydream_kit.data.dataset import FROM_TEXT, Dataset, DatasetBuilder, Defaults
+from everydream_kit.data.records import Batch, Draw, MicroBatch, Size, StepBatches
+from everydream_kit.models.encoding import decode_latents, encode_captions, encode_moments
+from everydream_kit.models.family import Sizes
+from everydream_kit.models.sampling import guide
+from everydream_kit.preflight.imitation import imitate_autocast, imitate_precision, replace_bitsandbytes
+from everydream_kit.preflight.scratch import scratch_of
+from everydream_kit.preflight.skeleton import Architecture, build_skeleton
+from everydream_kit.preflight.tracker import SCRATCH, Lives, StorageTracker
+from everydream_kit.training.base import select_trained
+from everydream_kit.training.journal import Journal
+from everydream_kit.training.offload import idle_modules
+from everydream_kit.training.optimizer_config import OptimizerConfig
+from everydream_kit.training.ranks import Ranks
+from everydream_kit.training.runs import assemble_run
+from everydream_kit.training.step import backward, picture_losses
+from everydream_kit.workspace import RunFolder
+
+if TYPE_CHECKING:
+    from everydream_kit.config import TrainConfig
+    from everydream_kit.models.loading import Model
+    from everydream_kit.training.run import Run
+
+WEIGHTS, GRADIENTS, STATES, EMA = "weights", "gradients", "optimizer states", "EMA"
+HOST, IDLE = "host", "idle weights"
+"""What is in host memory, and what waits there while steps are made."""
+CACHED_TOGETHER = 4
+"""Crops that `LatentCache.build` encodes together."""
+CAPTION = "a photo of a cat, sitting, by the window"
+ALLOCATOR_GRANULE = 512
+"""Bytes that torch's CUDA allocator rounds a tensor's size up to (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
+
+
+@dataclass(frozen=True)
+class SampleShape:
+    """The largest batch of sample pictures: how many go through the UNet together, and their size in pixels."""
+
+    num_pictures: int
+    size: Size
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What was found.
+
+    Attributes:
+        lives: the trace; its stretches are "latent caching", "training step", "validation", "sampling".
+        num_micro_batches: how many of the step's micro-batches were gone through.
+        standing: bytes that are there between two steps, by category.
+        ema_on_device: the averages live beside the weights.
+        checkpoint_bytes, averaged_bytes, state_bytes, ema_bytes: of the weights that a checkpoint holds, of the averaged ones
+            beside them, of the optimizer's state and of the averages.
+        snapshot_bytes: host memory that a save in the background takes while it writes.
+    """
+
+    lives: Lives
+    num_micro_batches: int
+    standing: dict[str, int]
+    ema_on_device: bool
+    num_parameters: int
+    num_trained_parameters: int
+    checkpoint_bytes: int
+    averaged_bytes: int
+    state_bytes: int
+    ema_bytes: int
+    snapshot_bytes: int
+
+
+def rehearse(
+    config: TrainConfig,
+    architecture: Architecture,
+    *,
+    device_type: str,
+    has_bf16: bool,
+    optimizer_config: OptimizerConfig,
+    bucket: Size,
+    caches_latents: bool,
+    validates: int | None,
+    samples: SampleShape | None,
+    dataset: Dataset | None = None,
+) -> Rehearsal:
+    """Go through a run.
+
+    Args:
+        config: `batch_size` is a number.
+        device_type: "cuda" or "cpu": what is foretold.
+        has_bf16: the card computes in bfloat16 (and has flash attention).
+        bucket: of the pictures.
+        caches_latents: the VAE encodes before the run and not in its steps.
+        validates: pictures measured together, or None.
+        samples: pictures drawn together, or None.
+        dataset: says whether captions vary; None: as the settings say.
+    """
+    tracker = StorageTracker(scratch_of(device_type), ALLOCATOR_GRANULE if device_type == "cuda" else 1)
+    dataset = dataset or _stand_in(config, bucket)
+    with ExitStack() as stack:
+        stack.enter_context(_quiet())
+        logdir = stack.enter_context(tempfile.TemporaryDirectory())
+        model = build_skeleton(architecture, torch.bfloat16 if config.weight_dtype == "bfloat16" else torch.float32)
+        select_trained(model, config, optimizer_config, config.seed)  # on meta: adapters are drawn at random
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(tracker)
+        _materialise(model, tracker)
+        if device_type == "cuda":
+            imitate_autocast(model.modules().values())
+        run = _assemble(config, model, dataset, Path(logdir), optimizer_config, device_type, has_bf16, tracker)
+        idle = _idle(config, run, caches_latents) if device_type != "cpu" else []
+        tracker.label([p for module in idle for p in module.parameters()], IDLE)
+        batch = _batch(bucket, run.plan_settings.batch_size, with_moments=caches_latents)
+        if caches_latents:
+            _rehearse_caching(run, tracker, bucket)
+        num_micro_batches = _rehearse_step(run, tracker, batch)
+        if validates is not None:
+            _rehearse_validation(run, tracker, _batch(bucket, validates, with_moments=False))
+        if samples is not None:
+            _rehearse_sampling(run, tracker, samples, averaged=config.ema_sample_ema_model)
+        return _summarise(config, run, tracker, num_micro_batches)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Libraries' remarks about how the real run's modules are used: the real run makes them again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _stand_in(config: TrainConfig, bucket: Size) -> Dataset:
+    builder = DatasetBuilder(["."])
+    builder.add("picture.png", width=bucket[0], height=bucket[1], caption=CAPTION, caption_kind=FROM_TEXT)
+    return builder.build(Defaults(shuffle_tags=config.shuffle_tags, keep_tags=config.keep_tags))
+
+
+def _materialise(model: Model, tracker: StorageTracker) -> None:
+    """Put fake tensors in the place of meta ones, and follow their gradients."""
+    for module in model.modules().values():
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    fake = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+                    part._parameters[name] = fake
+                    _follow_gradient(fake, tracker)
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    part._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+        tracker.label([*module.parameters(), *module.buffers()], WEIGHTS)
+
+
+def _follow_gradient(parameter: torch.nn.Parameter, tracker: StorageTracker) -> None:
+    """Before the optimizer's own hook, which may drop the gradient at once."""
+
+    def label(owner: torch.Tensor) -> None:
+        if owner.grad is not None:
+            tracker.label([owner.grad], GRADIENTS)
+
+    if parameter.requires_grad:
+        parameter.register_post_accumulate_grad_hook(label)
+
+
+def _assemble(
+    config: TrainConfig,
+    model: Model,
+    dataset: Dataset,
+    logdir: Path,
+    optimizer_config: OptimizerConfig,
+    device_type: str,
+    has_bf16: bool,
+    tracker: StorageTracker,
+) -> Run:
+    """The run as `assemble_run` makes it, but for what needs files, values or a driver."""
+    changes: dict[str, Any] = {"cache_latents": "off", "ema_resume_model": None, "torch_compile": False}
+    if device_type != "cpu" and config.amp_dtype == "auto" and config.weight_dtype == "float32":
+        changes["amp_dtype"] = "bf16" if has_bf16 else "fp16"
+    folder = RunFolder(logdir)
+    with tracker.births_are(EMA):
+        run = assemble_run(
+            config.replace(**changes),
+            folder,
+            Journal(folder, writes=False),
+            Ranks(0, 1, torch.device("cpu")),
+            model=model,
+            dataset=dataset,
+            seed=max(0, config.seed),
+            optimizer_config=optimizer_config,
+            device_type=device_type,
+        )
+    run.precision = imitate_precision(run.precision)
+    run.updates_in_backward = False  # the optimizer's hooks stay; only the look at losses that have no values goes
+    replace_bitsandbytes(run.optimizer, tracker, HOST)
+    if run.ema is not None and device_type != "cpu" and config.ema_device == "cpu":
+        tracker.label(run.ema.averages, HOST)
+    return run
+
+
+def _idle(config: TrainConfig, run: Run, caches_latents: bool) -> list[torch.nn.Module]:
+    if not config.offload_idle_models:
+        return []
+    return idle_modules(
+        run.model,
+        run.dataset,
+        latents_cached=caches_latents,
+        trains_text=run.trains_text,
+        transforms_captions=bool(config.plugins),
+    )
+
+
+def _batch(bucket: Size, batch_size: int, *, with_moments: bool) -> Batch:
+    width, height = bucket
+    return Batch(
+        planned=MicroBatch(0, 0, 0, bucket, (Draw(0, 0),) * batch_size),
+        captions=[f"{CAPTION} {number}" for number in range(batch_size)],
+        loss_scale=torch.ones(batch_size),
+        pixels=None if with_moments else torch.zeros(batch_size, 3, height, width, dtype=torch.uint8),
+        moments=torch.zeros(batch_size, 8, height // 8, width // 8) if with_moments else None,
+        mask=None,
+        original_sizes=[bucket] * batch_size,
+        crop_top_lefts=[(0, 0)] * batch_size,
+        paths=["picture.png"] * batch_size,
+    )
+
+
+def _rehearse_caching(run: Run, tracker: StorageTracker, bucket: Size) -> None:
+    with tracker.stretch("latent caching"):
+        encode_moments(run.model, torch.zeros(CACHED_TOGETHER, 3, bucket[1], bucket[0], dtype=torch.uint8))
+
+
+def _rehearse_step(run: Run, tracker: StorageTracker, batch: Batch) -> int:
+    """One optimizer step; of many micro-batches two, since those after it are like the second. Returns how many."""
+    num = min(2, run.config.grad_accum)
+    work = StepBatches(0, 0, 1, num * len(batch.paths), [batch] * num)
+    with tracker.stretch("training step"):
+        run.set_learning_rates(0)
+        for _ in range(num):
+            backward(run, batch, work)
+        with tracker.births_are(SCRATCH):
+            run.update_weights(0)
+        if run.ema is not None:
+            run.ema.update(1)
+        tracker.label(_states(run), STATES)
+    return num
+
+
+def _states(run: Run) -> list[torch.Tensor]:
+    """The optimizer's tensors, but for those that were given another place."""
+    return [leaf for leaf in tree_leaves(list(run.optimizer.state.values())) if isinstance(leaf, torch.Tensor)]
+
+
+def _rehearse_validation(run: Run, tracker: StorageTracker, batch: Batch) -> None:
+    """As `measure_loss` does it: pixels, the whole model on the device, no gradients."""
+    work = StepBatches(0, 0, 1, len(batch.paths), [batch])
+    with tracker.stretch("validation"), torch.no_grad(), run.whole_model():
+        picture_losses(run, batch, work)
+
+
+def _rehearse_sampling(run: Run, tracker: StorageTracker, samples: SampleShape, *, averaged: bool) -> None:
+    """One denoising step with guidance and the decoding, as `sample_pictures` does them."""
+    model, (width, height) = run.model, samples.size
+    num = samples.num_pictures
+    with tracker.stretch("sampling"), torch.no_grad(), run.sampling_weights(averaged=averaged):
+        cell = model.vae_scale_factor
+        latents = torch.zeros(num, model.vae.config["latent_channels"], height // cell, width // cell)
+        encoded = encode_captions(model, ["", CAPTION], run.config.clip_skip)
+        picked = torch.arange(2 * num) // num
+        pooled = None if encoded.pooled is None else encoded.pooled[picked]
+        conditioning = replace(encoded, encoder_hidden_states=encoded.encoder_hidden_states[picked], pooled=pooled)
+        doubled = torch.cat([latents, latents])
+        sizes = Sizes.uncropped(width, height, 2 * num)
+        prediction = model.family.predict(model, doubled, torch.zeros(2 * num).long(), conditioning, sizes)
+        latents = guide(*prediction.chunk(2), torch.ones(num, 1, 1, 1))
+        del prediction, doubled, conditioning, encoded
+        decode_latents(model, latents)
+
+
+def _summarise(config: TrainConfig, run: Run, tracker: StorageTracker, num_micro_batches: int) -> Rehearsal:
+    modules = run.model.modules().values()
+    state_bytes = _count(run.optimizer.state.values())
+    trained = run.weight_bytes() - _count(run.optimizer.state_dict())
+    whole = sum(_count(module.state_dict()) for module in modules) if config.training_kind == "full" else trained
+    ema_bytes = 0 if run.ema is None else _count(run.ema.averages)
+    averaged = 0 if run.ema is None else whole
+    return Rehearsal(
+        lives=tracker.record,
+        num_micro_batches=num_micro_batches,
+        standing=tracker.alive(),
+        ema_on_device=run.ema is not None and config.ema_device != "cpu",
+        num_parameters=sum(p.numel() for module in modules for p in module.parameters()),
+        num_trained_parameters=sum(part.num_parameters for part in run.parts),
+        checkpoint_bytes=whole,
+        averaged_bytes=averaged,
+        state_bytes=state_bytes + ema_bytes,
+        ema_bytes=ema_bytes,
+        snapshot_bytes=trained + state_bytes + (trained + ema_bytes if run.ema is not None else 0),
+    )
+
+
+def _count(values: Any) -> int:
+    """Bytes of the different tensors in nested containers."""
+    leaves = [leaf for leaf in tree_leaves(list(values) if not isinstance(values, dict) else values)]
+    tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def largest_bucket(resolutions: tuple[int, ...]) -> Size:
+    """The bucket with the most pixels of all that a run may use; of equal ones the nearest to the square."""
+    return max(bucket_table(max(resolutions)), key=lambda size: (size[0] * size[1], -abs(size[0] - size[1])))

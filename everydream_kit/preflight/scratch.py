@@ -1,0 +1,13 @@
+"""What kernels take for themselves while they run, beside their inputs and results: nothing in a trace shows it.
+
+On a CPU the figures are measured (`benchmarks/memory_model.py`); on a GPU they are a part of the card's allowance.
+"""
+
+from __future__ import annotations
+
+from everydream_kit.preflight.tracker import Scratch
+
+
+def scratch_of(device_type: str) -> Scratch | None:
+    """The table of a kind of device."""
+    return None

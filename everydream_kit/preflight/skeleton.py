@@ -1,0 +1,264 @@
+"""A model of real architecture without its weights: what a source's config files alone tell.
+
+A diffusers folder or a Hub repository gives its `config.json` files, a single file its header and the family's shipped configs.
+Modules are built on torch's meta device: every name and shape is there, and no byte of a weight is read or downloaded.
+
+Not here: tensors that can be computed with (`rehearsal`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from everydream_kit.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from everydream_kit.models.files import ModelFiles
+    from everydream_kit.models.loading import Model
+    from everydream_kit.models.lora import LoraSettings
+
+SMALL_FILES = ("*.json", "*/*.json")
+"""What is fetched of a Hub repository. Vocabularies are the shipped ones: they change no size."""
+LARGEST_HEADER = 100 * 2**20
+"""safetensors' own bound."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is known of a model without its weights.
+
+    Attributes:
+        files: its configs; `tensors` is empty, or lazy and unread.
+        lora: the adapter that a small checkpoint carries.
+    """
+
+    files: ModelFiles
+    lora: LoraSettings | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that memory depends on, as JSON values."""
+        files = self.files
+        return {
+            "family": files.family.name,
+            "configs": {name: dict(config) for name, config in sorted(files.configs.items())},
+            "prediction_type": files.prediction_type,
+            "lora": None if self.lora is None else self.lora.to_json(),
+        }
+
+
+def read_architecture(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    family: str | None = None,
+    prediction_type: str | None = None,
+    endpoint: str | None = None,
+) -> Architecture:
+    """Read a model's configs, wherever it is. Arguments as `load_model` has them; `endpoint` is another Hub's address.
+
+    Raises:
+        ModelError: it is not there, or of a kind that the kit does not train.
+    """
+    from everydream_kit.models.adapters import is_adapter_folder
+    from everydream_kit.models.download import is_hub_id
+    from everydream_kit.models.single_file import open_single_file
+
+    how: dict[str, Any] = {"family": family, "prediction_type": prediction_type}
+    path = Path(source).expanduser()
+    if path.is_file():
+        return Architecture(open_single_file(path, **how))
+    if path.is_dir() and is_adapter_folder(path):
+        return _read_adapted(path, endpoint)
+    if path.is_dir():
+        return Architecture(open_configs(path / subfolder if subfolder else path, **how))
+    if not is_hub_id(str(source)):
+        raise ModelError(f"{source}: there is no such file or folder, and it is no Hub id (owner/repository) either.")
+    files = _fetch_configs(str(source), revision, subfolder, variant, endpoint, how)
+    return Architecture(dataclasses.replace(files, source=str(source)))
+
+
+def _read_adapted(folder: Path, endpoint: str | None) -> Architecture:
+    """A base, and the adapter that a small checkpoint puts on it."""
+    from everydream_kit.models.adapters import read_adapter_file
+    from everydream_kit.models.lora import LoraSettings
+
+    note = read_adapter_file(folder)
+    base = read_architecture(note["base"].pop("source"), endpoint=endpoint, **note["base"])
+    lora = LoraSettings.from_json(note["lora"]) if "lora" in note else None
+    return Architecture(dataclasses.replace(base.files, source=str(folder)), lora)
+
+
+def open_configs(folder: Path, *, family: str | None = None, prediction_type: str | None = None) -> ModelFiles:
+    """`models.files.open_folder` of a folder that need not hold weights.
+
+    Raises:
+        ModelError: a config is missing, or of a kind that the kit does not train.
+    """
+    from everydream_kit.models.families import family_by_name
+    from everydream_kit.models.files import (
+        ModelFiles,
+        has_zero_terminal_snr,
+        prediction_type_of,
+        read_json,
+        recognise_configs,
+        refuse_unsupported,
+    )
+
+    configs = {
+        path.parent.name: read_json(path)
+        for path in sorted(folder.glob("*/config.json"))
+        if path.parent.name in ("unet", "vae") or path.parent.name.startswith("text_encoder")
+    }
+    if "unet" not in configs:
+        raise ModelError(f"{folder}: no diffusers model here (unet/config.json is missing).")
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    refuse_unsupported(str(folder), configs, index)
+    found = family_by_name(family) if family else recognise_configs(str(folder), configs)
+    wanted = ["unet", "vae", *(slot.folder for slot in found.text_encoders)]
+    missing = [name for name in wanted if name not in configs]
+    if missing:
+        raise ModelError(f"{folder}: {missing[0]}/config.json is missing, and {found.title} needs it.")
+    schedule = folder / "scheduler" / "scheduler_config.json"
+    scheduler = read_json(schedule) if schedule.is_file() else {}
+    return ModelFiles(
+        family=found,
+        source=str(folder),
+        configs={name: configs[name] for name in wanted},
+        tensors={},
+        tokenizers=dict.fromkeys((slot.tokenizer_folder for slot in found.text_encoders), None),
+        scheduler_config=scheduler,
+        prediction_type=prediction_type or prediction_type_of(scheduler, str(folder)),
+        zero_terminal_snr=has_zero_terminal_snr(scheduler),
+    )
+
+
+def _fetch_configs(
+    repo_id: str,
+    revision: str | None,
+    subfolder: str | None,
+    variant: str | None,
+    endpoint: str | None,
+    how: dict[str, Any],
+) -> ModelFiles:
+    """The configs of a Hub repository, or a single file's header; kilobytes, and nothing where they are cached."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    from everydream_kit.models.download import choose_files
+
+    repo_id = repo_id.removeprefix("hf://")
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    where: dict[str, Any] = {"revision": revision, "endpoint": endpoint}
+    try:
+        info = HfApi(endpoint=endpoint).model_info(repo_id, revision=revision, files_metadata=True)
+        sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+        names = choose_files(repo_id, sizes, subfolder=subfolder, variant=variant)
+        if len(names) == 1 and names[0].endswith(".safetensors"):
+            return _read_remote_header(repo_id, names[0], where, how)
+        wanted = [name for name in names if name.endswith(".json")]
+        folder = Path(snapshot_download(repo_id, allow_patterns=wanted, **where))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        folder = _cached_snapshot(repo_id, prefix, revision, error)
+    return open_configs(folder / prefix if prefix else folder, **how)
+
+
+def _cached_snapshot(repo_id: str, prefix: str, revision: str | None, cause: Exception) -> Path:
+    """What an earlier download left, where the Hub cannot be asked.
+
+    Raises:
+        ModelError: nothing.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    marker = f"{prefix}unet/config.json"
+    found = try_to_load_from_cache(repo_id, marker, revision=revision)
+    if isinstance(found, str):
+        return Path(found.removesuffix(marker))
+    raise ModelError(
+        f"{repo_id}: its config files cannot be read from the Hub ({type(cause).__name__}), and it is not in the cache. Check "
+        "the name and the connection, or give the path of a local model."
+    ) from cause
+
+
+def _read_remote_header(repo_id: str, name: str, where: dict[str, Any], how: dict[str, Any]) -> ModelFiles:
+    """A single file on the Hub, by its header alone: a local file of the same length with a hole for the weights."""
+    from huggingface_hub import get_session, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
+
+    from everydream_kit.models.single_file import open_single_file
+
+    url = hf_hub_url(repo_id, name, revision=where["revision"], endpoint=where["endpoint"])
+
+    def read(start: int, stop: int) -> tuple[bytes, int]:
+        headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
+        answer = get_session().get(url, headers=headers, follow_redirects=True)
+        answer.raise_for_status()
+        return answer.content[: stop - start], int(answer.headers["Content-Range"].rpartition("/")[2])
+
+    head, total = read(0, 8)
+    (length,) = struct.unpack("<Q", head)
+    if length > min(LARGEST_HEADER, total):
+        raise ModelError(f"{repo_id}/{name}: not a safetensors file; its header says {length:,} bytes.")
+    header, _ = read(8, 8 + length)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "header.safetensors"
+        with path.open("wb") as file:
+            file.write(head + header)
+            file.truncate(total)
+        return open_single_file(path, **how)
+
+
+def build_skeleton(architecture: Architecture, dtype: torch.dtype) -> Model:
+    """Build the modules on the meta device.
+
+    Args:
+        dtype: of UNet and text encoders; the VAE is float32 as ever.
+    """
+    import torch
+
+    from everydream_kit.models.components import build_text_encoder, build_unet, build_vae
+    from everydream_kit.models.family import configs_folder
+    from everydream_kit.models.files import read_json
+    from everydream_kit.models.loading import Model, training_scheduler
+    from everydream_kit.models.lora import inject
+    from everydream_kit.models.tokenizer import build_tokenizer
+
+    files = architecture.files
+    slots = files.family.text_encoders
+    pads = [
+        str(read_json(configs_folder(files.family) / slot.tokenizer_folder / "tokenizer_config.json")["pad_token"])
+        for slot in slots
+    ]
+    model = Model(
+        family=files.family,
+        unet=_in_format(build_unet(files.configs["unet"]), dtype),
+        vae=build_vae(files.configs["vae"]).requires_grad_(False),
+        text_encoders=[
+            _in_format(build_text_encoder(files.configs[slot.folder], slot.class_name), dtype) for slot in slots
+        ],
+        tokenizers=[build_tokenizer(pad) for pad in pads],
+        noise_scheduler=training_scheduler(files.scheduler_config, files.prediction_type, files.zero_terminal_snr),
+        scheduler_config=dict(files.scheduler_config),
+        prediction_type=files.prediction_type,
+        zero_terminal_snr=files.zero_terminal_snr,
+        source=files.source,
+    )
+    if architecture.lora is not None:
+        inject(model, architecture.lora)
+    return model
+
+
+def _in_format(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Parameters in another format, without diffusers' remark about `to`."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
