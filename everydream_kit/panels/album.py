@@ -134,10 +134,10 @@ class Album:
         return len(texts)
 
     def count_tags(self, indices: Iterable[int] | None = None, most: int = 24) -> list[tuple[str, int]]:
-        """The most frequent tags with their counts."""
+        """The most frequent tags, with the number of pictures that have them."""
         counts: dict[str, int] = {}
         for index in indices if indices is not None else range(len(self)):
-            for part in _parts(self.caption(index)):
+            for part in set(_parts(self.caption(index))):
                 counts[part] = counts.get(part, 0) + 1
         return sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))[:most]
 

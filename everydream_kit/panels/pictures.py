@@ -343,7 +343,18 @@ class DatasetPanel(Panel):
         rest = len(counts) - len(several)
         chart = bar_chart(several[:SHOWN_TAGS], title="Most frequent caption parts", label_width=300)
         words = f"{rest:,} other parts stand in one caption each." if rest else ""
-        return chart + f'<div class="edk-hint">{words}</div>'
+        return chart + f'<div class="edk-hint">{words}{self._caption_words()}</div>'
+
+    def _caption_words(self) -> str:
+        """Where captions come from, as the last look through the pictures counted it."""
+        counts = self._looked.get("captions")
+        if not counts:
+            return ""
+        named, empty, shared = counts["from_file_name"], counts["empty"], len(counts["repeated"])
+        return (
+            f"<br>{named:,} captions come from file names, {empty:,} are empty, "
+            f"{shared:,} are shared by several pictures."
+        )
 
     def show_tab(self, title: str) -> None:
         """Bring a tab to the front, by the beginning of its title."""

@@ -62,11 +62,11 @@ class ComparePanel(Panel):
 
     def _build(self) -> None:
         self.choices = self._choices()
-        asked = self.comparison.checkpoints if self.comparison is not None else None
-        default = {next(iter(self.choices.values())), *list(self.choices.values())[-1:]}
+        asked = self.comparison.checkpoints if self.comparison is not None else list(self.choices.values())[:1]
+        ticked = {*asked, *list(self.choices.values())[-1:]}  # the newest always: it may have come since
         self.checks = {
             label: widgets.Checkbox(
-                value=source in (asked or default), description=label, indent=False, layout=widgets.Layout(width="auto")
+                value=source in ticked, description=label, indent=False, layout=widgets.Layout(width="auto")
             )
             for label, source in self.choices.items()
         }
@@ -81,7 +81,7 @@ class ComparePanel(Panel):
         self.on_press(self.stop_button, self.stop)
         self.on_press(self.refresh_button, self.refresh)
         self.head, self.grid, self.pair = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self.bar = widgets.IntProgress(min=0, max=1, layout=widgets.Layout(width="100%", height="8px", margin="2px 0"))
+        self.bar = look.progress_bar()
         self.tabs = Pages({"Before and after": self._build_pair(), "Whole grid": look.column(self.grid)})
         self.clock = make_clock(self.refresh)
         self.box = look.panel_box(
@@ -229,7 +229,7 @@ class ComparePanel(Panel):
         """Show pictures that have come since the last look."""
         if self.job is not None:
             status = self.job.status()
-            self.bar.max, self.bar.value = max(1, status.get("num_steps") or 1), status.get("step") or 0
+            look.show_progress(self.bar, status if status["alive"] else None)
             if not status["alive"]:
                 self.job = None
                 good = status["state"] == "finished"
@@ -294,8 +294,11 @@ class ComparePanel(Panel):
             return
         prompt, cfg = json.loads(self.prompt_choice.value)
         first, second = here.checkpoints[0], here.checkpoints[min(self.slider.value, len(here.checkpoints) - 1)]
+        shown = [(first, f"before · {self._label(first)}")]
+        if second != first:
+            shown.append((second, f"after · {self._label(second)}"))
         figures = "".join(
             f"<figure>{self._cell(source, prompt, cfg, 420)}<figcaption>{html.escape(words)}</figcaption></figure>"
-            for source, words in ((first, f"before · {self._label(first)}"), (second, f"after · {self._label(second)}"))
+            for source, words in shown
         )
         set_html(self.pair, f'<div class="edk-shots edk-pair">{figures}</div>')

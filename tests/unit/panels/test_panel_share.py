@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -139,6 +140,19 @@ def test_compare_offers_the_base_and_the_checkpoints_and_shows_what_is_drawn(pro
     assert "before · base: embedded" in panel.pair.value and "after · jets-ep01-gs00020" in panel.pair.value
     again = ComparePanel(project)
     assert again.pair.value.count("data:image/jpeg") == 2
+
+
+def test_a_checkpoint_that_came_after_the_last_comparison_is_ticked(project):
+    run = next((project / "logs").iterdir())
+    first = ComparePanel(project)
+    make_pictures(first.asked())
+    first.draw_button.click()
+    shutil.copytree(run / "ckpts" / "jets-ep01-gs00020", run / "ckpts" / "jets-ep02-gs00040")
+    assert [label for label, check in ComparePanel(project).checks.items() if check.value] == [
+        "base: embedded",
+        "jets-ep01-gs00020",
+        "jets-ep02-gs00040",
+    ]
 
 
 def test_compare_says_what_cannot_be_drawn(project):
