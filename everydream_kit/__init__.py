@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from everydream_kit.jobs import attach as attach
     from everydream_kit.jobs import start as start
     from everydream_kit.models.loading import load_model as load_model
+    from everydream_kit.preflight.planning import plan as plan
     from everydream_kit.sessions import resume as resume
     from everydream_kit.sessions import train as train
     from everydream_kit.workspace import RunFolder as RunFolder
@@ -35,6 +36,7 @@ _PLACES = {
     "export_checkpoint": "export.single_file",
     "load_config": "config",
     "load_model": "models.loading",
+    "plan": "preflight.planning",
     "prepare_dataset": "data",
     "push_to_hub": "export.hub",
     "resume": "sessions",

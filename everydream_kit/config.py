@@ -132,7 +132,9 @@ class DataGroup(Group):
             step=1,
         ),
     ] = 2
-    """Pictures that go through the model together (on each process)."""
+    """Pictures that go through the model together (on each process). `auto` foretells the memory before anything is loaded
+    and takes the largest number, up to 16 on a GPU and 4 on a CPU, that leaves 7 % free; the run's `config.json` holds the
+    number, so a resumed run takes the same."""
     flip_p: Annotated[
         Share,
         Knob(basic=True, unit="probability", when="0.5 for styles; not for faces or captions with left and right"),

@@ -18,6 +18,8 @@ from typing import Any
 
 from everydream_kit.config import TrainConfig, config_warnings, load_config
 from everydream_kit.errors import CheckpointError, ConfigError, KitError
+from everydream_kit.preflight.automatic import settle_batch_size
+from everydream_kit.preflight.timing import MeasuredPlan
 from everydream_kit.training.checkpoints import choose_checkpoint, load_resume_tensors, sweep
 from everydream_kit.training.control import StopSignal, signals_stop
 from everydream_kit.training.journal import Journal
@@ -137,10 +139,11 @@ def _session(
             journal.set_state("starting", stopped_by=None, message=None)
             for warning in [*warnings, *config_warnings(config)]:
                 journal.warn(warning)
+            config = settle_batch_size(config, ranks, journal)
             if ranks.is_main:
                 _write_facts(config, folder)
             run = build_run(config, folder, journal, ranks, seed=state.get("seed"), weights_from=checkpoint)
-            run.listeners = [*build_listeners(run, stop), *listeners]
+            run.listeners = [*build_listeners(run, stop), *([MeasuredPlan()] if ranks.is_main else []), *listeners]
             if checkpoint is not None:
                 _restore(run, checkpoint, state)
             _work(run, stop)

@@ -13,12 +13,13 @@ import argparse
 import logging
 import sys
 
-from everydream_kit.cli import hub, looking, models, pictures, training
+from everydream_kit.cli import hub, looking, models, pictures, planning, training
 from everydream_kit.cli.command import EXIT_PROBLEM, Command, Parser
 from everydream_kit.errors import KitError
 
 COMMANDS: dict[str, Command] = {
     **training.COMMANDS,
+    **planning.COMMANDS,
     **pictures.COMMANDS,
     **models.COMMANDS,
     **hub.COMMANDS,

@@ -12,7 +12,8 @@ from everydream_kit.cli.command import Command
 EXIT_STOPPED = {"SIGINT": 130, "SIGTERM": 143}
 
 
-def _add_train_flags(parser: argparse.ArgumentParser) -> None:
+def add_setting_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every setting, and `--config`."""
     from everydream_kit.params import format_value, parameters
 
     parser.add_argument("--config", metavar="FILE", help="settings from a JSON file; flags win over it")
@@ -34,7 +35,7 @@ def _add_train_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _overrides(options: argparse.Namespace) -> dict[str, Any]:
+def read_setting_flags(options: argparse.Namespace) -> dict[str, Any]:
     """What was given as flags, as values; all that cannot be read is reported together."""
     from everydream_kit.errors import ConfigError
     from everydream_kit.params import parameters, parse_text
@@ -55,7 +56,7 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
 def _run_train(options: argparse.Namespace) -> int:
     from everydream_kit.config import load_config
 
-    config, warnings = load_config(options.config, _overrides(options))
+    config, warnings = load_config(options.config, read_setting_flags(options))
     for warning in warnings:
         logging.getLogger("everydream_kit").warning(warning)
     from everydream_kit.sessions import train
@@ -144,7 +145,7 @@ COMMANDS = {
     "demo": Command("train the embedded model on the demo pictures; show before and after", _add_demo_flags, _run_demo),
     "train": Command(
         "fine-tune a model on your pictures",
-        _add_train_flags,
+        add_setting_flags,
         _run_train,
         usage="everydream train [--config FILE] [--name value ...]",
     ),

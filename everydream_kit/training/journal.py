@@ -50,6 +50,11 @@ class Journal:
         if self._events is not None:
             self._events.write(kind, **facts)
 
+    def note(self, message: str) -> None:
+        """A line for the log that is no warning."""
+        if self.writes:
+            logger.info(message)
+
     def warn(self, message: str) -> None:
         """Log a warning, and keep it as an event for whoever watches the folder."""
         if self.writes:

@@ -57,7 +57,7 @@ def make_plan_settings(config: TrainConfig, seed: int, num_ranks: int) -> PlanSe
     """What the epoch plan depends on."""
     if config.batch_size == "auto":
         raise ConfigError(
-            "batch_size: auto: this version does not have it yet; give a number (4 to 8 at 512 px on a 24 GB card)"
+            "batch_size: auto: becomes a number when a run starts (train, edk.train); to build a run by hand, give one"
         )
     return PlanSettings(
         batch_size=config.batch_size,

@@ -53,6 +53,14 @@ class Ranks:
         dist.all_reduce(word, dist.ReduceOp.MAX)
         return bool(word.item())
 
+    def share(self, number: int) -> int:
+        """The main process's number, for all."""
+        if self.num_ranks == 1:
+            return number
+        word = torch.tensor(number, device=self.device)
+        dist.broadcast(word, src=0)
+        return int(word.item())
+
     def gather(self, losses: PictureLosses) -> PictureLosses:
         """The losses of all processes, in the order of their ranks."""
         losses.read()

@@ -121,7 +121,7 @@ def test_every_resolution_has_its_batches(settings: dict[str, Any]) -> None:
 def test_batch_size_is_the_pictures_that_go_together_and_auto_is_refused_in_words(settings: dict[str, Any]) -> None:
     assert [len(batch.captions) for batch in batches_of(2, **{**settings, "batch_size": 2})] == [2, 2]
     with (
-        pytest.raises(ConfigError, match="batch_size: auto: this version does not have it yet; give a number"),
+        pytest.raises(ConfigError, match="batch_size: auto: becomes a number when a run starts"),
         prepared(**{**settings, "batch_size": "auto"}),
     ):
         pass

@@ -1,0 +1,269 @@
+"""What to change so that a run fits a card, and how far it could go: the largest batch and resolution.
+
+A question to the memory model costs seconds, so few are asked: the measures of `training.memory`, cheapest first, form a ladder
+on which each rung takes no more memory than the one before, and the first rung that fits is found by halving; batch and
+resolution are bracketed by interpolation. A share of the memory is kept free, since the model of it is a model.
+
+Not here: the estimate itself (`memory`), which enters as a function, and the words of a plan (`planning`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from everydream_kit.errors import ConfigError, MemoryLimitError
+from everydream_kit.preflight.cards import GIB, Card
+from everydream_kit.training.memory import Measure, measures_left
+
+if TYPE_CHECKING:
+    from everydream_kit.config import TrainConfig
+    from everydream_kit.preflight.memory import MemoryEstimate
+
+MARGIN = 0.07
+"""Share of the card that stays free: the memory model is right to within a tenth, on both sides."""
+LARGEST_BATCH = 16
+"""Beyond it a step learns hardly more and takes as much longer; `auto` and the advice stop here."""
+SMALLEST_RESOLUTION, LARGEST_RESOLUTION, RESOLUTION_STEP = 256, 1536, 64
+
+
+class Estimate(Protocol):
+    """`memory.estimate_memory`, or a stand-in for it."""
+
+    def __call__(self, config: TrainConfig, **options: Any) -> MemoryEstimate: ...
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The nearest configuration that fits.
+
+    Attributes:
+        changes: settings that differ from what was asked for; empty where it fits as it is.
+        config: with the changes.
+        estimate: of that configuration.
+        reasons: what was changed and why, one line each, in the order in which it was tried.
+        fits: False where nothing that can be lowered is enough; then `config` is the smallest that was tried.
+    """
+
+    changes: dict[str, Any]
+    config: TrainConfig
+    estimate: MemoryEstimate
+    reasons: tuple[str, ...]
+    fits: bool = True
+
+
+def room(card: Card, margin: float = MARGIN) -> int:
+    """Bytes that a run may foretell on this card."""
+    return int(card.memory_bytes * (1 - margin))
+
+
+def fits(estimate: MemoryEstimate, card: Card, margin: float = MARGIN) -> bool:
+    """Whether a run's peak leaves the margin free."""
+    return estimate.peak_bytes <= room(card, margin)
+
+
+def ask(config: TrainConfig, card: Card | None, estimate: Estimate, **options: Any) -> MemoryEstimate:
+    """Ask the memory model about a card, or about this CPU where there is none.
+
+    Args:
+        options: passed on, such as `cache_folder`.
+    """
+    if card is None:
+        return estimate(config, device="cpu", **options)
+    return estimate(
+        config,
+        device="cuda",
+        has_bf16=card.has_bf16,
+        context_bytes=card.context_bytes,
+        fragmentation=card.fragmentation,
+        **options,
+    )
+
+
+def make_it_fit(
+    config: TrainConfig,
+    card: Card,
+    *,
+    estimate: Estimate | None = None,
+    margin: float = MARGIN,
+    known: MemoryEstimate | None = None,
+) -> Advice:
+    """The fewest and cheapest changes with which a run fits a card.
+
+    Args:
+        config: as asked for; `batch_size: auto` begins at the largest batch that is advised.
+        estimate: the memory model.
+        margin: share of the card that stays free.
+        known: the estimate of `config` itself, if it is there already.
+    """
+    questions = _Questions(card, estimate or _estimate_memory(), margin)
+    if config.batch_size == "auto":
+        config, known = config.replace(batch_size=LARGEST_BATCH), None
+    first = known or questions(config)
+    if fits(first, card, margin):
+        return Advice({}, config, first, ())
+    ladder = _ladder(config, card)
+    rung = _first_that_fits([c for _, c in ladder], questions)
+    if rung is None:
+        smallest = ladder[-1][1] if ladder else config
+        return Advice(_changes(config, smallest), smallest, questions(smallest), _reasons(ladder), fits=False)
+    taken = [measure for measure, _ in ladder[: rung + 1]]
+    chosen = ladder[rung][1]
+    needed = [measure for measure in taken if measure.costs != "nothing"]
+    if needed and len(needed) < len(
+        taken
+    ):  # what costs nothing may not have been needed: fewer changes are easier to follow
+        plain = _take(config, needed)
+        if questions.fits(plain):
+            chosen, taken = plain, needed
+    return Advice(_changes(config, chosen), chosen, questions(chosen), tuple(map(str, _last_of_each(taken))))
+
+
+def largest_batch(
+    config: TrainConfig,
+    card: Card | None,
+    *,
+    estimate: Estimate | None = None,
+    limit_bytes: int | None = None,
+    largest: int = LARGEST_BATCH,
+) -> tuple[int, MemoryEstimate]:
+    """The largest batch that fits, up to `largest`, with everything else as it is.
+
+    Args:
+        card: or None for this CPU; then `limit_bytes` must be given.
+        limit_bytes: room; by default the card's, less the margin.
+
+    Returns:
+        The batch size, and its estimate.
+
+    Raises:
+        MemoryLimitError: not even one picture fits.
+    """
+    limit = _limit(card, limit_bytes)
+    estimate = estimate or _estimate_memory()
+
+    def peak(batch_size: int) -> MemoryEstimate:
+        return ask(config.replace(batch_size=batch_size), card, estimate)
+
+    found = _largest(range(1, largest + 1), peak, limit)
+    if found is None:
+        raise MemoryLimitError(
+            f"batch_size: not even one picture fits: it would take {peak(1).peak_bytes / GIB:.1f} GiB, and there is room for "
+            f"{limit / GIB:.1f} GiB{f' on the {card.name}' if card else ''}. `everydream plan` says what to lower."
+        )
+    return found
+
+
+def largest_resolution(
+    config: TrainConfig, card: Card, *, estimate: Estimate | None = None, limit_bytes: int | None = None
+) -> tuple[int, MemoryEstimate] | None:
+    """The largest area class that fits, with everything else as it is, and its estimate; None where not even 256 px do."""
+    limit = _limit(card, limit_bytes)
+    estimate = estimate or _estimate_memory()
+    choices = range(SMALLEST_RESOLUTION, LARGEST_RESOLUTION + 1, RESOLUTION_STEP)
+    return _largest(choices, lambda r: ask(config.replace(resolution=r), card, estimate), limit)
+
+
+def _largest(
+    choices: Sequence[int], peak: Callable[[int], MemoryEstimate], limit: int
+) -> tuple[int, MemoryEstimate] | None:
+    """The largest choice whose peak is within the limit; peaks grow with the choice.
+
+    Peaks are nearly straight lines, so a guess by interpolation is mostly right; a guess by halving after each keeps a bent one
+    from being asked about at every choice.
+    """
+    low = peak(choices[0])
+    if low.peak_bytes > limit:
+        return None
+    high = peak(choices[-1])
+    if high.peak_bytes <= limit:
+        return choices[-1], high
+    first, last, interpolates = 0, len(choices) - 1, True
+    while last - first > 1:
+        share = (limit - low.peak_bytes) / (high.peak_bytes - low.peak_bytes) if interpolates else 0.5
+        interpolates = not interpolates
+        guess = first + min(max(int(share * (last - first)), 1), last - first - 1)
+        found = peak(choices[guess])
+        if found.peak_bytes <= limit:
+            first, low = guess, found
+        else:
+            last, high = guess, found
+    return choices[first], low
+
+
+class _Questions:
+    """Asks about configurations, each once."""
+
+    def __init__(self, card: Card, estimate: Estimate, margin: float) -> None:
+        self._card, self._estimate, self._margin = card, estimate, margin
+        self._answers: dict[str, MemoryEstimate] = {}
+
+    def __call__(self, config: TrainConfig) -> MemoryEstimate:
+        key = config.to_json()
+        if key not in self._answers:
+            self._answers[key] = ask(config, self._card, self._estimate)
+        return self._answers[key]
+
+    def fits(self, config: TrainConfig) -> bool:
+        return fits(self(config), self._card, self._margin)
+
+
+def _ladder(config: TrainConfig, card: Card) -> list[tuple[Measure, TrainConfig]]:
+    """One measure after the other, each on top of those before, until none is left."""
+    rungs: list[tuple[Measure, TrainConfig]] = []
+    while True:
+        left = [m for m in measures_left(config) if m.is_foretold and (card.has_bf16 or m.name != "weight_dtype")]
+        if not left:
+            return rungs
+        config = config.replace(**left[0].changes)
+        rungs.append((left[0], config))
+
+
+def _first_that_fits(rungs: Sequence[TrainConfig], questions: _Questions) -> int | None:
+    """Index of the first that fits, by halving; None if none does."""
+    low, high = 0, len(rungs)
+    while low < high:
+        middle = (low + high) // 2
+        if questions.fits(rungs[middle]):
+            high = middle
+        else:
+            low = middle + 1
+    return low if low < len(rungs) else None
+
+
+def _take(config: TrainConfig, measures: Sequence[Measure]) -> TrainConfig:
+    changes: dict[str, Any] = {}
+    for measure in measures:
+        changes.update(measure.changes)
+    try:
+        return config.replace(**changes)
+    except ConfigError:  # one of them was allowed beside one that is left out now
+        return config
+
+
+def _changes(before: TrainConfig, after: TrainConfig) -> dict[str, Any]:
+    old, new = before.model_dump(), after.model_dump()
+    return {name: value for name, value in new.items() if value != old[name]}
+
+
+def _last_of_each(measures: Sequence[Measure]) -> list[Measure]:
+    """A measure that was taken several times is told once, as it was taken last."""
+    return list({measure.name: measure for measure in measures}.values())
+
+
+def _reasons(ladder: Sequence[tuple[Measure, TrainConfig]]) -> tuple[str, ...]:
+    return tuple(map(str, _last_of_each([measure for measure, _ in ladder])))
+
+
+def _limit(card: Card | None, limit_bytes: int | None) -> int:
+    if limit_bytes is not None:
+        return limit_bytes
+    assert card is not None, "without a card the room must be given"
+    return room(card)
+
+
+def _estimate_memory() -> Estimate:
+    from everydream_kit.preflight.memory import estimate_memory
+
+    return estimate_memory

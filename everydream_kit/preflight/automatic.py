@@ -1,0 +1,74 @@
+"""`batch_size: auto`, settled before the run writes its settings down, so that a resumed run takes the same number.
+
+The largest batch whose foretold memory fits what is free right now, on the GPU, or in host memory on a CPU; the search is
+`advice.largest_batch`. Of several processes the main one decides for all.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from everydream_kit.preflight.advice import LARGEST_BATCH, MARGIN, Estimate, largest_batch
+from everydream_kit.preflight.cards import GIB, Card, this_card
+from everydream_kit.preflight.planning import LARGEST_BATCH_ON_CPU, cpu_room, memory_model
+
+if TYPE_CHECKING:
+    from everydream_kit.config import TrainConfig
+    from everydream_kit.training.journal import Journal
+    from everydream_kit.training.ranks import Ranks
+
+
+def settle_batch_size(
+    config: TrainConfig, ranks: Ranks, journal: Journal, *, estimate: Estimate | None = None
+) -> TrainConfig:
+    """The config with a number in the place of `auto`; told in the log and as an event `batch size`.
+
+    Args:
+        estimate: the memory model.
+
+    Raises:
+        MemoryLimitError: not even one picture fits.
+    """
+    if config.batch_size != "auto":
+        return config
+    chosen = 0
+    if ranks.is_main:
+        journal.set_state("starting", message="choosing the batch size")
+        chosen = _choose(config, ranks, journal, estimate or memory_model(config))
+        journal.set_state("starting", message=None)
+    return config.replace(batch_size=ranks.share(chosen))
+
+
+def _choose(config: TrainConfig, ranks: Ranks, journal: Journal, estimate: Estimate) -> int:
+    card, free_bytes = _device(ranks)
+    largest = LARGEST_BATCH if card is not None else LARGEST_BATCH_ON_CPU
+    chosen, found = largest_batch(config, card, estimate=estimate, limit_bytes=free_bytes, largest=largest)
+    where = card.name if card is not None else "this CPU"
+    message = (
+        f"batch_size auto: {chosen}, the largest up to {largest} that fits {where}: {found.peak_bytes / GIB:.1f} GiB foretold, "
+        f"{free_bytes / GIB:.1f} GiB there"
+    )
+    journal.note(message)
+    journal.tell(
+        "batch size",
+        batch_size=chosen,
+        foretold_bytes=found.peak_bytes,
+        room_bytes=free_bytes,
+        largest=largest,
+        device=where,
+    )
+    return chosen
+
+
+def _device(ranks: Ranks) -> tuple[Card | None, int]:
+    """The card, or None for a CPU, and what a run may foretell there: of what is free, less the margin."""
+    if ranks.device.type != "cuda":
+        return None, cpu_room()
+    import torch
+
+    card = this_card(ranks.device.index or 0)
+    assert card is not None
+    free, _ = torch.cuda.mem_get_info(ranks.device)
+    return card, int(
+        (free + card.context_bytes) * (1 - MARGIN)
+    )  # the context is there already, and in the estimate as well

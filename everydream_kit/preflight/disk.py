@@ -1,0 +1,212 @@
+"""How much disk a run fills: checkpoints as they are saved and pruned, single files, latents, samples, on which file system.
+
+The saves are gone through one by one, in the saver's own order: a new checkpoint is whole before an older one goes, so the most
+that is there at once is more than what is left at the end. Both are told; what must fit is the most.
+
+Not here: the size of one checkpoint (`memory`), and how long the run takes (`planning`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from everydream_kit.data.cache_room import choose_cache_mode, foretell_bytes, free_disk
+from everydream_kit.preflight.words import size
+from everydream_kit.training.checkpoints import RESUMABLE_KEPT
+from everydream_kit.training.saving import DEFAULT_MINUTES
+
+if TYPE_CHECKING:
+    from everydream_kit.config import TrainConfig
+    from everydream_kit.data.dataset import Dataset
+    from everydream_kit.data.plan import PlanSettings
+    from everydream_kit.preflight.memory import MemoryEstimate
+
+BYTES_PER_SAMPLE_PIXEL = 2.0
+"""A sheet is kept as a JPEG of quality 95 (about half a byte) and as a PNG for TensorBoard (about one and a half)."""
+MOST_SAVES = 100_000
+"""Saves that are gone through; a run with more is wrong in other ways."""
+
+
+@dataclass(frozen=True)
+class DiskItem:
+    """One kind of file that a run writes.
+
+    Attributes:
+        name: in words.
+        folder: where.
+        most_bytes: the most that is there at once.
+        last_bytes: what is left when the run has ended.
+        note: how many of what.
+    """
+
+    name: str
+    folder: Path
+    most_bytes: int
+    last_bytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file system that a run writes to: what it must hold at once, and what it has."""
+
+    folder: Path
+    needed_bytes: int
+    free_bytes: int
+
+    @property
+    def is_short(self) -> bool:
+        return self.needed_bytes > self.free_bytes
+
+
+@dataclass(frozen=True)
+class DiskUse:
+    """What a run writes, by kind and by file system."""
+
+    items: tuple[DiskItem, ...]
+    places: tuple[Place, ...]
+
+    @property
+    def most_bytes(self) -> int:
+        return sum(item.most_bytes for item in self.items)
+
+    @property
+    def last_bytes(self) -> int:
+        return sum(item.last_bytes for item in self.items)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """One sentence for each file system that will not do."""
+        return tuple(
+            f"{place.folder}: the run needs {size(place.needed_bytes)} there and {size(place.free_bytes)} are free. Keep fewer "
+            "checkpoints (keep_last_n), write no single files (no_save_ckpt), or put logdir on a larger disk."
+            for place in self.places
+            if place.is_short
+        )
+
+
+def foretell_disk(
+    config: TrainConfig,
+    estimate: MemoryEstimate,
+    *,
+    num_steps: int,
+    steps_per_epoch: int,
+    seconds: float | None,
+    latent_bytes: int = 0,
+    sheet_pixels: int = 0,
+    free: Mapping[Path, int] | None = None,
+) -> DiskUse:
+    """Foretell what a run writes.
+
+    Args:
+        estimate: for the sizes of what is saved.
+        seconds: of the whole run, for saving by the minute; None leaves that rule's saves out.
+        latent_bytes: of the latent cache on disk, see `latent_cache_bytes`.
+        sheet_pixels: of all sample sheets of one drawing.
+        free: free bytes by folder, measured unless given.
+    """
+    saves = save_steps(config, num_steps, steps_per_epoch, seconds)
+    run = Path(config.logdir)
+    items = [_checkpoints(config, estimate, saves, run)]
+    if not config.no_save_ckpt:
+        one = single_file_bytes(config, estimate) * (2 if _averages(config) else 1)
+        folder = Path(config.save_ckpt_dir or ".")
+        items.append(
+            DiskItem("single files", folder, one * len(saves), one * len(saves), f"{len(saves)} of {size(one)}")
+        )
+    if latent_bytes:
+        folder = Path(config.latent_cache_dir or run / ".edk_cache" / "latents")
+        items.append(DiskItem("latent cache", folder, latent_bytes, latent_bytes, "stays for the next run"))
+    drawings = num_drawings(config, num_steps)
+    if drawings and sheet_pixels:
+        total = int(drawings * sheet_pixels * BYTES_PER_SAMPLE_PIXEL)
+        items.append(DiskItem("samples", run, total, total, f"drawn {drawings} times"))
+    return DiskUse(tuple(items), _places(items, free))
+
+
+def save_steps(config: TrainConfig, num_steps: int, steps_per_epoch: int, seconds: float | None) -> list[int]:
+    """Optimizer steps after which a checkpoint is saved, the last one included, by the rules of `training.saving`."""
+    minutes = config.ckpt_every_n_minutes
+    if minutes is None and config.save_every_n_epochs is None and config.save_every_n_steps is None:
+        minutes = DEFAULT_MINUTES
+    steps: set[int] = {num_steps}
+    if minutes is not None and seconds:
+        between = minutes * 60 * num_steps / seconds
+        steps |= {round(between * n) for n in range(1, min(MOST_SAVES, int(num_steps / between)) + 1)}
+    if config.save_every_n_steps is not None:
+        steps |= set(range(config.save_every_n_steps, num_steps, config.save_every_n_steps))
+    if config.save_every_n_epochs is not None:
+        last_epoch = num_steps // max(1, steps_per_epoch)
+        epochs = range(config.save_every_n_epochs, last_epoch + 1, config.save_every_n_epochs)
+        steps |= {epoch * steps_per_epoch for epoch in epochs if epoch >= config.save_ckpts_from_n_epochs}
+    return sorted(step for step in steps if 0 < step <= num_steps)
+
+
+def single_file_bytes(config: TrainConfig, estimate: MemoryEstimate) -> int:
+    """Of one single-file checkpoint: always a whole model (an adapter is merged into its base), in half or full precision."""
+    return estimate.num_parameters * (4 if config.save_full_precision else 2)
+
+
+def num_drawings(config: TrainConfig, num_steps: int) -> int:
+    """How often samples are drawn: every `sample_steps`, at the end, and before the first step where asked for."""
+    if config.sample_steps is None:
+        return int(config.sample_before_training)
+    at_steps, rest = divmod(num_steps, config.sample_steps)
+    return at_steps + bool(rest) + config.sample_before_training
+
+
+def latent_cache_bytes(config: TrainConfig, dataset: Dataset, plan_settings: PlanSettings) -> tuple[str, int]:
+    """Where the latents will be kept (`off`, `memory` or `disk`), and how many bytes they take there."""
+    if config.cache_latents == "off":
+        return "off", 0
+    needed = foretell_bytes(dataset, plan_settings, variants=config.cache_variants)
+    folder = Path(config.latent_cache_dir or Path(config.logdir) / ".edk_cache" / "latents")
+    mode = choose_cache_mode(needed, folder) if config.cache_latents == "auto" else config.cache_latents
+    return mode, 0 if mode == "off" else needed
+
+
+def _checkpoints(config: TrainConfig, estimate: MemoryEstimate, saves: Sequence[int], folder: Path) -> DiskItem:
+    """Go through the saves: the newest two stay resumable (or all), `keep_last_n` stay at all, and the best beside them."""
+    weights = estimate.weight_bytes_written
+    best = 0 if config.validation_config is None else weights // (2 if _averages(config) else 1)  # live weights only
+    kept = most = 0
+    for number in range(1, len(saves) + 1):
+        before, resumable_before = kept, min(number - 1, RESUMABLE_KEPT)
+        if config.save_optimizer:
+            resumable_before = before
+        written = (before + 1) * weights + (resumable_before + 1) * estimate.state_bytes_written
+        most = max(most, written + best)
+        kept = min(before + 1, config.keep_last_n or number)
+    resumable = kept if config.save_optimizer else min(kept, RESUMABLE_KEPT)
+    last = kept * weights + resumable * estimate.state_bytes_written + best
+    one = size(weights)
+    note = f"{len(saves)} saved, {kept} kept, {one} each; {resumable} with {size(estimate.state_bytes_written)} of resume state"
+    return DiskItem("checkpoints", folder, most, last, note)
+
+
+def _averages(config: TrainConfig) -> bool:
+    return config.ema_decay_rate is not None or config.ema_strength_target is not None
+
+
+def _places(items: Sequence[DiskItem], free: Mapping[Path, int] | None) -> tuple[Place, ...]:
+    """Needs by file system: folders on the same one share its free bytes."""
+    needs: dict[int | Path, tuple[Path, int]] = {}
+    for item in items:
+        key: int | Path = item.folder if free is not None else _file_system(item.folder)
+        folder, needed = needs.get(key, (item.folder, 0))
+        needs[key] = (folder, needed + item.most_bytes)
+    return tuple(
+        Place(folder, needed, free_disk(folder) if free is None else free[folder]) for folder, needed in needs.values()
+    )
+
+
+def _file_system(folder: Path) -> int:
+    """The device number of what holds a folder, which need not exist yet."""
+    folder = Path(os.path.abspath(folder))
+    while not folder.exists():
+        folder = folder.parent
+    return folder.stat().st_dev

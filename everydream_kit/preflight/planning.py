@@ -1,0 +1,340 @@
+"""Making a plan: memory, time, disk and money of a run, before anything is spent, without a GPU and without weights.
+
+`plan` puts the room's parts together: steps from the trainer's own epoch plan, memory from the rehearsal, seconds from what was
+measured, published or can be computed, disk by going through the saves, money from a price that is entered or dated. Nothing is
+downloaded but the base's config files. `corrected` makes it right once real steps have been timed.
+
+Not here: how a plan is shown (`plan`), and what to change so that it fits (`advice`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from everydream_kit.config import TrainConfig, load_config
+from everydream_kit.data.cache_room import free_memory, possible_flips
+from everydream_kit.data.plan import PlanSettings
+from everydream_kit.errors import ConfigError, DataError, MemoryLimitError
+from everydream_kit.hosts import detect_host
+from everydream_kit.preflight.advice import (
+    LARGEST_BATCH,
+    MARGIN,
+    Estimate,
+    ask,
+    largest_batch,
+    largest_resolution,
+    make_it_fit,
+    room,
+)
+from everydream_kit.preflight.cards import Card, find_card, this_card
+from everydream_kit.preflight.disk import DiskUse, foretell_disk, latent_cache_bytes, num_drawings
+from everydream_kit.preflight.money import Price, entered_price, find_price, read_prices
+from everydream_kit.preflight.plan import Offer, Plan, StepCount
+from everydream_kit.preflight.seconds import StepSeconds, foretell_step
+from everydream_kit.training.pictures import foretell_steps, make_plan_settings, scan
+from everydream_kit.workspace import RunFolder
+
+if TYPE_CHECKING:
+    from everydream_kit.data.dataset import Dataset
+
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".jfif"})
+MOST_SCANNED = 50_000
+"""Pictures up to which a dataset is scanned for a plan; of more only the files are counted."""
+LARGEST_BATCH_ON_CPU = 4
+"""Where `auto` stops on a CPU: a larger batch is no faster there."""
+PROCESS_BYTES = 10**9
+"""Of host memory: Python with torch and diffusers loaded, which the memory model does not count on a CPU."""
+FORWARDS_IN_A_STEP = {"full": 3.0, "lora": 2.0, "textual_inversion": 2.0}
+"""A training step of one picture in forward passes of the UNet; one more with gradient checkpointing."""
+ENCODING_IN_FORWARDS = 1.4
+"""Encoding a picture with the VAE, in forward passes of SD 1.5's UNet at the same size (1.1 to 0.8 teraflops at 512 px)."""
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """What is known of the dataset."""
+
+    count: int | None
+    dataset: Dataset | None
+    note: str = ""
+
+
+def plan(
+    config: TrainConfig | dict[str, Any] | str | Path | RunFolder,
+    gpu: str | None = None,
+    price: float | None = None,
+    *,
+    advise: bool = False,
+    estimate: Estimate | None = None,
+) -> Plan:
+    """Say what a run will take.
+
+    Args:
+        config: settings, as an object, a mapping, or the path of a settings file; or a run folder: what it takes, and what is
+            left of it.
+        gpu: name of the card to plan for, such as `T4`; by default this machine's, or its CPU.
+        price: of the card, US dollars an hour; by default from the dated table, where it has one.
+        advise: ask for the largest batch and resolution as well (some seconds for each question).
+        estimate: the memory model; by default `memory.estimate_memory`.
+
+    Raises:
+        ConfigError: a setting, the card's name or the price is wrong.
+        ModelError, CheckpointError: the base model is not there.
+    """
+    entered = None if price is None else entered_price(price)
+    config, steps_done = _read_config(config)
+    card = find_card(gpu) if gpu is not None else this_card(config.gpuid)
+    asked = estimate or memory_model(config)
+    device_bytes = card.memory_bytes if card is not None else free_memory()
+    room_bytes = room(card) if card is not None else cpu_room()
+    assumptions, warnings = list(_assumptions(config, card)), []
+    if config.batch_size == "auto":
+        config, note = settle_for_plan(config, card, asked, room_bytes)
+        assumptions.append(note)
+    memory = ask(config, card, asked)
+    pictures = look_at_dataset(config)
+    if pictures.note:
+        assumptions.append(pictures.note)
+    settings = make_plan_settings(config, max(0, config.seed), 1)
+    steps = count_steps(config, pictures, settings)
+    if pictures.count == 0:
+        warnings.append(f"data_root {config.data_root}: no picture can be used there.")
+    latents, latent_bytes = _latents(config, pictures, settings)
+    step = foretell_step(config, card, memory)
+    made = Plan(
+        config=config,
+        card=card,
+        steps=steps,
+        memory=memory,
+        room_bytes=room_bytes,
+        device_bytes=device_bytes,
+        step=step,
+        seconds_of=_seconds_of(config, steps, step, latents),
+        price=entered or _table_price(config, card),
+        latents=latents,
+        steps_done=steps_done,
+        assumptions=tuple(assumptions),
+    )
+    disk = _disk(made, latent_bytes if latents == "disk" else 0)
+    advice = None
+    if card is not None and not made.fits:
+        advice = make_it_fit(config, card, estimate=asked, known=memory)
+        warnings.append(_too_large(made))
+    elif not made.fits:
+        warnings.append(_too_large(made))
+    offer = _offer(config, card, asked) if advise and card is not None else None
+    warnings += disk.warnings if disk is not None else ()
+    return replace(made, disk=disk, advice=advice, offer=offer, warnings=tuple(warnings))
+
+
+def corrected(plan: Plan, measured_seconds_per_step: float, *, steps_done: int = 0, source: str = "this run") -> Plan:
+    """The plan after real steps have been timed: their time takes the place of what was foretold.
+
+    Args:
+        measured_seconds_per_step: of one optimizer step, saving and sampling not counted.
+        steps_done: of the run so far.
+        source: who measured.
+
+    Raises:
+        ConfigError: the time is not above 0.
+    """
+    if not (math.isfinite(measured_seconds_per_step) and measured_seconds_per_step > 0):
+        raise ConfigError(f"measured_seconds_per_step: must be above 0 (got {measured_seconds_per_step!r})")
+    step = StepSeconds(measured_seconds_per_step, "measured here", source)
+    seconds_of = _seconds_of(plan.config, plan.steps, step, plan.latents)
+    again = replace(plan, step=step, seconds_of=seconds_of, steps_done=steps_done)
+    latents = [item.most_bytes for item in plan.disk.items if item.name == "latent cache"] if plan.disk else []
+    disk = _disk(again, sum(latents))
+    short = plan.disk.warnings if plan.disk is not None else ()
+    kept = tuple(warning for warning in plan.warnings if warning not in short)
+    return replace(again, disk=disk, warnings=kept + (disk.warnings if disk is not None else ()))
+
+
+def memory_model(config: TrainConfig) -> Estimate:
+    """`memory.estimate_memory` for this base, whose config files are read once for all questions.
+
+    Raises:
+        ModelError, CheckpointError: the base is not there.
+    """
+    from everydream_kit.preflight.memory import architecture_of, estimate_memory
+
+    return partial(estimate_memory, architecture=architecture_of(config))
+
+
+def cpu_room() -> int:
+    """Bytes of host memory that a run on this CPU may foretell."""
+    return int((free_memory() - PROCESS_BYTES) * (1 - MARGIN))
+
+
+def settle_for_plan(
+    config: TrainConfig, card: Card | None, estimate: Estimate, room_bytes: int
+) -> tuple[TrainConfig, str]:
+    """`batch_size: auto` as a number, and what was chosen in words; 1 where not even one picture fits."""
+    largest = LARGEST_BATCH if card is not None else LARGEST_BATCH_ON_CPU
+    try:
+        chosen, found = largest_batch(config, card, estimate=estimate, limit_bytes=room_bytes, largest=largest)
+    except MemoryLimitError:
+        return config.replace(batch_size=1), "batch_size auto: not even one picture fits; planned with 1"
+    why = f"the largest that fits, up to {largest}"
+    peak = f"{found.peak_bytes / 2**30:.1f} GiB foretold, {room_bytes / 2**30:.1f} GiB there"
+    return config.replace(batch_size=chosen), f"batch_size auto: {chosen}, {why} ({peak})"
+
+
+def look_at_dataset(config: TrainConfig) -> _Pictures:
+    """Scan what is on this machine and not huge; count the files of what is; say so where nothing can be looked at."""
+    if not _is_local(config.data_root):
+        return _Pictures(None, None, f"data_root {config.data_root}: not looked at: it is not a folder on this machine")
+    count = sum(1 for _ in _picture_files(config.data_root))
+    if count > MOST_SCANNED:
+        return _Pictures(count, None, f"{count:,} picture files were counted and not opened: all are taken as usable")
+    try:
+        dataset = scan(config, config.data_root)
+        if config.validation_config is not None:
+            dataset = _training_part(config, dataset)
+    except DataError as problem:
+        return _Pictures(0, None, str(problem))
+    left_out = len(dataset.problems)
+    note = f"{left_out:,} pictures or captions have problems; `everydream prepare` names them" if left_out else ""
+    return _Pictures(len(dataset), dataset, note)
+
+
+def count_steps(config: TrainConfig, pictures: _Pictures, settings: PlanSettings) -> StepCount:
+    """Optimizer steps of an epoch and of the run, by the trainer's own plan where the dataset was scanned."""
+    if pictures.dataset is not None and len(pictures.dataset):
+        per_epoch = foretell_steps(pictures.dataset, settings, 1, None)
+        basis = "planned"
+    elif pictures.count:
+        in_a_step = settings.batch_size * settings.grad_accum
+        per_epoch, basis = math.ceil(pictures.count * len(config.resolutions) / in_a_step), "counted"
+    else:
+        return StepCount(pictures.count, config.max_epochs, None, config.max_steps, "unknown")
+    num_steps = min(per_epoch * config.max_epochs, config.max_steps or per_epoch * config.max_epochs)
+    return StepCount(pictures.count, config.max_epochs, per_epoch, num_steps, basis)  # type: ignore[arg-type]
+
+
+def _read_config(given: TrainConfig | dict[str, Any] | str | Path | RunFolder) -> tuple[TrainConfig, int]:
+    """Settings, and the steps that are done where they are a run's."""
+    if isinstance(given, TrainConfig):
+        return given, 0
+    if isinstance(given, dict):
+        return load_config(None, given)[0], 0
+    if isinstance(given, RunFolder) or Path(given).is_dir():
+        run = given if isinstance(given, RunFolder) else RunFolder.open(given)
+        return load_config(run.config_path)[0], int(run.status().get("step") or 0)
+    return load_config(given)[0], 0
+
+
+def _is_local(data_root: Any) -> bool:
+    roots = data_root if isinstance(data_root, list) else [data_root]
+    return all(isinstance(root, str) and Path(root).is_dir() for root in roots)
+
+
+def _picture_files(data_root: str | list[str]) -> Iterator[str]:
+    for root in [data_root] if isinstance(data_root, str) else data_root:
+        for _, _, names in os.walk(root):
+            yield from (n for n in names if os.path.splitext(n)[1].lower() in PICTURE_SUFFIXES and ".mask." not in n)
+
+
+def _training_part(config: TrainConfig, dataset: Dataset) -> Dataset:
+    """The pictures that validation leaves for training."""
+    from everydream_kit.training.validating import split_dataset
+    from everydream_kit.training.validation_config import load_validation_config
+
+    assert config.validation_config is not None
+    return split_dataset(dataset, load_validation_config(config.validation_config), partial(scan, config))[0]
+
+
+def _latents(config: TrainConfig, pictures: _Pictures, settings: PlanSettings) -> tuple[str, int]:
+    if pictures.dataset is None or not len(pictures.dataset):
+        return "off", 0
+    return latent_cache_bytes(config, pictures.dataset, settings)
+
+
+def _seconds_of(config: TrainConfig, steps: StepCount, step: StepSeconds | None, latents: str) -> dict[str, float]:
+    """Seconds by part of the run; nothing where the steps or their time are not known.
+
+    Drawing and encoding are told in forward passes, whose time is a share of a step's.
+    """
+    if step is None or not steps.num_steps:
+        return {}
+    assert isinstance(config.batch_size, int)
+    passes = FORWARDS_IN_A_STEP[config.training_kind] + config.gradient_checkpointing
+    forward = step.seconds / (passes * config.batch_size * config.grad_accum)
+    parts = {"training": step.seconds * steps.num_steps}
+    drawn, sampling_steps, _ = _sheets(config)
+    drawings = num_drawings(config, steps.num_steps)
+    if drawings:
+        parts["samples"] = drawings * drawn * sampling_steps * 2 * forward
+    if latents != "off" and steps.num_pictures:
+        crops = steps.num_pictures * config.cache_variants * len(possible_flips(config.flip_p))
+        parts["latents"] = crops * ENCODING_IN_FORWARDS * forward
+    return parts
+
+
+def _sheets(config: TrainConfig) -> tuple[int, int, int]:
+    """Pictures of one drawing, denoising steps of each, and the pixels of all of them."""
+    from everydream_kit.training.samples import NUM_RANDOM_CAPTIONS, SampleSettings, read_sample_settings
+
+    path = Path(config.sample_prompts)
+    settings = read_sample_settings(path) if path.is_file() else SampleSettings()
+    side = settings.resolution or max(config.resolutions)
+    prompts = len(settings.samples) or NUM_RANDOM_CAPTIONS
+    sized = [entry.size[0] * entry.size[1] for entry in settings.samples if entry.size is not None]
+    pixels = sum(sized) + (prompts - len(sized)) * side * side
+    columns = len(settings.cfgs)
+    return prompts * columns, settings.num_inference_steps, pixels * columns
+
+
+def _disk(made: Plan, latent_bytes: int) -> DiskUse | None:
+    if made.memory is None or not made.steps.num_steps:
+        return None
+    return foretell_disk(
+        made.config,
+        made.memory,
+        num_steps=made.steps.num_steps,
+        steps_per_epoch=made.steps.per_epoch or made.steps.num_steps,
+        seconds=made.seconds,
+        latent_bytes=latent_bytes,
+        sheet_pixels=_sheets(made.config)[2],
+    )
+
+
+def _table_price(config: TrainConfig, card: Card | None) -> Price | None:
+    if card is None:
+        return None
+    host = detect_host()
+    return find_price(card.name, read_prices(config.logdir), host.name if host.is_rented else None)
+
+
+def _offer(config: TrainConfig, card: Card, estimate: Estimate) -> Offer:
+    try:
+        batch: int | None = largest_batch(config, card, estimate=estimate)[0]
+    except MemoryLimitError:
+        batch = None
+    resolution = largest_resolution(config, card, estimate=estimate)
+    return Offer(batch, None if resolution is None else resolution[0])
+
+
+def _too_large(made: Plan) -> str:
+    assert made.memory is not None
+    need, there = made.memory.peak_bytes / 2**30, made.room_bytes / 2**30
+    return f"It does not fit {made.device}: {need:.1f} GiB are foretold, and there is room for {there:.1f} GiB."
+
+
+def _assumptions(config: TrainConfig, card: Card | None) -> Iterator[str]:
+    where = f"a {card.name}" if card is not None else "a CPU"
+    yield f"memory is foretold by rehearsing the trainer's own step for {where}, with {MARGIN:.0%} of the memory kept free"
+    yield "time counts training, samples and encoding; not downloads, set-up, validation and loading"
+    if config.max_steps is None:
+        yield "every epoch has as many steps as the first"
+    if config.seed == -1:
+        yield "the seed is drawn when the run starts; the number of steps may differ by a few"
+
+
+__all__ = ["Plan", "corrected", "plan"]

@@ -1,0 +1,64 @@
+"""The first measured steps of a run correct what was foretold at once: one line in the log, one event for whoever watches.
+
+Where the run folder holds a `plan.json` (whoever starts a run may put one there), it is corrected and told beside what it said.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from everydream_kit.preflight.words import duration, money
+from everydream_kit.training.reports import Listener, StepReport
+
+if TYPE_CHECKING:
+    from everydream_kit.training.run import Run
+
+WARM_UP_STEPS = 2
+MEASURED_STEPS = 8
+PLAN_FILE = "plan.json"
+
+
+class MeasuredPlan(Listener):
+    """Times the steps after the first two of this session and tells once what the rest will take, by their median."""
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+
+    def __call__(self, run: Run, report: StepReport) -> None:
+        enough = WARM_UP_STEPS + MEASURED_STEPS
+        if len(self._seconds) < enough:
+            self._seconds.append(report.seconds)
+            if len(self._seconds) == enough:
+                self._tell(run, report, statistics.median(self._seconds[WARM_UP_STEPS:]))
+
+    def _tell(self, run: Run, report: StepReport, seconds_per_step: float) -> None:
+        left = max(0, run.num_steps - report.step) * seconds_per_step
+        plan = _read_plan(run)
+        usd = (plan.get("price") or {}).get("usd_per_hour")
+        foretold = (plan.get("step_seconds") or {}).get("seconds")
+        words = f"{seconds_per_step:.2f} s a step: about {duration(left)} of training left"
+        if usd is not None:
+            words += f", about {money(usd * left / 3600)}"
+        if foretold is not None:
+            words += f" (foretold were {foretold:.2f} s a step)"
+        run.journal.note(words)
+        run.tell(
+            "plan",
+            step=report.step,
+            seconds_per_step=round(seconds_per_step, 4),
+            seconds_left=round(left, 1),
+            cost_left_usd=None if usd is None else round(usd * left / 3600, 4),
+            foretold_seconds_per_step=foretold,
+            line=words,
+        )
+
+
+def _read_plan(run: Run) -> dict[str, Any]:
+    """The plan that was made before the run, or nothing."""
+    try:
+        plan = json.loads((run.folder.folder / PLAN_FILE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return plan if isinstance(plan, dict) else {}
