@@ -5,11 +5,13 @@
 
 A source is Python with cells: `# %%` begins a code cell (`tags=["parameters"]` and `form` may follow), `# %% [markdown]`
 one of text, whose lines are comments. Lines that begin with `# !` become shell lines. `# %% [setup]` stands for the set-up
-cell, which is the same in all notebooks (`src/setup.txt`). Cell ids are hashes of their content, so that an unchanged cell is an
-unchanged line in the repository.
+cell, which is the same in all notebooks (`src/setup.txt`). It holds the address that the kit is published at: `url` in
+setup.cfg, the one place where a publisher sets it. Without it the cell takes EVERYDREAM_KIT_REPOSITORY from the
+environment, or asks. Cell ids are hashes of their content, so that an unchanged cell is an unchanged line in the repository.
 """
 
 import argparse
+import configparser
 import hashlib
 import json
 import re
@@ -27,7 +29,7 @@ METADATA = {
 
 def build(source: Path) -> str:
     """The notebook of a source, as the text of its file."""
-    setup = (source.parent / "setup.txt").read_text("utf-8").strip()
+    setup = (source.parent / "setup.txt").read_text("utf-8").strip().replace("@REPOSITORY@", published_address())
     cells = []
     for head, body in split_cells(source.read_text("utf-8")):
         text = setup if "[setup]" in head else body
@@ -38,6 +40,13 @@ def build(source: Path) -> str:
         cells.append(make_cell(kind, head, text, taken={cell["id"] for cell in cells}))
     notebook = {"cells": cells, "metadata": METADATA, "nbformat": 4, "nbformat_minor": 5}
     return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def published_address(setup: Path = NOTEBOOKS.parent / "setup.cfg") -> str:
+    """Where the kit is published, or an empty text."""
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read(setup, encoding="utf-8")
+    return parser["metadata"].get("url", "").strip()
 
 
 def split_cells(text: str) -> list[tuple[str, str]]:

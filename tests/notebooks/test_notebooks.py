@@ -1,21 +1,24 @@
 """The notebooks: their form, that they are what their sources say, and that each runs from top to bottom."""
 
 import ast
+import importlib.util
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
 REPOSITORY = Path(__file__).parents[2]
 BOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 NAMES = ["00_quickstart", "01_prepare_dataset", "02_train", "03_compare_and_export", "04_share_on_the_hub"]
-SETUP = (REPOSITORY / "notebooks" / "src" / "setup.txt").read_text("utf-8").strip()
 
 
 def read(path):
@@ -54,9 +57,52 @@ def test_every_code_cell_follows_a_short_text(path):
             assert len(before.source.split()) < 120
 
 
-@pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
-def test_the_first_code_cell_is_the_same_set_up_everywhere(path):
-    assert code_cells(path)[0].source == SETUP
+def test_the_first_code_cell_is_the_same_set_up_everywhere():
+    assert len({code_cells(path)[0].source for path in BOOKS}) == 1
+
+
+@pytest.fixture
+def run_setup(monkeypatch, tmp_path):
+    """Runs the set-up cell as on a machine without the kit; gives the shell lines that it would run."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("EVERYDREAM_KIT_REPOSITORY", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    def run(address):
+        lines = []
+        shell = types.SimpleNamespace(system=lines.append)
+        source = re.sub('^REPOSITORY = ".*?"', f'REPOSITORY = "{address}"', code_cells(BOOKS[0])[0].source, flags=re.M)
+        with pytest.raises(SystemExit) as stopped:
+            exec(TransformerManager().transform_cell(source), {"get_ipython": lambda: shell})
+        return lines, str(stopped.value)
+
+    return run
+
+
+def test_without_the_kit_and_its_address_the_set_up_says_what_to_do(run_setup):
+    lines, message = run_setup("")
+    assert lines == [] and "between the quotes of REPOSITORY" in message
+
+
+def test_the_set_up_fetches_the_kit_from_its_address_or_from_beside(run_setup, tmp_path, monkeypatch):
+    lines, message = run_setup("https://example.org/kit")
+    assert [line.split()[0] for line in lines] == ["git", "bash"] and "$ADDRESS" in lines[0]
+    assert "lines above say why" in message  # nothing was fetched in this test
+    monkeypatch.setenv("EVERYDREAM_KIT_REPOSITORY", "https://example.org/fork")
+    assert len(run_setup("")[0]) == 2
+    (tmp_path / "everydream-kit").mkdir()
+    (tmp_path / "everydream-kit" / "colab_setup.sh").touch()
+    lines, _ = run_setup("")
+    assert [line.split()[0] for line in lines] == ["bash"]
+
+
+def test_the_address_stands_in_one_place(tmp_path):
+    sys.path.insert(0, str(REPOSITORY / "scripts"))
+    from build_notebooks import published_address
+
+    (tmp_path / "setup.cfg").write_text("[metadata]\nname = kit\nurl = https://example.org/kit\n")
+    assert published_address(tmp_path / "setup.cfg") == "https://example.org/kit"
+    assert f'REPOSITORY = "{published_address()}"' in code_cells(BOOKS[0])[0].source
 
 
 @pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
