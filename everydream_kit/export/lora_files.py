@@ -15,7 +15,7 @@ from everydream_kit.models.adapters import LORA_FILE, TOKENS_FILE, is_adapter_fo
 from everydream_kit.models.files import ModelFiles
 from everydream_kit.models.loading import open_model
 from everydream_kit.models.lora import Lora, LoraLayer
-from everydream_kit.models.lora_formats import read_lora, write_lora
+from everydream_kit.models.lora_formats import read_lora, without_scale, write_lora
 from everydream_kit.models.tensors import LazyTensor, open_safetensors
 from everydream_kit.models.tokens import write_embedding
 
@@ -51,6 +51,8 @@ def export_lora(
     base = open_model(**read_adapter_file(folder)["base"])
     out.parent.mkdir(parents=True, exist_ok=True)
     lora = read_lora(folder / LORA_FILE, base)
+    if layout == "diffusers":
+        lora = without_scale(lora)
     write_lora(out, lora, base.family, base.configs["unet"], layout=layout, title=out.stem, dtype=dtype)
     return out
 

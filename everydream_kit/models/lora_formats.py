@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -25,6 +26,7 @@ from everydream_kit.models.lora import Lora, LoraLayer
 from everydream_kit.models.tensors import LazyTensor, Tensors, open_safetensors, write_safetensors
 
 Layout = Literal["diffusers", "kohya"]
+Number = TypeVar("Number", int, float)
 
 DIFFUSERS_METADATA = "lora_adapter_metadata"
 """Where diffusers keeps rank and alpha (JSON in the header)."""
@@ -78,17 +80,41 @@ def _cast(name: str, tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
 
 
 def _diffusers_metadata(lora: Lora) -> str:
+    """peft's settings for each component. All keys that diffusers 0.34 to 0.36 ask for are there, empty ones included."""
     values: dict[str, object] = {}
     for component, layers in lora.items():
-        first = next(iter(layers.values()))
-        short = sorted(name.removeprefix("text_model.") for name in layers)  # transformers 5 has no such prefix
+        # transformers 5 has no such prefix; peft matches the ends of names, so that 4 finds them, too
+        short = {name.removeprefix("text_model."): layer for name, layer in sorted(layers.items())}
+        rank = _most_common(layer.rank for layer in short.values())
+        alpha = _most_common(layer.alpha for layer in short.values())
         values |= {
-            f"{component}.r": first.rank,
-            f"{component}.lora_alpha": first.alpha,
-            f"{component}.target_modules": short,
-            f"{component}.use_dora": first.magnitude is not None,
+            f"{component}.r": rank,
+            f"{component}.lora_alpha": alpha,
+            f"{component}.rank_pattern": {name: layer.rank for name, layer in short.items() if layer.rank != rank},
+            f"{component}.alpha_pattern": {name: layer.alpha for name, layer in short.items() if layer.alpha != alpha},
+            f"{component}.target_modules": list(short),
+            f"{component}.use_dora": any(layer.magnitude is not None for layer in short.values()),
         }
     return json.dumps(values, sort_keys=True)
+
+
+def _most_common(numbers: Iterable[Number]) -> Number:
+    return Counter(numbers).most_common(1)[0][0]
+
+
+def without_scale(lora: Lora) -> Lora:
+    """The same changes with alpha = rank: readers that do not know alpha, as diffusers before 0.34, read them right."""
+    return {
+        component: {
+            name: dataclasses.replace(layer, up=_scaled(layer.up, layer.alpha / layer.rank), alpha=float(layer.rank))
+            for name, layer in layers.items()
+        }
+        for component, layers in lora.items()
+    }
+
+
+def _scaled(tensor: LazyTensor, factor: float) -> LazyTensor:
+    return tensor if factor == 1 else LazyTensor(tensor.shape, tensor.dtype, lambda: tensor.read() * factor)
 
 
 def _to_diffusers(lora: Lora) -> Tensors:
@@ -230,10 +256,16 @@ def _from_diffusers(tensors: Tensors, metadata: Mapping[str, str]) -> Lora:
         up = tensors.get(f"{stem}.lora_B.weight")
         if up is None:
             raise ModelError(f"{stem}: a LoRA layer without lora_B.")
-        alpha = float(values.get(f"{component}.lora_alpha", down.shape[0]))
+        alpha = float(_by_pattern(values, component, name) or values.get(f"{component}.lora_alpha", down.shape[0]))
         magnitude = tensors.get(f"{stem}.lora_magnitude_vector")
         lora.setdefault(component, {})[name] = LoraLayer(down, up, alpha, magnitude)
     return lora
+
+
+def _by_pattern(values: Mapping[str, Any], component: str, name: str) -> float | None:
+    """A layer's own alpha, where the file names it: peft's patterns match the ends of names."""
+    patterns = values.get(f"{component}.alpha_pattern") or {}
+    return next((patterns[end] for end in patterns if f".{name}".endswith("." + end.removeprefix("^"))), None)
 
 
 def apply_lora(base: ModelFiles, lora: Lora, strength: float = 1.0) -> ModelFiles:

@@ -10,7 +10,7 @@ from everydream_kit.export.lora_files import export_lora, extract_lora, low_rank
 from everydream_kit.export.merge import merge_checkpoints, merge_lora
 from everydream_kit.models.loading import load_model, open_model
 from everydream_kit.models.lora import add_lora
-from everydream_kit.models.lora_formats import delta
+from everydream_kit.models.lora_formats import delta, read_lora
 from everydream_kit.models.saving import save_model
 from everydream_kit.models.scratch import build_tiny_model, write_model
 from everydream_kit.models.tensors import open_safetensors
@@ -62,6 +62,22 @@ def test_an_extracted_lora_restores_what_a_lora_of_its_rank_had_changed(tmp_path
     assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.alpha" in open_safetensors(lora)[0]
     with pytest.raises(ExportError, match="nothing to extract"):
         extract_lora(tiny_folder("sd1"), tiny_folder("sd1"), tmp_path / "none.safetensors")
+
+
+def test_layers_of_different_ranks_keep_their_strength_in_both_layouts(tmp_path):
+    base, other = tiny_folder("sd1"), write_model(build_tiny_model("sd1", seed=1), tmp_path / "other")
+    kohya, diffusers = (
+        read_lora(
+            extract_lora(other, base, tmp_path / f"{layout}.safetensors", rank=48, layout=layout, precision="fp32"),
+            open_model(base),
+        )
+        for layout in ("kohya", "diffusers")
+    )
+    assert len({layer.rank for layer in diffusers["unet"].values()}) > 1
+    for component, layers in kohya.items():
+        assert layers.keys() == diffusers[component].keys()
+        for name, layer in layers.items():
+            assert torch.equal(delta(layer), delta(diffusers[component][name])), name
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (6, 5, 3, 3)])
