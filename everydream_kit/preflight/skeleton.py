@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from everydream_kit.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
+    from everydream_kit.models.family import TextEncoderSlot
     from everydream_kit.models.files import ModelFiles
     from everydream_kit.models.loading import Model
     from everydream_kit.models.lora import LoraSettings
@@ -86,6 +88,29 @@ def read_architecture(
     return Architecture(dataclasses.replace(files, source=str(source)))
 
 
+def shipped_architecture(
+    family: str,
+    *,
+    unet: Mapping[str, Any] | None = None,
+    vae: Mapping[str, Any] | None = None,
+    text_encoders: Sequence[Mapping[str, Any]] | None = None,
+    prediction_type: str | None = None,
+) -> Architecture:
+    """The architecture that a family was published with, with changes as `scratch.build_model` takes them.
+
+    Raises:
+        ModelError: unknown family.
+    """
+    from everydream_kit.models.families import family_by_name
+    from everydream_kit.models.family import configs_folder
+
+    files = open_configs(configs_folder(family_by_name(family)), family=family, prediction_type=prediction_type)
+    names = [slot.folder for slot in files.family.text_encoders]
+    changes = {"unet": unet or {}, "vae": vae or {}, **dict(zip(names, text_encoders or [{}] * len(names), strict=True))}
+    files.configs = {name: {**config, **changes[name]} for name, config in files.configs.items()}
+    return Architecture(files)
+
+
 def _read_adapted(folder: Path, endpoint: str | None) -> Architecture:
     """A base, and the adapter that a small checkpoint puts on it."""
     from everydream_kit.models.adapters import read_adapter_file
@@ -134,11 +159,17 @@ def open_configs(folder: Path, *, family: str | None = None, prediction_type: st
         source=str(folder),
         configs={name: configs[name] for name in wanted},
         tensors={},
-        tokenizers=dict.fromkeys((slot.tokenizer_folder for slot in found.text_encoders), None),
+        tokenizers={slot.tokenizer_folder: _own_vocabulary(folder, slot) for slot in found.text_encoders},
         scheduler_config=scheduler,
         prediction_type=prediction_type or prediction_type_of(scheduler, str(folder)),
         zero_terminal_snr=has_zero_terminal_snr(scheduler),
     )
+
+
+def _own_vocabulary(folder: Path, slot: TextEncoderSlot) -> Path | None:
+    """A tokenizer's folder where it is there whole: a small model's words are numbered in its own way. None: the shipped one."""
+    own = folder / slot.tokenizer_folder
+    return own if all((own / name).is_file() for name in ("vocab.json", "merges.txt")) else None
 
 
 def _fetch_configs(
@@ -223,21 +254,12 @@ def build_skeleton(architecture: Architecture, dtype: torch.dtype) -> Model:
     Args:
         dtype: of UNet and text encoders; the VAE is float32 as ever.
     """
-    import torch
-
     from everydream_kit.models.components import build_text_encoder, build_unet, build_vae
-    from everydream_kit.models.family import configs_folder
-    from everydream_kit.models.files import read_json
-    from everydream_kit.models.loading import Model, training_scheduler
+    from everydream_kit.models.loading import Model, _tokenizer, training_scheduler
     from everydream_kit.models.lora import inject
-    from everydream_kit.models.tokenizer import build_tokenizer
 
     files = architecture.files
     slots = files.family.text_encoders
-    pads = [
-        str(read_json(configs_folder(files.family) / slot.tokenizer_folder / "tokenizer_config.json")["pad_token"])
-        for slot in slots
-    ]
     model = Model(
         family=files.family,
         unet=_in_format(build_unet(files.configs["unet"]), dtype),
@@ -245,7 +267,7 @@ def build_skeleton(architecture: Architecture, dtype: torch.dtype) -> Model:
         text_encoders=[
             _in_format(build_text_encoder(files.configs[slot.folder], slot.class_name), dtype) for slot in slots
         ],
-        tokenizers=[build_tokenizer(pad) for pad in pads],
+        tokenizers=[_tokenizer(files, slot.tokenizer_folder) for slot in slots],
         noise_scheduler=training_scheduler(files.scheduler_config, files.prediction_type, files.zero_terminal_snr),
         scheduler_config=dict(files.scheduler_config),
         prediction_type=files.prediction_type,
