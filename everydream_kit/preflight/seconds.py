@@ -2,7 +2,7 @@
 
 The order is that of trust: a run on the same card with the same settings; a published figure that matches in every point
 (`speeds.json`, with its source); else the work of a step over what the card can do. The formula's constants were fitted to
-the nine published figures, which it meets to within 15 %, and a tenth that was kept back (SDXL LoRA on an RTX 3090 Ti, 1.12 s)
+the nine published figures, each of which it meets to within a tenth, and one that was kept back (SDXL LoRA on an RTX 3090 Ti, 1.12 s)
 to within 11 %; they come from three generations of cards and other people's trainers, so a computed time is right to about a
 third. A trainer tuned throughout, such as MosaicML's, is 2.5 times as fast as the formula says.
 
