@@ -115,7 +115,7 @@ def rehearse(
         dataset: says whether captions vary; None: as the settings say.
     """
     tracker = StorageTracker(scratch_of(device_type), ALLOCATOR_GRANULE if device_type == "cuda" else 1)
-    dataset = dataset or _stand_in(config, bucket)
+    dataset = dataset or stand_in_dataset(config, bucket)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         logdir = stack.enter_context(tempfile.TemporaryDirectory())
@@ -129,12 +129,12 @@ def rehearse(
         run = _assemble(config, model, dataset, Path(logdir), optimizer_config, device_type, has_bf16, tracker)
         idle = _idle(config, run, caches_latents) if device_type != "cpu" else []
         tracker.label([p for module in idle for p in module.parameters()], IDLE)
-        batch = _batch(bucket, run.plan_settings.batch_size, with_moments=caches_latents)
+        batch = make_batch(bucket, run.plan_settings.batch_size, with_moments=caches_latents)
         if caches_latents:
             _rehearse_caching(run, tracker, bucket)
         num_micro_batches = _rehearse_step(run, tracker, batch)
         if validates is not None:
-            _rehearse_validation(run, tracker, _batch(bucket, validates, with_moments=False))
+            _rehearse_validation(run, tracker, make_batch(bucket, validates, with_moments=False))
         if samples is not None:
             _rehearse_sampling(run, tracker, samples, averaged=config.ema_sample_ema_model)
         return _summarise(config, run, tracker, num_micro_batches)
@@ -148,7 +148,8 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _stand_in(config: TrainConfig, bucket: Size) -> Dataset:
+def stand_in_dataset(config: TrainConfig, bucket: Size) -> Dataset:
+    """A dataset of one picture that need not exist."""
     builder = DatasetBuilder(["."])
     builder.add("picture.png", width=bucket[0], height=bucket[1], caption=CAPTION, caption_kind=FROM_TEXT)
     return builder.build(Defaults(shuffle_tags=config.shuffle_tags, keep_tags=config.keep_tags))
@@ -160,7 +161,8 @@ def _materialise(model: Model, tracker: StorageTracker) -> None:
         for part in module.modules():
             for name, parameter in part._parameters.items():
                 if parameter is not None:
-                    fake = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+                    values = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    fake = torch.nn.Parameter(values, parameter.requires_grad)
                     part._parameters[name] = fake
                     _follow_gradient(fake, tracker)
             for name, buffer in part._buffers.items():
@@ -227,7 +229,8 @@ def _idle(config: TrainConfig, run: Run, caches_latents: bool) -> list[torch.nn.
     )
 
 
-def _batch(bucket: Size, batch_size: int, *, with_moments: bool) -> Batch:
+def make_batch(bucket: Size, batch_size: int, *, with_moments: bool) -> Batch:
+    """A batch of grey pictures of one bucket, or of their cached latents."""
     width, height = bucket
     return Batch(
         planned=MicroBatch(0, 0, 0, bucket, (Draw(0, 0),) * batch_size),

@@ -106,7 +106,11 @@ def shipped_architecture(
 
     files = open_configs(configs_folder(family_by_name(family)), family=family, prediction_type=prediction_type)
     names = [slot.folder for slot in files.family.text_encoders]
-    changes = {"unet": unet or {}, "vae": vae or {}, **dict(zip(names, text_encoders or [{}] * len(names), strict=True))}
+    changes = {
+        "unet": unet or {},
+        "vae": vae or {},
+        **dict(zip(names, text_encoders or [{}] * len(names), strict=True)),
+    }
     files.configs = {name: {**config, **changes[name]} for name, config in files.configs.items()}
     return Architecture(files)
 
