@@ -1,5 +1,5 @@
 """Long work that a panel starts and watches, a process each: fetching, unpacking and looking
-through a dataset, drawing, exporting, pushing.
+through a dataset, planning, drawing, exporting, pushing.
 
 `python -m everydream_kit.panels.chores CHORE FOLDER ...` does one chore and tells about it in FOLDER/status.json as the
 trainer does, so that `jobs` can watch it. No widgets here.
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from everydream_kit.errors import KitError
-from everydream_kit.workspace import RunFolder
+from everydream_kit.workspace import RunFolder, write_whole
 
-LOOKED_FILE = "report.json"
+LOOKED_FILE, PLAN_FILE = "report.json", "plan.json"
 TELL_SECONDS = 0.5
 """Between two words about progress."""
 
@@ -88,6 +88,20 @@ def look(told: Told, folder: Path, source: str, options: str) -> dict[str, Any]:
     return {"step": len(dataset), "num_steps": len(dataset), "message": f"{len(dataset):,} pictures looked through."}
 
 
+def foretell(told: Told, folder: Path, config: str, wish: str) -> dict[str, Any]:
+    """Make the plan of a run: memory, time, disk, money, and what to change so that it fits."""
+    from everydream_kit.config import load_config
+    from everydream_kit.preflight.planning import plan
+
+    wanted = json.loads(wish)
+    values = json.loads(config)
+    settings = load_config(None, {name: values[name] for name in values["given"]})[0]
+    told.tell("running", message="Foretelling memory, time and cost …")
+    made = plan(settings, wanted["gpu"], wanted["price"])
+    write_whole(folder / PLAN_FILE, json.dumps({**made.to_json(), "text": made.text, "key": wanted["key"]}))
+    return {"message": made.line}
+
+
 def draw(told: Told, folder: Path, plan: str) -> dict[str, Any]:
     """Draw the pictures of a comparison that are not there yet."""
     from everydream_kit.panels.comparison import Comparison, draw_missing
@@ -127,6 +141,7 @@ CHORES: dict[str, Callable[..., dict[str, Any]]] = {
     "fetch": fetch,
     "unpack": unpack,
     "look": look,
+    "foretell": foretell,
     "draw": draw,
     "export": export,
     "push": push,

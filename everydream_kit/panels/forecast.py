@@ -21,7 +21,7 @@ from everydream_kit.data.files import scan_dataset
 from everydream_kit.data.plan import PlanSettings, plan_epoch
 from everydream_kit.errors import DataError
 from everydream_kit.panels.project import EMBEDDED_MODEL, Project
-from everydream_kit.panels.words import duration, size
+from everydream_kit.panels.words import size
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".jfif"})
 LARGEST_PLANNED = 3000
@@ -60,15 +60,11 @@ class Forecast:
             return f"A checkpoint takes about {need} and only {free} are free where the run folder goes."
         return ""
 
-    def sentence(self) -> str:
-        """The plan line."""
+    def steps_words(self) -> str:
+        """How long the run is."""
         if self.num_steps is None:
-            steps = "steps are known once the dataset is fetched"
-        else:
-            steps = f"{self.num_pictures} pictures × {self.num_epochs} epochs → {self.num_steps:,} steps"
-        time = f"about {duration(self.seconds)}" if self.seconds is not None else "time: known after the first steps"
-        disk = f"{size(self.checkpoint_bytes)} a checkpoint, {size(self.free_bytes)} free"
-        return f"{steps} · {time} · {disk}"
+            return "steps are known once the dataset is fetched"
+        return f"{self.num_pictures} pictures × {self.num_epochs} epochs → {self.num_steps:,} steps"
 
 
 def forecast(config: TrainConfig, project: Project) -> Forecast:

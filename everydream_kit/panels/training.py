@@ -6,7 +6,6 @@ and made again at any time. All callbacks return at once: training is a process 
 
 from __future__ import annotations
 
-import html
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +19,10 @@ from everydream_kit.errors import ConfigError
 from everydream_kit.panels import look
 from everydream_kit.panels.board import Board
 from everydream_kit.panels.clock import has_clock, make_clock
-from everydream_kit.panels.forecast import forecast
 from everydream_kit.panels.form import SettingsForm
 from everydream_kit.panels.login import token_environment
 from everydream_kit.panels.monitor import STATE_TONES, RunMonitor
+from everydream_kit.panels.outlook import PlanBox
 from everydream_kit.panels.pages import Pages
 from everydream_kit.panels.panel import Panel, display_widget, set_html
 from everydream_kit.panels.presets import PRESETS
@@ -94,7 +93,7 @@ class TrainPanel(Panel):
             jobs.Queue(self.project.folder / "queue.json"), self._checked_config, self.say,
             command=self._command, environment=self._environment,
         )  # fmt: skip
-        self.head, self.plan = widgets.HTML(), widgets.HTML()
+        self.head, self.plan = widgets.HTML(), PlanBox(self.project, self.form.set_values, self.say)
         self.start_button = look.button("Start training", tone="primary", icon="play", hint="Train with these settings")
         self.stop_button = look.button("Stop", icon="stop", hint="Finish the step, save a checkpoint, and end")
         self.resume_button = look.button("Resume", icon="forward", hint="Go on from the newest checkpoint of this run")
@@ -121,7 +120,7 @@ class TrainPanel(Panel):
         self.box = look.panel_box(
             [
                 self.head,
-                self.plan,
+                self.plan.box,
                 look.row(self.start_button, self.stop_button, self.resume_button, self.sample_button, self.save_button,
                          self.kill_button, self.refresh_button),
                 self.monitor.bar,
@@ -169,8 +168,7 @@ class TrainPanel(Panel):
 
     def _checked_config(self) -> TrainConfig:
         config = self.form.config()
-        problem = forecast(config, self.project).problem
-        if problem:
+        if problem := self.plan.problem:
             raise ConfigError(problem)
         self.project.save_settings(self.form.changed_values())
         return config
@@ -253,11 +251,9 @@ class TrainPanel(Panel):
         if errors:
             first = "; ".join(f"{name} {message}" for name, message in list(errors.items())[:3])
             what = "1 setting" if len(errors) == 1 else f"{len(errors)} settings"
-            set_html(self.plan, look.note(f"{what} to mend before training can start: {first}", "bad"))
+            self.plan.take_errors(f"{what} to mend before training can start: {first}")
             return
-        plan = forecast(self.form.config(), self.project)
-        plain = f'<div class="edk-plan">{html.escape(plan.sentence())}</div>'
-        set_html(self.plan, look.note(plan.problem, "warn") if plan.problem else plain)
+        self.plan.take(self.form.config())
 
     # Showing a run
 
@@ -291,6 +287,7 @@ class TrainPanel(Panel):
             self._attach(begun)
             self._list_runs()
             return
+        self.plan.refresh(may_start=not status["alive"])
         self._draw_head(status)
         self._draw_buttons(status)
         self.monitor.show(status)

@@ -1,6 +1,25 @@
+// Beats while the panel is on the page, and gives screen readers what widgets leave out: names of slider handles and of
+// their number fields, which page is shown, which fold is open.
+function describe(panel) {
+  for (const widget of panel.querySelectorAll(".widget-slider, .jupyter-widget-slider")) {
+    const label = widget.querySelector("label, .widget-label");
+    for (const part of widget.querySelectorAll(".noUi-handle, .ui-slider-handle, .widget-readout"))
+      if (label && !part.hasAttribute("aria-label")) part.setAttribute("aria-label", label.textContent);
+  }
+  const state = (selector, name, test) => {
+    for (const button of panel.querySelectorAll(selector)) {
+      const now = String(test(button));
+      if (button.getAttribute(name) !== now) button.setAttribute(name, now);
+    }
+  };
+  state(".edk-tab", "aria-pressed", (button) => button.classList.contains("edk-current"));
+  state(".edk-fold", "aria-expanded", (button) => button.querySelector(".fa-caret-down") !== null);
+}
 function render({ model, el }) {
   el.style.display = "none";
   const beat = () => {
+    const panel = el.closest(".edk");
+    if (panel) describe(panel);
     if (!model.get("on")) return;
     model.set("beats", model.get("beats") + 1);
     model.save_changes();

@@ -253,17 +253,25 @@ def test_another_folder_becomes_the_dataset_and_stays_so(project, tmp_path):
     assert len(DatasetPanel(project).album) == 1
 
 
-def test_a_dataset_of_five_thousand_stays_usable(tmp_path):
+def test_a_dataset_of_five_thousand_stays_usable(tmp_path, monkeypatch):
+    from everydream_kit.panels import gallery
+
     folder = tmp_path / "big" / "input"
     picture(folder / "p0000.png")
     data = (folder / "p0000.png").read_bytes()
     for number in range(1, 5000):
         (folder / f"p{number:04}.png").write_bytes(data)
+    opened = []
+    monkeypatch.setattr(gallery, "thumbnail", lambda path, side: opened.append(path) or b"")
     panel = DatasetPanel(tmp_path / "big")
     assert panel.gallery.page.max == 417
-    assert len(panel.gallery.cards) == 12
+    assert len(panel.gallery.cards) == 12 and len(set(opened)) == 12
+    opened.clear()
     panel.gallery.page.value = 417
     assert panel.gallery.shown[-1] == 4999
+    assert len(opened) == len(panel.gallery.shown) == 8
+    panel.gallery.search.value = "p123"
+    assert panel.gallery.found == list(range(1230, 1240))
 
 
 def send(receiver, name, data, piece=1000):

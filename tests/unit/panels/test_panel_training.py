@@ -41,8 +41,8 @@ def wait_until(panel, condition, seconds=15.0):
 def test_the_plan_line_says_pictures_epochs_steps_and_disk(project):
     panel = TrainPanel(project)
     panel.form.set_values({"batch_size": 4, "max_epochs": 10})
-    assert "6 pictures × 10 epochs → 20 steps" in panel.plan.value
-    assert "free" in panel.plan.value
+    assert "6 pictures × 10 epochs → 20 steps" in panel.plan.line.value
+    assert "free" in panel.plan.line.value
 
 
 def test_the_plan_line_counts_steps_as_the_trainer_does(project):
@@ -50,12 +50,12 @@ def test_the_plan_line_counts_steps_as_the_trainer_does(project):
         Image.new("RGB", (64, 160)).save(project / "input" / f"tall_{number}.png")
     (project / "input" / "broken.png").write_bytes(b"")
     panel = TrainPanel(project, settings={"batch_size": 4, "max_epochs": 1, "resolution": 64})
-    assert "9 pictures × 1 epochs → 3 steps" in panel.plan.value
+    assert "9 pictures × 1 epochs → 3 steps" in panel.plan.line.value
 
 
 def test_an_empty_dataset_is_told_before_anything_starts(tmp_path):
     panel = TrainPanel(tmp_path / "empty")
-    assert "No pictures in the dataset yet" in panel.plan.value
+    assert "No pictures in the dataset yet" in panel.plan.line.value
     panel.start_button.click()
     assert "No pictures" in panel.message.value
     assert panel.job is None
@@ -65,7 +65,7 @@ def test_a_wrong_setting_closes_the_start_button(project):
     panel = TrainPanel(project)
     panel.form.field("lr").control.value = "x"
     assert panel.start_button.disabled
-    assert "1 setting to mend" in panel.plan.value
+    assert "1 setting to mend" in panel.plan.line.value
 
 
 def test_start_shows_progress_curves_samples_and_log_and_then_the_end(project):

@@ -1,0 +1,126 @@
+"""The plan of the training panel: at once what is cheap, in full from a process, and *Make it fit*."""
+
+import json
+import time
+
+import pytest
+from PIL import Image
+
+from everydream_kit.panels import outlook
+from everydream_kit.panels.errand import Errand
+from everydream_kit.panels.outlook import PlanBox
+from everydream_kit.panels.project import Project
+
+
+@pytest.fixture
+def project(tmp_path):
+    project = Project.open(tmp_path / "jets")
+    for number in range(6):
+        Image.new("RGB", (64, 64)).save(project.pictures_folder / f"a jet_{number}.png")
+    return project
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr(outlook, "REST_SECONDS", 0.0)
+
+
+TOO_LARGE = {
+    "fits": False,
+    "device": "T4",
+    "device_bytes": 15 * 2**30,
+    "memory": {"peak_bytes": 33 * 2**30},
+    "seconds": 3700,
+    "cost_usd": 0.4,
+    "text": "plan  does not fit",
+    "advice": {"fits": True, "changes": {"gradient_checkpointing": True}, "reasons": ["gradient_checkpointing: on"]},
+}
+
+
+class Answering(Errand):
+    """Stands for the process: one answer for every wish, at the next look."""
+
+    def __init__(self, folder, answer):
+        super().__init__(folder)
+        self.answer, self.told, self.wishes = answer, 0, []
+
+    def begin(self, chore, *arguments):
+        self.wishes.append(json.loads(arguments[1]))
+
+    def poll(self):
+        if self.told == len(self.wishes):
+            return None
+        self.told += 1
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / "plan.json").write_text(json.dumps({**self.answer, "key": self.wishes[-1]["key"]}))
+        return {"alive": False, "state": "finished"}
+
+
+def plan_for(box, config):
+    box.take(config)
+    for _ in range(3):
+        box.refresh(may_start=True)
+
+
+def test_what_is_cheap_is_said_at_once_and_the_rest_when_it_is_known(project):
+    errand = Answering(project.folder / "plan", TOO_LARGE)
+    box = PlanBox(project, lambda values: None, lambda *words: None, errand=errand)
+    config = project.config(batch_size=4, max_epochs=10)
+    box.take(config)
+    assert "6 pictures × 10 epochs → 20 steps" in box.line.value and "memory" not in box.line.value
+    box.refresh(may_start=False)
+    assert errand.wishes == [], "a run in progress needs the machine"
+    plan_for(box, config)
+    assert "6 pictures × 10 epochs → 20 steps · about 1 h 01 min on T4" in box.line.value
+    assert "does not fit: 33.0 of 15.0 GiB memory" in box.line.value and "about $0.40" in box.line.value
+    box.fold.set_open(True)
+    assert "plan  does not fit" in box.report.value
+    plan_for(box, project.config(batch_size=2))
+    plan_for(box, config)
+    assert len(errand.wishes) == 2, "what was planned once is remembered"
+
+
+def test_settings_that_are_still_being_typed_are_not_planned(project, monkeypatch):
+    monkeypatch.setattr(outlook, "REST_SECONDS", 3600.0)
+    errand = Answering(project.folder / "plan", TOO_LARGE)
+    box = PlanBox(project, lambda values: None, lambda *words: None, errand=errand)
+    plan_for(box, project.config())
+    assert errand.wishes == []
+
+
+def test_make_it_fit_takes_over_what_is_advised(project):
+    applied, said = [], []
+    errand = Answering(project.folder / "plan", TOO_LARGE)
+    box = PlanBox(project, applied.append, lambda *words: said.append(words), errand=errand)
+    box.take(project.config())
+    assert box.fit_button.layout.visibility == "hidden"
+    plan_for(box, project.config())
+    assert box.fit_button.layout.visibility == "visible"
+    box.fit_button.click()
+    assert applied == [{"gradient_checkpointing": True}]
+    assert "gradient_checkpointing: on" in said[0][0] and said[0][1] == "good"
+
+
+def test_another_card_and_a_price_are_planned_for(project):
+    errand = Answering(project.folder / "plan", TOO_LARGE)
+    box = PlanBox(project, lambda values: None, lambda *words: None, errand=errand)
+    plan_for(box, project.config())
+    box.card.value, box.price.value = "T4", "0.35"
+    plan_for(box, project.config())
+    assert [(wish["gpu"], wish["price"]) for wish in errand.wishes] == [(None, None), ("T4", 0.35)]
+    box.price.value = "cheap"
+    plan_for(box, project.config())
+    assert len(errand.wishes) == 2 and "must be a number (got &#x27;cheap&#x27;)" in box.report.value
+
+
+def test_the_process_makes_the_real_plan(project):
+    box = PlanBox(project, lambda values: None, lambda *words: None)
+    box.take(project.config(resolution=64, batch_size=2, max_epochs=3, sample_steps=None))
+    end = time.monotonic() + 250
+    while "memory" not in box.line.value:
+        assert time.monotonic() < end and "error" not in box.report.value, box.report.value
+        box.refresh(may_start=True)
+        time.sleep(0.1)
+    assert "6 pictures × 3 epochs → 9 steps · about" in box.line.value and "on this CPU" in box.line.value
+    assert "GiB memory" in box.line.value and "on disk" in box.line.value
+    assert "training step" in box.report.value
