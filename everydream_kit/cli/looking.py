@@ -21,12 +21,14 @@ def _run_runs(options: argparse.Namespace) -> None:
 
 def _run_doctor(options: argparse.Namespace) -> int:
     from everydream_kit.doctor import diagnose
+    from everydream_kit.preflight.cards import describe_cards
 
     diagnosis = diagnose()
     for check in diagnosis.checks:
         print(f"{check.status:<8} {check.name}: {check.text}")
         if check.cure:
             print(f"{'':<8} {check.cure}")
+    print(f"{'ok':<8} cards that `everydream plan --gpu NAME` knows: {describe_cards()}")
     return EXIT_PROBLEM if any(check.status == "error" for check in diagnosis.checks) else 0
 
 

@@ -173,12 +173,12 @@ def _largest(
     Peaks are nearly straight lines, so a guess by interpolation is mostly right; a guess by halving after each keeps a bent one
     from being asked about at every choice.
     """
-    low = peak(choices[0])
-    if low.peak_bytes > limit:
-        return None
     high = peak(choices[-1])
     if high.peak_bytes <= limit:
         return choices[-1], high
+    low = peak(choices[0])
+    if low.peak_bytes > limit:
+        return None
     first, last, interpolates = 0, len(choices) - 1, True
     while last - first > 1:
         share = (limit - low.peak_bytes) / (high.peak_bytes - low.peak_bytes) if interpolates else 0.5

@@ -68,6 +68,11 @@ def known_cards() -> tuple[Card, ...]:
     return tuple(_read_card(entry) for entry in json.loads(text)["cards"])
 
 
+def describe_cards() -> str:
+    """All of them in one line, with their memory."""
+    return ", ".join(f"{card.name} ({card.memory_bytes / GIB:.0f} GiB)" for card in known_cards())
+
+
 def find_card(name: str) -> Card:
     """The card that a person means, by name or alias; case, spaces and the maker's words do not matter.
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from everydream_kit.cli import main
 from everydream_kit.errors import ConfigError
 from everydream_kit.preflight.cards import GIB, find_card, known_cards, recognise
 
@@ -80,3 +81,9 @@ def test_a_card_that_is_not_in_the_list_is_known_by_its_memory_only():
         False,
         0,
     )
+
+
+def test_doctor_lists_the_cards(capsys):
+    main(["doctor"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "everydream plan --gpu" in line)
+    assert "T4 (15 GiB)" in line and "A100 80GB (79 GiB)" in line

@@ -1,0 +1,59 @@
+"""`batch_size: auto` from one end to the other: foretold, chosen, written down, and the same when the run goes on."""
+
+import json
+
+import pytest
+from memory_stand_in import LinearMemory
+
+from everydream_kit.config import TrainConfig
+from everydream_kit.errors import MemoryLimitError
+from everydream_kit.sessions import resume, train
+from everydream_kit.workspace import list_runs
+
+
+@pytest.fixture
+def settings(tmp_path, picture_folder):
+    return {
+        "resume_ckpt": "embedded",
+        "data_root": str(picture_folder),
+        "logdir": str(tmp_path / "logs"),
+        "resolution": 64,
+        "batch_size": "auto",
+        "disable_textenc_training": True,
+        "max_steps": 11,
+        "log_step": 5,
+        "num_workers": 0,
+        "cache_variants": 1,
+        "sample_steps": None,
+        "no_save_ckpt": True,
+    }
+
+
+def test_the_number_is_chosen_once_and_a_resumed_run_takes_the_same(settings, monkeypatch):
+    monkeypatch.setattr("everydream_kit.preflight.automatic.LARGEST_BATCH_ON_CPU", 3)
+    run = train(TrainConfig(**settings))
+    assert json.loads(run.config_path.read_text("utf-8"))["batch_size"] == 3
+    (chosen,) = run.events("batch size")
+    assert (chosen["batch_size"], chosen["device"]) == (3, "this CPU")
+    assert "batch_size auto: 3, the largest up to 3 that fits this CPU" in run.log_path.read_text("utf-8")
+
+    (timed,) = run.events("plan")  # the first steps, measured, say what the rest takes
+    assert timed["step"] == 10
+    assert timed["seconds_left"] == pytest.approx(timed["seconds_per_step"], abs=0.2)
+    assert "s a step: about" in timed["line"]
+
+    monkeypatch.setattr("everydream_kit.preflight.automatic.LARGEST_BATCH_ON_CPU", 1)
+    resume(run.folder, changes={"max_steps": 12})
+    assert json.loads(run.config_path.read_text("utf-8"))["batch_size"] == 3
+    assert len(list(run.events("batch size"))) == 1
+    assert run.status()["step"] == 12
+
+
+def test_a_run_that_cannot_fit_fails_before_its_model_is_loaded(settings, monkeypatch):
+    monkeypatch.setattr("everydream_kit.preflight.automatic.cpu_room", lambda: 1000)
+    monkeypatch.setattr("everydream_kit.preflight.automatic.memory_model", lambda config: LinearMemory())
+    with pytest.raises(MemoryLimitError, match="batch_size: not even one picture fits"):
+        train(TrainConfig(**{**settings, "resume_ckpt": "absent"}))
+    (run,) = list_runs(settings["logdir"])
+    assert run.status()["state"] == "failed"
+    assert "not even one picture fits" in run.status()["message"]

@@ -1,0 +1,60 @@
+"""`batch_size: auto` becomes a number before the run writes its settings down, and is told."""
+
+import json
+
+import pytest
+import torch
+from memory_stand_in import GIB, LinearMemory
+
+from everydream_kit.config import TrainConfig
+from everydream_kit.errors import MemoryLimitError
+from everydream_kit.preflight.automatic import settle_batch_size
+from everydream_kit.training.journal import Journal
+from everydream_kit.training.ranks import Ranks
+from everydream_kit.workspace import RunFolder
+
+
+@pytest.fixture
+def journal(tmp_path):
+    journal = Journal(RunFolder.create(tmp_path, "jets"))
+    yield journal
+    journal.close()
+
+
+def settle(journal, memory, **settings):
+    config = TrainConfig(resume_ckpt="base", **{"batch_size": "auto", **settings})
+    return settle_batch_size(config, Ranks(0, 1, torch.device("cpu")), journal, estimate=memory)
+
+
+def room(monkeypatch, gib):
+    monkeypatch.setattr("everydream_kit.preflight.automatic.cpu_room", lambda: gib * GIB)
+
+
+def test_the_largest_that_fits_host_memory_is_taken_and_told(journal, monkeypatch, caplog):
+    room(monkeypatch, 9.6)
+    with caplog.at_level("INFO", "everydream_kit"):
+        settled = settle(journal, LinearMemory())
+    assert settled.batch_size == 3
+    assert "batch_size auto: 3, the largest up to 4 that fits this CPU: 9.5 GiB foretold, 9.6 GiB there" in caplog.text
+    (event,) = journal.folder.events("batch size")
+    assert (event["batch_size"], event["largest"], event["foretold_bytes"]) == (3, 4, int(9.5 * GIB))
+    assert journal.folder.status()["message"] is None
+
+
+def test_the_number_is_one_that_was_said_so_a_saved_file_keeps_it(journal, monkeypatch):
+    room(monkeypatch, 100)
+    saved = json.loads(settle(journal, LinearMemory()).to_json())
+    assert saved["batch_size"] == 4
+    assert "batch_size" in saved["given"]
+
+
+def test_where_not_even_one_picture_fits_it_is_an_error_with_the_figures(journal, monkeypatch):
+    room(monkeypatch, 8)
+    with pytest.raises(MemoryLimitError, match=r"batch_size: not even one picture fits: it would take 8\.5 GiB"):
+        settle(journal, LinearMemory())
+
+
+def test_a_number_is_left_alone_and_nothing_is_asked(journal):
+    memory = LinearMemory()
+    assert settle(journal, memory, batch_size=7).batch_size == 7
+    assert not memory.asked and not list(journal.folder.events())
