@@ -32,6 +32,7 @@ from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.reports import Listener
 from everydream_kit.training.run import Run
 from everydream_kit.training.runs import build_run
+from everydream_kit.training.sharding import divide_optimizer_state
 from everydream_kit.workspace import RunFolder, find_run, write_whole
 
 RUN_FOLDER_VARIABLE = "EVERYDREAM_RUN_FOLDER"
@@ -139,9 +140,12 @@ def _session(
             journal.set_state("starting", stopped_by=None, message=None)
             for warning in [*warnings, *config_warnings(config)]:
                 journal.warn(warning)
-            config = settle_batch_size(config, ranks, journal)
             if ranks.is_main:
                 _write_facts(config, folder)
+            if config.batch_size == "auto":
+                config = settle_batch_size(config, ranks, journal)
+                if ranks.is_main:  # the number: a run that goes on takes the same
+                    write_whole(folder.config_path, config.to_json())
             run = build_run(config, folder, journal, ranks, seed=state.get("seed"), weights_from=checkpoint)
             run.listeners = [*build_listeners(run, stop), *([MeasuredPlan()] if ranks.is_main else []), *listeners]
             if checkpoint is not None:
@@ -184,10 +188,12 @@ def _work(run: Run, stop: StopSignal) -> None:
         run.set_state("running", step=run.position.step, num_steps=run.num_steps, epoch=run.position.epoch)
         for listener in run.listeners:
             listener.on_start(run)
+        run.rejoin()
         if not run.is_complete():
             train_loop(run, run.listeners, stop)
         for listener in run.listeners:
             listener.on_finish(run)
+        run.rejoin()
     finally:
         for listener in run.listeners:
             listener.close()
@@ -211,7 +217,10 @@ def _restore(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
         )
     tensors = load_resume_tensors(checkpoint)
     try:
-        restore_optimizer(run.optimizer, tensors["optimizer"])
+        optimizer_state = tensors["optimizer"]
+        if run.sharding is not None:
+            optimizer_state = divide_optimizer_state(run.optimizer, optimizer_state)
+        restore_optimizer(run.optimizer, optimizer_state)
         run.precision.load_state_dict(tensors["precision"])
         if run.ema is not None and "ema" in tensors:
             run.ema.load_state_dict(tensors["ema"])
