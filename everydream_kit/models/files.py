@@ -17,8 +17,9 @@ from typing import Any
 from everydream_kit.errors import ModelError
 from everydream_kit.models.families import FAMILIES, family_by_name
 from everydream_kit.models.family import Config, Family
-from everydream_kit.models.tensors import Tensors, open_weights
+from everydream_kit.models.tensors import Tensors
 from everydream_kit.models.tokenizer import Vocabulary
+from everydream_kit.models.weight_files import open_weights
 
 WEIGHT_NAMES = {
     "unet": "diffusion_pytorch_model",

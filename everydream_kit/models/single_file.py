@@ -25,8 +25,9 @@ from everydream_kit.models.files import (
     read_json,
     refuse_unsupported,
 )
-from everydream_kit.models.tensors import Tensors, open_weights
+from everydream_kit.models.tensors import Tensors
 from everydream_kit.models.tokenizer import Vocabulary
+from everydream_kit.models.weight_files import open_weights
 
 logger = logging.getLogger(__name__)
 

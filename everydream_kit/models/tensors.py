@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import struct
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -121,54 +120,6 @@ def open_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 def _reader(handle: Any, name: str) -> Callable[[], torch.Tensor]:
     return lambda: handle.get_tensor(name)
-
-
-def open_pickle(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """Open a `.ckpt`, `.bin` or `.pt` file by weights-only unpickling: tensors and plain values, and nothing that runs.
-
-    Returns:
-        The tensors under `state_dict`, or of the file itself, and text values stored under `metadata`.
-
-    Raises:
-        ModelError: the file holds anything but weights, or is damaged.
-    """
-    try:
-        content = _load_weights_only(path)
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"{path}: refused. It holds Python objects beside weights, and reading those can run code that somebody "
-            f"put there; nothing in it was run ({_first_line(error)}). Get the model as .safetensors."
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}: cannot be read as a checkpoint ({_first_line(error)}). Fetch it again.") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: holds a {type(content).__name__}, not a table of weights.")
-    state = content.get("state_dict", content)
-    metadata = content.get("metadata", {}) if state is not content else {}
-    if not isinstance(state, dict) or not isinstance(metadata, dict):
-        raise ModelError(f"{path}: its state_dict is no table of weights.")
-    tensors = {str(name): LazyTensor.of(value) for name, value in state.items() if isinstance(value, torch.Tensor)}
-    return tensors, {str(key): value for key, value in metadata.items() if isinstance(value, str)}
-
-
-def _load_weights_only(path: Path) -> Any:
-    with path.open("rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
-    # Memory mapping works for the zip form only; the older form is read whole.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    for line in text.splitlines():
-        if "GLOBAL" in line or "Unsupported" in line:
-            return line.strip()[:200]
-    return (text.splitlines() or [type(error).__name__])[0][:200]
-
-
-def open_weights(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """Open a weight file of either kind, by its extension."""
-    return open_safetensors(path) if path.suffix == ".safetensors" else open_pickle(path)
 
 
 def write_safetensors(

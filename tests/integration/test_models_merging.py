@@ -9,7 +9,7 @@ from everydream_kit.errors import ExportError
 from everydream_kit.export.lora_files import export_lora, extract_lora, low_rank
 from everydream_kit.export.merge import merge_checkpoints, merge_lora
 from everydream_kit.models.loading import load_model, open_model
-from everydream_kit.models.lora import add_lora
+from everydream_kit.models.lora import add_lora, lora_of
 from everydream_kit.models.lora_formats import delta, read_lora
 from everydream_kit.models.saving import save_model
 from everydream_kit.models.scratch import build_tiny_model, write_model
@@ -87,6 +87,19 @@ def test_a_low_rank_layer_is_the_nearest_of_its_rank(shape):
     for rank in (2, 5):
         missed = (change.flatten(1) - delta(low_rank(change, rank))).norm()
         assert torch.isclose(missed, values[rank:].norm(), atol=1e-4)
+
+
+def test_a_lora_for_diffusers_needs_no_alpha(tmp_path):
+    """diffusers before 0.34 does not read the header, and takes the rank for alpha."""
+    model = load_model(tiny_folder("sd1"))
+    for parameter in add_lora(model, 4, alpha=1.0):
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    save_model(model, tmp_path / "checkpoint")
+    out = export_lora(tmp_path / "checkpoint", tmp_path / "a.safetensors", layout="diffusers", precision="fp32")
+    tensors, _ = open_safetensors(out)
+    for name, layer in lora_of(model)["unet"].items():
+        up, down = (tensors[f"unet.{name}.lora_{part}.weight"].read() for part in "BA")
+        assert torch.allclose(up @ down, delta(layer))
 
 
 def test_a_full_checkpoint_is_no_lora(tmp_path):

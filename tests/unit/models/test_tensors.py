@@ -15,7 +15,6 @@ from everydream_kit.models.tensors import (
     HASH_KEY,
     LazyTensor,
     concatenated,
-    open_pickle,
     open_safetensors,
     write_safetensors,
 )
@@ -125,31 +124,3 @@ def test_a_header_longer_than_the_file_is_refused(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
     with pytest.raises(ModelError, match="not a whole safetensors file"):
         open_safetensors(tmp_path / "a.safetensors")
-
-
-class Bomb:
-    """Unpickled by an ordinary reader, it makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_with_code_is_refused_and_nothing_in_it_runs(tmp_path, zipped):
-    proof = tmp_path / "ran"
-    path = tmp_path / "evil.ckpt"
-    torch.save({"state_dict": {"a": torch.ones(1)}, "x": Bomb(proof)}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ModelError, match=r"evil\.ckpt: refused\. .*nothing in it was run"):
-        open_pickle(path)
-    assert not proof.exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04broken", b"not a checkpoint at all", b"\x80\x02}q\x00."])
-def test_a_damaged_pickle_is_one_clear_error_or_an_empty_table(tmp_path, content):
-    path = tmp_path / "a.ckpt"
-    path.write_bytes(content)
-    with pytest.raises(ModelError, match=r"a\.ckpt: (cannot be read|refused)"):
-        open_pickle(path)

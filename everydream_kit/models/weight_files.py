@@ -1,0 +1,111 @@
+"""Opening weight files of either kind: `.safetensors`, and the older pickles (`.ckpt`, `.bin`, `.pt`).
+
+A pickle is a small program, so it is read by torch's weights-only unpickler, which knows tensors and plain values and
+refuses everything else. Checkpoints of PyTorch Lightning, as the first Stable Diffusion models were published, hold a few
+more names: their trainer's callbacks and settings. Those names are given to the unpickler as `Inert`, a class that does
+nothing whatever it is called with. Nothing is imported or looked up by name, so that what a file *says* it holds never
+runs; a file with any other name in it is refused as a whole.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everydream_kit.errors import ModelError
+from everydream_kit.models.tensors import LazyTensor, Tensors, open_safetensors
+
+TRAINER_PACKAGES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.")
+PLAIN_NAMES = frozenset(
+    {
+        *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "object", "str", "tuple")),
+        *("argparse.Namespace", "typing.Any", "numpy.dtype"),
+        *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
+    }
+)
+"""What trainers' settings and scores consist of."""
+TABLE_NAMES = frozenset({"collections.defaultdict", "pytorch_lightning.utilities.parsing.AttributeDict"})
+"""Pickled as a call and then filled: an empty table stands for them."""
+
+
+DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
+"""What the unpickler raises on bytes that are no whole program, as found by changing bytes at random."""
+
+
+class Inert:
+    """Stands for any object of a trainer. Takes everything and does nothing."""
+
+    def __new__(cls, *_: object, **__: object) -> Inert:
+        return object.__new__(cls)
+
+    def __init__(self, *_: object, **__: object) -> None:
+        """Nothing is kept."""
+
+    def __setstate__(self, state: object) -> None:
+        """Nothing is kept."""
+
+
+class EmptyTable:
+    """Stands for a table of a trainer; the unpickler fills no other kind than torch's own."""
+
+    def __new__(cls, *_: object) -> OrderedDict[Any, Any]:  # type: ignore[misc]
+        return OrderedDict()
+
+
+def open_weights(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """Open a weight file of either kind, by its extension."""
+    return open_safetensors(path) if path.suffix == ".safetensors" else open_pickle(path)
+
+
+def open_pickle(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """Open a `.ckpt`, `.bin` or `.pt` file by weights-only unpickling: tensors and plain values, and nothing that runs.
+
+    Returns:
+        The tensors under `state_dict`, or of the file itself, and text values stored under `metadata`.
+
+    Raises:
+        ModelError: the file holds anything but weights, or is damaged.
+    """
+    try:
+        content = _load_weights_only(path)
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{path}: refused. It holds Python objects beside weights, and reading those can run code that somebody "
+            f"put there; nothing in it was run ({_first_line(error)}). Get the model as .safetensors."
+        ) from error
+    except DAMAGED as error:
+        raise ModelError(f"{path}: cannot be read as a checkpoint ({_first_line(error)}). Fetch it again.") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: holds a {type(content).__name__}, not a table of weights.")
+    state = content.get("state_dict", content)
+    metadata = content.get("metadata", {}) if state is not content else {}
+    if not isinstance(state, dict) or not isinstance(metadata, dict):
+        raise ModelError(f"{path}: its state_dict is no table of weights.")
+    tensors = {str(name): LazyTensor.of(value) for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return tensors, {str(key): value for key, value in metadata.items() if isinstance(value, str)}
+
+
+def _load_weights_only(path: Path) -> Any:
+    with path.open("rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    # Memory mapping, and the list of names, work for the zip form only; the older form is read whole and strictly.
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
+    stand_ins = [(EmptyTable if name in TABLE_NAMES else Inert, name) for name in names if _is_trainers(name)]
+    with torch.serialization.safe_globals(stand_ins):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+def _is_trainers(name: str) -> bool:
+    return name.startswith(TRAINER_PACKAGES) or name in PLAIN_NAMES or name in TABLE_NAMES
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    for line in text.splitlines():
+        if "GLOBAL" in line or "Unsupported" in line:
+            return line.strip()[:200]
+    return (text.splitlines() or [type(error).__name__])[0][:200]
