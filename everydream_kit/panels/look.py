@@ -17,7 +17,7 @@ import ipywidgets as widgets
 from everydream_kit.panels.words import duration, size
 
 __all__ = [
-    "Tone", "actions", "badge", "button", "column", "duration", "facts", "heading", "log_view", "note", "panel_box",
+    "Tone", "actions", "badge", "button", "column", "document", "duration", "facts", "heading", "log_view", "note", "panel_box",
     "progress_bar", "read_asset", "row", "section", "show_progress", "size", "style_sheet", "table",
 ]  # fmt: skip
 
@@ -118,7 +118,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<table class="edk-table"><tr>{top}</tr>{body}</table>'
 
 
+def document(text: str, name: str) -> str:
+    """A long text in a box of its own that scrolls, also by keys; `name` is read aloud."""
+    safe = html.escape(name, quote=True)
+    return f'<div class="edk-doc" tabindex="0" role="region" aria-label="{safe}">{html.escape(text)}</div>'
+
+
 def log_view(lines: Sequence[str]) -> str:
     """The end of a log, newest line in view without a script (the outer box lays out from its bottom)."""
     text = html.escape("\n".join(lines)) or "The log is empty so far."
-    return f'<div class="edk-log" tabindex="0" role="log"><div>{text}</div></div>'
+    return f'<div class="edk-log" tabindex="0" role="log" aria-label="Log"><div>{text}</div></div>'

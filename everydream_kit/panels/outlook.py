@@ -7,6 +7,7 @@ it said is kept by the settings that it was said for. *Make it fit* takes over t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import html
 import json
@@ -113,6 +114,8 @@ class PlanBox:
         if status is not None:
             if not status["alive"]:
                 self._take_result(status)
+            elif not may_start:
+                self._give_up()
             return
         rested = time.monotonic() - self._changed_at > REST_SECONDS
         if may_start and rested and self._config is not None and self._asked != self._key:
@@ -155,6 +158,13 @@ class PlanBox:
         except JobError:  # another panel on this project plans at this moment
             self._asked = ""
 
+    def _give_up(self) -> None:
+        """End the process, so that the run has the machine; the plan is made when the run has ended."""
+        if self._errand.job is not None:
+            with contextlib.suppress(JobError):  # it may end at this very moment
+                self._errand.job.kill()
+        self._errand.job, self._asked = None, ""
+
     def _take_result(self, status: dict[str, Any]) -> None:
         path = self._errand.folder / PLAN_FILE
         if status["state"] == "finished" and path.is_file():
@@ -178,7 +188,7 @@ class PlanBox:
             tone = "edk-note warn" if too_large else "edk-plan"
             set_html(self.line, f'<div class="{tone}" role="status">{text}</div>')
         words = made.get("error") or made.get("text") or "Memory, time and cost are being foretold …"
-        set_html(self.report, f'<div class="edk-doc" tabindex="0">{html.escape(words)}</div>')
+        set_html(self.report, look.document(words, "The plan"))
 
 
 def plan_line(quick: Forecast, made: dict[str, Any]) -> str:

@@ -133,7 +133,7 @@ class SharePanel(Panel):
         if rest := files[SHOWN_FILES:]:
             rows.append((f"and {len(rest)} small files", look.size(sum(file.num_bytes for file in rest))))
         text = look.table(("file", "size"), rows)
-        card = f'<div class="edk-doc" tabindex="0">{html.escape(preview.card)}</div>'
+        card = look.document(preview.card, "Model card")
         text += f'<div class="edk-section">README.md</div>{card}'
         set_html(self.preview_text, text)
         self.say(f"{len(files)} files, {look.size(preview.num_bytes)}; nothing is uploaded yet.")

@@ -1,6 +1,7 @@
 """Every control of every panel, as a keyboard and a screen reader meet it: it has a name and takes the focus."""
 
 import pytest
+from playwright.sync_api import expect
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -26,7 +27,7 @@ panel => {
                    element.tagName === 'BUTTON' || element.tagName === 'A' ? element.textContent : '', element.title];
     return words.map(word => (word || '').trim()).find(word => word) || '';
   };
-  return [...panel.querySelectorAll(kinds)].filter(e => e.offsetParent !== null && !e.disabled).map(e => {
+  return [...panel.querySelectorAll(kinds)].filter(e => e.checkVisibility({visibilityProperty: true}) && !e.disabled).map(e => {
     e.focus();
     return {what: e.outerHTML.slice(0, 160), name: nameOf(e), focused: document.activeElement === e,
             hint: (e.closest('.edk-hint, .widget-hbox') || e).textContent.length};
@@ -75,4 +76,4 @@ def test_pages_folds_and_sliders_work_from_the_keyboard(lab, driver, page):
     panel.get_by_role("button", name="Log", exact=True).focus()
     page.keyboard.press("Space")
     panel.get_by_role("log").wait_for()
-    assert panel.get_by_role("button", name="Log", exact=True).get_attribute("aria-pressed") == "true"
+    expect(panel.get_by_role("button", name="Log", exact=True)).to_have_attribute("aria-pressed", "true")

@@ -1,7 +1,8 @@
 """The panels with Colab's versions: ipywidgets 7.7.1, ipykernel 6.17.1, IPython 7.34, Notebook 6.5.7, traitlets of that time.
 
-A second environment holds these and sees everything else through this one's site-packages. All plain panel tests run in it,
-and one panel is driven in a browser. Colab's own widget manager cannot be had here; core widgets behave alike in both.
+A second environment holds these and sees everything else through this one's site-packages. All plain panel tests run in it
+(but those of what happens in processes beside the widgets), and one panel is driven in a browser. Colab's own widget
+manager cannot be had here; core widgets behave alike in both.
 """
 
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import REPOSITORY, VIEWPORT, free_port, wait_for
+from jupyter_lab import REPOSITORY, VIEWPORT, free_port, wait_for
 from playwright.sync_api import expect
 
 pytestmark = pytest.mark.timeout(600)
@@ -34,11 +35,10 @@ def colab_python(tmp_path_factory):
             "IPython 7.34 and Notebook 6.5 of Colab's patched Python cannot be installed from PyPI on 3.12 and later"
         )
     folder = tmp_path_factory.mktemp("colab") / "venv"
-    venv.create(folder, with_pip=True)
+    venv.create(folder, with_pip=False)  # this environment's pip installs into it: half the time
     python = folder / "bin" / "python"
-    installed = subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", *COLAB], check=False, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile", *COLAB]
+    installed = subprocess.run(command, check=False, capture_output=True, text=True)
     if installed.returncode != 0:
         pytest.skip(f"Colab's versions cannot be installed here: {installed.stderr[-300:]}")
     packages = next((folder / "lib").glob("python*")) / "site-packages"
@@ -46,12 +46,13 @@ def colab_python(tmp_path_factory):
     return python
 
 
-def test_all_plain_panel_tests_pass_with_colabs_versions(colab_python):
+def test_plain_panel_tests_pass_with_colabs_versions(colab_python):
     versions = "import ipywidgets, IPython, anywidget; print(ipywidgets.__version__, IPython.__version__)"
     seen = subprocess.run([colab_python, "-c", versions], check=True, capture_output=True, text=True).stdout
     assert seen.split() == ["7.7.1", "7.34.0"]
     ran = subprocess.run(
-        [colab_python, "-m", "pytest", "tests/unit/panels", "-q", "-p", "no:cacheprovider", "-W", "ignore::DeprecationWarning"],
+        [colab_python, "-m", "pytest", "tests/unit/panels", "-q", "-m", "not beside", "-p", "no:cacheprovider", "-p", "no:xdist",
+         "-o", "addopts=", "-W", "ignore::DeprecationWarning"],
         cwd=REPOSITORY,
         check=False,
         capture_output=True,

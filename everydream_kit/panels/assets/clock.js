@@ -1,11 +1,12 @@
 // Beats while the panel is on the page, and gives screen readers what widgets leave out: names of slider handles and of
-// their number fields, which page is shown, which fold is open.
+// their number fields, which page is shown, which fold is open; and takes icons out of the names of buttons.
 function describe(panel) {
   for (const widget of panel.querySelectorAll(".widget-slider, .jupyter-widget-slider")) {
     const label = widget.querySelector("label, .widget-label");
     for (const part of widget.querySelectorAll(".noUi-handle, .ui-slider-handle, .widget-readout"))
       if (label && !part.hasAttribute("aria-label")) part.setAttribute("aria-label", label.textContent);
   }
+  for (const icon of panel.querySelectorAll(".jupyter-button i:not([aria-hidden])")) icon.setAttribute("aria-hidden", "true");
   const state = (selector, name, test) => {
     for (const button of panel.querySelectorAll(selector)) {
       const now = String(test(button));

@@ -187,6 +187,7 @@ def test_pictures_that_are_too_small_are_named_for_the_projects_resolution(proje
     assert all("Smaller" not in box.children[0].value for box in panel.problems.lines.children[:-1])
 
 
+@pytest.mark.beside
 def test_duplicates_are_found_beside_and_the_copies_set_aside(project):
     one, other = (Image.effect_noise((8, 6), 90).resize((400, 300), Image.Resampling.BICUBIC) for _ in range(2))
     one.save(project / "input" / "one.png")
@@ -225,6 +226,7 @@ def test_duplicates_are_found_beside_and_the_copies_set_aside(project):
     assert again.looking.job is None
 
 
+@pytest.mark.beside
 def test_captions_beyond_the_encoders_window_are_named(project):
     (project / "input" / "night" / "0.txt").write_text("a jet " * 60)
     panel = DatasetPanel(project)
@@ -320,6 +322,7 @@ def unpack(panel):
         panel.refresh()
 
 
+@pytest.mark.beside
 def test_an_archive_is_unpacked_beside_and_not_kept(project):
     panel = DatasetPanel(project)
     picture = (project / "input" / "a jet_00.png").read_bytes()
@@ -334,6 +337,7 @@ def test_an_archive_is_unpacked_beside_and_not_kept(project):
     assert list((project / ".input-arrivals").iterdir()) == []
 
 
+@pytest.mark.beside
 def test_a_damaged_archive_is_one_sentence_and_leaves_nothing(project):
     panel = DatasetPanel(project)
     assert send(panel.receiver, "set.zip", zipped(x__png=b"x" * 500)[:200], piece=100) == []
@@ -342,6 +346,7 @@ def test_a_damaged_archive_is_one_sentence_and_leaves_nothing(project):
     assert list((project / ".input-arrivals").iterdir()) == [] and not (project / "input" / "set").exists()
 
 
+@pytest.mark.beside
 def test_an_archive_that_waited_when_the_kernel_ended_is_unpacked_by_the_next_panel(project):
     send(DatasetPanel(project).receiver, "set.zip", zipped(x__txt=b"hello"), piece=100)
     panel = DatasetPanel(project)

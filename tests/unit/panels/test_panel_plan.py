@@ -113,6 +113,21 @@ def test_another_card_and_a_price_are_planned_for(project):
     assert len(errand.wishes) == 2 and "must be a number (got &#x27;cheap&#x27;)" in box.report.value
 
 
+@pytest.mark.beside
+def test_a_plan_in_the_making_gives_way_to_a_run_and_is_made_after_it(project):
+    box = PlanBox(project, lambda values: None, lambda *words: None)
+    box.take(project.config())
+    box.refresh(may_start=True)
+    making = box._errand.job
+    assert making.is_alive()
+    box.refresh(may_start=False)
+    assert not making.is_alive() and box._errand.job is None
+    box.refresh(may_start=True)
+    assert box._errand.job is not None
+    box.refresh(may_start=False)
+
+
+@pytest.mark.beside
 def test_the_process_makes_the_real_plan(project):
     box = PlanBox(project, lambda values: None, lambda *words: None)
     box.take(project.config(resolution=64, batch_size=2, max_epochs=3, sample_steps=None))

@@ -74,6 +74,7 @@ def test_a_setting_that_is_wrong_is_not_added(panel):
     assert len(panel.waiting.queue.entries) == 0
 
 
+@pytest.mark.beside
 def test_the_panel_follows_the_queue_from_run_to_run(panel):
     add(panel, max_epochs=1)
     add(panel, max_epochs=2)
@@ -89,6 +90,7 @@ def test_the_panel_follows_the_queue_from_run_to_run(panel):
     assert "empty" in panel.waiting.lines.children[0].value
 
 
+@pytest.mark.beside
 def test_a_stopped_queue_keeps_what_waits(panel):
     add(panel, max_epochs=1)
     add(panel, max_epochs=2)
@@ -101,6 +103,7 @@ def test_a_stopped_queue_keeps_what_waits(panel):
     assert not panel.waiting.start_button.disabled
 
 
+@pytest.mark.beside
 def test_watching_goes_on_with_the_next_of_the_queue(panel, monkeypatch):
     monkeypatch.setattr(panel, "show", lambda: None)
     add(panel, max_epochs=1)

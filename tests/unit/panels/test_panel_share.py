@@ -239,6 +239,7 @@ def finish(panel):
     panel.refresh()
 
 
+@pytest.mark.beside
 def test_a_lora_run_is_exported_in_both_layouts_and_merged(lora_project):
     from safetensors.numpy import load_file
 
@@ -272,6 +273,7 @@ def test_a_lora_run_is_exported_in_both_layouts_and_merged(lora_project):
     assert any("attn1.to_q" in name for name in differing) and "model.diffusion_model.input_blocks.0.0.weight" in whole
 
 
+@pytest.mark.beside
 def test_the_form_follows_the_checkpoint(lora_project):
     panel = SharePanel(lora_project)
     whole = next(path for _, path in panel.checkpoint.options if path.endswith("gs00020"))
@@ -337,6 +339,7 @@ def test_colabs_secret_reaches_the_child_processes_and_no_other_hosts_does():
     assert token_environment(Host("plain", "this machine"), Bridge()) == {}
 
 
+@pytest.mark.beside
 def test_tensorboard_is_started_reached_and_ended(project):
     import time
     import urllib.request
