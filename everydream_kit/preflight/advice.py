@@ -111,9 +111,7 @@ def make_it_fit(
     taken = [measure for measure, _ in ladder[: rung + 1]]
     chosen = ladder[rung][1]
     needed = [measure for measure in taken if measure.costs != "nothing"]
-    if needed and len(needed) < len(
-        taken
-    ):  # what costs nothing may not have been needed: fewer changes are easier to follow
+    if 0 < len(needed) < len(taken):  # what costs nothing may not have been needed: few changes are easy to follow
         plain = _take(config, needed)
         if questions.fits(plain):
             chosen, taken = plain, needed

@@ -173,13 +173,12 @@ def _checkpoints(config: TrainConfig, estimate: MemoryEstimate, saves: Sequence[
     """Go through the saves: the newest two stay resumable (or all), `keep_last_n` stay at all, and the best beside them."""
     weights = estimate.weight_bytes_written
     best = 0 if config.validation_config is None else weights // (2 if _averages(config) else 1)  # live weights only
-    kept = most = 0
+    kept = most = 0  # the most grows with every save until pruning holds it
     for number in range(1, len(saves) + 1):
         before, resumable_before = kept, min(number - 1, RESUMABLE_KEPT)
         if config.save_optimizer:
             resumable_before = before
-        written = (before + 1) * weights + (resumable_before + 1) * estimate.state_bytes_written
-        most = max(most, written + best)
+        most = (before + 1) * weights + (resumable_before + 1) * estimate.state_bytes_written + best
         kept = min(before + 1, config.keep_last_n or number)
     resumable = kept if config.save_optimizer else min(kept, RESUMABLE_KEPT)
     last = kept * weights + resumable * estimate.state_bytes_written + best
