@@ -411,6 +411,14 @@ class PrecisionGroup(Group):
     """Attention: torch's own, or sliced to save memory. `xformers` is taken as `sdp`, with a warning."""
     gpuid: Annotated[int, Field(ge=0, le=63), Knob(when="the machine has several GPUs and one should be used")] = 0
     """Number of the GPU of a single-process run."""
+    parallel: Annotated[
+        Literal["ddp", "fsdp2"],
+        Knob(
+            memory="fsdp2 divides weights, gradients and optimizer state by the number of processes",
+            when="several GPUs, and the model with its optimizer does not fit on one of them: fsdp2; slower",
+        ),
+    ] = "ddp"
+    """What several processes (`accelerate launch`, `torchrun`) have: `ddp` the whole model each, `fsdp2` a slice of it."""
 
 
 class EmaGroup(Group):
@@ -692,8 +700,8 @@ def _upgrade(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             continue
         if name in RETIRED:
             warnings.append(f"{name}: no longer used; replaced by {RETIRED[name]}.")
-        elif name == "version" or (value is None and not _accepts_none(name)):
-            continue  # EveryDream 2 writes null for "the default"
+        elif name == "version" or (value is None and given is None and not _accepts_none(name)):
+            continue  # EveryDream 2 writes null for "the default"; a file of ours says null where None was meant
         else:
             kept[name] = value
     return kept, warnings
@@ -763,6 +771,8 @@ def _combination_problems(config: TrainConfig) -> list[str]:
             "fused_backward: steps inside the backward pass, so it works without grad_accum and clip_grad_norm only; "
             "set grad_accum to 1 and clip_grad_norm to none, or fused_backward off"
         )
+    if c.parallel == "fsdp2":
+        problems += _sharding_problems(c)
     if c.training_kind == "textual_inversion" and not c.new_tokens:
         problems.append('new_tokens: textual_inversion needs at least one, for instance {"<my-cat>": "cat"}')
     if c.push_every is not None and c.push_to is None:
@@ -778,6 +788,26 @@ def _combination_problems(config: TrainConfig) -> list[str]:
         if getattr(c, name) != default[name].default
     ]
     return problems
+
+
+def _sharding_problems(c: TrainConfig) -> list[str]:
+    """What does not work on the slices of a model."""
+    clashes = {
+        "training_kind": c.training_kind != "full",
+        "weight_dtype": c.weight_dtype != "float32",
+        "amp_dtype": c.amp_dtype == "fp16" and c.amp and not c.disable_amp,
+        "ema_decay_rate": c.ema_decay_rate is not None,
+        "ema_strength_target": c.ema_strength_target is not None,
+        "fused_backward": c.fused_backward,
+        "channels_last": c.channels_last,
+        "torch_compile": c.torch_compile,
+    }
+    return [
+        f"parallel, {name}: fsdp2 does not work with {name} {getattr(c, name)}; set it to "
+        f"{json.dumps(TrainConfig.model_fields[name].default)}, or parallel to ddp"
+        for name, clash in clashes.items()
+        if clash
+    ]
 
 
 def config_warnings(config: TrainConfig) -> list[str]:

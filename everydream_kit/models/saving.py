@@ -47,9 +47,7 @@ def save_model(
     if model.lora is not None or model.new_tokens:
         _save_adapter(model, folder, weights)
         return
-    files = files_of(model)
-    for name, state_dict in (weights or {}).items():
-        files.tensors[name] = live_tensors(name, state_dict)
+    files = files_of(model, weights)
     _write_components(files, folder, dtype, open_file)
     for slot, tokenizer in zip(model.family.text_encoders, model.tokenizers, strict=True):
         save_tokenizer(tokenizer, folder / slot.tokenizer_folder)
@@ -91,14 +89,20 @@ def write_folder(files: ModelFiles, folder: str | Path, *, dtype: torch.dtype | 
         save_tokenizer(_tokenizer(files, slot.tokenizer_folder), folder / slot.tokenizer_folder)
 
 
-def files_of(model: Model) -> ModelFiles:
-    """A live model seen as files: its weights are read when they are written."""
+def files_of(model: Model, weights: Mapping[str, Mapping[str, torch.Tensor]] | None = None) -> ModelFiles:
+    """A live model seen as files: its weights are read when they are written.
+
+    Args:
+        weights: state dicts that stand for those of the live modules, which are not asked then: a divided module's
+            `state_dict` (FSDP) must not be called while it is at work.
+    """
     modules = model.modules()
+    states = {name: (weights or {}).get(name) or module.state_dict() for name, module in modules.items()}
     return ModelFiles(
         family=model.family,
         source=model.source,
         configs={name: _config(module) for name, module in modules.items()},
-        tensors={name: live_tensors(name, module.state_dict()) for name, module in modules.items()},
+        tensors={name: live_tensors(name, state) for name, state in states.items()},
         tokenizers={},
         scheduler_config=scheduler_to_save(model),
         prediction_type=model.prediction_type,
@@ -137,11 +141,16 @@ def _config(module: Any) -> Config:
     config = module.config
     if hasattr(config, "to_diff_dict"):  # transformers
         values = dict(config.to_dict())
-        values["architectures"] = [type(module).__name__]
+        values["architectures"] = [_class_of(module)]
         values.pop("dtype", None)
         return values
     kept = {key: value for key, value in dict(config).items() if key not in BOOKKEEPING}
-    return {"_class_name": type(module).__name__, **json.loads(json.dumps(kept, default=list))}
+    return {"_class_name": _class_of(module), **json.loads(json.dumps(kept, default=list))}
+
+
+def _class_of(module: Any) -> str:
+    """Its library's name for it: FSDP puts a class of its own in front of a divided module's."""
+    return type(module).__name__.removeprefix("FSDP")
 
 
 def _write_components(

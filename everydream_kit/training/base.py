@@ -39,7 +39,7 @@ def load_base(config: TrainConfig, weights_from: Path | None, ranks: Ranks) -> M
     model = load_model(
         weights_from or find_base(config),
         dtype=torch.bfloat16 if config.weight_dtype == "bfloat16" else torch.float32,
-        device=ranks.device,
+        device="cpu" if shards(config, ranks) else ranks.device,
         revision=config.base_revision,
         subfolder=config.base_subfolder if weights_from is None else None,
         variant=config.base_variant if weights_from is None else None,
@@ -50,6 +50,11 @@ def load_base(config: TrainConfig, weights_from: Path | None, ranks: Ranks) -> M
         model.noise_scheduler = rescale_zero_terminal_snr(model.noise_scheduler, model.prediction_type)
         model.zero_terminal_snr = True
     return model
+
+
+def shards(config: TrainConfig, ranks: Ranks) -> bool:
+    """Whether the model is divided among processes. It is loaded into host memory then, and goes to the devices in slices."""
+    return config.parallel == "fsdp2" and ranks.num_ranks > 1
 
 
 def find_base(config: TrainConfig) -> str | Path:

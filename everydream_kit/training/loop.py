@@ -51,7 +51,7 @@ def train_loop(run: Run, listeners: Sequence[Listener], stop: StopSignal) -> Pos
         report = StepReport.make(run, work, losses, learning_rates, gradient_norm=gradient_norm, seconds=seconds)
         for listener in listeners:
             listener(run, report)
-        if run.agree(stop.is_set()):
+        if run.rejoin(stop.is_set()):
             break
         clock = time.perf_counter()
     return run.position

@@ -105,6 +105,7 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
 """Names are compared without case, `_` and `-`: `dadapt_adam` and `AdamW8bit` are known."""
 
 FUSED_DEVICES = ("cpu", "cuda")
+FUSED_DIVIDED = ("Adam", "AdamW")
 
 
 def default_optimizer_name(device_type: str) -> str:
@@ -166,7 +167,7 @@ def build_optimizer_for_parts(
     """
     bundles: dict[Any, list[tuple[Group, PartSettings]]] = {}
     for part, how in zip(parts, settings, strict=True):
-        key = (_plain(how.optimizer), repr(sorted(how.kwargs.items())))
+        key = (plain_name(how.optimizer), repr(sorted(how.kwargs.items())))
         bundles.setdefault(key, []).append((part_group(part, how), how))
     optimizers = []
     for number, bundle in enumerate(bundles.values()):
@@ -215,29 +216,30 @@ def restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
         ValueError, KeyError: the state is of another optimizer.
     """
     kept = ("peak_lr", "lr", *COMMON)
-    groups = [group for one in _innermost(optimizer) for group in one.param_groups]
+    groups = [group for one in innermost(optimizer) for group in one.param_groups]
     settings = [{key: group[key] for key in kept if key in group} for group in groups]
     optimizer.load_state_dict(state)
     # Loading makes new groups, so they are looked up again.
-    restored = [group for one in _innermost(optimizer) for group in one.param_groups]
+    restored = [group for one in innermost(optimizer) for group in one.param_groups]
     for group, own in zip(restored, settings, strict=True):
         group.update(own)
 
 
-def _innermost(optimizer: Any) -> list[Any]:
+def innermost(optimizer: Any) -> list[Any]:
     """The torch optimizers behind any number of faces."""
     if isinstance(optimizer, CombinedOptimizer | RoundedOptimizer):
-        return [inner for one in optimizer.optimizers for inner in _innermost(one)]
+        return [inner for one in optimizer.optimizers for inner in innermost(one)]
     return [optimizer]
 
 
 def may_step_by_parameter(name: str) -> bool:
     """Whether each parameter's update depends on that parameter alone (needed for the fused backward)."""
-    kind = OPTIMIZERS.get(_plain(name))
+    kind = OPTIMIZERS.get(plain_name(name))
     return kind is not None and kind.by_parameter
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """An optimizer's name as the table has it; a `module.Class` as it is."""
     return name if "." in name else name.lower().replace("_", "").replace("-", "")
 
 
@@ -250,7 +252,8 @@ def _make_builder(name: str, groups: Sequence[Group], device_type: str, kwargs: 
     kind, optimizer_class = _find(name, device_type)
     options = {**kind.fixed, **_translate(kwargs, optimizer_class)}
     _refuse_unknown(options, optimizer_class, name)
-    options |= dict.fromkeys(_fast_paths(optimizer_class, device_type) - options.keys(), True)
+    divided = any(hasattr(parameter, "full_tensor") for group in groups for parameter in group["params"])
+    options |= dict.fromkeys(_fast_paths(optimizer_class, device_type, divided) - options.keys(), True)
     slow = [group["lr"] for group in groups if kind.finds_own_rate and 0 < group["lr"] < 0.01]
     if slow:
         logger.warning("%s finds its own learning rate and lr is a factor on it: 1 is normal (got %g).", name, slow[0])
@@ -270,9 +273,9 @@ def _find(name: str, device_type: str) -> tuple[OptimizerKind, Any]:
     """The kind and class of a name, or of what stands in for it, with a warning."""
     if "." in name:
         return OptimizerKind(name, by_parameter=False), _import(name)
-    kind = OPTIMIZERS.get(_plain(name))
+    kind = OPTIMIZERS.get(plain_name(name))
     if kind is None:
-        near = difflib.get_close_matches(_plain(name), OPTIMIZERS, n=1)
+        near = difflib.get_close_matches(plain_name(name), OPTIMIZERS, n=1)
         hint = f"; did you mean {near[0]}?" if near else f". Known: {', '.join(OPTIMIZERS)}, or module.Class."
         raise ConfigError(f"optimizer: unknown name {name!r}{hint}")
     if kind.unpaged is not None and device_type == "cpu":
@@ -335,11 +338,14 @@ def _accepted(common: dict[str, Any], optimizer_class: Any, kind: OptimizerKind,
     return accepted
 
 
-def _fast_paths(optimizer_class: Any, device_type: str) -> set[str]:
-    """torch's fused implementation where there is one for this device, else foreach; elsewhere the library's choice."""
+def _fast_paths(optimizer_class: Any, device_type: str, divided: bool) -> set[str]:
+    """torch's fused implementation where there is one for this device, else foreach; elsewhere the library's choice.
+
+    Of divided parameters (`sharding.py`), torch has a fused step for Adam and AdamW only.
+    """
     if not optimizer_class.__module__.startswith("torch.optim"):
         return set()
     known = _arguments(optimizer_class)
-    if "fused" in known and device_type in FUSED_DEVICES:
+    if "fused" in known and device_type in FUSED_DEVICES and (not divided or optimizer_class.__name__ in FUSED_DIVIDED):
         return {"fused"}
     return {"foreach"} & known.keys()

@@ -45,13 +45,13 @@ class Ranks:
         """The one that writes."""
         return self.rank == 0
 
-    def agree(self, flag: bool) -> bool:
-        """Whether any process says so."""
+    def largest(self, *numbers: float) -> list[float]:
+        """The largest of each number over all processes."""
         if self.num_ranks == 1:
-            return flag
-        word = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(word, dist.ReduceOp.MAX)
-        return bool(word.item())
+            return list(numbers)
+        words = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(words, dist.ReduceOp.MAX)
+        return [float(word) for word in words.tolist()]
 
     def share(self, number: int) -> int:
         """The main process's number, for all."""

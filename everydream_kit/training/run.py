@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from everydream_kit.training.combined import measure_gradient_norm, take_gradien
 from everydream_kit.training.noise import make_noise
 from everydream_kit.training.offload import IdleModels
 from everydream_kit.training.position import Position
+from everydream_kit.training.sharding import Sharding, as_whole, gather
 from everydream_kit.training.snapshots import Snapshot, clone_to_host, count_bytes
 from everydream_kit.training.step import NoiseSettings, PictureLosses, picture_generators
 
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
     from everydream_kit.training.validating import ValidationSet
     from everydream_kit.training.validation_config import ValidationConfig
     from everydream_kit.workspace import RunFolder
+
+NOTHING, WEIGHTS, EVERYTHING = range(3)
+"""What the main process asks of the others: nothing more, the trained weights, or the optimizer's state as well."""
 
 
 @dataclass
@@ -85,6 +89,7 @@ class Run:
     validation_config: ValidationConfig | None = None
     plugins: list[Any] = field(default_factory=list)
     idle_models: IdleModels = field(default_factory=IdleModels)
+    sharding: Sharding | None = None
 
     # --- what the loop asks for ---------------------------------------------------------------------------------
 
@@ -171,6 +176,8 @@ class Run:
 
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss, times the gradient scaler's factor in float16."""
+        if self.sharding is not None:
+            loss = loss * self.ranks.num_ranks  # FSDP takes the mean over the processes where we want the sum
         return self.precision.scale(loss)
 
     def gather(self, losses: PictureLosses) -> PictureLosses:
@@ -181,12 +188,13 @@ class Run:
         if self.updates_in_backward:
             return take_gradient_norm(self.optimizer)
         parameters = self.parameters()
-        self.ranks.sum_gradients(parameters)
+        if self.sharding is None:
+            self.ranks.sum_gradients(parameters)
         self.precision.unscale(self.optimizer)
         norm = None
         bound = self.config.clip_grad_norm
         if bound is not None or self.wants_gradient_norm(step + 1):
-            total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            total = as_whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
             if bound is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, bound, total)
             norm = float(total)
@@ -198,8 +206,21 @@ class Run:
         if self.ema is not None and step % self.ema_update_interval == 0:
             self.ema.update(step // self.ema_update_interval)
 
-    def agree(self, flag: bool) -> bool:
-        return self.ranks.agree(flag)
+    def rejoin(self, stop_asked: bool = False) -> bool:
+        """Bring the processes together again after the listeners, which only the main one has.
+
+        The others give what it asks for meanwhile, and learn what its listeners decided: the rate's factor, an early end.
+
+        Returns:
+            Whether any process was asked to stop.
+        """
+        while True:
+            factor = self.lr_factor if self.ranks.is_main else 0.0
+            asked, stop, ended, factor = self.ranks.largest(NOTHING, stop_asked, self.ended_early, factor)
+            if asked == NOTHING:
+                self.lr_factor, self.ended_early = factor, bool(ended)
+                return bool(stop)
+            self._gather(asked)
 
     # --- what listeners ask for ---------------------------------------------------------------------------------
 
@@ -238,8 +259,13 @@ class Run:
         return int(psutil.Process().memory_info().rss)
 
     def whole_model(self) -> AbstractContextManager[None]:
-        """While inside, all of the model is on the device, what waits in host memory included."""
-        return self.idle_models.at_work(self.model.modules().values())
+        """While inside, all of the model is on the device: what waits in host memory, and what other processes have."""
+        stack = ExitStack()
+        stack.enter_context(self.idle_models.at_work(self.model.modules().values()))
+        if self.sharding is not None:
+            weights, _ = self._ask_for(WEIGHTS)
+            stack.enter_context(self.sharding.whole(weights))
+        return stack
 
     def sampling_weights(self, *, averaged: bool) -> AbstractContextManager[Any]:
         """While inside, the model holds the averaged weights (where there is an EMA) or the live ones."""
@@ -254,9 +280,12 @@ class Run:
     def snapshot(self, *, copy: bool) -> Snapshot:
         """The run's state now; `copy` makes it independent of the steps that follow."""
         keep = clone_to_host if copy else lambda value: value
-        weights = keep(self._components())
+        if self.sharding is None:
+            weights, optimizer_state = keep(self._components()), keep(self.optimizer.state_dict())
+        else:
+            weights, optimizer_state = self._ask_for(EVERYTHING)
         averaged = self._averaged_components() if self.ema is not None else None
-        tensors = {"optimizer": keep(self.optimizer.state_dict()), "precision": keep(self.precision.state_dict())}
+        tensors = {"optimizer": optimizer_state, "precision": keep(self.precision.state_dict())}
         if self.ema is not None:
             tensors["ema"] = keep(self.ema.state_dict())
             averaged = keep(averaged)
@@ -264,7 +293,7 @@ class Run:
         model_bytes = self._model_bytes() if whole else count_bytes(weights)
         return Snapshot(
             step=self.position.step,
-            copied=copy,
+            copied=copy or self.sharding is not None,
             write_model=lambda folder, open_file: self.write_model(folder, weights, open_file),
             write_ema=None
             if averaged is None
@@ -274,6 +303,16 @@ class Run:
             model_bytes=model_bytes,
             num_bytes=model_bytes + count_bytes(tensors),
         )
+
+    def _ask_for(self, what: int) -> tuple[Any, Any]:
+        """Have the other processes take part in putting together what they have slices of."""
+        self.ranks.largest(what, False, False, 0.0)
+        return self._gather(what)
+
+    def _gather(self, what: float) -> tuple[Any, Any]:
+        keep = self.ranks.is_main
+        optimizer_state = self.optimizer.state_dict() if what == EVERYTHING else {}
+        return gather(self._components(), keep=keep), gather(optimizer_state, keep=keep)
 
     def _model_bytes(self) -> int:
         modules = self.model.modules().values()

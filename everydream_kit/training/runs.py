@@ -19,7 +19,14 @@ from everydream_kit.errors import CheckpointError, ConfigError
 from everydream_kit.models.loading import Model, load_model
 from everydream_kit.models.saving import save_model
 from everydream_kit.training import schedules
-from everydream_kit.training.base import TEXT_ENCODER, choose_idle_modules, load_base, prepare_modules, select_trained
+from everydream_kit.training.base import (
+    TEXT_ENCODER,
+    choose_idle_modules,
+    load_base,
+    prepare_modules,
+    select_trained,
+    shards,
+)
 from everydream_kit.training.caching import build_latent_cache, build_text_cache
 from everydream_kit.training.ema import Ema, decay_from_strength_target
 from everydream_kit.training.journal import Journal
@@ -37,10 +44,11 @@ from everydream_kit.training.pictures import (
     scan,
 )
 from everydream_kit.training.plugins import caption_transform, load_plugins, picture_transform
-from everydream_kit.training.precision import choose_precision
+from everydream_kit.training.precision import Precision, choose_precision
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.receipts import OpenFile
 from everydream_kit.training.run import Run
+from everydream_kit.training.sharding import Sharding, refuse_unshardable
 from everydream_kit.training.step import NoiseSettings
 from everydream_kit.training.summary import summarise_captions
 from everydream_kit.training.validating import ValidationSet, split_dataset
@@ -84,6 +92,8 @@ def build_run(
         raise ConfigError(
             "fused_backward: works on one process only, since gradients must be summed over all of them first"
         )
+    if config.parallel == "fsdp2" and ranks.num_ranks == 1:
+        journal.warn("parallel fsdp2: has no effect on one process; start several with accelerate launch or torchrun.")
     plugins = load_plugins(config.plugins)
     dataset, validation_sets = read_dataset(config, journal), []
     if validation_config is not None:
@@ -150,6 +160,8 @@ def assemble_run(
         weight_dtype=config.weight_dtype,
         fused_backward=config.fused_backward,
     )
+    optimizers = [how.optimizer for how in settings]
+    sharding = build_sharding(model, parts, optimizers, precision, ranks) if shards(config, ranks) else None
     num_workers = choose_num_workers(config.num_workers)
     latent_cache = make_latent_cache(
         config, model, dataset, plan_settings, journal, transforms_pictures=picture_transform(plugins) is not None
@@ -210,7 +222,16 @@ def assemble_run(
         plugins=list(plugins),
         idle_models=IdleModels(idle, ranks.device),
         wants_gradient_norm=lambda step: step % config.log_step == 0,
+        sharding=sharding,
     )
+
+
+def build_sharding(
+    model: Model, parts: list[TrainedPart], optimizers: list[str], precision: Precision, ranks: Ranks
+) -> Sharding:
+    """Divide the model among the processes; the parts have the divided parameters then."""
+    refuse_unshardable(precision, optimizers)
+    return Sharding(model, parts, ranks, precision.dtype)
 
 
 def make_latent_cache(
@@ -245,7 +266,7 @@ def settle_part(name: str, config: TrainConfig, optimizer_config: OptimizerConfi
         optimizer_config,
         name,
         given=given,
-        default_optimizer=default_optimizer_name(device_type),
+        default_optimizer="adamw" if config.parallel == "fsdp2" else default_optimizer_name(device_type),
         default_lr=config.lr,
         default_lr_scheduler=config.lr_scheduler,
     )

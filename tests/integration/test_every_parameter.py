@@ -118,6 +118,9 @@ TEST_OF = {
     "torch_compile": f"{TRAINING}::test_the_unets_transformer_blocks_are_compiled",
     "attn_type": MEMORY,
     "gpuid": f"{TRAINING}::test_the_gpu_with_the_number_is_used",
+    "parallel": (
+        "integration/test_ranks.py::test_slices_of_the_model_are_trained_saved_and_resumed_by_two_processes_and_by_one:fsdp2"
+    ),
     "ema_decay_rate": AVERAGED,
     "ema_strength_target": AVERAGE,
     "ema_update_interval": AVERAGE,

@@ -1,4 +1,4 @@
-"""Two processes: half the batch each, the same sums."""
+"""Two processes: half the batch each, the same sums, whether each has the whole model or a slice of it."""
 
 from __future__ import annotations
 
@@ -7,57 +7,125 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from everydream_kit.workspace import RunFolder, list_runs
+from everydream_kit.config import TrainConfig
+from everydream_kit.errors import ConfigError
+from everydream_kit.sessions import resume, train
+from everydream_kit.training.checkpoints import verify_checkpoint
+from everydream_kit.training.precision import choose_precision
+from everydream_kit.training.sharding import refuse_unshardable
+from everydream_kit.workspace import RunFolder
 
-CONFIG = {
-    "project_name": "ranks",
-    "resolution": 64,
-    "max_epochs": 2,
-    "optimizer": "sgd",  # Adam would divide by rounding errors where a gradient is almost zero
-    "lr": 1e-2,
-    "no_save_ckpt": True,
-    "sample_steps": None,
-    "log_step": 1,
-    "num_workers": 0,
-    "cache_variants": 1,
-    "timestep_sampling": "stratified",
-    "cond_dropout": 0.2,
-}
+pytestmark = pytest.mark.timeout(600)  # two processes that wait for each other crawl where others use the cores, too
+SCRIPT = Path(__file__).parents[1] / "support" / "two_ranks.py"
+WEIGHTS = ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
 
 
-def run_with(num_processes: int, folder: Path, settings: dict[str, object]) -> RunFolder:
-    folder.mkdir()
-    config = folder / "config.json"
-    config.write_text(json.dumps({**CONFIG, **settings, "logdir": str(folder / "logs")}), "utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    command = [sys.executable, *(launcher if num_processes > 1 else []), "-m", "everydream_kit"]
+def settings(folder: Path, model: Path, pictures: Path) -> dict[str, Any]:
+    return {
+        "resume_ckpt": str(model),
+        "data_root": str(pictures),
+        "project_name": "ranks",
+        "logdir": str(folder / "logs"),
+        "resolution": 64,
+        "batch_size": 4,
+        "max_epochs": 2,
+        # a large eps: Adam would divide by rounding errors where a gradient is almost zero
+        "optimizer_config": {"base": {"optimizer": "adamw", "epsilon": 1e-2}},
+        "lr": 1e-3,
+        "clip_grad_norm": 0.5,
+        "no_save_ckpt": True,
+        "sample_steps": None,
+        "log_step": 1,
+        "num_workers": 0,
+        "cache_variants": 1,
+        "timestep_sampling": "stratified",
+        "cond_dropout": 0.2,
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, picture_folder: Path) -> Path:
+    """Where two processes have trained: `ddp` with half the batch each, `fsdp2` with slices of the model as well."""
+    folder = tmp_path_factory.mktemp("ranks")
+    config = json.dumps(settings(folder, tiny_model_folder, picture_folder))
+    (folder / "config.json").write_text(config, "utf-8")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, "train", "--config", str(config)],
+        [*launcher, str(SCRIPT), str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=560,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    runs = list_runs(folder / "logs")
-    assert len(runs) == 1  # one writer
-    return runs[0]
+    return folder
 
 
-def test_two_processes_with_half_the_batch_equal_one(
-    tmp_path: Path, tiny_model_folder: Path, picture_folder: Path
-) -> None:
-    base = {"resume_ckpt": str(tiny_model_folder), "data_root": str(picture_folder)}
-    one = run_with(1, tmp_path / "one", {**base, "batch_size": 4})
-    two = run_with(2, tmp_path / "two", {**base, "batch_size": 2})
-    losses = [[event["loss"] for event in run.events("loss")] for run in (one, two)]
-    assert len(losses[0]) >= 4
-    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
-    for part in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, picture_folder: Path) -> RunFolder:
+    """The run of one process with the whole batch."""
+    return train(settings(tmp_path_factory.mktemp("alone"), tiny_model_folder, picture_folder))
+
+
+def losses_of(run: RunFolder) -> list[float]:
+    return [event["loss"] for event in run.events("loss")]
+
+
+def assert_same_run(one: RunFolder, two: RunFolder) -> None:
+    assert len(losses_of(one)) == 8
+    assert losses_of(two) == pytest.approx(losses_of(one), abs=1e-5)
+    for part in WEIGHTS:
         first, second = load_file(one.last_checkpoint / part), load_file(two.last_checkpoint / part)
+        assert first.keys() == second.keys()
         assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-5
+
+
+def test_two_processes_with_half_the_batch_equal_one(folder: Path, alone: RunFolder) -> None:
+    assert_same_run(alone, RunFolder(folder / "ddp"))
+
+
+def test_slices_of_the_model_are_trained_saved_and_resumed_by_two_processes_and_by_one(
+    folder: Path, alone: RunFolder
+) -> None:
+    two = RunFolder(folder / "fsdp2")
+    assert [event["step"] for event in two.events("resumed")] == [3]
+    assert two.checkpoints()[-1].step == 5
+    assert [event["step"] for event in two.events("sample")] == [3, 5]
+    assert [event["step"] for event in two.events("validation")] == [0, 4]
+    verify_checkpoint(two.last_checkpoint)
+    resume(two.folder, changes={"batch_size": 4, "max_steps": None, "sample_steps": None})
+    assert any("has no effect on one process" in event["message"] for event in two.events("warning"))
+    assert_same_run(alone, two)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"training_kind": "lora"}, "training_kind lora"),
+        ({"weight_dtype": "bfloat16"}, "weight_dtype bfloat16"),
+        ({"amp_dtype": "fp16"}, "amp_dtype fp16"),
+        ({"ema_decay_rate": 0.99}, "ema_decay_rate 0.99"),
+        ({"ema_strength_target": 0.1}, "ema_strength_target 0.1"),
+        ({"fused_backward": True}, "fused_backward True"),
+        ({"channels_last": True}, "channels_last True"),
+        ({"torch_compile": True}, "torch_compile True"),
+    ],
+)
+def test_what_does_not_work_on_slices_is_refused_with_the_cure(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=f"fsdp2 does not work with {words}; set it to .* or parallel to ddp"):
+        TrainConfig(resume_ckpt="embedded", parallel="fsdp2", **change)
+
+
+def test_an_optimizer_or_a_format_that_does_not_work_on_slices_is_refused_by_name() -> None:
+    plain = choose_precision("cpu")
+    refuse_unshardable(plain, ["AdamW"])
+    with pytest.raises(ConfigError, match="adamw8bit does not work on the slices of fsdp2; use adamw"):
+        refuse_unshardable(plain, ["adamw", "adamw8bit"])
+    with pytest.raises(ConfigError, match="fsdp2 works in bfloat16 or float32"):
+        refuse_unshardable(choose_precision("cpu", amp_dtype="fp16"), ["adamw"])

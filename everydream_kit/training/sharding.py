@@ -1,0 +1,152 @@
+"""FSDP2: a model, its gradients and its optimizer state divided among processes, for models that do not fit on one device.
+
+Every trained module is divided block by block (`fully_shard`): each process keeps a slice of each weight, and the whole of a
+block exists only while it is at work. What a checkpoint holds is put together again on the main process, so it is an ordinary
+one: a run may go on with another number of processes, or with one.
+
+Only the main process has listeners. What they need of the others (the whole weights, to draw, to measure or to save) it asks
+for: the others wait in `Run.rejoin` and take part in gathering. What is not divided: the VAE, and text encoders that are not
+trained. Drawing and measuring while training take one whole copy of the trained modules on the main process's device.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from everydream_kit.errors import ConfigError
+from everydream_kit.training.optimizers import innermost, plain_name
+from everydream_kit.training.parameters import TrainedPart
+
+if TYPE_CHECKING:
+    from everydream_kit.models.loading import Model
+    from everydream_kit.training.precision import Precision
+    from everydream_kit.training.ranks import Ranks
+
+BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer")
+"""Classes of the modules that are put together and taken apart one at a time."""
+OPTIMIZERS = ("adamw", "adam", "radam", "nadam", "sgd")
+"""torch's own, whose update of a number depends on that number alone, so that a slice is updated like the whole."""
+
+
+def refuse_unshardable(precision: Precision, optimizers: Sequence[str]) -> None:
+    """Raises: ConfigError, where the device's format or an optimizer does not work on slices."""
+    if precision.scaler is not None:
+        raise ConfigError(
+            "parallel, amp_dtype: fsdp2 works in bfloat16 or float32, and this GPU would use float16. Set amp off, or "
+            "parallel to ddp."
+        )
+    for name in optimizers:
+        if plain_name(name) not in OPTIMIZERS:
+            raise ConfigError(
+                f"parallel, optimizer: {name} does not work on the slices of fsdp2; use {', '.join(OPTIMIZERS)}, or set "
+                "parallel to ddp."
+            )
+
+
+class Sharding:
+    """The trained modules of a model, divided among all processes.
+
+    Args:
+        model: on the CPU or the device; its trained modules are divided in place, everything else goes to the device.
+        parts: what is trained; their parameters are replaced by the divided ones.
+        dtype: in which the blocks are put together: bfloat16 where the arithmetic is.
+    """
+
+    def __init__(self, model: Model, parts: Sequence[TrainedPart], ranks: Ranks, dtype: torch.dtype) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        self.model, self.device = model, ranks.device
+        self._blueprints = {id(module): _blueprint(module) for part in parts for module in part.modules}
+        mesh = init_device_mesh(ranks.device.type, (ranks.num_ranks,))
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype if dtype == torch.bfloat16 else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # autocast does that, and knows what must stay in float32
+        )
+        for part in parts:
+            for module in part.modules:
+                for block in module.modules():
+                    if type(block).__name__ in BLOCKS:
+                        fully_shard(block, mesh=mesh, mp_policy=policy)
+                fully_shard(module, mesh=mesh, mp_policy=policy)
+            divided = [p for module in part.modules for p in module.parameters() if p.requires_grad]
+            part.parameters = [(name, p) for (name, _), p in zip(part.parameters, divided, strict=True)]
+        for module in model.modules().values():
+            if id(module) not in self._blueprints:
+                module.to(ranks.device)
+
+    @contextmanager
+    def whole(self, weights: dict[str, dict[str, torch.Tensor]]) -> Iterator[None]:
+        """While inside, the model has ordinary modules with these gathered weights in place of the divided ones."""
+        divided = (self.model.unet, list(self.model.text_encoders))
+        wholes = {name: self._whole(module, weights.get(name)) for name, module in self.model.modules().items()}
+        self.model.unet = wholes["unet"]
+        self.model.text_encoders[:] = [wholes[slot.folder] for slot in self.model.family.text_encoders]
+        try:
+            yield
+        finally:
+            self.model.unet, self.model.text_encoders[:] = divided
+
+    def _whole(self, module: torch.nn.Module, weights: dict[str, torch.Tensor] | None) -> torch.nn.Module:
+        if weights is None or id(module) not in self._blueprints:
+            return module
+        whole = copy.deepcopy(self._blueprints[id(module)])
+        whole.load_state_dict(weights, assign=True)
+        return whole.to(self.device)
+
+
+def gather(value: Any, *, keep: bool) -> Any:
+    """Nested containers with every divided tensor put together in host memory. All processes must ask together.
+
+    Args:
+        keep: whether this process wants the result; others take part and get nothing worth having.
+    """
+    if isinstance(value, torch.Tensor):
+        whole = as_whole(value.detach())
+        return whole.to("cpu", copy=True) if keep else None
+    if isinstance(value, dict):
+        return {key: gather(entry, keep=keep) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(gather(entry, keep=keep) for entry in value)
+    return value
+
+
+def as_whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A divided tensor put together on every process; any other as it is."""
+    full_tensor = getattr(tensor, "full_tensor", None)  # DTensor's; importing the class takes a second
+    return tensor if full_tensor is None else full_tensor()
+
+
+def divide_optimizer_state(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """A whole optimizer state, with what belongs to divided parameters divided alike. All processes must ask together."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if "optimizers" in state:
+        inner = zip(optimizer.optimizers, state["optimizers"], strict=True)
+        return {**state, "optimizers": [divide_optimizer_state(*one) for one in inner]}
+    (torch_optimizer,) = innermost(optimizer)
+    parameters = [p for group in torch_optimizer.param_groups for p in group["params"]]
+    divided = {}
+    for index, entries in state["state"].items():
+        parameter = parameters[index]
+        divided[index] = {
+            key: distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+            if isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            else value
+            for key, value in entries.items()
+        }
+    return {**state, "state": divided}
+
+
+def _blueprint(module: torch.nn.Module) -> torch.nn.Module:
+    """The module without its weights."""
+    without_memory = {
+        id(p): torch.nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in module.parameters()
+    }
+    return copy.deepcopy(module, without_memory)
