@@ -1,12 +1,14 @@
 """`batch_size: auto` from one end to the other: foretold, chosen, written down, and the same when the run goes on."""
 
 import json
+from pathlib import Path
 
 import pytest
 from memory_stand_in import LinearMemory
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import MemoryLimitError
+from everydream_kit.preflight.planning import plan
 from everydream_kit.sessions import resume, train
 from everydream_kit.workspace import list_runs
 
@@ -25,8 +27,12 @@ def settings(tmp_path, picture_folder):
         "num_workers": 0,
         "cache_variants": 1,
         "sample_steps": None,
-        "no_save_ckpt": True,
+        "save_ckpt_dir": str(tmp_path / "models"),
     }
+
+
+def bytes_under(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def test_the_number_is_chosen_once_and_a_resumed_run_takes_the_same(settings, monkeypatch):
@@ -41,6 +47,13 @@ def test_the_number_is_chosen_once_and_a_resumed_run_takes_the_same(settings, mo
     assert timed["step"] == 10
     assert timed["seconds_left"] == pytest.approx(timed["seconds_per_step"], abs=0.2)
     assert "s a step: about" in timed["line"]
+
+    foretold = plan(run)  # the disk is filled as foretold, and the time is the run's own
+    (checkpoints, files) = foretold.disk.items
+    assert checkpoints.last_bytes == pytest.approx(bytes_under(run.checkpoints_folder), rel=0.05)
+    assert files.last_bytes == pytest.approx(bytes_under(Path(settings["save_ckpt_dir"])), rel=0.05)
+    assert (foretold.step.basis, foretold.step.source) == ("measured here", f"run {run.name}")
+    assert foretold.seconds_left == 0
 
     monkeypatch.setattr("everydream_kit.preflight.automatic.LARGEST_BATCH_ON_CPU", 1)
     resume(run.folder, changes={"max_steps": 12})
