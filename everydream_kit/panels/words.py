@@ -1,26 +1,7 @@
-"""Times and sizes in the words that people read. No widgets here."""
+"""Times and sizes in the words that people read: the plan's own."""
 
 from __future__ import annotations
 
+from everydream_kit.preflight.words import duration, size
 
-def duration(seconds: float | None) -> str:
-    """`95` as `1 min 35 s`; None as a dash."""
-    if seconds is None:
-        return "–"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s" if whole < 600 else f"{whole // 60} min"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
-
-
-def size(num_bytes: float | None) -> str:
-    """Bytes in the unit that people read; None as a dash."""
-    if not num_bytes:
-        return "–"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if num_bytes < 1000 or unit == "TB":
-            return f"{num_bytes:.0f} {unit}" if unit in ("B", "kB", "MB") else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    raise AssertionError("unreachable")
+__all__ = ["duration", "size"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from everydream_kit.errors import ConfigError, MemoryLimitError
 from everydream_kit.preflight.cards import GIB, Card
@@ -28,10 +28,8 @@ LARGEST_BATCH = 16
 SMALLEST_RESOLUTION, LARGEST_RESOLUTION, RESOLUTION_STEP = 256, 1536, 64
 
 
-class Estimate(Protocol):
-    """`memory.estimate_memory`, or a stand-in for it."""
-
-    def __call__(self, config: TrainConfig, **options: Any) -> MemoryEstimate: ...
+Estimate = Callable[..., "MemoryEstimate"]
+"""`memory.estimate_memory`, or a stand-in for it: the config, and what is known of the card by name."""
 
 
 @dataclass(frozen=True)

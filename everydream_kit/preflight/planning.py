@@ -190,7 +190,7 @@ def look_at_dataset(config: TrainConfig) -> _Pictures:
     """Scan what is on this machine and not huge; count the files of what is; say so where nothing can be looked at."""
     if not _is_local(config.data_root):
         return _Pictures(None, None, f"data_root {config.data_root}: not looked at: it is not a folder on this machine")
-    count = sum(1 for _ in _picture_files(config.data_root))
+    count = len(list(_picture_files(config.data_root)))
     if count > MOST_SCANNED:
         return _Pictures(count, None, f"{count:,} picture files were counted and not opened: all are taken as usable")
     try:
@@ -235,8 +235,8 @@ def _is_local(data_root: Any) -> bool:
     return all(isinstance(root, str) and Path(root).is_dir() for root in roots)
 
 
-def _picture_files(data_root: str | list[str]) -> Iterator[str]:
-    for root in [data_root] if isinstance(data_root, str) else data_root:
+def _picture_files(data_root: Any) -> Iterator[str]:
+    for root in data_root if isinstance(data_root, list) else [data_root]:
         for _, _, names in os.walk(root):
             yield from (n for n in names if os.path.splitext(n)[1].lower() in PICTURE_SUFFIXES and ".mask." not in n)
 

@@ -2,9 +2,9 @@
 
 The order is that of trust: a run on the same card with the same settings; a published figure that matches in every point
 (`speeds.json`, with its source); else the work of a step over what the card can do. The formula's constants were fitted to
-the nine published figures, each of which it meets to within a tenth, and one that was kept back (SDXL LoRA on an RTX 3090 Ti, 1.12 s)
-to within 11 %; they come from three generations of cards and other people's trainers, so a computed time is right to about a
-third. A trainer tuned throughout, such as MosaicML's, is 2.5 times as fast as the formula says.
+nine published figures, each of which it meets to within a tenth, and one that was kept back (SDXL LoRA on an RTX 3090 Ti, 1.12 s)
+to within 11 %. They come from three cards and other people's trainers, so a computed time is right to about a third. A trainer
+tuned throughout, such as MosaicML's, is 2.5 times as fast as the formula says.
 
 Not here: what else a run spends time on (`planning`).
 """
@@ -190,7 +190,7 @@ def _same_device(facts: dict[str, Any], card: Card | None) -> bool:
 
 def _pictures_per_second(run: RunFolder) -> float | None:
     """Median over a run's log points but the first, which pays for warming up; its status where it has logged one only."""
-    points = [event["images_per_second"] for event in _loss_events(run)]
+    points = [float(event["images_per_second"]) for event in _loss_events(run)]
     points = [speed for speed in points[1:] or points if speed]
     if points:
         return statistics.median(points)
