@@ -19,11 +19,14 @@ import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from everydream_kit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 VERSION = 1
 """Of the saved file's layout. `load_config` upgrades older files."""
@@ -659,7 +662,7 @@ def load_config(
         ConfigError: the file is not there, is no JSON object, names an unknown setting, or a value is wrong. All
             problems at once.
     """
-    values = _read_settings(Path(path)) if path is not None else {}
+    values = read_json_object(Path(path)) if path is not None else {}
     values, warnings = _upgrade(values)
     values.update(overrides or {})
     prefix = f"{path}:\n" if path is not None else ""
@@ -669,19 +672,28 @@ def load_config(
         raise ConfigError(prefix + str(error)) from None
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, setting: str = "") -> dict[str, Any]:
+    """A settings file's object.
+
+    Args:
+        setting: the parameter that names the file, for messages; none for the settings of a run themselves.
+
+    Raises:
+        ConfigError: the file is not there, no text, no JSON, or no object; line and column are named.
+    """
+    place = f"{setting}: {path}" if setting else str(path)
     if not path.is_file():
-        raise ConfigError(f"{path}: there is no such settings file. Give the path of a JSON file.")
+        raise ConfigError(f"{place}: there is no such settings file. Give the path of a JSON file.")
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start}).") from error
+        raise ConfigError(f"{place}: not a text file in UTF-8 ({error.reason} at byte {error.start}).") from error
     except json.JSONDecodeError as error:
         raise ConfigError(
-            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}. Nothing was started."
+            f"{place}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}. Nothing was started."
         ) from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds a JSON {type(values).__name__}, but settings are an object {{...}}.")
+        raise ConfigError(f"{place}: holds a JSON {type(values).__name__}, but settings are an object {{...}}.")
     return values
 
 
@@ -747,9 +759,14 @@ def _describe(error: ValidationError) -> str:
         if problem["type"] == "missing":
             lines[f"{name}: required, and not given"] = None
             continue
-        message = problem["msg"].replace("Input should be", "must be").replace("Value should", "must")
-        lines[f"{name}: {message} (got {problem['input']!r})"] = None
+        lines[value_problem(name, problem)] = None
     return "\n".join(lines)
+
+
+def value_problem(name: str, problem: ErrorDetails) -> str:
+    """One of pydantic's errors about a value in our words: the name, the rule, the value."""
+    message = problem["msg"].replace("Input should be", "must be").replace("Value should", "must")
+    return f"{name}: {message} (got {problem['input']!r})"
 
 
 def _combination_problems(config: TrainConfig) -> list[str]:

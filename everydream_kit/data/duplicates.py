@@ -1,7 +1,7 @@
 """Finding pictures that are there twice: byte for byte, or looking alike.
 
 Exact duplicates share their bytes; only files of equal length are read. Near duplicates (another size, another
-compression, a light retouch) share their perceptual hash (ImageHash's pHash, 64 bits) to within `MAX_DISTANCE` bits,
+compression, a light retouch) share their perceptual hash (ImageHash's pHash, 64 bits) to within a few bits (`MAX_DISTANCE`),
 and their colours; every picture is decoded for that, at a small scale where the format allows. Crops and mirrored
 copies are not found.
 """
@@ -54,6 +54,7 @@ def find_duplicates(
     dataset: Dataset,
     *,
     near: bool = True,
+    max_distance: int = MAX_DISTANCE,
     num_threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Duplicates:
@@ -62,6 +63,7 @@ def find_duplicates(
     Args:
         dataset: the pictures.
         near: look for near duplicates as well, which decodes every picture.
+        max_distance: bits in which the hashes of near duplicates may differ.
         num_threads: readers; by default one for each core.
         progress: called with the number of pictures decoded so far.
     """
@@ -83,7 +85,7 @@ def find_duplicates(
                 hashes[index], thumbnails[index] = look
             if progress is not None:
                 progress(index + 1)
-    groups = _near_groups(hashes, thumbnails)
+    groups = _near_groups(hashes, thumbnails, max_distance)
     already = set(exact)
     return Duplicates(exact, tuple(group for group in groups if group not in already), tuple(unreadable))
 
@@ -121,18 +123,18 @@ def _look(path: str) -> tuple[np.uint64, np.ndarray] | Problem:
     return np.uint64(int.from_bytes(np.packbits(bits).tobytes(), "big")), thumbnail
 
 
-def _near_groups(hashes: np.ndarray, thumbnails: np.ndarray) -> tuple[tuple[int, ...], ...]:
+def _near_groups(hashes: np.ndarray, thumbnails: np.ndarray, max_distance: int) -> tuple[tuple[int, ...], ...]:
     """Connected groups of pictures that are alike pair by pair.
 
     Two hashes that differ in at most d bits agree wholly in one of d + 1 bands of bits, so only pictures that share a
     band are compared.
     """
     parent = list(range(len(hashes)))
-    for band in range(MAX_DISTANCE + 1):
-        low, high = (64 * band // (MAX_DISTANCE + 1)), (64 * (band + 1) // (MAX_DISTANCE + 1))
+    for band in range(max_distance + 1):
+        low, high = (64 * band // (max_distance + 1)), (64 * (band + 1) // (max_distance + 1))
         keys = (hashes >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
         for members in _runs(keys):
-            _join_alike(members, hashes, thumbnails, parent)
+            _join_alike(members, hashes, thumbnails, parent, max_distance)
     groups = defaultdict(list)
     for index in range(len(hashes)):
         groups[_root(parent, index)].append(index)
@@ -146,10 +148,12 @@ def _runs(keys: np.ndarray) -> Iterable[np.ndarray]:
     return (run for run in np.split(order, borders) if len(run) > 1)
 
 
-def _join_alike(members: np.ndarray, hashes: np.ndarray, thumbnails: np.ndarray, parent: list[int]) -> None:
+def _join_alike(
+    members: np.ndarray, hashes: np.ndarray, thumbnails: np.ndarray, parent: list[int], max_distance: int
+) -> None:
     for position, index in enumerate(members[:-1].tolist()):
         others = members[position + 1 :]
-        others = others[_count_bits(hashes[others] ^ hashes[index]) <= MAX_DISTANCE]
+        others = others[_count_bits(hashes[others] ^ hashes[index]) <= max_distance]
         if not len(others):
             continue
         difference = np.abs(thumbnails[others] - thumbnails[index]).mean(axis=(1, 2)).max(axis=1)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from everydream_kit.config import read_json_object, value_problem
 from everydream_kit.errors import ConfigError
 
 DOCUMENTATION = ("doc", "documentation")
@@ -63,20 +64,7 @@ def _object(source: str | Path | dict[str, Any] | None, setting: str) -> dict[st
         return {}
     if isinstance(source, dict):
         return source
-    path = Path(source)
-    if not path.is_file():
-        raise ConfigError(f"{setting}: there is no file {path}. Give the path of a JSON file, or leave it out.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{setting}: {path} is not a text file in UTF-8 (byte {error.start})") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{setting}: {path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
-        ) from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{setting}: {path} holds a JSON {type(values).__name__}, but an object {{...}} is needed")
-    return values
+    return read_json_object(Path(source), setting)
 
 
 def _describe(problem: Any, schema: type[Section], setting: str) -> str:
@@ -87,8 +75,7 @@ def _describe(problem: Any, schema: type[Section], setting: str) -> str:
         return f"{name}: unknown setting" + (f"; did you mean {near[0]}?" if near else "")
     if problem["type"] == "value_error":
         return f"{name}: {problem['ctx']['error']}"
-    message = problem["msg"].replace("Input should be", "must be").replace("Value should", "must")
-    return f"{name}: {message} (got {problem['input']!r})"
+    return value_problem(name, problem)
 
 
 def _names_beside(schema: type[BaseModel], place: list[str]) -> list[str]:

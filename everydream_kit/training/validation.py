@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from everydream_kit.data.contents import digest_pictures
+from everydream_kit.data.duplicates import find_duplicates
 from everydream_kit.draws import derive_seed, torch_generator
 from everydream_kit.errors import ConfigError
 from everydream_kit.training.noise import make_noise
@@ -33,14 +34,24 @@ NUM_TIMESTEPS = 4
 TREND_WINDOW = 5
 """Measurements that the trend is judged by, EveryDream 2's."""
 
+ALIKE_BITS = 8
+"""Bits of 64 in which perceptual hashes may differ for pictures to stay on one side: more than for the duplicates that are
+offered for deletion, since keeping two strangers together costs nothing."""
+
 
 def content_groups(dataset: Dataset) -> list[str]:
-    """A name for the content of each picture: files with the same bytes have the same name.
+    """A name for the content of each picture: files with the same bytes have the same name, and so have pictures that look
+    alike (`data.duplicates`: another size, another compression, a light retouch).
 
-    Pictures that cannot be read are groups of their own.
+    Every picture is decoded once, at a small scale. Pictures that cannot be read are groups of their own.
     """
     digests = digest_pictures(((dataset.path(index), None) for index in range(len(dataset))), len(dataset))
-    return [digest.tobytes().hex() if digest.any() else dataset.key(index) for index, digest in enumerate(digests)]
+    names = [digest.tobytes().hex() if digest.any() else dataset.key(index) for index, digest in enumerate(digests)]
+    for alike in find_duplicates(dataset, max_distance=ALIKE_BITS).near:
+        name = min(names[index] for index in alike)
+        for index in alike:
+            names[index] = name
+    return names
 
 
 def split_indices(

@@ -33,7 +33,7 @@ def settings(folder: Path, model: Path, pictures: Path) -> dict[str, Any]:
         "logdir": str(folder / "logs"),
         "resolution": 64,
         "batch_size": 4,
-        "max_epochs": 2,
+        "max_epochs": 1,
         # a large eps: Adam would divide by rounding errors where a gradient is almost zero
         "optimizer_config": {"base": {"optimizer": "adamw", "epsilon": 1e-2}},
         "lr": 1e-3,
@@ -78,7 +78,7 @@ def losses_of(run: RunFolder) -> list[float]:
 
 
 def assert_same_run(one: RunFolder, two: RunFolder) -> None:
-    assert len(losses_of(one)) == 8
+    assert len(losses_of(one)) == 4
     assert losses_of(two) == pytest.approx(losses_of(one), abs=1e-5)
     for part in WEIGHTS:
         first, second = load_file(one.last_checkpoint / part), load_file(two.last_checkpoint / part)
@@ -94,10 +94,10 @@ def test_slices_of_the_model_are_trained_saved_and_resumed_by_two_processes_and_
     folder: Path, alone: RunFolder
 ) -> None:
     two = RunFolder(folder / "fsdp2")
-    assert [event["step"] for event in two.events("resumed")] == [3]
-    assert two.checkpoints()[-1].step == 5
-    assert [event["step"] for event in two.events("sample")] == [3, 5]
-    assert [event["step"] for event in two.events("validation")] == [0, 4]
+    assert [event["step"] for event in two.events("resumed")] == [2]
+    assert two.checkpoints()[-1].step == 3
+    assert [event["step"] for event in two.events("sample")] == [2, 3]
+    assert [event["step"] for event in two.events("validation")] == [0]
     verify_checkpoint(two.last_checkpoint)
     resume(two.folder, changes={"batch_size": 4, "max_steps": None, "sample_steps": None})
     assert any("has no effect on one process" in event["message"] for event in two.events("warning"))

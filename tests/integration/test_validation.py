@@ -3,8 +3,10 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from everydream_kit.data.files import scan_dataset
 from everydream_kit.data.loader import make_loader
@@ -14,7 +16,9 @@ from everydream_kit.models.encoding import encode_captions, encode_moments, late
 from everydream_kit.models.family import Sizes
 from everydream_kit.models.loading import load_model
 from everydream_kit.training.objectives import build_objective
+from everydream_kit.training.validating import split_dataset
 from everydream_kit.training.validation import content_groups, once_each, split_indices, validate
+from everydream_kit.training.validation_config import ValidationConfig
 
 TIMESTEPS = [250, 750]
 
@@ -126,11 +130,38 @@ def test_without_pictures_there_is_nothing_to_measure(model):
         )
 
 
-def test_the_same_picture_in_two_folders_is_never_on_both_sides(picture_folder, tmp_path):
-    for folder in ("first", "second"):
-        shutil.copytree(picture_folder, tmp_path / folder)
-    renamed = tmp_path / "second" / "00.jpg"
-    renamed.rename(renamed.with_name("another name.jpg"))
+def draw_pictures(folder, count):
+    """Pictures that do not look alike: coarse coloured noise, enlarged smoothly."""
+    folder.mkdir()
+    for number in range(count):
+        coarse = np.random.default_rng(number).integers(0, 255, (6, 6, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((160, 160), Image.Resampling.BICUBIC).save(folder / f"{number:02}.png")
+        (folder / f"{number:02}.txt").write_text(f"picture {number}", encoding="utf-8")
+    return folder
+
+
+def test_a_copy_that_was_resized_and_compressed_again_is_never_on_the_other_side(tmp_path):
+    pictures = draw_pictures(tmp_path / "pictures", 12)
+    for path in sorted(pictures.glob("*.png")):
+        with Image.open(path) as picture:
+            picture.resize((112, 112)).save(pictures / f"copy of {path.stem}.jpg", quality=70)
+    config = ValidationConfig(auto_split_proportion=0.25)
+    for seed in range(5):
+        dataset = scan_dataset(pictures)
+        training, (held_out,) = split_dataset(dataset, config.model_copy(update={"seed": seed}), scan_dataset)
+        numbers = [
+            {Path(path).stem[-2:] for path in map(side.path, range(len(side)))} for side in (training, held_out.dataset)
+        ]
+        assert len(held_out.dataset) == 6
+        assert not numbers[0] & numbers[1]
+        assert numbers[0] | numbers[1] == {f"{number:02}" for number in range(12)}
+
+
+def test_the_same_picture_in_two_folders_is_never_on_both_sides(tmp_path):
+    pictures = draw_pictures(tmp_path / "first", 12)
+    shutil.copytree(pictures, tmp_path / "second")
+    renamed = tmp_path / "second" / "00.png"
+    renamed.rename(renamed.with_name("another name.png"))
     dataset = scan_dataset(tmp_path)
     groups = content_groups(dataset)
     assert len(groups) == 24

@@ -21,7 +21,7 @@ class EndsEarly(Listener):
     """What early stopping does, on the main process only, as all of the run's own listeners."""
 
     def __call__(self, run, report) -> None:
-        run.ended_early = report.step == 3
+        run.ended_early = report.step == 2
 
 
 def divided_batch(folder: Path, settings: dict) -> None:
@@ -34,7 +34,7 @@ def divided_batch(folder: Path, settings: dict) -> None:
 
 
 def divided_model(folder: Path, settings: dict) -> None:
-    """Slices of the model; ended after three steps, resumed for two more."""
+    """Slices of the model; ended after two steps, resumed for one more."""
     os.environ[RUN_FOLDER_VARIABLE] = str(folder / "fsdp2")
     prompts = folder / "prompts.json"
     prompts.write_text(json.dumps({"cfgs": [3], "num_inference_steps": 2, "samples": [{"prompt": "red"}]}), "utf-8")
@@ -42,13 +42,13 @@ def divided_model(folder: Path, settings: dict) -> None:
         "batch_size": 2,
         "parallel": "fsdp2",
         "gradient_checkpointing": True,
-        "save_every_n_steps": 2,
+        "save_every_n_steps": 1,
         "sample_steps": 100,
         "sample_prompts": str(prompts),
         "validation_config": {"val_split_mode": "manual", "manual_data_root": settings["data_root"]},
     }
     run = train({**settings, **extra}, listeners=[EndsEarly()] if RANK == 0 else [])
-    resume(run.folder, changes={"max_steps": 5})
+    resume(run.folder, changes={"max_steps": 3})
 
 
 if __name__ == "__main__":

@@ -158,14 +158,14 @@ def test_all_problems_come_together():
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"optimizer_config: there is no file .*nowhere\.json"):
+    with pytest.raises(ConfigError, match=r"optimizer_config: .*nowhere\.json: there is no such settings file"):
         load_optimizer_config(tmp_path / "nowhere.json")
     broken = tmp_path / "broken.json"
     broken.write_text('{"base": {\n"lr": 1e-6,}}', encoding="utf-8")
     with pytest.raises(ConfigError, match=r"broken\.json, line 2, column \d+: not valid JSON"):
         load_optimizer_config(broken)
     broken.write_text("[1]", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"holds a JSON list, but an object"):
+    with pytest.raises(ConfigError, match=r"holds a JSON list, but settings are an object"):
         load_optimizer_config(broken)
     broken.write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ConfigError, match="not a text file in UTF-8"):
