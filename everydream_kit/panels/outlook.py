@@ -68,7 +68,7 @@ class PlanBox:
         self._known: dict[str, dict[str, Any]] = {}
         self.line = widgets.HTML(layout=widgets.Layout(flex="1 1 420px", width="auto"))
         self.fit_button = look.button("Make it fit", icon="magic", hint="Change the fewest settings so that it fits")
-        self.fit_button.layout.visibility = "hidden"
+        self.fit_button.layout.display = "none"
         self.fit_button.on_click(lambda _: self.make_it_fit())
         self.report = widgets.HTML()
         self.card = widgets.Dropdown(
@@ -177,7 +177,7 @@ class PlanBox:
     def _draw(self) -> None:
         made = self._known.get(self._key, {}) if self._config is not None else {}
         advice = made.get("advice") or {}
-        self.fit_button.layout.visibility = "visible" if advice.get("changes") else "hidden"
+        self.fit_button.layout.display = "" if advice.get("changes") else "none"
         if self._config is None or self._forecast is None:
             set_html(self.line, look.note(self._problem, "bad"))
         elif self._forecast.problem:

@@ -113,7 +113,8 @@ class Project:
             if source.suffix != ".md":
                 shutil.copy(source, self.pictures_folder)
         prompts = [f"{subject}, ink drawing" for subject in SUBJECTS[:NUM_DEMO_PROMPTS]]
-        self.prompts_path.write_text("\n".join(prompts) + "\n", "utf-8")
+        if not self.prompts_path.is_file():
+            self.prompts_path.write_text("\n".join(prompts) + "\n", "utf-8")
         if not self.settings_path.is_file():
             self.save_settings({"resume_ckpt": EMBEDDED_MODEL, **self.own_settings(), **TRAINING})
         return True

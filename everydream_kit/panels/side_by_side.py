@@ -294,9 +294,9 @@ class ComparePanel(Panel):
             return
         prompt, cfg = json.loads(self.prompt_choice.value)
         first, second = here.checkpoints[0], here.checkpoints[min(self.slider.value, len(here.checkpoints) - 1)]
-        shown = [(first, f"before · {self._label(first)}")]
-        if second != first:
-            shown.append((second, f"after · {self._label(second)}"))
+        shown = [(first, f"before · {self._label(first)}"), (second, f"after · {self._label(second)}")]
+        if second == first:
+            shown = [(first, self._label(first))]
         figures = "".join(
             f"<figure>{self._cell(source, prompt, cfg, 420)}<figcaption>{html.escape(words)}</figcaption></figure>"
             for source, words in shown

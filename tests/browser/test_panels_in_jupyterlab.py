@@ -30,6 +30,8 @@ def wait_for_run(status, stall_seconds=150):
 
 
 def test_the_quickstart_ends_with_before_and_after(lab, driver, page):
+    (lab.root / "workspace" / "quick").mkdir(parents=True)
+    (lab.root / "workspace" / "quick" / "sample_prompts.txt").write_text("guitar, ink drawing\n")  # drawing takes most
     driver.open(lab.copy("00_quickstart", PROJECT="quick", MAX_EPOCHS=1))
     driver.run_all()
     driver.wait_while_moving(lambda: page.get_by_role("heading", name="Compare", exact=True).count())

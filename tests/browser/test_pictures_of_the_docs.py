@@ -23,11 +23,13 @@ EPOCHS = int(os.environ.get("EDK_EPOCHS", "24"))
 
 @pytest.fixture
 def project():
-    """The quickstart's project in a place whose name may be seen; a finished run in it is used again."""
+    """The quickstart's project in a place whose name may be seen; made anew with every session of tests."""
     folder = Path(tempfile.gettempdir()) / "everydream" / "workspace" / "quickstart"
-    if not list((folder / "logs").glob("*/ckpts/last-*")):
+    mark = folder / f"made-by-{os.getpid()}"
+    if not mark.exists():
         shutil.rmtree(folder, ignore_errors=True)
-    (folder / "queue.json").unlink(missing_ok=True)
+        folder.mkdir(parents=True)
+        mark.touch()
     return folder
 
 
@@ -65,7 +67,7 @@ def test_the_training_panel(lab, driver, page, project):
     driver.open(lab.write("t.ipynb", TRAIN.format(folder=str(project), epochs=EPOCHS)))
     driver.run_all()
     panel = driver.panel("Training")
-    if not list((project / "logs").glob("*/ckpts/last-*")):
+    if not list((project / "logs").glob("*/config.json")):
         panel.get_by_role("button", name="Start training").click()
     driver.wait_for_text(panel, ".edk-badge", "finished")
     for title in ("Progress", "Samples"):

@@ -151,6 +151,10 @@ def shown_text(book):
 
 
 def test_the_quickstart_ends_with_before_and_after(workspace):
+    (workspace / "workspace" / "quick").mkdir(parents=True)
+    (workspace / "workspace" / "quick" / "sample_prompts.txt").write_text(
+        "guitar, ink drawing\n"
+    )  # one: drawing takes most
     book = run_book("00_quickstart", workspace, MAX_EPOCHS=1, PROJECT="quick")
     shown = shown_text(book)
     assert "before · base" in shown and "after · last-quick" in shown

@@ -93,9 +93,9 @@ def test_make_it_fit_takes_over_what_is_advised(project):
     errand = Answering(project.folder / "plan", TOO_LARGE)
     box = PlanBox(project, applied.append, lambda *words: said.append(words), errand=errand)
     box.take(project.config())
-    assert box.fit_button.layout.visibility == "hidden"
+    assert box.fit_button.layout.display == "none"
     plan_for(box, project.config())
-    assert box.fit_button.layout.visibility == "visible"
+    assert box.fit_button.layout.display == ""
     box.fit_button.click()
     assert applied == [{"gradient_checkpointing": True}]
     assert "gradient_checkpointing: on" in said[0][0] and said[0][1] == "good"

@@ -14,7 +14,7 @@ from everydream_kit import panels
 from everydream_kit.doctor import Check, Diagnosis
 from everydream_kit.errors import ConfigError, ExportError
 from everydream_kit.panels.comparison import Comparison
-from everydream_kit.panels.formats import count_weights
+from everydream_kit.panels.formats import count_weights, foretell_bytes, formats_of, write_as
 from everydream_kit.panels.machine import SetupPanel
 from everydream_kit.panels.project import Project
 from everydream_kit.panels.sharing import SharePanel
@@ -253,22 +253,17 @@ def test_a_lora_run_is_exported_in_both_layouts_and_merged(lora_project):
     kohya = load_file(lora_project / "exports" / "jets-lora.safetensors")
     assert any(name.startswith("lora_unet_") for name in kohya)
 
-    panel.form.value = "diffusers"
-    panel.export_button.click()
-    finish(panel)
-    assert any(
-        name.startswith("unet.") for name in load_file(lora_project / "exports" / "jets-lora-diffusers.safetensors")
-    )
-
     panel.form.value, panel.strength.value, panel.precision.value = "merged", 0.5, "fp32"
     assert panel.precision.layout.display == panel.strength.layout.display == ""
     panel.export_button.click()
     finish(panel)
     half = load_file(lora_project / "exports" / "jets-merged.safetensors")
-    panel.strength.value = 1.0
-    panel.export_button.click()
-    finish(panel)
-    whole = load_file(lora_project / "exports" / "jets-merged.safetensors")
+
+    checkpoint, out = Path(panel.checkpoint.value), lora_project / "exports"
+    write_as(checkpoint, out / "d.safetensors", form="diffusers", precision="fp16", strength=1.0)
+    assert any(name.startswith("unet.") for name in load_file(out / "d.safetensors"))
+    write_as(checkpoint, out / "whole.safetensors", form="merged", precision="fp32", strength=1.0)
+    whole = load_file(out / "whole.safetensors")
     differing = [name for name in whole if abs(whole[name] - half[name]).max() > 1e-4]
     assert any("attn1.to_q" in name for name in differing) and "model.diffusion_model.input_blocks.0.0.weight" in whole
 
@@ -284,7 +279,6 @@ def test_the_form_follows_the_checkpoint(lora_project):
 
 def test_learnt_words_are_one_small_file(tmp_path):
     from everydream_kit.models.adapters import TOKENS_FILE, write_adapter_file
-    from everydream_kit.panels.formats import foretell_bytes, formats_of, write_as
 
     checkpoint = tmp_path / "jets-ep01-gs00001"
     checkpoint.mkdir()
