@@ -1,0 +1,44 @@
+"""An SD 1.x with two UNet levels of one layer: every kind of block, and a tenth of the tiny model's operators.
+
+The pre-flight's tests go through its whole run on tensors without values, whose cost is the number of operators alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+SMALL: dict[str, Any] = {
+    "unet": {
+        "block_out_channels": [32, 64],
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "layers_per_block": 1,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 32,
+        "norm_num_groups": 8,
+        "sample_size": 8,
+    },
+    "vae": {
+        "block_out_channels": [8, 8, 8, 8],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "sample_size": 64,
+    },
+    "text_encoders": [
+        {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+            "projection_dim": 32,
+            "vocab_size": 49408,
+        }
+    ],
+}
+
+
+def small_architecture() -> Any:
+    """Its configs, for `estimate_memory(architecture=...)`."""
+    from everydream_kit.preflight.skeleton import shipped_architecture
+
+    return shipped_architecture("sd1", **SMALL)
