@@ -33,22 +33,12 @@ from everydream_kit.training.reports import Listener
 from everydream_kit.training.run import Run
 from everydream_kit.training.runs import build_run
 from everydream_kit.training.sharding import divide_optimizer_state
+from everydream_kit.training.summary import library_versions
 from everydream_kit.workspace import RunFolder, find_run, write_whole
 
 RUN_FOLDER_VARIABLE = "EVERYDREAM_RUN_FOLDER"
 """Environment variable by which whoever starts a process names the run folder that was made for it."""
 
-PACKAGES = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "accelerate",
-    "bitsandbytes",
-    "peft",
-    "safetensors",
-    "numpy",
-    "pillow",
-)
 CANNOT_CHANGE = frozenset({"resume_ckpt", "seed", "training_kind", "optimizer", "project_name", "logdir"})
 """Settings that a resumed run cannot change: they say what its saved state is the state of."""
 
@@ -215,6 +205,10 @@ def _restore(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
             f"The dataset has {len(run.dataset)} pictures and had {state['num_pictures']} when this was saved: "
             "the run goes on with the new ones, and is not the one that would have been without the pause."
         )
+    now = library_versions()
+    before = ", ".join(f"{name} {one}" for name, one in state.get("versions", {}).items() if now.get(name) != one)
+    if before:
+        run.warn(f"This was saved with {before}: with other versions the run may differ in the last digits.")
     tensors = load_resume_tensors(checkpoint)
     try:
         optimizer_state = tensors["optimizer"]
@@ -275,19 +269,13 @@ def _new_folder(config: TrainConfig, ranks: Ranks) -> RunFolder:
 def _write_facts(config: TrainConfig, folder: RunFolder) -> None:
     """`config.json` and `environment.json`: what is needed to do this again."""
     write_whole(folder.config_path, config.to_json())
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
     import torch
 
     facts = {
         "everydream_kit": metadata.version("everydream-kit"),
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "packages": versions,
+        "packages": library_versions(),
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else f"cpu, {torch.get_num_threads()} threads",

@@ -256,7 +256,7 @@ class ProgressBar(Listener):
 
 
 class PictureTable(Listener):
-    """Mean loss of each picture over an epoch, written to `losses/ep<N>.json` with the worst twenty named in the log."""
+    """Mean loss and count of each picture over an epoch: `losses/ep<N>.json`, highest first, the worst twenty apart."""
 
     name = "picture_table"
 

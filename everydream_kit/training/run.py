@@ -26,6 +26,7 @@ from everydream_kit.training.position import Position
 from everydream_kit.training.sharding import Sharding, as_whole, gather
 from everydream_kit.training.snapshots import Snapshot, clone_to_host, count_bytes
 from everydream_kit.training.step import NoiseSettings, PictureLosses, picture_generators
+from everydream_kit.training.summary import library_versions
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -342,5 +343,6 @@ class Run:
             "num_ranks": self.ranks.num_ranks,
             "num_pictures": len(self.dataset),
             "config": self.config.model_dump(mode="json"),
+            "versions": library_versions(),
             "listeners": {listener.name: listener.state() for listener in self.listeners if listener.name},
         }

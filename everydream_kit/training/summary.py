@@ -1,12 +1,38 @@
-"""What the run's log and the model card say about the captions: numbers only, no caption."""
+"""What a run notes about itself for others: numbers about the captions, and the versions that it was trained with."""
 
 from __future__ import annotations
 
 import statistics
+from functools import lru_cache
+from importlib import metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from everydream_kit.data.dataset import Dataset
+
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "bitsandbytes",
+    "peft",
+    "safetensors",
+    "numpy",
+    "pillow",
+)
+
+
+@lru_cache(maxsize=1)
+def library_versions() -> dict[str, str]:
+    """The versions of the packages on which the numbers of a training may depend."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
 
 
 def summarise_captions(dataset: Dataset) -> dict[str, int]:
