@@ -204,6 +204,6 @@ class Driver:
         path = SHOTS / f"panel-{name}.png"
         self.page.screenshot(path=path, clip=box)
         with Image.open(path) as picture:
-            small = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+            small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
         small.save(path, optimize=True)
         self.page.set_viewport_size(VIEWPORT)
