@@ -65,29 +65,39 @@ def innermost_optimizers(optimizer: Any) -> list[Any]:
     return [optimizer] if inner is None else [one for part in inner for one in innermost_optimizers(part)]
 
 
-def replace_bitsandbytes(optimizer: Any, tracker: StorageTracker, host: str) -> None:
+def replace_bitsandbytes(optimizer: Any, tracker: StorageTracker, host: str, *, device_type: str) -> None:
     """Let the optimizers of bitsandbytes make their states by their own rule, and leave out their kernels.
 
     The rule is `init_state` of bitsandbytes/optim/optimizer.py itself: 8-bit states are one byte a number, a float32 scale for
-    each 256 numbers; tensors under `min_8bit_size` (4096) have float32 states. Its kernels work in place.
+    each 256 numbers; tensors under `min_8bit_size` (4096) have float32 states. Its CUDA kernels work in place; on a CPU it
+    computes in float32 copies (backends/cpu/ops.py, `_optimizer_update_8bit_blockwise_cpu`).
 
     Args:
         host: the category of paged states, which live in host memory.
+        device_type: "cpu" or "cuda".
     """
     for one in innermost_optimizers(optimizer):
         if type(one).__module__.startswith("bitsandbytes."):
             # The two tables that all 8-bit states share; made by a sort that needs values.
             one.name2qmap = {name: torch.empty(256) for name in ("dynamic", "udynamic")}
             one._cpu_paged_warned = True
-            one.step = partial(_make_states, one, tracker, host)
+            one.step = partial(_step, one, tracker, host, device_type)
 
 
-def _make_states(optimizer: Any, tracker: StorageTracker, host: str, closure: Callable[[], Any] | None = None) -> None:
+def _step(
+    optimizer: Any, tracker: StorageTracker, host: str, device_type: str, closure: Callable[[], Any] | None = None
+) -> None:
     for index, group in enumerate(optimizer.param_groups):
         for position, parameter in enumerate(group["params"]):
-            if parameter.grad is None or optimizer.state[parameter]:
+            if parameter.grad is None:
                 continue
-            optimizer.init_state(group, parameter, index, position)
-            if optimizer.is_paged and parameter.numel() >= PAGED_FROM:
+            state = optimizer.state[parameter]
+            if not state:
+                optimizer.init_state(group, parameter, index, position)
                 state = optimizer.state[parameter]
-                tracker.label([state[key] for key in ("state1", "state2") if key in state], host)
+            states = [state[key] for key in ("state1", "state2") if key in state]
+            if device_type == "cpu" and states[0].dtype == torch.uint8:
+                # Both states, the gradient, the root of the second state and its quotient.
+                tracker.add_scratch((2 * len(states) + 1) * 4 * parameter.numel())
+            elif device_type != "cpu" and optimizer.is_paged and parameter.numel() >= PAGED_FROM:
+                tracker.label(states, host)

@@ -218,7 +218,7 @@ class _Question:
     dataset: Dataset | None
 
     @classmethod
-    def of(
+    def of(  # noqa: PLR0917 - what `estimate_memory` was asked, in its order
         cls,
         config: TrainConfig,
         device: str,
@@ -239,8 +239,8 @@ class _Question:
             bucket=bucket or largest_bucket(config.resolutions),
             captions_vary=config.shuffle_tags if dataset is None else captions_vary(dataset),
             optimizer_config=load_optimizer_config(config.optimizer_config),
-            validates=_validated_together(config),
-            samples=_sampled_together(config, dataset),
+            validates=validated_together(config),
+            samples=sampled_together(config, dataset),
             dataset=dataset,
         )
 
@@ -309,7 +309,8 @@ def _version(name: str) -> str:
         return f"{name} none"
 
 
-def _validated_together(config: TrainConfig) -> int | None:
+def validated_together(config: TrainConfig) -> int | None:
+    """Pictures whose loss is measured together, or None without validation."""
     if config.validation_config is None:
         return None
     from everydream_kit.training.validation_config import load_validation_config
@@ -319,7 +320,7 @@ def _validated_together(config: TrainConfig) -> int | None:
     return own or config.batch_size
 
 
-def _sampled_together(config: TrainConfig, dataset: Dataset | None) -> SampleShape | None:
+def sampled_together(config: TrainConfig, dataset: Dataset | None = None) -> SampleShape | None:
     """The largest batch of sample pictures that the prompt file, or the lack of one, leads to."""
     if config.sample_steps is None:
         return None

@@ -182,7 +182,7 @@ def _follow_gradient(parameter: torch.nn.Parameter, tracker: StorageTracker) -> 
         parameter.register_post_accumulate_grad_hook(label)
 
 
-def _assemble(
+def _assemble(  # noqa: PLR0917 - what a run is made of, each once
     config: TrainConfig,
     model: Model,
     dataset: Dataset,
@@ -211,7 +211,7 @@ def _assemble(
         )
     run.precision = imitate_precision(run.precision)
     run.updates_in_backward = False  # the optimizer's hooks stay; only the look at losses that have no values goes
-    replace_bitsandbytes(run.optimizer, tracker, HOST)
+    replace_bitsandbytes(run.optimizer, tracker, HOST, device_type=device_type)
     if run.ema is not None and device_type != "cpu" and config.ema_device == "cpu":
         tracker.label(run.ema.averages, HOST)
     return run
@@ -262,7 +262,7 @@ def _rehearse_step(run: Run, tracker: StorageTracker, batch: Batch) -> int:
             run.update_weights(0)
         if run.ema is not None:
             run.ema.update(1)
-        tracker.label(_states(run), STATES)
+        tracker.label(_states(run), STATES, unless=HOST)
     return num
 
 
@@ -321,7 +321,7 @@ def _summarise(config: TrainConfig, run: Run, tracker: StorageTracker, num_micro
 
 def _count(values: Any) -> int:
     """Bytes of the different tensors in nested containers."""
-    leaves = [leaf for leaf in tree_leaves(list(values) if not isinstance(values, dict) else values)]
+    leaves = tree_leaves(values if isinstance(values, dict) else list(values))
     tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}
     return sum(tensor.nbytes for tensor in tensors.values())
 

@@ -84,7 +84,8 @@ def read_architecture(
         return Architecture(open_configs(path / subfolder if subfolder else path, **how))
     if not is_hub_id(str(source)):
         raise ModelError(f"{source}: there is no such file or folder, and it is no Hub id (owner/repository) either.")
-    files = _fetch_configs(str(source), revision, subfolder, variant, endpoint, how)
+    where = {"revision": revision, "endpoint": endpoint}
+    files = _fetch_configs(str(source), subfolder, variant, where, how)
     return Architecture(dataclasses.replace(files, source=str(source)))
 
 
@@ -177,12 +178,7 @@ def _own_vocabulary(folder: Path, slot: TextEncoderSlot) -> Path | None:
 
 
 def _fetch_configs(
-    repo_id: str,
-    revision: str | None,
-    subfolder: str | None,
-    variant: str | None,
-    endpoint: str | None,
-    how: dict[str, Any],
+    repo_id: str, subfolder: str | None, variant: str | None, where: dict[str, Any], how: dict[str, Any]
 ) -> ModelFiles:
     """The configs of a Hub repository, or a single file's header; kilobytes, and nothing where they are cached."""
     from huggingface_hub import HfApi, snapshot_download
@@ -192,9 +188,9 @@ def _fetch_configs(
 
     repo_id = repo_id.removeprefix("hf://")
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    where: dict[str, Any] = {"revision": revision, "endpoint": endpoint}
     try:
-        info = HfApi(endpoint=endpoint).model_info(repo_id, revision=revision, files_metadata=True)
+        hub = HfApi(endpoint=where["endpoint"])
+        info = hub.model_info(repo_id, revision=where["revision"], files_metadata=True)
         sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
         names = choose_files(repo_id, sizes, subfolder=subfolder, variant=variant)
         if len(names) == 1 and names[0].endswith(".safetensors"):
@@ -202,7 +198,7 @@ def _fetch_configs(
         wanted = [name for name in names if name.endswith(".json")]
         folder = Path(snapshot_download(repo_id, allow_patterns=wanted, **where))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        folder = _cached_snapshot(repo_id, prefix, revision, error)
+        folder = _cached_snapshot(repo_id, prefix, where["revision"], error)
     return open_configs(folder / prefix if prefix else folder, **how)
 
 

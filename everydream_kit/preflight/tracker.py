@@ -171,10 +171,12 @@ class StorageTracker(TorchDispatchMode):
         finally:
             self._category = before
 
-    def label(self, tensors: Iterable[torch.Tensor], category: str) -> None:
-        """Say what these tensors' storages are; those not met before are born now."""
+    def label(self, tensors: Iterable[torch.Tensor], category: str, *, unless: str = "") -> None:
+        """Say what these tensors' storages are, but for those of the category `unless`; those not met before are born now."""
         for tensor in tensors:
-            self._life_of(tensor).category = category
+            life = self._life_of(tensor)
+            if not unless or life.category != unless:
+                life.category = category
 
     def alive(self) -> dict[str, int]:
         """Bytes that are alive now, by category."""
@@ -198,6 +200,8 @@ class StorageTracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # optimizers ask it of every tensor, thousands of times a step
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
             with unset_fake_temporarily():

@@ -1,0 +1,239 @@
+"""Measuring on the GPU that is there, instead of foretelling: two real steps, a validation and a sample.
+
+The probe builds the run as training does, with the base's weights, and goes through the phases with batches of grey pictures of
+the largest bucket: the first step creates the optimizer's states, the second shows the steady state. What the allocator reserved
+at most in each phase is the answer, which replaces the estimate's. Nothing is written but the run's own temporary folder.
+
+Where it cannot run (no GPU, no memory, no base on the disk) it says why and measures nothing; running out of memory is an answer,
+too. It takes the time of loading the model and a few steps, so it is done when asked for, or for `batch_size: auto`.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from everydream_kit.errors import KitError
+from everydream_kit.preflight.memory import MemoryEstimate, Phase, sampled_together, validated_together
+
+if TYPE_CHECKING:
+    from everydream_kit.config import TrainConfig
+    from everydream_kit.training.run import Run
+
+NUM_STEPS = 2
+NO_GPU = "there is no CUDA GPU here, so memory is foretold and not measured"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a probe found.
+
+    Attributes:
+        phases: measured, each with everything under "measured"; empty where nothing could be measured.
+        seconds_per_step: of the second step, or None.
+        fits: False: the card ran out of memory in the phase `stopped_in`; None: nothing was measured.
+        reason: in words: what was measured, or why nothing was.
+    """
+
+    phases: tuple[Phase, ...] = ()
+    seconds_per_step: float | None = None
+    fits: bool | None = None
+    stopped_in: str | None = None
+    reason: str = ""
+
+    def correct(self, estimate: MemoryEstimate) -> MemoryEstimate:
+        """The estimate, with what was measured in the place of what was foretold."""
+        if not self.phases:
+            return estimate
+        measured = {phase.name: phase for phase in self.phases}
+        phases = tuple(measured.get(phase.name, phase) for phase in estimate.phases)
+        return replace(estimate, phases=phases)
+
+
+class Meter:
+    """Reads a device's memory; another one may be given in its place."""
+
+    def begin(self) -> None:
+        """From here on a new highest mark counts."""
+        import torch
+
+        torch.cuda.synchronize()
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    def peak_bytes(self) -> int:
+        """The most that the allocator took from the device since `begin`: tensors, and the gaps between them."""
+        import torch
+
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_reserved())
+
+    def seconds(self) -> float:
+        """A clock that waits for the device."""
+        import time
+
+        import torch
+
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def probe(
+    config: TrainConfig, *, build: Callable[[TrainConfig, Path], Run] | None = None, meter: Meter | None = None
+) -> Probe:
+    """Measure a run's memory on the GPU.
+
+    Args:
+        config: of the run; `batch_size` is a number.
+        build: makes the run, given the config and a temporary folder; by default around the real base on the GPU.
+        meter: reads the device; by default torch's CUDA allocator.
+
+    Returns:
+        What was found. Running out of memory is a finding and no error.
+
+    Raises:
+        ConfigError, ModelError: the settings or the base cannot be used, as in training.
+    """
+    if build is None or meter is None:
+        import torch
+
+        if not torch.cuda.is_available():
+            return Probe(reason=NO_GPU)
+    with tempfile.TemporaryDirectory() as folder:
+        session = _Session(config, Path(folder), build or build_on_gpu, meter or Meter())
+        try:
+            return session.measure()
+        finally:
+            session.close()
+
+
+def build_on_gpu(config: TrainConfig, folder: Path) -> Run:
+    """The run that training would build, around grey pictures."""
+    from everydream_kit.preflight.rehearsal import largest_bucket, stand_in_dataset
+    from everydream_kit.training.base import load_base
+    from everydream_kit.training.journal import Journal
+    from everydream_kit.training.optimizer_config import load_optimizer_config
+    from everydream_kit.training.ranks import Ranks
+    from everydream_kit.training.runs import assemble_run
+    from everydream_kit.workspace import RunFolder
+
+    ranks = Ranks.find(config.gpuid)
+    return assemble_run(
+        config.replace(cache_latents="off", ema_resume_model=None),
+        RunFolder(folder),
+        Journal(RunFolder(folder), writes=False),
+        ranks,
+        model=load_base(config, None, ranks),
+        dataset=stand_in_dataset(config, largest_bucket(config.resolutions)),
+        seed=max(0, config.seed),
+        optimizer_config=load_optimizer_config(config.optimizer_config),
+    )
+
+
+class _Session:
+    """One probe: what has been measured so far, so that running out of memory loses nothing."""
+
+    def __init__(
+        self, config: TrainConfig, folder: Path, build: Callable[[TrainConfig, Path], Run], meter: Meter
+    ) -> None:
+        self._config, self._folder, self._build, self._meter = config, folder, build, meter
+        self._phases: list[Phase] = []
+        self._seconds: float | None = None
+        self._now = "loading"
+        self._run: Run | None = None
+
+    def measure(self) -> Probe:
+        """Go through the phases."""
+        from everydream_kit.training.memory import is_out_of_memory
+
+        try:
+            self._go_through()
+        except KitError:
+            raise
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # Chained frames would hold the tensors that must go.
+            error.__traceback__ = None
+            reason = f"measured: this card runs out of memory in the phase {self._now}"
+            return Probe(tuple(self._phases), self._seconds, False, self._now, reason)
+        names = ", ".join(phase.name for phase in self._phases)
+        reason = f"measured on this GPU: {names}; {NUM_STEPS} steps of {self._config.batch_size} pictures of the largest bucket"
+        return Probe(tuple(self._phases), self._seconds, True, None, reason)
+
+    def close(self) -> None:
+        """Let go of the run, and of the device's memory."""
+        self._run = None
+        gc.collect()
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self._now = name
+        self._meter.begin()
+        yield
+        num_bytes = self._meter.peak_bytes()
+        self._phases.append(Phase(name, num_bytes, {"measured": num_bytes}))
+
+    def _go_through(self) -> None:
+        import torch
+
+        from everydream_kit.models.encoding import encode_moments
+        from everydream_kit.models.sampling import SamplePrompt, sample_pictures
+        from everydream_kit.preflight.rehearsal import CACHED_TOGETHER, largest_bucket, make_batch
+        from everydream_kit.training.step import picture_losses
+
+        config, bucket = self._config, largest_bucket(self._config.resolutions)
+        run = self._run = self._build(config, self._folder)
+        caches = config.cache_latents != "off" and not config.plugins
+        if caches:
+            with self._phase("latent caching"):
+                pixels = torch.zeros(CACHED_TOGETHER, 3, bucket[1], bucket[0], dtype=torch.uint8)
+                encode_moments(run.model, pixels.to(run.ranks.device))
+        assert isinstance(config.batch_size, int)
+        batch = make_batch(bucket, config.batch_size, with_moments=caches)
+        with self._phase("training step"):
+            for _ in range(NUM_STEPS):
+                started = self._meter.seconds()
+                self._step(run, batch)
+                self._seconds = self._meter.seconds() - started
+        together = validated_together(config)
+        if together is not None:
+            with self._phase("validation"), torch.no_grad(), run.whole_model():
+                measured = make_batch(bucket, together, with_moments=False)
+                picture_losses(run, measured, _work(measured, 1))
+        samples = sampled_together(config)
+        if samples is not None:
+            with self._phase("sampling"), run.whole_model(), run.sampling_weights(averaged=config.ema_sample_ema_model):
+                width, height = samples.size
+                cfgs = tuple(7.0 + number for number in range(samples.num_pictures))
+                sample_pictures(
+                    run.model, [SamplePrompt("", width=width, height=height, cfgs=cfgs)], num_inference_steps=1
+                )
+
+    def _step(self, run: Run, batch: Any) -> None:
+        """An optimizer step as the loop makes it, with at most two of its micro-batches."""
+        from everydream_kit.training.step import backward
+
+        num = min(2, self._config.grad_accum)
+        run.set_learning_rates(0)
+        for _ in range(num):
+            backward(run, batch, _work(batch, num))
+        run.update_weights(0)
+        if run.ema is not None:
+            run.ema.update(1)
+
+
+def _work(batch: Any, num: int) -> Any:
+    from everydream_kit.data.records import StepBatches
+
+    return StepBatches(0, 0, 1, num * len(batch.paths), [batch] * num)
