@@ -22,8 +22,7 @@ from everydream_kit.training.checkpoints import sweep, verify_checkpoint, write_
 from everydream_kit.workspace import RunFolder, list_runs
 
 
-@pytest.fixture
-def settings(tmp_path: Path, tiny_model_folder: Path, picture_folder: Path) -> dict[str, Any]:
+def settings_in(folder: Path, tiny_model_folder: Path, picture_folder: Path) -> dict[str, Any]:
     return {
         "resume_ckpt": str(tiny_model_folder),
         "data_root": str(picture_folder),
@@ -31,13 +30,30 @@ def settings(tmp_path: Path, tiny_model_folder: Path, picture_folder: Path) -> d
         "resolution": 64,
         "batch_size": 4,
         "max_epochs": 2,
-        "logdir": str(tmp_path / "logs"),
+        "logdir": str(folder / "logs"),
         "no_save_ckpt": True,
         "sample_steps": None,
         "log_step": 1,
         "num_workers": 0,
         "cache_variants": 1,
     }
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tiny_model_folder: Path, picture_folder: Path) -> dict[str, Any]:
+    return settings_in(tmp_path, tiny_model_folder, picture_folder)
+
+
+@pytest.fixture(scope="module")
+def saved_twice(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, picture_folder: Path) -> RunFolder:
+    """A whole run with a checkpoint of step 3 and one of its end. Tests damage copies of it."""
+    settings = settings_in(tmp_path_factory.mktemp("saved"), tiny_model_folder, picture_folder)
+    return train(TrainConfig(**{**settings, "max_epochs": 1, "save_every_n_steps": 3}))
+
+
+@pytest.fixture
+def run(saved_twice: RunFolder, tmp_path: Path) -> RunFolder:
+    return RunFolder(Path(shutil.copytree(saved_twice.folder, tmp_path / "logs" / saved_twice.name)))
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -74,15 +90,8 @@ def test_a_signal_finishes_the_step_saves_and_says_so(
     assert run.checkpoints()[-1].step == state["step"]
 
 
-def save_twice(settings: dict[str, Any]) -> RunFolder:
-    return train(TrainConfig(**{**settings, "save_every_n_steps": 3}))
-
-
 @pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "resume/optimizer.safetensors"])
-def test_a_truncated_checkpoint_is_refused_by_name_and_the_one_before_taken(
-    settings: dict[str, Any], tmp_path: Path, name: str
-) -> None:
-    run = save_twice(settings)
+def test_a_truncated_checkpoint_is_refused_by_name_and_the_one_before_taken(run: RunFolder, name: str) -> None:
     newest, before = run.checkpoints()[-1], run.checkpoints()[-2]
     damaged = newest.folder / name
     os.truncate(damaged, damaged.stat().st_size // 2)
@@ -97,8 +106,7 @@ def test_a_truncated_checkpoint_is_refused_by_name_and_the_one_before_taken(
     verify_checkpoint(again.last_checkpoint)
 
 
-def test_a_changed_byte_is_noticed(settings: dict[str, Any]) -> None:
-    run = save_twice(settings)
+def test_a_changed_byte_is_noticed(run: RunFolder) -> None:
     path = run.last_checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
@@ -107,8 +115,7 @@ def test_a_changed_byte_is_noticed(settings: dict[str, Any]) -> None:
         verify_checkpoint(run.last_checkpoint)
 
 
-def test_without_any_whole_checkpoint_resume_says_what_to_do(settings: dict[str, Any]) -> None:
-    run = save_twice(settings)
+def test_without_any_whole_checkpoint_resume_says_what_to_do(run: RunFolder) -> None:
     for checkpoint in run.checkpoints():
         if checkpoint.resumable:
             shutil.rmtree(checkpoint.folder / "resume")
