@@ -42,6 +42,17 @@ class Panel:
 
         control.on_click(lambda _: self._press(action))
 
+    def on_beat(self) -> None:
+        """What the clock calls: `refresh`, whose errors become words as well, and do not end the clock."""
+        try:
+            self.refresh()
+        except (KitError, OSError) as error:
+            logger.debug("refreshing failed", exc_info=True)
+            self.say(str(error), "bad")
+
+    def refresh(self) -> None:
+        """Show what is new. Panels that have something to look after say how."""
+
     def _press(self, action: Callable[[], object]) -> None:
         self.say("")
         try:

@@ -73,7 +73,7 @@ class DatasetPanel(Panel):
                 "Problems": self._build_problems(),
             }
         )
-        self.clock = make_clock(self.refresh)
+        self.clock = make_clock(self.on_beat)
         self.box = look.panel_box(
             [
                 self.head,

@@ -86,7 +86,7 @@ class SharePanel(Panel):
         self.precision.observe(lambda _: self._foretell(), "value")
         self.head, self.preview_text, self.result = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.bar = look.progress_bar()
-        self.clock = make_clock(self.refresh)
+        self.clock = make_clock(self.on_beat)
         self.box = look.panel_box(
             [
                 self.head,

@@ -83,7 +83,7 @@ class ComparePanel(Panel):
         self.head, self.grid, self.pair = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.bar = look.progress_bar()
         self.tabs = Pages({"Before and after": self._build_pair(), "Whole grid": look.column(self.grid)})
-        self.clock = make_clock(self.refresh)
+        self.clock = make_clock(self.on_beat)
         self.box = look.panel_box(
             [
                 self.head,

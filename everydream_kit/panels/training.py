@@ -116,7 +116,7 @@ class TrainPanel(Panel):
             description="Run", style={"description_width": "40px"}, layout=widgets.Layout(width="360px")
         )
         self.runs.observe(self._choose_run, "value")
-        self.clock = make_clock(self.refresh)
+        self.clock = make_clock(self.on_beat)
         self.box = look.panel_box(
             [
                 self.head,

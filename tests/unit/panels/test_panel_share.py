@@ -109,6 +109,17 @@ def test_a_panel_shows_itself_as_the_last_line_of_a_cell(project, monkeypatch):
     assert shown == [panel.box]
 
 
+def test_an_error_at_a_beat_of_the_clock_is_told_and_the_clock_goes_on(project, monkeypatch):
+    panel = panels.dataset(project)
+
+    def fail():
+        raise ExportError("the disk is <gone>")
+
+    monkeypatch.setattr(panel, "refresh", fail)
+    panel.clock.beats += 1
+    assert "the disk is &lt;gone&gt;" in panel.message.value
+
+
 def test_setup_lists_what_is_wrong_with_the_cure(tmp_path):
     panel = SetupPanel(tmp_path / "jets", diagnosis=SEEN)
     shown = texts(panel.box)
