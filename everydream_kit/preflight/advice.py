@@ -102,7 +102,8 @@ def make_it_fit(
     if fits(first, card, margin):
         return Advice({}, config, first, ())
     ladder = _ladder(config, card)
-    rung = _first_that_fits([c for _, c in ladder], questions)
+    likely = next((n for n, (measure, _) in enumerate(ladder) if measure.costs != "nothing"), 0)
+    rung = _first_that_fits([c for _, c in ladder], questions, likely)
     if rung is None:
         smallest = ladder[-1][1] if ladder else config
         return Advice(_changes(config, smallest), smallest, questions(smallest), _reasons(ladder), fits=False)
@@ -216,15 +217,15 @@ def _ladder(config: TrainConfig, card: Card) -> list[tuple[Measure, TrainConfig]
         rungs.append((left[0], config))
 
 
-def _first_that_fits(rungs: Sequence[TrainConfig], questions: _Questions) -> int | None:
-    """Index of the first that fits, by halving; None if none does."""
-    low, high = 0, len(rungs)
+def _first_that_fits(rungs: Sequence[TrainConfig], questions: _Questions, likely: int) -> int | None:
+    """Index of the first that fits; None if none does. Asks about the likely one first, and goes on by halving."""
+    low, high, middle = 0, len(rungs), likely
     while low < high:
-        middle = (low + high) // 2
         if questions.fits(rungs[middle]):
             high = middle
         else:
             low = middle + 1
+        middle = (low + high) // 2
     return low if low < len(rungs) else None
 
 

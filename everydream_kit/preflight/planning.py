@@ -9,6 +9,7 @@ Not here: how a plan is shown (`plan`), and what to change so that it fits (`adv
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -42,6 +43,8 @@ from everydream_kit.workspace import RunFolder
 
 if TYPE_CHECKING:
     from everydream_kit.data.dataset import Dataset
+
+logger = logging.getLogger(__name__)
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".jfif"})
 MOST_SCANNED = 50_000
@@ -97,6 +100,7 @@ def plan(
     if config.batch_size == "auto":
         config, note = settle_for_plan(config, card, asked, room_bytes)
         assumptions.append(note)
+    logger.info("Foretelling the memory; kept for the next time …")
     memory = ask(config, card, asked)
     pictures = look_at_dataset(config)
     if pictures.note:
@@ -124,6 +128,7 @@ def plan(
     disk = _disk(made, latent_bytes if latents == "disk" else 0)
     advice = None
     if card is not None and not made.fits:
+        logger.info(f"It does not fit a {card.name}; looking for what does …")
         advice = make_it_fit(config, card, estimate=asked, known=memory)
         warnings.append(_too_large(made))
     elif not made.fits:
