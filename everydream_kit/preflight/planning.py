@@ -128,7 +128,7 @@ def plan(
     disk = _disk(made, latent_bytes if latents == "disk" else 0)
     advice = None
     if card is not None and not made.fits:
-        logger.info(f"It does not fit a {card.name}; looking for what does …")
+        logger.info(f"It does not fit the {card.name}; looking for what does …")
         advice = make_it_fit(config, card, estimate=asked, known=memory)
         warnings.append(_too_large(made))
     elif not made.fits:
@@ -329,7 +329,8 @@ def _offer(config: TrainConfig, card: Card, estimate: Estimate) -> Offer:
 def _too_large(made: Plan) -> str:
     assert made.memory is not None
     need, there = made.memory.peak_bytes / 2**30, made.room_bytes / 2**30
-    return f"It does not fit {made.device}: {need:.1f} GiB are foretold, and there is room for {there:.1f} GiB."
+    where = f"the {made.device}" if made.card is not None else made.device
+    return f"It does not fit {where}: {need:.1f} GiB are foretold, and there is room for {there:.1f} GiB."
 
 
 def _assumptions(config: TrainConfig, card: Card | None) -> Iterator[str]:

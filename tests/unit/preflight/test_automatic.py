@@ -9,6 +9,7 @@ from memory_stand_in import GIB, LinearMemory
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import MemoryLimitError
 from everydream_kit.preflight.automatic import settle_batch_size
+from everydream_kit.preflight.probe import Probe
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.workspace import RunFolder
@@ -21,9 +22,9 @@ def journal(tmp_path):
     journal.close()
 
 
-def settle(journal, memory, **settings):
+def settle(journal, memory, measure=None, **settings):
     config = TrainConfig(resume_ckpt="base", **{"batch_size": "auto", **settings})
-    return settle_batch_size(config, Ranks(0, 1, torch.device("cpu")), journal, estimate=memory)
+    return settle_batch_size(config, Ranks(0, 1, torch.device("cpu")), journal, estimate=memory, measure=measure)
 
 
 def room(monkeypatch, gib):
@@ -58,3 +59,31 @@ def test_a_number_is_left_alone_and_nothing_is_asked(journal):
     memory = LinearMemory()
     assert settle(journal, memory, batch_size=7).batch_size == 7
     assert not memory.asked and not list(journal.folder.events())
+
+
+class Measure:
+    """Real steps on a card that holds fewer pictures than was foretold."""
+
+    def __init__(self, largest):
+        self.largest = largest
+        self.asked = []
+
+    def __call__(self, config):
+        self.asked.append(config.batch_size)
+        return Probe(fits=config.batch_size <= self.largest, reason="measured")
+
+
+def test_real_steps_have_the_last_word(journal, monkeypatch):
+    room(monkeypatch, 100)
+    enough, less = Measure(4), Measure(2)
+    assert settle(journal, LinearMemory(), enough).batch_size == 4
+    assert settle(journal, LinearMemory(), less).batch_size == 2
+    assert (enough.asked, less.asked) == ([4], [4, 3, 2])
+    assert [event["fits"] for event in journal.folder.events("batch size measured")] == [True, False, False, True]
+    with pytest.raises(MemoryLimitError, match="two real steps ran out of memory"):
+        settle(journal, LinearMemory(), Measure(0))
+
+
+def test_what_cannot_be_measured_stays_as_foretold(journal, monkeypatch):
+    room(monkeypatch, 100)
+    assert settle(journal, LinearMemory(), lambda config: Probe(reason="no base on the disk")).batch_size == 4

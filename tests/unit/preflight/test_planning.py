@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_said_first_and_how_it_would(settings):
     assert "does not fit: 16.4 of 14.6 GiB" in made.line
     assert made.advice.changes == {"gradient_checkpointing": True}
     assert "to make it fit (9.2 GiB):" in made.text
-    assert made.warnings[0].startswith("It does not fit T4: 16.4 GiB are foretold, and there is room for 13.5 GiB.")
+    assert made.warnings[0].startswith("It does not fit the T4: 16.4 GiB are foretold, and there is room for 13.5 GiB.")
 
 
 def test_auto_is_planned_with_the_largest_that_fits(settings):
