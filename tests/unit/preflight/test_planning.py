@@ -139,7 +139,8 @@ def test_a_price_without_a_date_is_said_to_be_entered_and_none_where_none_is_kno
     assert "no price is known for it; give --price" in planned(settings, gpu="P100").text
 
 
-def test_without_a_gpu_it_is_this_cpu(settings):
+def test_without_a_gpu_it_is_this_cpu(settings, monkeypatch):
+    monkeypatch.setattr("everydream_kit.preflight.planning.this_card", lambda device: None)
     made = planned(settings, gpu=None)
     assert made.card is None and made.price is None
     assert "on this CPU" in made.line
