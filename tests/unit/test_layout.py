@@ -23,6 +23,8 @@ ROOMS = [
 ]
 APART = {("data", "models"), ("models", "data")}
 TORCH_FREE = ("errors", "draws", "config", "params", "workspace", "hosts")
+TORCH_IN_PREFLIGHT = ("imitation.py", "rehearsal.py", "tracker.py")
+"""They run the trainer's own step; whoever foretells imports them when it is asked to."""
 TORCH_IN_DATA = ("batches.py", "cache.py", "captioning.py", "latents.py", "loader.py", "text_cache.py")
 SLOW = ("diffusers", "transformers", "peft", "bitsandbytes", "accelerate", "pytorch_optimizer", "tensorboard", "torch")
 """Importing these takes from a half to several seconds; `torch` is listed for the rooms that must work without it."""
@@ -124,6 +126,7 @@ def test_only_panels_know_widgets(path):
 def test_slow_packages_are_imported_where_they_are_used(path):
     """At the top of a file they would be paid for by all who import it. Torch may be where nothing works without."""
     needs_torch = room_of(path) in ("models", "training", "export", "demo") or path.name in TORCH_IN_DATA
+    needs_torch |= room_of(path) == "preflight" and path.name in TORCH_IN_PREFLIGHT
     top = [name for _, name in imports(path, inside_functions=False, for_types=False) if name.split(".")[0] in SLOW]
     assert not [name for name in top if not (needs_torch and name.split(".")[0] == "torch")]
 
