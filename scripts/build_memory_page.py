@@ -141,34 +141,36 @@ PUBLISHED = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    parser.add_argument("--kept", action="store_true", help="only lines whose estimate is kept from an earlier run")
     arguments = parser.parse_args()
-    page = write_page()
+    page = write_page(kept_only=arguments.kept)
     if not arguments.check:
         PAGE.write_text(page, encoding="utf-8")
     elif PAGE.read_text(encoding="utf-8") != page:
         sys.exit("docs/memory.md is not what scripts/build_memory_page.py writes; run it.")
 
 
-def write_page() -> str:
+def write_page(*, kept_only: bool = False) -> str:
     """The whole page."""
     text = (Path(__file__).parent / "memory_page.md").read_text(encoding="utf-8")
-    return text.replace("{{cards}}", cards_table()).replace("{{published}}", published_table())
+    return text.replace("{{cards}}", cards_table(kept_only)).replace("{{published}}", published_table(kept_only))
 
 
-def foretell(family: str, resolution: int, settings: dict[str, Any]) -> Any:
-    """An estimate without allowance, told on the way: full size takes its time."""
+def foretell(family: str, resolution: int, settings: dict[str, Any], kept_only: bool = False) -> Any:
+    """An estimate without allowance, told on the way: full size takes its time. None where it would have to be made."""
     from everydream_kit.config import TrainConfig
-    from everydream_kit.preflight.memory import estimate_memory
+    from everydream_kit.preflight.memory import estimate_memory, is_kept
     from everydream_kit.preflight.skeleton import shipped_architecture
 
     config = TrainConfig(resume_ckpt="shipped", resolution=resolution, **{"batch_size": 1, **settings})
+    how = {"architecture": shipped_architecture(family), "cache_folder": CACHE}
+    if kept_only and not is_kept(config, **how):
+        return None
     print(family, resolution, settings, flush=True, file=sys.stderr)
-    return estimate_memory(
-        config, architecture=shipped_architecture(family), cache_folder=CACHE, context_bytes=0, fragmentation=0
-    )
+    return estimate_memory(config, context_bytes=0, fragmentation=0, **how)
 
 
-def cards_table() -> str:
+def cards_table(kept_only: bool) -> str:
     """Settings against cards."""
     from everydream_kit.preflight.cards import find_card
     from everydream_kit.preflight.memory import allowance
@@ -180,7 +182,9 @@ def cards_table() -> str:
         "|---|---|---|---|" + "---|" * len(cards),
     ]
     for row in ROWS:
-        found = foretell(row.family, row.resolution, row.settings)
+        found = foretell(row.family, row.resolution, row.settings, kept_only)
+        if found is None:
+            continue
         sizes = {phase.name: phase.peak_bytes / GIB for phase in found.phases}
         cells = []
         for card in cards:
@@ -195,14 +199,16 @@ def cards_table() -> str:
     return "\n".join(lines)
 
 
-def published_table() -> str:
+def published_table(kept_only: bool) -> str:
     """Others' figures beside ours."""
     from everydream_kit.preflight.memory import allowance
 
     lines = ["| what | published | tensors | with allowance | source |", "|---|---|---|---|---|"]
     for one in PUBLISHED:
         resolution = {"sd1": 512, "sd2": 768, "sdxl": 1024}[one.family]
-        found = foretell(one.family, resolution, {**one.settings, "sample_steps": None})
+        found = foretell(one.family, resolution, {**one.settings, "sample_steps": None}, kept_only)
+        if found is None:
+            continue
         step = next(phase for phase in found.phases if phase.name == "training step").peak_bytes
         whole = step + allowance(found, "cuda", 450_000_000, 0.05)
         lines.append(f"| {one.what} | {one.figure} | {step / GB:.2f} GB | {whole / GB:.2f} GB | {one.source} |")

@@ -154,6 +154,8 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Foretell the memory of a run.
 
+    Full-size models take 15 to 60 s of a processor's time when they are asked for the first time.
+
     Args:
         config: of the run; `batch_size` is a number.
         device: "cuda" or "cpu".
@@ -181,6 +183,20 @@ def estimate_memory(
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(kept, json.dumps(estimate.to_json(), indent=1))
     return replace(estimate, allowance_bytes=allowance(estimate, device, context_bytes, fragmentation))
+
+
+def is_kept(
+    config: TrainConfig,
+    *,
+    device: str = "cuda",
+    has_bf16: bool = True,
+    cache_folder: Path | None = None,
+    architecture: Architecture | None = None,
+) -> bool:
+    """Whether `estimate_memory` has answered this before, and so answers at once. Arguments and errors as it has them."""
+    question = _Question.of(config, device, has_bf16, None, None, architecture)
+    folder = cache_folder or Path(config.logdir) / ".edk_cache" / "preflight"
+    return _read_kept(folder / f"{question.key()}.json") is not None
 
 
 def allowance(
