@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from everydream_kit.errors import ModelError
+from everydream_kit.models.spans import Span, read_pieces, spans_of_safetensors
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -45,13 +47,22 @@ HASH_KEY = "modelspec.hash_sha256"
 """Metadata key that the writer fills with the SHA-256 of all tensor bytes, where the metadata names it."""
 
 
+EARLY_SYNC_BYTES = 2**27
+
+
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
-    """A tensor that is read when `read` is called, and not kept."""
+    """A tensor that is read when `read` is called, and not kept.
+
+    Attributes:
+        spans: where its values lie in files, in order, for as long as they only need another format: then they can be
+            read in pieces. None where they are computed.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
+    spans: tuple[Span, ...] | None = None
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> LazyTensor:
@@ -59,7 +70,7 @@ class LazyTensor:
         return cls(tuple(tensor.shape), tensor.dtype, tensor.detach)
 
     def reshaped(self, *shape: int) -> LazyTensor:
-        return LazyTensor(shape, self.dtype, lambda: self.read().reshape(shape))
+        return LazyTensor(shape, self.dtype, lambda: self.read().reshape(shape), self.spans)
 
     def transposed(self) -> LazyTensor:
         """A matrix with its two axes exchanged."""
@@ -69,19 +80,32 @@ class LazyTensor:
     def rows(self, start: int, stop: int) -> LazyTensor:
         """Rows start to stop of the first axis."""
         shape = (stop - start, *self.shape[1:])
-        return LazyTensor(shape, self.dtype, lambda: self.read()[start:stop].clone())  # noqa: PLW0108
+        width = math.prod(self.shape[1:])
+        one = self.spans is not None and len(self.spans) == 1
+        spans = (self.spans[0].part(start * width, stop * width),) if self.spans and one else None
+        return LazyTensor(shape, self.dtype, lambda: self.read()[start:stop].clone(), spans)  # noqa: PLW0108
 
     def cast(self, dtype: torch.dtype) -> LazyTensor:
         """In another floating-point format; integers and booleans stay as they are."""
         if dtype == self.dtype or not self.dtype.is_floating_point:
             return self
-        return LazyTensor(self.shape, dtype, lambda: self.read().to(dtype))
+        return LazyTensor(self.shape, dtype, lambda: self.read().to(dtype), self.spans)
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """Its values in order, as vectors: small ones, each with its own memory, or the tensor whole where it is computed."""
+        if self.spans is None:
+            yield self.read().reshape(-1)
+        else:
+            yield from read_pieces(self.spans, self.dtype)
 
 
 def concatenated(parts: list[LazyTensor]) -> LazyTensor:
     """Several tensors joined along their first axis."""
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-    return LazyTensor(shape, parts[0].dtype, lambda: torch.cat([part.read() for part in parts]))
+    spans = None
+    if all(part.spans is not None and part.dtype == parts[0].dtype for part in parts):
+        spans = tuple(span for part in parts for span in part.spans or ())
+    return LazyTensor(shape, parts[0].dtype, lambda: torch.cat([part.read() for part in parts]), spans)
 
 
 Tensors = dict[str, LazyTensor]
@@ -110,12 +134,15 @@ def open_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
             if dtype is None:
                 raise ModelError(f"{path}: tensor {name} has the format {part.get_dtype()}, which is not supported.")
             tensors[name] = LazyTensor(tuple(part.get_shape()), dtype, _reader(handle, name))
+        spans = spans_of_safetensors(path, {name: tensor.dtype for name, tensor in tensors.items()})
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(
             f"{path}: not a whole safetensors file ({error}). It is damaged, or its download was cut short; "
             f"it has {path.stat().st_size if path.exists() else 0:,} bytes. Fetch it again."
         ) from error
-    return tensors, metadata
+    return {
+        name: replace(tensor, spans=(spans[name],)) if name in spans else tensor for name, tensor in tensors.items()
+    }, metadata
 
 
 def _reader(handle: Any, name: str) -> Callable[[], torch.Tensor]:
@@ -144,16 +171,22 @@ def write_safetensors(
         with open_file(path) as file:
             file.write(struct.pack("<Q", len(header)) + header)
             for name in names:
-                file.write(tensor_bytes(_checked(name, tensors[name])))
+                for values in _checked_bytes(name, tensors[name]):
+                    file.write(values)
         return
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file, _Hasher(wanted=hash_offset is not None) as hasher:
+        with (
+            partial.open("wb") as file,
+            _Hasher(wanted=hash_offset is not None) as hasher,
+            _EarlySync(file.fileno()) as disk,
+        ):
             file.write(struct.pack("<Q", len(header)) + header)
             for name in names:
-                values = tensor_bytes(_checked(name, tensors[name]))
-                hasher.update(values)
-                file.write(values)
+                for values in _checked_bytes(name, tensors[name]):
+                    hasher.update(values)
+                    file.write(values)
+                    disk.written(len(values))
             if hash_offset is not None:
                 file.seek(hash_offset)
                 file.write(hasher.hexdigest().encode())
@@ -162,6 +195,34 @@ def write_safetensors(
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+class _EarlySync:
+    """Sends what was written to the disk while the rest is still being made, so that the sync at the end is short."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._sync = getattr(os, "fdatasync", os.fsync)
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._pending: Future[None] | None = None
+        self._waiting_bytes = 0
+
+    def __enter__(self) -> _EarlySync:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+        if self._pending is not None:
+            self._pending.result()
+
+    def written(self, num_bytes: int) -> None:
+        """Begin a sync where enough has gathered and none is under way."""
+        self._waiting_bytes += num_bytes
+        if self._waiting_bytes >= EARLY_SYNC_BYTES and (self._pending is None or self._pending.done()):
+            if self._pending is not None:
+                self._pending.result()
+            self._pending = self._thread.submit(self._sync, self._descriptor)
+            self._waiting_bytes = 0
 
 
 class _Hasher:
@@ -193,11 +254,16 @@ class _Hasher:
             self._pending.result()
 
 
-def _checked(name: str, lazy: LazyTensor) -> torch.Tensor:
-    tensor = lazy.read()
-    if tuple(tensor.shape) != lazy.shape or tensor.dtype != lazy.dtype:
-        raise AssertionError(f"{name}: announced {lazy.shape} {lazy.dtype}, read {tuple(tensor.shape)} {tensor.dtype}")
-    return tensor
+def _checked_bytes(name: str, lazy: LazyTensor) -> Iterator[memoryview]:
+    """A tensor's bytes in order; what is written must be what the header announces."""
+    num_values = 0
+    for piece in lazy.pieces():
+        if piece.dtype != lazy.dtype:
+            raise AssertionError(f"{name}: announced {lazy.dtype}, read {piece.dtype}")
+        num_values += piece.numel()
+        yield tensor_bytes(piece)
+    if num_values != math.prod(lazy.shape):
+        raise AssertionError(f"{name}: announced {lazy.shape}, read {num_values} values")
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

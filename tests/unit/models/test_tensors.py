@@ -1,6 +1,5 @@
 """Lazy tensors and the streaming safetensors writer."""
 
-import gc
 import hashlib
 import json
 import struct
@@ -11,6 +10,8 @@ import safetensors.torch
 import torch
 
 from everydream_kit.errors import ModelError
+from everydream_kit.models import spans
+from everydream_kit.models import tensors as tensors_module
 from everydream_kit.models.tensors import (
     HASH_KEY,
     LazyTensor,
@@ -55,7 +56,6 @@ def test_writing_holds_one_tensor_at_a_time(tmp_path):
 
     def read():
         nonlocal most
-        gc.collect()
         tensor = torch.ones(1000)
         alive.add(tensor)
         most = max(most, len(alive))
@@ -65,6 +65,65 @@ def test_writing_holds_one_tensor_at_a_time(tmp_path):
         tmp_path / "a.safetensors", {f"t{i}": LazyTensor((1000,), torch.float32, read) for i in range(20)}
     )
     assert most <= 2  # the one being read, and at most the one before it
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A file of three matrices, opened."""
+    made = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(6, 5, generator=made) for name in "qkv"}
+    safetensors.torch.save_file(tensors, tmp_path / "stored.safetensors", {"a": "header of any length"})
+    return open_safetensors(tmp_path / "stored.safetensors")[0]
+
+
+@pytest.mark.parametrize("piece_bytes", [4, 28, 2**20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_read_in_pieces_is_what_is_read_whole(stored, monkeypatch, dtype, piece_bytes):
+    monkeypatch.setattr(spans, "PIECE_BYTES", piece_bytes)
+    joined = concatenated([stored[name] for name in "qkv"])
+    for lazy in (stored["q"], stored["k"].rows(2, 5), stored["v"].reshaped(5, 6), joined, joined.rows(3, 9)):
+        whole = lazy.cast(dtype).read()
+        pieces = list(lazy.cast(dtype).pieces())
+        assert torch.equal(torch.cat(pieces), whole.flatten())
+        if lazy.spans is not None:
+            assert max(piece.numel() for piece in pieces) <= piece_bytes // 4
+    assert joined.spans is not None and stored["q"].transposed().spans is None
+    assert torch.equal(next(iter(stored["q"].transposed().pieces())), stored["q"].read().t().flatten())
+
+
+def test_a_file_that_goes_while_it_is_converted_is_still_read(stored, tmp_path):
+    wanted = {name: lazy.read() for name, lazy in stored.items()}
+    (tmp_path / "stored.safetensors").unlink()
+    write_safetensors(tmp_path / "b.safetensors", {name: lazy.cast(torch.float16) for name, lazy in stored.items()})
+    read = safetensors.torch.load_file(tmp_path / "b.safetensors")
+    assert all(torch.equal(read[name], wanted[name].half()) for name in wanted)
+
+
+def test_a_file_that_shrinks_while_it_is_converted_is_an_error_and_leaves_nothing(stored, tmp_path):
+    path = tmp_path / "stored.safetensors"
+    with path.open("rb+") as file:
+        file.truncate(path.stat().st_size - 8)
+    with pytest.raises(OSError, match="ends at byte"):
+        write_safetensors(tmp_path / "b.safetensors", stored)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_where_files_cannot_be_read_in_pieces_tensors_are_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(spans, "CAN_READ_AT", False)
+    safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    (lazy,) = open_safetensors(tmp_path / "a.safetensors")[0].values()
+    assert lazy.spans is None
+    write_safetensors(tmp_path / "b.safetensors", {"a": lazy.cast(torch.float16)})
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "b.safetensors")["a"], torch.ones(2).half())
+
+
+@pytest.mark.parametrize("early_bytes", [1, 2**27])
+def test_what_is_sent_to_the_disk_early_is_whole(tmp_path, monkeypatch, early_bytes):
+    monkeypatch.setattr(tensors_module, "EARLY_SYNC_BYTES", early_bytes)
+    tensors = {f"t{index}": torch.full((500,), float(index)) for index in range(30)}
+    write_safetensors(tmp_path / "a.safetensors", lazily(tensors), {HASH_KEY: ""})
+    read = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
