@@ -8,6 +8,7 @@ transformers 4 needs `vocab.json` and `merges.txt`: we write all three.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -130,18 +131,34 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
     and slower to load.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    own = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
     special = {key: str(getattr(tokenizer, key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    if len(tokenizer) > len(bpe["vocab"]):
+    if len(tokenizer) > len(own):
         tokenizer.save_pretrained(str(folder))
-        added = {token: index for token, index in tokenizer.get_added_vocab().items() if index >= len(bpe["vocab"])}
+        added = {token: index for token, index in tokenizer.get_added_vocab().items() if index >= len(own)}
         _write_json(folder / "added_tokens.json", added)
     else:
         _write_json(folder / "tokenizer_config.json", {**_TOKENIZER_CONFIG, **special})
     _write_json(folder / "special_tokens_map.json", special)
-    _write_json(folder / "vocab.json", bpe["vocab"])
-    merges = "\n".join(" ".join(pair) for pair in bpe["merges"])
-    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+    if own == clip_vocabulary():
+        vocabulary_text, merges_text = _clip_texts()
+    else:
+        bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+        vocabulary_text, merges_text = _texts(bpe["vocab"], bpe["merges"])
+    (folder / "vocab.json").write_text(vocabulary_text, encoding="utf-8")
+    (folder / "merges.txt").write_text(merges_text, encoding="utf-8")
+
+
+def _texts(vocabulary: dict[str, int], merges: Iterable[Sequence[str]]) -> tuple[str, str]:
+    """Contents of vocab.json and merges.txt."""
+    lines = "\n".join(" ".join(pair) for pair in merges)
+    return json.dumps(vocabulary, ensure_ascii=False), f"#version: 0.2\n{lines}\n"
+
+
+@cache
+def _clip_texts() -> tuple[str, str]:
+    """Those of the shipped vocabulary, made once: they were most of the time that saving a small model took."""
+    return _texts(clip_vocabulary(), clip_merges())
 
 
 _TOKENIZER_CONFIG = {
