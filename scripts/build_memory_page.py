@@ -178,8 +178,8 @@ def cards_table(kept_only: bool) -> str:
     cards = [find_card(name) for name in CARDS]
     heads = [f"{card.name} ({card.memory_bytes / GIB:.1f})" for card in cards]
     lines = [
-        "| model | settings | step | samples | " + " | ".join(heads) + " |",
-        "|---|---|---|---|" + "---|" * len(cards),
+        "| model | settings | step | latents | samples | " + " | ".join(heads) + " |",
+        "|---|---|---|---|---|" + "---|" * len(cards),
     ]
     for row in ROWS:
         found = foretell(row.family, row.resolution, row.settings, kept_only)
@@ -191,11 +191,9 @@ def cards_table(kept_only: bool) -> str:
             need = found.worst.peak_bytes + allowance(found, "cuda", card.context_bytes, card.fragmentation)
             step = need - found.worst.peak_bytes + sizes["training step"] * GIB
             cells.append("yes" if need <= card.memory_bytes else "step only" if step <= card.memory_bytes else "no")
-        lines.append(
-            f"| {row.model}, {row.resolution} px | {row.words} | {sizes['training step']:.1f} | {sizes['sampling']:.1f} | "
-            + " | ".join(cells)
-            + " |"
-        )
+        figures = [sizes[name] for name in ("training step", "latent caching", "sampling")]
+        shown = " | ".join(f"{figure:.1f}" for figure in figures)
+        lines.append(f"| {row.model}, {row.resolution} px | {row.words} | {shown} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from everydream_kit.preflight.skeleton import Architecture
     from everydream_kit.training.optimizer_config import OptimizerConfig
 
-VERSION = 1
+VERSION = 2
 """Of the method: raised where the same settings would now give other numbers."""
 
 DEFAULT_CONTEXT_BYTES = 600 * 2**20
@@ -372,7 +372,7 @@ def _conclude(config: TrainConfig, rehearsal: Rehearsal, device: str) -> MemoryE
         if before_run:
             peak.num_bytes -= peak.by_category.pop(STATES, 0)
         phases.append(_phase(stretch.name, peak.by_category))
-    standing = {name: rehearsal.standing.get(name, 0) for name in ("weights", IDLE, STATES, EMA)}
+    standing = {name: rehearsal.standing.get(name, 0) for name in ("weights", STATES, EMA)}
     swapped = rehearsal.ema_bytes if rehearsal.ema_on_device or (device == "cpu" and rehearsal.ema_bytes) else 0
     phases.append(_phase("saving", {**standing, "other": swapped}))
     training = lives.named("training step")
