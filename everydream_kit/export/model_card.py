@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class CardFacts:
         events: the run's events.
         pipeline_class: diffusers class that loads it, from model_index.json.
         is_lora: LoRA weights, to be loaded over the base.
+        learnt_tokens: words that were learnt, each with the number of text encoders that know it.
         single_file: name of the single file beside it, if there is one.
         has_folder: it can be loaded with from_pretrained.
         samples: (path in the repository, prompt, negative prompt).
@@ -67,6 +68,7 @@ class CardFacts:
     events: Sequence[dict[str, Any]] = ()
     pipeline_class: str = "DiffusionPipeline"
     is_lora: bool = False
+    learnt_tokens: Mapping[str, int] = field(default_factory=dict)
     single_file: str | None = None
     has_folder: bool = True
     samples: Sequence[tuple[str, str, str]] = ()
@@ -95,11 +97,14 @@ def _section(title: str, text: str) -> tuple[str, ...]:
 
 def _metadata(facts: CardFacts) -> str:
     tags = ["text-to-image", *PIPELINES.get(facts.pipeline_class, ("stable-diffusion",)), "diffusers"]
-    tags += ["lora", "template:sd-lora"] if facts.is_lora else ["diffusers-training"]
+    if facts.is_lora:
+        tags += ["lora", "template:sd-lora"]
+    else:
+        tags.append("textual_inversion" if facts.learnt_tokens else "diffusers-training")
     tags.append("everydream-kit")
     card: dict[str, Any] = {**facts.licence}
     if facts.base_model:
-        card |= {"base_model": facts.base_model, "base_model_relation": "adapter" if facts.is_lora else "finetune"}
+        card |= {"base_model": facts.base_model, "base_model_relation": _relation(facts)}
     card |= {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags, "inference": True}
     if facts.samples:
         card["widget"] = [
@@ -110,8 +115,12 @@ def _metadata(facts: CardFacts) -> str:
     return f"---\n{yaml.safe_dump(card, sort_keys=False, allow_unicode=True)}---"
 
 
+def _relation(facts: CardFacts) -> str:
+    return "adapter" if facts.is_lora or facts.learnt_tokens else "finetune"
+
+
 def _introduction(facts: CardFacts) -> str:
-    kind = "A LoRA for" if facts.is_lora else "Fine-tuned from"
+    kind = "A LoRA for" if facts.is_lora else "New words for" if facts.learnt_tokens else "Fine-tuned from"
     base = (
         f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else "a local base model"
     )
@@ -122,7 +131,7 @@ def _introduction(facts: CardFacts) -> str:
 
 def _usage(facts: CardFacts) -> str:
     blocks = []
-    if facts.has_folder or facts.is_lora:
+    if facts.has_folder or facts.is_lora or facts.learnt_tokens:
         blocks.append("```python\n" + "\n".join(_usage_lines(facts)) + "\n```")
     if facts.single_file:
         blocks.append(f"`{facts.single_file}` loads in every image app that takes checkpoint files.")
@@ -133,7 +142,7 @@ def _usage_lines(facts: CardFacts) -> list[str]:
     prompt = facts.samples[0][1] if facts.samples else "your prompt"
     skip = int(facts.config.get("clip_skip") or 0)
     argument = f", clip_skip={skip - 1}" if skip > 1 else ""  # diffusers counts the layers that are skipped
-    source = (facts.base_model or "the-base-model") if facts.is_lora else facts.repo_id
+    source = facts.repo_id if facts.has_folder and not facts.is_lora else facts.base_model or "the-base-model"
     lines = [
         "import torch",
         "from diffusers import DiffusionPipeline",
@@ -142,7 +151,26 @@ def _usage_lines(facts: CardFacts) -> list[str]:
     ]
     if facts.is_lora:
         lines.append(f"pipeline.load_lora_weights({facts.repo_id!r})")
+    if facts.learnt_tokens:
+        lines += _token_lines(facts)
     return [*lines, f"picture = pipeline({prompt!r}{argument}).images[0]"]
+
+
+def _token_lines(facts: CardFacts) -> list[str]:
+    """diffusers takes learnt words by their vectors, for each text encoder."""
+    lines = [
+        "",
+        "from huggingface_hub import hf_hub_download",
+        "from safetensors.torch import load_file",
+        "",
+        f"vectors = load_file(hf_hub_download({facts.repo_id!r}, 'learned_embeds.safetensors'))",
+    ]
+    for token, num_encoders in facts.learnt_tokens.items():
+        for number in range(num_encoders):
+            key, end = (token, "") if number == 0 else (f"{token}|{number}", f"_{number + 1}")
+            parts = f"text_encoder=pipeline.text_encoder{end}, tokenizer=pipeline.tokenizer{end}"
+            lines.append(f"pipeline.load_textual_inversion(vectors[{key!r}], token={token!r}, {parts})")
+    return lines
 
 
 def dataset_summary(events: Iterable[dict[str, Any]], config: dict[str, Any]) -> str:

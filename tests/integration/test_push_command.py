@@ -161,3 +161,37 @@ def test_a_source_that_is_none_and_a_missing_token_are_told(
     assert "is not there" in say(["push", tmp_path / "nothing", "me/jets"], capsys)[2]
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     assert "hf auth login" in say(["push", make_run(tmp_path).folder, "me/jets"], capsys)[2]
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_learnt_words_go_with_a_card_whose_lines_load_them(family: str, tmp_path: Path) -> None:
+    import torch
+    from diffusers import DiffusionPipeline
+    from safetensors.torch import load_file
+    from tiny_models import tiny_folder
+
+    from everydream_kit.export.hub import preview_push
+    from everydream_kit.models.encoding import encode_captions
+    from everydream_kit.models.loading import load_model
+    from everydream_kit.models.saving import save_model
+    from everydream_kit.models.tokens import add_tokens
+
+    model = load_model(tiny_folder(family))
+    with torch.no_grad():
+        for rows in add_tokens(model, {"<cat>": "striped house", "<jet>": "plane"}):
+            rows.add_(1.0)
+    save_model(model, tmp_path / "words")
+    preview = preview_push(tmp_path / "words", "me/words", base_model="someone/base")
+    assert {file.path for file in preview.files} == {"README.md", "adapter.json", "learned_embeds.safetensors"}
+    assert "base_model_relation: adapter" in preview.card and "- textual_inversion\n" in preview.card
+    assert "from_pretrained('someone/base'" in preview.card
+
+    lines = [line for line in preview.card.splitlines() if line.startswith("pipeline.load_textual_inversion(")]
+    pipeline = DiffusionPipeline.from_pretrained(tiny_folder(family))
+    exec(
+        "\n".join(lines),
+        {"pipeline": pipeline, "vectors": load_file(tmp_path / "words" / "learned_embeds.safetensors")},
+    )
+    caption = "a <cat> on a <jet>"
+    theirs = pipeline.encode_prompt(caption, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    assert torch.allclose(theirs[0], encode_captions(model, [caption]).encoder_hidden_states, atol=1e-5)

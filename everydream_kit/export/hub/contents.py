@@ -23,11 +23,12 @@ from typing import Any, Literal, cast, get_args
 
 from everydream_kit.errors import ExportError
 from everydream_kit.export.hub.connection import redact
-from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder
+from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder, is_checkpoint
 
 What = Literal["diffusers", "lora", "single_file", "samples", "training", "resume"]
 DEFAULT_WHAT: tuple[What, ...] = ("diffusers", "samples", "training")
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+TOKENS_FILE = "learned_embeds.safetensors"
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
 SAMPLE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_SAMPLES = 12
@@ -85,6 +86,22 @@ class Source:
         return folder is not None and any((folder / n).is_file() for n in LORA_FILES) and not (folder / "unet").is_dir()
 
     @property
+    def learnt_tokens(self) -> dict[str, int]:
+        """Learnt tokens in the checkpoint, each with the number of text encoders that know it."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.checkpoint / TOKENS_FILE if self.checkpoint else None
+        if path is None or not path.is_file():
+            return {}
+        try:
+            with safe_open(path, framework="np") as file:
+                names = list(file.keys())
+        except (OSError, SafetensorError) as error:
+            raise ExportError(f"{path}: damaged: {error}. Push another checkpoint.") from error
+        tokens = [name for name in names if "|" not in name]
+        return {token: sum(name.partition("|")[0] == token for name in names) for token in tokens}
+
+    @property
     def config(self) -> dict[str, Any]:
         """The run's settings; empty without a run."""
         if self.run is None:
@@ -112,7 +129,7 @@ def find_source(given: Any) -> Source:
     path = Path(getattr(given, "folder", given)).expanduser()
     if path.is_file() and path.suffix in SINGLE_FILE_SUFFIXES:
         return Source(None, None, path)
-    if (path / "model_index.json").is_file() or any((path / name).is_file() for name in LORA_FILES):
+    if is_checkpoint(path) or any((path / name).is_file() for name in LORA_FILES):
         around = path.resolve().parent.parent
         return Source(RunFolder(around) if _is_run(around) else None, path)
     if _is_run(path):

@@ -252,7 +252,8 @@ def _collect(
             pipeline_class=read_pipeline_class(source.checkpoint),
             is_lora="lora" in what,
             single_file=next((f.path for f in files if "/" not in f.path and _is_single_file(f.path, source)), None),
-            has_folder="diffusers" in what,
+            has_folder="diffusers" in what and not source.learnt_tokens,
+            learnt_tokens=source.learnt_tokens if "diffusers" in what else {},
             samples=[(sample.path_in_repo, sample.prompt, sample.negative_prompt) for sample in samples],
             curves="training/curves.png" if curves is not None else None,
         )
