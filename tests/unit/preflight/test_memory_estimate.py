@@ -1,0 +1,214 @@
+"""Foretelling memory: what is counted, what follows from a setting, and that asking again is cheap."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from small_architecture import SMALL, small_architecture
+
+from everydream_kit.config import TrainConfig
+from everydream_kit.errors import ConfigError
+from everydream_kit.models.scratch import build_model
+from everydream_kit.preflight import memory
+from everydream_kit.preflight.memory import MemoryEstimate, Phase, estimate_memory
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory):
+    """Where this session's estimates are kept, so that no two tests go through the same run."""
+    return tmp_path_factory.mktemp("estimates")
+
+
+@pytest.fixture
+def estimate(kept):
+    def ask(device="cuda", **changes):
+        base = {"resume_ckpt": "none", "resolution": 64, "batch_size": 1, "sample_steps": None, "optimizer": "adamw"}
+        config = TrainConfig(**{**base, **changes})
+        return estimate_memory(config, device=device, architecture=small_architecture(), cache_folder=kept)
+
+    return ask
+
+
+@pytest.fixture(scope="session")
+def real_model():
+    return build_model("sd1", **SMALL)
+
+
+def phase(found, name="training step"):
+    return next(one for one in found.phases if one.name == name)
+
+
+def numbers(*modules):
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def test_weights_and_optimizer_states_are_those_of_the_real_modules(estimate, real_model):
+    found = estimate(device="cpu")
+    trained = numbers(real_model.unet, *real_model.text_encoders)
+    assert found.num_trained_parameters == trained
+    assert found.num_parameters == trained + numbers(real_model.vae)
+    by_category = phase(found).by_category
+    held = sum(t.nbytes for m in real_model.modules().values() for t in [*m.parameters(), *m.buffers()])
+    assert by_category["weights"] == held
+    # AdamW keeps two float32 numbers for each weight, and a step count for each tensor.
+    tensors = sum(1 for m in (real_model.unet, *real_model.text_encoders) for _ in m.parameters())
+    assert by_category["optimizer states"] == 8 * trained + 4 * tensors
+
+
+def test_a_checkpoint_is_the_weights_and_its_resume_state_the_optimizers(estimate, real_model):
+    found = estimate(device="cpu")
+    state = sum(t.nbytes for module in real_model.modules().values() for t in module.state_dict().values())
+    assert found.weight_bytes_written == state
+    assert found.state_bytes_written == phase(found).by_category["optimizer states"]
+
+
+def test_8_bit_states_are_those_that_bitsandbytes_makes(estimate, real_model):
+    from bitsandbytes.optim import AdamW8bit
+
+    parameters = [p for m in (real_model.unet, *real_model.text_encoders) for p in m.parameters()]
+    optimizer = AdamW8bit(parameters)
+    for index, parameter in enumerate(parameters):
+        optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)
+    made = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    real = {value.untyped_storage()._cdata: value.nbytes for value in made}
+    # On the CPU: the GPU's allocator rounds every tensor up to 512 bytes.
+    found = estimate(device="cpu", optimizer="adamw8bit")
+    assert phase(found).by_category["optimizer states"] == sum(real.values())
+
+
+def test_paged_states_are_host_memory(estimate):
+    paged, plain = estimate(optimizer="pagedadamw8bit"), estimate(optimizer="adamw8bit")
+    states = [phase(one).by_category["optimizer states"] for one in (paged, plain)]
+    table = 49408 * 32  # the token table, the one tensor above 100,000 numbers
+    assert states[1] - states[0] == pytest.approx(2 * table, rel=0.01)
+    assert paged.host_bytes - plain.host_bytes == pytest.approx(2 * table, rel=0.01)
+
+
+def test_lora_trains_what_the_real_adapter_holds(estimate):
+    from everydream_kit.models.lora import add_lora
+
+    model = build_model("sd1", **SMALL)
+    real = sum(parameter.numel() for parameter in add_lora(model, 4))
+    found = estimate(training_kind="lora", lora_rank=4)
+    assert found.num_trained_parameters == real
+    assert found.weight_bytes_written == 4 * real
+
+
+def test_an_average_lives_where_the_setting_says(estimate):
+    on_host = estimate(ema_decay_rate=0.99)
+    on_card = estimate(ema_decay_rate=0.99, ema_device="cuda")
+    trained = 4 * on_host.num_trained_parameters
+    assert "EMA" not in phase(on_host).by_category
+    assert phase(on_card).by_category["EMA"] == pytest.approx(trained, rel=0.02)
+    assert on_host.host_bytes - on_card.host_bytes == pytest.approx(trained, rel=0.02)
+    assert on_card.weight_bytes_written == 2 * estimate().weight_bytes_written
+
+
+def test_a_fused_backward_never_holds_all_gradients(estimate):
+    fused = phase(estimate(fused_backward=True, disable_textenc_training=True))
+    plain = phase(estimate(disable_textenc_training=True))
+    assert fused.peak_bytes < plain.peak_bytes
+    assert fused.by_category["optimizer states"] == plain.by_category["optimizer states"]
+
+
+def test_bfloat16_weights_halve_weights_and_gradients(estimate):
+    half, whole = (phase(estimate("cpu", weight_dtype=dtype)) for dtype in ("bfloat16", "float32"))
+    vae = 4 * numbers(build_model("sd1", device="meta", **SMALL).vae)
+    assert 2 * (half.by_category["weights"] - vae) == pytest.approx(whole.by_category["weights"] - vae, rel=0.01)
+
+
+def test_what_waits_in_host_memory_is_no_part_of_a_step_and_part_of_sampling(estimate):
+    settings = {"disable_textenc_training": True, "sample_steps": 5}
+    waiting, staying = (estimate(offload_idle_models=flag, **settings) for flag in (True, False))
+    model = build_model("sd1", device="meta", **SMALL)
+    idle = 4 * numbers(model.vae, *model.text_encoders)
+    saved = phase(staying).by_category["weights"] - phase(waiting).by_category["weights"]
+    assert saved == pytest.approx(idle, rel=0.02)
+    drawn = [phase(one, "sampling").by_category["weights"] for one in (waiting, staying)]
+    assert drawn[0] == drawn[1]
+
+
+def test_every_phase_of_a_run_is_there(estimate):
+    found = estimate(sample_steps=5, validation_config={"batch_size": 2})
+    names = ["latent caching", "training step", "validation", "sampling", "saving"]
+    assert [one.name for one in found.phases] == names
+    assert all(one.peak_bytes == sum(one.by_category.values()) > 0 for one in found.phases)
+
+
+def test_without_a_latent_cache_the_vae_works_in_every_step(estimate):
+    cached, encoded = estimate(), estimate(cache_latents="off")
+    assert [one.name for one in encoded.phases] == ["training step", "saving"]
+    assert encoded.step_flops > cached.step_flops
+
+
+def test_norms_are_computed_in_float32_on_a_gpu_and_in_the_low_format_on_a_cpu(estimate):
+    on_gpu, on_cpu = (phase(estimate(device, amp_dtype="bf16", batch_size=8)) for device in ("cuda", "cpu"))
+    assert on_gpu.by_category["activations"] > on_cpu.by_category["activations"]
+
+
+def test_operations_grow_with_batch_and_accumulation_as_they_must(estimate):
+    one, two = estimate(batch_size=1).step_flops, estimate(batch_size=2).step_flops
+    assert two == pytest.approx(2 * one, rel=0.02)
+    assert estimate(grad_accum=6).step_flops == pytest.approx(6 * one, rel=0.02)
+
+
+def test_an_allowance_is_added_for_the_card_and_none_on_a_cpu(kept):
+    config = TrainConfig(resume_ckpt="none", resolution=64, batch_size=1, sample_steps=None, optimizer="adamw")
+    how = {"architecture": small_architecture(), "cache_folder": kept}
+    found = estimate_memory(config, context_bytes=100 * MIB, fragmentation=0.5, **how)
+    assert found.allowance_bytes == 100 * MIB + found.worst.peak_bytes // 2
+    assert found.peak_bytes == found.worst.peak_bytes + found.allowance_bytes
+    assert estimate_memory(config, device="cpu", **how).allowance_bytes == 0
+
+
+def test_asking_again_reads_what_is_kept(monkeypatch, kept, estimate):
+    first = estimate(batch_size=1)
+    monkeypatch.setattr(memory, "_conclude", lambda *_: pytest.fail("went through the run again"))
+    assert estimate(batch_size=1, lr=1e-3, project_name="another", max_epochs=7) == first
+
+
+def test_a_kept_answer_that_is_damaged_is_made_anew(tmp_path, estimate):
+    config = TrainConfig(resume_ckpt="none", resolution=64, batch_size=1, sample_steps=None, optimizer="adamw")
+    how = {"architecture": small_architecture(), "cache_folder": tmp_path}
+    assert not memory.is_kept(config, **how)
+    first = estimate_memory(config, **how)
+    assert memory.is_kept(config, **how)
+    (file,) = tmp_path.glob("*.json")
+    file.write_text("{")
+    assert estimate_memory(config, **how) == first
+
+
+def test_json_and_back_is_the_same():
+    found = MemoryEstimate((Phase("training step", 3, {"weights": 1, "other": 2}),), 4, 5, 6, 7, 8, 9, 10)
+    assert MemoryEstimate.from_json(found.to_json()) == found
+    assert found.to_json()["peak_bytes"] == 7
+
+
+def test_an_automatic_batch_size_is_refused():
+    with pytest.raises(ConfigError, match="batch_size: memory can be foretold for a number only"):
+        estimate_memory(TrainConfig(resume_ckpt="none", batch_size="auto"), architecture=small_architecture())
+
+
+@settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    batch_size=st.integers(1, 4),
+    side=st.sampled_from([64, 128, 192]),
+    changes=st.fixed_dictionaries(
+        {"training_kind": st.sampled_from(["full", "lora"]), "amp_dtype": st.sampled_from(["bf16", "fp16"])}
+    ),
+)
+def test_more_batch_more_resolution_or_less_checkpointing_never_need_less(estimate, batch_size, side, changes):
+    def peak(batch_size, side, checkpointing):
+        found = estimate(batch_size=batch_size, resolution=side, gradient_checkpointing=checkpointing, **changes)
+        return found.peak_bytes
+
+    here = peak(batch_size, side, True)
+    assert peak(batch_size + 1, side, True) >= here
+    assert peak(batch_size, side + 64, True) >= here
+    assert peak(batch_size, side, False) >= here
+
+
+def test_settings_that_are_left_out_of_the_key_are_settings():
+    assert set(TrainConfig.model_fields) >= memory.WITHOUT_EFFECT
