@@ -345,9 +345,13 @@ def sampled_together(config: TrainConfig, dataset: Dataset | None = None) -> Sam
 
     path = Path(config.sample_prompts)
     side = max(config.resolutions)
+    usual = SampleShape(min(SAMPLED_TOGETHER, DEFAULT_SAMPLES), (side, side))
     if not path.is_file():
-        return SampleShape(min(SAMPLED_TOGETHER, DEFAULT_SAMPLES), (side, side))
-    settings = read_sample_settings(path)
+        return usual
+    try:
+        settings = read_sample_settings(path)
+    except ConfigError:  # a warning when it is read in training, where it may have been mended
+        return usual
     written = [entry.model_copy(update={"random_caption": False}) for entry in settings.samples]
     if written:
         read = settings.model_copy(update={"samples": written})
