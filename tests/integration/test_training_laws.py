@@ -86,9 +86,9 @@ class StopAfter(Listener):
 def test_stopping_and_resuming_equals_never_having_stopped_to_the_bit(
     settings: dict[str, Any], tmp_path: Path, extra: dict[str, Any]
 ) -> None:
-    config = TrainConfig(**{**settings, **extra})
+    config = TrainConfig(**{**settings, "max_steps": 4, **extra})
     whole = train(config)
-    parted = train(config.replace(logdir=str(tmp_path / "parted")), listeners=[StopAfter(2)])
+    parted = train(config.replace(logdir=str(tmp_path / "parted")), listeners=[StopAfter(1)])  # taken in the second
     assert parted.status()["state"] == "stopped"
     resume(parted.folder)
     assert parted.status()["state"] == "finished"
