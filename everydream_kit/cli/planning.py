@@ -27,10 +27,6 @@ def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
 def _run_plan(options: argparse.Namespace) -> None:
     from everydream_kit.preflight.planning import plan
 
-    logging.getLogger("everydream_kit").setLevel(logging.WARNING)
-    logging.getLogger("everydream_kit.preflight.planning").setLevel(
-        logging.INFO
-    )  # what it is doing, while it takes long
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that a rehearsal does not need
     made = plan(_read_settings(options), options.gpu, options.price, advise=options.advise)
     print(json.dumps(made.to_json(), indent=1, ensure_ascii=False) if options.json else made.text)

@@ -1,6 +1,7 @@
 """The plan: its line, its report, its JSON; what it corrects, what it says it assumed, and what it refuses."""
 
 import json
+import logging
 import re
 
 import pytest
@@ -208,8 +209,10 @@ def embedded(tmp_path, picture_folder, monkeypatch):
 
 def test_the_command_plans_the_embedded_model_for_a_card_and_keeps_the_answer(embedded, capsys):
     """The real memory model, once; asked again, it answers from disk, whoever asks."""
+    level = logging.getLogger("everydream_kit").level
     status, out = run_plan(capsys, embedded, "--gpu", "T4", "--price", "0.35", "--json")
     assert status == 0
+    assert logging.getLogger("everydream_kit").level == level  # else a run in this process would write no log
     told = json.loads(out.out)
     assert told["fits"] and told["steps"]["num_steps"] == 3 * told["steps"]["per_epoch"]
     assert 4e6 < told["memory"]["num_parameters"] < 12e6
