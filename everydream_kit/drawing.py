@@ -14,11 +14,16 @@ from everydream_kit.errors import ConfigError
 from everydream_kit.workspace import RunFolder
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from everydream_kit.models.loading import Model
+    from everydream_kit.models.sampling import SamplePrompt
+
+    Checkpoint = str | Path | RunFolder | Model
 
 
 def sample(
-    checkpoint: str | Path | RunFolder | Model,
+    checkpoint: Checkpoint | Sequence[Checkpoint],
     prompts: str | Sequence[str],
     *,
     negative_prompt: str = "",
@@ -37,7 +42,8 @@ def sample(
     """Draw pictures and write them as PNG files that carry their settings, with a labelled sheet of all.
 
     Args:
-        checkpoint: a diffusers folder, a single file, a Hub id, a run (its last checkpoint), `embedded`, or a loaded model.
+        checkpoint: a diffusers folder, a single file, a Hub id, a run (its last checkpoint), `embedded`, or a loaded model;
+            or several of them, which are loaded one after the other and stand side by side on the sheet.
         prompts: one or several.
         cfgs: guidance scales; each prompt is drawn at each, from the same noise.
         num_images: pictures of each prompt, with seeds counting up from `seed`.
@@ -47,50 +53,89 @@ def sample(
         progress: called with (denoising steps done, in all).
 
     Returns:
-        The picture files, in order of prompt, seed and cfg; last the sheet, where there is more than one picture.
+        The picture files, by checkpoint, then in order of prompt, seed and cfg; last the sheet, where there is more than
+        one picture.
 
     Raises:
-        ModelError: the checkpoint cannot be used.
-        ConfigError: no prompt, an unknown scheduler, or a size that is no multiple of 8.
+        ModelError: a checkpoint cannot be used.
+        ConfigError: no prompt, no checkpoint, an unknown scheduler, or a size that is no multiple of 8.
     """
-    from everydream_kit.models.sampling import SamplePrompt, label_grid, sample_pictures, save_picture
+    from everydream_kit.models.sampling import SamplePrompt, sample_pictures
 
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not texts:
-        raise ConfigError("prompt: give at least one")
-    model = open_for_drawing(checkpoint, lora=lora)
-    side = native_size(model)
-    wanted = [
-        SamplePrompt(text, negative_prompt, seed + number, width or side, height or side, tuple(cfgs))
-        for text in texts
-        for number in range(num_images)
-    ]
-    pictures = sample_pictures(
-        model,
-        wanted,
-        scheduler=scheduler,
-        num_inference_steps=num_inference_steps,
-        clip_skip=clip_skip,
-        progress=progress,
-    )
-    folder = Path(out)
+    checkpoints = list(checkpoint) if isinstance(checkpoint, (list, tuple)) else [checkpoint]
+    if not texts or not checkpoints:
+        raise ConfigError(f"{'prompt' if checkpoints else 'checkpoint'}: give at least one")
+    wanted: list[SamplePrompt] = []
+    drawn = []
+    for number, each in enumerate(checkpoints):
+        model = open_for_drawing(each, lora=lora)
+        side = native_size(model)
+        wanted = [
+            SamplePrompt(text, negative_prompt, seed + index, width or side, height or side, tuple(cfgs))
+            for text in texts
+            for index in range(num_images)
+        ]
+        pictures = sample_pictures(
+            model,
+            wanted,
+            scheduler=scheduler,
+            num_inference_steps=num_inference_steps,
+            clip_skip=clip_skip,
+            progress=_part_of(progress, number, len(checkpoints)),
+        )
+        drawn.append((_label(each), pictures))
+        del model  # before the next one is loaded
+    return _write_pictures(Path(out), wanted, drawn)
+
+
+def _part_of(progress: Callable[[int, int], None] | None, number: int, count: int) -> Callable[[int, int], None] | None:
+    """Progress of one of several checkpoints, told as that of all."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(number * total + done, count * total)
+
+
+def _write_pictures(
+    folder: Path, wanted: Sequence[SamplePrompt], drawn: Sequence[tuple[str, Sequence[Image]]]
+) -> list[Path]:
+    """A file for each picture, and the sheet: prompts and seeds downwards, checkpoints and guidance scales across."""
+    from everydream_kit.models.sampling import label_grid, save_picture
+
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
+    several = len(drawn) > 1
     names = [(prompt, cfg) for prompt in wanted for cfg in prompt.cfgs]
-    for (prompt, cfg), picture in zip(names, pictures, strict=True):
-        path = _free_name(folder, f"{_as_file_name(prompt.prompt)}-seed{prompt.seed}-cfg{cfg:g}")
-        save_picture(picture, path)
-        paths.append(path)
-    if len(pictures) > 1:
-        rows = [pictures[start : start + len(cfgs)] for start in range(0, len(pictures), len(cfgs))]
+    paths = []
+    for label, pictures in drawn:
+        start = f"{_as_file_name(label)}-" if several else ""
+        for (prompt, cfg), picture in zip(names, pictures, strict=True):
+            stem = f"{start}{_as_file_name(prompt.prompt)}-seed{prompt.seed}-cfg{cfg:g}"
+            paths.append(_free_name(folder, stem))
+            save_picture(picture, paths[-1])
+    if len(paths) > 1:
+        cfgs = wanted[0].cfgs
+        rows = [
+            [picture for _, pictures in drawn for picture in pictures[row * len(cfgs) : (row + 1) * len(cfgs)]]
+            for row in range(len(wanted))
+        ]
+        columns = [f"{label}, cfg {cfg:g}" if several else f"cfg {cfg:g}" for label, _ in drawn for cfg in cfgs]
         labels = [f"{prompt.prompt} (seed {prompt.seed})" for prompt in wanted]
-        sheet = label_grid(rows, column_labels=[f"cfg {cfg:g}" for cfg in cfgs], row_labels=labels)
         paths.append(_free_name(folder, "sheet"))
-        sheet.save(paths[-1])
+        label_grid(rows, column_labels=columns, row_labels=labels).save(paths[-1])
     return paths
 
 
-def open_for_drawing(checkpoint: str | Path | RunFolder | Model, *, lora: str | Path | None = None) -> Model:
+def _label(checkpoint: Checkpoint) -> str:
+    """What a checkpoint is called on the sheet: the last part of its name."""
+    from everydream_kit.models.loading import Model
+
+    source = checkpoint.source if isinstance(checkpoint, Model) else str(checkpoint)
+    if not isinstance(checkpoint, Model) and source != "embedded":
+        source = str(meant(checkpoint))
+    return Path(source).name
+
+
+def open_for_drawing(checkpoint: Checkpoint, *, lora: str | Path | None = None) -> Model:
     """Load the model that is meant, on the device there is, with a LoRA merged into it if one is given.
 
     Raises:

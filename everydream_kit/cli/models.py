@@ -11,7 +11,11 @@ from everydream_kit.errors import ConfigError
 
 
 def _add_sample_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="diffusers folder, single file, Hub id, run folder, or `embedded`")
+    parser.add_argument(
+        "checkpoint",
+        nargs="+",
+        help="diffusers folder, single file, Hub id, run folder, or `embedded`; several stand side by side on the sheet",
+    )
     parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
     parser.add_argument("--negative_prompt", default="")
     parser.add_argument("--cfg", type=float, nargs="+", default=[7.0], help="guidance scales, side by side")

@@ -26,6 +26,38 @@ def test_each_prompt_seed_and_cfg_is_a_file_with_its_settings_and_there_is_a_she
     assert paths[-1].name == "sheet.png"
 
 
+def test_several_checkpoints_stand_side_by_side(
+    tmp_path: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--prompt", "a cat", "--prompt", "a dog", "--cfg", "1", "3", "--num_inference_steps", "2"]
+    size = ["--width", "64", "--height", "64", "--out", str(tmp_path)]
+    assert main(["sample", str(tiny_model_folder), "embedded", *words, *size]) == 0
+    paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(paths) == 2 * 2 * 2 + 1
+    assert [path.name.partition("-")[0] for path in paths[:-1]] == [tiny_model_folder.name] * 4 + ["embedded"] * 4
+    alone = sample("embedded", ["a cat", "a dog"], cfgs=[1.0, 3.0], out=tmp_path / "alone", **SMALL)
+    with Image.open(paths[5]) as beside, Image.open(alone[1]) as single, Image.open(paths[-1]) as sheet:
+        assert ImageChops.difference(beside, single).getbbox() is None
+        assert sheet.width > 4 * 64 and sheet.height > 2 * 64
+        wanted = beside.copy()
+        found = [
+            (x, y)
+            for x in range(sheet.width - 63)
+            for y in range(sheet.height - 63)
+            if sheet.getpixel((x, y)) == wanted.getpixel((0, 0))
+            and ImageChops.difference(sheet.crop((x, y, x + 64, y + 64)).convert("RGB"), wanted).getbbox() is None
+        ]
+    assert len(found) == 1  # first prompt, last column
+    assert found[0][0] > sheet.width - 2 * 64 - 40 and found[0][1] < sheet.height // 2
+
+
+def test_progress_of_several_checkpoints_is_told_as_one(tmp_path: Path, tiny_model_folder: Path) -> None:
+    told: list[tuple[int, int]] = []
+    sample([tiny_model_folder] * 2, "a cat", out=tmp_path, progress=lambda *at: told.append(at), **SMALL)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert told[-1][0] == told[-1][1] and len({total for _, total in told}) == 1
+
+
 def test_earlier_pictures_are_never_overwritten(tmp_path: Path, tiny_model_folder: Path) -> None:
     first = sample(tiny_model_folder, "a cat", out=tmp_path, **SMALL)
     second = sample(tiny_model_folder, "a cat", out=tmp_path, **SMALL)
@@ -57,8 +89,10 @@ def test_a_lora_changes_the_picture(tmp_path: Path, tiny_model_folder: Path) -> 
 
 
 def test_no_prompt_is_refused(tmp_path: Path, tiny_model_folder: Path) -> None:
-    with pytest.raises(ConfigError, match="at least one"):
+    with pytest.raises(ConfigError, match="prompt: give at least one"):
         sample(tiny_model_folder, [], out=tmp_path)
+    with pytest.raises(ConfigError, match="checkpoint: give at least one"):
+        sample([], "a cat", out=tmp_path)
 
 
 def test_the_sample_and_export_commands_name_what_they_wrote(
