@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Conditioning", "Sizes", "decode_latents", "encode_captions", "encode_moments", "latents_from_moments"]
 
+PIXELS_TOGETHER = 2**20
+"""Pixels that go through the VAE at once: four pictures of 512 x 512, one of 1024 x 1024. More is hardly faster, and its
+activations in float32 (some 6 GiB at this size) would be what decides whether SDXL fits a card."""
+
 
 def encode_captions(model: Model, captions: Sequence[str], clip_skip: int = 0, *, num_chunks: int = 1) -> Conditioning:
     """Encode captions with the model's text encoders.
@@ -87,7 +91,8 @@ def encode_moments(model: Model, pixels: torch.Tensor) -> torch.Tensor:
     device = next(vae.parameters()).device
     with torch.autocast(device.type, enabled=False):
         scaled = pixels.to(device=device, dtype=torch.float32) / 127.5 - 1.0
-        return vae.encode(scaled.to(dtype)).latent_dist.parameters.float()
+        pieces = scaled.to(dtype).split(_num_together(*pixels.shape[2:]))
+        return torch.cat([vae.encode(piece).latent_dist.parameters.float() for piece in pieces])
 
 
 def latents_from_moments(model: Model, moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -114,8 +119,18 @@ def decode_latents(model: Model, latents: torch.Tensor) -> torch.Tensor:
     device = next(vae.parameters()).device
     unscaled = (latents.to(device=device, dtype=torch.float32) / scaling_factor + shift).to(parameter_dtype(vae))
     with torch.autocast(device.type, enabled=False):
-        pictures = vae.decode(unscaled).sample.float()
-    return ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+        cell = model.vae_scale_factor
+        pieces = unscaled.split(_num_together(cell * latents.shape[2], cell * latents.shape[3]))
+        return torch.cat([_as_bytes(vae.decode(piece).sample.float()).cpu() for piece in pieces])
+
+
+def _num_together(height: int, width: int) -> int:
+    return max(1, PIXELS_TOGETHER // (height * width))
+
+
+def _as_bytes(pictures: torch.Tensor) -> torch.Tensor:
+    """From -1 ... 1 to 0 ... 255, uint8."""
+    return ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _shift_and_scale(model: Model) -> tuple[float, float]:

@@ -1,0 +1,46 @@
+"""Large pictures go through the VAE a few at a time, and come out as they would all together."""
+
+import pytest
+import torch
+
+from everydream_kit.models import encoding
+from everydream_kit.models.encoding import decode_latents, encode_moments
+from everydream_kit.models.scratch import build_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_tiny_model("sd1", seed=0)
+
+
+@pytest.fixture
+def seen(model):
+    """How many pictures the VAE was given, each time."""
+    counts = []
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
+        for module in (model.vae.encoder, model.vae.decoder)
+    ]
+    yield counts
+    for hook in hooks:
+        hook.remove()
+
+
+def test_pictures_go_through_the_vae_a_few_at_a_time(model, seen, monkeypatch):
+    pixels = torch.randint(0, 256, (5, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    moments = encode_moments(model, pixels)
+    pictures = decode_latents(model, moments[:, :4])
+    assert seen == [5, 5]
+
+    monkeypatch.setattr(encoding, "PIXELS_TOGETHER", 2 * 64 * 96)
+    moments_in_pieces = encode_moments(model, pixels)
+    pictures_in_pieces = decode_latents(model, moments[:, :4])
+    assert seen[2:] == [2, 2, 1, 2, 2, 1]
+    torch.testing.assert_close(moments_in_pieces, moments, rtol=0, atol=1e-4)
+    assert (pictures_in_pieces.int() - pictures.int()).abs().max() <= 1
+
+
+def test_a_picture_larger_than_that_goes_alone(model, seen, monkeypatch):
+    monkeypatch.setattr(encoding, "PIXELS_TOGETHER", 100)
+    encode_moments(model, torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    assert seen == [1, 1]
