@@ -141,6 +141,7 @@ class Queue:
     def _take_next(self) -> dict[str, Any] | None:
         """The first waiting entry, which starts now; None where there is none, or the queue is to stop."""
         with self._edit() as plan:
+            _settle(plan["entries"])  # whatever else counts as active is left of a process that was killed
             for entry in plan["entries"]:
                 if entry["state"] == "waiting" and not self._is_to_stop():
                     entry["state"] = "starting"

@@ -205,7 +205,8 @@ def plan_line(quick: Forecast, made: dict[str, Any]) -> str:
     taken = f"{look.size(disk)} on disk" if disk else f"{look.size(quick.checkpoint_bytes)} a checkpoint"
     parts.append(f"{taken}, {look.size(quick.free_bytes)} free")
     if made.get("cost_usd") is not None:
-        parts.append(f"about ${made['cost_usd']:.2f}")
+        read_on = (made.get("price") or {}).get("read_on")
+        parts.append(f"about ${made['cost_usd']:.2f}" + (f" at the price of {read_on}" if read_on else ""))
     return " · ".join(parts)
 
 

@@ -257,6 +257,7 @@ def test_a_queue_that_was_killed_goes_on_with_what_waits(settings, tmp_path):
     wait_until(lambda: not queue.is_alive(), 20)
     queue.start(command=double("--steps", 2))
     wait_until(lambda: queue.entries[1]["state"] == "finished", 20)
+    wait_until(lambda: not queue.is_alive(), 20)
     assert queue.entries[0]["state"] == "died"
 
 

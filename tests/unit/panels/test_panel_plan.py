@@ -32,6 +32,7 @@ TOO_LARGE = {
     "memory": {"peak_bytes": 33 * 2**30},
     "seconds": 3700,
     "cost_usd": 0.4,
+    "price": {"read_on": "2026-11-09"},
     "text": "plan  does not fit",
     "advice": {"fits": True, "changes": {"gradient_checkpointing": True}, "reasons": ["gradient_checkpointing: on"]},
 }
@@ -72,7 +73,10 @@ def test_what_is_cheap_is_said_at_once_and_the_rest_when_it_is_known(project):
     assert errand.wishes == [], "a run in progress needs the machine"
     plan_for(box, config)
     assert "6 pictures × 10 epochs → 20 steps · about 1 h 01 min on T4" in box.line.value
-    assert "does not fit: 33.0 of 15.0 GiB memory" in box.line.value and "about $0.40" in box.line.value
+    assert (
+        "does not fit: 33.0 of 15.0 GiB memory" in box.line.value
+        and "about $0.40 at the price of 2026-11-09" in box.line.value
+    )
     box.fold.set_open(True)
     assert "plan  does not fit" in box.report.value
     plan_for(box, project.config(batch_size=2))
