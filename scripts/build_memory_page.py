@@ -139,6 +139,7 @@ PUBLISHED = (
 
 
 def main() -> None:
+    """Write the page, or say whether it stands as it would be written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     parser.add_argument("--kept", action="store_true", help="only lines whose estimate is kept from an earlier run")

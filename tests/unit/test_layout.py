@@ -19,7 +19,20 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = [
     *("errors", "draws", "config", "params", "workspace", "hosts", "doctor"),
-    *("data", "models", "demo", "export", "training", "preflight", "sessions", "drawing", "jobs", "demo.main", "panels", "cli"),
+    *(
+        "data",
+        "models",
+        "demo",
+        "export",
+        "training",
+        "preflight",
+        "sessions",
+        "drawing",
+        "jobs",
+        "demo.main",
+        "panels",
+        "cli",
+    ),
 ]
 APART = {("data", "models"), ("models", "data")}
 TORCH_FREE = ("errors", "draws", "config", "params", "workspace", "hosts")
