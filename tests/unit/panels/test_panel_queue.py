@@ -100,7 +100,7 @@ def test_a_stopped_queue_keeps_what_waits(panel):
     panel.waiting.stop_button.click()
     wait_until(panel, lambda: not panel.waiting.queue.is_alive())
     assert [entry["state"] for entry in panel.waiting.queue.entries] == ["stopped", "waiting"]
-    assert not panel.waiting.start_button.disabled
+    wait_until(panel, lambda: not panel.waiting.start_button.disabled)  # the panel sees it at its next beat
 
 
 @pytest.mark.beside
