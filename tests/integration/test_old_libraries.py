@@ -37,7 +37,10 @@ def old_libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(folder)]
         done = subprocess.run([*pip, *OLD], capture_output=True, text=True, check=False, timeout=240)
         if done.returncode:
-            pytest.skip(f"the old libraries cannot be installed: {done.stderr.strip().splitlines()[-1:]}")
+            pytest.fail(
+                f"The old libraries could not be installed: {done.stderr.strip().splitlines()[-1:]}. Reach a package index, name "
+                "a folder that has them in EDK_OLD_LIBRARIES, or leave these tests out: -m 'not old_libraries'"
+            )
     return folder
 
 
