@@ -25,6 +25,15 @@ asked_for = (AdamW8bit, AutoencoderTiny, FluxTransformer2DModel, StableDiffusion
 print(json.dumps([*(each.__name__ for each in asked_for), apply_layerwise_casting.__name__, len(scheduler.sigmas)]))
 print(json.dumps([isinstance(model.unet, diffusers.UNet2DConditionModel), bool(bitsandbytes.__version__)]))
 print(json.dumps("scipy.stats._stats_py" in sys.modules))
+
+import numpy, scipy.integrate, transformers.models
+from scipy.optimize import minimize_scalar
+from transformers import BertModel
+from transformers.loss.loss_for_object_detection import linear_sum_assignment
+from transformers.models import auto, bert
+rows, columns = linear_sum_assignment(numpy.array([[4.0, 1.0], [2.0, 9.0]]))
+print(json.dumps([columns.tolist(), scipy.integrate.quad(lambda x: x, 0, 2)[0], round(minimize_scalar(lambda x: x * x).x, 6)]))
+print(json.dumps([BertModel is bert.BertModel, transformers.models.bert is bert, callable(auto.AutoModel)]))
 """
 
 
@@ -40,6 +49,9 @@ def printed():
     "module",
     [
         "scipy.stats._stats_py",
+        "scipy.integrate._quadpack_py",
+        "scipy.optimize._optimize",
+        "transformers.models.bert",
         "bitsandbytes.functional",
         "diffusers.models.transformers.transformer_flux",
         "diffusers.models.unets.unet_3d_condition",
@@ -53,10 +65,12 @@ def test_loading_a_model_leaves_out_what_training_does_not_use(printed, module):
 
 
 def test_what_was_left_out_comes_when_it_is_asked_for(printed):
-    _, names, checks, has_scipy = printed
+    _, names, checks, has_scipy, numbers, same = printed
     assert names == [
         *("AdamW8bit", "AutoencoderTiny", "FluxTransformer2DModel", "StableDiffusionPipeline", "UNetMotionModel"),
         *("LoraConfig", "apply_layerwise_casting", 6),
     ]
     assert checks == [True, True]
     assert has_scipy
+    assert numbers == [[1, 0], 2.0, 0.0]
+    assert same == [True, True, True]
