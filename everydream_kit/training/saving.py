@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 DEFAULT_MINUTES = 20.0
 """Saving interval where no rule is given, as in EveryDream 2."""
 
+WORTH_A_WARNING = 0.1
+"""Share of a run's time that it may wait for its checkpoints before it says so."""
+NOT_WORTH_A_WARNING_SECONDS = 10.0
+"""Seconds of waiting below which nothing is said: the first save of a run comes soon after its first step."""
+
 
 class Uploader(Protocol):
     """Takes whole checkpoints away in the background (`export/hub`)."""
@@ -85,6 +90,7 @@ class Saver(Listener):
         single_files: folder for single-file checkpoints, or None.
         write_single_file: turns a checkpoint folder into a single file.
         uploader: given each whole checkpoint, or None.
+        clock: seconds from any moment on.
     """
 
     def __init__(
@@ -97,6 +103,7 @@ class Saver(Listener):
         single_files: Path | None = None,
         write_single_file: Callable[[Path, Path], Any] | None = None,
         uploader: Uploader | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.rules = rules
         self.keep_last_n = keep_last_n
@@ -106,18 +113,21 @@ class Saver(Listener):
         self.write_single_file = write_single_file
         self.uploader = uploader
         self.saved_steps: list[int] = []
-        self._clock = time.monotonic()
+        self.clock = clock
+        self._began = self._last_save = clock()
         self._writer: threading.Thread | None = None
         self._failure: KitError | None = None
         self._waited = 0.0
+        self._has_warned = False
 
     def on_start(self, run: Run) -> None:
-        self._clock = time.monotonic()
+        self._began = self._last_save = self.clock()
 
     def __call__(self, run: Run, report: StepReport) -> None:
         self._report_failure(run)
-        if self.rules.due(report, (time.monotonic() - self._clock) / 60) and report.step < run.num_steps:
+        if self.rules.due(report, (self.clock() - self._last_save) / 60) and report.step < run.num_steps:
             self.save(run)
+            self._warn_of_waiting(run)
 
     def save(self, run: Run, *, final: bool = False) -> None:
         """Save a checkpoint of the run as it stands.
@@ -128,9 +138,9 @@ class Saver(Listener):
         self.wait()
         prefix = "last-" if final and self.prepend_last else ""
         name = checkpoint_name(run.config.project_name, run.position.epoch, run.position.step, prefix=prefix)
-        started = time.monotonic()
+        started = self.clock()
         snapshot = run.snapshot(copy=not final and _memory_allows(run.weight_bytes()))
-        self._clock = time.monotonic()
+        self._last_save = self.clock()
         last = run.is_complete()  # now: while it is written in the background, the run may end
         if final or not snapshot.copied:
             self._write(run, snapshot, name, last)
@@ -138,7 +148,7 @@ class Saver(Listener):
         else:
             self._writer = threading.Thread(target=self._write, args=(run, snapshot, name, last), name="saver")
             self._writer.start()
-        self._waited += time.monotonic() - started
+        self._waited += self.clock() - started
 
     def save_best(self, run: Run) -> None:
         """Keep the weights as they stand as `ckpts/best`, in place of the best so far."""
@@ -156,9 +166,9 @@ class Saver(Listener):
     def wait(self) -> None:
         """Wait for a save in progress."""
         if self._writer is not None:
-            started = time.monotonic()
+            started = self.clock()
             self._writer.join()
-            self._waited += time.monotonic() - started
+            self._waited += self.clock() - started
             self._writer = None
 
     def close(self) -> None:
@@ -168,7 +178,7 @@ class Saver(Listener):
 
     def _write(self, run: Run, snapshot: Snapshot, name: str, last: bool) -> None:
         folder = run.folder.checkpoints_folder / name
-        started = time.monotonic()
+        started = self.clock()
         try:
             write_checkpoint(
                 folder,
@@ -189,7 +199,8 @@ class Saver(Listener):
             step=snapshot.step,
             path=str(folder),
             files=[str(path) for path in files],
-            seconds=round(time.monotonic() - started, 3),
+            seconds=round(self.clock() - started, 3),
+            waited_seconds=round(self._waited, 3),  # of training, for all checkpoints so far
         )
         self._prune(run)
         if self.uploader is not None:
@@ -219,6 +230,17 @@ class Saver(Listener):
                 for folder in (checkpoint.folder, averaged):
                     if folder.is_dir():
                         remove_checkpoint(folder)
+
+    def _warn_of_waiting(self, run: Run) -> None:
+        """Once, where saving costs more than a tenth of the run."""
+        share = self._waited / max(self.clock() - self._began, 1e-9)
+        if self._has_warned or self._waited < NOT_WORTH_A_WARNING_SECONDS or share <= WORTH_A_WARNING:
+            return
+        self._has_warned = True
+        run.warn(
+            f"Training has waited {self._waited:.0f} s for its checkpoints, {share:.0%} of its time so far. Save less often "
+            "(ckpt_every_n_minutes, save_every_n_epochs, save_every_n_steps), or put logdir on a faster disk."
+        )
 
     def _report_failure(self, run: Run, *, fatal: bool = False) -> None:
         failure, self._failure = self._failure, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from everydream_kit.training.base import choose_idle_modules
 from everydream_kit.training.offload import IdleModels
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.run import Run
+from everydream_kit.training.saving import Saver
 from everydream_kit.workspace import RunFolder
 
 DRAW_FAST = {"cfgs": [1.0], "num_inference_steps": 1}
@@ -210,6 +212,68 @@ def test_steps_are_saved_and_as_many_stay_as_were_asked_for(
 def test_checkpoints_come_by_the_clock(settings: dict[str, Any]) -> None:
     run = train({**settings, "ckpt_every_n_minutes": 1e-6})
     assert names(run) == ["t-ep01-gs00001", "last-t-ep02-gs00002"]
+
+
+class SaverWatch(Listener):
+    """Gets hold of a run's saver before the first step, and hears of every step."""
+
+    def __init__(self, meet: Any, hear: Any) -> None:
+        self.meet, self.hear = meet, hear
+
+    def on_start(self, run: Run) -> None:
+        (saver,) = [listener for listener in run.listeners if isinstance(listener, Saver)]
+        self.meet(run, saver)
+
+    def __call__(self, run: Run, report: StepReport) -> None:
+        self.hear(report.step)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(settings: dict[str, Any], tmp_path: Path) -> None:
+    went_on, outcomes = threading.Event(), []
+
+    def meet(run: Run, saver: Saver) -> None:
+        # The disk takes the file of step 2 only after step 3 has been trained.
+        saver.write_single_file = lambda source, target: outcomes.append(went_on.wait(timeout=60))
+
+    def hear(step: int) -> None:
+        if step == 3:
+            went_on.set()
+
+    given = {"no_save_ckpt": False, "save_ckpt_dir": str(tmp_path / "out"), "save_every_n_steps": 2}
+    longer = {"max_epochs": 5, "max_steps": 5}
+    run = train({**settings, **given, **longer}, listeners=[SaverWatch(meet, hear)])
+    assert outcomes == [True, True, True]
+    assert [checkpoint.step for checkpoint in run.checkpoints()] == [2, 4, 5]
+
+
+@pytest.mark.parametrize(("seconds_of_a_copy", "warnings"), [(20.0, 1), (4.0, 0)])
+def test_checkpoints_that_training_waits_for_a_tenth_of_its_time_are_told_once(
+    settings: dict[str, Any], seconds_of_a_copy: float, warnings: int
+) -> None:
+    now = [0.0]
+
+    def pass_by(seconds: float) -> None:
+        now[0] += seconds
+
+    def meet(run: Run, saver: Saver) -> None:
+        snapshot = run.snapshot
+
+        def slow(*, copy: bool) -> Any:
+            pass_by(seconds_of_a_copy)
+            return snapshot(copy=copy)
+
+        saver.clock, run.snapshot = lambda: now[0], slow
+        saver.on_start(run)
+
+    given = {"save_every_n_steps": 1, "max_epochs": 5, "max_steps": 5}
+    run = train({**settings, **given}, listeners=[SaverWatch(meet, lambda step: pass_by(100.0))])
+    found = [event["message"] for event in run.events("warning") if "waited" in event["message"]]
+    # A step of 100 s passes after each save: 20 of 20 s at the first one, or 4 of 4, 8 of 108, 12 of 212 and 16 of 316 s.
+    assert len(found) == warnings
+    assert all("ckpt_every_n_minutes" in message and "faster disk" in message for message in found)
+    assert [event["waited_seconds"] for event in run.events("saved")] == [
+        seconds_of_a_copy * saves for saves in (1, 2, 3, 4, 4)
+    ]
 
 
 @pytest.fixture
