@@ -16,7 +16,7 @@ from everydream_kit.workspace import RunFolder
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from everydream_kit.models.loading import Model
+    from everydream_kit.models.family import Model
     from everydream_kit.models.sampling import SamplePrompt
 
     Checkpoint = str | Path | RunFolder | Model
@@ -127,7 +127,7 @@ def _write_pictures(
 
 def _label(checkpoint: Checkpoint) -> str:
     """What a checkpoint is called on the sheet: the last part of its name."""
-    from everydream_kit.models.loading import Model
+    from everydream_kit.models.family import Model
 
     source = checkpoint.source if isinstance(checkpoint, Model) else str(checkpoint)
     if not isinstance(checkpoint, Model) and source != "embedded":
@@ -144,7 +144,8 @@ def open_for_drawing(checkpoint: Checkpoint, *, lora: str | Path | None = None) 
     """
     import torch
 
-    from everydream_kit.models.loading import Model, assemble, load_model, open_model
+    from everydream_kit.models.family import Model
+    from everydream_kit.models.loading import assemble, load_model, open_model
 
     if isinstance(checkpoint, Model):
         if lora is not None:

@@ -20,6 +20,7 @@ from everydream_kit.data import pixels
 from everydream_kit.data.captions import compose_caption
 from everydream_kit.data.dataset import Picture, Problem
 from everydream_kit.data.records import Batch, MicroBatch, Size
+from everydream_kit.data.workers import problem_of
 from everydream_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -121,11 +122,6 @@ def caption_for(request: BatchRequest, row: int, settings: LoadSettings) -> str:
         caption, shuffle = picture.caption, picture.shuffle_tags
     text = compose_caption(caption, draws.generator(settings.seed, "caption", *address), shuffle, picture.keep_tags)
     return text if settings.caption_transform is None else settings.caption_transform(text)
-
-
-def problem_of(path: str, error: DataError) -> Problem:
-    """What the person reads about a picture that broke while it was decoded."""
-    return Problem(path, str(error).removeprefix(f"{path}: "), "The run goes on without it.")
 
 
 def _load_row(picture: Picture, bucket: Size, crop: pixels.Crop, settings: LoadSettings) -> pixels.LoadedPixels:

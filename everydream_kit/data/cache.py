@@ -24,14 +24,13 @@ from torch.utils.data import Dataset as TorchDataset
 
 from everydream_kit import draws
 from everydream_kit.data import pixels
-from everydream_kit.data.batches import problem_of
 from everydream_kit.data.cache_room import check_room, possible_flips
 from everydream_kit.data.contents import digest_pictures
 from everydream_kit.data.dataset import Dataset, Picture, Problem
 from everydream_kit.data.latents import DiskStore, Entry, LatentStore, MemoryStore
-from everydream_kit.data.loader import as_is, leave_signals_to_the_parent
 from everydream_kit.data.plan import PlanSettings, possible_buckets
 from everydream_kit.data.records import Size
+from everydream_kit.data.workers import as_is, leave_signals_to_the_parent, problem_of
 from everydream_kit.errors import DataError
 
 EncodeMoments = Callable[[torch.Tensor], torch.Tensor]

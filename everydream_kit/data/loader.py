@@ -16,11 +16,10 @@ once in `Loader.problems`. What such a picture would have contributed is then ze
 from __future__ import annotations
 
 import logging
-import signal
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -37,6 +36,7 @@ from everydream_kit.data.dataset import Dataset, Problem
 from everydream_kit.data.pixels import PictureTransform
 from everydream_kit.data.plan import PlanSettings, plan_epoch
 from everydream_kit.data.records import MicroBatch, StepBatches
+from everydream_kit.data.workers import as_is, leave_signals_to_the_parent
 from everydream_kit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -219,14 +219,3 @@ class _BatchDecoder(TorchDataset[LoadedBatch]):
 
     def __getitem__(self, request: BatchRequest) -> LoadedBatch:
         return load_batch(request, self._settings, self._latent_cache)
-
-
-def leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and a polite kill reach the whole process group, but the trainer stops, saves, then closes us."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def as_is(item: Any) -> Any:
-    """Nothing is left to collate: a named function, so that it can be pickled."""
-    return item

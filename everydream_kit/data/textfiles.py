@@ -28,6 +28,8 @@ _BOMS = (
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
 )
+_TOO_DEEP = "maximum nesting depth"
+"""What newer versions of libyaml say before our own limit is asked, since they read ahead; older ones say nothing."""
 _LOADER = getattr(yaml, "CLoader", yaml.Loader)  # only its event stream is used, which makes no objects
 
 
@@ -115,6 +117,8 @@ def parse_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        if _TOO_DEEP in (error.problem or ""):
+            raise TextError(f"{where}nested too deeply to be settings") from error
         raise TextError(f"{where}not valid YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise TextError(f"not valid YAML: {str(error).splitlines()[0]}") from error

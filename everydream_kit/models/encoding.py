@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from everydream_kit.models.family import Conditioning, Sizes, parameter_dtype
-from everydream_kit.models.loading import Model
+from everydream_kit.models.family import Conditioning, Model, Sizes, parameter_dtype
 from everydream_kit.models.tokens import expand_tokens
 
 if TYPE_CHECKING:

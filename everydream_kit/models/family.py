@@ -1,4 +1,4 @@
-"""What a model family is: a table of facts and three functions.
+"""What a model family is, a table of facts and three functions; and `Model`, one of a family in memory.
 
 The training loop, the sampler and the converters know families only through `Family`; there is no `if sdxl` outside
 a family's own file. A new family is one new file (see `sd1.py`) and one line in `families.py`; `docs/models.md` says
@@ -11,7 +11,7 @@ same function.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 if TYPE_CHECKING:
-    from everydream_kit.models.loading import Model
+    from diffusers import DDPMScheduler
+    from transformers import CLIPTokenizer
+
+    from everydream_kit.models.lora_settings import LoraSettings
 
 Config = Mapping[str, Any]
 """A component's `config.json`."""
@@ -137,3 +140,50 @@ def text_tower(text_encoder: torch.nn.Module) -> torch.nn.Module:
 def parameter_dtype(module: torch.nn.Module) -> torch.dtype:
     """Format of a module's weights; works through DDP and compile wrappers, which have no `.dtype`."""
     return next(module.parameters()).dtype
+
+
+@dataclass
+class Model:
+    """A model in memory.
+
+    Attributes:
+        family: what is particular about it; `model.family.predict(model, ...)`.
+        text_encoders, tokenizers: in the family's order.
+        noise_scheduler: the training schedule, made from the model's own betas. Not what is saved.
+        scheduler_config: the model's own sampler (class name and settings) as found; saved back unchanged.
+        prediction_type: `epsilon`, `v_prediction` or `sample`.
+        source: where it came from, for messages and model cards.
+        origin: how to load it again: `load_model`'s arguments.
+        lora: the settings of its LoRA adapter (`lora.py`), if it has one.
+        new_tokens: learnt tokens (`tokens.py`): name -> the names of its vectors in the tokenizers.
+    """
+
+    family: Family
+    unet: torch.nn.Module
+    vae: torch.nn.Module
+    text_encoders: list[torch.nn.Module]
+    tokenizers: list[CLIPTokenizer]
+    noise_scheduler: DDPMScheduler
+    scheduler_config: dict[str, Any]
+    prediction_type: str
+    zero_terminal_snr: bool
+    source: str
+    origin: dict[str, Any] = field(default_factory=dict)
+    lora: LoraSettings | None = None
+    new_tokens: dict[str, list[str]] = field(default_factory=dict)
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """Every module by the name of its folder."""
+        texts = {
+            slot.folder: module for slot, module in zip(self.family.text_encoders, self.text_encoders, strict=True)
+        }
+        return {"unet": self.unet, "vae": self.vae, **texts}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent cell."""
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)

@@ -1,4 +1,4 @@
-"""`Model`, and `load_model`: from a Hub id, a diffusers folder or a single file to modules in memory.
+"""`load_model`: from a Hub id, a diffusers folder or a single file to modules in memory.
 
 The files are opened and understood first (`files.py`, `single_file.py`), so a wrong or damaged model costs no time;
 then each module is built and filled. Recognition of family, prediction type and zero-terminal SNR is done there; here
@@ -8,7 +8,6 @@ is only the assembly.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from everydream_kit.errors import ModelError
 from everydream_kit.models.adapters import LORA_FILE, TOKENS_FILE, is_adapter_folder, read_adapter_file
 from everydream_kit.models.components import build_text_encoder, build_unet, build_vae, fill
 from everydream_kit.models.download import fetch_model, is_hub_id
-from everydream_kit.models.family import Family, configs_folder
+from everydream_kit.models.family import Model, configs_folder
 from everydream_kit.models.files import ModelFiles, open_folder, read_json
 from everydream_kit.models.single_file import open_single_file
 from everydream_kit.models.tokenizer import Vocabulary, build_tokenizer, load_tokenizer
@@ -26,55 +25,6 @@ from everydream_kit.models.tokenizer import Vocabulary, build_tokenizer, load_to
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
     from transformers import CLIPTokenizer
-
-    from everydream_kit.models.lora import LoraSettings
-
-
-@dataclass
-class Model:
-    """A model in memory.
-
-    Attributes:
-        family: what is particular about it; `model.family.predict(model, ...)`.
-        text_encoders, tokenizers: in the family's order.
-        noise_scheduler: the training schedule, made from the model's own betas. Not what is saved.
-        scheduler_config: the model's own sampler (class name and settings) as found; saved back unchanged.
-        prediction_type: `epsilon`, `v_prediction` or `sample`.
-        source: where it came from, for messages and model cards.
-        origin: how to load it again: `load_model`'s arguments.
-        lora: the settings of its LoRA adapter (`lora.py`), if it has one.
-        new_tokens: learnt tokens (`tokens.py`): name -> the names of its vectors in the tokenizers.
-    """
-
-    family: Family
-    unet: torch.nn.Module
-    vae: torch.nn.Module
-    text_encoders: list[torch.nn.Module]
-    tokenizers: list[CLIPTokenizer]
-    noise_scheduler: DDPMScheduler
-    scheduler_config: dict[str, Any]
-    prediction_type: str
-    zero_terminal_snr: bool
-    source: str
-    origin: dict[str, Any] = field(default_factory=dict)
-    lora: LoraSettings | None = None
-    new_tokens: dict[str, list[str]] = field(default_factory=dict)
-
-    def modules(self) -> dict[str, torch.nn.Module]:
-        """Every module by the name of its folder."""
-        texts = {
-            slot.folder: module for slot, module in zip(self.family.text_encoders, self.text_encoders, strict=True)
-        }
-        return {"unet": self.unet, "vae": self.vae, **texts}
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
-
-    @property
-    def vae_scale_factor(self) -> int:
-        """Pixels per latent cell."""
-        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
 
 
 def load_model(
@@ -113,8 +63,9 @@ def load_model(
 
 def _load_adapted(folder: Path, *, dtype: torch.dtype, device: torch.device | str, token: str | None) -> Model:
     """A base with the live adapter of a small checkpoint."""
-    from everydream_kit.models.lora import LoraSettings, inject, set_lora
+    from everydream_kit.models.lora import inject, set_lora
     from everydream_kit.models.lora_formats import read_lora
+    from everydream_kit.models.lora_settings import LoraSettings
     from everydream_kit.models.tokens import load_tokens
 
     note = read_adapter_file(folder)

@@ -8,46 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
 from everydream_kit.draws import derive_seed
 from everydream_kit.errors import ConfigError, ModelError
-from everydream_kit.models.loading import Model
+from everydream_kit.models.family import Model
+from everydream_kit.models.lora_settings import LoraSettings
 from everydream_kit.models.tensors import LazyTensor
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 ADAPTER = "default"
 """peft's name of the adapter that is trained."""
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """How a model's adapter was made; kept in its checkpoint.
-
-    Attributes:
-        rank, alpha: the adapter's output is scaled by alpha / rank.
-        targets: names or regular expressions of UNet layers, or None for the attention projections.
-    """
-
-    rank: int = 16
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] | None = None
-    text_encoder: bool = False
-    dora: bool = False
-
-    def to_json(self) -> dict[str, object]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, object]) -> LoraSettings:
-        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-        if isinstance(known.get("targets"), list):
-            known["targets"] = tuple(known["targets"])  # type: ignore[arg-type]
-        return cls(**known)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

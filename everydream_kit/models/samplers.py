@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from everydream_kit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from everydream_kit.models.loading import Model
+    from everydream_kit.models.family import Model
 
 
 @dataclass(frozen=True)

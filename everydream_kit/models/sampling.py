@@ -21,8 +21,7 @@ from PIL import Image
 
 from everydream_kit.errors import ConfigError
 from everydream_kit.models.encoding import count_chunks, decode_latents, encode_captions
-from everydream_kit.models.family import Conditioning, Sizes
-from everydream_kit.models.loading import Model
+from everydream_kit.models.family import Conditioning, Model, Sizes
 from everydream_kit.models.samplers import build_scheduler, sampler_by_name
 from everydream_kit.models.sheets import label_grid, save_picture
 

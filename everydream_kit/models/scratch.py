@@ -15,9 +15,9 @@ import torch
 from everydream_kit.draws import derive_seed
 from everydream_kit.models.components import build_text_encoder, build_unet, build_vae
 from everydream_kit.models.families import family_by_name
-from everydream_kit.models.family import configs_folder
+from everydream_kit.models.family import Model, configs_folder
 from everydream_kit.models.files import read_json
-from everydream_kit.models.loading import Model, training_scheduler
+from everydream_kit.models.loading import training_scheduler
 from everydream_kit.models.saving import save_model
 from everydream_kit.models.tokenizer import build_tokenizer
 

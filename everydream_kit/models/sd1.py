@@ -22,7 +22,7 @@ from everydream_kit.models.family import (
 )
 
 if TYPE_CHECKING:
-    from everydream_kit.models.loading import Model
+    from everydream_kit.models.family import Model
 
 
 def encode_one_encoder(model: Model, token_ids: Sequence[torch.Tensor], clip_skip: int) -> Conditioning:

@@ -18,7 +18,7 @@ from everydream_kit.panels.project import EMBEDDED_MODEL
 from everydream_kit.workspace import write_whole
 
 if TYPE_CHECKING:
-    from everydream_kit.models.loading import Model
+    from everydream_kit.models.family import Model
 
 MOST_PICTURES = 400
 

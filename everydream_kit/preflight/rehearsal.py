@@ -41,7 +41,7 @@ from everydream_kit.workspace import RunFolder
 
 if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
-    from everydream_kit.models.loading import Model
+    from everydream_kit.models.family import Model
     from everydream_kit.training.run import Run
 
 WEIGHTS, GRADIENTS, STATES, EMA = "weights", "gradients", "optimizer states", "EMA"

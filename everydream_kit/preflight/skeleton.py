@@ -21,10 +21,9 @@ from everydream_kit.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
-    from everydream_kit.models.family import TextEncoderSlot
+    from everydream_kit.models.family import Model, TextEncoderSlot
     from everydream_kit.models.files import ModelFiles
-    from everydream_kit.models.loading import Model
-    from everydream_kit.models.lora import LoraSettings
+    from everydream_kit.models.lora_settings import LoraSettings
 
 SMALL_FILES = ("*.json", "*/*.json")
 """What is fetched of a Hub repository. Vocabularies are the shipped ones: they change no size."""
@@ -119,7 +118,7 @@ def shipped_architecture(
 def _read_adapted(folder: Path, endpoint: str | None) -> Architecture:
     """A base, and the adapter that a small checkpoint puts on it."""
     from everydream_kit.models.adapters import read_adapter_file
-    from everydream_kit.models.lora import LoraSettings
+    from everydream_kit.models.lora_settings import LoraSettings
 
     note = read_adapter_file(folder)
     base = read_architecture(note["base"].pop("source"), endpoint=endpoint, **note["base"])
@@ -255,7 +254,8 @@ def build_skeleton(architecture: Architecture, dtype: torch.dtype) -> Model:
         dtype: of UNet and text encoders; the VAE is float32 as ever.
     """
     from everydream_kit.models.components import build_text_encoder, build_unet, build_vae
-    from everydream_kit.models.loading import Model, _tokenizer, training_scheduler
+    from everydream_kit.models.family import Model
+    from everydream_kit.models.loading import _tokenizer, training_scheduler
     from everydream_kit.models.lora import inject
 
     files = architecture.files

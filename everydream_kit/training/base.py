@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from everydream_kit.models.loading import Model, load_model
+from everydream_kit.models.family import Model
+from everydream_kit.models.loading import load_model
 from everydream_kit.training.objectives import rescale_zero_terminal_snr
 from everydream_kit.training.offload import idle_modules
 from everydream_kit.training.parameters import TrainedPart, select_parameters

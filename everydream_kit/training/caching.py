@@ -16,7 +16,7 @@ from everydream_kit.models.encoding import encode_captions, encode_moments
 if TYPE_CHECKING:
     from everydream_kit.data.dataset import Dataset
     from everydream_kit.data.plan import PlanSettings
-    from everydream_kit.models.loading import Model
+    from everydream_kit.models.family import Model
     from everydream_kit.training.journal import Journal
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from everydream_kit.data.dataset import Dataset
-    from everydream_kit.models.loading import Model
+    from everydream_kit.models.family import Model
 
 
 class IdleModels:

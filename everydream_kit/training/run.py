@@ -37,8 +37,7 @@ if TYPE_CHECKING:
     from everydream_kit.data.plan import PlanSettings
     from everydream_kit.data.records import Batch, StepBatches
     from everydream_kit.data.text_cache import TextCache
-    from everydream_kit.models.family import Conditioning
-    from everydream_kit.models.loading import Model
+    from everydream_kit.models.family import Conditioning, Model
     from everydream_kit.training.ema import Ema
     from everydream_kit.training.journal import Journal
     from everydream_kit.training.objectives import Objective

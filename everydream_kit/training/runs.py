@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from everydream_kit.config import TrainConfig
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.errors import CheckpointError, ConfigError
-from everydream_kit.models.loading import Model, load_model
+from everydream_kit.models.family import Model
+from everydream_kit.models.loading import load_model
 from everydream_kit.models.saving import save_model
 from everydream_kit.training import schedules
 from everydream_kit.training.base import (

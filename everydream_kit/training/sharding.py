@@ -23,7 +23,7 @@ from everydream_kit.training.optimizers import innermost, plain_name
 from everydream_kit.training.parameters import TrainedPart
 
 if TYPE_CHECKING:
-    from everydream_kit.models.loading import Model
+    from everydream_kit.models.family import Model
     from everydream_kit.training.precision import Precision
     from everydream_kit.training.ranks import Ranks
 

@@ -1,0 +1,25 @@
+"""What decoding processes have in common, whether they decode for the trainer (`loader`) or for the latent cache (`cache`)."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+from everydream_kit.data.dataset import Problem
+from everydream_kit.errors import DataError
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and a polite kill reach the whole process group, but the trainer stops, saves, then closes us."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def as_is(item: Any) -> Any:
+    """Nothing is left to collate: a named function, so that it can be pickled."""
+    return item
+
+
+def problem_of(path: str, error: DataError) -> Problem:
+    """What the person reads about a picture that broke while it was decoded."""
+    return Problem(path, str(error).removeprefix(f"{path}: "), "The run goes on without it.")
