@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from everydream_kit import panels as panels
     from everydream_kit.config import TrainConfig as TrainConfig
-    from everydream_kit.config import load_config as load_config
     from everydream_kit.data import prepare_dataset as prepare_dataset
     from everydream_kit.drawing import sample as sample
     from everydream_kit.errors import KitError as KitError
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from everydream_kit.preflight.planning import plan as plan
     from everydream_kit.sessions import resume as resume
     from everydream_kit.sessions import train as train
+    from everydream_kit.settings import load_config as load_config
     from everydream_kit.workspace import RunFolder as RunFolder
 
 __version__ = "0.1.0"
@@ -34,7 +34,7 @@ _PLACES = {
     "TrainConfig": "config",
     "attach": "jobs",
     "export_checkpoint": "export.single_file",
-    "load_config": "config",
+    "load_config": "settings",
     "load_model": "models.loading",
     "plan": "preflight.planning",
     "prepare_dataset": "data",

@@ -16,10 +16,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from everydream_kit.config import TrainConfig, config_warnings, load_config
+from everydream_kit.config import TrainConfig, config_warnings
 from everydream_kit.errors import CheckpointError, ConfigError, KitError
 from everydream_kit.preflight.automatic import settle_batch_size
 from everydream_kit.preflight.timing import MeasuredPlan
+from everydream_kit.settings import load_config
 from everydream_kit.training.checkpoints import choose_checkpoint, load_resume_tensors, sweep
 from everydream_kit.training.control import StopSignal, signals_stop
 from everydream_kit.training.journal import Journal

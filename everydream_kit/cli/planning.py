@@ -36,8 +36,8 @@ def _read_settings(options: argparse.Namespace) -> Any:
     """Settings from a file and flags; a run folder is handed on as it is, unless flags change it."""
     from pathlib import Path
 
-    from everydream_kit.config import load_config
     from everydream_kit.errors import ConfigError
+    from everydream_kit.settings import load_config
 
     if options.settings is not None and options.config is not None:
         raise ConfigError(f"--config: two settings files are given ({options.settings} and {options.config}); give one")

@@ -54,7 +54,7 @@ def read_setting_flags(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run_train(options: argparse.Namespace) -> int:
-    from everydream_kit.config import load_config
+    from everydream_kit.settings import load_config
 
     config, warnings = load_config(options.config, read_setting_flags(options))
     for warning in warnings:
@@ -96,8 +96,8 @@ def _add_chain_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_chain(options: argparse.Namespace) -> int:
-    from everydream_kit.config import load_config
     from everydream_kit.sessions import train
+    from everydream_kit.settings import load_config
 
     configs = [load_config(path)[0] for path in options.configs]  # all of them are checked before the first one starts
     for config in configs:

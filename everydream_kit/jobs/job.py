@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from everydream_kit.config import TrainConfig, load_config
+from everydream_kit.config import TrainConfig
 from everydream_kit.errors import JobError
 from everydream_kit.jobs.process import (
     exit_code,
@@ -31,6 +31,7 @@ from everydream_kit.jobs.process import (
     start_lock,
     write_object,
 )
+from everydream_kit.settings import load_config
 from everydream_kit.workspace import ENDED_STATES, Action, RunFolder, list_runs, write_whole
 
 JOB_FILE = "job.json"

@@ -90,8 +90,8 @@ def look(told: Told, folder: Path, source: str, options: str) -> dict[str, Any]:
 
 def foretell(told: Told, folder: Path, config: str, wish: str) -> dict[str, Any]:
     """Make the plan of a run: memory, time, disk, money, and what to change so that it fits."""
-    from everydream_kit.config import load_config
     from everydream_kit.preflight.planning import plan
+    from everydream_kit.settings import load_config
 
     wanted = json.loads(wish)
     values = json.loads(config)

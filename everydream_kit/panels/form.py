@@ -13,13 +13,14 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from everydream_kit.config import TrainConfig, config_warnings, load_config
+from everydream_kit.config import TrainConfig, config_warnings
 from everydream_kit.errors import ConfigError
 from everydream_kit.panels import look
 from everydream_kit.panels.fields import Field
 from everydream_kit.panels.pages import Fold
 from everydream_kit.panels.presets import PRESETS
 from everydream_kit.params import Parameter, check_value, parameters
+from everydream_kit.settings import load_config
 
 
 class SettingsForm:

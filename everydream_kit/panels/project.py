@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from everydream_kit.config import TrainConfig, load_config
+from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ConfigError, JobError
 from everydream_kit.jobs import Job, find_jobs, running_jobs
+from everydream_kit.settings import load_config
 from everydream_kit.workspace import write_whole
 
 NUM_DEMO_PROMPTS = 3

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from everydream_kit.config import TrainConfig, load_config
+from everydream_kit.config import TrainConfig
 from everydream_kit.data.cache_room import free_memory, possible_flips
 from everydream_kit.data.plan import PlanSettings
 from everydream_kit.errors import ConfigError, DataError, MemoryLimitError
@@ -38,6 +38,7 @@ from everydream_kit.preflight.disk import DiskUse, foretell_disk, latent_cache_b
 from everydream_kit.preflight.money import Price, entered_price, find_price, read_prices
 from everydream_kit.preflight.plan import Offer, Plan, StepCount
 from everydream_kit.preflight.seconds import StepSeconds, foretell_step
+from everydream_kit.settings import load_config
 from everydream_kit.training.pictures import foretell_steps, make_plan_settings, scan
 from everydream_kit.workspace import RunFolder
 

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from everydream_kit.config import read_json_object, value_problem
+from everydream_kit.config import value_problem
 from everydream_kit.errors import ConfigError
+from everydream_kit.settings import read_json_object
 
 DOCUMENTATION = ("doc", "documentation")
 

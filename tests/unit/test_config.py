@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from everydream_kit.config import RETIRED, TrainConfig, config_warnings, load_config
+from everydream_kit.config import RETIRED, TrainConfig, config_warnings
 from everydream_kit.errors import ConfigError
+from everydream_kit.settings import load_config
 
 DESIGN_DEFAULTS = {
     "data_root": "input",
