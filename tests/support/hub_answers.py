@@ -20,6 +20,8 @@ import yaml
 from hub_holdings import Entry, Repository
 
 if TYPE_CHECKING:
+    from http.server import BaseHTTPRequestHandler
+
     from hub_stand_in import HubStandIn
 
 LFS_SUFFIXES = {".safetensors", ".ckpt", ".pt", ".bin", ".png", ".jpg", ".jpeg", ".webp"}
@@ -51,7 +53,7 @@ class Call:
     """A request, taken apart."""
 
     hub: HubStandIn
-    handler: Any
+    handler: BaseHTTPRequestHandler
     body: bytes
     query: dict[str, list[str]]
     parts: tuple[str, ...]
@@ -76,15 +78,15 @@ class Call:
         return repo is not None and (not repo.private or (user is not None and owner in (user["name"], *user["orgs"])))
 
 
-def route(handler: Any, body: bytes) -> Reply:
+def route(hub: HubStandIn, handler: BaseHTTPRequestHandler, body: bytes) -> Reply:
     address = urlsplit(handler.path)
     for method, pattern, kind, answer in _ROUTES:
         match = re.fullmatch(pattern, address.path)
         if method == handler.command and match:
             parts = tuple(unquote(part) for part in match.groups())
-            call = Call(handler.hub, handler, body, parse_qs(address.query), parts)
+            call = Call(hub, handler, body, parse_qs(address.query), parts)
             refusal = _check_token(call) or (_check_access(call, kind) if kind else None)
-            with handler.hub.lock:
+            with hub.lock:
                 return refusal or answer(call)
     return refuse(404, f"the stand-in does not serve {handler.command} {address.path}")
 

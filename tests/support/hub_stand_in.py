@@ -223,7 +223,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bytes, fault: Fault | None) -> Reply:
         failing = fault is not None and fault.status is not None
-        reply = Reply() if failing and not fault.after_work else route(self, body)
+        reply = Reply() if failing and not fault.after_work else route(self.hub, self, body)
         if not failing:
             return reply
         reply = refuse(fault.status, fault.message, fault.error_code)
