@@ -64,7 +64,8 @@ CASES: dict[str, dict[str, Any]] = {
     "unet only, sliced attention": {"disable_textenc_training": True, "attn_type": "slice", "batch_size": 4},
     "accumulation, pixels": {"grad_accum": 2, "cache_latents": "off"},
     "sampling": {"phase": "sampling", "optimizer": "sgd"},
-    "latent caching": {"phase": "latent caching", "resolution": 384},
+    "latents for the disk": {"phase": "latent caching", "resolution": 384, "cache_latents": "disk"},
+    "latents in memory": {"phase": "latent caching", "resolution": 384, "optimizer": "sgd"},
 }
 
 
@@ -151,12 +152,15 @@ def go_through(model: Any, config: Any, folder: Path, phase: str) -> int:
 
     from everydream_kit.models.encoding import encode_moments
     from everydream_kit.models.sampling import SamplePrompt, sample_pictures
+    from everydream_kit.preflight.memory import foretell_latent_mode
     from everydream_kit.preflight.rehearsal import CACHED_TOGETHER, largest_bucket
 
     bucket = largest_bucket(config.resolutions)
-    if phase == "latent caching":
+    latents = foretell_latent_mode(config)
+    crops = torch.zeros(CACHED_TOGETHER.get(latents, 0), 3, bucket[1], bucket[0], dtype=torch.uint8)
+    if phase == "latent caching" and latents == "disk":
         resident_after_cleaning()
-        encode_moments(model, torch.zeros(CACHED_TOGETHER, 3, bucket[1], bucket[0], dtype=torch.uint8))
+        encode_moments(model, crops)
         return status("VmHWM")
     if config.weight_dtype == "bfloat16":
         for module in (model.unet, *model.text_encoders):
@@ -169,6 +173,8 @@ def go_through(model: Any, config: Any, folder: Path, phase: str) -> int:
         sample_pictures(
             model, [SamplePrompt("a cat", width=side, height=side, cfgs=(7.0, 6.0, 5.0, 4.0))], num_inference_steps=2
         )
+    elif phase == "latent caching":
+        encode_moments(model, crops)
     else:
         train_step(run, batch)
     return status("VmHWM")

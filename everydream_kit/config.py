@@ -167,8 +167,9 @@ class DataGroup(Group):
         Literal["auto", "off", "memory", "disk"],
         Knob(when="`off` for very large datasets that are seen once", memory="saves the VAE's share of each step"),
     ] = "auto"
-    """Encode the pictures once instead of at every step. `auto` uses memory if the latents fit in a quarter of it, then
-    disk if they fit in half of what is free, else off."""
+    """Encode the pictures once instead of at every step: in memory when a crop is drawn for the first time, on disk before
+    the run, for later runs too. `auto` uses memory if the latents fit in a quarter of it, then disk if they fit in half of what
+    is free, else off."""
     cache_variants: Annotated[
         int,
         Field(ge=1, le=64),

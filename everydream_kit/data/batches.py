@@ -60,6 +60,10 @@ class BatchRequest:
     pictures: tuple[Picture, ...]
     keys: tuple[str, ...]
 
+    def address(self, row: int) -> tuple[int | str, ...]:
+        """Of all that is drawn for one row: epoch, picture key, repeat."""
+        return (self.planned.epoch, self.keys[row], self.planned.draws[row].repeat)
+
 
 @dataclass(slots=True)
 class LoadedBatch:
@@ -106,14 +110,13 @@ def crop_for(request: BatchRequest, row: int, settings: LoadSettings) -> pixels.
         crop_jitter=settings.crop_jitter,
         flip_p=picture.flip_p,
         seed=settings.seed,
-        address=(planned.epoch, request.keys[row], planned.draws[row].repeat),
+        address=request.address(row),
     )
 
 
 def caption_for(request: BatchRequest, row: int, settings: LoadSettings) -> str:
     """The text of one row of a request: drawn from alternatives, shuffled, dropped out."""
-    picture = request.pictures[row]
-    address = (request.planned.epoch, request.keys[row], request.planned.draws[row].repeat)
+    picture, address = request.pictures[row], request.address(row)
     if settings.fixed:
         caption, shuffle = replace(picture.caption, alternatives=()), False
     elif draws.generator(settings.seed, "dropout", *address).random() < picture.cond_dropout:
@@ -154,21 +157,18 @@ def _assemble_pixels(
 
 
 def _load_moments(request: BatchRequest, settings: LoadSettings, cache: LatentCache) -> LoadedBatch:
-    """Look every row up in the latent cache. A picture that broke when the cache was built has weight 0."""
+    """Look every row up in the latent cache. A picture that could not be encoded has weight 0."""
     width, height = request.planned.bucket
     stacked = torch.zeros(
         len(request.pictures), 8, height // pixels.LATENT_CELL_PIXELS, width // pixels.LATENT_CELL_PIXELS
     )
     problems, crops, masks, broken = [], [], [], []
     for row, picture in enumerate(request.pictures):
-        address = (request.planned.epoch, request.keys[row], request.planned.draws[row].repeat)
         index = request.planned.draws[row].picture
-        crop = cache.draw_crop(index, picture, request.planned.bucket, seed=settings.seed, address=address)
-        entry = cache.find(index, request.planned.bucket, crop)
+        crop = cache.draw_crop(index, picture, request.planned.bucket, seed=settings.seed, address=request.address(row))
+        entry = cache.find(index, picture, request.planned.bucket, crop)
         if entry is None:
-            problems.append(
-                Problem(picture.path, "it could not be encoded for the latent cache.", "Replace or remove it.")
-            )
+            problems.append(cache.problem(picture))
         else:
             stacked[row] = entry.moments
         crops.append(crop)

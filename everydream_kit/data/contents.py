@@ -74,6 +74,11 @@ def digest_pictures(
     return digests
 
 
+def digest_picture(path: str, mask_path: str | None = None) -> bytes:
+    """Digest one picture with its mask, as `digest_pictures` does; zeros for a file that cannot be read."""
+    return _digest_pair((path, mask_path), {})[0]
+
+
 def _read_memo(path: Path | None) -> _Memo:
     data = path.read_bytes() if path is not None and path.is_file() else b""
     size = 2 * DIGEST_BYTES

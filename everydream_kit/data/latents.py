@@ -1,6 +1,6 @@
-"""Where encoded latents are kept: in memory, or in safetensors shards on disk.
+"""Encoded latents, and where they are kept on disk: in safetensors shards.
 
-Both stores map a 16-byte name to an `Entry`. A name is a hash of everything that determines the entry, so a store never
+The store maps a 16-byte name to an `Entry`. A name is a hash of everything that determines the entry, so the store never
 needs to be invalidated: what changed has another name. Not here: what the names are made of and what is encoded
 (`cache`).
 
@@ -17,7 +17,7 @@ import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,40 +46,6 @@ class Entry:
     @property
     def num_bytes(self) -> int:
         return self.moments.nbytes + (0 if self.mask is None else self.mask.nbytes)
-
-
-class LatentStore(Protocol):
-    """A mapping from 16-byte names to entries that only grows."""
-
-    def __contains__(self, name: bytes) -> bool: ...
-
-    def get(self, name: bytes) -> Entry | None:
-        """The entry of a name, or None."""
-
-    def put(self, name: bytes, entry: Entry) -> None:
-        """Add an entry; it may be lost until `flush`."""
-
-    def flush(self) -> None:
-        """Make everything put so far durable, as far as this store is."""
-
-
-class MemoryStore:
-    """Entries in this process's memory."""
-
-    def __init__(self) -> None:
-        self._entries: dict[bytes, Entry] = {}
-
-    def __contains__(self, name: bytes) -> bool:
-        return name in self._entries
-
-    def get(self, name: bytes) -> Entry | None:
-        return self._entries.get(name)
-
-    def put(self, name: bytes, entry: Entry) -> None:
-        self._entries[name] = entry
-
-    def flush(self) -> None:
-        """Nothing to do."""
 
 
 class DiskStore:
@@ -125,6 +91,7 @@ class DiskStore:
         return Entry(opened.get_tensor(key), opened.get_tensor(key + _MASK_SUFFIX) if has_mask else None)
 
     def put(self, name: bytes, entry: Entry) -> None:
+        """Add an entry; it may be lost until `flush`."""
         self._pending[name] = entry
         self._pending_bytes += entry.num_bytes
         if self._pending_bytes >= SHARD_BYTES:

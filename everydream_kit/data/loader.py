@@ -6,7 +6,8 @@ no dataset of its own: it starts quickly, also where processes are spawned, and 
 conversion to float is the device's.
 
 Every draw is addressed by (seed, purpose, epoch, picture key, repeat), so neither the number of workers nor the step
-at which a run starts changes anything, and no global generator is read.
+at which a run starts changes anything, and no global generator is read. Latents kept in memory are looked up in the main
+process; the sampler announces each epoch's uses to their cache, which encodes what is new in that order.
 
 A picture that breaks while it is decoded does not end the run: its row becomes grey with weight 0, shapes and the
 loss's divisor stay as planned (so all ranks agree and a resumed run equals an uninterrupted one), and it is listed
@@ -17,9 +18,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -32,15 +33,13 @@ from everydream_kit.data.batches import (
     LoadSettings,
     load_batch,
 )
+from everydream_kit.data.cache import LatentCache, MemoryCache, Use
 from everydream_kit.data.dataset import Dataset, Problem
 from everydream_kit.data.pixels import PictureTransform
-from everydream_kit.data.plan import PlanSettings, plan_epoch
+from everydream_kit.data.plan import EpochPlan, PlanSettings, plan_epoch
 from everydream_kit.data.records import MicroBatch, StepBatches
 from everydream_kit.data.workers import as_is, leave_signals_to_the_parent
 from everydream_kit.errors import ConfigError
-
-if TYPE_CHECKING:
-    from everydream_kit.data.cache import LatentCache
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +98,11 @@ def make_loader(
         _check_cache(latent_cache, dataset, fixed, picture_transform)
     settings = LoadSettings(seed, crop_jitter, background, fixed, caption_transform, picture_transform)
     sampler = _RunSampler(dataset, plan_settings, rank, range(start_epoch, start_epoch + num_epochs), start_step)
-    if latent_cache is not None and latent_cache.in_memory:
+    memory = latent_cache if isinstance(latent_cache, MemoryCache) else None
+    if memory is not None:
         num_workers = 0  # a look-up costs less than passing its result between processes
-    return Loader(sampler, _BatchDecoder(settings, latent_cache), num_workers, pin_memory)
+        sampler.announce = partial(memory.expect, seed=seed)
+    return Loader(sampler, _BatchDecoder(settings, latent_cache), num_workers, pin_memory, memory)
 
 
 def _check_cache(cache: LatentCache, dataset: Dataset, fixed: bool, picture_transform: PictureTransform | None) -> None:
@@ -110,9 +111,9 @@ def _check_cache(cache: LatentCache, dataset: Dataset, fixed: bool, picture_tran
         raise ConfigError(
             "cache_latents, plugins: a plug-in changes pictures, cached latents would not: switch one off."
         )
-    if cache.fixed != fixed or cache.num_pictures != len(dataset):
+    if cache.settings.fixed != fixed or cache.num_pictures != len(dataset):
         raise ConfigError(
-            f"latent_cache: built for {cache.num_pictures} pictures with fixed={cache.fixed}, "
+            f"latent_cache: built for {cache.num_pictures} pictures with fixed={cache.settings.fixed}, "
             f"used for {len(dataset)} with fixed={fixed}; build one for this dataset."
         )
 
@@ -124,8 +125,16 @@ class Loader(Iterator[StepBatches]):
         problems: pictures that broke while they were decoded, each once.
     """
 
-    def __init__(self, sampler: _RunSampler, decoder: _BatchDecoder, num_workers: int, pin_memory: bool) -> None:
+    def __init__(
+        self,
+        sampler: _RunSampler,
+        decoder: _BatchDecoder,
+        num_workers: int,
+        pin_memory: bool,
+        memory_cache: MemoryCache | None = None,
+    ) -> None:
         self.problems: list[Problem] = []
+        self._memory_cache = memory_cache
         self._known_problems: set[str] = set()
         self._heads = sampler.heads
         self._loader: DataLoader[LoadedBatch] | None = DataLoader(
@@ -150,6 +159,7 @@ class Loader(Iterator[StepBatches]):
             raise StopIteration
         if self._batches is None:  # workers start when the first step is asked for
             self._batches = iter(self._loader)
+        encoding_before = self._encoding_seconds()
         first = next(self._batches, None)
         if first is None:
             self.close()
@@ -158,10 +168,19 @@ class Loader(Iterator[StepBatches]):
         loaded = [first, *(next(self._batches) for _ in range(head.num_batches - 1))]
         for item in loaded:
             self._note(item.problems)
-        return StepBatches(head.epoch, head.step, head.num_steps, head.num_images, [item.batch for item in loaded])
+        return StepBatches(
+            epoch=head.epoch,
+            step=head.step,
+            num_steps=head.num_steps,
+            num_images=head.num_images,
+            batches=[item.batch for item in loaded],
+            encoding_seconds=self._encoding_seconds() - encoding_before,
+        )
 
     def close(self) -> None:
         """End the workers. Iteration ends; calling it again does nothing."""
+        if self._memory_cache is not None:
+            self._memory_cache.close()
         batches, self._batches, self._loader = self._batches, None, None
         shutdown = getattr(batches, "_shutdown_workers", None)  # torch has no public name for it
         if shutdown is not None:
@@ -173,6 +192,9 @@ class Loader(Iterator[StepBatches]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _encoding_seconds(self) -> float:
+        return 0.0 if self._memory_cache is None else self._memory_cache.encoding_seconds
+
     def _note(self, problems: list[Problem]) -> None:
         for problem in problems:
             if problem.path not in self._known_problems:
@@ -182,12 +204,18 @@ class Loader(Iterator[StepBatches]):
 
 
 class _RunSampler(Sampler[BatchRequest]):
-    """Walks over the plans of a run's epochs, in the main process."""
+    """Walks over the plans of a run's epochs, in the main process.
+
+    Attributes:
+        heads: of the steps whose batches have been asked for, and which nobody has taken yet.
+        announce: told at each epoch's beginning which uses it will ask for, in their order.
+    """
 
     def __init__(
         self, dataset: Dataset, plan_settings: PlanSettings, rank: int, epochs: range, start_step: int
     ) -> None:
         self.heads: deque[_StepHead] = deque()
+        self.announce: Callable[[Iterator[Use]], None] | None = None
         self._dataset = dataset
         self._plan_settings = plan_settings
         self._rank = rank
@@ -198,12 +226,21 @@ class _RunSampler(Sampler[BatchRequest]):
         for epoch in self._epochs:
             plan = plan_epoch(self._dataset, self._plan_settings, epoch)
             first = self._start_step if epoch == self._epochs.start else 0
+            if self.announce is not None:
+                self.announce(self._uses(plan, first))
             for step in range(first, plan.num_steps):
                 batches = plan.step(step, self._rank)
                 images = plan.images_in_step(step)
                 self.heads.append(_StepHead(epoch, step, plan.num_steps, images, len(batches)))
                 for planned in batches:
                     yield self._request(planned)
+
+    def _uses(self, plan: EpochPlan, first: int) -> Iterator[Use]:
+        """Every use of a picture from a step on, drawn as it is asked for."""
+        for step in range(first, plan.num_steps):
+            for request in map(self._request, plan.step(step, self._rank)):
+                for row, draw in enumerate(request.planned.draws):
+                    yield Use(draw.picture, request.pictures[row], request.planned.bucket, request.address(row))
 
     def _request(self, planned: MicroBatch) -> BatchRequest:
         indices = [draw.picture for draw in planned.draws]

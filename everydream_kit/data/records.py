@@ -77,3 +77,4 @@ class StepBatches:
     num_steps: int  # optimizer steps in this epoch
     num_images: int  # pictures in this step over all ranks, fillers not counted: the divisor of the loss
     batches: list[Batch]
+    encoding_seconds: float = 0.0  # of loading it, what went into latents that will be found from now on

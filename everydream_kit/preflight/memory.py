@@ -22,12 +22,13 @@ from everydream_kit.workspace import write_whole
 
 if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
+    from everydream_kit.data.cache_room import CacheMode
     from everydream_kit.data.dataset import Dataset
     from everydream_kit.preflight.rehearsal import Rehearsal, SampleShape
     from everydream_kit.preflight.skeleton import Architecture
     from everydream_kit.training.optimizer_config import OptimizerConfig
 
-VERSION = 3
+VERSION = 4
 """Of the method: raised where the same settings would now give other numbers."""
 
 DEFAULT_CONTEXT_BYTES = 600 * 2**20
@@ -290,12 +291,19 @@ class _Question:
             has_bf16=self.has_bf16,
             optimizer_config=self.optimizer_config,
             bucket=self.bucket,
-            caches_latents=self.config.cache_latents != "off" and not self.config.plugins,
+            latents=foretell_latent_mode(self.config),
             validates=self.validates,
             samples=self.samples,
             dataset=self.dataset,
         )
         return _conclude(self.config, rehearsal, self.device)
+
+
+def foretell_latent_mode(config: TrainConfig) -> CacheMode:
+    """Where latents are kept, as far as the settings say it: `auto` takes memory unless there are very many pictures."""
+    if config.plugins:  # one of them may change pictures
+        return "off"
+    return "memory" if config.cache_latents == "auto" else config.cache_latents
 
 
 def architecture_of(config: TrainConfig) -> Architecture:
@@ -365,13 +373,15 @@ def sampled_together(config: TrainConfig, dataset: Dataset | None = None) -> Sam
 
 def _conclude(config: TrainConfig, rehearsal: Rehearsal, device: str) -> MemoryEstimate:
     """Phases from a trace."""
-    from everydream_kit.preflight.rehearsal import EMA, GRADIENTS, HOST, IDLE, STATES
+    from everydream_kit.preflight.rehearsal import EMA, GRADIENTS, HOST, IDLE, IDLE_VAE, STATES
 
     lives, phases = rehearsal.lives, []
     for stretch in lives.stretches:
-        training = stretch.name == "training step"
-        before_run = stretch.name == "latent caching"
-        never = [HOST, *([IDLE] if training else []), *([EMA, GRADIENTS] if before_run else [])]
+        caching = stretch.name == "latent caching"
+        before_run = caching and foretell_latent_mode(config) == "disk"
+        never = [HOST, *([EMA, GRADIENTS] if before_run else [IDLE] if caching else [])]
+        if stretch.name == "training step":
+            never += [IDLE, IDLE_VAE]
         peak = lives.peak(stretch, always=() if before_run else (STATES,), never=never)
         if before_run:
             peak.num_bytes -= peak.by_category.pop(STATES, 0)
@@ -380,7 +390,7 @@ def _conclude(config: TrainConfig, rehearsal: Rehearsal, device: str) -> MemoryE
     swapped = rehearsal.ema_bytes if rehearsal.ema_on_device or (device == "cpu" and rehearsal.ema_bytes) else 0
     phases.append(_phase("saving", {**standing, "other": swapped}))
     training = lives.named("training step")
-    host = sum(rehearsal.standing.get(name, 0) for name in (HOST, IDLE)) + rehearsal.snapshot_bytes
+    host = sum(rehearsal.standing.get(name, 0) for name in (HOST, IDLE, IDLE_VAE)) + rehearsal.snapshot_bytes
     return MemoryEstimate(
         phases=tuple(phases),
         allowance_bytes=0,
@@ -395,9 +405,9 @@ def _conclude(config: TrainConfig, rehearsal: Rehearsal, device: str) -> MemoryE
 
 def _phase(name: str, by_category: dict[str, int]) -> Phase:
     """A phase under the public categories: what waited and came back is weights again."""
-    from everydream_kit.preflight.rehearsal import IDLE
+    from everydream_kit.preflight.rehearsal import IDLE, IDLE_VAE
 
     named = dict.fromkeys(CATEGORIES, 0)
     for category, num_bytes in by_category.items():
-        named["weights" if category == IDLE else category] += num_bytes
+        named["weights" if category in {IDLE, IDLE_VAE} else category] += num_bytes
     return Phase(name, sum(named.values()), {key: value for key, value in named.items() if value})

@@ -249,8 +249,8 @@ def _picture_files(data_root: Any) -> Iterator[str]:
 
 def _training_part(config: TrainConfig, dataset: Dataset) -> Dataset:
     """The pictures that validation leaves for training."""
-    from everydream_kit.training.validating import split_dataset
     from everydream_kit.training.validation_config import load_validation_config
+    from everydream_kit.training.validation_sets import split_dataset
 
     assert config.validation_config is not None
     return split_dataset(dataset, load_validation_config(config.validation_config), partial(scan, config))[0]
@@ -279,6 +279,8 @@ def _seconds_of(config: TrainConfig, steps: StepCount, step: StepSeconds | None,
         parts["samples"] = drawings * drawn * sampling_steps * 2 * forward
     if latents != "off" and steps.num_pictures:
         crops = steps.num_pictures * config.cache_variants * len(possible_flips(config.flip_p))
+        if latents == "memory":  # what is never drawn is never encoded
+            crops = min(crops, steps.num_steps * config.batch_size * config.grad_accum)
         parts["latents"] = crops * ENCODING_IN_FORWARDS * forward
     return parts
 

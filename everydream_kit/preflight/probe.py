@@ -19,10 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everydream_kit.errors import KitError
-from everydream_kit.preflight.memory import MemoryEstimate, Phase, sampled_together, validated_together
+from everydream_kit.preflight.memory import (
+    MemoryEstimate,
+    Phase,
+    foretell_latent_mode,
+    sampled_together,
+    validated_together,
+)
 
 if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
+    from everydream_kit.data.records import Size
     from everydream_kit.training.run import Run
 
 NUM_STEPS = 2
@@ -187,25 +194,24 @@ class _Session:
     def _go_through(self) -> None:
         import torch
 
-        from everydream_kit.models.encoding import encode_moments
         from everydream_kit.models.sampling import SamplePrompt, sample_pictures
         from everydream_kit.preflight.rehearsal import CACHED_TOGETHER, largest_bucket, make_batch
         from everydream_kit.training.step import picture_losses
 
         config, bucket = self._config, largest_bucket(self._config.resolutions)
         run = self._run = self._build(config, self._folder)
-        caches = config.cache_latents != "off" and not config.plugins
-        if caches:
-            with self._phase("latent caching"):
-                pixels = torch.zeros(CACHED_TOGETHER, 3, bucket[1], bucket[0], dtype=torch.uint8)
-                encode_moments(run.model, pixels.to(run.ranks.device))
+        latents = foretell_latent_mode(config)
+        if latents == "disk":  # before the optimizer has any state
+            self._cache_latents(run, bucket, CACHED_TOGETHER[latents])
         assert isinstance(config.batch_size, int)
-        batch = make_batch(bucket, config.batch_size, with_moments=caches)
+        batch = make_batch(bucket, config.batch_size, with_moments=latents != "off")
         with self._phase("training step"):
             for _ in range(NUM_STEPS):
                 started = self._meter.seconds()
                 self._step(run, batch)
                 self._seconds = self._meter.seconds() - started
+        if latents == "memory":
+            self._cache_latents(run, bucket, CACHED_TOGETHER[latents])
         together = validated_together(config)
         if together is not None:
             with self._phase("validation"), torch.no_grad(), run.whole_model():
@@ -219,6 +225,14 @@ class _Session:
                 sample_pictures(
                     run.model, [SamplePrompt("", width=width, height=height, cfgs=cfgs)], num_inference_steps=1
                 )
+
+    def _cache_latents(self, run: Run, bucket: Size, num_together: int) -> None:
+        import torch
+
+        from everydream_kit.models.encoding import encode_moments
+
+        with self._phase("latent caching"), run.idle_models.at_work([run.model.vae]):
+            encode_moments(run.model, torch.zeros(num_together, 3, bucket[1], bucket[0], dtype=torch.uint8))
 
     def _step(self, run: Run, batch: Any) -> None:
         """An optimizer step as the loop makes it, with at most two of its micro-batches."""

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from everydream_kit.data.buckets import bucket_table
+from everydream_kit.data.cache_room import CacheMode
 from everydream_kit.data.dataset import FROM_TEXT, Dataset, DatasetBuilder, Defaults
 from everydream_kit.data.records import Batch, Draw, MicroBatch, Size, StepBatches
 from everydream_kit.models.encoding import decode_latents, encode_captions, encode_moments
@@ -45,10 +46,10 @@ if TYPE_CHECKING:
     from everydream_kit.training.run import Run
 
 WEIGHTS, GRADIENTS, STATES, EMA = "weights", "gradients", "optimizer states", "EMA"
-HOST, IDLE = "host", "idle weights"
+HOST, IDLE, IDLE_VAE = "host", "idle weights", "idle VAE"
 """What is in host memory, and what waits there while steps are made."""
-CACHED_TOGETHER = 4
-"""Crops that `LatentCache.build` encodes together."""
+CACHED_TOGETHER = {"disk": 4, "memory": 1}
+"""Crops that are encoded together: before the run, or beside everything that it holds."""
 CAPTION = "a photo of a cat, sitting, by the window"
 ALLOCATOR_GRANULE = 512
 """Bytes that torch's CUDA allocator rounds a tensor's size up to (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
@@ -97,7 +98,7 @@ def rehearse(
     has_bf16: bool,
     optimizer_config: OptimizerConfig,
     bucket: Size,
-    caches_latents: bool,
+    latents: CacheMode,
     validates: int | None,
     samples: SampleShape | None,
     dataset: Dataset | None = None,
@@ -109,7 +110,8 @@ def rehearse(
         device_type: "cuda" or "cpu": what is foretold.
         has_bf16: the card computes in bfloat16 (and has flash attention).
         bucket: of the pictures.
-        caches_latents: the VAE encodes before the run and not in its steps.
+        latents: off, where the VAE encodes in every step; disk, where it does before the run; memory, where it does between
+            the steps of the first epochs.
         validates: pictures measured together, or None.
         samples: pictures drawn together, or None.
         dataset: says whether captions vary; None: as the settings say.
@@ -127,11 +129,11 @@ def rehearse(
         if device_type == "cuda":
             imitate_autocast(model.modules().values())
         run = _assemble(config, model, dataset, Path(logdir), optimizer_config, device_type, has_bf16, tracker)
-        idle = _idle(config, run, caches_latents) if device_type != "cpu" else []
-        tracker.label([p for module in idle for p in module.parameters()], IDLE)
-        batch = make_batch(bucket, run.plan_settings.batch_size, with_moments=caches_latents)
-        if caches_latents:
-            _rehearse_caching(run, tracker, bucket)
+        for module in _idle(config, run, latents) if device_type != "cpu" else []:
+            tracker.label(module.parameters(), IDLE_VAE if module is model.vae else IDLE)
+        batch = make_batch(bucket, run.plan_settings.batch_size, with_moments=latents != "off")
+        if latents != "off":
+            _rehearse_caching(run, tracker, bucket, CACHED_TOGETHER[latents])
         num_micro_batches = _rehearse_step(run, tracker, batch)
         if validates is not None:
             _rehearse_validation(run, tracker, make_batch(bucket, validates, with_moments=False))
@@ -217,13 +219,13 @@ def _assemble(  # noqa: PLR0917 - what a run is made of, each once
     return run
 
 
-def _idle(config: TrainConfig, run: Run, caches_latents: bool) -> list[torch.nn.Module]:
+def _idle(config: TrainConfig, run: Run, latents: CacheMode) -> list[torch.nn.Module]:
     if not config.offload_idle_models:
         return []
     return idle_modules(
         run.model,
         run.dataset,
-        latents_cached=caches_latents,
+        latents_cached=latents != "off",
         trains_text=run.trains_text,
         transforms_captions=bool(config.plugins),
     )
@@ -245,9 +247,9 @@ def make_batch(bucket: Size, batch_size: int, *, with_moments: bool) -> Batch:
     )
 
 
-def _rehearse_caching(run: Run, tracker: StorageTracker, bucket: Size) -> None:
+def _rehearse_caching(run: Run, tracker: StorageTracker, bucket: Size, num_together: int) -> None:
     with tracker.stretch("latent caching"):
-        encode_moments(run.model, torch.zeros(CACHED_TOGETHER, 3, bucket[1], bucket[0], dtype=torch.uint8))
+        encode_moments(run.model, torch.zeros(num_together, 3, bucket[1], bucket[0], dtype=torch.uint8))
 
 
 def _rehearse_step(run: Run, tracker: StorageTracker, batch: Batch) -> int:

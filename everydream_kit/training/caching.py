@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from everydream_kit.data.cache import LatentCache
-from everydream_kit.data.cache_room import choose_cache_mode, foretell_bytes
+from everydream_kit.data.cache import CacheSettings, DiskCache, LatentCache, MemoryCache
+from everydream_kit.data.cache_room import CacheMode, choose_cache_mode, foretell_bytes
 from everydream_kit.data.text_cache import TextCache
 from everydream_kit.models.encoding import encode_captions, encode_moments
 
@@ -18,6 +18,31 @@ if TYPE_CHECKING:
     from everydream_kit.data.plan import PlanSettings
     from everydream_kit.models.family import Model
     from everydream_kit.training.journal import Journal
+    from everydream_kit.training.offload import IdleModels
+
+
+def choose_latent_mode(
+    mode: CacheMode | Literal["auto"],
+    dataset: Dataset,
+    plan_settings: PlanSettings,
+    *,
+    variants: int,
+    folder: Path,
+    transforms_pictures: bool,
+) -> CacheMode:
+    """Where the pictures' latents are kept.
+
+    Args:
+        mode: what `cache_latents` says.
+        variants: crops kept for each picture.
+        folder: of the disk cache.
+        transforms_pictures: a plug-in changes pictures at random, so that nothing can be kept.
+    """
+    if transforms_pictures:
+        return "off"
+    if mode == "auto":
+        return choose_cache_mode(foretell_bytes(dataset, plan_settings, variants=variants), folder)
+    return mode
 
 
 def build_latent_cache(
@@ -25,53 +50,49 @@ def build_latent_cache(
     dataset: Dataset,
     plan_settings: PlanSettings,
     journal: Journal,
+    idle_models: IdleModels,
     *,
-    mode: str,
-    variants: int,
-    crop_jitter: float,
-    background: str,
+    mode: CacheMode,
+    settings: CacheSettings,
     folder: Path,
     num_workers: int,
-    transforms_pictures: bool,
 ) -> LatentCache | None:
-    """Encode every picture's crops once, or decide not to.
+    """The cache of the pictures' latents: on disk filled now, in memory as crops are drawn; None where there is none.
 
     Args:
-        mode: auto, off, memory or disk, as `cache_latents` says.
-        variants: crops kept for each picture.
+        idle_models: what has to be fetched before the VAE can work.
+        mode: from `choose_latent_mode`.
+        settings: which crops are kept.
         folder: of the disk cache.
-        transforms_pictures: a plug-in changes pictures at random, so that nothing can be kept.
+        num_workers: processes that decode pictures.
 
     Raises:
         DiskSpaceError: it does not fit on the disk.
     """
-    if mode == "off" or transforms_pictures:
+    if mode == "off":
         return None
-    if mode == "auto":
-        mode = choose_cache_mode(foretell_bytes(dataset, plan_settings, variants=variants), folder)
-        if mode == "off":
-            return None
-    device = next(model.vae.parameters()).device
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:
-        return encode_moments(model, pixels.to(device))
+        with idle_models.at_work([model.vae]):
+            return encode_moments(model, pixels)
 
+    journal.tell("latent cache", mode=mode, variants=settings.variants)
+    if mode == "memory":
+        return MemoryCache(dataset, encode, settings, num_workers=num_workers)
     journal.set_state("starting", message="encoding the pictures once")
-    cache = LatentCache.build(
-        dataset,
-        plan_settings,
-        encode,
-        weights_identity(model.vae),
-        folder=folder if mode == "disk" else None,
-        variants=variants,
-        crop_jitter=crop_jitter,
-        background=background,
-        num_workers=num_workers,
-    )
-    for problem in cache.problems:
+    with idle_models.at_work([model.vae]):
+        cache = DiskCache.build(
+            dataset,
+            plan_settings,
+            encode,
+            identity=weights_identity(model.vae),
+            folder=folder,
+            settings=settings,
+            num_workers=num_workers,
+        )
+    for problem in cache.problems.values():
         journal.warn(f"{problem.path}: {problem.cause} {problem.cure}")
     journal.set_state("starting", message=None)
-    journal.tell("latents cached", mode=mode, variants=variants)
     return cache
 
 

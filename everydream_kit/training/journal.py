@@ -5,14 +5,16 @@ Only the main process has a journal that writes; the others have one that keeps 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
+import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from everydream_kit.training.reports import EventLog
 from everydream_kit.workspace import RunFolder
 
 if TYPE_CHECKING:
@@ -20,6 +22,23 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger("everydream_kit")
+
+
+class EventLog:
+    """`events.jsonl`: one JSON object a line, appended whole and flushed, so that a reader sees each at once."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._file = folder.events_path.open("a", encoding="utf-8")
+        self._lock = threading.Lock()  # the saver and the uploader write from threads of their own
+
+    def write(self, kind: str, **facts: Any) -> None:
+        line = json.dumps({"kind": kind, "time": round(time.time(), 3), **facts}, ensure_ascii=False, default=str)
+        with self._lock:
+            self._file.write(line + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class Journal:

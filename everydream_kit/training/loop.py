@@ -10,9 +10,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from everydream_kit.training.losses import PictureLosses, refuse_non_finite
 from everydream_kit.training.position import Position
 from everydream_kit.training.reports import Listener, StepReport
-from everydream_kit.training.step import PictureLosses, backward, refuse_non_finite
+from everydream_kit.training.step import backward
 
 if TYPE_CHECKING:
     from everydream_kit.training.control import StopSignal
@@ -47,7 +48,7 @@ def train_loop(run: Run, listeners: Sequence[Listener], stop: StopSignal) -> Pos
         run.update_ema(step + 1)
         run.position = run.position.after(work)
 
-        seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        seconds = time.perf_counter() - clock - work.encoding_seconds
         report = StepReport.make(run, work, losses, learning_rates, gradient_norm=gradient_norm, seconds=seconds)
         for listener in listeners:
             listener(run, report)

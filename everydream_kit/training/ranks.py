@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from everydream_kit.training.step import PictureLosses
+from everydream_kit.training.losses import PictureLosses
 
 BUCKET_BYTES = 25 * 2**20
 """Gradients are sent in pieces of about this size, as torch's own DDP does."""

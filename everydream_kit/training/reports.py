@@ -10,17 +10,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from everydream_kit.workspace import RunFolder
-
 if TYPE_CHECKING:
     from everydream_kit.data.records import StepBatches
+    from everydream_kit.training.losses import PictureLosses
     from everydream_kit.training.run import Run
-    from everydream_kit.training.step import PictureLosses
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,8 @@ class StepReport:
         learning_rates: of each trained part, as applied in this step.
         gradient_norm: L2 norm of all gradients before clipping, or None where nobody wanted it.
         num_images: pictures over all processes.
-        seconds: from the end of the step before, loader included, saving and sampling not.
+        seconds: from the end of the step before, loader included; saving, sampling and encoding not.
+        encoding_seconds: what went into latents that are in the cache from now on.
     """
 
     step: int
@@ -50,6 +48,7 @@ class StepReport:
     gradient_scale: float | None
     num_images: int
     seconds: float
+    encoding_seconds: float = 0.0
 
     @classmethod
     def make(
@@ -75,6 +74,7 @@ class StepReport:
             gradient_scale=run.precision.gradient_scale,
             num_images=work.num_images,
             seconds=seconds,
+            encoding_seconds=work.encoding_seconds,
         )
 
 
@@ -104,23 +104,6 @@ class Listener:
         """Take up a saved state."""
 
 
-class EventLog:
-    """`events.jsonl`: one JSON object a line, appended whole and flushed, so that a reader sees each at once."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self._file = folder.events_path.open("a", encoding="utf-8")
-        self._lock = threading.Lock()  # the saver and the uploader write from threads of their own
-
-    def write(self, kind: str, **facts: Any) -> None:
-        line = json.dumps({"kind": kind, "time": round(time.time(), 3), **facts}, ensure_ascii=False, default=str)
-        with self._lock:
-            self._file.write(line + "\n")
-            self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
 class Averages:
     """Running sums between two points of a log."""
 
@@ -128,12 +111,13 @@ class Averages:
         self.clear()
 
     def clear(self) -> None:
-        self.loss_sum, self.images, self.seconds, self.steps = 0.0, 0, 0.0, 0
+        self.loss_sum, self.images, self.seconds, self.encoding_seconds, self.steps = 0.0, 0, 0.0, 0.0, 0
 
     def add(self, report: StepReport) -> None:
         self.loss_sum += report.losses.mean * report.num_images
         self.images += report.num_images
         self.seconds += report.seconds
+        self.encoding_seconds += report.encoding_seconds
         self.steps += 1
 
     @property
@@ -161,7 +145,14 @@ class LossLog(Listener):
             self._log_point(run, report)
         if report.epoch_ended:
             minutes = self.epoch.seconds / 60
-            run.tell("epoch", step=report.step, epoch=report.epoch, loss=self.epoch.loss, minutes=minutes)
+            run.tell(
+                "epoch",
+                step=report.step,
+                epoch=report.epoch,
+                loss=self.epoch.loss,
+                minutes=minutes,
+                encoding_minutes=self.epoch.encoding_seconds / 60,
+            )
             run.scalar("loss/epoch", self.epoch.loss, report.step)
             run.scalar("performance/minutes per epoch", minutes, report.step)
             self.epoch.clear()

@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from everydream_kit.data.loader import make_loader
-from everydream_kit.draws import derive_seed
+from everydream_kit.draws import derive_seed, torch_generator
 from everydream_kit.models.encoding import encode_captions, encode_moments, latents_from_moments
 from everydream_kit.models.family import Sizes
 from everydream_kit.training.combined import measure_gradient_norm, take_gradient_norm
@@ -25,7 +25,6 @@ from everydream_kit.training.offload import IdleModels
 from everydream_kit.training.position import Position
 from everydream_kit.training.sharding import Sharding, as_whole, gather
 from everydream_kit.training.snapshots import Snapshot, clone_to_host, count_bytes
-from everydream_kit.training.step import NoiseSettings, PictureLosses, picture_generators
 from everydream_kit.training.summary import library_versions
 
 if TYPE_CHECKING:
@@ -40,14 +39,16 @@ if TYPE_CHECKING:
     from everydream_kit.models.family import Conditioning, Model
     from everydream_kit.training.ema import Ema
     from everydream_kit.training.journal import Journal
+    from everydream_kit.training.losses import PictureLosses
+    from everydream_kit.training.noise import NoiseSettings
     from everydream_kit.training.objectives import Objective
     from everydream_kit.training.parameters import TrainedPart
     from everydream_kit.training.precision import Precision
     from everydream_kit.training.ranks import Ranks
     from everydream_kit.training.receipts import OpenFile
     from everydream_kit.training.reports import Listener
-    from everydream_kit.training.validating import ValidationSet
     from everydream_kit.training.validation_config import ValidationConfig
+    from everydream_kit.training.validation_sets import ValidationSet
     from everydream_kit.workspace import RunFolder
 
 NOTHING, WEIGHTS, EVERYTHING = range(3)
@@ -138,6 +139,14 @@ class Run:
             torch.manual_seed(derive_seed(self.seed, "dropout", step, self.ranks.rank))
         return rates
 
+    def generators(self, batch: Batch, purpose: str) -> list[torch.Generator]:
+        """One generator for each picture of the batch, by its address."""
+        planned = batch.planned
+        return [
+            torch_generator(self.seed, purpose, planned.epoch, self.dataset.key(draw.picture), draw.repeat)
+            for draw in planned.draws
+        ]
+
     def encode_pictures(self, batch: Batch, *, mean_only: bool = False) -> torch.Tensor:
         """(B, 4, H/8, W/8) scaled latents, drawn from the VAE's posterior at each picture's address, or its mean."""
         device = self.ranks.device
@@ -152,7 +161,7 @@ class Run:
             if mean_only:
                 noise = torch.zeros((len(moments), *shape), device=device)
             else:
-                noise = make_noise(shape, picture_generators(self, batch, "posterior")).to(moments)
+                noise = make_noise(shape, self.generators(batch, "posterior")).to(moments)
             return latents_from_moments(self.model, moments, noise)
 
     def encode_captions(self, captions: list[str]) -> Conditioning:

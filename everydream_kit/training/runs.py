@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everydream_kit.config import TrainConfig
+from everydream_kit.data.cache import CacheSettings
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.errors import CheckpointError, ConfigError
 from everydream_kit.models.family import Model
@@ -28,9 +29,10 @@ from everydream_kit.training.base import (
     select_trained,
     shards,
 )
-from everydream_kit.training.caching import build_latent_cache, build_text_cache
+from everydream_kit.training.caching import build_latent_cache, build_text_cache, choose_latent_mode
 from everydream_kit.training.ema import Ema, decay_from_strength_target
 from everydream_kit.training.journal import Journal
+from everydream_kit.training.noise import NoiseSettings
 from everydream_kit.training.objectives import build_objective
 from everydream_kit.training.offload import IdleModels
 from everydream_kit.training.optimizer_config import OptimizerConfig, PartSettings, load_optimizer_config, part_settings
@@ -50,17 +52,13 @@ from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.receipts import OpenFile
 from everydream_kit.training.run import Run
 from everydream_kit.training.sharding import Sharding, refuse_unshardable
-from everydream_kit.training.step import NoiseSettings
 from everydream_kit.training.summary import summarise_captions
-from everydream_kit.training.validating import ValidationSet, split_dataset
 from everydream_kit.training.validation_config import ValidationConfig, load_validation_config
+from everydream_kit.training.validation_sets import ValidationSet, split_dataset
 from everydream_kit.workspace import RunFolder, find_last_checkpoint
 
 if TYPE_CHECKING:
     import torch
-
-    from everydream_kit.data.cache import LatentCache
-    from everydream_kit.data.plan import PlanSettings
 
 PASSED_TO_OPTIMIZER = ("optimizer", "lr", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps")
 """Settings that win over `optimizer_config`'s base where a person gave them."""
@@ -164,19 +162,36 @@ def assemble_run(
     optimizers = [how.optimizer for how in settings]
     sharding = build_sharding(model, parts, optimizers, precision, ranks) if shards(config, ranks) else None
     num_workers = choose_num_workers(config.num_workers)
-    latent_cache = make_latent_cache(
-        config, model, dataset, plan_settings, journal, transforms_pictures=picture_transform(plugins) is not None
+    latent_mode = choose_latent_mode(
+        config.cache_latents,
+        dataset,
+        plan_settings,
+        variants=config.cache_variants,
+        folder=latent_folder(config),
+        transforms_pictures=picture_transform(plugins) is not None,
     )
-    prepare_modules(model, config)
     idle = choose_idle_modules(
         config,
         model,
         dataset,
         journal,
         device_type=ranks.device.type,
-        latents_cached=latent_cache is not None,
+        latents_cached=latent_mode != "off",
         transforms_captions=caption_transform(plugins) is not None,
     )
+    idle_models = IdleModels(idle, ranks.device)
+    latent_cache = build_latent_cache(
+        model,
+        dataset,
+        plan_settings,
+        journal,
+        idle_models,
+        mode=latent_mode,
+        settings=CacheSettings(config.cache_variants, config.crop_jitter, config.background),
+        folder=latent_folder(config),
+        num_workers=num_workers,
+    )
+    prepare_modules(model, config)
     return Run(
         config=config,
         folder=folder,
@@ -211,7 +226,7 @@ def assemble_run(
         latent_cache=latent_cache,
         text_cache=build_text_cache(model, config.clip_skip, trains_text=any(p.name == TEXT_ENCODER for p in parts)),
         loader_options={
-            "num_workers": 0 if latent_cache is not None and latent_cache.in_memory else num_workers,
+            "num_workers": num_workers,
             "crop_jitter": config.crop_jitter,
             "background": config.background,
             "caption_transform": caption_transform(plugins),
@@ -221,7 +236,7 @@ def assemble_run(
         validation_sets=list(validation_sets),
         validation_config=validation_config,
         plugins=list(plugins),
-        idle_models=IdleModels(idle, ranks.device),
+        idle_models=idle_models,
         wants_gradient_norm=lambda step: step % config.log_step == 0,
         sharding=sharding,
     )
@@ -235,29 +250,9 @@ def build_sharding(
     return Sharding(model, parts, ranks, precision.dtype)
 
 
-def make_latent_cache(
-    config: TrainConfig,
-    model: Model,
-    dataset: Dataset,
-    plan_settings: PlanSettings,
-    journal: Journal,
-    *,
-    transforms_pictures: bool,
-) -> LatentCache | None:
-    """The pictures' latents, encoded now unless they are on disk, or None where the VAE encodes at every step."""
-    return build_latent_cache(
-        model,
-        dataset,
-        plan_settings,
-        journal,
-        mode=config.cache_latents,
-        variants=config.cache_variants,
-        crop_jitter=config.crop_jitter,
-        background=config.background,
-        folder=Path(config.latent_cache_dir or Path(config.logdir) / ".edk_cache" / "latents"),
-        num_workers=choose_num_workers(config.num_workers),
-        transforms_pictures=transforms_pictures,
-    )
+def latent_folder(config: TrainConfig) -> Path:
+    """Where the disk cache lives."""
+    return Path(config.latent_cache_dir or Path(config.logdir) / ".edk_cache" / "latents")
 
 
 def settle_part(name: str, config: TrainConfig, optimizer_config: OptimizerConfig, device_type: str) -> PartSettings:

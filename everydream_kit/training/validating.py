@@ -1,86 +1,32 @@
-"""The validation listener: which pictures are measured, when, and what follows (best checkpoint, warning, early stopping).
+"""The validation listener: when pictures are measured, and what follows (best checkpoint, warning, early stopping).
 
-The measurement itself is in `validation.py`.
+Which pictures is decided in `validation_sets`, the measurement itself is in `validation`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from everydream_kit.data.dataset import Dataset
 from everydream_kit.data.loader import make_loader
-from everydream_kit.errors import DataError
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.validation import (
     LossCurve,
-    content_groups,
     once_each,
-    split_indices,
     timestep_grid,
     validate,
 )
 from everydream_kit.training.validation_config import ValidationConfig, validation_steps
 
 if TYPE_CHECKING:
+    from everydream_kit.data.dataset import Dataset
     from everydream_kit.data.records import Batch
     from everydream_kit.models.family import Conditioning
     from everydream_kit.training.run import Run
-
-
-@dataclass(frozen=True)
-class ValidationSet:
-    """Pictures with a curve of their own. `tag` is the curve's name; `decides` says that best and stopping follow it."""
-
-    tag: str
-    dataset: Dataset
-    decides: bool = False
-
-
-def split_dataset(
-    dataset: Dataset, config: ValidationConfig, scan: Callable[[str], Dataset]
-) -> tuple[Dataset, list[ValidationSet]]:
-    """Divide the pictures into those that are trained on and the sets that are measured.
-
-    Args:
-        dataset: all pictures.
-        config: the validation config.
-        scan: reads a folder (manual and extra sets).
-
-    Raises:
-        DataError: a manual or extra set has no picture that can be used.
-    """
-    sets = []
-    training = dataset
-    if config.validate_training and config.val_split_mode != "none":
-        if config.splits_training_set:
-            kept, held_out = split_indices(content_groups(dataset), config.auto_split_proportion, config.seed)
-            if not kept:
-                raise DataError(
-                    f"validation_config: the split leaves none of {len(dataset)} pictures for training; lower "
-                    "auto_split_proportion or add pictures."
-                )
-            training, measured = dataset.subset(kept), dataset.subset(held_out)
-        else:
-            measured = _scan_some(scan, str(config.manual_data_root))
-        sets.append(ValidationSet("loss/val", measured, decides=True))
-    if config.stabilize_training_loss:
-        groups = content_groups(training)
-        _, stable = split_indices(groups, config.stabilize_split_proportion, config.seed, "stabilized loss")
-        sets.append(ValidationSet("loss/train-stabilized", training.subset(stable)))
-    for name, folder in config.extra_manual_datasets.items():
-        sets.append(ValidationSet(f"loss/{name}", _scan_some(scan, folder)))
-    return training, sets
-
-
-def _scan_some(scan: Callable[[str], Dataset], folder: str) -> Dataset:
-    dataset = scan(folder)
-    if not len(dataset):
-        raise DataError(f"validation_config: {folder} holds no picture that can be used.")
-    return dataset
+    from everydream_kit.training.validation_sets import ValidationSet
 
 
 class Validator(Listener):

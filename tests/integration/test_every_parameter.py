@@ -113,7 +113,7 @@ TEST_OF = {
     "weight_dtype": f"{TRAINING}::test_weights_are_kept_in_the_named_format",
     "gradient_checkpointing": MEMORY,
     "fused_backward": f"{TRAINING}::test_a_fused_backward_keeps_no_gradient_and_gives_the_same_losses",
-    "offload_idle_models": f"{SAVING}::test_idle_models_are_at_work_for_new_captions_and_for_sampling_only",
+    "offload_idle_models": f"{SAVING}::test_idle_models_are_at_work_for_new_pictures_and_captions_and_for_sampling_only",
     "channels_last": MEMORY,
     "torch_compile": f"{TRAINING}::test_the_unets_transformer_blocks_are_compiled",
     "attn_type": MEMORY,

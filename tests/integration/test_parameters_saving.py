@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from everydream_kit.errors import ConfigError, HubError
 from everydream_kit.sessions import train
+from everydream_kit.training import runs
 from everydream_kit.training.base import choose_idle_modules
 from everydream_kit.training.offload import IdleModels
 from everydream_kit.training.reports import Listener, StepReport
@@ -134,37 +135,73 @@ def test_a_run_whose_validation_loss_stands_still_stops_early(settings: dict[str
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-def test_idle_models_are_at_work_for_new_captions_and_for_sampling_only(
-    settings: dict[str, Any], tmp_path: Path
+def test_idle_models_are_at_work_for_new_pictures_and_captions_and_for_sampling_only(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU nothing waits, so the waiting list of a GPU is put in place, and who is called to work is noted."""
     called: list[tuple[int, str]] = []
+    step = 0
+
+    def as_on_a_gpu(*arguments: Any, **facts: Any) -> list[torch.nn.Module]:
+        assert choose_idle_modules(*arguments, **facts) == []
+        config, *others = arguments
+        off = config.replace(offload_idle_models=False)
+        assert choose_idle_modules(off, *others, **{**facts, "device_type": "cuda"}) == []
+        return choose_idle_modules(*arguments, **{**facts, "device_type": "cuda"})
 
     class Noting(IdleModels):
         def at_work(self, modules: Any) -> Any:
             chosen = [module for module in modules if module in self._users]
-            called.extend((run_seen.position.step, type(module).__name__) for module in chosen)
+            called.extend((step, type(module).__name__) for module in chosen)
             return super().at_work(chosen)
 
-    class PutInPlace(Listener):
-        def on_start(self, run: Run) -> None:
-            nonlocal run_seen
-            run_seen = run
-            facts: dict[str, Any] = {"latents_cached": True, "transforms_captions": False}
-            assert (
-                choose_idle_modules(run.config, run.model, run.dataset, run.journal, device_type="cpu", **facts) == []
-            )
-            off = run.config.replace(offload_idle_models=False)
-            assert choose_idle_modules(off, run.model, run.dataset, run.journal, device_type="cuda", **facts) == []
-            waiting = choose_idle_modules(run.config, run.model, run.dataset, run.journal, device_type="cuda", **facts)
-            run.idle_models = Noting(waiting, "cpu")
+    class Counting(Listener):
+        def __call__(self, run: Run, report: StepReport) -> None:
+            nonlocal step
+            step = report.step
 
-    run_seen: Any = None
+    monkeypatch.setattr(runs, "choose_idle_modules", as_on_a_gpu)
+    monkeypatch.setattr(runs, "IdleModels", Noting)
     (tmp_path / "p.json").write_text(json.dumps({**DRAW_FAST, "samples": [{"prompt": "x"}]}), "utf-8")
     drawn = {"sample_steps": 3, "sample_prompts": str(tmp_path / "p.json"), "disable_textenc_training": True}
     changes = {**drawn, "offload_idle_models": True, "max_steps": 3}
-    train({**settings, **changes}, listeners=[PutInPlace()])
-    assert called == [(0, "CLIPTextModel"), (3, "AutoencoderKL"), (3, "CLIPTextModel")]
+    train({**settings, **changes}, listeners=[Counting()])
+    in_the_first_step = [(0, "AutoencoderKL")] * 4 + [(0, "CLIPTextModel")]
+    assert called == [
+        *in_the_first_step,
+        (2, "AutoencoderKL"),
+        (2, "CLIPTextModel"),
+    ]  # drawn before Counting hears of 3
+
+
+def test_in_memory_only_what_is_drawn_is_encoded_and_said(settings: dict[str, Any]) -> None:
+    rehearsal = rehearse(**{**settings, "cache_latents": "memory", "cache_variants": 8, "crop_jitter": 0.2})
+    assert 4 < len(rehearsal.run.latent_cache) <= 8  # two epochs of four pictures
+    [told] = rehearsal.folder.events("latent cache")
+    assert (told["mode"], told["variants"]) == ("memory", 8)
+    assert [report.encoding_seconds > 0 for report in rehearsal.reports] == [True, True]
+
+
+def test_speed_and_time_left_are_of_training_alone_and_encoding_is_told_beside(settings: dict[str, Any]) -> None:
+    class SlowVae(Listener):
+        """Says of every step that it encoded for an hour: what is then left of the step's time is less than nothing."""
+
+        def on_start(self, run: Run) -> None:
+            load = run.batches
+
+            def batches() -> Any:
+                for work in load():
+                    work.encoding_seconds = 3600.0
+                    yield work
+
+            run.batches = batches  # type: ignore[method-assign]
+
+        def __call__(self, run: Run, report: StepReport) -> None:
+            assert report.seconds < 0
+
+    run = train({**settings, "cache_latents": "memory"}, listeners=[SlowVae()])
+    assert [round(event["encoding_minutes"]) for event in run.events("epoch")] == [60, 60]
+    assert run.status()["state"] == "finished"
 
 
 # Saving ---------------------------------------------------------------------------------------------------------------

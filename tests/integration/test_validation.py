@@ -16,9 +16,9 @@ from everydream_kit.models.encoding import encode_captions, encode_moments, late
 from everydream_kit.models.family import Sizes
 from everydream_kit.models.loading import load_model
 from everydream_kit.training.objectives import build_objective
-from everydream_kit.training.validating import split_dataset
 from everydream_kit.training.validation import content_groups, once_each, split_indices, validate
 from everydream_kit.training.validation_config import ValidationConfig
+from everydream_kit.training.validation_sets import split_dataset
 
 TIMESTEPS = [250, 750]
 

@@ -38,7 +38,7 @@ APART = {("data", "models"), ("models", "data")}
 TORCH_FREE = ("errors", "draws", "config", "settings", "params", "workspace", "hosts")
 TORCH_IN_PREFLIGHT = ("imitation.py", "rehearsal.py", "tracker.py")
 """They run the trainer's own step; whoever foretells imports them when it is asked to."""
-TORCH_IN_DATA = ("batches.py", "cache.py", "captioning.py", "latents.py", "loader.py", "text_cache.py")
+TORCH_IN_DATA = ("batches.py", "captioning.py", "encoding.py", "latents.py", "loader.py", "text_cache.py")
 SLOW = ("diffusers", "transformers", "peft", "bitsandbytes", "accelerate", "pytorch_optimizer", "tensorboard", "torch")
 """Importing these takes from a half to several seconds; `torch` is listed for the rooms that must work without it."""
 LONGEST_FILE = 500

@@ -53,17 +53,24 @@ def config_of(**changes):
     return TrainConfig(**{**base, **changes})
 
 
-def test_every_phase_is_gone_through_for_real_and_measured():
+@pytest.mark.parametrize(
+    ("cache_latents", "names"),
+    [
+        ("disk", ["latent caching", "training step", "validation", "sampling"]),
+        ("memory", ["training step", "latent caching", "validation", "sampling"]),  # beside the optimizer's states
+        ("off", ["training step", "validation", "sampling"]),
+    ],
+)
+def test_every_phase_is_gone_through_for_real_and_measured(cache_latents, names):
     runs = []
 
     def build(config, folder):
         runs.append(build_on_cpu(config, folder))
         return runs[0]
 
-    found = probe(config_of(optimizer="adamw"), build=build, meter=ListMeter())
-    names = ["latent caching", "training step", "validation", "sampling"]
+    found = probe(config_of(optimizer="adamw", cache_latents=cache_latents), build=build, meter=ListMeter())
     assert [phase.name for phase in found.phases] == names
-    assert [phase.peak_bytes for phase in found.phases] == [100, 200, 300, 400]
+    assert [phase.peak_bytes for phase in found.phases] == [100, 200, 300, 400][: len(names)]
     assert found.seconds_per_step == 1.0
     assert found.fits is True
     assert "2 steps of 1 pictures of the largest bucket" in found.reason
@@ -76,7 +83,7 @@ def test_running_out_of_memory_is_a_finding_that_names_the_phase():
         def seconds(self):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    found = probe(config_of(), build=build_on_cpu, meter=Full())
+    found = probe(config_of(cache_latents="disk"), build=build_on_cpu, meter=Full())
     assert found.fits is False
     assert found.stopped_in == "training step"
     assert [phase.name for phase in found.phases] == ["latent caching"]

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+from everydream_kit.training.losses import PictureLosses
 from everydream_kit.training.reports import PictureTable
-from everydream_kit.training.step import PictureLosses
 
 
 def report(losses: dict[int, float], *, ends: bool = False) -> SimpleNamespace:

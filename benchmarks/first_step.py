@@ -1,0 +1,129 @@
+"""How soon training begins: from the command to the first step, beside a bare script that does as much.
+
+    python benchmarks/first_step.py              # five rounds, interleaved
+    python benchmarks/first_step.py --rounds 9
+
+Ours is `everydream train` on the embedded base and the demo's pictures at 128 px, everything at its default; its clock stops
+when the first step is in `events.jsonl`; that step's own seconds before, it began. The bare script imports torch, diffusers
+and transformers, loads the same UNet, VAE, text encoder and tokenizer with `from_pretrained`, encodes four pictures and makes
+one step of AdamW: what whoever uses these libraries cannot leave out, with no checks, no run folder and no log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from everydream_kit.demo import base_model_path, pictures_path
+
+BATCH_SIZE = 4
+PATIENCE_SECONDS = 120
+
+BARE = """
+import sys
+from pathlib import Path
+import numpy as np, torch
+from PIL import Image
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+base, pictures = sys.argv[1:]
+unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
+text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder")
+tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
+scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
+paths = sorted(Path(pictures).glob("*.webp"))[:4]
+loaded = [np.asarray(Image.open(path).convert("RGB").resize((128, 128))) for path in paths]
+pixels = torch.from_numpy(np.stack(loaded)).permute(0, 3, 1, 2).float() / 127.5 - 1
+with torch.no_grad():
+    latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
+optimizer = torch.optim.AdamW([*unet.parameters(), *text_encoder.parameters()], lr=1e-6)
+print("begins", flush=True)
+ids = tokenizer(["a picture"] * 4, padding="max_length", return_tensors="pt").input_ids
+noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (4,))
+noisy = scheduler.add_noise(latents, noise, timesteps)
+predicted = unet(noisy, timesteps, text_encoder(ids).last_hidden_state).sample
+torch.nn.functional.mse_loss(predicted, noise).backward()
+optimizer.step()
+print("done", flush=True)
+"""
+
+
+def main() -> None:
+    """Measure both in turns and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    base, pictures = str(base_model_path()), str(pictures_path())
+    time_bare(base, pictures), time_ours(pictures)  # files into the system's cache, bytecode onto the disk
+    ours, bare = [], []
+    for number in range(rounds):
+        bare.append(time_bare(base, pictures))
+        ours.append(time_ours(pictures))
+        print(f"round {number + 1}: bare {_told(bare[-1])}, everydream train {_told(ours[-1])}", flush=True)
+    for name, which in (("first step begins", 0), ("first step is done", 1)):
+        ratio = statistics.median(o[which] / b[which] for o, b in zip(ours, bare, strict=True))
+        medians = (statistics.median(times[which] for times in side) for side in (ours, bare))
+        print("{}: {:.2f} s after the command, bare script {:.2f} s, ratio {:.2f}".format(name, *medians, ratio))
+
+
+def time_bare(base: str, pictures: str) -> tuple[float, float]:
+    """Seconds to the beginning and the end of the bare script's step."""
+    began = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, "-c", BARE, base, pictures], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None
+        first, second = ((line.strip(), time.perf_counter() - began) for line in process.stdout)
+    assert (first[0], second[0]) == ("begins", "done")
+    return first[1], second[1]
+
+
+def time_ours(pictures: str) -> tuple[float, float]:
+    """Seconds to the beginning and the end of our first step."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {"resume_ckpt": "embedded", "data_root": pictures, "resolution": 128, "batch_size": BATCH_SIZE}
+        flags |= {"log_step": 1, "max_epochs": 1, "logdir": folder}
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "everydream_kit", "train", *words],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            event = wait_for_loss(Path(folder), process)
+            done = time.perf_counter() - began
+        finally:
+            process.kill()
+            process.wait()
+    return done - BATCH_SIZE / event["images_per_second"], done
+
+
+def wait_for_loss(folder: Path, process: subprocess.Popen[bytes]) -> dict[str, Any]:
+    """The first step's event."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        for path in folder.glob("*/events.jsonl"):
+            for line in path.read_text("utf-8").splitlines(keepends=True):
+                event = json.loads(line) if line.endswith("\n") else {}
+                if event.get("kind") == "loss":
+                    return event
+        time.sleep(0.005)
+    raise SystemExit("everydream train made no step; run it by hand to see why.")
+
+
+def _told(times: tuple[float, float]) -> str:
+    return f"{times[0]:.2f} / {times[1]:.2f} s"
+
+
+if __name__ == "__main__":
+    main()
