@@ -7,22 +7,22 @@ processes do.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import logging
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import psutil
 
 from everydream_kit.errors import JobError
 from everydream_kit.workspace import write_whole
 
-LOCK_SECONDS = 30.0
-"""A start lock older than this was left by a process that died while starting."""
+logger = logging.getLogger(__name__)
 
 _children: dict[int, subprocess.Popen[bytes]] = {}
 """Processes started by this interpreter, kept so that they can be reaped when they end."""
@@ -90,18 +90,34 @@ def exit_code(pid: int | None) -> int | None:
 
 @contextlib.contextmanager
 def start_lock(path: Path) -> Iterator[None]:
-    """Hold a lock file while starting, so that two clicks at once start one run."""
-    with contextlib.suppress(OSError):
-        if time.time() - path.stat().st_mtime > LOCK_SECONDS:
-            path.unlink()
+    """Hold a lock file, so that two clicks at once start one run. The system takes it from a holder that dies.
+
+    Raises:
+        JobError: someone else holds it.
+    """
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_held = not _has_name(file, path)  # its holder took it away before we had the lock
+        except BlockingIOError:
+            is_held = True
+        except OSError as error:
+            logger.warning("%s: this disk keeps no locks (%s): start one run at a time.", path.parent, error)
+            is_held = False
+        if is_held:
+            raise JobError(f"{path.parent}: another start is under way. Try again in a moment.")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _has_name(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file is the one that is found under this path now."""
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except FileExistsError as error:
-        raise JobError(f"{path.parent}: another start is under way. Try again in a moment.") from error
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Jobs from outside: real detached processes (a double of the trainer), a real run folder, real signals."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -13,6 +15,7 @@ import pytest
 
 from everydream_kit import jobs
 from everydream_kit.errors import ConfigError, JobError
+from everydream_kit.jobs.process import start_lock
 
 DOUBLE = str(Path(__file__).parents[1] / "fakes" / "trainer_double.py")
 
@@ -78,12 +81,49 @@ def test_a_second_start_of_the_same_project_is_refused_while_it_runs(started):
 def test_two_starts_at_once_are_kept_apart_by_the_lock(settings):
     Path(settings["logdir"]).mkdir()
     lock = Path(settings["logdir"]) / ".jets.starting"
-    lock.touch()
-    with pytest.raises(JobError, match="another start is under way"):
+    with start_lock(lock), pytest.raises(JobError, match="another start is under way"):
         jobs.start(settings, command=double())
-    os.utime(lock, (0, 0))  # left by a process that died long ago
+    lock.touch()  # left behind by a machine that was switched off
     jobs.start(settings, command=double("--steps", 1)).watch(interval_seconds=0.02)
     assert not lock.exists()
+
+
+def test_a_lock_ends_with_its_holder(tmp_path):
+    lock = tmp_path / "lock"
+    program = f"""
+from pathlib import Path
+import time
+from everydream_kit.jobs.process import start_lock
+with start_lock(Path({str(lock)!r})):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(JobError, match="another start is under way"), start_lock(lock):
+            pass
+        holder.kill()
+    with start_lock(lock):
+        assert lock.exists()
+    assert not lock.exists()
+
+
+def test_a_lock_that_its_holder_takes_away_is_not_held_by_the_next(tmp_path, monkeypatch):
+    """Between opening the file and locking it, its holder may let go: then another process can have a file of that name."""
+    lock = tmp_path / "lock"
+    take = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda *how: lock.unlink() or take(*how))
+    with pytest.raises(JobError, match="another start is under way"), start_lock(lock):
+        pass
+
+
+def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
+    def refuse(*how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with start_lock(tmp_path / "lock"):
+        assert "this disk keeps no locks ([Errno 37] No locks available): start one run at a time" in caplog.text
 
 
 def test_stop_saves_and_resume_goes_on_where_it_stopped(started):
