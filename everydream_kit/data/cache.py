@@ -235,7 +235,8 @@ class DiskCache(LatentCache):
     """Latents in a folder, encoded before the run; `DiskCache.build` makes it. Picklable: the loader's processes read too."""
 
     def __init__(self, settings: CacheSettings, digests: np.ndarray, store: DiskStore) -> None:
-        """
+        """A cache whose entries are there.
+
         Args:
             settings: what the latents depend on.
             digests: (n, 16) uint8 of the dataset's pictures, in its order.

@@ -43,6 +43,9 @@ if words[:3] == ["-m", "pip", "install"]:
     place.write_text(json.dumps(state))
     print("line 1 of many\\n" * 40 + "ERROR: No matching distribution found for " + ", ".join(failing))
     sys.exit(bool(failing))
+if words[:2] == ["-m", "compileall"]:
+    place.write_text(json.dumps({{**state, "compiled": [*state["compiled"], words[-1]]}}))
+    sys.exit(0)
 program = words[1]
 if "json.dumps({{\\n    \\"prefix\\"" in program:
     modules = ["torch"] if state["torch"] else []
@@ -78,7 +81,15 @@ class Pretended:
                 "kit": None,
                 "repository": str(REPOSITORY),
             },
-            **{"torch": None, "broken": False, "versions": {}, "failing": [], "sneaks_in": None, "pip": []},
+            **{
+                "torch": None,
+                "broken": False,
+                "versions": {},
+                "failing": [],
+                "sneaks_in": None,
+                "pip": [],
+                "compiled": [],
+            },
         )
 
     def set(self, **changes):
@@ -154,6 +165,18 @@ def test_a_second_call_asks_pip_for_nothing(pretended):
     set_up.set_up(pretended.target(), ["test"])
     set_up.set_up(pretended.target(), [])  # less than what is there
     assert len(pretended.pip) == before
+
+
+def test_the_kit_is_compiled_once_where_python_is_told_not_to(pretended, tmp_path, monkeypatch):
+    pretended.set(**COLAB)
+    for _ in range(2):
+        set_up.set_up(pretended.target(), [])
+    assert json.loads(pretended.place.read_text())["compiled"] == [str(REPOSITORY / "everydream_kit")]
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "one.py").write_text("x = 1")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    set_up.compile_bytecode(sys.executable, tmp_path / "package")
+    assert list((tmp_path / "package").rglob("one.*.pyc"))
 
 
 def test_another_extra_or_another_state_of_the_requirements_sets_up_again(pretended, monkeypatch):
