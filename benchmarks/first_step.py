@@ -107,6 +107,7 @@ def time_ours(pictures: str) -> tuple[float, float]:
             [sys.executable, "-m", "everydream_kit", "train", *words],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            env=ENVIRONMENT,
         )
         try:
             event = wait_for_loss(Path(folder), process)

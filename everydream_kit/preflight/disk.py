@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from everydream_kit.data.cache_room import choose_cache_mode, foretell_bytes, free_disk
+from everydream_kit.data.cache_room import foretell_bytes, free_disk
 from everydream_kit.preflight.words import size
+from everydream_kit.training.caching import choose_latent_mode, latent_folder
 from everydream_kit.training.checkpoints import RESUMABLE_KEPT
 from everydream_kit.training.saving import DEFAULT_MINUTES
 
@@ -119,8 +120,9 @@ def foretell_disk(
             DiskItem("single files", folder, one * len(saves), one * len(saves), f"{len(saves)} of {size(one)}")
         )
     if latent_bytes:
-        folder = Path(config.latent_cache_dir or run / ".edk_cache" / "latents")
-        items.append(DiskItem("latent cache", folder, latent_bytes, latent_bytes, "stays for the next run"))
+        items.append(
+            DiskItem("latent cache", latent_folder(config), latent_bytes, latent_bytes, "stays for the next run")
+        )
     drawings = num_drawings(config, num_steps)
     if drawings and sheet_pixels:
         total = int(drawings * sheet_pixels * BYTES_PER_SAMPLE_PIXEL)
@@ -161,12 +163,17 @@ def num_drawings(config: TrainConfig, num_steps: int) -> int:
 
 def latent_cache_bytes(config: TrainConfig, dataset: Dataset, plan_settings: PlanSettings) -> tuple[str, int]:
     """Where the latents will be kept (`off`, `memory` or `disk`), and how many bytes they take there."""
-    if config.cache_latents == "off":
-        return "off", 0
-    needed = foretell_bytes(dataset, plan_settings, variants=config.cache_variants)
-    folder = Path(config.latent_cache_dir or Path(config.logdir) / ".edk_cache" / "latents")
-    mode = choose_cache_mode(needed, folder) if config.cache_latents == "auto" else config.cache_latents
-    return mode, 0 if mode == "off" else needed
+    mode = choose_latent_mode(
+        config.cache_latents,
+        dataset,
+        plan_settings,
+        variants=config.cache_variants,
+        folder=latent_folder(config),
+        transforms_pictures=bool(config.plugins),  # one of them may
+    )
+    if mode == "off":
+        return mode, 0
+    return mode, foretell_bytes(dataset, plan_settings, variants=config.cache_variants)
 
 
 def _checkpoints(config: TrainConfig, estimate: MemoryEstimate, saves: Sequence[int], folder: Path) -> DiskItem:

@@ -14,11 +14,17 @@ from everydream_kit.data.text_cache import TextCache
 from everydream_kit.models.encoding import encode_captions, encode_moments
 
 if TYPE_CHECKING:
+    from everydream_kit.config import TrainConfig
     from everydream_kit.data.dataset import Dataset
     from everydream_kit.data.plan import PlanSettings
     from everydream_kit.models.family import Model
     from everydream_kit.training.journal import Journal
     from everydream_kit.training.offload import IdleModels
+
+
+def latent_folder(config: TrainConfig) -> Path:
+    """Where the latent cache on disk lives."""
+    return Path(config.latent_cache_dir or Path(config.logdir) / ".edk_cache" / "latents")
 
 
 def choose_latent_mode(

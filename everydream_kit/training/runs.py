@@ -29,7 +29,7 @@ from everydream_kit.training.base import (
     select_trained,
     shards,
 )
-from everydream_kit.training.caching import build_latent_cache, build_text_cache, choose_latent_mode
+from everydream_kit.training.caching import build_latent_cache, build_text_cache, choose_latent_mode, latent_folder
 from everydream_kit.training.ema import Ema, decay_from_strength_target
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.noise import NoiseSettings
@@ -248,11 +248,6 @@ def build_sharding(
     """Divide the model among the processes; the parts have the divided parameters then."""
     refuse_unshardable(precision, optimizers)
     return Sharding(model, parts, ranks, precision.dtype)
-
-
-def latent_folder(config: TrainConfig) -> Path:
-    """Where the disk cache lives."""
-    return Path(config.latent_cache_dir or Path(config.logdir) / ".edk_cache" / "latents")
 
 
 def settle_part(name: str, config: TrainConfig, optimizer_config: OptimizerConfig, device_type: str) -> PartSettings:

@@ -91,14 +91,15 @@ def test_two_starts_at_once_are_kept_apart_by_the_lock(settings):
 def test_a_lock_ends_with_its_holder(tmp_path):
     lock = tmp_path / "lock"
     program = f"""
+import sys
 from pathlib import Path
-import time
 from everydream_kit.jobs.process import start_lock
 with start_lock(Path({str(lock)!r})):
     print("held", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as holder:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", program], **pipes) as holder:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(JobError, match="another start is under way"), start_lock(lock):
             pass

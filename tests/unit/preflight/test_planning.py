@@ -57,6 +57,14 @@ def test_time_is_training_samples_and_latents(settings):
     assert made.seconds_of["training"] == pytest.approx(160 * made.step.seconds)
     # one drawing of 4 prompts × 3 cfgs × 30 steps × 2 passes; a step is 4 pictures × 4 passes
     assert made.seconds_of["samples"] == pytest.approx(720 * made.step.seconds / 16)
+    # 12 pictures with 4 crops each, at 1.4 passes; two steps of four never draw more than 8 of them
+    assert made.seconds_of["latents"] == pytest.approx(48 * 1.4 * made.step.seconds / 16)
+    short = {**settings, "max_steps": 2}
+    assert planned(short).seconds_of["latents"] == pytest.approx(8 * 1.4 * made.step.seconds / 16)
+    on_disk = planned({**short, "cache_latents": "disk"})
+    assert on_disk.seconds_of["latents"] == pytest.approx(48 * 1.4 * made.step.seconds / 16)
+    changed = planned({**settings, "plugins": ["somebodys.Plugin"]})  # which may change pictures at every use
+    assert "latents" not in changed.seconds_of
     without = planned({**settings, "sample_steps": None, "cache_latents": "off"})
     assert set(without.seconds_of) == {"training"}
 
