@@ -645,8 +645,38 @@ RETIRED: dict[str, str] = {
 """EveryDream 2 names that have gone out of use, with what replaces them. They load with a warning."""
 
 
+OTHER_TRAINERS: dict[str, str] = {
+    "pretrained_model_name_or_path": "resume_ckpt",
+    "instance_data_dir": "data_root",
+    "train_data_dir": "data_root",
+    "output_dir": "logdir",
+    "learning_rate": "lr",
+    "train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "grad_accum",
+    "num_train_epochs": "max_epochs",
+    "max_train_epochs": "max_epochs",
+    "max_train_steps": "max_steps",
+    "max_grad_norm": "clip_grad_norm",
+    "mixed_precision": "amp_dtype",
+    "use_8bit_adam": "optimizer",
+    "optimizer_type": "optimizer",
+    "snr_gamma": "min_snr_gamma",
+    "noise_offset": "zero_frequency_noise_ratio",
+    "multires_noise_discount": "pyramid_noise_discount",
+    "caption_dropout_rate": "cond_dropout",
+    "shuffle_caption": "shuffle_tags",
+    "network_dim": "lora_rank",
+    "rank": "lora_rank",
+    "network_alpha": "lora_alpha",
+    "hub_model_id": "push_to",
+}
+"""Names of diffusers' example scripts and of sd-scripts that look like none of ours, or like another one."""
+
+
 def nearest_name(name: str) -> str | None:
-    """The parameter whose name looks most like this one, or None if none does."""
+    """The parameter that this name means in other trainers, or looks most like; None if it means nothing."""
+    if name.lower() in OTHER_TRAINERS:
+        return OTHER_TRAINERS[name.lower()]
     matches = difflib.get_close_matches(name.lower(), list(TrainConfig.model_fields), n=1, cutoff=0.6)
     return matches[0] if matches else None
 

@@ -66,6 +66,10 @@ def _outer_parser() -> argparse.ArgumentParser:
 def _describe_unknown(parser: argparse.ArgumentParser, word: str) -> str:
     import difflib
 
+    from everydream_kit.config import OTHER_TRAINERS
+
     known = [flag for action in parser._actions for flag in action.option_strings]
-    near = difflib.get_close_matches(word.split("=", maxsplit=1)[0], known, n=1, cutoff=0.6)
+    flag = word.split("=", maxsplit=1)[0]
+    meant = f"--{OTHER_TRAINERS.get(flag.lstrip('-').lower(), '')}"
+    near = [meant] if meant in known else difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
     return f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags.")

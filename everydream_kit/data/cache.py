@@ -111,7 +111,7 @@ class LatentCache(ABC):
 
     def problem(self, picture: Picture) -> Problem:
         """What is wrong with a picture that `find` has no entry of."""
-        unknown = Problem(picture.path, "it could not be encoded for the latent cache.", "Replace or remove it.")
+        unknown = Problem(picture.path, "it could not be encoded for the latent cache", "Replace or remove it.")
         return self.problems.get(picture.path, unknown)
 
     @abstractmethod
@@ -132,7 +132,7 @@ class LatentCache(ABC):
         """Whether the file can be read; if not, that is noted."""
         if any(self._digest(index, picture)):
             return True
-        unreadable = Problem(picture.path, "the file cannot be read.", "The run goes on without it.")
+        unreadable = Problem(picture.path, "the file cannot be read", "The run goes on without it.")
         self.problems.setdefault(picture.path, unreadable)
         return False
 

@@ -59,7 +59,7 @@ class PrepReport:
         would = "would be " if self.dry_run else ""
         lines = [f"{self.title}{' (dry run, nothing was touched)' if self.dry_run else ''}"]
         lines += [f"  {count} {would}{what}" for what, count in counts.most_common()] or ["  nothing to do"]
-        lines += [f"  left alone: {p.path}: {p.cause} {p.cure}" for p in self.problems]
+        lines += [f"  left alone: {problem}" for problem in self.problems]
         if self.journal is not None and not self.dry_run and self.changes:
             lines.append(f"  can be undone: undo({str(self.journal)!r})")
         return "\n".join(lines)

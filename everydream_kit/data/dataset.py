@@ -48,7 +48,7 @@ class Problem:
 
     Attributes:
         path: the file.
-        cause: what is wrong with it.
+        cause: what is wrong with it, without a full stop.
         cure: what the person can do.
         skipped: it is left out of the training; else it is used, and this is a remark.
     """
@@ -57,6 +57,9 @@ class Problem:
     cause: str
     cure: str
     skipped: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.cause}. {self.cure}"
 
 
 @dataclass(frozen=True, slots=True)

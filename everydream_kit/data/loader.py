@@ -200,7 +200,7 @@ class Loader(Iterator[StepBatches]):
             if problem.path not in self._known_problems:
                 self._known_problems.add(problem.path)
                 self.problems.append(problem)
-                logger.warning("%s: %s %s", problem.path, problem.cause, problem.cure)
+                logger.warning("%s", problem)
 
 
 class _RunSampler(Sampler[BatchRequest]):

@@ -281,8 +281,8 @@ def _lines(report: DatasetReport) -> list[str]:
         f"  {_size(b.size):>11}  {b.num_images:>6} images  {b.num_batches:>5} batches  {b.fullness:>4.0%} full"
         for b in r.buckets
     ]
-    lines += _section("Left out", [f"{p.path}: {p.cause}. {p.cure}" for p in r.skipped])
-    lines += _section("Used, with a remark", [f"{p.path}: {p.cause}. {p.cure}" for p in r.remarks])
+    lines += _section("Left out", [str(problem) for problem in r.skipped])
+    lines += _section("Used, with a remark", [str(problem) for problem in r.remarks])
     lines += _section("Smaller than their bucket", [_undersized_line(item) for item in r.undersized])
     lines += _section("Groups of identical files", [", ".join(group) for group in r.exact_duplicates])
     lines += _section("Groups of pictures that look alike", [", ".join(group) for group in r.near_duplicates])

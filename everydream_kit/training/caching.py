@@ -97,7 +97,7 @@ def build_latent_cache(
             num_workers=num_workers,
         )
     for problem in cache.problems.values():
-        journal.warn(f"{problem.path}: {problem.cause} {problem.cure}")
+        journal.warn(str(problem))
     journal.set_state("starting", message=None)
     return cache
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everydream_kit.data.files import scan_dataset
+from everydream_kit.data.headers import EXTENSIONS
 from everydream_kit.data.plan import PlanSettings, plan_epoch
 from everydream_kit.errors import ConfigError, DataError
 
@@ -47,7 +48,11 @@ def read_dataset(config: TrainConfig, journal: Journal) -> Dataset:
     """
     dataset = scan(config, config.data_root)
     for problem in dataset.problems:
-        journal.warn(f"{problem.path}: {problem.cause} {problem.cure}".strip())
+        journal.warn(str(problem))
+    if not len(dataset) and not dataset.problems:
+        raise DataError(
+            f"data_root {config.data_root}: holds no picture ({', '.join(EXTENSIONS)}). Give the folder that holds yours."
+        )
     if not len(dataset):
         raise DataError(f"data_root {config.data_root}: no picture can be used; the log names each problem.")
     return dataset

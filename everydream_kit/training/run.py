@@ -114,7 +114,7 @@ class Run:
                 for problem in loader.problems[
                     num_told:
                 ]:  # the loader has logged them; here they reach the run's events
-                    self.tell("warning", message=f"{problem.path}: {problem.cause} {problem.cure}")
+                    self.tell("warning", message=str(problem))
                 num_told = len(loader.problems)
                 yield work
                 if self.is_complete():

@@ -29,7 +29,8 @@ def test_a_run_goes_on_without_a_broken_picture_and_names_it(
         )
     )
     assert run.status()["state"] == "finished"
-    assert any("broken.jpg" in event["message"] for event in run.events("warning"))
+    [told] = [event["message"] for event in run.events("warning") if "broken.jpg" in event["message"]]
+    assert told == f"{data / 'broken.jpg'}: the file is cut off: its end is missing. Copy or download it again."
     trained = [row["path"] for row in json.loads((run.folder / "losses/ep0.json").read_text())["pictures"]]
     assert len(trained) == 12
     assert not any("broken" in path for path in trained)

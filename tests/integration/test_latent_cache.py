@@ -280,7 +280,7 @@ def test_in_memory_a_broken_picture_is_tried_once_and_has_no_weight(folder, monk
     assert encoder.count == 2
     causes = {Path(problem.path).name: problem.cause for problem in problems}
     assert causes.keys() == {"1.png", "gone.png"}
-    assert causes["gone.png"] == "the file cannot be read."
+    assert causes["gone.png"] == "the file cannot be read"
     assert "it could not be encoded" not in causes["1.png"]  # what is wrong with it
 
 

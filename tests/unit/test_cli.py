@@ -42,6 +42,22 @@ def test_an_unknown_flag_names_its_nearest_neighbour(capsys: pytest.CaptureFixtu
     assert (status, "did you mean --batch_size?" in text) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("word", "meant"), [("--learning_rate=1e-6", "lr"), ("--train_batch_size", "batch_size"), ("--rank", "lora_rank")]
+)
+def test_a_name_of_another_trainer_is_understood(word: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = problem_of(["train", word, "1"], capsys)
+    assert (status, f"unknown flag {word}; did you mean --{meant}?" in text) == (2, True)
+
+
+def test_names_of_other_trainers_mean_parameters_and_are_none() -> None:
+    from everydream_kit.config import OTHER_TRAINERS, TrainConfig, nearest_name
+
+    assert set(OTHER_TRAINERS.values()) <= set(TrainConfig.model_fields)
+    assert not OTHER_TRAINERS.keys() & TrainConfig.model_fields.keys()
+    assert nearest_name("learning_rate") == "lr"
+
+
 def test_an_unknown_key_in_a_file_names_its_nearest_neighbour(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,7 +88,8 @@ def test_a_data_folder_that_is_missing_or_empty_is_one_clear_error(
     (tmp_path / "empty").mkdir()
     status, text = problem_of([*common, "--data_root", str(tmp_path / "empty")], capsys)
     assert status == 1
-    assert "empty" in text
+    assert "empty: holds no picture (.jpg, .jpeg, " in text
+    assert "Give the folder that holds yours." in text
 
 
 def test_a_base_model_that_is_not_there_is_one_clear_error(
