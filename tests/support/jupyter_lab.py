@@ -181,6 +181,19 @@ class Driver:
             assert now - start < most_seconds, f"not done after {most_seconds} s:\n{shown[-600:]}"
             self.page.wait_for_timeout(250)
 
+    def wait_until_still(self, panel, *, still_seconds=1.2):
+        """Wait until a panel has stayed the same for two beats of its clock, which names what widgets leave nameless."""
+        before, since = None, time.monotonic()
+
+        def is_still():
+            nonlocal before, since
+            shown = panel.evaluate("element => element.outerHTML")
+            if shown != before:
+                before, since = shown, time.monotonic()
+            return time.monotonic() - since >= still_seconds
+
+        self.wait_while_moving(is_still)
+
     def wait_for_text(self, panel, selector, text):
         """Wait until a part of a panel holds a text, or matches a pattern, while something moves."""
         place = panel.locator(selector).first
