@@ -32,22 +32,25 @@ def _add_sample_flags(parser: argparse.ArgumentParser) -> None:
 
 def _run_sample(options: argparse.Namespace) -> None:
     from everydream_kit.drawing import sample
+    from everydream_kit.share_bar import ShareBar
 
-    paths = sample(
-        options.checkpoint,
-        options.prompt,
-        negative_prompt=options.negative_prompt,
-        cfgs=options.cfg,
-        scheduler=options.scheduler,
-        num_inference_steps=options.num_inference_steps,
-        seed=options.seed,
-        num_images=options.num_images,
-        width=options.width,
-        height=options.height,
-        clip_skip=options.clip_skip,
-        lora=options.lora,
-        out=options.out,
-    )
+    with ShareBar("drawing") as bar:
+        paths = sample(
+            options.checkpoint,
+            options.prompt,
+            negative_prompt=options.negative_prompt,
+            cfgs=options.cfg,
+            scheduler=options.scheduler,
+            num_inference_steps=options.num_inference_steps,
+            seed=options.seed,
+            num_images=options.num_images,
+            width=options.width,
+            height=options.height,
+            clip_skip=options.clip_skip,
+            lora=options.lora,
+            out=options.out,
+            progress=bar.show,
+        )
     for path in paths:
         print(path)
 

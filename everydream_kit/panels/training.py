@@ -74,6 +74,9 @@ class TrainPanel(Panel):
         self._command, self._environment = command, {**token_environment(), **(environment or {})}
         self.job: jobs.Job | None = None
         self._state: str | None = None
+        self._state_words = (
+            ""  # what the message line says of the state; anything else there stays until the next state
+        )
         self._build()
         self._list_runs()
         self._attach(self.project.running_job() or next(iter(self.project.jobs()), None))
@@ -293,7 +296,7 @@ class TrainPanel(Panel):
         self.monitor.show(status)
         if status["state"] != self._state:
             self._begin_state(status)
-        elif not self.message.value:
+        elif self.message.value in ("", self._state_words):
             self._say_state(status)
 
     def _status(self) -> dict[str, Any]:
@@ -309,9 +312,12 @@ class TrainPanel(Panel):
     def _say_state(self, status: dict[str, Any]) -> None:
         state = status["state"]
         words = IDLE_WORDS.get(state, state)
+        if status["alive"] and status.get("progress") is not None:
+            words = f"{words.rstrip('.')}: {status['progress']:.0%}."
         if state in ("stopped", "failed", "died"):
             words = status.get("message") or words
         self.say(words, STATE_TONES.get(state, "plain"))
+        self._state_words = self.message.value
 
     def _draw_head(self, status: dict[str, Any]) -> None:
         state = status["state"]

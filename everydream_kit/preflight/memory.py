@@ -1,8 +1,8 @@
 """How much memory a run needs, foretold without a GPU and without weights.
 
 `estimate_memory` lets the trainer go through its phases on tensors without values (`rehearsal`), takes each phase's worst moment,
-and adds a stated allowance for what no tensor stands for: the driver's context and the allocator's gaps. The answer is kept on
-disk by everything that it depends on, so asking again costs nothing.
+and adds a stated allowance for what no tensor stands for: the driver's context and the allocator's gaps, or on a CPU the process.
+The answer is kept on disk by everything that it depends on, so asking again costs nothing.
 
 A number here is a prediction. `benchmarks/memory_model.py` shows how near it is on a CPU; `probe` measures on a real GPU.
 """
@@ -35,6 +35,10 @@ DEFAULT_CONTEXT_BYTES = 600 * 2**20
 """CUDA's context with torch's kernels loaded, and the workspaces of cuBLAS and cuDNN: 300 to 800 MiB are seen on common cards."""
 DEFAULT_FRAGMENTATION = 0.05
 """Share of what is allocated that lies in gaps of the caching allocator at the worst moment."""
+
+PROCESS_BYTES = 600 * 2**20
+"""On a CPU: Python with torch and diffusers loaded, and what their kernels keep for the next time: 440 to 570 MB beside the
+tensors were measured (docs/experiments.md)."""
 
 CATEGORIES = ("weights", "gradients", "optimizer states", "activations", "EMA", "other")
 SAMPLED_TOGETHER = 4
@@ -104,7 +108,7 @@ class MemoryEstimate:
 
     Attributes:
         phases: in the order in which a run meets them.
-        allowance_bytes: context and fragmentation of the card; 0 on a CPU.
+        allowance_bytes: context and fragmentation of the card; on a CPU the process itself.
         step_flops: floating-point operations of one optimizer step, all of its micro-batches.
         num_trained_parameters, num_parameters: numbers, not tensors.
         weight_bytes_written: the weights of one checkpoint, the averaged ones of an EMA included.
@@ -161,7 +165,8 @@ def estimate_memory(
         config: of the run; `batch_size` is a number.
         device: "cuda" or "cpu".
         has_bf16: whether the card computes in bfloat16 (compute capability 8.0 on).
-        context_bytes, fragmentation: of the card; by default the cautious values above. Without effect on a CPU.
+        context_bytes, fragmentation: of the card; by default the cautious values above. Without effect on a CPU, whose
+            allowance is the process.
         cache_folder: where answers are kept; by default `.edk_cache/preflight` beside the run folders.
         bucket: (width, height) of the pictures; by default the largest of the resolution.
         dataset: says whether captions vary, which decides what may wait in host memory; by default the settings say it.
@@ -203,9 +208,9 @@ def is_kept(
 def allowance(
     estimate: MemoryEstimate, device: str, context_bytes: int | None = None, fragmentation: float | None = None
 ) -> int:
-    """Bytes that a card takes beside the tensors."""
+    """Bytes that a card, or the process on a CPU, takes beside the tensors."""
     if device == "cpu":
-        return 0
+        return PROCESS_BYTES
     context = DEFAULT_CONTEXT_BYTES if context_bytes is None else context_bytes
     share = DEFAULT_FRAGMENTATION if fragmentation is None else fragmentation
     return context + int(share * estimate.worst.peak_bytes)

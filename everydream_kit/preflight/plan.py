@@ -226,7 +226,8 @@ class Plan:
         if self.memory is None:
             return []
         lines = [f"{phase.name}: {phase.peak_bytes / GIB:.2f} GiB" for phase in self.memory.phases]
-        lines.append(f"context and gaps of the allocator: {self.memory.allowance_bytes / GIB:.2f} GiB (an allowance)")
+        beside = "context and gaps of the allocator" if self.card is not None else "the process itself"
+        lines.append(f"{beside}: {self.memory.allowance_bytes / GIB:.2f} GiB (an allowance)")
         verdict = "fits" if self.fits else "does not fit"
         room, whole = self.room_bytes / GIB, self.device_bytes / GIB
         lines.append(f"{verdict}: foretold {self.memory.peak_bytes / GIB:.2f} GiB, room {room:.2f} of {whole:.2f} GiB")

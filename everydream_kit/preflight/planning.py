@@ -52,8 +52,6 @@ MOST_SCANNED = 50_000
 """Pictures up to which a dataset is scanned for a plan; of more only the files are counted."""
 LARGEST_BATCH_ON_CPU = 4
 """Where `auto` stops on a CPU: a larger batch is no faster there."""
-PROCESS_BYTES = 10**9
-"""Of host memory: Python with torch and diffusers loaded, which the memory model does not count on a CPU."""
 FORWARDS_IN_A_STEP = {"full": 3.0, "lora": 2.0, "textual_inversion": 2.0}
 """A training step of one picture in forward passes of the UNet; one more with gradient checkpointing."""
 ENCODING_IN_FORWARDS = 1.4
@@ -175,7 +173,7 @@ def memory_model(config: TrainConfig) -> Estimate:
 
 def cpu_room() -> int:
     """Bytes of host memory that a run on this CPU may foretell."""
-    return int((free_memory() - PROCESS_BYTES) * (1 - MARGIN))
+    return int(free_memory() * (1 - MARGIN))
 
 
 def settle_for_plan(

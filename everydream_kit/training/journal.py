@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import threading
@@ -16,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from everydream_kit.workspace import RunFolder
+
+HEARTBEAT_SECONDS = 20.0
+"""The longest that `status.json` goes without a word: other machines that share the disk take a run for ended after 90 s."""
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,6 +45,54 @@ class EventLog:
         self._file.close()
 
 
+class LiveStatus:
+    """`status.json`: what a run last said, and that its process lives: while nothing new is said, a thread says the old again.
+
+    So a step, a sheet of samples or an encoding that takes minutes does not look like the end of the run.
+    """
+
+    def __init__(self, folder: RunFolder, heartbeat_seconds: float) -> None:
+        self._folder, self._heartbeat_seconds = folder, heartbeat_seconds
+        self._facts: dict[str, Any] = {
+            "pid": os.getpid(),
+            "host": platform.node(),
+            "process_started": psutil.Process().create_time(),
+            "state": "starting",
+        }
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._written = -math.inf
+        self._thread: threading.Thread | None = None
+
+    def write(self, facts: dict[str, Any]) -> None:
+        """Say something new; what else is known stays."""
+        with self._lock:
+            self._facts.update(facts)
+            self._write()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _write(self) -> None:
+        self._folder.write_status(self._facts)
+        self._written = time.monotonic()
+
+    def _beat(self) -> None:
+        while not self._closing.wait(self._heartbeat_seconds / 2):
+            with self._lock:
+                if time.monotonic() - self._written < self._heartbeat_seconds / 2:
+                    continue
+                try:
+                    self._write()
+                except OSError as problem:  # a full disk: the trainer meets it too, where it can be told
+                    logger.debug(f"status.json cannot be written: {problem}")
+
+
 class Journal:
     """Writes what a run tells into its folder.
 
@@ -48,21 +100,24 @@ class Journal:
         folder: the run's.
         writes: False on all processes but the main one.
         wandb_run: a Weights & Biases run that scalars and pictures go to as well, or None.
+        heartbeat_seconds: the longest that the status goes unwritten.
     """
 
-    def __init__(self, folder: RunFolder, *, writes: bool = True, wandb_run: Any = None) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        writes: bool = True,
+        wandb_run: Any = None,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
+    ) -> None:
         self.folder = folder
         self.writes = writes
         self.wandb_run = wandb_run
         self._events = EventLog(folder) if writes else None
         self._tensorboard: SummaryWriter | None = None
         self._purge_step: int | None = None
-        self._status: dict[str, Any] = {
-            "pid": os.getpid(),
-            "host": platform.node(),
-            "process_started": psutil.Process().create_time(),
-            "state": "starting",
-        }
+        self._status = LiveStatus(folder, heartbeat_seconds) if writes else None
 
     def tell(self, kind: str, **facts: Any) -> None:
         """Append an event."""
@@ -80,11 +135,13 @@ class Journal:
             logger.warning(message)
             self.tell("warning", message=message)
 
-    def set_state(self, state: str, **facts: Any) -> None:
-        """Write `status.json`: the state, and what else is known; facts stay until they are replaced."""
-        self._status.update(facts, state=state)
-        if self.writes:
-            self.folder.write_status(self._status)
+    def set_state(self, state: str, *, progress: float | None = None, **facts: Any) -> None:
+        """Write `status.json`: the state, how much of it is done where that is known (0 to 1), and further facts.
+
+        Facts stay until they are replaced; `progress` is of this state alone.
+        """
+        if self._status is not None:
+            self._status.write({**facts, "state": state, "progress": progress})
 
     def forget_after(self, step: int) -> None:
         """TensorBoard should hide points after this step: a resumed run writes them anew."""
@@ -111,6 +168,8 @@ class Journal:
             self._writer().add_text(tag, text)
 
     def close(self) -> None:
+        if self._status is not None:
+            self._status.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._events is not None:

@@ -10,7 +10,9 @@ All cfg values of a prompt start from the same noise, so the columns of a sheet 
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from everydream_kit.data.buckets import assign_bucket, bucket_table
 from everydream_kit.draws import derive_seed, generator
 from everydream_kit.errors import ConfigError
+from everydream_kit.share_bar import ShareBar
 from everydream_kit.training.reports import Listener, StepReport
 
 if TYPE_CHECKING:
@@ -125,6 +128,33 @@ def clean_for_file_name(prompt: str) -> str:
     return re.sub(r"[^\w\-,. ]+", "", prompt).strip(" .")[:100]
 
 
+class DrawingProgress:
+    """Tells `status.json` and the terminal how far a drawing is.
+
+    Called with (denoising steps done, in all) of the variant of the weights that is being drawn.
+    """
+
+    def __init__(self, run: Run, bar: ShareBar, num_variants: int, interval_seconds: float = 0.25) -> None:
+        self._run, self._bar = run, bar
+        self._num_variants, self._interval_seconds = num_variants, interval_seconds
+        self._variants_done = 0
+        self._told = -math.inf
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._told >= self._interval_seconds:
+            self._told = now
+            self._tell(self._variants_done + done / total)
+
+    def end_variant(self) -> None:
+        self._variants_done += 1
+        self._tell(self._variants_done)
+
+    def _tell(self, variants_done: float) -> None:
+        self._run.set_state("sampling", progress=round(variants_done / self._num_variants, 3))
+        self._bar.show(variants_done, self._num_variants)
+
+
 @dataclass(frozen=True)
 class SampleSchedule:
     """When to draw: every so many steps (None: never), and before the first one."""
@@ -172,12 +202,15 @@ class Sampler(Listener):
         settings = self._settings(run, complain=True)
         if settings is None:
             return
-        run.set_state("sampling")
+        run.set_state("sampling", progress=0.0)
         self._last_step = run.position.step
         variants = [("", False)] * self.live + [("ema-", True)] * self.averaged
-        for prefix, averaged in variants:
-            with run.whole_model(), run.sampling_weights(averaged=averaged):
-                self._draw_sheets(run, settings, prefix)
+        with ShareBar("samples") as bar:
+            progress = DrawingProgress(run, bar, len(variants))
+            for prefix, averaged in variants:
+                with run.whole_model(), run.sampling_weights(averaged=averaged):
+                    self._draw_sheets(run, settings, prefix, progress)
+                progress.end_variant()
         run.set_state("running")
 
     def _every(self, run: Run) -> int | None:
@@ -198,7 +231,7 @@ class Sampler(Listener):
                 run.warn(f"{error} No samples were drawn; mend the file and they come back.")
             return None
 
-    def _draw_sheets(self, run: Run, settings: SampleSettings, prefix: str) -> None:
+    def _draw_sheets(self, run: Run, settings: SampleSettings, prefix: str, progress: DrawingProgress) -> None:
         from everydream_kit.models.sampling import label_grid, sample_pictures
 
         step = run.position.step
@@ -211,6 +244,7 @@ class Sampler(Listener):
             scheduler=settings.scheduler,
             num_inference_steps=settings.num_inference_steps,
             clip_skip=run.config.clip_skip,
+            progress=progress,
         )
         for index, prompt in enumerate(prompts):
             row = pictures[index * len(prompt.cfgs) : (index + 1) * len(prompt.cfgs)]

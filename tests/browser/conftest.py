@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 from jupyter_lab import VIEWPORT, Driver, open_chromium, serve
+from playwright.sync_api import expect
 
+expect.set_options(timeout=30_000)  # as long as a page's own waits: a busy machine is slow, not broken
 FAILURES = Path(__file__).parent / "failures"
 
 

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -93,6 +100,30 @@ def test_no_prompt_is_refused(tmp_path: Path, tiny_model_folder: Path) -> None:
         sample(tiny_model_folder, [], out=tmp_path)
     with pytest.raises(ConfigError, match="checkpoint: give at least one"):
         sample([], "a cat", out=tmp_path)
+
+
+def test_a_terminal_shows_how_far_the_drawing_is(tmp_path: Path, tiny_model_folder: Path) -> None:
+    terminal, stderr = pty.openpty()
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    words = [
+        "--prompt",
+        "a cat",
+        "--num_inference_steps",
+        "2",
+        "--width",
+        "64",
+        "--height",
+        "64",
+        "--out",
+        str(tmp_path),
+    ]
+    command = [sys.executable, "-m", "everydream_kit", "sample", str(tiny_model_folder), *words]
+    drawn = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    shown = os.read(terminal, 100_000).decode()
+    os.close(stderr)
+    os.close(terminal)
+    assert "drawing   0%" in shown and ("drawing  50%" in shown or "drawing 100%" in shown)
+    assert drawn.stdout.count("\n") == 1 and Path(drawn.stdout.strip()).is_file()
 
 
 def test_the_sample_and_export_commands_name_what_they_wrote(

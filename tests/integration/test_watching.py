@@ -65,6 +65,24 @@ def test_requests_are_obeyed_within_a_step_and_a_broken_prompt_file_is_a_warning
     assert "control.json: unknown action 'dance'; known are stop, save, sample" in warnings_of(run)
 
 
+def test_a_drawing_tells_how_far_it_is(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    write = RunFolder.write_status
+    monkeypatch.setattr(
+        RunFolder, "write_status", lambda folder, status: (told.append(dict(status)), write(folder, status))
+    )
+    prompts = tmp_path / "p.json"
+    drawn = {"cfgs": [1.0], "num_inference_steps": 4, "samples": [{"prompt": "red"}, {"prompt": "blue"}]}
+    prompts.write_text(json.dumps(drawn), "utf-8")
+    train({**settings, "max_steps": 1, "sample_prompts": str(prompts), "sample_steps": 1})
+    shares = [status["progress"] for status in told if status["state"] == "sampling"]
+    assert shares == sorted(shares)
+    assert shares[0] == 0 and shares[1] == 1 / 4 and shares[-1] == 1  # both are drawn together, in four steps
+    assert all(status["progress"] is None for status in told if status["state"] != "sampling")
+
+
 class Inverting:
     """A plug-in that changes pictures."""
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from everydream_kit import jobs
 from everydream_kit.panels.training import TrainPanel
+from everydream_kit.workspace import RunFolder
 
 DOUBLE = str(Path(__file__).parents[2] / "fakes" / "trainer_double.py")
 
@@ -80,6 +81,32 @@ def test_start_shows_progress_curves_samples_and_log_and_then_the_end(project):
     assert "step 12" in panel.monitor.log.value
     assert "Finished" in panel.message.value
     wait_until(panel, lambda: not panel.start_button.disabled)
+
+
+def test_a_drawing_shows_how_far_it_is_and_other_messages_stay(project):
+    run = RunFolder.create(project / "logs", "jets")
+    run.config_path.write_text("{}")
+
+    def tell(**facts):  # a run on another machine that shares the disk: it lives as long as its heart beats
+        run.write_status({"host": "elsewhere", "step": 4, "num_steps": 9, **facts})
+
+    tell(state="sampling", progress=0.25)
+    panel = TrainPanel(project)
+    panel.refresh()
+    assert "Drawing samples: 25%." in panel.message.value
+    tell(state="sampling", progress=0.5)
+    panel.refresh()
+    assert "Drawing samples: 50%." in panel.message.value
+    panel.say("The queue stops.", "busy")
+    tell(state="sampling", progress=0.75)
+    panel.refresh()
+    assert "The queue stops." in panel.message.value
+    tell(state="running", progress=None)
+    panel.refresh()
+    assert "Training." in panel.message.value
+    tell(state="stopped")
+    panel.refresh()
+    assert "Resume goes on" in panel.message.value
 
 
 def test_stop_saves_and_resume_goes_on(project):

@@ -1,0 +1,32 @@
+"""A bar on the terminal for work that takes a while inside one call, such as drawing pictures."""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import Any
+
+FORM = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+
+
+class ShareBar:
+    """Shows how much is done, and goes when it has ended. Where stderr is no terminal it shows nothing."""
+
+    def __init__(self, what: str) -> None:
+        from tqdm import tqdm
+
+        self._bar: Any = tqdm(
+            total=1.0, desc=what, leave=False, bar_format=FORM, mininterval=0, disable=not os.isatty(2)
+        )
+
+    def __enter__(self) -> ShareBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def show(self, done: float, total: float) -> None:
+        """So much is done of so much in all."""
+        self._bar.update(done / total - self._bar.n)
