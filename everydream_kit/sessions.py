@@ -29,6 +29,7 @@ from everydream_kit.training.loop import train_loop
 from everydream_kit.training.memory import explain_out_of_memory, is_out_of_memory
 from everydream_kit.training.optimizers import restore_optimizer
 from everydream_kit.training.position import Position
+from everydream_kit.training.progress import StopAsked
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.reports import Listener
 from everydream_kit.training.run import Run
@@ -137,11 +138,13 @@ def _session(
                 config = settle_batch_size(config, ranks, journal)
                 if ranks.is_main:  # the number: a run that goes on takes the same
                     write_whole(folder.config_path, config.to_json())
-            run = build_run(config, folder, journal, ranks, seed=state.get("seed"), weights_from=checkpoint)
+            run = build_run(config, folder, journal, ranks, seed=state.get("seed"), weights_from=checkpoint, stop=stop)
             run.listeners = [*build_listeners(run, stop), *([MeasuredPlan()] if ranks.is_main else []), *listeners]
             if checkpoint is not None:
                 _restore(run, checkpoint, state)
             _work(run, stop)
+    except StopAsked:
+        _record_early_stop(journal, stop, state)
     except BaseException as error:
         _record_failure(journal, error)
         if is_out_of_memory(error):
@@ -294,6 +297,16 @@ def _log_to(folder: RunFolder) -> logging.Handler:
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
     return handler
+
+
+def _record_early_stop(journal: Journal, stop: StopSignal, state: dict[str, Any]) -> None:
+    """The run was stopped before it began or went on: there is nothing to save."""
+    journal.folder.take_request()  # it is obeyed here, and must not stop whoever goes on
+    reason = stop.reason or "request"
+    step = state["position"]["step"] if state else 0
+    saved = "the checkpoint that it goes on from is as it was" if state else "nothing was saved"
+    journal.tell("stopped", step=step, reason=reason)
+    journal.set_state("stopped", step=step, stopped_by=reason, message=f"Stopped before training began; {saved}.")
 
 
 def _record_failure(journal: Journal, error: BaseException) -> None:

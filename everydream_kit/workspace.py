@@ -160,6 +160,13 @@ class RunFolder:
         write_whole(self.folder / "control.json", json.dumps({"action": action, "id": request, **details}))
         return request
 
+    def waiting_action(self) -> str | None:
+        """What the waiting request asks for, which stays; None where there is none."""
+        try:
+            return str(json.loads((self.folder / "control.json").read_text("utf-8")).get("action"))
+        except FileNotFoundError:
+            return None
+
     def take_request(self) -> dict[str, Any] | None:
         """The trainer's side: the waiting request, which is removed, or None."""
         path = self.folder / "control.json"

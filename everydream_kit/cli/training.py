@@ -119,8 +119,10 @@ def _tell_outcome(run: Any) -> int:
         print(f"single file: {files[-1]}")
     if run.samples():
         print(f"samples: {run.samples_folder}")
-    if status["state"] == "stopped":
+    if status["state"] == "stopped" and checkpoints:
         print(f"go on with: everydream resume {run.folder}")
+    elif status["state"] == "stopped":
+        print(f"nothing is trained yet; begin again with: everydream train --config {run.config_path}")
     return EXIT_STOPPED.get(status.get("stopped_by", ""), 0)
 
 

@@ -65,8 +65,9 @@ class Job:
     def status(self) -> dict[str, Any]:
         """What the trainer last said, with `alive`, and with `state` corrected where the process is gone.
 
-        `state` is one of starting, running, saving, sampling, finished, stopped, failed, or `died`: the process ended
-        without saying so (killed, out of memory, machine restarted). `message` then says what is known.
+        `state` is one of starting, running, saving, sampling, validating, finished, stopped, failed, or `died`: the process
+        ended without saying so (killed, out of memory, machine restarted). `message` then says what is known. `progress` is
+        the share of a drawing or an encoding that is done, or None.
         """
         written = read_object(self.folder / "status.json")
         alive = self.is_alive()

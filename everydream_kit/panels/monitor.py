@@ -23,6 +23,7 @@ STATE_TONES: dict[str, look.Tone] = {
     "running": "busy",
     "saving": "busy",
     "sampling": "busy",
+    "validating": "busy",
     "finished": "good",
     "stopped": "warn",
     "failed": "bad",

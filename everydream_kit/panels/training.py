@@ -35,6 +35,7 @@ IDLE_WORDS = {
     "running": "Training. Closing this tab or restarting the kernel does not stop it.",
     "saving": "Saving a checkpoint.",
     "sampling": "Drawing samples.",
+    "validating": "Measuring the loss on the pictures that are kept for validation.",
     "finished": "Finished. Compare the checkpoints in the next notebook, or export the last one.",
     "stopped": "Stopped, and saved. Resume goes on exactly where it ended.",
     "failed": "It failed; the log says why.",
@@ -312,6 +313,8 @@ class TrainPanel(Panel):
     def _say_state(self, status: dict[str, Any]) -> None:
         state = status["state"]
         words = IDLE_WORDS.get(state, state)
+        if state == "starting":
+            words = status.get("message") or words
         if status["alive"] and status.get("progress") is not None:
             words = f"{words.rstrip('.')}: {status['progress']:.0%}."
         if state in ("stopped", "failed", "died"):

@@ -12,12 +12,15 @@ from everydream_kit.data.cache import CacheSettings, DiskCache, LatentCache, Mem
 from everydream_kit.data.cache_room import CacheMode, choose_cache_mode, foretell_bytes
 from everydream_kit.data.text_cache import TextCache
 from everydream_kit.models.encoding import encode_captions, encode_moments
+from everydream_kit.share_bar import ShareBar
+from everydream_kit.training.progress import WorkProgress
 
 if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
     from everydream_kit.data.dataset import Dataset
     from everydream_kit.data.plan import PlanSettings
     from everydream_kit.models.family import Model
+    from everydream_kit.training.control import StopSignal
     from everydream_kit.training.journal import Journal
     from everydream_kit.training.offload import IdleModels
 
@@ -62,6 +65,7 @@ def build_latent_cache(
     settings: CacheSettings,
     folder: Path,
     num_workers: int,
+    stop: StopSignal | None = None,
 ) -> LatentCache | None:
     """The cache of the pictures' latents: on disk filled now, in memory as crops are drawn; None where there is none.
 
@@ -71,8 +75,10 @@ def build_latent_cache(
         settings: which crops are kept.
         folder: of the disk cache.
         num_workers: processes that decode pictures.
+        stop: ends filling the one on disk; what is encoded stays there.
 
     Raises:
+        StopAsked: by `stop`.
         DiskSpaceError: it does not fit on the disk.
     """
     if mode == "off":
@@ -85,8 +91,7 @@ def build_latent_cache(
     journal.tell("latent cache", mode=mode, variants=settings.variants)
     if mode == "memory":
         return MemoryCache(dataset, encode, settings, num_workers=num_workers)
-    journal.set_state("starting", message="encoding the pictures once")
-    with idle_models.at_work([model.vae]):
+    with idle_models.at_work([model.vae]), ShareBar("encoding") as bar:
         cache = DiskCache.build(
             dataset,
             plan_settings,
@@ -95,6 +100,7 @@ def build_latent_cache(
             folder=folder,
             settings=settings,
             num_workers=num_workers,
+            progress=WorkProgress(journal, "starting", bar, stop=stop, message="Encoding the pictures once."),
         )
     for problem in cache.problems.values():
         journal.warn(str(problem))

@@ -19,6 +19,7 @@ from everydream_kit.training.reports import Listener, StepReport
 
 if TYPE_CHECKING:
     from everydream_kit.training.run import Run
+    from everydream_kit.workspace import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,10 @@ class StopSignal(threading.Event):
     def ask(self, reason: str) -> None:
         self.reason = self.reason or reason
         self.set()
+
+    def is_asked(self, folder: RunFolder) -> bool:
+        """Whether it is set, or a stop is asked for in the run folder, where the request stays for `ControlFile`."""
+        return self.is_set() or folder.waiting_action() == "stop"
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def build_listeners(run: Run, stop: StopSignal) -> list[Listener]:
     config = run.config
     if not run.ranks.is_main:
         return []
-    sampler = build_sampler(run)
+    sampler = build_sampler(run, stop)
     saver = build_saver(run)
     listeners: list[Listener] = [
         LossLog(config.log_step),
@@ -56,7 +56,7 @@ def build_listeners(run: Run, stop: StopSignal) -> list[Listener]:
     return listeners
 
 
-def build_sampler(run: Run) -> Sampler:
+def build_sampler(run: Run, stop: StopSignal) -> Sampler:
     """What draws pictures while training, with the live weights, the averaged ones, or both."""
     config = run.config
     averaged = run.ema is not None and config.ema_sample_ema_model
@@ -65,6 +65,7 @@ def build_sampler(run: Run) -> Sampler:
         SampleSchedule(config.sample_steps, config.sample_before_training),
         live=not averaged or config.ema_sample_nonema_model,
         averaged=averaged,
+        stop=stop,
     )
 
 

@@ -60,6 +60,8 @@ from everydream_kit.workspace import RunFolder, find_last_checkpoint
 if TYPE_CHECKING:
     import torch
 
+    from everydream_kit.training.control import StopSignal
+
 PASSED_TO_OPTIMIZER = ("optimizer", "lr", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps")
 """Settings that win over `optimizer_config`'s base where a person gave them."""
 
@@ -72,14 +74,17 @@ def build_run(
     *,
     seed: int | None = None,
     weights_from: Path | None = None,
+    stop: StopSignal | None = None,
 ) -> Run:
     """Build everything that a run consists of, standing at its beginning; listeners are added by the caller.
 
     Args:
         seed: of a run that goes on; by default the config's, where -1 draws one.
         weights_from: checkpoint of a run that goes on; by default `resume_ckpt`.
+        stop: ends what takes long here.
 
     Raises:
+        StopAsked: by `stop`.
         KitError: something cannot be used; the message names it and the cure.
     """
     seed = resolve_seed(config.seed) if seed is None else seed
@@ -113,6 +118,7 @@ def build_run(
         validation_sets=validation_sets,
         plugins=plugins,
         resumes=weights_from is not None,
+        stop=stop if ranks.num_ranks == 1 else None,  # alone: the others would wait for a process that has left
     )
 
 
@@ -131,6 +137,7 @@ def assemble_run(
     plugins: Sequence[Any] = (),
     resumes: bool = False,
     device_type: str | None = None,
+    stop: StopSignal | None = None,
 ) -> Run:
     """Build a run around a model and a dataset that are there already.
 
@@ -138,6 +145,7 @@ def assemble_run(
         resumes: the model's weights are those of this very run, so an EMA model is not loaded over them.
         device_type: what optimizer and precision are chosen for, where that is not the device that the tensors are on: the
             pre-flight foretells a GPU's memory without one.
+        stop: ends the encoding of pictures with a `StopAsked`.
     """
     device_type = device_type or ranks.device.type
     plan_settings = make_plan_settings(config, seed, ranks.num_ranks)
@@ -190,6 +198,7 @@ def assemble_run(
         settings=CacheSettings(config.cache_variants, config.crop_jitter, config.background),
         folder=latent_folder(config),
         num_workers=num_workers,
+        stop=stop,
     )
     prepare_modules(model, config)
     return Run(

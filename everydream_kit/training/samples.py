@@ -10,9 +10,7 @@ All cfg values of a prompt start from the same noise, so the columns of a sheet 
 
 from __future__ import annotations
 
-import math
 import re
-import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,11 +22,13 @@ from everydream_kit.data.buckets import assign_bucket, bucket_table
 from everydream_kit.draws import derive_seed, generator
 from everydream_kit.errors import ConfigError
 from everydream_kit.share_bar import ShareBar
+from everydream_kit.training.progress import StopAsked, WorkProgress
 from everydream_kit.training.reports import Listener, StepReport
 
 if TYPE_CHECKING:
     from everydream_kit.data.dataset import Dataset
     from everydream_kit.models.sampling import SamplePrompt
+    from everydream_kit.training.control import StopSignal
     from everydream_kit.training.run import Run
 
 NUM_RANDOM_CAPTIONS = 4
@@ -128,33 +128,6 @@ def clean_for_file_name(prompt: str) -> str:
     return re.sub(r"[^\w\-,. ]+", "", prompt).strip(" .")[:100]
 
 
-class DrawingProgress:
-    """Tells `status.json` and the terminal how far a drawing is.
-
-    Called with (denoising steps done, in all) of the variant of the weights that is being drawn.
-    """
-
-    def __init__(self, run: Run, bar: ShareBar, num_variants: int, interval_seconds: float = 0.25) -> None:
-        self._run, self._bar = run, bar
-        self._num_variants, self._interval_seconds = num_variants, interval_seconds
-        self._variants_done = 0
-        self._told = -math.inf
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._told >= self._interval_seconds:
-            self._told = now
-            self._tell(self._variants_done + done / total)
-
-    def end_variant(self) -> None:
-        self._variants_done += 1
-        self._tell(self._variants_done)
-
-    def _tell(self, variants_done: float) -> None:
-        self._run.set_state("sampling", progress=round(variants_done / self._num_variants, 3))
-        self._bar.show(variants_done, self._num_variants)
-
-
 @dataclass(frozen=True)
 class SampleSchedule:
     """When to draw: every so many steps (None: never), and before the first one."""
@@ -170,18 +143,31 @@ class Sampler(Listener):
         prompts_path: the prompt file.
         schedule: when, unless the prompt file says otherwise.
         live, averaged: draw with the live weights, with the EMA weights, or both.
+        stop: ends a drawing in progress: it is saved first, and drawn when the run goes on.
     """
 
+    name = "sampler"
+
     def __init__(
-        self, prompts_path: Path, schedule: SampleSchedule, *, live: bool = True, averaged: bool = False
+        self,
+        prompts_path: Path,
+        schedule: SampleSchedule,
+        *,
+        live: bool = True,
+        averaged: bool = False,
+        stop: StopSignal | None = None,
     ) -> None:
         self.prompts_path = prompts_path
         self.schedule = schedule
         self.live = live
         self.averaged = averaged
+        self.stop = stop
         self._last_step: int | None = None
+        self._is_owed = False
 
     def on_start(self, run: Run) -> None:
+        if self._is_owed:
+            self.draw(run)
         if run.position.step:
             return
         settings = self._settings(run)
@@ -194,24 +180,37 @@ class Sampler(Listener):
             self.draw(run)
 
     def on_finish(self, run: Run) -> None:
-        if self._every(run) is not None and self._last_step != run.position.step:
+        if run.is_complete() and self._every(run) is not None and self._last_step != run.position.step:
             self.draw(run)
 
     def draw(self, run: Run) -> None:
-        """Draw now. A problem with the prompt file is a warning."""
+        """Draw now. A problem with the prompt file is a warning. Where the run is asked to stop, the rest is drawn later."""
         settings = self._settings(run, complain=True)
         if settings is None:
             return
-        run.set_state("sampling", progress=0.0)
         self._last_step = run.position.step
+        self._is_owed = False
+        try:
+            self._draw_variants(run, settings)
+        except StopAsked:
+            self._is_owed = True
+            run.journal.note("The samples are not drawn to the end: the run stops. They are drawn when it goes on.")
+        run.set_state("running")
+
+    def state(self) -> dict[str, Any]:
+        return {"is_owed": self._is_owed}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._is_owed = state["is_owed"]
+
+    def _draw_variants(self, run: Run, settings: SampleSettings) -> None:
         variants = [("", False)] * self.live + [("ema-", True)] * self.averaged
         with ShareBar("samples") as bar:
-            progress = DrawingProgress(run, bar, len(variants))
+            progress = WorkProgress(run.journal, "sampling", bar, stop=self.stop, num_parts=len(variants))
             for prefix, averaged in variants:
                 with run.whole_model(), run.sampling_weights(averaged=averaged):
                     self._draw_sheets(run, settings, prefix, progress)
-                progress.end_variant()
-        run.set_state("running")
+                progress.end_part()
 
     def _every(self, run: Run) -> int | None:
         if self.schedule.every_n_steps is None:
@@ -231,7 +230,7 @@ class Sampler(Listener):
                 run.warn(f"{error} No samples were drawn; mend the file and they come back.")
             return None
 
-    def _draw_sheets(self, run: Run, settings: SampleSettings, prefix: str, progress: DrawingProgress) -> None:
+    def _draw_sheets(self, run: Run, settings: SampleSettings, prefix: str, progress: WorkProgress) -> None:
         from everydream_kit.models.sampling import label_grid, sample_pictures
 
         step = run.position.step

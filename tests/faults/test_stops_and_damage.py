@@ -15,10 +15,13 @@ from typing import Any
 
 import pytest
 
+from everydream_kit.cli import main
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import CheckpointError, DiskSpaceError
-from everydream_kit.sessions import resume, train
+from everydream_kit.sessions import RUN_FOLDER_VARIABLE, resume, train
 from everydream_kit.training.checkpoints import sweep, verify_checkpoint, write_checkpoint
+from everydream_kit.training.reports import Listener, StepReport
+from everydream_kit.training.run import Run
 from everydream_kit.workspace import RunFolder, list_runs
 
 
@@ -88,6 +91,64 @@ def test_a_signal_finishes_the_step_saves_and_says_so(
     assert (state["state"], state["stopped_by"]) == ("stopped", number.name)
     verify_checkpoint(run.last_checkpoint)
     assert run.checkpoints()[-1].step == state["step"]
+
+
+class AskingToStop(Listener):
+    """Asks for a stop after a step; the trainer takes the request in the next one, after its sampler."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self, run: Run, report: StepReport) -> None:
+        if report.step == self.step:
+            run.folder.request("stop")
+
+
+def steps_of(run: RunFolder, kind: str) -> list[int]:
+    return [event["step"] for event in run.events(kind)]
+
+
+def test_a_stop_ends_a_drawing_saves_at_once_and_the_drawing_is_made_up_for(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    prompts = tmp_path / "p.json"
+    prompts.write_text('{"cfgs": [1.0], "num_inference_steps": 2, "samples": [{"prompt": "red"}]}', "utf-8")
+    drawing = {**settings, "sample_steps": 2, "max_steps": 5, "sample_prompts": str(prompts)}
+    run = train(drawing, listeners=[AskingToStop(1)])
+    assert (run.status()["state"], run.status()["step"], run.status()["progress"]) == ("stopped", 2, None)
+    assert [checkpoint.step for checkpoint in run.checkpoints()] == [2]
+    assert steps_of(run, "sample") == []
+    resume(run.folder)
+    assert steps_of(run, "sample") == [2, 4, 5]
+    assert run.status()["state"] == "finished"
+
+
+def test_a_stop_draws_nothing_of_its_own(settings: dict[str, Any]) -> None:
+    run = train({**settings, "sample_steps": 100, "max_steps": 3}, listeners=[AskingToStop(1)])
+    assert run.status()["state"] == "stopped"
+    assert steps_of(run, "sample") == []
+    resume(run.folder)
+    assert set(steps_of(run, "sample")) == {3}  # of the end; none is made up for
+
+
+def test_a_stop_ends_the_encoding_before_the_first_step_and_keeps_what_is_encoded(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "c.json"
+    config.write_text(json.dumps({**settings, "cache_latents": "disk", "max_steps": 1}), "utf-8")
+    run = RunFolder.create(tmp_path / "logs", "stop")
+    run.request("stop")
+    monkeypatch.setenv(RUN_FOLDER_VARIABLE, str(run.folder))
+    assert main(["train", "--config", str(config)]) == 0
+    status = run.status()
+    assert status["state"] == "stopped"
+    assert status["message"] == "Stopped before training began; nothing was saved."
+    assert f"everydream train --config {run.config_path}" in capsys.readouterr().out
+    assert not run.checkpoints()
+    assert run.waiting_action() is None
+    assert list((tmp_path / "logs" / ".edk_cache" / "latents").rglob("*.safetensors"))
+    assert main(["train", "--config", str(run.config_path)]) == 0
+    assert list_runs(tmp_path / "logs")[-1].status()["state"] == "finished"
 
 
 @pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "resume/optimizer.safetensors"])

@@ -90,8 +90,11 @@ def test_a_drawing_shows_how_far_it_is_and_other_messages_stay(project):
     def tell(**facts):  # a run on another machine that shares the disk: it lives as long as its heart beats
         run.write_status({"host": "elsewhere", "step": 4, "num_steps": 9, **facts})
 
-    tell(state="sampling", progress=0.25)
+    tell(state="starting", progress=0.125, message="Encoding the pictures once.")
     panel = TrainPanel(project)
+    panel.refresh()
+    assert "Encoding the pictures once: 12%." in panel.message.value
+    tell(state="sampling", progress=0.25)
     panel.refresh()
     assert "Drawing samples: 25%." in panel.message.value
     tell(state="sampling", progress=0.5)
