@@ -288,9 +288,17 @@ def _write_facts(config: TrainConfig, folder: RunFolder) -> None:
     write_whole(folder.folder / "environment.json", json.dumps(facts, indent=2))
 
 
+class _LogFile(logging.FileHandler):
+    """`train.log`. On a full disk lines are left out; the log on the terminal still has them."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def _log_to(folder: RunFolder) -> logging.Handler:
     """Send the kit's log to `train.log` as well."""
-    handler = logging.FileHandler(folder.log_path, encoding="utf-8")
+    handler = _LogFile(folder.log_path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("everydream_kit")
     logger.addHandler(handler)

@@ -35,11 +35,15 @@ ENDED_STATES = ("finished", "stopped", "failed")
 def write_whole(path: Path, text: str) -> None:
     """Replace a small file so that a reader, or a power cut, sees the old text or the new one and nothing between."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def checkpoint_name(project: str, epoch: int, step: int, *, prefix: str = "") -> str:

@@ -1,10 +1,13 @@
 """The run's own writing: events, status, scalars and pictures for TensorBoard, warnings.
 
+A disk that is full, or gone for a while, ends no training: what was to be told is said once it can be written, or, to
+TensorBoard, left out.
 Only the main process has a journal that writes; the others have one that keeps silent, so that callers need not ask.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -21,7 +24,13 @@ from everydream_kit.workspace import RunFolder
 HEARTBEAT_SECONDS = 20.0
 """The longest that `status.json` goes without a word: other machines that share the disk take a run for ended after 90 s."""
 
+SECONDS_WITHOUT_TENSORBOARD = 30.0
+"""Before a new file is tried where one could not be written."""
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from io import FileIO
+
     from PIL import Image
     from torch.utils.tensorboard import SummaryWriter
 
@@ -29,20 +38,41 @@ logger = logging.getLogger("everydream_kit")
 
 
 class EventLog:
-    """`events.jsonl`: one JSON object a line, appended whole and flushed, so that a reader sees each at once."""
+    """`events.jsonl`: one JSON object a line, appended at once, so that a reader sees each as it comes.
+
+    What the disk does not take waits for the next event, byte by byte: no line is lost, and none is broken in two.
+    """
 
     def __init__(self, folder: RunFolder) -> None:
-        self._file = folder.events_path.open("a", encoding="utf-8")
+        self._path = folder.events_path
+        self._file: FileIO | None = self._path.open("ab", buffering=0)
+        self._waiting = b""
         self._lock = threading.Lock()  # the saver and the uploader write from threads of their own
 
     def write(self, kind: str, **facts: Any) -> None:
         line = json.dumps({"kind": kind, "time": round(time.time(), 3), **facts}, ensure_ascii=False, default=str)
         with self._lock:
-            self._file.write(line + "\n")
-            self._file.flush()
+            self._waiting += line.encode() + b"\n"
+            self._write_waiting()
 
     def close(self) -> None:
-        self._file.close()
+        with self._lock:
+            self._write_waiting()
+            if self._file is not None:
+                self._file.close()
+
+    def _write_waiting(self) -> None:
+        try:
+            if self._file is None:
+                self._file = self._path.open("ab", buffering=0)
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as problem:
+            logger.debug(f"events.jsonl cannot be written: {problem}")
+            file, self._file = self._file, None  # opened anew: a disk that comes back does not know the old handle
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    file.close()
 
 
 class LiveStatus:
@@ -68,7 +98,7 @@ class LiveStatus:
         """Say something new; what else is known stays."""
         with self._lock:
             self._facts.update(facts)
-            self._write()
+            self._try_to_write()
         if self._thread is None:
             self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
             self._thread.start()
@@ -78,19 +108,59 @@ class LiveStatus:
         if self._thread is not None:
             self._thread.join()
 
-    def _write(self) -> None:
-        self._folder.write_status(self._facts)
-        self._written = time.monotonic()
+    def _try_to_write(self) -> None:
+        try:
+            self._folder.write_status(self._facts)
+            self._written = time.monotonic()
+        except OSError as problem:  # the next word says it again
+            logger.debug(f"status.json cannot be written: {problem}")
 
     def _beat(self) -> None:
         while not self._closing.wait(self._heartbeat_seconds / 2):
             with self._lock:
-                if time.monotonic() - self._written < self._heartbeat_seconds / 2:
-                    continue
-                try:
-                    self._write()
-                except OSError as problem:  # a full disk: the trainer meets it too, where it can be told
-                    logger.debug(f"status.json cannot be written: {problem}")
+                if time.monotonic() - self._written >= self._heartbeat_seconds / 2:
+                    self._try_to_write()
+
+
+class TensorBoardFile:
+    """TensorBoard's event file, begun with the first point. What cannot be written is left out; later a new file is tried.
+
+    Attributes:
+        purge_step: TensorBoard hides what an earlier session told from this step on.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.purge_step: int | None = None
+        self._folder = folder
+        self._writer: SummaryWriter | None = None
+        self._not_before = -math.inf
+
+    def add(self, write: Callable[[SummaryWriter], None]) -> None:
+        """Add a point, a picture or a text."""
+        if time.monotonic() < self._not_before:
+            return
+        try:
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter  # a second of imports: not before the first point
+
+                self._writer = SummaryWriter(str(self._folder.folder), purge_step=self.purge_step, flush_secs=10)
+                self.purge_step = None  # a second file of this session hides nothing of the first
+            write(self._writer)
+        except OSError as problem:
+            self._give_up(problem)
+
+    def close(self) -> None:
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        except OSError as problem:
+            self._give_up(problem)
+
+    def _give_up(self, problem: OSError) -> None:
+        """The writer's thread has ended with the problem: this one will never write again."""
+        logger.warning(f"TensorBoard's file cannot be written: {problem}. Points are left out until it can.")
+        self._writer = None
+        self._not_before = time.monotonic() + SECONDS_WITHOUT_TENSORBOARD
 
 
 class Journal:
@@ -115,8 +185,7 @@ class Journal:
         self.writes = writes
         self.wandb_run = wandb_run
         self._events = EventLog(folder) if writes else None
-        self._tensorboard: SummaryWriter | None = None
-        self._purge_step: int | None = None
+        self._tensorboard = TensorBoardFile(folder) if writes else None
         self._status = LiveStatus(folder, heartbeat_seconds) if writes else None
 
     def tell(self, kind: str, **facts: Any) -> None:
@@ -145,27 +214,29 @@ class Journal:
 
     def forget_after(self, step: int) -> None:
         """TensorBoard should hide points after this step: a resumed run writes them anew."""
-        self._purge_step = step + 1
+        if self._tensorboard is not None:
+            self._tensorboard.purge_step = step + 1
 
     def scalar(self, tag: str, value: float, step: int) -> None:
-        if self.writes:
-            self._writer().add_scalar(tag, value, step)
+        if self._tensorboard is not None:
+            self._tensorboard.add(lambda writer: writer.add_scalar(tag, value, step))
             if self.wandb_run is not None:
                 self.wandb_run.log({tag: value}, step=step)
 
     def picture(self, tag: str, picture: Image.Image, step: int) -> None:
-        if self.writes:
+        if self._tensorboard is not None:
             import numpy as np
 
-            self._writer().add_image(tag, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+            pixels = np.asarray(picture.convert("RGB"))
+            self._tensorboard.add(lambda writer: writer.add_image(tag, pixels, step, dataformats="HWC"))
             if self.wandb_run is not None:
                 import wandb
 
                 self.wandb_run.log({tag: wandb.Image(picture)}, step=step)
 
     def text(self, tag: str, text: str) -> None:
-        if self.writes:
-            self._writer().add_text(tag, text)
+        if self._tensorboard is not None:
+            self._tensorboard.add(lambda writer: writer.add_text(tag, text))
 
     def close(self) -> None:
         if self._status is not None:
@@ -176,10 +247,3 @@ class Journal:
             self._events.close()
         if self.wandb_run is not None:
             self.wandb_run.finish()
-
-    def _writer(self) -> SummaryWriter:
-        if self._tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter  # a second of imports: not before the first point
-
-            self._tensorboard = SummaryWriter(str(self.folder.folder), purge_step=self._purge_step, flush_secs=10)
-        return self._tensorboard

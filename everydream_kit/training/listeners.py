@@ -14,7 +14,15 @@ from everydream_kit.data.report import write_undersized
 from everydream_kit.training.control import ControlFile, StopSignal
 from everydream_kit.training.live import LiveSettingsReader
 from everydream_kit.training.plugins import PluginListener
-from everydream_kit.training.reports import Listener, LossLog, PictureTable, ProgressBar, StatusFile, StepReport
+from everydream_kit.training.reports import (
+    Listener,
+    LossLog,
+    PictureTable,
+    ProgressBar,
+    StatusFile,
+    StepReport,
+    Telling,
+)
 from everydream_kit.training.samples import Sampler, SampleSchedule
 from everydream_kit.training.saving import Saver, SavingRules, Uploader
 from everydream_kit.training.validating import Validator
@@ -32,13 +40,13 @@ def build_listeners(run: Run, stop: StopSignal) -> list[Listener]:
     saver = build_saver(run)
     listeners: list[Listener] = [
         LossLog(config.log_step),
-        PictureTable(),
+        Telling(PictureTable()),
         StatusFile(),
-        ProgressBar(),
-        UndersizedList(),
+        Telling(ProgressBar()),
+        Telling(UndersizedList()),
     ]
     if config.write_schedule:
-        listeners.append(ScheduleWriter())
+        listeners.append(Telling(ScheduleWriter()))
     if config.load_settings_every_epoch:
         listeners.append(LiveSettingsReader(sampler, saver))
     if run.plugins:

@@ -7,6 +7,7 @@ TensorBoard, and the progress bar. Sampling, saving and validation are listeners
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from everydream_kit.data.records import StepBatches
     from everydream_kit.training.losses import PictureLosses
     from everydream_kit.training.run import Run
@@ -102,6 +105,42 @@ class Listener:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
+
+
+class Telling(Listener):
+    """A listener that only tells: where it cannot, because the disk is full or the terminal gone, the run goes on."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+        self.name = listener.name
+        self._has_warned = False
+
+    def on_start(self, run: Run) -> None:
+        self._try(run, self.listener.on_start, run)
+
+    def __call__(self, run: Run, report: StepReport) -> None:
+        self._try(run, self.listener, run, report)
+
+    def on_finish(self, run: Run) -> None:
+        self._try(run, self.listener.on_finish, run)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # told at the last step
+            self.listener.close()
+
+    def state(self) -> dict[str, Any]:
+        return self.listener.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.listener.restore(state)
+
+    def _try(self, run: Run, tell: Callable[..., object], *arguments: object) -> None:
+        try:
+            tell(*arguments)
+        except OSError as problem:
+            if not self._has_warned:
+                self._has_warned = True
+                run.warn(f"{type(self.listener).__name__} cannot write: {problem}. Training goes on without it.")
 
 
 class Averages:
@@ -261,9 +300,11 @@ class PictureTable(Listener):
             self._sums[picture] = self._sums.get(picture, 0.0) + loss
             self._counts[picture] = self._counts.get(picture, 0) + 1
         if report.epoch_ended:
-            self._write(run, report.epoch)
-            self._sums.clear()
-            self._counts.clear()
+            try:
+                self._write(run, report.epoch)
+            finally:
+                self._sums.clear()
+                self._counts.clear()
 
     def _write(self, run: Run, epoch: int) -> None:
         means = sorted(((total / self._counts[i], i) for i, total in self._sums.items()), reverse=True)

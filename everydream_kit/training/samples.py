@@ -195,6 +195,8 @@ class Sampler(Listener):
         except StopAsked:
             self._is_owed = True
             run.journal.note("The samples are not drawn to the end: the run stops. They are drawn when it goes on.")
+        except OSError as problem:
+            run.warn(f"The samples cannot be written: {problem}. Training goes on.")
         run.set_state("running")
 
     def state(self) -> dict[str, Any]:

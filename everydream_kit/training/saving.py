@@ -32,6 +32,12 @@ if TYPE_CHECKING:
 DEFAULT_MINUTES = 20.0
 """Saving interval where no rule is given, as in EveryDream 2."""
 
+ROOM_PATIENCE_SECONDS = 1800.0
+"""How long the end of a run waits for room on a full disk."""
+ROOM_PATIENCE_SECONDS_WITH_OTHERS = 300.0
+"""The same where other processes wait for this one, which NCCL lets them for ten minutes."""
+ROOM_INTERVAL_SECONDS = 5.0
+"""Before the next try."""
 WORTH_A_WARNING = 0.1
 """Share of a run's time that it may wait for its checkpoints before it says so."""
 NOT_WORTH_A_WARNING_SECONDS = 10.0
@@ -129,22 +135,26 @@ class Saver(Listener):
             self.save(run)
             self._warn_of_waiting(run)
 
-    def save(self, run: Run, *, final: bool = False) -> None:
-        """Save a checkpoint of the run as it stands.
+    def save(self, run: Run, *, ends: bool = False) -> None:
+        """Save a checkpoint of the run as it stands, in the background where there is memory for a copy of it.
+
+        Args:
+            ends: nothing comes after this one, so it is waited for.
 
         Raises:
-            DiskSpaceError: only for the final one; before, it is a warning and training goes on.
+            DiskSpaceError: only for the one at the end; before, it is a warning and training goes on.
         """
         self.wait()
+        final = ends and (run.position.step >= run.num_steps or run.ended_early)
         prefix = "last-" if final and self.prepend_last else ""
         name = checkpoint_name(run.config.project_name, run.position.epoch, run.position.step, prefix=prefix)
         started = self.clock()
-        snapshot = run.snapshot(copy=not final and _memory_allows(run.weight_bytes()))
+        snapshot = run.snapshot(copy=not ends and _memory_allows(run.weight_bytes()))
         self._last_save = self.clock()
         last = run.is_complete()  # now: while it is written in the background, the run may end
-        if final or not snapshot.copied:
+        if ends or not snapshot.copied:
             self._write(run, snapshot, name, last)
-            self._report_failure(run, fatal=final)
+            self._report_failure(run, fatal=ends)
         else:
             self._writer = threading.Thread(target=self._write, args=(run, snapshot, name, last), name="saver")
             self._writer.start()
@@ -154,14 +164,37 @@ class Saver(Listener):
         """Keep the weights as they stand as `ckpts/best`, in place of the best so far."""
         self.wait()
         snapshot = run.snapshot(copy=False)
-        write_checkpoint(
-            run.folder.checkpoints_folder / "best", snapshot.write_model, expected_bytes=snapshot.model_bytes
-        )
-        run.tell("saved", step=snapshot.step, path=str(run.folder.checkpoints_folder / "best"), files=[], best=True)
+        folder = run.folder.checkpoints_folder / "best"
+        try:
+            write_checkpoint(folder, snapshot.write_model, expected_bytes=snapshot.model_bytes)
+        except (DiskSpaceError, OSError) as problem:
+            run.warn(f"{problem} Training goes on; the best weights so far, of step {snapshot.step}, are not kept.")
+            return
+        run.tell("saved", step=snapshot.step, path=str(folder), files=[], best=True)
 
     def on_finish(self, run: Run) -> None:
+        """Save. Where the disk is full, wait for room: what was trained is nowhere else.
+
+        Raises:
+            DiskSpaceError: there was none for too long.
+        """
         run.set_state("saving")
-        self.save(run, final=run.position.step >= run.num_steps or run.ended_early)
+        patience = ROOM_PATIENCE_SECONDS if run.ranks.num_ranks == 1 else ROOM_PATIENCE_SECONDS_WITH_OTHERS
+        end = self.clock() + patience
+        has_warned = False
+        while True:
+            try:
+                return self.save(run, ends=True)
+            except DiskSpaceError as problem:
+                if self.clock() >= end:
+                    raise
+                if not has_warned:
+                    has_warned = True
+                    run.warn(
+                        f"{problem} What was trained waits in memory, for {patience / 60:.0f} minutes from now, and is saved as "
+                        "soon as there is room. Ending the process gives it up."
+                    )
+            time.sleep(ROOM_INTERVAL_SECONDS)
 
     def wait(self) -> None:
         """Wait for a save in progress."""
@@ -192,6 +225,9 @@ class Saver(Listener):
             files = self._write_single_files(folder, with_ema=snapshot.write_ema is not None)
         except KitError as error:
             self._failure = error
+            return
+        except OSError as error:  # a disk that is gone: nothing of it can be asked
+            self._failure = DiskSpaceError(f"{folder}: could not be written: {error}.")
             return
         self.saved_steps.append(snapshot.step)
         run.tell(

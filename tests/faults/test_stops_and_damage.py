@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from everydream_kit.cli import main
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import CheckpointError, DiskSpaceError
 from everydream_kit.sessions import RUN_FOLDER_VARIABLE, resume, train
+from everydream_kit.training import saving
 from everydream_kit.training.checkpoints import sweep, verify_checkpoint, write_checkpoint
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.run import Run
@@ -213,24 +216,82 @@ def test_a_checkpoint_that_cannot_fit_is_refused_before_a_byte_is_written(tmp_pa
         write_checkpoint(tmp_path / "ckpts" / "huge", must_not_run, expected_bytes=10**18)
 
 
-def test_a_real_full_disk_warns_and_training_goes_on(settings: dict[str, Any], tmp_path: Path) -> None:
+@pytest.fixture
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A disk of 100 MB, or of the megabytes that the test names."""
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(small)], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", f"size={getattr(request, 'param', 100)}m", "tmpfs", str(small)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if mounted.returncode != 0:
         pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    try:
-        with pytest.raises(DiskSpaceError):
-            train(TrainConfig(**{**settings, "logdir": str(small), "save_every_n_steps": 2}))
-        run = list_runs(small)[-1]
-        assert run.status()["state"] == "failed"
-        assert any("Training goes on and saves again later" in event["message"] for event in run.events("warning"))
-        for checkpoint in run.checkpoints():
-            verify_checkpoint(checkpoint.folder)
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
+    yield small
+    subprocess.run(["umount", str(small)], check=True)
+
+
+class FillingTheDisk(Listener):
+    """Leaves no byte free after a step."""
+
+    def __init__(self, disk: Path, step: int) -> None:
+        self.file = disk / "fill"
+        self.step = step
+
+    def __call__(self, run: Run, report: StepReport) -> None:
+        if report.step == self.step:
+            with pytest.raises(OSError, match="No space left"), self.file.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+
+
+@pytest.mark.parametrize("small_disk", [12], indirect=True)  # less than a run's checkpoints
+def test_a_real_full_disk_warns_and_training_goes_on(
+    settings: dict[str, Any], small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "ROOM_PATIENCE_SECONDS", 0)
+    with pytest.raises(DiskSpaceError):
+        train(TrainConfig(**{**settings, "logdir": str(small_disk), "save_every_n_steps": 2}))
+    run = list_runs(small_disk)[-1]
+    assert run.status()["state"] == "failed"
+    assert any("Training goes on and saves again later" in event["message"] for event in run.events("warning"))
+    for checkpoint in run.checkpoints():
+        verify_checkpoint(checkpoint.folder)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's own thread
+def test_a_disk_without_a_free_byte_ends_no_training_and_the_end_waits_for_room(
+    settings: dict[str, Any], small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filling = FillingTheDisk(small_disk, 2)
+    monkeypatch.setattr(saving, "time", SimpleNamespace(sleep=lambda seconds: filling.file.unlink()))
+    changes = {"logdir": str(small_disk), "max_steps": 8, "sample_steps": 3, "write_schedule": True, "max_epochs": 4}
+    run = train({**settings, **changes}, listeners=[filling])
+    assert run.status()["state"] == "finished"
+    assert [event["step"] for event in run.events("loss")] == list(range(1, 9))  # what was told meanwhile came later
+    warnings = "\n".join(event["message"] for event in run.events("warning"))
+    assert "The samples cannot be written" in warnings
+    assert "What was trained waits in memory, for 30 minutes" in warnings
+    verify_checkpoint(run.last_checkpoint)
+    assert run.checkpoints()[-1].step == 8
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_stopped_run_that_cannot_be_saved_says_so(
+    settings: dict[str, Any], small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "ROOM_PATIENCE_SECONDS", 0)
+    listeners = [AskingToStop(2), FillingTheDisk(small_disk, 2)]
+    with pytest.raises(DiskSpaceError, match="Free some disk"):
+        train(
+            {
+                **settings,
+                "logdir": str(small_disk),
+            },
+            listeners=listeners,
+        )
 
 
 def test_what_a_killed_process_left_is_cleared_and_what_it_was_replacing_is_put_back(tmp_path: Path) -> None:

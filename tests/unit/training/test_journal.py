@@ -1,5 +1,7 @@
 """What a run says of itself while it has nothing new to say."""
 
+import resource
+import signal
 import threading
 import time
 from pathlib import Path
@@ -59,6 +61,45 @@ def test_a_full_disk_does_not_end_the_heartbeat(tmp_path: Path, monkeypatch: pyt
             time.sleep(0.01)
     assert len(heartbeat_threads()) == 1
     journal.close()
+
+
+def test_an_event_that_the_disk_takes_half_of_is_completed_later(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "jets")
+    journal = Journal(folder)
+    journal.tell("loss", step=1)
+    size = folder.events_path.stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, hard))  # stands for a disk with twenty bytes left
+    try:
+        journal.tell("loss", step=2)
+        journal.tell("loss", step=3)
+        assert folder.events_path.stat().st_size == size + 20
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert [event["step"] for event in folder.events()] == [1]
+    journal.tell("loss", step=4)
+    assert [event["step"] for event in folder.events()] == [1, 2, 3, 4]
+    journal.close()
+
+
+def test_a_status_that_cannot_be_written_is_said_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder.create(tmp_path, "jets")
+    journal = Journal(folder)
+    journal.set_state("running")
+    with monkeypatch.context() as patch:
+        patch.setattr("everydream_kit.workspace.os.fsync", full)
+        journal.set_state("running", step=5)
+    assert [path.name for path in folder.folder.iterdir() if path.name.endswith(".tmp")] == []
+    assert "step" not in folder.status()
+    journal.set_state("saving")
+    assert folder.status()["step"] == 5
+    journal.close()
+
+
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def test_progress_belongs_to_one_state_and_other_facts_stay(tmp_path: Path) -> None:
