@@ -9,7 +9,7 @@ from typing import Any
 
 from everydream_kit.cli.command import Command
 
-EXIT_STOPPED = {"SIGINT": 130, "SIGTERM": 143}
+EXIT_STOPPED = {"SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143}
 
 
 def add_setting_flags(parser: argparse.ArgumentParser) -> None:

@@ -10,9 +10,9 @@ from everydream_kit.errors import DataError
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and a polite kill reach the whole process group, but the trainer stops, saves, then closes us."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Ctrl-C, a polite kill and a closed terminal reach the whole process group, but the trainer stops, saves, then closes us."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def as_is(item: Any) -> Any:

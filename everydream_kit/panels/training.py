@@ -6,6 +6,7 @@ and made again at any time. All callbacks return at once: training is a process 
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,17 @@ IDLE_WORDS = {
     "died": "The process ended without a word. Resume goes on from the newest checkpoint.",
 }
 """What the message line says while there is nothing newer to say."""
+FULL_DISK = "The disk of the run folder is full: free some. Training goes on meanwhile, and is saved and shown as soon as there is room."
+NO_ROOM_BYTES = 1_000_000
+"""Free disk below which the trainer cannot be trusted to tell anything."""
+
+
+def has_no_room(folder: Path) -> bool:
+    """Whether a folder's disk is full, which the trainer cannot write down for us."""
+    try:
+        return shutil.disk_usage(folder).free < NO_ROOM_BYTES
+    except OSError:  # the folder is gone: other parts of the panel say so
+        return False
 
 
 class TrainPanel(Panel):
@@ -319,7 +331,10 @@ class TrainPanel(Panel):
             words = f"{words.rstrip('.')}: {status['progress']:.0%}."
         if state in ("stopped", "failed", "died"):
             words = status.get("message") or words
-        self.say(words, STATE_TONES.get(state, "plain"))
+        tone = STATE_TONES.get(state, "plain")
+        if status["alive"] and self.job is not None and has_no_room(self.job.folder):
+            words, tone = FULL_DISK, "bad"
+        self.say(words, tone)
         self._state_words = self.message.value
 
     def _draw_head(self, status: dict[str, Any]) -> None:

@@ -1,14 +1,16 @@
 """Stopping, and requests from outside.
 
-Ctrl-C, SIGTERM and a `stop` request in the run folder set the same event; the loop finishes its step, the run is saved, and
-the process ends with a clear status. A second signal ends it at once.
+Ctrl-C, SIGTERM, a terminal that is closed (SIGHUP) and a `stop` request in the run folder set the same event; the loop finishes
+its step, the run is saved, and the process ends with a clear status. A second Ctrl-C or SIGTERM ends it at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,7 +42,10 @@ class StopSignal(threading.Event):
 
 @contextmanager
 def signals_stop(stop: StopSignal) -> Iterator[None]:
-    """While inside, SIGINT and SIGTERM ask to stop; a second one ends the process at once.
+    """While inside, SIGINT, SIGTERM and SIGHUP ask to stop; a second one of the first two ends the process at once.
+
+    SIGHUP comes when the terminal goes, often more than once: it never ends the process, and what is printed from then on goes
+    nowhere, since a terminal that is gone refuses it. Under `nohup` it is ignored as before.
 
     Outside the main thread (a notebook kernel's subshell, a test) signals are left alone.
     """
@@ -49,17 +54,32 @@ def signals_stop(stop: StopSignal) -> Iterator[None]:
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
+        if number == signal.SIGHUP:
+            _print_nowhere()
+        elif stop.is_set():
             os._exit(128 + number)
         stop.ask(signal.Signals(number).name)
-        os.write(2, b"\nStopping after this step, then saving. Once more ends at once, without saving.\n")
+        with contextlib.suppress(OSError):  # nobody reads it
+            os.write(2, b"\nStopping after this step, then saving. Once more ends at once, without saving.\n")
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _print_nowhere() -> None:
+    """Give the standard streams that are a terminal to /dev/null."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        if stat.S_ISCHR(os.fstat(stream).st_mode):
+            os.dup2(nowhere, stream)
+    os.close(nowhere)
 
 
 class ControlFile(Listener):

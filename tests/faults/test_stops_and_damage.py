@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import resource
 import shutil
 import signal
@@ -94,6 +96,45 @@ def test_a_signal_finishes_the_step_saves_and_says_so(
     assert (state["state"], state["stopped_by"]) == ("stopped", number.name)
     verify_checkpoint(run.last_checkpoint)
     assert run.checkpoints()[-1].step == state["step"]
+
+
+TAKES_ITS_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+)
+
+
+def test_a_closed_terminal_stops_and_saves(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = tmp_path / "c.json"
+    config.write_text(json.dumps({**settings, "max_epochs": 500, "num_workers": 2}), "utf-8")
+    terminal, streams = pty.openpty()
+    command = [sys.executable, "-m", "everydream_kit", "train", "--config", str(config)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", TAKES_ITS_TERMINAL, *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=streams,
+        stdout=streams,
+        stderr=streams,
+        start_new_session=True,
+    )
+    os.close(streams)
+    os.set_blocking(terminal, False)
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            runs = list_runs(tmp_path / "logs")
+            if runs and any(runs[-1].events("loss")):
+                break
+            with contextlib.suppress(BlockingIOError):
+                os.read(terminal, 10_000)  # a full terminal would hold the trainer up
+            time.sleep(0.05)
+        os.close(terminal)
+        assert process.wait(timeout=120) == 128 + signal.SIGHUP
+    finally:
+        process.kill()
+    run = list_runs(tmp_path / "logs")[-1]
+    assert (run.status()["state"], run.status()["stopped_by"]) == ("stopped", "SIGHUP")
+    verify_checkpoint(run.last_checkpoint)
+    assert run.checkpoints()[-1].step == run.status()["step"] > 0
 
 
 class AskingToStop(Listener):

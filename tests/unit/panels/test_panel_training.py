@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -110,6 +111,22 @@ def test_a_drawing_shows_how_far_it_is_and_other_messages_stay(project):
     tell(state="stopped")
     panel.refresh()
     assert "Resume goes on" in panel.message.value
+
+
+def test_a_full_disk_is_told_by_the_panel_since_the_trainer_cannot_write_it_down(project, monkeypatch):
+    run = RunFolder.create(project / "logs", "jets")
+    run.config_path.write_text("{}")
+    run.write_status({"host": "elsewhere", "state": "running"})
+    panel = TrainPanel(project)
+    panel.refresh()
+    assert "Training." in panel.message.value
+    with monkeypatch.context() as patch:
+        patch.setattr("everydream_kit.panels.training.shutil.disk_usage", lambda path: SimpleNamespace(free=4096))
+        panel.refresh()
+        assert "full: free some" in panel.message.value
+    panel.refresh()
+    assert "Training." in panel.message.value
+    run.write_status({"host": "elsewhere", "state": "finished"})
 
 
 def test_stop_saves_and_resume_goes_on(project):
