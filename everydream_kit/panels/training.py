@@ -43,7 +43,9 @@ IDLE_WORDS = {
     "died": "The process ended without a word. Resume goes on from the newest checkpoint.",
 }
 """What the message line says while there is nothing newer to say."""
-FULL_DISK = "The disk of the run folder is full: free some. Training goes on meanwhile, and is saved and shown as soon as there is room."
+FULL_DISK = (
+    "The disk of the run folder is full: free some. Training goes on meanwhile, and is saved as soon as there is room."
+)
 NO_ROOM_BYTES = 1_000_000
 """Free disk below which the trainer cannot be trusted to tell anything."""
 
