@@ -247,10 +247,15 @@ def resume(
     """Go on with a run that was stopped or died, detached, from its newest checkpoint.
 
     Raises:
-        JobError: the run is still in progress, there is no such folder, or the process could not be started.
+        JobError: the run is still in progress, there is no such folder, nothing was saved yet, or the process could not be
+            started.
     """
     folder = Path(folder).resolve()
     job = attach(folder)
+    if command is None and not job.is_alive() and not RunFolder(folder).checkpoints():
+        raise JobError(
+            f"{folder.name}: nothing was saved yet, so there is nothing to go on from. Start training instead."
+        )
     with start_lock(folder / ".starting"):
         if job.is_alive():
             raise JobError(f"{folder}: this run is in progress already; attach to it instead of resuming it.")

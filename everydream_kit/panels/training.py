@@ -89,9 +89,7 @@ class TrainPanel(Panel):
         self._command, self._environment = command, {**token_environment(), **(environment or {})}
         self.job: jobs.Job | None = None
         self._state: str | None = None
-        self._state_words = (
-            ""  # what the message line says of the state; anything else there stays until the next state
-        )
+        self._state_words = ""  # what the message line says of the state; anything else stays until the next one
         self._build()
         self._list_runs()
         self._attach(self.project.running_job() or next(iter(self.project.jobs()), None))

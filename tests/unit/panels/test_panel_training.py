@@ -129,6 +129,18 @@ def test_a_full_disk_is_told_by_the_panel_since_the_trainer_cannot_write_it_down
     run.write_status({"host": "elsewhere", "state": "finished"})
 
 
+def test_a_run_that_saved_nothing_is_not_resumed_and_keeps_its_words(project):
+    run = RunFolder.create(project / "logs", "jets")
+    run.config_path.write_text("{}")
+    run.write_status({"state": "stopped", "message": "Stopped before training began; nothing was saved."})
+    panel = TrainPanel(project)
+    panel.refresh()
+    assert "before training began" in panel.message.value
+    panel.resume_button.click()
+    assert "nothing to go on from. Start training instead." in panel.message.value
+    assert run.status()["state"] == "stopped"
+
+
 def test_stop_saves_and_resume_goes_on(project):
     panel = TrainPanel(project, command=command("--steps", 60, "--seconds-a-step", 0.03))
     panel.start_button.click()
