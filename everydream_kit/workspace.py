@@ -167,18 +167,23 @@ class RunFolder:
     def waiting_action(self) -> str | None:
         """What the waiting request asks for, which stays; None where there is none."""
         try:
-            return str(json.loads((self.folder / "control.json").read_text("utf-8")).get("action"))
-        except FileNotFoundError:
+            request = json.loads((self.folder / "control.json").read_text("utf-8"))
+        except (FileNotFoundError, ValueError):
             return None
+        return request.get("action") if isinstance(request, dict) else None
 
     def take_request(self) -> dict[str, Any] | None:
-        """The trainer's side: the waiting request, which is removed, or None."""
+        """The trainer's side: the waiting request, which is removed, or None; what is none is an action that nobody knows."""
         path = self.folder / "control.json"
         if not path.is_file():
             return None
         taken = path.with_suffix(".taken")
         os.replace(path, taken)
-        return dict(json.loads(taken.read_text("utf-8")))
+        text = taken.read_text("utf-8", errors="replace")
+        try:
+            return dict(json.loads(text))
+        except (ValueError, TypeError):
+            return {"action": text[:100]}
 
     def checkpoints(self) -> list[Checkpoint]:
         """Whole checkpoints, oldest first by step. Half-written ones have other names and are not listed."""

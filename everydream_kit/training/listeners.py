@@ -15,13 +15,13 @@ from everydream_kit.training.control import ControlFile, StopSignal
 from everydream_kit.training.live import LiveSettingsReader
 from everydream_kit.training.plugins import PluginListener
 from everydream_kit.training.reports import (
+    Dispensable,
     Listener,
     LossLog,
     PictureTable,
     ProgressBar,
     StatusFile,
     StepReport,
-    Telling,
 )
 from everydream_kit.training.samples import Sampler, SampleSchedule
 from everydream_kit.training.saving import Saver, SavingRules, Uploader
@@ -40,15 +40,15 @@ def build_listeners(run: Run, stop: StopSignal) -> list[Listener]:
     saver = build_saver(run)
     listeners: list[Listener] = [
         LossLog(config.log_step),
-        Telling(PictureTable()),
+        Dispensable(PictureTable()),
         StatusFile(),
-        Telling(ProgressBar()),
-        Telling(UndersizedList()),
+        Dispensable(ProgressBar()),
+        Dispensable(UndersizedList()),
     ]
     if config.write_schedule:
-        listeners.append(Telling(ScheduleWriter()))
+        listeners.append(Dispensable(ScheduleWriter()))
     if config.load_settings_every_epoch:
-        listeners.append(LiveSettingsReader(sampler, saver))
+        listeners.append(Dispensable(LiveSettingsReader(sampler, saver)))
     if run.plugins:
         listeners.append(PluginListener(run.plugins))
     if run.validation_config is not None:
@@ -60,7 +60,8 @@ def build_listeners(run: Run, stop: StopSignal) -> list[Listener]:
                 patience=config.early_stopping_patience,
             )
         )
-    listeners += [sampler, saver, ControlFile(stop, {"save": saver.save, "sample": sampler.draw})]
+    control = ControlFile(stop, {"save": saver.save, "sample": sampler.draw})
+    listeners += [sampler, saver, Dispensable(control)]
     return listeners
 
 

@@ -107,8 +107,8 @@ class Listener:
         """Take up a saved state."""
 
 
-class Telling(Listener):
-    """A listener that only tells: where it cannot, because the disk is full or the terminal gone, the run goes on."""
+class Dispensable(Listener):
+    """A listener that a run can do without: where it cannot read or write, because a disk is full or gone, the run goes on."""
 
     def __init__(self, listener: Listener) -> None:
         self.listener = listener
@@ -140,7 +140,7 @@ class Telling(Listener):
         except OSError as problem:
             if not self._has_warned:
                 self._has_warned = True
-                run.warn(f"{type(self.listener).__name__} cannot write: {problem}. Training goes on without it.")
+                run.warn(f"{type(self.listener).__name__} cannot read or write: {problem}. Training goes on without.")
 
 
 class Averages:

@@ -39,6 +39,8 @@ class Asking(Listener):
     def __call__(self, run: Run, report: StepReport) -> None:
         if report.step == 3:
             self.prompts.write_text('{"samples": [{"promt": "red"}]}', "utf-8")
+        if report.step == 5:
+            (run.folder.folder / "control.json").write_text('["stop"', "utf-8")
         request = {1: "save", 2: "sample", 3: "sample", 4: "dance"}.get(report.step)
         if request is not None:
             run.folder.request(request)
@@ -50,15 +52,16 @@ def test_requests_are_obeyed_within_a_step_and_a_broken_prompt_file_is_a_warning
     prompts = tmp_path / "p.json"
     drawn = {"cfgs": [1.0], "num_inference_steps": 1, "samples": [{"prompt": "red"}]}
     prompts.write_text(json.dumps(drawn), "utf-8")
-    run = train({**settings, "max_steps": 5, "sample_prompts": str(prompts)}, listeners=[Asking(prompts)])
+    run = train({**settings, "max_steps": 6, "sample_prompts": str(prompts)}, listeners=[Asking(prompts)])
     assert run.status()["state"] == "finished"
     assert [(event["step"], event["action"]) for event in run.events("request")] == [
         (2, "save"),
         (3, "sample"),
         (4, "sample"),
         (5, "dance"),
+        (6, '["stop"'),
     ]
-    assert [checkpoint.step for checkpoint in run.checkpoints()] == [2, 5]
+    assert [checkpoint.step for checkpoint in run.checkpoints()] == [2, 6]
     assert [event["step"] for event in run.events("sample")] == [3]  # at 4 the file was broken
     assert "promt" in warnings_of(run)
     assert "No samples were drawn" in warnings_of(run)
