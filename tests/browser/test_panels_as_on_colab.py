@@ -97,11 +97,11 @@ def classic(colab_python, tmp_path):
             stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
-            wait_for(f"http://127.0.0.1:{port}/api/status?token={token}", 60)
+            wait_for(f"http://127.0.0.1:{port}/api/status?token={token}", 120)
             yield f"http://127.0.0.1:{port}/notebooks/panel.ipynb?token={token}"
         finally:
             os.killpg(server.pid, signal.SIGTERM)
-            server.wait(timeout=20)
+            server.wait(timeout=60)
 
 
 def test_the_training_panel_lives_in_notebook_6(classic, page):

@@ -83,7 +83,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def wait_for(address, seconds=40):
+def wait_for(address, seconds=120):
     end = time.monotonic() + seconds
     while True:
         try:
@@ -127,7 +127,7 @@ def serve(root):
         yield Lab(address, token, root)
     finally:
         os.killpg(server.pid, signal.SIGTERM)
-        server.wait(timeout=20)
+        server.wait(timeout=60)
         log.close()
 
 

@@ -44,7 +44,7 @@ def started(settings):
             job.kill()
 
 
-def wait_until(condition, seconds=10.0):
+def wait_until(condition, seconds=60.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
@@ -130,7 +130,7 @@ def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
 def test_stop_saves_and_resume_goes_on_where_it_stopped(started):
     job = started("--steps", 400, "--seconds-a-step", 0.02)
     wait_until(lambda: job.status()["step"] >= 3)
-    assert job.stop(timeout_seconds=10)
+    assert job.stop(timeout_seconds=60)
     status = job.status()
     assert status["state"] == "stopped"
     assert list((job.folder / "ckpts").glob("last-*"))
@@ -141,7 +141,7 @@ def test_stop_saves_and_resume_goes_on_where_it_stopped(started):
 
 def test_stop_before_the_trainer_can_listen_counts_as_stopped(settings):
     job = jobs.start(settings, command=[sys.executable, "-c", "import time; time.sleep(60)"])
-    assert job.stop(timeout_seconds=10)
+    assert job.stop(timeout_seconds=60)
     assert job.status()["state"] == "stopped"
 
 
@@ -285,7 +285,7 @@ def test_a_queue_waits_for_a_run_in_progress_of_the_same_project(started, settin
     queue = jobs.start_queue([settings], tmp_path / "queue.json", command=double("--steps", 2))
     wait_until(lambda: queue.entries[0]["state"] == "starting", 20)
     assert queue.entries[0]["run"] is None
-    job.stop(timeout_seconds=20)
+    job.stop(timeout_seconds=60)
     wait_until(lambda: queue.entries[0]["state"] == "finished", 20)
 
 

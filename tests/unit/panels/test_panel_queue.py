@@ -26,7 +26,7 @@ def panel(tmp_path):
         job.kill()
 
 
-def wait_until(panel, condition, seconds=20.0):
+def wait_until(panel, condition, seconds=90.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, panel.message.value

@@ -32,7 +32,7 @@ def project(tmp_path):
         job.kill()
 
 
-def wait_until(panel, condition, seconds=15.0):
+def wait_until(panel, condition, seconds=90.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, panel.message.value
@@ -196,7 +196,7 @@ def test_settings_that_cannot_be_read_are_one_clear_error(project):
 def test_a_look_without_news_changes_no_widget(project):
     panel = TrainPanel(project, command=command("--steps", 3, "--seconds-a-step", 0.01))
     panel.start_button.click()
-    wait_until(panel, lambda: "finished" in panel.head.value)
+    wait_until(panel, lambda: "finished" in panel.head.value and not panel.job.is_alive())
     panel.refresh()
     changes = []
     monitor = panel.monitor
