@@ -53,11 +53,16 @@ def signals_stop(stop: StopSignal) -> Iterator[None]:
         yield
         return
 
+    has_asked = False
+
     def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal has_asked
         if number == signal.SIGHUP:
             _print_nowhere()
-        elif stop.is_set():
+        elif has_asked:
             os._exit(128 + number)
+        else:
+            has_asked = True  # not `stop.is_set()`: a host may take its machine back while a request is being obeyed
         stop.ask(signal.Signals(number).name)
         with contextlib.suppress(OSError):  # nobody reads it
             os.write(2, b"\nStopping after this step, then saving. Once more ends at once, without saving.\n")

@@ -1,4 +1,4 @@
-"""Stopping by signal: the first asks, the second ends at once."""
+"""Stopping by signal: the first asks, the second ends at once; a closed terminal only asks."""
 
 from __future__ import annotations
 
@@ -30,3 +30,29 @@ def test_a_second_signal_ends_the_process_at_once_with_its_status(
         with pytest.raises(EndedAtOnceError, match=str(status)):
             os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_after_a_request_or_a_closed_terminal_is_still_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr("everydream_kit.training.control._print_nowhere", lambda: None)
+    stop = StopSignal()
+    with signals_stop(stop):
+        stop.ask("request")
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+        assert ended == []
+        assert stop.reason == "request"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended == [143]
+
+
+def test_under_nohup_a_closed_terminal_is_ignored_as_before() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopSignal()
+        with signals_stop(stop):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.is_set()
+    finally:
+        signal.signal(signal.SIGHUP, before)
