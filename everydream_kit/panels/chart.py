@@ -19,9 +19,8 @@ def line_chart(
     width: int = 900,
     height: int = 240,
     faint: str | None = None,
-    x_label: str = "step",
 ) -> str:
-    """Curves over a common x axis.
+    """Curves over a common axis of steps.
 
     Args:
         curves: name to points (x ascending). Empty curves are left out of the drawing and of the legend.
@@ -37,8 +36,9 @@ def line_chart(
     left, right, top, bottom = 62, width - 14, 30, height - 28
     xs = [x for points in drawn.values() for x, _ in points]
     ys = [y for points in drawn.values() for _, y in points if math.isfinite(y)]
-    x_ticks, y_ticks = nice_ticks(min(xs), max(xs), 6), nice_ticks(min(ys, default=0), max(ys, default=1), 4)
     x_low, x_high = min(xs), max(*xs, min(xs) + 1)
+    x_ticks = [tick for tick in nice_ticks(x_low, x_high, 6) if tick == int(tick)]  # there is no half step
+    y_ticks = nice_ticks(min(ys, default=0), max(ys, default=1), 4)
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
     def place(x: float, y: float) -> str:
@@ -57,7 +57,6 @@ def line_chart(
             parts.append(
                 f'<text class="edk-axis" x="{across:.1f}" y="{height - 10}" text-anchor="middle">{tick:g}</text>'
             )
-    parts.append(f'<text class="edk-axis" x="{right}" y="{height - 10}" text-anchor="end" dx="8"></text>')
     for name, points in drawn.items():
         style = _style_of(name, drawn, faint)
         if len(points) == 1:

@@ -1,6 +1,7 @@
 """Charts, the incremental reader of events, and the words of panels."""
 
 import json
+import re
 from xml.etree import ElementTree
 
 import pytest
@@ -69,6 +70,14 @@ def test_a_chart_is_well_formed_and_says_its_last_value():
 def test_a_chart_of_one_point_is_a_dot_and_of_none_a_sentence():
     assert "<circle" in line_chart({"loss": [(1, 0.5)]}, title="Loss")
     assert "begins with the first" in line_chart({"loss": []}, title="Loss")
+
+
+@pytest.mark.parametrize(
+    ("last", "labels"), [(1, ["1", "2"]), (2, ["1", "2"]), (4, ["1", "2", "3", "4"]), (80, ["20", "40", "60", "80"])]
+)
+def test_the_axis_names_whole_steps_only(last, labels):
+    svg = line_chart({"loss": [(step, 0.5) for step in range(1, last + 1)]}, title="Loss")
+    assert re.findall(r'text-anchor="middle">([^<]+)<', svg) == labels
 
 
 def test_bars_are_well_formed():
