@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,6 +64,25 @@ def run(saved_twice: RunFolder, tmp_path: Path) -> RunFolder:
     return RunFolder(Path(shutil.copytree(saved_twice.folder, tmp_path / "logs" / saved_twice.name)))
 
 
+def wait_for_a_step(
+    process: subprocess.Popen[Any], logdir: Path, read_some: Callable[[], object] = lambda: None
+) -> None:
+    """Wait until a run has told its first step, or has ended."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        runs = list_runs(logdir)
+        if runs and any(runs[-1].events("loss")):
+            return
+        read_some()
+        time.sleep(0.05)
+
+
+def drain(terminal: int) -> None:
+    """Take what a terminal holds: a full one would hold the trainer up."""
+    with contextlib.suppress(BlockingIOError):
+        os.read(terminal, 10_000)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_finishes_the_step_saves_and_says_so(
     settings: dict[str, Any], tmp_path: Path, number: signal.Signals, status: int
@@ -78,12 +97,7 @@ def test_a_signal_finishes_the_step_saves_and_says_so(
         text=True,
     )
     try:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            runs = list_runs(tmp_path / "logs")
-            if runs and any(runs[-1].events("loss")):
-                break
-            time.sleep(0.05)
+        wait_for_a_step(process, tmp_path / "logs")
         process.send_signal(number)
         output, errors = process.communicate(timeout=120)
     finally:
@@ -119,14 +133,7 @@ def test_a_closed_terminal_stops_and_saves(settings: dict[str, Any], tmp_path: P
     os.close(streams)
     os.set_blocking(terminal, False)
     try:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            runs = list_runs(tmp_path / "logs")
-            if runs and any(runs[-1].events("loss")):
-                break
-            with contextlib.suppress(BlockingIOError):
-                os.read(terminal, 10_000)  # a full terminal would hold the trainer up
-            time.sleep(0.05)
+        wait_for_a_step(process, tmp_path / "logs", read_some=lambda: drain(terminal))
         os.close(terminal)
         assert process.wait(timeout=120) == 128 + signal.SIGHUP
     finally:

@@ -102,22 +102,22 @@ def test_no_prompt_is_refused(tmp_path: Path, tiny_model_folder: Path) -> None:
         sample([], "a cat", out=tmp_path)
 
 
+ONE_CAT = ["--prompt", "a cat", *("--num_inference_steps", "2"), *("--width", "64"), *("--height", "64")]
+
+
 def test_a_terminal_shows_how_far_the_drawing_is(tmp_path: Path, tiny_model_folder: Path) -> None:
     terminal, stderr = pty.openpty()
     fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    words = [
-        "--prompt",
-        "a cat",
-        "--num_inference_steps",
-        "2",
-        "--width",
-        "64",
-        "--height",
-        "64",
+    command = [
+        sys.executable,
+        "-m",
+        "everydream_kit",
+        "sample",
+        str(tiny_model_folder),
+        *ONE_CAT,
         "--out",
         str(tmp_path),
     ]
-    command = [sys.executable, "-m", "everydream_kit", "sample", str(tiny_model_folder), *words]
     drawn = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=stderr, text=True)
     shown = os.read(terminal, 100_000).decode()
     os.close(stderr)
@@ -129,19 +129,7 @@ def test_a_terminal_shows_how_far_the_drawing_is(tmp_path: Path, tiny_model_fold
 def test_the_sample_and_export_commands_name_what_they_wrote(
     tmp_path: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [
-        "--prompt",
-        "a cat",
-        "--num_inference_steps",
-        "2",
-        "--width",
-        "64",
-        "--height",
-        "64",
-        "--out",
-        str(tmp_path),
-    ]
-    assert main(["sample", str(tiny_model_folder), *words]) == 0
+    assert main(["sample", str(tiny_model_folder), *ONE_CAT, "--out", str(tmp_path)]) == 0
     assert Path(capsys.readouterr().out.strip()).is_file()
     assert main(["export", str(tiny_model_folder), str(tmp_path / "x.safetensors"), "--precision", "bf16"]) == 0
     assert Path(capsys.readouterr().out.strip()) == tmp_path / "x.safetensors"

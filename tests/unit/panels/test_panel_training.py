@@ -84,9 +84,15 @@ def test_start_shows_progress_curves_samples_and_log_and_then_the_end(project):
     wait_until(panel, lambda: not panel.start_button.disabled)
 
 
-def test_a_drawing_shows_how_far_it_is_and_other_messages_stay(project):
+def empty_run(project):
+    """A run folder that a panel finds, without a process."""
     run = RunFolder.create(project / "logs", "jets")
     run.config_path.write_text("{}")
+    return run
+
+
+def test_a_drawing_shows_how_far_it_is_and_other_messages_stay(project):
+    run = empty_run(project)
 
     def tell(**facts):  # a run on another machine that shares the disk: it lives as long as its heart beats
         run.write_status({"host": "elsewhere", "step": 4, "num_steps": 9, **facts})
@@ -114,8 +120,7 @@ def test_a_drawing_shows_how_far_it_is_and_other_messages_stay(project):
 
 
 def test_a_full_disk_is_told_by_the_panel_since_the_trainer_cannot_write_it_down(project, monkeypatch):
-    run = RunFolder.create(project / "logs", "jets")
-    run.config_path.write_text("{}")
+    run = empty_run(project)
     run.write_status({"host": "elsewhere", "state": "running"})
     panel = TrainPanel(project)
     panel.refresh()
@@ -130,8 +135,7 @@ def test_a_full_disk_is_told_by_the_panel_since_the_trainer_cannot_write_it_down
 
 
 def test_a_run_that_saved_nothing_is_not_resumed_and_keeps_its_words(project):
-    run = RunFolder.create(project / "logs", "jets")
-    run.config_path.write_text("{}")
+    run = empty_run(project)
     run.write_status({"state": "stopped", "message": "Stopped before training began; nothing was saved."})
     panel = TrainPanel(project)
     panel.refresh()
