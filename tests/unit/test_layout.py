@@ -18,7 +18,8 @@ PACKAGE = REPOSITORY / "everydream_kit"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = [
-    *("errors", "draws", "config", "settings", "params", "workspace", "hosts", "share_bar", "doctor"),
+    *("errors", "identity", "strict_json", "atomic", "draws", "config", "settings", "params", "workspace", "hosts"),
+    *("share_bar", "doctor"),
     *(
         "data",
         "models",
@@ -35,7 +36,7 @@ ROOMS = [
     ),
 ]
 APART = {("data", "models"), ("models", "data")}
-TORCH_FREE = ("errors", "draws", "config", "settings", "params", "workspace", "hosts", "share_bar")
+TORCH_FREE = tuple(ROOMS[: ROOMS.index("doctor")])
 TORCH_IN_PREFLIGHT = ("imitation.py", "rehearsal.py", "tracker.py")
 """They run the trainer's own step; whoever foretells imports them when it is asked to."""
 TORCH_IN_DATA = ("batches.py", "captioning.py", "encoding.py", "latents.py", "loader.py", "text_cache.py")
