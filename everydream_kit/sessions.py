@@ -20,7 +20,7 @@ from everydream_kit.config import TrainConfig, config_warnings
 from everydream_kit.errors import CheckpointError, ConfigError, KitError
 from everydream_kit.preflight.automatic import settle_batch_size
 from everydream_kit.preflight.timing import MeasuredPlan
-from everydream_kit.settings import load_config
+from everydream_kit.settings import give_again, load_config
 from everydream_kit.training.checkpoints import choose_checkpoint, load_resume_tensors, sweep
 from everydream_kit.training.control import StopSignal, signals_stop
 from everydream_kit.training.journal import Journal
@@ -82,19 +82,22 @@ def resume(
         run: a run folder, its name, a checkpoint inside it, `hf://me/jets` for a run that was pushed while training, or
             None for the newest run in `logdir`.
         changes: settings that are different from here on. They are logged; the file before is kept as `config-<step>.json`.
+            For a fetched run also those that have to be given again on this machine (docs/hub.md).
 
     Raises:
         JobError: there is no such run.
         CheckpointError: no checkpoint can be resumed from, or a setting cannot change on the way.
+        ConfigError: a setting of a fetched run has to be given again, or a value is wrong.
     """
     if isinstance(run, str) and run.startswith("hf://"):
         from everydream_kit.export.hub import fetch_run
 
-        run = fetch_run(run, logdir)
+        run = fetch_run(run, logdir, given=changes or {})
     folder = find_run(run, logdir)
+    changes = give_again(folder.folder, changes or {})
     warnings: list[str] = []
     config, _ = load_config(folder.config_path)
-    ranks = Ranks.find((changes or {}).get("gpuid", config.gpuid))
+    ranks = Ranks.find(changes.get("gpuid", config.gpuid))
     if ranks.is_main:
         sweep(folder.checkpoints_folder)
     ranks.barrier()
@@ -238,6 +241,9 @@ def _restore(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
 def _changed(
     config: TrainConfig, changes: dict[str, Any], folder: RunFolder, step: int, *, writes: bool
 ) -> TrainConfig:
+    changes = {name: value for name, value in changes.items() if getattr(config, name, changes) != value}
+    if not changes:
+        return config
     fixed = sorted(CANNOT_CHANGE & changes.keys())
     if fixed:
         raise CheckpointError(

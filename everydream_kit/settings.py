@@ -5,12 +5,16 @@ EveryDream 2's `train.json` loads too, with names that have gone out of use repo
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from everydream_kit.atomic import write_atomic
 from everydream_kit.config import RETIRED, VERSION, TrainConfig
 from everydream_kit.errors import ConfigError
+from everydream_kit.foreign import FOLLOWS, read_origin, require_given, write_origin
+from everydream_kit.strict_json import read_json
 
 
 def load_config(
@@ -27,16 +31,44 @@ def load_config(
 
     Raises:
         ConfigError: the file is not there, is no JSON object, names an unknown setting, or a value is wrong. All
-            problems at once.
+            problems at once. Or it is the file of a fetched run that a person has not completed yet.
     """
+    if path is not None and (origin := read_origin(Path(path).parent)) is not None:
+        require_given(origin)
     values = read_json_object(Path(path)) if path is not None else {}
-    values, warnings = _upgrade(values)
+    values, warnings = upgrade(values)
     values.update(overrides or {})
     prefix = f"{path}:\n" if path is not None else ""
     try:
         return TrainConfig(**values), warnings
     except ConfigError as error:
         raise ConfigError(prefix + str(error)) from None
+
+
+def give_again(folder: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete the settings of a fetched run with what a person gives on this machine.
+
+    Args:
+        folder: a run folder, fetched or made here.
+        changes: values by name; those that the run does not wait for are not touched.
+
+    Returns:
+        The rest of the changes.
+
+    Raises:
+        ConfigError: a setting is still missing, or a value is wrong. Nothing was changed.
+    """
+    origin = read_origin(folder)
+    if origin is None or not origin.asked:
+        return dict(changes)
+    require_given(origin, changes)
+    given = {name: changes[name] for name in origin.asked}
+    values, _ = upgrade(read_json_object(folder / "config.json"))
+    waiting = {name: value for name, value in origin.waiting.items() if given.get(FOLLOWS[name]) is not None}
+    config = TrainConfig(**{**values, **waiting, **given})
+    write_atomic(folder / "config.json", config.to_json())
+    write_origin(folder, replace(origin, asked={}, waiting={}, given=sorted({*origin.given, *given})))
+    return {name: value for name, value in changes.items() if name not in given}
 
 
 def read_json_object(path: Path, setting: str = "") -> dict[str, Any]:
@@ -49,29 +81,22 @@ def read_json_object(path: Path, setting: str = "") -> dict[str, Any]:
         ConfigError: the file is not there, no text, no JSON, or no object; line and column are named.
     """
     place = f"{setting}: {path}" if setting else str(path)
-    if not path.is_file():
-        raise ConfigError(f"{place}: there is no such settings file. Give the path of a JSON file.")
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{place}: not a text file in UTF-8 ({error.reason} at byte {error.start}).") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{place}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}. Nothing was started."
-        ) from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{place}: holds a JSON {type(values).__name__}, but settings are an object {{...}}.")
-    return values
+        return dict(read_json(path, error=ConfigError, name=place))
+    except FileNotFoundError:
+        raise ConfigError(f"{place}: there is no such settings file. Give the path of a JSON file.") from None
 
 
-def _upgrade(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def upgrade(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Bring an older file's names and habits to today's."""
     version = values.get("version", VERSION)
-    if not isinstance(version, int) or version > VERSION:
+    if type(version) is not int or version > VERSION:
         raise ConfigError(
             f"version: this file was written by a newer EveryDream Kit (layout {version!r}). Upgrade the kit."
         )
     given = values.get("given")
+    if given is not None and not (isinstance(given, list) and all(isinstance(name, str) for name in given)):
+        raise ConfigError("given: must be a list of setting names. Take it out of the file.")
     kept: dict[str, Any] = {}
     warnings = []
     for name, value in values.items():

@@ -8,7 +8,7 @@ import logging
 from typing import Any
 
 from everydream_kit.cli.command import Command
-from everydream_kit.cli.training import add_setting_flags, read_setting_flags
+from everydream_kit.cli.training import add_train_flags, read_setting_flags
 
 
 def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--price", type=float, metavar="USD", help="price of the card, US dollars an hour")
     parser.add_argument("--advise", action="store_true", help="say the largest batch and resolution that fit, too")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    add_setting_flags(parser)
+    add_train_flags(parser)
 
 
 def _run_plan(options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from everydream_kit.cli.command import Command
 EXIT_STOPPED = {"SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143}
 
 
-def add_setting_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for every setting, and `--config`."""
+def add_setting_flags(parser: argparse.ArgumentParser, *, leave_out: Collection[str] = ()) -> None:
+    """A flag for every setting."""
     from everydream_kit.params import format_value, parameters
 
-    parser.add_argument("--config", metavar="FILE", help="settings from a JSON file; flags win over it")
     groups: dict[str, Any] = {}
     for record in parameters():
+        if record.name in leave_out:
+            continue
         group = groups.setdefault(record.group, parser.add_argument_group(record.group))
         default = "required" if record.required else f"default {format_value(record.default)}"
         nargs: str | None = "?" if record.kind == "bool" else "+" if record.many else None
@@ -35,7 +37,13 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def read_setting_flags(options: argparse.Namespace) -> dict[str, Any]:
+def add_train_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every setting, and `--config`."""
+    parser.add_argument("--config", metavar="FILE", help="settings from a JSON file; flags win over it")
+    add_setting_flags(parser)
+
+
+def read_setting_flags(options: argparse.Namespace, *, leave_out: Collection[str] = ()) -> dict[str, Any]:
     """What was given as flags, as values; all that cannot be read is reported together."""
     from everydream_kit.errors import ConfigError
     from everydream_kit.params import parameters, parse_text
@@ -43,7 +51,7 @@ def read_setting_flags(options: argparse.Namespace) -> dict[str, Any]:
     values: dict[str, Any] = {}
     problems = []
     for record in parameters():
-        if hasattr(options, record.name):
+        if record.name not in leave_out and hasattr(options, record.name):
             try:
                 values[record.name] = parse_text(record.name, getattr(options, record.name))
             except ConfigError as problem:
@@ -72,15 +80,16 @@ def _add_resume_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="change a setting from here on; may be repeated",
+        help="change a setting from here on; may be repeated. --NAME VALUE does the same",
     )
+    add_setting_flags(parser, leave_out=("logdir",))
 
 
 def _run_resume(options: argparse.Namespace) -> int:
     from everydream_kit.errors import ConfigError
     from everydream_kit.params import parse_text
 
-    changes = {}
+    changes = read_setting_flags(options, leave_out=("logdir",))
     for text in options.set:
         name, equals, value = text.partition("=")
         if not equals:
@@ -147,10 +156,15 @@ COMMANDS = {
     "demo": Command("train the embedded model on the demo pictures; show before and after", _add_demo_flags, _run_demo),
     "train": Command(
         "fine-tune a model on your pictures",
-        add_setting_flags,
+        add_train_flags,
         _run_train,
         usage="everydream train [--config FILE] [--name value ...]",
     ),
-    "resume": Command("go on with a run that was stopped, exactly where it was", _add_resume_flags, _run_resume),
+    "resume": Command(
+        "continue a run that was stopped, exactly where it was",
+        _add_resume_flags,
+        _run_resume,
+        usage="everydream resume [RUN] [--logdir FOLDER] [--name value ...]",
+    ),
     "chain": Command("train several configs, one after the other", _add_chain_flags, _run_chain),
 }

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from everydream_kit.config import TrainConfig
-from everydream_kit.errors import JobError
+from everydream_kit.errors import ConfigError, JobError
 from everydream_kit.jobs.process import (
     exit_code,
     find_process,
@@ -31,7 +31,7 @@ from everydream_kit.jobs.process import (
     start_lock,
     write_object,
 )
-from everydream_kit.settings import load_config
+from everydream_kit.settings import give_again, load_config
 from everydream_kit.workspace import ENDED_STATES, Action, RunFolder, list_runs, write_whole
 
 JOB_FILE = "job.json"
@@ -241,12 +241,19 @@ def start(
 def resume(
     folder: str | Path,
     *,
+    changes: Mapping[str, Any] | None = None,
     command: Sequence[str] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Job:
     """Go on with a run that was stopped or died, detached, from its newest checkpoint.
 
+    Args:
+        folder: of the run.
+        changes: settings of a fetched run that a person gives again on this machine.
+        command, environment: as `start`.
+
     Raises:
+        ConfigError: a setting of a fetched run has to be given again.
         JobError: the run is still in progress, there is no such folder, nothing was saved yet, or the process could not be
             started.
     """
@@ -256,6 +263,9 @@ def resume(
         raise JobError(
             f"{folder.name}: nothing was saved yet, so there is nothing to go on from. Start training instead."
         )
+    left = give_again(folder, changes or {})
+    if left:
+        raise ConfigError(f"{', '.join(left)}: give only what {folder.name} asks for; nothing else changes here.")
     with start_lock(folder / ".starting"):
         if job.is_alive():
             raise JobError(f"{folder}: this run is in progress already; attach to it instead of resuming it.")

@@ -17,6 +17,7 @@ import ipywidgets as widgets
 from everydream_kit import jobs
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ConfigError
+from everydream_kit.foreign import read_origin
 from everydream_kit.panels import look
 from everydream_kit.panels.board import Board
 from everydream_kit.panels.clock import has_clock, make_clock
@@ -195,10 +196,20 @@ class TrainPanel(Panel):
         self.say("Stopping after this step; a checkpoint is saved first.", "busy")
 
     def resume(self) -> None:
-        """Go on with the shown run."""
+        """Continue the shown run. What a fetched run asks for again is taken from the form.
+
+        Raises:
+            ConfigError: a setting that the run asks for stands at its default in the form.
+        """
         job = self._require_job()
-        self._attach(jobs.resume(job.folder, command=self._command, environment=self._environment))
+        origin = read_origin(job.folder)
+        asked = origin.asked if origin is not None else {}
+        changes = {name: value for name, value in self.form.changed_values().items() if name in asked}
+        resumed = jobs.resume(job.folder, changes=changes, command=self._command, environment=self._environment)
+        self._attach(resumed)
         self.tabs.selected_index = 1
+        if changes:
+            self.say(f"Resuming with {', '.join(sorted(changes))} from Settings.", "busy")
 
     def kill(self) -> None:
         """End the run at once, without saving."""

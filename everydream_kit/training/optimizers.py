@@ -292,6 +292,8 @@ def _find(name: str, device_type: str) -> tuple[OptimizerKind, Any]:
 
 def _import(path: str) -> Any:
     module_name, _, class_name = path.rpartition(".")
+    if not all(part.isidentifier() for part in path.split(".")):
+        raise ConfigError(f"optimizer: {path!r} is no module.Class; for instance torch.optim.Rprop")
     try:
         optimizer_class = getattr(importlib.import_module(module_name), class_name, None)
     except ImportError as error:

@@ -27,16 +27,24 @@ if TYPE_CHECKING:
     from everydream_kit.training.run import Run
 
 
+HOOKS = frozenset(
+    {
+        *("on_training_start", "on_training_end", "on_epoch_start", "on_epoch_end", "on_step_start", "on_step_end"),
+        *("transform_caption", "transform_pil_image"),
+    }
+)
+
+
 def load_plugins(names: Sequence[str]) -> list[Any]:
     """Make one object of each named class.
 
     Raises:
-        ConfigError: a module or class is not there.
+        ConfigError: a module or class is not there, or is no plug-in. Nothing of it is called then.
     """
     plugins = []
     for name in names:
         module_name, _, class_name = name.rpartition(".")
-        if not module_name:
+        if not module_name or not all(part.isidentifier() for part in name.split(".")):
             raise ConfigError(f"plugins: {name!r} is no module.Class; for instance my_plugins.Greeter")
         try:
             plugin_class = getattr(importlib.import_module(module_name), class_name)
@@ -46,6 +54,10 @@ def load_plugins(names: Sequence[str]) -> list[Any]:
             ) from error
         except AttributeError as error:
             raise ConfigError(f"plugins: the module {module_name} has no class {class_name}.") from error
+        if not (isinstance(plugin_class, type) and any(hasattr(plugin_class, hook) for hook in HOOKS)):
+            raise ConfigError(
+                f"plugins: {name} is no plug-in: a class with at least one of {', '.join(sorted(HOOKS))}."
+            )
         plugins.append(plugin_class())
     return plugins
 

@@ -144,7 +144,7 @@ def test_a_newer_checkpoint_replaces_the_older_and_leaves_nothing_of_it(
 ) -> None:
     run = make_run(tmp_path)
     push(hub, run, what=("diffusers", "resume", "training"))
-    assert "resume/optimizer.pt" in hub.files("me/jets")
+    assert "resume/optimizer.safetensors" in hub.files("me/jets")
     (run.last_checkpoint / "unet" / "old-shard.safetensors").write_bytes(b"old")
     push(hub, run, what=("diffusers", "resume", "training"))
     newer = write_checkpoint(run, 40, seed=40)

@@ -66,7 +66,7 @@ def test_only_the_parts_that_are_named_go(hub: HubStandIn, tmp_path: Path, capsy
     assert say([*words, "--what", "samples", "training"], capsys)[0] == 0
     assert {path.partition("/")[0] for path in arrived(hub)} == {"README.md", "samples", "training"}
     assert say([*words, "--what", "diffusers", "resume"], capsys)[0] == 0
-    assert "resume/optimizer.pt" in arrived(hub)
+    assert "resume/optimizer.safetensors" in arrived(hub)
 
 
 def test_a_single_file_is_written_in_the_wanted_precision(
@@ -127,7 +127,7 @@ def test_a_dry_run_says_what_would_go_and_asks_nobody(
     assert "unet/model.safetensors" in text and "resume/" not in text
     text = say([*words, "--what", "resume", "--create_pr", "--revision", "night-2"], capsys)[1]
     assert "to me/jets at night-2 as one pull request" in text and "is created" not in text
-    assert "resume/optimizer.pt" in text and "unet/" not in text
+    assert "resume/optimizer.safetensors" in text and "unet/" not in text
     assert hub.requests == []
 
 

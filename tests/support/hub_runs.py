@@ -32,7 +32,7 @@ def write_checkpoint(run: RunFolder, step: int, *, seed: int, unet_bytes: int = 
         (folder / name / "model.safetensors").write_bytes(noise.randbytes(size))
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     (folder / "resume").mkdir()
-    (folder / "resume" / "optimizer.pt").write_bytes(noise.randbytes(unet_bytes // 2))
+    (folder / "resume" / "optimizer.safetensors").write_bytes(noise.randbytes(unet_bytes // 2))
     (folder / "resume" / "state.json").write_text(json.dumps({"step": step}))
     listed = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in hashes(folder).items()

@@ -241,14 +241,3 @@ def _sample(number: int, path: Path) -> Sample:
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file that came from the Hub. Raises: ExportError if it is none."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ExportError(f"{path}: damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise ExportError(f"{path}: holds no JSON object.")
-    return value

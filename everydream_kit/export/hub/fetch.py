@@ -4,6 +4,10 @@ What a background upload left in the repository (`contents.py` has the layout) i
 whole checkpoint: the files that its manifest lists. It appears under its name only when every file is there and its
 hash is right. Files are fetched one by one, each with its own tries: the client's own snapshot download takes an
 incomplete folder for a whole one when the Hub is away.
+
+The repository may be a stranger's. Only files that a checkpoint may hold are fetched. The run folder is marked with
+where it came from, its config holds what a fetched run may bring (`foreign.py`), and a run folder that is there already
+is touched only if it came from this repository, or pushes to it.
 """
 
 from __future__ import annotations
@@ -13,21 +17,49 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from everydream_kit.errors import CheckpointError, HubError
+from everydream_kit.config import TrainConfig
+from everydream_kit.errors import CheckpointError, ConfigError, HubError
 from everydream_kit.export.hub.connection import HubConnection, quiet_client
-from everydream_kit.export.hub.contents import RUN_FACTS, read_json
+from everydream_kit.export.hub.contents import RUN_FACTS
 from everydream_kit.export.hub.upload import Progress, heartbeat, size_words, tell_nobody
-from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder
+from everydream_kit.foreign import (
+    FOLLOWS,
+    TRAVELS,
+    Origin,
+    read_origin,
+    require_given,
+    shown,
+    split_settings,
+    write_origin,
+)
+from everydream_kit.settings import upgrade
+from everydream_kit.strict_json import read_json
+from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder, write_whole
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-_NAME = re.compile(r"[\w.,@+ -]{1,200}")
+RUN_CONFIG, RUN_EVENTS = "training/config.json", "training/events.jsonl"
+MAX_BYTES = {RUN_FACTS: 100_000, RUN_CONFIG: 2_000_000, CHECKPOINT_MANIFEST: 20_000_000, RUN_EVENTS: 1_000_000_000}
+"""Larger than any that the kit writes. What is read whole must be small."""
+
+_RUN_NAME = re.compile(r"[^/\\:*?\"<>|]{1,150}-\d{8}-\d{6}(-\d{1,6})?")
+_CHECKPOINT_NAME = re.compile(r"[^/\\:*?\"<>|]{1,150}-ep\d{1,9}-gs\d{1,9}")
+_CHECKPOINT_FILE = re.compile(
+    r"(model_index|adapter)\.json"
+    r"|(pytorch_lora_weights|learned_embeds)\.safetensors"
+    r"|(unet|vae|text_encoder(_2)?)/(config\.json|(diffusion_pytorch_model|model)\.safetensors)"
+    r"|tokenizer(_2)?/(vocab|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"
+    r"|tokenizer(_2)?/merges\.txt"
+    r"|scheduler/scheduler_config\.json"
+    r"|resume/([a-z_]{1,40}\.safetensors|state\.json|manifest\.json)"
+)
+"""Every file that the kit writes into a checkpoint. None of them can hold code."""
 
 
 def parse_run_reference(reference: str) -> tuple[str, str | None]:
@@ -46,16 +78,19 @@ def fetch_run(
     reference: str,
     target_folder: str | Path,
     *,
+    given: Collection[str] | None = None,
     token: str | None = None,
     progress: Progress | None = None,
     api: HfApi | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Path:
-    """Fetch the newest uploaded checkpoint of a run, with its resume state.
+    """Fetch the latest uploaded checkpoint of a run, with its resume state.
 
     Args:
         reference: `hf://me/jets`, or `hf://me/jets@branch-or-commit` for an older one.
         target_folder: where run folders live, such as `logs`.
+        given: settings that a person gives again on this machine. Where one is missing, nothing large is fetched. None:
+            fetch, and let whoever resumes the run ask.
         token: by default huggingface_hub's login or HF_TOKEN; a public repository needs none.
         progress: told (bytes done, bytes in all, what is being done).
         api: another Hub than the usual one.
@@ -67,13 +102,14 @@ def fetch_run(
 
     Raises:
         HubError: the Hub cannot be reached, refuses, or holds no run that can be resumed.
-        CheckpointError: what the repository says about the run makes no sense, or a run folder of that name has other
-            settings.
+        CheckpointError: what the repository says about the run makes no sense, or a run folder of that name came from
+            elsewhere or has other settings.
+        ConfigError: the run's settings are wrong, or one of them has to be given again.
     """
     repo_id, revision = parse_run_reference(reference)
     connection = HubConnection(token, api=api, sleep=sleep, needs_token=False)
     with quiet_client():
-        return _Fetch(connection, repo_id, revision, Path(target_folder), progress).run()
+        return _Fetch(connection, repo_id, revision, Path(target_folder), progress=progress, given=given).run()
 
 
 class _Fetch:
@@ -85,35 +121,50 @@ class _Fetch:
         repo_id: str,
         revision: str | None,
         target: Path,
+        *,
         progress: Progress | None,
+        given: Collection[str] | None,
     ) -> None:
         self.connection = connection
         self.repo_id = repo_id
+        self.source = f"hf://{repo_id}"
+        self.reference = f"{self.source}@{revision}" if revision else self.source
         self.revision = revision
         self.target = target
         self.progress = progress if progress is not None else tell_nobody
+        self.given = given
 
     def run(self) -> Path:
         api = self.connection.api
         doing = f"look at {self.repo_id}"
         info = self.connection.step(doing, lambda: api.model_info(self.repo_id, revision=self.revision))
+        if not info.sha:
+            raise HubError(f"{self.source}: the repository has no commit yet, so there is nothing to resume.")
         self.revision = commit = str(info.sha)  # one state of the repository, even if somebody pushes meanwhile
         files = self._list_files()
         if CHECKPOINT_MANIFEST not in files or RUN_FACTS not in files:
             raise HubError(
-                f"hf://{self.repo_id}: holds no resume state; only uploads made while training do (push_every). "
+                f"{self.source}: holds no resume state; only uploads made while training do (push_every). "
                 f"Start a new run from its weights: --resume_ckpt {self.repo_id}"
+            )
+        if RUN_CONFIG not in files:
+            raise CheckpointError(
+                f"{self.source}: {RUN_CONFIG} is missing there, so the run's settings are not known. "
+                f"Take an older state: {self.source}@COMMIT"
             )
         self.target.mkdir(parents=True, exist_ok=True)
         partial = self.target / f".partial-{self.repo_id.replace('/', '--')}-{commit[:12]}"
         partial.mkdir(exist_ok=True)  # files of an interrupted fetch of the same state are taken up
         facts = self._run_facts(files, partial)
         run = RunFolder(self.target / facts["run"])
+        self._check_same_source(run)
         if (run.checkpoints_folder / facts["checkpoint"] / CHECKPOINT_MANIFEST).is_file():
             shutil.rmtree(partial)
             return run.folder
+        config, origin = self._settings(self._read(files[RUN_CONFIG], partial), run, facts["checkpoint"])
+        self._check_same_settings(run, config)
         self._fetch_all(self._files_of_run(files, partial), partial)
-        self._put_in_place(partial, run, facts["checkpoint"])
+        self._put_in_place(partial, run, facts["checkpoint"], config, origin)
         return run.folder
 
     def _list_files(self) -> dict[str, RepoFile]:
@@ -126,24 +177,55 @@ class _Fetch:
         return self.connection.step(f"list the files of {self.repo_id}", read)
 
     def _run_facts(self, files: dict[str, RepoFile], partial: Path) -> dict[str, str]:
-        """Names of the run and its checkpoint. They become folders here, so they are looked at closely."""
-        facts: dict[str, Any] = read_json(self._fetch(files[RUN_FACTS], partial))
-        for key in ("run", "checkpoint"):
+        """Names of the run and its checkpoint. They become folders here, so they must be names that the kit gives."""
+        facts: dict[str, Any] = self._read(files[RUN_FACTS], partial)
+        for key, pattern in (("run", _RUN_NAME), ("checkpoint", _CHECKPOINT_NAME)):
             name = facts.get(key)
-            if not isinstance(name, str) or not _NAME.fullmatch(name) or name.startswith("."):
-                raise CheckpointError(f"hf://{self.repo_id}: {RUN_FACTS} names no usable {key} (got {name!r}).")
+            if (
+                not isinstance(name, str)
+                or not pattern.fullmatch(name)
+                or name.startswith(".")
+                or not name.isprintable()
+            ):
+                raise CheckpointError(f"{self.source}: {RUN_FACTS} names no usable {key} (got {shown(name)}).")
         return facts
 
+    def _settings(self, fetched: dict[str, Any], run: RunFolder, checkpoint: str) -> tuple[TrainConfig, Origin]:
+        """The config that this run has here, and its mark with what is still missing."""
+        try:
+            travels, asked, waiting = split_settings(upgrade(fetched)[0])
+            origin = Origin(self.source, str(self.revision), self.reference, asked, waiting)
+            if self.given is not None and not (run.config_path.is_file()):
+                require_given(origin, self.given)
+            here: dict[str, Any] = {"logdir": str(self.target)}
+            if "resume_ckpt" in asked:  # until it is given: what is there
+                here["resume_ckpt"] = str(run.checkpoints_folder / checkpoint)
+            if not travels.get("no_save_ckpt"):  # elsewhere a file of the same name might be replaced
+                here["save_ckpt_dir"] = str(run.folder)
+            return TrainConfig(**{**travels, **here}), origin
+        except ConfigError as error:
+            if str(error).startswith(self.source):
+                raise
+            raise ConfigError(f"{self.source}, {RUN_CONFIG}:\n{error}") from None
+
     def _files_of_run(self, files: dict[str, RepoFile], partial: Path) -> list[RepoFile]:
-        """What the checkpoint's manifest lists, and the run's settings and events."""
-        listed = read_json(self._fetch(files[CHECKPOINT_MANIFEST], partial)).get("files", {})
+        """What the checkpoint's manifest lists, and the run's events."""
+        listed = self._read(files[CHECKPOINT_MANIFEST], partial).get("files")
+        if not isinstance(listed, dict):
+            raise CheckpointError(f"{self.source}: {CHECKPOINT_MANIFEST} lists no files.")
+        strange = [path for path in listed if not _CHECKPOINT_FILE.fullmatch(path)]
+        if strange:
+            raise CheckpointError(
+                f"{self.source}: {CHECKPOINT_MANIFEST} lists {shown(strange[0])}, which no checkpoint of the kit holds. "
+                "Nothing of it was fetched. Do not trust this repository."
+            )
         missing = [path for path in listed if path not in files]
         if missing:
             raise CheckpointError(
-                f"hf://{self.repo_id}: {missing[0]} is missing there, though {CHECKPOINT_MANIFEST} lists it. "
-                f"Take an older state: hf://{self.repo_id}@COMMIT"
+                f"{self.source}: {missing[0]} is missing there, though {CHECKPOINT_MANIFEST} lists it. "
+                f"Take an older state: {self.source}@COMMIT"
             )
-        paths = {*listed, CHECKPOINT_MANIFEST, "training/config.json", "training/events.jsonl"}
+        paths = {*listed, CHECKPOINT_MANIFEST, RUN_EVENTS}
         return [files[path] for path in sorted(paths) if path in files]
 
     def _fetch_all(self, wanted: list[RepoFile], partial: Path) -> None:
@@ -162,8 +244,20 @@ class _Fetch:
             done += file.size
         self.progress(total, total, f"fetched {self.repo_id}")
 
+    def _read(self, file: RepoFile, partial: Path) -> dict[str, Any]:
+        """Fetch a small file and read the JSON object in it."""
+        path = self._fetch(file, partial)
+        name = f"{self.source}: {file.path}"
+        return dict(read_json(path, error=CheckpointError, name=name, max_bytes=MAX_BYTES[file.path]))
+
     def _fetch(self, file: RepoFile, partial: Path) -> Path:
         """Fetch one file and check its content; a file that is there and right is kept."""
+        most = MAX_BYTES.get(file.path)
+        if most is not None and file.size > most:
+            raise CheckpointError(
+                f"{self.source}: {file.path} has {size_words(file.size)}, and no run of the kit has more than "
+                f"{size_words(most)}. Nothing of it was fetched."
+            )
         path = partial / PurePosixPath(file.path)  # the client refuses paths that lead outside
         if _is_right(path, file):
             return path
@@ -187,27 +281,53 @@ class _Fetch:
         advice = "Call again; files that have arrived are kept."
         return self.connection.step(f"fetch {file.path} from {self.repo_id}", fetch, advice=advice)
 
-    def _put_in_place(self, partial: Path, run: RunFolder, checkpoint: str) -> None:
+    def _put_in_place(
+        self, partial: Path, run: RunFolder, checkpoint: str, config: TrainConfig, origin: Origin
+    ) -> None:
         """Make a run folder of what was fetched, the checkpoint last, so that it is whole when it has its name."""
-        self._check_same_run(partial / "training" / "config.json", run)
         shutil.rmtree(partial / ".cache", ignore_errors=True)
         run.checkpoints_folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "samples").mkdir(exist_ok=True)
-        for name in ("config.json", "events.jsonl"):
-            source = partial / "training" / name
-            if source.is_file() and not (run.folder / name).exists():
-                os.replace(source, run.folder / name)
+        run.samples_folder.mkdir(exist_ok=True)
+        if not run.config_path.is_file():
+            write_origin(run.folder, origin)  # first: a config without its mark would count as made here
+            write_whole(run.config_path, config.to_json())
+        events = partial / RUN_EVENTS
+        if events.is_file() and not run.events_path.exists():
+            os.replace(events, run.events_path)
         shutil.rmtree(partial / "training")
         final = run.checkpoints_folder / checkpoint
-        if final.exists():  # without resume state, or it would have been returned
-            shutil.rmtree(final)
+        replaced = final.with_name(f".old-{final.name}")  # one without resume state; `sweep` puts it back after a crash
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(final, replaced)
         os.replace(partial, final)
+        shutil.rmtree(replaced, ignore_errors=True)
 
-    def _check_same_run(self, fetched: Path, run: RunFolder) -> None:
-        if fetched.is_file() and run.config_path.is_file() and read_json(fetched) != read_json(run.config_path):
+    def _check_same_source(self, run: RunFolder) -> None:
+        """A run folder of this name is used only if it came from this repository, or uploads to it."""
+        if not run.folder.exists():
+            return
+        cure = "Rename it, or fetch into another logdir (--logdir)."
+        mark = read_origin(run.folder)
+        if mark is not None and mark.source != self.source:
+            raise CheckpointError(f"{run.folder}: is there already, and came from {mark.source}. {cure}")
+        if mark is None and not (run.config_path.is_file() and self._pushes_here(run)):
+            raise CheckpointError(f"{run.folder}: is there already, and did not come from {self.source}. {cure}")
+
+    def _pushes_here(self, run: RunFolder) -> bool:
+        return bool(read_json(run.config_path, error=CheckpointError).get("push_to") == self.repo_id)
+
+    def _check_same_settings(self, run: RunFolder, config: TrainConfig) -> None:
+        """Checkpoints of other settings do not belong into one run."""
+        if not run.config_path.is_file():
+            return
+        here = TrainConfig(**upgrade(read_json(run.config_path, error=CheckpointError))[0])
+        names = sorted(TRAVELS - FOLLOWS.keys())
+        differing = [name for name in names if getattr(here, name) != getattr(config, name)]
+        if differing:
             raise CheckpointError(
-                f"{run.folder}: is there already, with other settings than hf://{self.repo_id}. "
-                "Rename it, or fetch into another logdir."
+                f"{run.folder}: is there already, with other settings than {self.source} ({', '.join(differing)}). "
+                "Rename it, or fetch into another logdir (--logdir)."
             )
 
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from everydream_kit import jobs
+from everydream_kit.foreign import Origin, write_origin
 from everydream_kit.panels.training import TrainPanel
 from everydream_kit.workspace import RunFolder
 
@@ -155,6 +156,25 @@ def test_stop_saves_and_resume_goes_on(project):
     panel.resume_button.click()
     wait_until(panel, lambda: "finished" in panel.head.value)
     assert panel.monitor.bar.value == 60 > stopped_at
+
+
+def test_a_fetched_run_is_resumed_with_the_settings_of_the_form(project):
+    run = empty_run(project)
+    run.config_path.write_text('{"resume_ckpt": "embedded"}')
+    checkpoint = run.checkpoints_folder / "jets-ep01-gs00020"
+    checkpoint.mkdir()
+    (checkpoint / "model_index.json").write_text("{}")
+    write_origin(run.folder, Origin("hf://a/b", "c", "hf://a/b", {"data_root": "/etc", "push_to": "a/b"}))
+    panel = TrainPanel(project, command=command("--steps", 1))
+    panel.form.set_values({"data_root": str(project / "input")})
+    panel.resume_button.click()
+    assert "push_to" in panel.message.value
+    assert "Give 1 of its settings again" in panel.message.value
+    panel.form.set_values({"push_to": "me/jets"})
+    panel.resume_button.click()
+    assert "Resuming with data_root, push_to from Settings." in panel.message.value
+    panel.job.watch()
+    assert json.loads(run.config_path.read_text())["push_to"] == "me/jets"
 
 
 def test_a_new_panel_finds_the_run_in_progress(project):

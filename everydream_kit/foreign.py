@@ -1,0 +1,228 @@
+"""Settings that somebody else wrote: which of them a fetched run may bring, and which are asked for again here.
+
+A run that is fetched from the Hub brings its `config.json`. The settings that shape the training travel; those that
+name code, folders, repositories or services do not: they stay in `origin.json` of the run folder until a person gives
+each one again on this machine. While one is missing, every reader of the run's settings stops with one message. So the
+command line, jobs, the queue and the panels obey without a check of their own.
+
+Not here: fetching (`export.hub.fetch`), reading settings (`settings`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from everydream_kit.atomic import write_atomic
+from everydream_kit.config import TrainConfig
+from everydream_kit.errors import ConfigError
+from everydream_kit.strict_json import read_json
+
+ORIGIN_FILE = "origin.json"
+VERSION = 1
+
+ASKED: dict[str, str] = {
+    "resume_ckpt": "base model",
+    "base_revision": "revision of the base model's repository",
+    "base_subfolder": "folder in the base model's repository",
+    "base_variant": "variant of the base model's files",
+    "data_root": "folder, archive or Hub dataset with the training images",
+    "latent_cache_dir": "folder that the latent cache is written to",
+    "optimizer": "Python class that runs as the optimizer",
+    "optimizer_config": "optimizer file, or a Python class in it",
+    "lora_targets": "regular expressions for the adapted layers",
+    "ema_device": "device of the averaged weights",
+    "ema_resume_model": "checkpoint that the average starts from",
+    "sample_prompts": "file of sample prompts",
+    "validation_config": "validation file, or folders in it",
+    "save_ckpt_dir": "folder that single files are written to",
+    "push_to": "Hub repository that checkpoints are uploaded to",
+    "wandb": "logging to Weights & Biases with this machine's account",
+    "plugins": "Python classes that run during training",
+}
+"""Settings that name code, paths, repositories or services, each with what it names. A value that is the default, or
+that `_HARMLESS` finds harmless, travels all the same."""
+
+TRAVELS: frozenset[str] = frozenset(
+    {
+        *("family", "prediction_type", "clip_skip"),
+        *("resolution", "batch_size", "flip_p", "crop_jitter", "background", "loss_mask", "num_workers"),
+        *("cache_latents", "cache_variants", "rated_dataset", "rated_dataset_target_dropout_percent"),
+        *("write_schedule", "cond_dropout", "shuffle_tags", "keep_tags", "caption_lines"),
+        *("max_epochs", "max_steps", "grad_accum", "lr", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps"),
+        *("scale_lr", "seed", "clip_grad_norm", "disable_unet_training", "disable_textenc_training"),
+        *("training_kind", "lora_rank", "lora_alpha", "lora_dropout", "lora_text_encoder", "lora_dora", "new_tokens"),
+        *("loss_type", "min_snr_gamma", "debiased_estimation", "enable_zero_terminal_snr"),
+        *("zero_frequency_noise_ratio", "pyramid_noise_discount", "input_perturbation", "embedding_perturbation"),
+        *("timestep_start", "timestep_end", "timestep_sampling", "train_sampler"),
+        *("amp", "disable_amp", "amp_dtype", "weight_dtype", "gradient_checkpointing", "fused_backward"),
+        *("offload_idle_models", "channels_last", "torch_compile", "attn_type", "gpuid", "parallel"),
+        *("ema_decay_rate", "ema_strength_target", "ema_update_interval"),
+        *("ema_sample_ema_model", "ema_sample_nonema_model", "sample_steps", "sample_before_training"),
+        *("early_stopping_patience", "project_name", "run_name", "ckpt_every_n_minutes", "save_every_n_epochs"),
+        *("save_every_n_steps", "save_ckpts_from_n_epochs", "keep_last_n", "save_full_precision", "save_optimizer"),
+        *("no_save_ckpt", "no_prepend_last", "push_every", "log_step", "load_settings_every_epoch"),
+    }
+)
+"""Settings that a fetched config may bring: they shape the training and name nothing outside it."""
+
+DECIDED_HERE: frozenset[str] = frozenset({"logdir"})
+"""Settings that whoever fetches the run decides."""
+
+FOLLOWS: dict[str, str] = {"push_every": "push_to", "early_stopping_patience": "validation_config"}
+"""Settings that are valid together with another one only: they wait until that one is given."""
+
+OPTIMIZER_MODULES = frozenset({"torch.optim", "bitsandbytes.optim", "pytorch_optimizer"})
+"""Modules whose classes a fetched config may name as its optimizer."""
+
+_PLAIN_PATTERN = re.compile(r"[\w.^$|*-]{1,200}")
+"""Without groups, so that no repetition stands inside another one: such patterns can take years to match."""
+MAX_STARS = 4
+SHOWN_CHARACTERS = 120
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run folder came from, and what a person still has to give again.
+
+    Attributes:
+        source: `hf://owner/name`.
+        commit: the repository's state that was fetched.
+        reference: how the person named it: `source`, perhaps with `@branch-or-commit`.
+        asked: settings that are missing, each with its value in the fetched config.
+        waiting: settings that come back when the one that they follow is given (`FOLLOWS`).
+        given: names that were given again on this machine.
+    """
+
+    source: str
+    commit: str
+    reference: str
+    asked: dict[str, Any] = field(default_factory=dict)
+    waiting: dict[str, Any] = field(default_factory=dict)
+    given: list[str] = field(default_factory=list)
+
+
+def split_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Divide a fetched config's values into what travels, what is asked for again, and what waits for that.
+
+    Unknown names travel: the config's own check reports them.
+    """
+    asked = {name: value for name, value in values.items() if name in ASKED and not _may_travel(name, value)}
+    waiting = {name: values[name] for name, leader in FOLLOWS.items() if name in values and leader in asked}
+    left_out = {*asked, *waiting, *DECIDED_HERE}
+    return {name: value for name, value in values.items() if name not in left_out}, asked, waiting
+
+
+def _may_travel(name: str, value: Any) -> bool:
+    declared = TrainConfig.model_fields[name]
+    if not declared.is_required() and value == declared.default and type(value) is type(declared.default):
+        return True
+    return name in _HARMLESS and _HARMLESS[name](value)
+
+
+def _is_known_optimizer(value: Any) -> bool:
+    return isinstance(value, str) and ("." not in value or value.rpartition(".")[0] in OPTIMIZER_MODULES)
+
+
+def _is_plain_optimizer_config(value: Any) -> bool:
+    """An object whose optimizers are known ones and whose freezing patterns are plain."""
+    if not isinstance(value, dict):
+        return False
+    sections = [section for section in value.values() if isinstance(section, dict)]
+    optimizers = [section["optimizer"] for section in sections if section.get("optimizer") is not None]
+    freezing = value.get("unet_freezing") or {}
+    patterns = list(freezing.values()) if isinstance(freezing, dict) else [freezing]
+    return all(map(_is_known_optimizer, optimizers)) and all(p is None or _are_plain_patterns(p) for p in patterns)
+
+
+def _are_plain_patterns(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, str) and _PLAIN_PATTERN.fullmatch(one) and one.count("*") <= MAX_STARS for one in value
+    )
+
+
+def _names_no_folder(value: Any) -> bool:
+    """A validation config without datasets of its own."""
+    names = ("manual_data_root", "val_data_root", "extra_manual_datasets")
+    return isinstance(value, dict) and not any(value.get(name) for name in names)
+
+
+_HARMLESS: dict[str, Callable[[Any], bool]] = {
+    "resume_ckpt": lambda value: value == "embedded",
+    "optimizer": _is_known_optimizer,
+    "optimizer_config": _is_plain_optimizer_config,
+    "lora_targets": _are_plain_patterns,
+    "ema_device": lambda value: value in ("cpu", "cuda"),
+    "validation_config": _names_no_folder,
+}
+
+
+def write_origin(folder: Path, origin: Origin) -> None:
+    """Mark a run folder."""
+    text = json.dumps({"version": VERSION, **asdict(origin)}, indent=1, ensure_ascii=False)
+    write_atomic(folder / ORIGIN_FILE, text + "\n")
+
+
+def read_origin(folder: Path) -> Origin | None:
+    """The mark of a run folder; None for a run that was made here.
+
+    Raises:
+        ConfigError: the mark is damaged. It counts as a mark all the same.
+    """
+    path = folder / ORIGIN_FILE
+    content = read_json(path, error=ConfigError, missing=None)
+    if content is None:
+        return None
+    for name, kind in {**dict.fromkeys(("source", "commit", "reference"), str), "asked": dict, "waiting": dict}.items():
+        if not isinstance(content.get(name), kind):
+            raise ConfigError(f"{path}: damaged, {name} is missing. Fetch the run again into another logdir.")
+    given = [name for name in content.get("given", ()) if name in ASKED]
+    return Origin(*(content[name] for name in ("source", "commit", "reference", "asked", "waiting")), given=given)
+
+
+def require_given(origin: Origin, names: Collection[str] = ()) -> None:
+    """Make sure that nothing has to be given any more.
+
+    Args:
+        names: settings that a person gives now.
+
+    Raises:
+        ConfigError: something is missing; the message lists it and says how to give it.
+    """
+    missing = [name for name in ASKED if name in origin.asked and name not in names]
+    if missing:
+        raise ConfigError(_describe(origin, missing, names))
+
+
+def _describe(origin: Origin, missing: list[str], given: Collection[str]) -> str:
+    width = max(map(len, missing))
+    lines = [f"  {name:<{width}}  {ASKED[name]} (there: {shown(origin.asked[name])})" for name in missing]
+    flags = " ".join(f"--{name} VALUE" for name in [*(n for n in given if n in origin.asked), *missing])
+    optional = [name for name in missing if name not in ("resume_ckpt", "data_root")]
+    off = f" To go without one, give its default: {', '.join(map(_off, optional))}." if optional else ""
+    return "\n".join(
+        [
+            f"{origin.source} comes from the Hub, and a fetched run does not decide about code, folders, repositories or "
+            f"services here. Give {len(missing)} of its settings again:",
+            *lines,
+            f"Then resume: everydream resume {origin.reference} {flags}",
+            f'In Python: edk.resume("{origin.reference}", changes={{...}}). In a panel: under Settings.{off}',
+        ]
+    )
+
+
+def _off(name: str) -> str:
+    default = TrainConfig.model_fields[name].default
+    text = {None: "none", False: "off"}.get(default) if not isinstance(default, (list, str)) else None
+    return f"--{name} {text if text is not None else default}"
+
+
+def shown(value: Any) -> str:
+    """A stranger's value on one line: quoted, without control characters, cut."""
+    text = json.dumps(value, ensure_ascii=False)
+    text = "".join(one if one.isprintable() else f"\\u{ord(one):04x}" for one in text)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
