@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from everydream_kit.data.dataset import MASK_SUFFIX, Dataset, DatasetBuilder, Defaults, MaskMode, Problem, printable
-from everydream_kit.data.folders import SIDECAR_EXTENSIONS, Report, report_unknown, walk_folders
+from everydream_kit.data.folders import SIDECAR_EXTENSIONS, Report, report_notes, walk_folders
 from everydream_kit.data.pictures import Entry, Job, entries_of_folder, hash_settings, read_job
 from everydream_kit.data.scan_cache import Remembered, load_remembered, save_remembered
 from everydream_kit.data.settings import parse_settings
@@ -212,11 +212,11 @@ def _index_entry(item: Any, base: str, index: Path, report: Report) -> Entry:
     if not isinstance(image, str) or not image.strip():
         raise TextError("there is no image in it")
     settings = parse_settings(item)
-    report_unknown(settings, str(index), report)
+    report_notes(settings, str(index), report)
     relative = require_text(image.strip()).replace("\\", "/")
     path = os.path.normpath(os.path.join(base, relative))
     stem = os.path.splitext(path)[0]
-    settings = replace(settings, unknown=())
+    settings = replace(settings, unknown=(), notes=())
     # an entry with a caption speaks for itself; others may have one beside the picture
     beside = (
         ()

@@ -188,15 +188,17 @@ def _read_files(
             block = _Blocked(printable(file), f"cannot be read: {error.strerror}")
         else:
             settings = settings.updated(said)
-            report_unknown(said, file, report)
+            report_notes(said, file, report)
             continue
         blocks.append(block)
     return settings, block
 
 
-def report_unknown(settings: PictureSettings, path: str, report: Report) -> None:
-    """Remark on names that no setting has."""
+def report_notes(settings: PictureSettings, path: str, report: Report) -> None:
+    """Report names that no setting has, and the notes."""
     for name in settings.unknown:
         near = nearest_setting(name)
         cure = f"Did you mean {near}?" if near else "Take it out, or see the list of settings in docs/data.md."
         report(Problem(printable(path), f"{printable(name)[:60]}: there is no such setting", cure, skipped=False))
+    for note in settings.notes:
+        report(Problem(printable(path), printable(note.cause), note.cure, skipped=False))

@@ -31,10 +31,10 @@ from everydream_kit.data.dataset import (
     Problem,
     printable,
 )
-from everydream_kit.data.folders import SETTINGS_FILES, SIDECAR_EXTENSIONS, report_unknown
+from everydream_kit.data.folders import SETTINGS_FILES, SIDECAR_EXTENSIONS, report_notes
 from everydream_kit.data.headers import Header, PictureError, read_header
 from everydream_kit.data.scan_cache import NEVER, Remembered
-from everydream_kit.data.settings import PictureSettings, caption_of, parse_settings, settings_from_text
+from everydream_kit.data.settings import PictureSettings, caption_of, merge_tags, parse_settings, settings_from_text
 from everydream_kit.data.textfiles import TextError, read_mapping, read_text
 
 T = TypeVar("T")
@@ -194,7 +194,7 @@ def _read_words(entry: Entry, choose_lines: bool, builder: DatasetBuilder) -> tu
             said = _settings_from_lines(text) if choose_lines else settings_from_text(text)
         else:
             said = _read(path, lambda file: parse_settings(read_mapping(file)))
-            report_unknown(said, path, builder.problems.append)
+            report_notes(said, path, builder.problems.append)
         settings = settings.updated(said)
     return settings, *_caption_column(entry, settings)
 
@@ -237,7 +237,9 @@ def _caption_column(entry: Entry, settings: PictureSettings) -> tuple[int, str]:
 
 def _with_shared_tags(caption: Caption, shared: PictureSettings) -> Caption:
     """Alternatives get the folder's tags, too, as the first caption did."""
-    others = [replace(other, tags=(*other.tags, *shared.tags)) for other in caption.alternatives]
+    others = [
+        replace(other, tags=merge_tags(other.tags, shared.tags, shared.weighted)) for other in caption.alternatives
+    ]
     return combine_captions([replace(caption, alternatives=()), *others])
 
 

@@ -9,6 +9,7 @@ caption `no` or `1984` is a caption), to be understood by whoever knows which ty
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,14 @@ _BOMS = (
 )
 _TOO_DEEP = "maximum nesting depth"
 """What newer versions of libyaml say before our own limit is asked, since they read ahead; older ones say nothing."""
+_NULL_TAG = "tag:yaml.org,2002:null"
 _LOADER = getattr(yaml, "CLoader", yaml.Loader)  # only its event stream is used, which makes no objects
+
+
+class Mapping(dict[str, Any]):
+    """A mapping as a file spells it. `repeated` holds names given more than once; the last value counts."""
+
+    repeated: tuple[str, ...] = ()
 
 
 class TextError(ValueError):
@@ -87,7 +95,7 @@ def parse_json(text: str) -> Any:
     if not text.strip():
         return None
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_pairs)
     except TextError:
         raise
     except json.JSONDecodeError as error:
@@ -98,6 +106,15 @@ def parse_json(text: str) -> Any:
         raise TextError(f"not valid JSON: {error}") from error
 
 
+def _pairs(pairs: list[tuple[str, Any]]) -> Mapping:
+    """A JSON object."""
+    items = Mapping(pairs)
+    if len(items) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        items.repeated = tuple(name for name, count in counts.items() if count > 1)
+    return items
+
+
 def _refuse_constant(name: str) -> Any:
     raise TextError(f"{name} is no number that a setting can have")
 
@@ -106,7 +123,8 @@ def parse_yaml(text: str) -> Any:
     """Read YAML into dicts, lists and the strings that were written (None for null and for nothing).
 
     Anchors, aliases and merge keys (`<<`) work; an alias is the same object again, so nothing multiplies. Types are not
-    guessed and tags such as `!!python/object` have no effect.
+    guessed and tags such as `!!python/object` have no effect. Of a name given twice the last value counts, and
+    `Mapping.repeated` holds it.
 
     Raises:
         TextError: not valid YAML, several documents, or nested too deeply; the message says line and column.
@@ -151,8 +169,9 @@ class _Composer:
                 raise TextError(f"line {event.start_mark.line + 1}: *{event.anchor} stands for nothing")
             return self._anchors[event.anchor]
         if isinstance(event, yaml.ScalarEvent):
-            is_null = event.style is None and event.value in ("", "~", "null", "Null", "NULL")
-            value: Any = None if is_null else event.value
+            # `implicit[0]`: plain and without a tag. The style is None or "" for it, with and without libyaml.
+            is_plain = event.implicit[0] or event.tag == _NULL_TAG
+            value: Any = None if is_plain and event.value in ("", "~", "null", "Null", "NULL") else event.value
         elif isinstance(event, yaml.SequenceStartEvent):
             value = self._sequence(depth)
         else:
@@ -167,9 +186,10 @@ class _Composer:
             items.append(self._node(event, depth + 1))
         return items
 
-    def _mapping(self, depth: int) -> dict[str, Any]:
+    def _mapping(self, depth: int) -> Mapping:
         items: dict[str, Any] = {}
         merged: dict[str, Any] = {}
+        repeated: dict[str, None] = {}
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
             key = self._node(event, depth + 1)
             value = self._node(next(self._events), depth + 1)
@@ -178,11 +198,13 @@ class _Composer:
             if key == "<<":
                 for source in value if isinstance(value, list) else [value]:
                     merged = {**source, **merged} if isinstance(source, dict) else merged
-            elif key in items:
-                raise TextError(f"line {event.start_mark.line + 1}: {key} is given twice")
             else:
+                if key in items:
+                    repeated[key] = None
                 items[key] = value
-        return {**merged, **items}
+        mapping = Mapping({**merged, **items})
+        mapping.repeated = tuple(repeated)
+        return mapping
 
 
 def require_text(text: str) -> str:
@@ -202,5 +224,13 @@ def require_text(text: str) -> str:
 
 def kind_of(value: Any) -> str:
     """What a value is, in the words of someone who wrote it in a file."""
-    kinds = {dict: "mapping", list: "list", str: "text", bool: "yes/no value", int: "number", float: "number"}
+    kinds = {
+        dict: "mapping",
+        Mapping: "mapping",
+        list: "list",
+        str: "text",
+        bool: "yes/no value",
+        int: "number",
+        float: "number",
+    }
     return "nothing" if value is None else kinds.get(type(value), type(value).__name__)

@@ -262,7 +262,6 @@ MERGES = "a: &a {k: v}\n" + "".join(
         ("rating: x\nflip_p: y", "rating: a number from 0 to 1000000 is expected, found x; flip_p: a number"),
         ("just a sentence", "holds a text where settings are expected"),
         ("- a\n- b", "holds a list where settings are expected"),
-        ("multiply: 1\nmultiply: 2", "line 2: multiply is given twice"),
         ("multiply: 1\n---\nmultiply: 2", "line 2: a second document"),
         ("multiply: *nothing", "line 1: *nothing stands for nothing"),
         ("? [a, b]\n: c", "a name is expected, found a list"),
