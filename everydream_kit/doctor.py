@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from everydream_kit.gpu_support import describe_unsupported
 from everydream_kit.hosts import Host, detect_host, outlives_machine
 
 Status = Literal["ok", "warning", "error"]
@@ -112,6 +113,7 @@ class Device:
         total_bytes, free_bytes: device memory; None for the CPU and Apple's shared memory.
         has_bf16: whether bfloat16 is fast on it.
         torch_cuda: the CUDA version that torch was built with, or None.
+        unsupported: why this torch has no code for this GPU, and the fix; empty where it has.
     """
 
     kind: str
@@ -120,6 +122,7 @@ class Device:
     free_bytes: int | None = None
     has_bf16: bool = False
     torch_cuda: str | None = None
+    unsupported: str = ""
 
 
 def _installed_version(name: str) -> str | None:
@@ -162,13 +165,17 @@ def _find_device() -> Device | None:
 
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
+        capability = torch.cuda.get_device_capability()
         return Device(
             "cuda",
             torch.cuda.get_device_name(),
             total,
             free,
-            has_bf16=torch.cuda.get_device_capability()[0] >= 8,  # Ampere and later; older cards emulate it slowly
+            has_bf16=capability[0] >= 8,  # Ampere and later; older cards emulate it slowly
             torch_cuda=torch.version.cuda,
+            unsupported=describe_unsupported(
+                torch.cuda.get_device_name(), capability, torch.cuda.get_arch_list(), torch.__version__
+            ),
         )
     if torch.backends.mps.is_available():
         return Device("mps", "Apple GPU", torch_cuda=None)
@@ -289,8 +296,11 @@ def _check_device(machine: Machine, device: Device | None) -> Check:
     if device is None:
         problem = machine.import_problem("torch") or "it gave no device"
         return Check(name, "error", f"torch does not work here: {problem}", "Run: bash colab_setup.sh")
+    if device.unsupported:
+        problem, _, cure = device.unsupported.partition(". Install ")
+        return Check(name, "error", f"{problem}.", f"Install {cure}")
     if device.kind == "cuda":
-        precision = "bf16" if device.has_bf16 else "fp16 with a gradient scaler"
+        precision = "bf16" if device.has_bf16 else "fp16 with a gradient scaler (this GPU only imitates bf16, slowly)"
         return Check(name, "ok", f"{device.name}, CUDA {device.torch_cuda}, mixed precision in {precision}")
     if device.kind == "mps":
         cure = "Training on it is untested; a rented NVIDIA GPU is the tried way for full-size models."

@@ -12,10 +12,10 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from everydream_kit import __version__
 from everydream_kit.config import TrainConfig, config_warnings
 from everydream_kit.errors import CheckpointError, ConfigError, KitError
 from everydream_kit.preflight.automatic import settle_batch_size
@@ -282,7 +282,7 @@ def _write_facts(config: TrainConfig, folder: RunFolder) -> None:
     import torch
 
     facts = {
-        "everydream_kit": metadata.version("everydream-kit"),
+        "everydream_kit": __version__,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "packages": library_versions(),

@@ -16,6 +16,7 @@ import sys
 from everydream_kit.cli import hub, looking, models, pictures, planning, training
 from everydream_kit.cli.command import EXIT_PROBLEM, Command, Parser
 from everydream_kit.errors import KitError
+from everydream_kit.optional_packages import hide_unused
 
 COMMANDS: dict[str, Command] = {
     **training.COMMANDS,
@@ -29,6 +30,8 @@ COMMANDS: dict[str, Command] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns its exit status."""
+    if arguments is None:
+        hide_unused()  # this process is ours alone
     words = sys.argv[1:] if arguments is None else arguments
     parser = _outer_parser()
     if not words or words[0] in ("-h", "--help") or words[0] not in COMMANDS:

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from everydream_kit.optional_packages import hide_broken
+
 LAZY_PACKAGES = (
     "diffusers.hooks",
     "diffusers.models.transformers",
@@ -72,7 +74,8 @@ def _run_init(package: ModuleType) -> ModuleType:
 
 
 def make_lazy() -> None:
-    """Defer these packages' `__init__` until somebody asks them for something. Idempotent."""
+    """Defer these packages' `__init__` until somebody asks them for something, and hide broken ones. Idempotent."""
+    hide_broken()
     for name in LAZY_PACKAGES:
         _defer(name, open_path=True)
     for name in LAZY_MODULES:

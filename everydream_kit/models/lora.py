@@ -14,6 +14,7 @@ import torch
 
 from everydream_kit.draws import derive_seed
 from everydream_kit.errors import ConfigError, ModelError
+from everydream_kit.models.adapter_layers import import_peft, torch_layers_only
 from everydream_kit.models.family import Model
 from everydream_kit.models.lora_settings import LoraSettings
 from everydream_kit.models.tensors import LazyTensor
@@ -94,7 +95,7 @@ def add_lora(
 
 def inject(model: Model, settings: LoraSettings, *, seed: int = 0) -> None:
     """`add_lora` from settings that were kept."""
-    from peft import LoraConfig, inject_adapter_in_model
+    peft = import_peft()
 
     if model.lora is not None:
         raise ModelError(f"{model.source}: this model has an adapter already; merge it first.")
@@ -105,16 +106,16 @@ def inject(model: Model, settings: LoraSettings, *, seed: int = 0) -> None:
         patterns |= {slot.folder: TEXT_TARGETS for slot in model.family.text_encoders}
     for name, wanted in patterns.items():
         module = model.modules()[name]
-        config = LoraConfig(
+        config = peft.LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,
             lora_dropout=settings.dropout,
             use_dora=settings.dora,
             target_modules=matching_layers(module, wanted),
         )
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch_layers_only():
             torch.manual_seed(derive_seed(seed, "lora", name))
-            inject_adapter_in_model(config, module, adapter_name=ADAPTER)
+            peft.inject_adapter_in_model(config, module, adapter_name=ADAPTER)
     for parameter in lora_parameters(model):
         parameter.requires_grad_(True)
     model.lora = settings

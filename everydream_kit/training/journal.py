@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from everydream_kit.optional_packages import keep_tensorflow_out_of_tensorboard
 from everydream_kit.workspace import RunFolder
 
 HEARTBEAT_SECONDS = 20.0
@@ -141,6 +142,7 @@ class TensorBoardFile:
             return
         try:
             if self._writer is None:
+                keep_tensorflow_out_of_tensorboard()
                 from torch.utils.tensorboard import SummaryWriter  # a second of imports: not before the first point
 
                 self._writer = SummaryWriter(str(self._folder.folder), purge_step=self.purge_step, flush_secs=10)

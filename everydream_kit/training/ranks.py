@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from everydream_kit.errors import HostError
+from everydream_kit.gpu_support import describe_unsupported
 from everydream_kit.training.losses import PictureLosses
 
 BUCKET_BYTES = 25 * 2**20
@@ -30,7 +32,11 @@ class Ranks:
 
     @classmethod
     def find(cls, gpuid: int = 0) -> Ranks:
-        """Ask accelerate; choose the device (`gpuid` counts for a single process)."""
+        """Ask accelerate; choose the device (`gpuid` counts for a single process).
+
+        Raises:
+            HostError: torch has no code for this GPU.
+        """
         from accelerate import PartialState
 
         state = PartialState(cpu=not torch.cuda.is_available())
@@ -38,6 +44,8 @@ class Ranks:
         if device.type == "cuda" and state.num_processes == 1:
             device = torch.device("cuda", gpuid)
             torch.cuda.set_device(device)
+        if device.type == "cuda":
+            refuse_unsupported(device)
         return cls(state.process_index, state.num_processes, device)
 
     @property
@@ -105,3 +113,19 @@ def _sum_bucket(gradients: list[torch.Tensor]) -> None:
         pieces = flat.split([gradient.numel() for gradient in same])
         for gradient, piece in zip(same, pieces, strict=True):
             gradient.copy_(piece.view_as(gradient))
+
+
+def refuse_unsupported(device: torch.device) -> None:
+    """Check that torch has code for a GPU, which otherwise fails only at the first kernel.
+
+    Raises:
+        HostError: it has none; the message says which torch to install.
+    """
+    problem = describe_unsupported(
+        torch.cuda.get_device_name(device),
+        torch.cuda.get_device_capability(device),
+        torch.cuda.get_arch_list(),
+        torch.__version__,
+    )
+    if problem:
+        raise HostError(problem)

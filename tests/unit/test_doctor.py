@@ -63,6 +63,12 @@ def test_every_problem_turns_its_check_and_comes_with_a_cure(name):
     assert check.cure
 
 
+def test_a_gpu_that_torch_has_no_code_for_is_an_error():
+    device = Device("cuda", "P100", unsupported="torch has no code for this GPU. Install the build for CUDA 12.6")
+    check = diagnose("runs", healthy_machine(device=lambda: device))["device"]
+    assert (check.status, check.cure) == ("error", "Install the build for CUDA 12.6")
+
+
 def test_a_cpu_with_an_nvidia_driver_is_told_why_torch_cannot_use_it():
     built_without = diagnose("runs", healthy_machine(device=lambda: CPU))["device"]
     assert "built without CUDA" in built_without.cure

@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = [
     *("errors", "identity", "strict_json", "atomic", "draws", "config", "workspace", "foreign", "settings", "params"),
-    *("hosts", "share_bar", "doctor"),
+    *("hosts", "optional_packages", "gpu_support", "share_bar", "doctor"),
     *(
         "data",
         "models",
