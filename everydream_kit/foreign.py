@@ -79,9 +79,10 @@ FOLLOWS: dict[str, str] = {"push_every": "push_to", "early_stopping_patience": "
 OPTIMIZER_MODULES = frozenset({"torch.optim", "bitsandbytes.optim", "pytorch_optimizer"})
 """Modules whose classes a fetched config may name as its optimizer."""
 
-_PLAIN_PATTERN = re.compile(r"[\w.^$|*-]{1,200}")
-"""Without groups, so that no repetition stands inside another one: such patterns can take years to match."""
-MAX_STARS = 4
+_REPEATED_GROUP = re.compile(r"\)[*+?{]|\\[1-9]")
+"""A repetition of a group can hold another repetition; such patterns can take years to match."""
+MAX_REPETITIONS = 4
+MAX_PATTERN = 200
 SHOWN_CHARACTERS = 120
 
 
@@ -136,12 +137,17 @@ def _is_plain_optimizer_config(value: Any) -> bool:
     optimizers = [section["optimizer"] for section in sections if section.get("optimizer") is not None]
     freezing = value.get("unet_freezing") or {}
     patterns = list(freezing.values()) if isinstance(freezing, dict) else [freezing]
-    return all(map(_is_known_optimizer, optimizers)) and all(p is None or _are_plain_patterns(p) for p in patterns)
+    return all(map(_is_known_optimizer, optimizers)) and all(p is None or is_plain_patterns(p) for p in patterns)
 
 
-def _are_plain_patterns(value: Any) -> bool:
+def is_plain_patterns(value: Any) -> bool:
+    """Whether a value is a list of names or of patterns that match in no time."""
     return isinstance(value, list) and all(
-        isinstance(one, str) and _PLAIN_PATTERN.fullmatch(one) and one.count("*") <= MAX_STARS for one in value
+        isinstance(one, str)
+        and len(one) <= MAX_PATTERN
+        and not _REPEATED_GROUP.search(one)
+        and sum(map(one.count, "*+?{")) <= MAX_REPETITIONS
+        for one in value
     )
 
 
@@ -155,7 +161,7 @@ _HARMLESS: dict[str, Callable[[Any], bool]] = {
     "resume_ckpt": lambda value: value == "embedded",
     "optimizer": _is_known_optimizer,
     "optimizer_config": _is_plain_optimizer_config,
-    "lora_targets": _are_plain_patterns,
+    "lora_targets": is_plain_patterns,
     "ema_device": lambda value: value in ("cpu", "cuda"),
     "validation_config": _names_no_folder,
 }

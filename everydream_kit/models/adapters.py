@@ -17,6 +17,7 @@ from everydream_kit.models.files import read_json
 ADAPTER_FILE = "adapter.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """diffusers' own name: `pipe.load_lora_weights(folder)` finds it."""
+BASE_FIELDS = ("source", "revision", "subfolder", "variant", "family", "prediction_type")
 TOKENS_FILE = "learned_embeds.safetensors"
 
 
@@ -40,4 +41,16 @@ def read_adapter_file(folder: Path) -> dict[str, Any]:
     base = content.get("base")
     if not isinstance(base, dict) or not isinstance(base.get("source"), str):
         raise ModelError(f"{folder / ADAPTER_FILE}: does not name the base model that the adapter belongs to.")
+    wrong = [name for name, value in base.items() if name not in BASE_FIELDS or not isinstance(value, str)]
+    if wrong:
+        raise ModelError(f"{folder / ADAPTER_FILE}: says {shown_name(wrong[0])} of its base, which means nothing here.")
+    if is_adapter_folder(Path(base["source"]).expanduser()):
+        raise ModelError(
+            f"{folder / ADAPTER_FILE}: its base {base['source']} is an adapter too. An adapter's base is a whole model."
+        )
     return content
+
+
+def shown_name(name: str) -> str:
+    """A name from a file, for messages."""
+    return repr(name[:60])

@@ -12,14 +12,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from everydream_kit.errors import ModelError
 from everydream_kit.models.family import Config, text_tower
 from everydream_kit.models.imports import make_lazy
+from everydream_kit.models.part_configs import diffusers_values, text_encoder_values
 from everydream_kit.models.tensors import LazyTensor, Tensors
 
 BOOKKEEPING = frozenset({"_class_name", "_diffusers_version", "_name_or_path", "_use_default_values"})
 """Keys of a config that describe the file, not the module."""
+
+ATTENTION = "sdpa"
+BUILD_ERRORS = (
+    *(TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, ArithmeticError, AssertionError),
+    StrictDataclassError,
+)
+"""What the libraries raise for values that their modules cannot be built from."""
 
 _OLD_VAE_ATTENTION = re.compile(r"(?<=attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
 _NEW_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -51,15 +60,17 @@ def build_text_encoder(config: Config, class_name: str, device: str = "meta") ->
         "CLIPTextModel": CLIPTextModel,
         "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
     }
-    named = (config.get("architectures") or [class_name])[0]
+    architectures = config.get("architectures") or [class_name]
+    named = architectures[0] if isinstance(architectures, list) else architectures
     if named not in ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"):
         raise ModelError(f"text encoder: its config.json names the class {named!r}, which the kit does not know.")
-    # The file's own format is not ours: the caller says which one it wants.
-    kept = {key: value for key, value in config.items() if key not in ("torch_dtype", "dtype")}
+    config_values = text_encoder_values(config)
     try:
         with torch.device(device):
-            return builders[class_name](CLIPTextConfig.from_dict(kept))
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+            known = CLIPTextConfig(**config_values)
+            known._attn_implementation = ATTENTION  # never the file's: it may name a kernel on the Hub
+            return builders[class_name](known)
+    except BUILD_ERRORS as error:
         raise ModelError(f"text encoder: its config.json cannot be built ({error}).") from error
 
 
@@ -72,8 +83,8 @@ def _build_diffusers(cls: Any, config: Config, device: str) -> torch.nn.Module:
         )
     try:
         with torch.device(device):
-            return cls.from_config({key: value for key, value in config.items() if key not in BOOKKEEPING})
-    except (TypeError, ValueError, RuntimeError, KeyError, IndexError, ZeroDivisionError) as error:
+            return cls.from_config(diffusers_values(cls, config))
+    except BUILD_ERRORS as error:
         raise ModelError(f"{cls.__name__}: its config.json cannot be built ({error}).") from error
 
 

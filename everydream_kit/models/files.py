@@ -7,16 +7,17 @@ Weights are lazy, so conversions need no model in memory.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from everydream_kit import strict_json
 from everydream_kit.errors import ModelError
 from everydream_kit.models.families import FAMILIES, family_by_name
 from everydream_kit.models.family import Config, Family
+from everydream_kit.models.part_configs import scheduler_values
 from everydream_kit.models.tensors import Tensors
 from everydream_kit.models.tokenizer import Vocabulary
 from everydream_kit.models.weight_files import open_weights
@@ -183,25 +184,18 @@ def _open_shards(index_file: Path) -> Tensors:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ModelError: it is none.
-    """
+    """Read a JSON object. Raises: ModelError if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: holds a {type(content).__name__}, not an object of settings.")
-    return content
+        return dict(strict_json.read_json(path, error=ModelError))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: is missing.") from None
 
 
 def _read_scheduler(folder: Path) -> dict[str, Any]:
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         raise ModelError(f"{folder}: scheduler/scheduler_config.json is missing, so the noise schedule is not known.")
-    return read_json(path)
+    return scheduler_values(read_json(path), str(folder))
 
 
 def prediction_type_of(scheduler_config: Config, where: str) -> str:

@@ -8,6 +8,7 @@ is only the assembly.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ def load_model(
     token: str | None = None,
     family: str | None = None,
     prediction_type: str | None = None,
+    adapter_base: Mapping[str, Any] | None = None,
 ) -> Model:
     """Load a model for training or drawing.
 
@@ -46,6 +48,8 @@ def load_model(
         dtype: of the UNet and text encoders. The VAE stays float32: it is small, and several overflow in float16.
         revision, subfolder, variant, token: for Hub ids (subfolder and variant for folders, too).
         family, prediction_type: overrides of what the files say.
+        adapter_base: for a small checkpoint, the base to use in place of the one that it names: `source`, perhaps
+            `revision`, `subfolder`, `variant`, `family` and `prediction_type`.
 
     Raises:
         ModelError: it is not there, damaged, or of a kind that the kit does not train.
@@ -53,7 +57,7 @@ def load_model(
     where: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "variant": variant}
     folder = Path(source).expanduser()
     if folder.is_dir() and is_adapter_folder(folder):
-        return _load_adapted(folder, dtype=dtype, device=device, token=token)
+        return _load_adapted(folder, adapter_base, dtype=dtype, device=device, token=token)
     files = open_model(source, token=token, family=family, prediction_type=prediction_type, **where)
     model = assemble(files, dtype=dtype, device=device)
     wanted = {"source": str(source), **where, "family": family, "prediction_type": prediction_type}
@@ -61,7 +65,14 @@ def load_model(
     return model
 
 
-def _load_adapted(folder: Path, *, dtype: torch.dtype, device: torch.device | str, token: str | None) -> Model:
+def _load_adapted(
+    folder: Path,
+    own_base: Mapping[str, Any] | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    token: str | None,
+) -> Model:
     """A base with the live adapter of a small checkpoint."""
     from everydream_kit.models.lora import inject, set_lora
     from everydream_kit.models.lora_formats import read_lora
@@ -69,7 +80,7 @@ def _load_adapted(folder: Path, *, dtype: torch.dtype, device: torch.device | st
     from everydream_kit.models.tokens import load_tokens
 
     note = read_adapter_file(folder)
-    origin = note["base"]
+    origin = note["base"] if own_base is None else own_base
     base = {name: value for name, value in origin.items() if name != "source"}
     model = load_model(origin["source"], dtype=dtype, device="cpu", token=token, **base)
     if (folder / TOKENS_FILE).is_file():

@@ -24,6 +24,7 @@ from everydream_kit.models.family import Config, Family
 from everydream_kit.models.files import ModelFiles
 from everydream_kit.models.lora import Lora, LoraLayer
 from everydream_kit.models.tensors import LazyTensor, Tensors, open_safetensors, write_safetensors
+from everydream_kit.strict_json import parse_json
 
 Layout = Literal["diffusers", "kohya"]
 Number = TypeVar("Number", int, float)
@@ -246,7 +247,9 @@ def _kohya_layer(tensors: Tensors, stem: str) -> LoraLayer:
 
 
 def _from_diffusers(tensors: Tensors, metadata: Mapping[str, str]) -> Lora:
-    values = json.loads(metadata.get(DIFFUSERS_METADATA, "{}"))
+    values = parse_json(
+        metadata.get(DIFFUSERS_METADATA, "{}"), f"LoRA: metadata {DIFFUSERS_METADATA}", error=ModelError
+    )
     lora: Lora = {}
     for key, down in tensors.items():
         if not key.endswith(".lora_A.weight"):
@@ -256,7 +259,10 @@ def _from_diffusers(tensors: Tensors, metadata: Mapping[str, str]) -> Lora:
         up = tensors.get(f"{stem}.lora_B.weight")
         if up is None:
             raise ModelError(f"{stem}: a LoRA layer without lora_B.")
-        alpha = float(_by_pattern(values, component, name) or values.get(f"{component}.lora_alpha", down.shape[0]))
+        own = _by_pattern(values, component, name) or values.get(f"{component}.lora_alpha", down.shape[0])
+        if isinstance(own, bool) or not isinstance(own, (int, float)):
+            raise ModelError(f"LoRA: the alpha of {component}.{name} must be a number (got {own!r:.60}).")
+        alpha = float(own)
         magnitude = tensors.get(f"{stem}.lora_magnitude_vector")
         lora.setdefault(component, {})[name] = LoraLayer(down, up, alpha, magnitude)
     return lora
@@ -264,7 +270,9 @@ def _from_diffusers(tensors: Tensors, metadata: Mapping[str, str]) -> Lora:
 
 def _by_pattern(values: Mapping[str, Any], component: str, name: str) -> float | None:
     """A layer's own alpha, where the file names it: peft's patterns match the ends of names."""
-    patterns = values.get(f"{component}.alpha_pattern") or {}
+    patterns = values.get(f"{component}.alpha_pattern")
+    if not isinstance(patterns, dict):
+        return None
     return next((patterns[end] for end in patterns if f".{name}".endswith("." + end.removeprefix("^"))), None)
 
 

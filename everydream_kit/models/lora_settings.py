@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from everydream_kit.errors import ModelError
+
+MAX_RANK = 1024
+
 
 @dataclass(frozen=True)
 class LoraSettings:
@@ -26,8 +30,24 @@ class LoraSettings:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, object]) -> LoraSettings:
+    def from_json(cls, values: object) -> LoraSettings:
+        """Settings from an adapter's file.
+
+        Raises:
+            ModelError: a value is not of its kind.
+        """
+        if not isinstance(values, Mapping):
+            raise ModelError("adapter: its LoRA settings must be an object.")
         known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-        if isinstance(known.get("targets"), list):
-            known["targets"] = tuple(known["targets"])  # type: ignore[arg-type]
-        return cls(**known)  # type: ignore[arg-type]
+        rank, alpha, dropout = known.get("rank", 16), known.get("alpha", 16.0), known.get("dropout", 0.0)
+        good = [type(rank) is int and 1 <= rank <= MAX_RANK]
+        good += [isinstance(one, (int, float)) and not isinstance(one, bool) for one in (alpha, dropout)]
+        good += [0 <= dropout < 1] if good[-1] else []
+        good += [isinstance(known.get(name, False), bool) for name in ("text_encoder", "dora")]
+        targets = known.get("targets")
+        good += [targets is None or (isinstance(targets, list) and all(isinstance(one, str) for one in targets))]
+        if not all(good):
+            raise ModelError(f"adapter: its LoRA settings cannot be used (got {str(known)[:200]}).")
+        if targets is not None:
+            known["targets"] = tuple(targets)
+        return cls(**known)

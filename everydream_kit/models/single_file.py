@@ -7,7 +7,6 @@ beside the file, or a statistic of the weights, in this order.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable
@@ -25,9 +24,11 @@ from everydream_kit.models.files import (
     read_json,
     refuse_unsupported,
 )
+from everydream_kit.models.part_configs import scheduler_values
 from everydream_kit.models.tensors import Tensors
-from everydream_kit.models.tokenizer import Vocabulary
+from everydream_kit.models.tokenizer import END, Vocabulary, checked_vocabulary
 from everydream_kit.models.weight_files import open_weights
+from everydream_kit.strict_json import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def open_single_file(path: Path, *, family: str | None = None, prediction_type: 
     found = family_by_name(family) if family else _recognise(path, tensors)
     configs = _configs(path, found, metadata)
     refuse_unsupported(str(path), configs, {})
-    scheduler = dict(configs.pop("scheduler"))
+    scheduler = dict(scheduler_values(configs.pop("scheduler"), str(path)))
     predicted = prediction_type or _prediction_type(path, tensors, metadata, found, scheduler)
     rescaled = ZTSNR_MARKER in tensors or has_zero_terminal_snr(scheduler)
     return ModelFiles(
@@ -131,23 +132,22 @@ def _configs(path: Path, family: Family, metadata: dict[str, str]) -> dict[str, 
     configs: dict[str, Config] = {name: read_json(folder / name / "config.json") for name in names}
     configs["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
     if CONFIGS_KEY in metadata:
-        try:
-            own = json.loads(metadata[CONFIGS_KEY])
-        except json.JSONDecodeError as error:
-            raise ModelError(f"{path}: its metadata {CONFIGS_KEY} is no JSON ({error}).") from error
-        if isinstance(own, dict):
-            configs |= {name: own[name] for name in configs if isinstance(own.get(name), dict)}
+        own = parse_json(metadata[CONFIGS_KEY], f"{path}: metadata {CONFIGS_KEY}", error=ModelError)
+        configs |= {name: own[name] for name in configs if isinstance(own.get(name), dict)}
     return configs
 
 
 def _tokenizers(path: Path, family: Family, metadata: dict[str, str]) -> dict[str, Path | Vocabulary | None]:
     """The shipped vocabulary, unless the file's metadata holds one of its own."""
     names = [slot.tokenizer_folder for slot in family.text_encoders]
-    try:
-        own = json.loads(metadata.get(VOCABULARY_KEY, "{}"))
-        return {name: Vocabulary(**own[name]) if name in own else None for name in names}
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"{path}: its metadata {VOCABULARY_KEY} cannot be read ({error}).") from error
+    where = f"{path}: metadata {VOCABULARY_KEY}"
+    own = parse_json(metadata.get(VOCABULARY_KEY, "{}"), where, error=ModelError)
+    found: dict[str, Path | Vocabulary | None] = dict.fromkeys(names)
+    for name in own.keys() & set(names):
+        held = own[name] if isinstance(own[name], dict) else {}
+        pad_token = held.get("pad_token", END)
+        found[name] = checked_vocabulary(held.get("tokens"), held.get("merges"), pad_token, where)
+    return found
 
 
 def _prediction_type(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everydream_kit.errors import ModelError
+from everydream_kit.strict_json import parse_json, read_json
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -23,6 +24,20 @@ if TYPE_CHECKING:
 START, END = "<|startoftext|>", "<|endoftext|>"
 WINDOW = 77
 """Tokens that a CLIP text encoder sees at once, start and end included."""
+MAX_TOKENS = 1_000_000
+MAX_FILE_BYTES = 64 << 20
+"""CLIP's tokenizer.json has 2 MB; one for all languages has 20."""
+TOKENIZER_FILES = (
+    "vocab.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+NO_LENGTH = b"1000000000000000019884624838656"
+"""What transformers writes for a model without a longest text: 1e30 as an integer, which no other file may hold."""
+CODE_KEYS = ("auto_map", "vocab_file", "merges_file", "tokenizer_file")
+"""Keys of a tokenizer's config that name code, or a file somewhere else."""
 
 
 def _byte_characters() -> list[str]:
@@ -65,26 +80,56 @@ class Vocabulary:
 
 def read_vocabulary(folder: Path) -> Vocabulary | None:
     """The vocabulary of a tokenizer folder, or None where it has CLIP's size: then it is the shipped one."""
-    try:
-        if (folder / "vocab.json").is_file():
-            tokens = json.loads((folder / "vocab.json").read_text("utf-8"))
-            if len(tokens) == len(clip_vocabulary()):
-                return None
-            merges = (folder / "merges.txt").read_text("utf-8").splitlines()[1:]
-        else:
-            bpe = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
-            tokens, merges = (
-                bpe["vocab"],
-                [" ".join(pair) if isinstance(pair, list) else pair for pair in bpe["merges"]],
-            )
-            if len(tokens) == len(clip_vocabulary()):
-                return None
-        path = folder / "special_tokens_map.json"
-        special = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder}: the tokenizer cannot be read ({error}).") from error
+    tokens, merges = _tokens_and_merges(folder)
+    if isinstance(tokens, dict) and len(tokens) == len(clip_vocabulary()):
+        return None
+    special = _read(folder / "special_tokens_map.json", missing={})
     pad = special.get("pad_token", END)
-    return Vocabulary(tokens, merges, pad["content"] if isinstance(pad, dict) else pad)
+    return checked_vocabulary(tokens, merges, pad.get("content") if isinstance(pad, dict) else pad, str(folder))
+
+
+def _tokens_and_merges(folder: Path) -> tuple[Any, Any]:
+    """Of the old form, or of `tokenizer.json`; not checked yet."""
+    if (folder / "vocab.json").is_file():
+        return _read(folder / "vocab.json"), _read_merges(folder / "merges.txt")
+    bpe = _read(folder / "tokenizer.json").get("model")
+    if not isinstance(bpe, dict) or not isinstance(bpe.get("merges"), list):
+        raise ModelError(f"{folder / 'tokenizer.json'}: holds no byte-pair vocabulary.")
+    return bpe.get("vocab"), [" ".join(map(str, pair)) if isinstance(pair, list) else pair for pair in bpe["merges"]]
+
+
+def checked_vocabulary(tokens: Any, merges: Any, pad_token: Any, where: str) -> Vocabulary:
+    """A vocabulary from a file.
+
+    Raises:
+        ModelError: its tokens are not numbered from 0, or a merge or the padding is no text.
+    """
+    if not isinstance(tokens, dict) or not all(type(index) is int for index in tokens.values()):
+        raise ModelError(f"{where}: the vocabulary must give each token a number.")
+    if len(set(tokens.values())) != len(tokens) or not all(0 <= index < MAX_TOKENS for index in tokens.values()):
+        raise ModelError(f"{where}: the vocabulary's numbers must differ, from 0 to {MAX_TOKENS:,}.")
+    if not isinstance(merges, list) or not all(isinstance(merge, str) for merge in merges):
+        raise ModelError(f"{where}: the vocabulary's merges must be texts.")
+    if not isinstance(pad_token, str):
+        raise ModelError(f"{where}: the padding must be a text.")
+    return Vocabulary(tokens, merges, pad_token)
+
+
+def _read(path: Path, **options: Any) -> dict[str, Any]:
+    if path.name == "tokenizer_config.json" and path.stat().st_size <= MAX_FILE_BYTES:
+        text = path.read_bytes().replace(NO_LENGTH, b"77")
+        return dict(parse_json(text, str(path), error=ModelError))
+    try:
+        return dict(read_json(path, error=ModelError, max_bytes=MAX_FILE_BYTES, **options))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: is missing.") from None
+
+
+def _read_merges(path: Path) -> list[str]:
+    try:
+        return path.read_text("utf-8").splitlines()[1:]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: the tokenizer cannot be read ({error}).") from error
 
 
 def build_tokenizer(pad_token: str = END, vocabulary: Vocabulary | None = None) -> CLIPTokenizer:
@@ -118,9 +163,16 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
         raise ModelError(
             f"{folder}: no tokenizer here (vocab.json and merges.txt, or tokenizer.json). The model is incomplete."
         )
+    for name in TOKENIZER_FILES:  # bounded and well-formed, before the library reads them
+        if (folder / name).is_file():
+            held = _read(folder / name)
+            named = [key for key in CODE_KEYS if name == "tokenizer_config.json" and held.get(key) is not None]
+            if named:
+                raise ModelError(f"{folder / name}: {named[0]} is not allowed in a tokenizer. Take it out of the file.")
+    checked_vocabulary(*_tokens_and_merges(folder), END, str(folder))
     try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError, OSError, TypeError) as error:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=WINDOW)
+    except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(f"{folder}: the tokenizer cannot be read ({error}).") from error
 
 

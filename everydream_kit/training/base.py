@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from everydream_kit.foreign import read_origin
 from everydream_kit.models.family import Model
 from everydream_kit.models.loading import load_model
 from everydream_kit.training.objectives import rescale_zero_terminal_snr
@@ -46,11 +47,27 @@ def load_base(config: TrainConfig, weights_from: Path | None, ranks: Ranks) -> M
         variant=config.base_variant if weights_from is None else None,
         family=config.family,
         prediction_type=config.prediction_type,
+        adapter_base=_own_base(config, weights_from),
     )
     if config.enable_zero_terminal_snr and not model.zero_terminal_snr:
         model.noise_scheduler = rescale_zero_terminal_snr(model.noise_scheduler, model.prediction_type)
         model.zero_terminal_snr = True
     return model
+
+
+def _own_base(config: TrainConfig, weights_from: Path | None) -> dict[str, str] | None:
+    """The base that a person named for a fetched run; its adapter's file names the one of another machine."""
+    if weights_from is None or read_origin(weights_from.parent.parent) is None:
+        return None
+    named = {
+        "source": str(find_base(config)),
+        "revision": config.base_revision,
+        "subfolder": config.base_subfolder,
+        "variant": config.base_variant,
+        "family": config.family,
+        "prediction_type": config.prediction_type,
+    }
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def shards(config: TrainConfig, ranks: Ranks) -> bool:

@@ -139,7 +139,7 @@ def test_single_files_of_a_fetched_run_stay_in_its_folder(
         ("optimizer_config", "/etc/passwd", False),
         ("validation_config", {"auto_split_proportion": 0.2}, True),
         ("validation_config", {"val_data_root": "/home"}, False),
-        ("lora_targets", ["to_q", "attn2.*to_k"], True),
+        ("lora_targets", ["to_q", r"attn2.*\.(to_k|to_v)"], True),
         ("ema_device", "cuda", True),
         ("plugins", [], True),
         ("wandb", False, True),

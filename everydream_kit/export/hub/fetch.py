@@ -30,6 +30,7 @@ from everydream_kit.foreign import (
     FOLLOWS,
     TRAVELS,
     Origin,
+    is_plain_patterns,
     read_origin,
     require_given,
     shown,
@@ -44,8 +45,15 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
+ADAPTER_FILE = "adapter.json"
 RUN_CONFIG, RUN_EVENTS = "training/config.json", "training/events.jsonl"
-MAX_BYTES = {RUN_FACTS: 100_000, RUN_CONFIG: 2_000_000, CHECKPOINT_MANIFEST: 20_000_000, RUN_EVENTS: 1_000_000_000}
+MAX_BYTES = {
+    RUN_FACTS: 100_000,
+    ADAPTER_FILE: 2_000_000,
+    RUN_CONFIG: 2_000_000,
+    CHECKPOINT_MANIFEST: 20_000_000,
+    RUN_EVENTS: 1_000_000_000,
+}
 """Larger than any that the kit writes. What is read whole must be small."""
 
 _RUN_NAME = re.compile(r"[^/\\:*?\"<>|]{1,150}-\d{8}-\d{6}(-\d{1,6})?")
@@ -225,6 +233,11 @@ class _Fetch:
                 f"{self.source}: {missing[0]} is missing there, though {CHECKPOINT_MANIFEST} lists it. "
                 f"Take an older state: {self.source}@COMMIT"
             )
+        if ADAPTER_FILE in listed:
+            lora = self._read(files[ADAPTER_FILE], partial).get("lora")
+            targets = lora.get("targets") if isinstance(lora, dict) else None
+            if targets is not None and not is_plain_patterns(targets):
+                raise CheckpointError(f"{self.source}: {ADAPTER_FILE} has patterns that can take for ever to match.")
         paths = {*listed, CHECKPOINT_MANIFEST, RUN_EVENTS}
         return [files[path] for path in sorted(paths) if path in files]
 
