@@ -36,7 +36,7 @@ from everydream_kit.data.batches import (
 from everydream_kit.data.cache import LatentCache, MemoryCache, Use
 from everydream_kit.data.dataset import Dataset, Problem
 from everydream_kit.data.pixels import PictureTransform
-from everydream_kit.data.plan import EpochPlan, PlanSettings, plan_epoch
+from everydream_kit.data.plan import EpochPlan, PlanSettings, num_empty_epochs, plan_epoch
 from everydream_kit.data.records import MicroBatch, StepBatches
 from everydream_kit.data.workers import as_is, leave_signals_to_the_parent
 from everydream_kit.errors import ConfigError
@@ -55,6 +55,8 @@ class _StepHead:
     step: int
     num_steps: int
     num_images: int
+    loss_divisor: int
+    num_empty_after: int
     num_batches: int
 
 
@@ -173,6 +175,8 @@ class Loader(Iterator[StepBatches]):
             step=head.step,
             num_steps=head.num_steps,
             num_images=head.num_images,
+            loss_divisor=head.loss_divisor,
+            num_empty_after=head.num_empty_after,
             batches=[item.batch for item in loaded],
             encoding_seconds=self._encoding_seconds() - encoding_before,
         )
@@ -228,10 +232,15 @@ class _RunSampler(Sampler[BatchRequest]):
             first = self._start_step if epoch == self._epochs.start else 0
             if self.announce is not None:
                 self.announce(self._uses(plan, first))
+            divisor = plan.images_in_fullest_step
+            after = range(epoch + 1, self._epochs.stop)
+            num_empty_after = num_empty_epochs(self._dataset, self._plan_settings, after)
             for step in range(first, plan.num_steps):
                 batches = plan.step(step, self._rank)
                 images = plan.images_in_step(step)
-                self.heads.append(_StepHead(epoch, step, plan.num_steps, images, len(batches)))
+                self.heads.append(
+                    _StepHead(epoch, step, plan.num_steps, images, divisor, num_empty_after, len(batches))
+                )
                 for planned in batches:
                     yield self._request(planned)
 

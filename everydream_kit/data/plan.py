@@ -2,11 +2,12 @@
 
 `plan_epoch` is a pure function of (dataset, settings, epoch). Every choice about a picture is drawn at that picture's
 own address (a 64-bit hash of seed, purpose, epoch, picture key and repeat), so adding or removing a picture changes
-neither the others' uses nor their order. All of it is numpy on whole columns: a million pictures take about a second.
+neither the others' order nor, unless its multiplier is a fraction, their uses. All of it is numpy on whole columns: a
+million pictures take about a second.
 
 An epoch is made in five moves: how often each picture is used (`multiply`, ratings), the bucket of each use, a random
-order, batches of one bucket (and one `batch_id`), and accumulation windows of batches. Nothing is duplicated to fill a
-batch, and nothing dropped: what is left over forms short batches.
+order, batches of one bucket (and one `batch_id`), and accumulation windows of batches (of one `batch_id`). Nothing is
+duplicated to fill a batch, and nothing dropped: what is left over forms short batches.
 
 Not here: loading (`loader`), and any tensor.
 """
@@ -23,6 +24,12 @@ from everydream_kit.data.dataset import UNSET, Dataset, printable
 from everydream_kit.data.records import Draw, MicroBatch, Size
 from everydream_kit.draws import derive_seed
 from everydream_kit.errors import ConfigError, DataError
+
+FRACTION_STEPS = 2**40
+"""Fractions of multipliers are counted in such steps, so that their sums are exact for any number of epochs."""
+
+ROUNDING_ALLOWANCE = 2**28
+"""Steps by which a sum of fractions may miss a whole number: half a step for each image and epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +106,18 @@ class EpochPlan:
         return len(self.batch_bucket)
 
     def images_in_step(self, step: int) -> int:
-        """Pictures of one optimizer step over all ranks, fillers not counted: the divisor of the loss."""
+        """Images of one optimizer step over all ranks, fillers not counted."""
         first, last = self.step_starts[step], self.step_starts[step + 1]
         return int(self.batch_starts[last] - self.batch_starts[first])
+
+    @property
+    def images_in_fullest_step(self) -> int:
+        """The most images that a step of this epoch has: what every step's loss is divided by.
+
+        So each image has the same weight in the epoch, whatever step it is in. Where there is a full window, it is
+        batch_size · grad_accum · num_ranks.
+        """
+        return int(np.diff(self.batch_starts[self.step_starts]).max(initial=0))
 
     def step(self, step: int, rank: int = 0) -> tuple[MicroBatch, ...]:
         """The micro-batches of one optimizer step on one rank; any step, in any order, at the same cost.
@@ -169,18 +185,19 @@ def plan_epoch(dataset: Dataset, settings: PlanSettings, epoch: int) -> EpochPla
         epoch: from 0.
 
     Raises:
-        DataError: no picture is left to train on.
+        DataError: no image is used in any epoch. An epoch without one, where multipliers add up to less than 1, is
+            a plan of no steps.
         ConfigError: a resolution has no buckets.
     """
     buckets = tuple(dict.fromkeys(b for r in settings.resolutions for b in bucket_table(r, settings.bucket_step)))
     pictures, rounds = _choose_uses(dataset, settings, epoch)
-    if not len(pictures):
+    if not len(pictures) and not _is_ever_used(dataset):
         raise DataError(_nothing_left(dataset))
     pictures, repeats, bucket = _spread_over_classes(dataset, settings, buckets, pictures, rounds)
     order = np.argsort(_hash(dataset, (settings.seed, "order", epoch), pictures, repeats), kind="stable")
     pictures, repeats, bucket = pictures[order], repeats[order], bucket[order]
     order, sizes, groups = _form_batches(dataset.numbers["batch"][pictures], bucket, len(buckets), settings)
-    batch_order, step_sizes = _form_windows(sizes, groups, groups % len(buckets), settings, epoch)
+    batch_order, step_sizes = _form_windows(sizes, groups, len(buckets), settings, epoch)
     order = _reorder_batches(order, sizes, batch_order)
     return EpochPlan(
         epoch=epoch,
@@ -203,6 +220,17 @@ def possible_buckets(dataset: Dataset, settings: PlanSettings) -> list[tuple[int
     return [(index, buckets[number]) for index, number in zip(pictures.tolist(), bucket.tolist(), strict=True)]
 
 
+def num_empty_epochs(dataset: Dataset, settings: PlanSettings, epochs: range) -> int:
+    """How many of these epochs pass before one that has an image; without one, all of them."""
+    if (dataset.numbers["multiply"] >= 1).any():
+        return 0
+    return next((i for i, epoch in enumerate(epochs) if len(_choose_uses(dataset, settings, epoch)[0])), len(epochs))
+
+
+def _is_ever_used(dataset: Dataset) -> bool:
+    return bool((np.round(dataset.numbers["multiply"] * FRACTION_STEPS) > 0).any())
+
+
 def _nothing_left(dataset: Dataset) -> str:
     roots = ", ".join(dataset.roots)
     if not len(dataset):
@@ -213,20 +241,14 @@ def _nothing_left(dataset: Dataset) -> str:
 def _choose_uses(dataset: Dataset, settings: PlanSettings, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """Which pictures are used, and the how-manieth use each is, after multipliers and ratings.
 
-    A multiplier's whole part is exact in every epoch. Its fraction f is spread by error diffusion: the picture has
-    one extra use in the epochs where floor(e·f + phase) steps up, with a phase of its own, so after E epochs it had
-    f·E extra uses to within one, and about the same number of pictures take their turn in every epoch.
+    A multiplier's whole part is exact in every epoch. Its fraction takes turns, see `_extra_uses`.
 
     The share that ratings leave out grows evenly from nothing in the first epoch to the whole of it in the last.
     """
     multiply = dataset.numbers["multiply"]
     whole = np.floor(multiply)
-    fraction = multiply - whole
     everyone = np.arange(len(dataset), dtype=np.int64)
-    # 32 bits of phase: the sums below stay exact for any number of epochs
-    phase = (_hash(dataset, (settings.seed, "multiply", 0), everyone) >> np.uint64(32)) / 2.0**32
-    extra = np.floor((epoch + 1) * fraction + phase) - np.floor(epoch * fraction + phase)
-    uses = (whole + extra).astype(np.int64)
+    uses = whole.astype(np.int64) + _extra_uses(dataset, settings.seed, multiply - whole, epoch)
     pictures = np.repeat(everyone, uses)
     rounds = _count_within(uses)
     if settings.rated_dropout_percent is None:
@@ -235,6 +257,60 @@ def _choose_uses(dataset: Dataset, settings: PlanSettings, epoch: int) -> tuple[
     num_kept = max(round(len(pictures) * (1 - share_left_out)), min(1, len(pictures)))
     kept = _draw_by_rating(dataset, (settings.seed, "rating", epoch), pictures, rounds, num_kept)
     return pictures[kept], rounds[kept]
+
+
+def _extra_uses(dataset: Dataset, seed: int, fractions: np.ndarray, epoch: int) -> np.ndarray:
+    """(n,) 0 or 1: which images have one use more in this epoch, for the fraction of their multiplier.
+
+    After E epochs an image of fraction f had f·E extra uses to within one, and an epoch has the sum of all fractions,
+    rounded up or down (up first, so a run does not begin with an empty epoch). Images of one fraction take turns in an
+    order that is drawn; which fraction's turn it is decides `_turns`.
+    """
+    steps = np.round(fractions * FRACTION_STEPS).astype(np.int64)
+    extra = np.zeros(len(fractions), np.int64)
+    some = np.flatnonzero(steps)
+    if not len(some):
+        return extra
+    order = some[np.lexsort((_hash(dataset, (seed, "multiply", 0), some), steps[some]))]
+    values, sizes = np.unique(steps[order], return_counts=True)
+    before, now = _turns(values * sizes, epoch)
+    size = np.repeat(sizes, sizes)
+    place = (_count_within(sizes) - np.repeat(before % sizes, sizes)) % size
+    extra[order] = place < np.repeat(now, sizes)
+    return extra
+
+
+def _turns(rates: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """How many extra uses each group of images had before an epoch, and has in it.
+
+    Proportionate-progress scheduling (Baruah et al. 1996): a group's k-th use beyond the whole part of its rate falls
+    between the epochs where (k-1) and k are reached, and of those that may come, the one that must come soonest does.
+    Each group's share is exact to within one, whatever the others do.
+
+    Args:
+        rates: (groups,) uses per epoch, times FRACTION_STEPS.
+    """
+    whole, rest = np.divmod(rates, FRACTION_STEPS)
+    total = int(rest.sum())
+    had, now = np.zeros_like(rest), np.zeros_like(rest)
+    for e in range(epoch + 1):
+        had += now
+        due = rest * (e + 1)  # whole FRACTION_STEPS: uses that must have happened by the end of this epoch
+        wanted = _rounded_up(total * (e + 1)) - _rounded_up(total * e)
+        must = had < due // FRACTION_STEPS
+        may = (had < -(-due // FRACTION_STEPS)) & ~must
+        now = must.astype(np.int64)
+        others = np.flatnonzero(may)
+        reached = (had[others] + 1) * FRACTION_STEPS  # when the next use's share is complete: reached / rest epochs
+        deadline, spare = -(-reached // rest[others]), reached % rest[others] == 0
+        soonest = others[np.lexsort((-rest[others], spare, deadline))]
+        now[soonest[: max(0, wanted - int(must.sum()))]] = 1
+    return had + whole * epoch, now + whole
+
+
+def _rounded_up(steps: int) -> int:
+    """Uses of so many FRACTION_STEPS, rounded up; what the rounding of fractions may have added does not count."""
+    return (steps + FRACTION_STEPS - ROUNDING_ALLOWANCE) // FRACTION_STEPS
 
 
 def _draw_by_rating(
@@ -311,32 +387,68 @@ def _form_batches(
 
 
 def _form_windows(
-    sizes: np.ndarray, groups: np.ndarray, bucket: np.ndarray, settings: PlanSettings, epoch: int
+    sizes: np.ndarray, groups: np.ndarray, num_buckets: int, settings: PlanSettings, epoch: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put batches into accumulation windows, of one bucket where possible, and the windows into random order.
+    """Put batches into accumulation windows, and the windows into random order.
 
-    Full batches of one group go together as far as they fill windows. The others, and the short ones, are lined up by
-    bucket and cut into windows; so there are as few optimizer steps as there can be.
+    Batches of one `batch_id` share windows, whatever their buckets, and those of a name that are fewer than a window
+    stay together in one. Of the others, full batches of one bucket go together as far as they fill windows; what is
+    left, and the short ones, are lined up by bucket, fill up the windows of names, and are cut into windows. So there
+    are as few optimizer steps as there can be, but for what keeping names together costs.
 
     Returns:
         Order of the batches, window after window; number of batches in each window.
     """
     accum = settings.grad_accum
+    bucket, name = groups % num_buckets, groups // num_buckets  # name 0: none
     full = sizes == settings.batch_size * settings.num_ranks
-    position = _count_within(np.bincount(groups))
-    num_full = np.bincount(groups, weights=full).astype(np.int64)
-    pure = full & (position < (num_full // accum * accum)[groups])
-    pool = np.flatnonzero(~pure)
-    pool = pool[np.lexsort((-sizes[pool], bucket[pool]))]
-    order = np.concatenate([np.flatnonzero(pure), pool])
-    window_sizes = np.full(-(-len(order) // accum), accum)
-    window_sizes[-1] = len(order) - accum * (len(window_sizes) - 1)
+    subject = np.where(name > 0, num_buckets + name, bucket)  # what a window is made of
+    by_subject = np.lexsort((-sizes, bucket, subject))
+    num_full = np.bincount(subject, weights=full).astype(np.int64)
+    position = np.empty_like(by_subject)
+    position[by_subject] = _count_within(np.bincount(subject))
+    pure = full & (position < (num_full // accum * accum)[subject])
+    rest = by_subject[~pure[by_subject]]
+    pool = rest[name[rest] == 0]
+    shared, num_taken = _share_windows(rest[name[rest] > 0], name, pool, accum)
+    pool = pool[num_taken:]
+    order = np.concatenate([by_subject[pure[by_subject]], *shared, pool])
+    num_pooled = -(-len(pool) // accum)
+    window_sizes = np.full(int(pure.sum()) // accum + len(shared) + num_pooled, accum)
+    first = int(pure.sum()) // accum
+    window_sizes[first : first + len(shared)] = [len(window) for window in shared]
+    if num_pooled:
+        window_sizes[-1] = len(pool) - accum * (num_pooled - 1)
     shuffled = np.argsort(
         _mix(np.arange(len(window_sizes), dtype=np.uint64) ^ np.uint64(derive_seed(settings.seed, "windows", epoch)))
     )
     starts = _starts(window_sizes)[:-1]
     spread = np.repeat(starts[shuffled], window_sizes[shuffled]) + _count_within(window_sizes[shuffled])
     return order[spread], window_sizes[shuffled]
+
+
+def _share_windows(named: np.ndarray, name: np.ndarray, pool: np.ndarray, accum: int) -> tuple[list[np.ndarray], int]:
+    """Windows for what is left of each name, fewer batches than a window has, filled up from the pool.
+
+    The largest go first, each into the fullest window that has room for it.
+
+    Returns:
+        The windows, and how many batches from the pool's beginning they took.
+    """
+    _, counts = np.unique(name[named], return_counts=True)
+    pieces = sorted(np.split(named, np.cumsum(counts)[:-1]), key=len, reverse=True) if len(named) else []
+    with_room: dict[int, list[list[np.ndarray]]] = {}  # windows by the batches that they still take
+    for piece in pieces:
+        room = next((r for r in range(len(piece), accum) if with_room.get(r)), None)
+        window = [] if room is None else with_room[room].pop()
+        with_room.setdefault((accum if room is None else room) - len(piece), []).append([*window, piece])
+    windows, num_taken = [], 0
+    for room in sorted(with_room):
+        for window in with_room[room]:
+            filling = pool[num_taken : num_taken + room]
+            num_taken += len(filling)
+            windows.append(np.concatenate([*window, filling]))
+    return windows, num_taken
 
 
 def _reorder_batches(order: np.ndarray, sizes: np.ndarray, batch_order: np.ndarray) -> np.ndarray:

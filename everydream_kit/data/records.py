@@ -75,6 +75,8 @@ class StepBatches:
     epoch: int
     step: int  # within the epoch, from 0
     num_steps: int  # optimizer steps in this epoch
-    num_images: int  # pictures in this step over all ranks, fillers not counted: the divisor of the loss
+    num_images: int  # images in this step over all ranks, fillers not counted
+    loss_divisor: int  # images in the fullest step of this epoch: the same for all its steps
     batches: list[Batch]
+    num_empty_after: int = 0  # epochs without an image that follow this one
     encoding_seconds: float = 0.0  # of loading it, what went into latents that will be found from now on

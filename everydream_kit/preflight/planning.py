@@ -212,8 +212,9 @@ def count_steps(config: TrainConfig, pictures: _Pictures, settings: PlanSettings
     """Optimizer steps of an epoch and of the run, by the trainer's own plan where the dataset was scanned."""
     if pictures.dataset is not None and len(pictures.dataset):
         per_epoch = foretell_steps(pictures.dataset, settings, 1, None)
-        basis = "planned"
-    elif pictures.count:
+        num_steps = foretell_steps(pictures.dataset, settings, config.max_epochs, config.max_steps)
+        return StepCount(pictures.count, config.max_epochs, per_epoch, num_steps, "planned")
+    if pictures.count:
         in_a_step = settings.batch_size * settings.grad_accum
         per_epoch, basis = math.ceil(pictures.count * len(config.resolutions) / in_a_step), "counted"
     else:

@@ -250,4 +250,4 @@ class _Session:
 def _work(batch: Any, num: int) -> Any:
     from everydream_kit.data.records import StepBatches
 
-    return StepBatches(0, 0, 1, num * len(batch.paths), [batch] * num)
+    return StepBatches(0, 0, 1, num * len(batch.paths), num * len(batch.paths), [batch] * num)

@@ -255,7 +255,7 @@ def _rehearse_caching(run: Run, tracker: StorageTracker, bucket: Size, num_toget
 def _rehearse_step(run: Run, tracker: StorageTracker, batch: Batch) -> int:
     """One optimizer step; of many micro-batches two, since those after it are like the second. Returns how many."""
     num = min(2, run.config.grad_accum)
-    work = StepBatches(0, 0, 1, num * len(batch.paths), [batch] * num)
+    work = StepBatches(0, 0, 1, num * len(batch.paths), num * len(batch.paths), [batch] * num)
     with tracker.stretch("training step"):
         run.set_learning_rates(0)
         for _ in range(num):
@@ -275,7 +275,7 @@ def _states(run: Run) -> list[torch.Tensor]:
 
 def _rehearse_validation(run: Run, tracker: StorageTracker, batch: Batch) -> None:
     """As `measure_loss` does it: pixels, the whole model on the device, no gradients."""
-    work = StepBatches(0, 0, 1, len(batch.paths), [batch])
+    work = StepBatches(0, 0, 1, len(batch.paths), len(batch.paths), [batch])
     with tracker.stretch("validation"), torch.no_grad(), run.whole_model():
         picture_losses(run, batch, work)
 

@@ -135,7 +135,7 @@ class ScheduleWriter(Listener):
 
     def __call__(self, run: Run, report: StepReport) -> None:
         if report.epoch_ended and not run.is_complete():
-            self._write(run, report.epoch + 1)
+            self._write(run, run.position.epoch)
 
     def _write(self, run: Run, epoch: int) -> None:
         plan = plan_epoch(run.dataset, run.plan_settings, epoch)

@@ -17,7 +17,7 @@ from everydream_kit.training.json_settings import Section, read_section
 
 PARTS = ("unet", "text encoder")
 DEFAULT_WEIGHT_DECAY = 0.01
-"""EveryDream 2's, and torch's for AdamW."""
+"""EveryDream 2's, and torch's for AdamW; of optimizers whose decay is decoupled and scaled by a small rate."""
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -35,6 +35,8 @@ class OptimizerSection(Section):
     betas: Annotated[list[Beta], Field(min_length=1, max_length=3)] | None = None
     epsilon: Annotated[float, Field(ge=0, lt=1)] | None = None
     weight_decay: Annotated[float, Field(ge=0, le=10)] | None = None
+    """Share of a weight that is taken away at each step, times the rate. Without it 0.01; 0 for sgd, dowg and the
+    D-Adaptation kinds."""
     d0: Annotated[float, Field(gt=0)] | None = None
     """First guess of the optimizers that find their own rate."""
     decouple: bool | None = None
@@ -113,7 +115,7 @@ class PartSettings:
 
     Attributes:
         part: "unet" or "text encoder".
-        betas, eps: None for the optimizer's own default.
+        betas, eps, weight_decay: None for the optimizer's own default.
         lr_warmup_steps, lr_decay_steps: None for the default of `schedules`.
         kwargs: further keyword arguments of the optimizer's class.
     """
@@ -126,7 +128,7 @@ class PartSettings:
     lr_decay_steps: int | None = None
     betas: tuple[float, ...] | None = None
     eps: float | None = None
-    weight_decay: float = DEFAULT_WEIGHT_DECAY
+    weight_decay: float | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -179,6 +181,6 @@ def part_settings(
         lr_decay_steps=first("lr_decay_steps"),
         betas=None if betas is None else tuple(betas),
         eps=first("epsilon"),
-        weight_decay=first("weight_decay", DEFAULT_WEIGHT_DECAY),
+        weight_decay=first("weight_decay"),
         kwargs=kwargs,
     )

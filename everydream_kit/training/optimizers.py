@@ -61,6 +61,8 @@ class OptimizerKind:
         fixed: keyword arguments that differ from the class's defaults.
         takes_epsilon: False where its `eps` means something else than a number added to a denominator.
         finds_own_rate: `lr` is a factor on a rate that it finds itself; 1 is normal.
+        weight_decay: where nobody says anything; None: the class's own. 0 where decay cannot be told from the gradient, or
+            is multiplied by a rate that is no share of the weight.
         by_parameter: each parameter's update depends on that parameter alone, so it may be stepped by itself.
         substitute: what is used where the library is missing.
         unpaged: what is used on a CPU, for the paged ones.
@@ -68,6 +70,7 @@ class OptimizerKind:
 
     path: str
     fixed: dict[str, Any] = field(default_factory=dict)
+    weight_decay: float | None = DEFAULT_WEIGHT_DECAY
     takes_epsilon: bool = True
     finds_own_rate: bool = False
     by_parameter: bool = True
@@ -75,17 +78,17 @@ class OptimizerKind:
     unpaged: str | None = None
 
 
-def _own_rate(path: str, **fixed: Any) -> OptimizerKind:
-    return OptimizerKind(path, fixed, finds_own_rate=True, by_parameter=False)
+def _own_rate(path: str, weight_decay: float = 0.0, **fixed: Any) -> OptimizerKind:
+    return OptimizerKind(path, fixed, weight_decay, finds_own_rate=True, by_parameter=False)
 
 
 OPTIMIZERS: dict[str, OptimizerKind] = {
     "adamw": OptimizerKind("torch.optim.AdamW"),
-    "adam": OptimizerKind("torch.optim.Adam"),
+    "adam": OptimizerKind("torch.optim.AdamW"),  # the same with decoupled decay; torch 2.6's Adam cannot decouple it
     "radam": OptimizerKind("torch.optim.RAdam", {"decoupled_weight_decay": True}),
     "nadam": OptimizerKind("torch.optim.NAdam", {"decoupled_weight_decay": True}),
     "adafactor": OptimizerKind("torch.optim.Adafactor", takes_epsilon=False),
-    "sgd": OptimizerKind("torch.optim.SGD", {"momentum": 0.9}),
+    "sgd": OptimizerKind("torch.optim.SGD", {"momentum": 0.9}, weight_decay=0.0),
     "adamw8bit": OptimizerKind("bitsandbytes.optim.AdamW8bit", substitute="adamw"),
     "pagedadamw": OptimizerKind("bitsandbytes.optim.PagedAdamW32bit", substitute="adamw", unpaged="adamw"),
     "pagedadamw8bit": OptimizerKind("bitsandbytes.optim.PagedAdamW8bit", substitute="adamw", unpaged="adamw8bit"),
@@ -95,8 +98,8 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
     "lion": OptimizerKind("pytorch_optimizer.Lion"),
     "adan": OptimizerKind("pytorch_optimizer.Adan"),
     "came": OptimizerKind("pytorch_optimizer.CAME"),
-    "adopt": OptimizerKind("pytorch_optimizer.ADOPT"),
-    "prodigy": _own_rate("pytorch_optimizer.Prodigy"),
+    "adopt": OptimizerKind("pytorch_optimizer.ADOPT", {"weight_decouple": True}),
+    "prodigy": _own_rate("pytorch_optimizer.Prodigy", DEFAULT_WEIGHT_DECAY),
     "dadaptadam": _own_rate("pytorch_optimizer.DAdaptAdam", weight_decouple=True),
     "dadaptlion": _own_rate("pytorch_optimizer.DAdaptLion", weight_decouple=True),
     "dadaptsgd": _own_rate("pytorch_optimizer.DAdaptSGD", weight_decouple=True),
@@ -120,7 +123,7 @@ def build_optimizer(
     lr: float,
     betas: Sequence[float] | None = None,
     eps: float | None = None,
-    weight_decay: float = DEFAULT_WEIGHT_DECAY,
+    weight_decay: float | None = None,
     device_type: str = "cpu",
     **kwargs: Any,
 ) -> torch.optim.Optimizer:
@@ -129,7 +132,8 @@ def build_optimizer(
     Args:
         name: a name of the table, or `module.Class`.
         param_groups: as torch's optimizers take them; a group may give its own lr, betas, eps and weight_decay.
-        lr, betas, eps, weight_decay: for groups that have none of their own. betas and eps None: the class's default.
+        lr, betas, eps, weight_decay: for groups that have none of their own. betas and eps None: the class's default;
+            weight_decay None: the name's (`OptimizerKind.weight_decay`).
         device_type: where the parameters live.
         **kwargs: further keyword arguments of the class.
 
@@ -262,6 +266,8 @@ def _make_builder(name: str, groups: Sequence[Group], device_type: str, kwargs: 
         accepted = []
         for group in groups:
             common = {key: group[key] for key in COMMON}
+            if common["weight_decay"] is None:
+                common["weight_decay"] = kind.weight_decay
             plain = {key: value for key, value in group.items() if key not in COMMON}
             accepted.append(plain | _accepted(common, optimizer_class, kind, name))
         return optimizer_class(accepted, lr=groups[0]["lr"], **options)
@@ -272,7 +278,7 @@ def _make_builder(name: str, groups: Sequence[Group], device_type: str, kwargs: 
 def _find(name: str, device_type: str) -> tuple[OptimizerKind, Any]:
     """The kind and class of a name, or of what stands in for it, with a warning."""
     if "." in name:
-        return OptimizerKind(name, by_parameter=False), _import(name)
+        return OptimizerKind(name, weight_decay=None, by_parameter=False), _import(name)
     kind = OPTIMIZERS.get(plain_name(name))
     if kind is None:
         near = difflib.get_close_matches(plain_name(name), OPTIMIZERS, n=1)
@@ -311,7 +317,8 @@ def _arguments(optimizer_class: Any) -> dict[str, inspect.Parameter]:
 
 def _translate(kwargs: Mapping[str, Any], optimizer_class: Any) -> dict[str, Any]:
     """EveryDream 2's `decouple` by the name that the class has for it."""
-    decouple = "weight_decouple" if "weight_decouple" in _arguments(optimizer_class) else "decouple"
+    names = ("weight_decouple", "decoupled_weight_decay")
+    decouple = next((name for name in names if name in _arguments(optimizer_class)), "decouple")
     return {decouple if key == "decouple" else key: value for key, value in kwargs.items()}
 
 

@@ -10,6 +10,8 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from everydream_kit.data.files import scan_dataset
 from everydream_kit.data.headers import EXTENSIONS
 from everydream_kit.data.plan import PlanSettings, plan_epoch
@@ -75,10 +77,32 @@ def make_plan_settings(config: TrainConfig, seed: int, num_ranks: int) -> PlanSe
     )
 
 
+IMAGES_TO_PLAN = 2**21
+"""Images whose epochs are planned to count a run's steps; about two seconds."""
+
+
 def foretell_steps(dataset: Dataset, settings: PlanSettings, max_epochs: int, max_steps: int | None) -> int:
-    """Optimizer steps of the whole run, from the first epoch's plan."""
-    steps = plan_epoch(dataset, settings, 0).num_steps * max_epochs
-    return steps if max_steps is None else min(steps, max_steps)
+    """Optimizer steps of the whole run: the same in every epoch, unless ratings or fractions of multipliers vary them.
+
+    Then each epoch is planned, or of a large dataset as many, evenly spread, as take about two seconds.
+
+    Raises:
+        DataError: no image is used in any of the epochs.
+    """
+    multiply = dataset.numbers["multiply"]
+    varies = settings.rated_dropout_percent is not None or bool((multiply % 1).any())
+    num_planned = max(2, IMAGES_TO_PLAN // max(1, len(dataset))) if varies else 1
+    epochs = sorted({round(e) for e in np.linspace(0, max_epochs - 1, min(num_planned, max_epochs))})
+    steps = 0
+    for number, epoch in enumerate(epochs, start=1):
+        steps += plan_epoch(dataset, settings, epoch).num_steps
+        if number == len(epochs):
+            steps = round(steps * max_epochs / number)
+        if max_steps is not None and steps >= max_steps:
+            return max_steps
+    if not steps:
+        raise DataError(f"multiply: no image is used in {max_epochs} epochs; raise multiply or max_epochs.")
+    return steps
 
 
 def choose_num_workers(num_workers: int | None) -> int:

@@ -80,7 +80,7 @@ class PluginListener(Listener):
             self._call("on_epoch_end", run, report.epoch)
         if not run.is_complete():
             if report.epoch_ended:
-                self._call("on_epoch_start", run, report.epoch + 1)
+                self._call("on_epoch_start", run, run.position.epoch)
             self._call("on_step_start", run, report.step)
 
     def on_finish(self, run: Run) -> None:

@@ -17,7 +17,7 @@ class Position:
 
     Attributes:
         step: optimizer steps done.
-        epoch: epochs ended.
+        epoch: epochs ended; those without an image count.
         step_in_epoch: optimizer steps done of the current epoch.
         images: pictures trained on, each use counted.
     """
@@ -32,7 +32,7 @@ class Position:
         epoch_ended = work.step + 1 == work.num_steps
         return Position(
             step=self.step + 1,
-            epoch=work.epoch + 1 if epoch_ended else work.epoch,
+            epoch=work.epoch + 1 + work.num_empty_after if epoch_ended else work.epoch,
             step_in_epoch=0 if epoch_ended else work.step + 1,
             images=self.images + work.num_images,
         )

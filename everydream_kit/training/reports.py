@@ -35,7 +35,8 @@ class StepReport:
         losses: one loss a picture.
         learning_rates: of each trained part, as applied in this step.
         gradient_norm: L2 norm of all gradients before clipping, or None where nobody wanted it.
-        num_images: pictures over all processes.
+        num_images: images over all processes.
+        num_epochs_ended: since the step before; more than one where epochs without an image follow.
         seconds: from the end of the step before, loader included; saving, sampling and encoding not.
         encoding_seconds: what went into latents that are in the cache from now on.
     """
@@ -52,6 +53,7 @@ class StepReport:
     num_images: int
     seconds: float
     encoding_seconds: float = 0.0
+    num_epochs_ended: int = 0
 
     @classmethod
     def make(
@@ -65,12 +67,14 @@ class StepReport:
         seconds: float,
     ) -> StepReport:
         """The report of the step that has just been done; the run's position already counts it."""
+        epoch_ended = work.step + 1 == work.num_steps
         return cls(
             step=run.position.step,
             epoch=work.epoch,
             step_in_epoch=work.step,
             num_steps_in_epoch=work.num_steps,
-            epoch_ended=work.step + 1 == work.num_steps,
+            epoch_ended=epoch_ended,
+            num_epochs_ended=1 + work.num_empty_after if epoch_ended else 0,
             losses=losses,
             learning_rates=learning_rates,
             gradient_norm=gradient_norm,

@@ -95,7 +95,7 @@ class Run:
     # --- what the loop asks for ---------------------------------------------------------------------------------
 
     def batches(self) -> Iterator[StepBatches]:
-        """The work of each optimizer step from the run's position to its end."""
+        """The work of each optimizer step from the run's position to its end. Epochs without an image are passed over."""
         loader = make_loader(
             self.dataset,
             self.plan_settings,
@@ -117,6 +117,8 @@ class Run:
                     self.tell("warning", message=str(problem))
                 num_told = len(loader.problems)
                 yield work
+                if self.position.step_in_epoch == 0 and work.num_empty_after:
+                    self.journal.note(_passed_over(work))
                 if self.is_complete():
                     return
         finally:
@@ -165,16 +167,20 @@ class Run:
             return latents_from_moments(self.model, moments, noise)
 
     def encode_captions(self, captions: list[str]) -> Conditioning:
-        """What the UNet is told. Remembered by caption where the text encoder is frozen."""
-        if self.trains_text:
-            return encode_captions(self.model, captions, self.config.clip_skip)
-        with torch.no_grad():
-            if self.text_cache is None:
+        """What the UNet is told, computed under autocast. Remembered by caption where the text encoder is frozen.
+
+        Autocast belongs here and not to the caller: what is remembered must not depend on who asks first.
+        """
+        with self.precision.autocast():
+            if self.trains_text:
                 return encode_captions(self.model, captions, self.config.clip_skip)
-            if self.text_cache.knows(captions):
-                return self.text_cache.encode(captions)
-            with self.idle_models.at_work(self.model.text_encoders):
-                return self.text_cache.encode(captions)
+            with torch.no_grad():
+                if self.text_cache is None:
+                    return encode_captions(self.model, captions, self.config.clip_skip)
+                if self.text_cache.knows(captions):
+                    return self.text_cache.encode(captions)
+                with self.idle_models.at_work(self.model.text_encoders):
+                    return self.text_cache.encode(captions)
 
     def predict(
         self, batch: Batch, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
@@ -354,3 +360,9 @@ class Run:
             "versions": library_versions(),
             "listeners": {listener.name: listener.state() for listener in self.listeners if listener.name},
         }
+
+
+def _passed_over(work: StepBatches) -> str:
+    first, last = work.epoch + 2, work.epoch + 1 + work.num_empty_after
+    which = f"Epoch {first} has" if first == last else f"Epochs {first} to {last} have"
+    return f"{which} no image, since multiply is so small, and the run passes over them."

@@ -76,13 +76,11 @@ class SavingRules:
             return True
         if self.every_n_steps is not None and report.step % self.every_n_steps == 0:
             return True
-        epochs_ended = report.epoch + 1
-        return (
-            report.epoch_ended
-            and self.every_n_epochs is not None
-            and epochs_ended % self.every_n_epochs == 0
-            and epochs_ended >= self.from_n_epochs
-        )
+        if not report.epoch_ended or self.every_n_epochs is None:
+            return False
+        epochs_ended = report.epoch + report.num_epochs_ended
+        is_reached = epochs_ended // self.every_n_epochs > report.epoch // self.every_n_epochs
+        return is_reached and epochs_ended >= self.from_n_epochs
 
 
 class Saver(Listener):

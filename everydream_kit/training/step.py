@@ -2,8 +2,8 @@
 
 Every random number here has the address (seed, purpose, epoch, picture, repeat), so a picture's noise does not depend
 on which batch, process or worker it came through. One loss per picture is kept to the end; weights, masks and per-picture
-logs need no second path. The loss of the step is the mean over all its pictures (accumulated micro-batches and all
-processes), so a short batch weighs by its pictures.
+logs need no second path. The loss of the step is the sum over all its images (accumulated micro-batches and all
+processes), divided by the images of the epoch's fullest step: a full step is a mean, a shorter one weighs by its images.
 """
 
 from __future__ import annotations
@@ -32,9 +32,19 @@ def backward(run: Run, batch: Batch, work: StepBatches) -> torch.Tensor:
     losses = picture_losses(run, batch, work)
     if run.updates_in_backward:  # weights change inside backward(), so it is now or never
         refuse_non_finite(_single(batch, losses), run.position.step)
-    share = (losses * batch.loss_scale.to(losses.device)).sum() / work.num_images
-    run.scale_loss(share).backward()
+    run.scale_loss(share_of_step(losses, batch.loss_scale, work.loss_divisor)).backward()
     return losses.detach()
+
+
+def share_of_step(losses: torch.Tensor, loss_scale: torch.Tensor, loss_divisor: int) -> torch.Tensor:
+    """What a micro-batch adds to the loss of its step.
+
+    Args:
+        losses: (B,), one for each image.
+        loss_scale: (B,), weight of each image; 0 for fillers.
+        loss_divisor: the same for all steps of an epoch (`EpochPlan.images_in_fullest_step`).
+    """
+    return (losses * loss_scale.to(losses.device)).sum() / loss_divisor
 
 
 def picture_losses(run: Run, batch: Batch, work: StepBatches) -> torch.Tensor:

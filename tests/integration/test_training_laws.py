@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from everydream_kit.config import TrainConfig
@@ -107,11 +109,48 @@ def test_one_picture_accumulated_four_times_equals_four_pictures(settings: dict[
     assert largest_difference(weights_of(four), weights_of(accumulated)) < 1e-6
 
 
+def test_an_image_alone_in_its_step_moves_the_weights_as_far_as_one_among_many(
+    settings: dict[str, Any], tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    """Twelve squares fill a window, an upright image has one of its own; in a window of 16 all thirteen are together.
+
+    Plain gradient descent at a small rate adds gradients up, so both epochs move alike, but for what they divide by.
+    """
+    folder = Path(square_folder(tmp_path))
+    Image.fromarray(np.full((144, 80, 3), 90, np.uint8)).save(folder / "upright_.png")
+    descent = {"base": {"optimizer": "sgd", "weight_decay": 0, "momentum": 0}}
+    common = {**settings, "data_root": str(folder), "optimizer_config": descent, "lr": 1e-3, "max_epochs": 1}
+    apart = train(TrainConfig(**{**common, "grad_accum": 3}))
+    together = train(TrainConfig(**{**common, "grad_accum": 4, "project_name": "together"}))
+    assert [len(losses_of(run)) for run in (apart, together)] == [2, 1]
+    before = load_file(tiny_model_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    moved, expected = (
+        torch.cat([(weights_of(run)[name].double() - before[name].double()).flatten() for name in before]) * num_images
+        for run, num_images in ((apart, 12), (together, 13))
+    )
+    assert float((moved - expected).norm() / expected.norm()) < 0.05
+
+
+def test_epochs_without_an_image_are_passed_over(settings: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    folder.mkdir()
+    Image.fromarray(np.full((80, 80, 3), 90, np.uint8)).save(folder / "grey_.png")
+    (folder / "multiply.txt").write_text("0.25", encoding="utf-8")
+    config = {**settings, "data_root": str(folder), "max_epochs": 7, "save_every_n_epochs": 4, "write_schedule": True}
+    run = train(TrainConfig(**config))
+    assert [(event["step"], event["epoch"]) for event in run.events("loss")] == [(1, 0), (2, 4)]
+    assert (run.status()["state"], run.status()["step"], run.status()["num_steps"]) == ("finished", 2, 2)
+    assert [checkpoint.folder.name.partition("-")[0] for checkpoint in run.checkpoints()][-1] == "last"
+    assert [checkpoint.step for checkpoint in run.checkpoints()] == [1, 2]  # the fourth epoch ended without an image
+    assert "Epochs 2 to 4 have no image" in run.log_path.read_text("utf-8")
+    assert sorted(path.name for path in run.folder.glob("*_schedule.txt")) == [
+        "ep0_batch_schedule.txt",
+        "ep4_batch_schedule.txt",
+    ]
+
+
 def square_folder(tmp_path: Path) -> str:
     """Twelve square pictures: one bucket."""
-    import numpy as np
-    from PIL import Image
-
     folder = tmp_path / "squares"
     if not folder.is_dir():
         folder.mkdir()

@@ -46,7 +46,7 @@ def test_the_shipped_file_loads_and_sets_both_parts_apart(tmp_path):
     assert (unet.optimizer, unet.lr, unet.lr_scheduler) == ("adamw8bit", 1e-6, "constant")
     assert (text.optimizer, text.lr, text.lr_scheduler) == ("adamw8bit", 5e-7, "cosine")
     assert unet.betas == text.betas == (0.9, 0.999)
-    assert text.weight_decay == 0.01
+    assert unet.weight_decay == text.weight_decay == 0.01
     assert text.lr_warmup_steps is None
     assert config.warnings == []
 
@@ -62,7 +62,7 @@ def test_without_a_file_both_parts_have_the_runs_settings():
     given = {"lr": 3e-6, "lr_scheduler": "linear"}
     for part in ("unet", "text encoder"):
         settings = part_settings(config, part, given=given)
-        assert (settings.lr, settings.lr_scheduler, settings.weight_decay) == (3e-6, "linear", 0.01)
+        assert (settings.lr, settings.lr_scheduler, settings.weight_decay) == (3e-6, "linear", None)
 
 
 def test_a_given_lr_beats_the_base_and_not_the_text_encoders_own():

@@ -1,0 +1,149 @@
+"""What watches a run changes nothing of it, and a resume is exact: bfloat16 autocast, the text cache, every kind of training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from everydream_kit.config import TrainConfig
+from everydream_kit.sessions import resume, train
+from everydream_kit.training.reports import Listener, StepReport
+from everydream_kit.training.run import Run
+from everydream_kit.workspace import RunFolder
+
+MIXED = {"amp_dtype": "bf16", "disable_textenc_training": True}
+"""What a GPU does by default where the text encoder is frozen: its captions are remembered."""
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tiny_model_folder: Path, picture_folder: Path) -> dict[str, Any]:
+    return {
+        "resume_ckpt": str(tiny_model_folder),
+        "data_root": str(picture_folder),
+        "resolution": 64,
+        "batch_size": 4,
+        "max_epochs": 2,
+        "max_steps": 4,
+        "lr": 1e-3,
+        "logdir": str(tmp_path / "logs"),
+        "no_save_ckpt": True,
+        "sample_steps": None,
+        "log_step": 1,
+        "seed": 7,
+        "num_workers": 0,
+        "cache_latents": "off",
+        "cond_dropout": 0.2,
+    }
+
+
+def state_of(run: RunFolder) -> dict[str, torch.Tensor]:
+    """Every tensor that the last checkpoint holds: weights, optimizer's state, averages."""
+    files = sorted(run.last_checkpoint.rglob("*.safetensors"))
+    assert files
+    return {
+        f"{file.relative_to(run.last_checkpoint)}/{name}": tensor
+        for file in files
+        for name, tensor in load_file(file).items()
+    }
+
+
+def assert_same_state(first: RunFolder, second: RunFolder) -> None:
+    one, other = state_of(first), state_of(second)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+class StopAfter(Listener):
+    """Asks the run to stop after some step, as the Stop button does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self, run: Run, report: StepReport) -> None:
+        if report.step == self.step:
+            run.folder.request("stop")
+
+
+class BusyHands(Listener):
+    """A person who edits the prompts after the first step and presses "sample now"."""
+
+    def __init__(self, prompts: Path) -> None:
+        self.prompts = prompts
+        self._write("a red square, plain, flat, number 0")
+
+    def __call__(self, run: Run, report: StepReport) -> None:
+        if report.step == 1:
+            self._write("a green square, plain, flat, number 1")
+            run.folder.request("sample")
+
+    def _write(self, prompt: str) -> None:
+        entry = {"cfgs": [3], "num_inference_steps": 1, "resolution": 64, "samples": [{"prompt": prompt}]}
+        self.prompts.write_text(json.dumps(entry), "utf-8")
+
+
+def watched(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Settings with everything that looks at the run while it trains."""
+    return {
+        **settings,
+        "sample_steps": 2,
+        "sample_before_training": True,
+        "sample_prompts": str(folder / "prompts.json"),
+        "save_every_n_steps": 3,
+        "write_schedule": True,
+        "load_settings_every_epoch": True,
+        "validation_config": {
+            "val_split_mode": "manual",
+            "manual_data_root": settings["data_root"],
+            "stabilize_training_loss": True,
+            "every_n_epochs": 0.5,
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [{**MIXED, "ema_decay_rate": 0.9, "ema_update_interval": 1}, {**MIXED, "disable_textenc_training": False}],
+    ids=["captions remembered, EMA", "captions encoded anew"],
+)
+def test_validation_samples_requests_and_a_resume_change_no_weight(
+    settings: dict[str, Any], tmp_path: Path, kind: dict[str, Any]
+) -> None:
+    bare = train(TrainConfig(**{**settings, **kind}))
+    config = TrainConfig(**{**watched(settings, tmp_path), **kind, "logdir": str(tmp_path / "watched")})
+    run = train(config, listeners=[BusyHands(tmp_path / "prompts.json"), StopAfter(2)])
+    assert run.status()["state"] == "stopped"
+    resume(run.folder)
+    assert sum(1 for _ in run.events("validation")) >= 3
+    assert len({event["prompt"] for event in run.events("sample")}) == 2
+    assert_same_state(bare, run)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"optimizer": "prodigy", "lr": 1.0, "ema_decay_rate": 0.9, "ema_update_interval": 1},
+        {"training_kind": "lora", "lora_rank": 2, "lora_dropout": 0.3},
+        {"training_kind": "textual_inversion", "new_tokens": {"<zkx>": "red"}},
+        {"weight_dtype": "bfloat16"},
+        {"optimizer": "dowg", "lr": 1.0},
+        {**MIXED, "validation_config": {"val_split_mode": "manual", "every_n_epochs": 0.5}},
+        {"disable_textenc_training": True},
+    ],
+    ids=["Prodigy and EMA", "LoRA and dropout", "new tokens", "bfloat16", "DoWG", "validation, bf16", "text cache"],
+)
+def test_a_resume_with_other_loader_processes_is_exact(
+    settings: dict[str, Any], tmp_path: Path, kind: dict[str, Any]
+) -> None:
+    if "validation_config" in kind:
+        kind = {**kind, "validation_config": {**kind["validation_config"], "manual_data_root": settings["data_root"]}}
+    config = TrainConfig(**{**settings, **kind})
+    whole = train(config)
+    parted = train(config.replace(logdir=str(tmp_path / "parted")), listeners=[StopAfter(2)])
+    assert parted.status()["state"] == "stopped"
+    resume(parted.folder, changes={"num_workers": 2})
+    assert_same_state(whole, parted)
