@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What the container of the Dockerfile runs: JupyterLab behind the password in JUPYTER_PASSWORD, and TensorBoard behind JupyterLab.
 #
-#   JUPYTER_PASSWORD     needed; none is built in, and the container does not start without one
+#   JUPYTER_PASSWORD     needed, at least eight characters; none is built in, and the container does not start without one
 #   JUPYTER_PORT         8888
 #   EDK_WORKSPACE        /workspace: where the volume is mounted
 #   TENSORBOARD_LOGDIR   /workspace/everydream
@@ -11,6 +11,12 @@ set -eu
 if [ -z "${JUPYTER_PASSWORD:-}" ]; then
     echo "Set JUPYTER_PASSWORD to a password of your own (a pod's environment variables, or docker run -e)." >&2
     echo "Without one anybody who finds the address could use this machine, so nothing was started." >&2
+    exit 1
+fi
+
+# Blanks at the ends do not count: a form may add them, and nobody types them in.
+if ! [[ "$JUPYTER_PASSWORD" =~ [^[:space:]].{6,}[^[:space:]] ]]; then
+    echo "JUPYTER_PASSWORD is shorter than eight characters. Everybody on the net can try passwords here: take a longer one." >&2
     exit 1
 fi
 

@@ -13,8 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
+
+from everydream_kit.errors import ExportError
+from everydream_kit.strict_json import read_json
 
 MAIN_SETTINGS = (
     *("resolution", "batch_size", "grad_accum", "max_epochs", "lr", "lr_scheduler", "optimizer", "training_kind"),
@@ -122,9 +126,11 @@ def _relation(facts: CardFacts) -> str:
 def _introduction(facts: CardFacts) -> str:
     kind = "A LoRA for" if facts.is_lora else "New words for" if facts.learnt_tokens else "Fine-tuned from"
     base = (
-        f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else "a local base model"
+        f"[{_inline(facts.base_model)}](https://huggingface.co/{quote(facts.base_model)})"
+        if facts.base_model
+        else "a local base model"
     )
-    tokens = ", ".join(f"`{token}`" for token in facts.config.get("new_tokens") or {})
+    tokens = ", ".join(f"`{_inline(str(token))}`" for token in facts.config.get("new_tokens") or {})
     words = f" New tokens: {tokens}." if tokens else ""
     return f"{kind} {base} with EveryDream Kit.{words}"
 
@@ -134,13 +140,14 @@ def _usage(facts: CardFacts) -> str:
     if facts.has_folder or facts.is_lora or facts.learnt_tokens:
         blocks.append("```python\n" + "\n".join(_usage_lines(facts)) + "\n```")
     if facts.single_file:
-        blocks.append(f"`{facts.single_file}` loads in every image app that takes checkpoint files.")
+        blocks.append(f"`{_inline(facts.single_file)}` loads in every image app that takes checkpoint files.")
     return "\n\n".join(blocks)
 
 
 def _usage_lines(facts: CardFacts) -> list[str]:
     prompt = facts.samples[0][1] if facts.samples else "your prompt"
-    skip = int(facts.config.get("clip_skip") or 0)
+    skip = facts.config.get("clip_skip")
+    skip = skip if isinstance(skip, int) else 0
     argument = f", clip_skip={skip - 1}" if skip > 1 else ""  # diffusers counts the layers that are skipped
     source = facts.repo_id if facts.has_folder and not facts.is_lora else facts.base_model or "the-base-model"
     lines = [
@@ -180,11 +187,11 @@ def dataset_summary(events: Iterable[dict[str, Any]], config: dict[str, Any]) ->
     if event and isinstance(event.get("pictures"), int):
         resolution = config.get("resolution")
         sizes = resolution if isinstance(resolution, list) else [resolution]
-        at = f", trained at {' and '.join(str(size) for size in sizes)} px" if resolution else ""
+        at = f", trained at {' and '.join(_value(size) for size in sizes)} px" if resolution else ""
         lines.append(f"{event['pictures']} pictures{at}.")
     captions = event.get("captions") if event else None
     if isinstance(captions, dict):
-        lines += [f"- {name.replace('_', ' ')}: {_value(value)}" for name, value in captions.items()]
+        lines += [f"- {_inline(name.replace('_', ' '))}: {_value(value)}" for name, value in captions.items()]
     return "\n".join(lines)
 
 
@@ -221,7 +228,7 @@ def _last_words(events: list[dict[str, Any]]) -> str:
     epochs = f" ({last['epoch'] + 1} epochs)" if isinstance(last.get("epoch"), int) else ""
     checked = [e for e in events if e.get("kind") == "validation" and isinstance(e.get("loss"), float)]
     validated = f"; validation loss {checked[-1]['loss']:.4f}" if checked else ""
-    return f"{last.get('step', 0)} optimizer steps{epochs}; training loss at the end {last['loss']:.4f}{validated}."
+    return f"{_value(last.get('step', 0))} optimizer steps{epochs}; training loss at the end {last['loss']:.4f}{validated}."
 
 
 def _hours(events: list[dict[str, Any]]) -> str:
@@ -231,7 +238,7 @@ def _hours(events: list[dict[str, Any]]) -> str:
 
 def _licence(facts: CardFacts) -> str:
     if facts.licence.get("license"):
-        return f"`{facts.licence.get('license_name') or facts.licence['license']}`"
+        return f"`{_inline(facts.licence.get('license_name') or facts.licence['license'])}`"
     return "Not stated. The licence of the base model binds what is made from it."
 
 
@@ -248,12 +255,13 @@ def read_pipeline_class(folder: Path | None) -> str:
     path = folder / "model_index.json" if folder else None
     if path is None or not path.is_file():
         return "DiffusionPipeline"
-    return str(json.loads(path.read_text("utf-8")).get("_class_name", "DiffusionPipeline"))
+    return str(read_json(path, error=ExportError).get("_class_name", "DiffusionPipeline"))
 
 
 def _inline(text: str) -> str:
-    """Text without what Markdown or HTML would act on."""
-    return re.sub(r"[<>\[\]`|\n]", " ", text).strip()
+    """Text on one line, without what Markdown or HTML would act on: names come from files, and files from anywhere."""
+    text = "".join(one if one.isprintable() else " " for one in text)
+    return re.sub(r"[<>\[\]`|]", " ", text).strip()
 
 
 def _value(value: Any) -> str:

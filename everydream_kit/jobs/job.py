@@ -10,7 +10,6 @@ import contextlib
 import os
 import platform
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from everydream_kit.jobs.process import (
     start_lock,
     write_object,
 )
+from everydream_kit.jobs.safe_python import module_command
 from everydream_kit.settings import give_again, load_config
 from everydream_kit.workspace import ENDED_STATES, Action, RunFolder, list_runs, write_whole
 
@@ -234,7 +234,7 @@ def start(
             )
         folder = RunFolder.create(logdir, checked.project_name).folder.resolve()
         write_whole(folder / "config.json", checked.to_json())
-        arguments = command or [sys.executable, "-m", "everydream_kit", "train", "--config", "{run}/config.json"]
+        arguments = command or module_command("everydream_kit", ["train", "--config", "{run}/config.json"])
         return _launch(folder, arguments, environment)
 
 
@@ -271,7 +271,7 @@ def resume(
             raise JobError(f"{folder}: this run is in progress already; attach to it instead of resuming it.")
         for stale in ("control.json", "status.json"):  # an old request must not stop the new process at its first step
             (folder / stale).unlink(missing_ok=True)
-        arguments = command or [sys.executable, "-m", "everydream_kit", "resume", "{run}"]
+        arguments = command or module_command("everydream_kit", ["resume", "{run}"])
         return _launch(folder, arguments, environment)
 
 
@@ -311,7 +311,7 @@ def start_module(
     if job.is_alive():
         raise JobError(f"{folder}: still at work. Wait for it, or stop it.")
     (folder / "status.json").unlink(missing_ok=True)
-    return _launch(folder, [sys.executable, "-m", module, *arguments], environment, append=False)
+    return _launch(folder, module_command(module, arguments), environment, append=False)
 
 
 def as_config(config: TrainConfig | Mapping[str, Any] | str | Path) -> TrainConfig:

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import psutil
 
 from everydream_kit.errors import JobError
+from everydream_kit.jobs.safe_python import safe_environment
 from everydream_kit.workspace import write_whole
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def spawn(
         JobError: the command cannot be started.
     """
     reap()
-    variables = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
+    variables = safe_environment({**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})})
     try:
         with log.open("ab" if append else "wb") as output:
             process = subprocess.Popen(

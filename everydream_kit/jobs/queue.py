@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from everydream_kit.config import TrainConfig
 from everydream_kit.errors import JobError
 from everydream_kit.jobs.job import FINAL_STATES, Job, as_config, running_jobs, start
 from everydream_kit.jobs.process import find_process, identify, read_object, spawn, start_lock, write_object
+from everydream_kit.jobs.safe_python import module_command
 
 Config = TrainConfig | Mapping[str, Any] | str | Path
 LOCK_WAIT_SECONDS = 5.0
@@ -110,7 +110,7 @@ class Queue:
                 plan["command"] = list(command) if command else None
             self.path.with_suffix(".stop").unlink(missing_ok=True)
             process = spawn(
-                [sys.executable, "-m", "everydream_kit.jobs", str(self.path)],
+                module_command("everydream_kit.jobs", [str(self.path)]),
                 self.path.with_suffix(".log"),
                 environment,
                 append=True,

@@ -26,6 +26,18 @@ def is_hub_id(source: str) -> bool:
     return bool(_HUB_ID.match(source.removeprefix("hf://")))
 
 
+def network_errors() -> tuple[type[Exception], ...]:
+    """What the Hub's client raises where the Hub cannot be reached or refuses.
+
+    With huggingface_hub 2 that is an error of httpx2, which is no OSError; RuntimeError is a session that another thread
+    closed, and ValueError an answer that is not the Hub's.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    http_error = next(cls for cls in HfHubHTTPError.__mro__ if cls.__name__ == "HTTPError")  # httpx's, or httpx2's
+    return (http_error, OSError, RuntimeError, ValueError)
+
+
 def fetch_model(
     source: str,
     *,
@@ -54,15 +66,9 @@ def fetch_model(
         cache. DiskSpaceError: not enough room for the download.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     repo_id = source.removeprefix("hf://")
-    http_error = next(cls for cls in HfHubHTTPError.__mro__ if cls.__name__ == "HTTPError")  # httpx's, or httpx2's
     try:
         info = HfApi(endpoint=endpoint).model_info(repo_id, revision=revision, files_metadata=True, token=token)
         sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
@@ -90,7 +96,7 @@ def fetch_model(
             f"{repo_id}: no such file or folder here, and no such model on the Hub. If it is private, log in with "
             "`hf auth login`."
         ) from error
-    except (http_error, OSError) as error:
+    except network_errors() as error:
         folder, wanted = _from_cache(repo_id, revision, subfolder, cache_dir, error), []
     return _place(folder, wanted, subfolder)
 

@@ -7,12 +7,14 @@ anywidget there is a password box, emptied before anything else happens.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import ipywidgets as widgets
 
 from everydream_kit.errors import HubError
+from everydream_kit.export.hub.connection import HubConnection, clean_token
 from everydream_kit.hosts import ColabBridge, Host, detect_host, find_secret
 from everydream_kit.panels.look import read_asset
 
@@ -50,24 +52,17 @@ def log_in(token: str) -> str:
     Raises:
         HubError: the Hub refused it or cannot be reached; the message does not hold the token.
     """
+    token = clean_token(token)
     if not token:
         raise HubError(
             "Paste an access token first. You make one at huggingface.co/settings/tokens, with the role write."
         )
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
-        user = str(huggingface_hub.whoami(token)["name"])
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        words = "The Hub refused this token" if status in (401, 403) else f"The Hub answered with an error ({status})"
-        raise HubError(f"{words}. Copy it again from huggingface.co/settings/tokens.") from None
-    except OSError as error:
-        raise HubError(
-            f"The Hub cannot be reached ({type(error).__name__}). Check the connection, then try again."
-        ) from None
-    huggingface_hub.login(token=token, add_to_git_credential=False)
+    connection = HubConnection(token)
+    user = str(connection.step("log in to the Hub", connection.api.whoami, tries=1)["name"])
+    login = functools.partial(huggingface_hub.login, token=token, add_to_git_credential=False)
+    connection.step("keep the token", login, tries=1)
     return user
 
 

@@ -181,9 +181,8 @@ def _fetch_configs(
 ) -> ModelFiles:
     """The configs of a Hub repository, or a single file's header; kilobytes, and nothing where they are cached."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    from everydream_kit.models.download import choose_files
+    from everydream_kit.models.download import choose_files, network_errors
 
     repo_id = repo_id.removeprefix("hf://")
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
@@ -196,7 +195,7 @@ def _fetch_configs(
             return _read_remote_header(repo_id, names[0], where, how)
         wanted = [name for name in names if name.endswith(".json")]
         folder = Path(snapshot_download(repo_id, allow_patterns=wanted, **where))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except network_errors() as error:
         folder = _cached_snapshot(repo_id, prefix, where["revision"], error)
     return open_configs(folder / prefix if prefix else folder, **how)
 

@@ -165,6 +165,16 @@ def test_the_image_has_no_password_built_in_and_refuses_to_start_without_one(tmp
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize("password", ["x", " ", "        ", "1234567", " 1234567 ", "\n"])
+def test_a_password_that_is_guessed_in_no_time_is_refused(tmp_path, password):
+    environ = {**os.environ, "JUPYTER_PASSWORD": password, "EDK_WORKSPACE": str(tmp_path / "workspace")}
+    script = REPOSITORY / "scripts" / "start_pod.sh"
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False, env=environ)
+    assert done.returncode == 1
+    assert "shorter than eight characters" in done.stderr
+    assert not (tmp_path / "workspace").exists()
+
+
 def test_what_the_image_copies_exists():
     dockerfile = (REPOSITORY / "Dockerfile").read_text(encoding="utf-8")
     copied = [word for line in re.findall(r"^COPY (.+) \S+$", dockerfile, re.MULTILINE) for word in line.split()]

@@ -16,6 +16,7 @@ import json
 import logging
 import re
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -39,6 +40,20 @@ READ_TIMEOUT_SECONDS = 120.0
 """A commit of many large files takes the Hub up to a minute."""
 RETRYABLE_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 _TOKEN_PATTERN = re.compile(r"hf_[A-Za-z0-9]{8,}|(?<=[Bb]earer )\S+")
+
+
+def clean_token(token: str) -> str:
+    """A token as it was pasted, without the blanks and invisible characters that came with it.
+
+    Raises:
+        HubError: what is left has characters that no token has; the message does not hold it.
+    """
+    cleaned = "".join(one for one in token if not one.isspace() and unicodedata.category(one) not in ("Cf", "Cc"))
+    if not cleaned.isascii():
+        raise HubError(
+            "The access token holds characters that no token has. Copy it again from huggingface.co/settings/tokens."
+        )
+    return cleaned
 
 
 def redact(text: str, token: str | None = None) -> str:
@@ -91,7 +106,7 @@ class HubConnection:
         from huggingface_hub import HfApi, get_token
 
         given = api.token if api is not None and isinstance(api.token, str) else None
-        self.token = token or given or get_token()
+        self.token = clean_token(token or given or get_token() or "") or None
         if needs_token and not self.token:
             raise HubError(
                 "No Hugging Face token was found. Make one with the role `write` at "
@@ -132,10 +147,11 @@ class HubConnection:
                     raise self._give_up(doing, cause, advice, number) from _without_token(error, self.token)
                 wait = cause.retry_after_seconds
                 wait = WAITS_SECONDS[min(number, len(WAITS_SECONDS)) - 1] if wait is None else wait
+                wait = min(wait, LONGEST_WAIT_SECONDS)
                 logger.warning(
                     "Could not %s: %s. Trying again in %.0f s.", doing, redact(cause.words, self.token), wait
                 )
-                self.sleep(min(wait, LONGEST_WAIT_SECONDS))
+                self.sleep(wait)
         raise AssertionError("not reached")  # the last try returns or raises
 
     def _give_up(self, doing: str, cause: Cause, advice: str, tries: int) -> HubError:

@@ -6,7 +6,7 @@ import pytest
 
 from everydream_kit.errors import HubError
 from everydream_kit.export.hub import parse_run_reference
-from everydream_kit.export.hub.connection import explain, redact
+from everydream_kit.export.hub.connection import HubConnection, explain, redact
 from everydream_kit.export.hub.upload import size_words
 
 
@@ -39,6 +39,23 @@ def test_what_may_pass_is_tried_again(error: Exception, words: str) -> None:
     cause = explain(error)
     assert cause.retryable
     assert words in cause.words
+
+
+def test_the_wait_that_is_said_is_the_wait_that_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+    class Response:
+        status_code, headers = 429, {"Retry-After": "100000"}
+
+    error, waits, tries = OSError("slow down"), list[float](), iter((True, False))
+    error.response = Response()  # type: ignore[attr-defined]
+
+    def action() -> str:
+        if next(tries):
+            raise error
+        return "done"
+
+    assert HubConnection(token="hf_sOmEtOkEn", sleep=waits.append).step("push", action) == "done"
+    assert waits == [300.0]
+    assert "Trying again in 300 s." in caplog.text
 
 
 def test_a_reference_to_a_run_is_taken_apart() -> None:

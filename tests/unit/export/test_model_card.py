@@ -108,3 +108,31 @@ def test_the_running_mean_follows_its_window() -> None:
     points = [(float(n), float(n)) for n in range(1, 9)]
     assert running_mean(points)[:3] == [(1.0, 1.0), (2.0, 1.5), (3.0, 2.0)]
     assert running_mean(points)[-1] == (8.0, 6.0)  # mean of 4..8
+
+
+HOSTILE = "<img src=x onerror=alert(1)>\n# Heading [link](javascript:x) `code` | cell\u2028\x1b[2J"
+
+
+def test_names_that_come_from_files_do_nothing_in_the_card() -> None:
+    facts = CardFacts(
+        title=HOSTILE,
+        repo_id="me/jets",
+        base_model=HOSTILE,
+        licence={"license": "other", "license_name": HOSTILE},
+        config={"new_tokens": {HOSTILE: "cat"}, "clip_skip": HOSTILE, "resolution": HOSTILE, "lr": HOSTILE},
+        events=[
+            {"kind": "dataset", "pictures": 3, "captions": {HOSTILE: HOSTILE}},
+            {"kind": "loss", "loss": 0.5, "step": HOSTILE},
+        ],
+        single_file=HOSTILE,
+        learnt_tokens={HOSTILE: 1},
+        samples=[("samples/1.jpg", HOSTILE, HOSTILE)],
+    )
+    _, front, text = make_card(facts).split("---\n", 2)
+    assert yaml.safe_load(front)["widget"][0]["text"] == HOSTILE
+    body = re.sub(r"```python\n.*?\n```", "", text, flags=re.DOTALL)  # there names stand in Python's own quotes
+    assert "<img" not in body
+    assert "[link]" not in body
+    assert "`code`" not in body
+    assert not any(line.startswith("# Heading") for line in body.splitlines())
+    assert all(one.isprintable() or one == "\n" for one in text)
