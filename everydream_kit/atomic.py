@@ -116,6 +116,15 @@ def put_in_place(temporary: Path, path: Path, *, replace: bool = True) -> None:
             time.sleep(_WINDOWS_PAUSE_SECONDS)
 
 
+def ends_with_line_end(path: Path) -> bool:
+    """Whether a file of lines can be appended to: it is empty, or its last line has an end."""
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
 def sweep(folder: str | os.PathLike[str]) -> list[Path]:
     """Remove temporary files of processes that are gone. Returns what was removed."""
     removed = []

@@ -121,7 +121,7 @@ def _write_pictures(
         columns = [f"{label}, cfg {cfg:g}" if several else f"cfg {cfg:g}" for label, _ in drawn for cfg in cfgs]
         labels = [f"{prompt.prompt} (seed {prompt.seed})" for prompt in wanted]
         paths.append(_free_name(folder, "sheet"))
-        label_grid(rows, column_labels=columns, row_labels=labels).save(paths[-1])
+        save_picture(label_grid(rows, column_labels=columns, row_labels=labels), paths[-1])
     return paths
 
 

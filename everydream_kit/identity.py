@@ -60,7 +60,7 @@ def this_process() -> Process:
 
 def identify(pid: int) -> Process:
     """A living process on this machine by its id; not sure if it has ended already."""
-    return Process(place_here(), pid, start_of(pid) or "")
+    return Process(place_here(), pid, start_of(pid, even_zombie=True) or "")
 
 
 def is_running(process: Process) -> bool | None:
@@ -95,27 +95,27 @@ def _place(system: str) -> str:
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def start_of(pid: int) -> str | None:
+def start_of(pid: int, *, even_zombie: bool = False) -> str | None:
     """When a process started, in a form that no clock change moves; None where there is none, or it is a zombie."""
     if sys.platform == "linux":
-        return _start_ticks(pid)
+        return _start_ticks(pid, even_zombie)
     import psutil
 
     try:
         process = psutil.Process(pid)
-        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) and not even_zombie:
             return None
         return repr(process.create_time()).replace(".", "_")
     except psutil.Error:
         return None
 
 
-def _start_ticks(pid: int) -> str | None:
+def _start_ticks(pid: int, even_zombie: bool) -> str | None:
     try:
         text = (PROC / str(pid) / "stat").read_text("utf-8", errors="replace")
     except OSError:
         return None
     fields = text.rpartition(")")[2].split()  # the name before it may hold spaces and brackets
-    if len(fields) < 20 or fields[0] in ("Z", "X", "x"):
+    if len(fields) < 20 or (fields[0] in ("Z", "X", "x") and not even_zombie):
         return None
     return fields[19]  # field 22 counted from 1, of which two stand before the bracket

@@ -11,13 +11,17 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from everydream_kit import __version__
+from everydream_kit.atomic import write_atomic
 from everydream_kit.config import TrainConfig, config_warnings
-from everydream_kit.errors import CheckpointError, ConfigError, KitError
+from everydream_kit.errors import CheckpointError, ConfigError, JobError, KitError
+from everydream_kit.identity import Process, is_running
+from everydream_kit.locks import hold
 from everydream_kit.preflight.automatic import settle_batch_size
 from everydream_kit.preflight.timing import MeasuredPlan
 from everydream_kit.settings import give_again, load_config
@@ -36,10 +40,20 @@ from everydream_kit.training.run import Run
 from everydream_kit.training.runs import build_run
 from everydream_kit.training.sharding import divide_optimizer_state
 from everydream_kit.training.summary import library_versions
-from everydream_kit.workspace import RunFolder, find_run, write_whole
+from everydream_kit.workspace import (
+    ENDED_STATES,
+    FOREIGN_HEARTBEAT_SECONDS,
+    RunFolder,
+    find_run,
+    is_fresh,
+    run_lock_path,
+)
 
 RUN_FOLDER_VARIABLE = "EVERYDREAM_RUN_FOLDER"
 """Environment variable by which whoever starts a process names the run folder that was made for it."""
+
+ORPHANS_SECONDS = 20.0
+"""How long a session waits for the lock of a run whose process is gone."""
 
 CANNOT_CHANGE = frozenset({"resume_ckpt", "seed", "training_kind", "optimizer", "project_name", "logdir"})
 """Settings that a resumed run cannot change: they say what its saved state is the state of."""
@@ -66,7 +80,8 @@ def train(
     config = as_config(config)
     ranks = Ranks.find(config.gpuid)
     folder = _new_folder(config, ranks)
-    return _session(config, folder, ranks, listeners, checkpoint=None, state={})
+    with _hold_folder(folder, ranks):
+        return _session(config, folder, ranks, listeners, checkpoint=None, state={})
 
 
 def resume(
@@ -98,13 +113,40 @@ def resume(
     warnings: list[str] = []
     config, _ = load_config(folder.config_path)
     ranks = Ranks.find(changes.get("gpuid", config.gpuid))
-    if ranks.is_main:
-        sweep(folder.checkpoints_folder)
-    ranks.barrier()
-    checkpoint, state = choose_checkpoint(folder, warnings.append)
-    if changes:
-        config = _changed(config, changes, folder, state["position"]["step"], writes=ranks.is_main)
-    return _session(config, folder, ranks, listeners, checkpoint=checkpoint, state=state, warnings=warnings)
+    with _hold_folder(folder, ranks):
+        if ranks.is_main:
+            sweep(folder.checkpoints_folder)
+        ranks.barrier()
+        checkpoint, state = choose_checkpoint(folder, warnings.append)
+        if changes:
+            config = _changed(config, changes, folder, state["position"]["step"], writes=ranks.is_main)
+        return _session(config, folder, ranks, listeners, checkpoint=checkpoint, state=state, warnings=warnings)
+
+
+@contextmanager
+def _hold_folder(folder: RunFolder, ranks: Ranks) -> Iterator[None]:
+    """Be the only session of a run folder, from before anything in it is changed until everything is written.
+
+    Raises:
+        JobError: the run is in progress, here or on another machine that shares the disk.
+    """
+    if not ranks.is_main:
+        yield
+        return
+    status = folder.status()
+    is_here = is_running(known) if (known := Process.from_json(status)) is not None else False
+    process = status.get("pid", "unknown")
+    refusal = f"{folder.folder}: this run is in progress (process {process}). Stop it first, or name another run."
+    # After a kill the loader's processes hold the lock until they notice, which takes them up to 5 s.
+    patience = 0.0 if is_here else ORPHANS_SECONDS
+    with hold(run_lock_path(folder.folder), refusal, wait_seconds=patience):
+        elsewhere = is_here is None and status.get("host") != platform.node()
+        if elsewhere and is_fresh(status) and status.get("state") not in ENDED_STATES:
+            raise JobError(
+                f"{folder.folder}: this run is in progress on another machine, {status.get('host')}, which reported "
+                f"less than {FOREIGN_HEARTBEAT_SECONDS:.0f} seconds ago. Stop it there, or wait if that machine is gone."
+            )
+        yield
 
 
 def as_config(config: TrainConfig | dict[str, Any] | str | Path) -> TrainConfig:
@@ -140,7 +182,7 @@ def _session(
             if config.batch_size == "auto":
                 config = settle_batch_size(config, ranks, journal)
                 if ranks.is_main:  # the number: a run that goes on takes the same
-                    write_whole(folder.config_path, config.to_json())
+                    write_atomic(folder.config_path, config.to_json())
             run = build_run(config, folder, journal, ranks, seed=state.get("seed"), weights_from=checkpoint, stop=stop)
             run.listeners = [*build_listeners(run, stop), *([MeasuredPlan()] if ranks.is_main else []), *listeners]
             if checkpoint is not None:
@@ -253,8 +295,8 @@ def _changed(
     changed = config.replace(**changes)
     if writes:
         kept = folder.folder / f"config-{step:05}.json"
-        write_whole(kept, folder.config_path.read_text("utf-8"))
-        write_whole(folder.config_path, changed.to_json())
+        write_atomic(kept, folder.config_path.read_text("utf-8"))
+        write_atomic(folder.config_path, changed.to_json())
         logging.getLogger("everydream_kit").info(f"changed from step {step} on: {changes}")
     return changed
 
@@ -278,7 +320,7 @@ def _new_folder(config: TrainConfig, ranks: Ranks) -> RunFolder:
 
 def _write_facts(config: TrainConfig, folder: RunFolder) -> None:
     """`config.json` and `environment.json`: what is needed to do this again."""
-    write_whole(folder.config_path, config.to_json())
+    write_atomic(folder.config_path, config.to_json())
     import torch
 
     facts = {
@@ -291,7 +333,7 @@ def _write_facts(config: TrainConfig, folder: RunFolder) -> None:
         else f"cpu, {torch.get_num_threads()} threads",
         "cuda": torch.version.cuda,
     }
-    write_whole(folder.folder / "environment.json", json.dumps(facts, indent=2))
+    write_atomic(folder.folder / "environment.json", json.dumps(facts, indent=2))
 
 
 class _LogFile(logging.FileHandler):

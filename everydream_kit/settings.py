@@ -82,9 +82,10 @@ def read_json_object(path: Path, setting: str = "") -> dict[str, Any]:
     """
     place = f"{setting}: {path}" if setting else str(path)
     try:
-        return dict(read_json(path, error=ConfigError, name=place))
-    except FileNotFoundError:
+        values: dict[str, Any] = read_json(path, error=ConfigError, name=place)
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{place}: there is no such settings file. Give the path of a JSON file.") from None
+    return values
 
 
 def upgrade(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

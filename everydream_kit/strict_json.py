@@ -71,7 +71,7 @@ def read_json(
     try:
         with open(path, "rb") as file:
             content = file.read(max_bytes + 1)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if missing is _REQUIRED:
             raise
         return missing
@@ -185,7 +185,7 @@ def iterate_json_lines(
                     )
                 except KitError as problem:
                     report.bad.append(str(problem))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror or problem}.") from problem

@@ -7,43 +7,64 @@ process) only reads it, except for `control.json`, the one file that others writ
         config.json  environment.json  train.log  events.jsonl  status.json  control.json  live.json
         samples/  ckpts/<project>-ep<NN>-gs<NNNNN>/  ckpts/best  plan.json  ledger/
 
-Writes of small files go through `write_whole`: beside, synced, renamed; so a reader never sees half a file.
+Small files are written with `atomic`, so a reader never sees half a file, and read with `strict_json`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from everydream_kit.errors import CheckpointError, JobError
+from everydream_kit.atomic import write_atomic
+from everydream_kit.errors import CheckpointError, JobError, KitError
+from everydream_kit.strict_json import JsonLines, iterate_json_lines, parse_json, read_json
 
 CHECKPOINT_MANIFEST = "resume/manifest.json"
 MODEL_FILES = ("model_index.json", "adapter.json")
 """One of these makes a folder a checkpoint: a whole model's, or a small one's that names its base."""
 Action = Literal["stop", "save", "sample"]
 ENDED_STATES = ("finished", "stopped", "failed")
+FOREIGN_HEARTBEAT_SECONDS = 90.0
+"""A run on another machine that shares the disk counts as alive while its heartbeat is younger than this."""
+CONTROL_BYTES = 1 << 16
+"""Size limit of `control.json`; a request takes less than 200 bytes."""
+MALFORMED_SHOWN = 100
+"""Characters of a malformed request that the log shows."""
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a small file so that a reader, or a power cut, sees the old text or the new one and nothing between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+def read_small_object(path: Path) -> dict[str, Any]:
+    """What a process last said about itself; {} where there is nothing, or nothing that can be read.
+
+    For files that are replaced whole by processes and are never written back from what was read. Files that people may
+    edit are read with `strict_json`, which tells missing from broken.
+    """
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+        value: dict[str, Any] = read_json(path, missing={}, allow_nan=True)
+    except KitError:
+        return {}
+    return value
+
+
+def run_lock_path(folder: Path) -> Path:
+    """The lock that a session holds on its run folder from beginning to end."""
+    return folder / ".lock"
+
+
+def is_fresh(status: Mapping[str, Any]) -> bool:
+    """Whether a status was written just now, as far as the clocks of two machines agree."""
+    heartbeat = status.get("heartbeat")
+    if isinstance(heartbeat, bool) or not isinstance(heartbeat, int | float):
+        return False
+    return abs(time.time() - heartbeat) < FOREIGN_HEARTBEAT_SECONDS
 
 
 def checkpoint_name(project: str, epoch: int, step: int, *, prefix: str = "") -> str:
@@ -139,51 +160,60 @@ class RunFolder:
         return self.folder / "ckpts"
 
     def status(self) -> dict[str, Any]:
-        """The last word of the trainer: state, pid, step, ... ; empty before it has said anything."""
-        path = self.folder / "status.json"
-        return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
+        """The last word of the trainer: state, pid, step, ... ; empty before it has said anything, or if it is damaged."""
+        return read_small_object(self.folder / "status.json")
 
     def write_status(self, status: dict[str, Any]) -> None:
-        write_whole(self.folder / "status.json", json.dumps({**status, "heartbeat": time.time()}))
+        write_atomic(self.folder / "status.json", json.dumps({**status, "heartbeat": time.time()}))
 
-    def events(self, kind: str | None = None) -> Iterator[dict[str, Any]]:
-        """Events in order of writing, all or of one kind. A last line that is still being written is left out."""
-        if not self.events_path.is_file():
-            return
-        with self.events_path.open(encoding="utf-8") as file:
-            for line in file:
-                if not line.endswith("\n"):
-                    return
-                event = json.loads(line)
-                if kind is None or event["kind"] == kind:
+    def events(self, kind: str | None = None, *, report: JsonLines | None = None) -> Iterator[dict[str, Any]]:
+        """Events in order of writing, all or of one kind.
+
+        Lines that a full disk or a kill cut off are skipped and counted in `report.bad`; so is a last line that is still
+        being written, which `report.unfinished` says.
+        """
+        report = JsonLines() if report is None else report
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # nothing has been written yet
+            for event in iterate_json_lines(self.events_path, error=JobError, report=report):
+                if not isinstance(event.get("kind"), str):
+                    report.bad.append(f"{self.events_path}: an event without a kind")
+                elif kind is None or event["kind"] == kind:
                     yield event
 
     def request(self, action: Action, **details: Any) -> str:
         """Ask the trainer for something; it obeys within one step. Returns the request's id."""
         request = uuid.uuid4().hex
-        write_whole(self.folder / "control.json", json.dumps({"action": action, "id": request, **details}))
+        write_atomic(self.folder / "control.json", json.dumps({"action": action, "id": request, **details}))
         return request
 
     def waiting_action(self) -> str | None:
         """What the waiting request asks for, which stays; None where there is none."""
-        try:
-            request = json.loads((self.folder / "control.json").read_text("utf-8"))
-        except (FileNotFoundError, ValueError):
-            return None
-        return request.get("action") if isinstance(request, dict) else None
+        action = read_small_object(self.folder / "control.json").get("action")
+        return action if isinstance(action, str) else None
 
     def take_request(self) -> dict[str, Any] | None:
-        """The trainer's side: the waiting request, which is removed, or None; what is none is an action that nobody knows."""
+        """The trainer's side: the pending request, which is removed, or None.
+
+        `action` is a text in any case; malformed requests are returned as unknown actions.
+        """
         path = self.folder / "control.json"
-        if not path.is_file():
-            return None
         taken = path.with_suffix(".taken")
-        os.replace(path, taken)
-        text = taken.read_text("utf-8", errors="replace")
         try:
-            return dict(json.loads(text))
-        except (ValueError, TypeError):
-            return {"action": text[:100]}
+            os.replace(path, taken)
+            with taken.open("rb") as file:
+                content = file.read(CONTROL_BYTES + 1)
+        except OSError:  # there is none, or the disk is gone for a moment: the request stays for the next step
+            return None
+        try:
+            request: dict[str, Any] = parse_json(content, str(path), error=JobError, max_bytes=CONTROL_BYTES)
+        except JobError as problem:
+            shown = content[:MALFORMED_SHOWN].decode("utf-8", "replace")
+            return {"action": shown, "problem": str(problem)}
+        if not isinstance(request.get("action"), str):
+            request["action"] = json.dumps(request.get("action"))[:MALFORMED_SHOWN]
+        if not isinstance(request.get("id"), str | None):
+            request["id"] = None
+        return request
 
     def checkpoints(self) -> list[Checkpoint]:
         """Whole checkpoints, oldest first by step. Half-written ones have other names and are not listed."""

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from everydream_kit.atomic import put_in_place, sweep, temporary_path
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,7 @@ class DiskStore:
         self._pending_bytes = 0
         for path in sorted(self._folder.glob("*.safetensors")):
             self._add_shard(path)
-        for left_over in self._folder.glob("*.partial"):  # of a build that was interrupted while it wrote
-            left_over.unlink(missing_ok=True)
+        sweep(self._folder)  # of a build that was killed while it wrote
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
@@ -106,10 +105,13 @@ class DiskStore:
         masks = {n.hex() + _MASK_SUFFIX: e.mask.contiguous() for n, e in self._pending.items() if e.mask is not None}
         # Named after its contents: two processes that build the same cache do not write over each other's work.
         title = hashlib.blake2b(b"".join(sorted(self._pending)), digest_size=12).hexdigest()
-        partial = self._folder / f"{title}-{uuid.uuid4().hex[:8]}.partial"
         final = self._folder / f"{title}.safetensors"
-        save_file({**tensors, **masks}, partial, metadata={"identity": self._identity})
-        os.replace(partial, final)
+        partial = temporary_path(self._folder)
+        try:
+            save_file({**tensors, **masks}, partial, metadata={"identity": self._identity})
+            put_in_place(partial, final)
+        finally:
+            partial.unlink(missing_ok=True)
         self._pending, self._pending_bytes = {}, 0
         self._add_shard(final)
 

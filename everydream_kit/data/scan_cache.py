@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from everydream_kit.atomic import open_atomic
 from everydream_kit.data.dataset import NUMBERS, Dataset, Defaults
 from everydream_kit.data.headers import Header
 from everydream_kit.data.strings import StringColumn
@@ -148,13 +149,9 @@ def save_remembered(cache_dir: Path, root: str, dataset: Dataset) -> None:
     arrays |= {"path_data": dataset.paths.data, "path_ends": dataset.paths.ends}
     arrays |= {"caption_data": dataset.captions.data, "caption_ends": dataset.captions.ends}
     arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
+        with open_atomic(path, durable=False) as file:  # what is lost costs one more look through the folder
             np.savez(file, **arrays)
-        os.replace(part, path)
     except OSError as error:
         log.warning("%s: the scan could not be remembered (%s); the next start reads the folder again", path, error)
-        if part.exists():
-            part.unlink()

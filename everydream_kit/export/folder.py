@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from everydream_kit.atomic import sweep, temporary_path
 from everydream_kit.errors import ExportError
 from everydream_kit.export.single_file import check_free_space, live_or_averaged, precision_dtype
 from everydream_kit.models.files import ModelFiles
@@ -36,8 +37,8 @@ def write_new_folder(files: ModelFiles, out: Path, precision: str) -> Path:
         raise ExportError(f"{out}: is there already, and would be mixed with the new model. Choose another name.")
     out.parent.mkdir(parents=True, exist_ok=True)
     check_free_space(out.parent, files.num_elements() * dtype.itemsize)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    sweep(out.parent)
+    partial = temporary_path(out.parent)
     try:
         write_folder(files, partial, dtype=dtype)
         partial.replace(out)

@@ -10,7 +10,6 @@ import dataclasses
 import datetime
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from everydream_kit.atomic import open_atomic, write_atomic
 from everydream_kit.errors import DiskSpaceError, ExportError
 from everydream_kit.models.convert import CLIP_VOCABULARY, to_single_file
 from everydream_kit.models.files import ModelFiles
@@ -185,15 +185,8 @@ def check_free_space(folder: Path, num_bytes: int) -> None:
 def _write_ckpt(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
     """The older pickle form; it takes the output's size in memory."""
     kept = {key: value for key, value in metadata.items() if key != HASH_KEY}
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            torch.save({"state_dict": {name: value.read() for name, value in tensors.items()}, "metadata": kept}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with open_atomic(path) as file:
+        torch.save({"state_dict": {name: value.read() for name, value in tensors.items()}, "metadata": kept}, file)
 
 
 def _write_legacy_config(files: ModelFiles, out: Path) -> None:
@@ -201,7 +194,7 @@ def _write_legacy_config(files: ModelFiles, out: Path) -> None:
     if config is None:
         return
     try:
-        out.with_suffix(".yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        write_atomic(out.with_suffix(".yaml"), yaml.safe_dump(config, sort_keys=False))
     except OSError as error:
         raise ExportError(
             f"{out.with_suffix('.yaml')}: cannot be written ({error}); the model file itself is whole."

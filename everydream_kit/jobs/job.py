@@ -18,21 +18,29 @@ from typing import Any
 
 import psutil
 
+from everydream_kit.atomic import write_atomic
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ConfigError, JobError
 from everydream_kit.jobs.process import (
     exit_code,
     find_process,
-    identify,
-    read_object,
+    may_be_running,
     reap,
     spawn,
-    start_lock,
     write_object,
 )
 from everydream_kit.jobs.safe_python import module_command
+from everydream_kit.locks import hold, is_held
 from everydream_kit.settings import give_again, load_config
-from everydream_kit.workspace import ENDED_STATES, Action, RunFolder, list_runs, write_whole
+from everydream_kit.workspace import (
+    ENDED_STATES,
+    Action,
+    RunFolder,
+    is_fresh,
+    list_runs,
+    read_small_object,
+    run_lock_path,
+)
 
 JOB_FILE = "job.json"
 LOG_FILE = "train.log"
@@ -40,8 +48,7 @@ RUN_FOLDER_VARIABLE = "EVERYDREAM_RUN_FOLDER"
 """Environment variable that tells the trainer which run folder was made for it."""
 
 FINAL_STATES = (*ENDED_STATES, "died")
-FOREIGN_HEARTBEAT_SECONDS = 90.0
-"""A run on another machine that shares the disk counts as alive while its heartbeat is younger than this."""
+UNDER_WAY = "{}: another start is under way. Try again in a moment."
 
 
 @dataclass(frozen=True)
@@ -69,23 +76,31 @@ class Job:
         ended without saying so (killed, out of memory, machine restarted). `message` then says what is known. `progress` is
         the share of a drawing or an encoding that is done, or None.
         """
-        written = read_object(self.folder / "status.json")
+        written = read_small_object(self.folder / "status.json")
         alive = self.is_alive()
         status = {"state": "starting", "step": 0, "num_steps": None, "message": "", **written, "alive": alive}
         if not alive and status["state"] not in FINAL_STATES:
-            written = read_object(self.folder / "status.json")  # its last words may have come between the two looks
+            written = read_small_object(
+                self.folder / "status.json"
+            )  # its last words may have come between the two looks
             status.update(written)
             if status["state"] not in FINAL_STATES:
                 status.update(self._last_words())
         return status
 
     def is_alive(self) -> bool:
-        """Whether its process is there: the same process id *and* start time, or a fresh heartbeat from elsewhere."""
-        if self._find_process() is not None:
+        """Whether its process is there: known by boot, id and start, or, where it cannot be known, by its heartbeat.
+
+        A heartbeat counts for a process on another machine. For one on this machine whose identity is not sure (a sandbox,
+        another container) the lock on the run folder has to be held as well.
+        """
+        records = self._records()
+        if any(may_be_running(record) for record in records):
             return True
-        status = read_object(self.folder / "status.json")
-        elsewhere = status.get("host", platform.node()) != platform.node()
-        return elsewhere and _is_fresh(status) and status.get("state") not in FINAL_STATES
+        status = records[-1]
+        if status.get("state") in FINAL_STATES or not is_fresh(status) or may_be_running(status) is False:
+            return False
+        return status.get("host", platform.node()) != platform.node() or is_held(run_lock_path(self.folder))
 
     def stop(self, *, timeout_seconds: float | None = None) -> bool:
         """Ask the trainer to save and end. Returns whether it has ended within the time (None: do not wait).
@@ -94,8 +109,8 @@ class Job:
             JobError: nothing is running.
         """
         self._require_alive("stop")
-        asked_before = read_object(self.folder / "control.json").get("action") == "stop"
-        listens = read_object(self.folder / "status.json").get("state") in ("running", "saving", "sampling")
+        asked_before = read_small_object(self.folder / "control.json").get("action") == "stop"
+        listens = read_small_object(self.folder / "status.json").get("state") in ("running", "saving", "sampling")
         process = self._find_process()
         if process is not None and not listens and not asked_before:
             # A trainer that still loads reads no requests yet. Never twice: a second signal ends it without saving.
@@ -116,7 +131,8 @@ class Job:
             if not self.is_alive():  # it ended between the two looks
                 return
             raise JobError(
-                f"{self.folder}: this run goes on, on another machine. Stop it there, or ask it to stop from here."
+                f"{self.folder}: this run is in progress, but its process is not known for certain from here (another "
+                "machine or container). Ask it to stop instead, or end it there."
             )
         family = [*process.children(recursive=True), process]
         for member in family:
@@ -168,8 +184,8 @@ class Job:
 
     def _last_words(self) -> dict[str, str]:
         """State and message of a run whose process is gone without having said so."""
-        code = exit_code(read_object(self.folder / JOB_FILE).get("pid"))
-        if read_object(self.folder / "control.json").get("action") == "stop":  # before it could read the request
+        code = exit_code(read_small_object(self.folder / JOB_FILE))
+        if read_small_object(self.folder / "control.json").get("action") == "stop":  # before it could read the request
             return {"state": "stopped", "message": "Stopped before training began; nothing was saved."}
         cause = "The training process ended without a word"
         if code is not None and code < 0:
@@ -181,13 +197,11 @@ class Job:
         return {"state": "died", "message": f"{cause} Resume goes on from the newest checkpoint."}
 
     def _find_process(self) -> psutil.Process | None:
-        job, status = read_object(self.folder / JOB_FILE), read_object(self.folder / "status.json")
-        for record, started in ((job, job.get("start_time")), (status, status.get("process_started"))):
-            if record.get("pid") and record.get("host", platform.node()) == platform.node():
-                process = find_process(record["pid"], started)
-                if process is not None:
-                    return process
-        return None
+        return next(filter(None, map(find_process, self._records())), None)
+
+    def _records(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Who works on it, as whoever started it wrote down, and as the trainer itself says."""
+        return read_small_object(self.folder / JOB_FILE), read_small_object(self.folder / "status.json")
 
     def _require_alive(self, what: str) -> None:
         if not self.folder.is_dir():
@@ -226,14 +240,14 @@ def start(
     checked = as_config(config)
     logdir = Path(checked.logdir)
     logdir.mkdir(parents=True, exist_ok=True)
-    with start_lock(logdir / f".{checked.project_name}.starting"):
+    with hold(logdir / f".{checked.project_name}.starting", UNDER_WAY.format(logdir)):
         running = running_jobs(logdir, checked.project_name)
         if running and not allow_parallel:
             raise JobError(
                 f"{running[0].folder}: this project is being trained already. Stop that run first, or wait for it."
             )
         folder = RunFolder.create(logdir, checked.project_name).folder.resolve()
-        write_whole(folder / "config.json", checked.to_json())
+        write_atomic(folder / "config.json", checked.to_json())
         arguments = command or module_command("everydream_kit", ["train", "--config", "{run}/config.json"])
         return _launch(folder, arguments, environment)
 
@@ -266,7 +280,7 @@ def resume(
     left = give_again(folder, changes or {})
     if left:
         raise ConfigError(f"{', '.join(left)}: give only what {folder.name} asks for; nothing else changes here.")
-    with start_lock(folder / ".starting"):
+    with hold(folder / ".starting", UNDER_WAY.format(folder)):
         if job.is_alive():
             raise JobError(f"{folder}: this run is in progress already; attach to it instead of resuming it.")
         for stale in ("control.json", "status.json"):  # an old request must not stop the new process at its first step
@@ -329,9 +343,5 @@ def _launch(
     command = [argument.replace("{run}", str(folder)) for argument in arguments]
     added = {RUN_FOLDER_VARIABLE: str(folder), **(environment or {})}
     process = spawn(command, folder / LOG_FILE, added, append=append)
-    write_object(folder / JOB_FILE, {**identify(process.pid), "command": command})
+    write_object(folder / JOB_FILE, {**process.to_json(), "command": command})
     return Job(folder)
-
-
-def _is_fresh(status: Mapping[str, Any]) -> bool:
-    return time.time() - float(status.get("heartbeat") or 0.0) < FOREIGN_HEARTBEAT_SECONDS

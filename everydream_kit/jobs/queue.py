@@ -19,8 +19,11 @@ from typing import Any
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import JobError
 from everydream_kit.jobs.job import FINAL_STATES, Job, as_config, running_jobs, start
-from everydream_kit.jobs.process import find_process, identify, read_object, spawn, start_lock, write_object
+from everydream_kit.jobs.process import may_be_running, spawn, write_object
 from everydream_kit.jobs.safe_python import module_command
+from everydream_kit.locks import hold
+from everydream_kit.strict_json import kind_of, read_json
+from everydream_kit.workspace import read_small_object
 
 Config = TrainConfig | Mapping[str, Any] | str | Path
 LOCK_WAIT_SECONDS = 5.0
@@ -42,12 +45,13 @@ class Queue:
 
     @property
     def entries(self) -> list[dict[str, Any]]:
-        return list(read_object(self.path).get("entries", []))
+        """Its entries, in order. Raises: JobError if the file is broken."""
+        entries: list[dict[str, Any]] = self._read()["entries"]
+        return entries
 
     def is_alive(self) -> bool:
         """Whether a process works through it now."""
-        record = read_object(self.path.with_suffix(".job.json"))
-        return bool(record.get("pid")) and find_process(record["pid"], record.get("start_time")) is not None
+        return may_be_running(read_small_object(self.path.with_suffix(".job.json"))) is True
 
     def add(self, config: Config) -> str:
         """Put a config at the end; a queue at work comes to it.
@@ -100,7 +104,9 @@ class Queue:
         Raises:
             JobError: nothing waits, or the queue is at work already.
         """
-        with start_lock(self.path.with_suffix(".starting")):
+        with hold(
+            self.path.with_suffix(".starting"), f"{self.path}: another start is under way. Try again in a moment."
+        ):
             if self.is_alive():
                 raise JobError(f"{self.path}: this queue is at work already.")
             with self._edit() as plan:
@@ -115,7 +121,7 @@ class Queue:
                 environment,
                 append=True,
             )
-            write_object(self.path.with_suffix(".job.json"), identify(process.pid))
+            write_object(self.path.with_suffix(".job.json"), process.to_json())
 
     def stop(self) -> None:
         """Stop the run in progress (it saves) and start no further one."""
@@ -129,10 +135,19 @@ class Queue:
     def _edit(self) -> Iterator[dict[str, Any]]:
         """The plan, to be changed; written back when the block ends well."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _patiently(self.path.with_suffix(".editing")):
-            plan = {"command": None, "entries": [], **read_object(self.path)}
+        busy = f"{self.path}: another process is changing this queue. Try again in a moment."
+        with hold(self.path.with_suffix(".editing"), busy, wait_seconds=LOCK_WAIT_SECONDS):
+            plan = self._read()
             yield plan
             write_object(self.path, plan)
+
+    def _read(self) -> dict[str, Any]:
+        """The plan; an empty one where there is no file yet. Raises: JobError if the file is broken."""
+        plan = {"command": None, "entries": [], **read_json(self.path, error=JobError, missing={})}
+        problem = _problem_of(plan)
+        if problem:
+            raise JobError(f"{self.path}: {problem}. Fix it, or delete the file to start a new queue.")
+        return plan
 
     def _set(self, entry_id: str, **changes: Any) -> None:
         with self._edit() as plan, contextlib.suppress(JobError):
@@ -243,17 +258,27 @@ def _find(entries: Sequence[Mapping[str, Any]], entry_id: str) -> int:
     raise JobError("This entry is not in the queue any more.")
 
 
-@contextlib.contextmanager
-def _patiently(path: Path) -> Iterator[None]:
-    """Hold a lock file, waiting for whoever holds it now."""
-    end = time.monotonic() + LOCK_WAIT_SECONDS
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(start_lock(path))
-                break
-            except JobError:
-                if time.monotonic() >= end:
-                    raise
-                time.sleep(0.02)
-        yield
+def _problem_of(plan: Mapping[str, Any]) -> str:
+    """What is wrong with a queue's file that somebody edited; empty if nothing is."""
+    if not isinstance(plan["entries"], list):
+        return f"entries: holds {kind_of(plan['entries'])} where a list [...] is expected"
+    command = plan["command"]
+    if command is not None and not (isinstance(command, list) and all(isinstance(word, str) for word in command)):
+        return "command: must be null or a list of texts"
+    problems = ((number, _problem_of_entry(entry)) for number, entry in enumerate(plan["entries"], start=1))
+    return next((f"entry {number}: {problem}" for number, problem in problems if problem), "")
+
+
+def _problem_of_entry(entry: Any) -> str:
+    if not isinstance(entry, dict):
+        return f"holds {kind_of(entry)} where an object {{...}} is expected"
+    for name in ("id", "state"):
+        if not isinstance(entry.get(name), str):
+            return f"{name} must be a text"
+    settings = entry.get("settings")
+    given = settings.get("given") if isinstance(settings, dict) else None
+    if not isinstance(settings, dict) or not isinstance(given, list) or not set(map(str, given)) <= settings.keys():
+        return 'settings must be an object whose list "given" names settings in it'
+    if not isinstance(entry.get("run"), str | None):
+        return "run must be null or the path of a run folder"
+    return ""

@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from everydream_kit.atomic import open_atomic
+
 _PAPER, _INK, _QUIET = "#ffffff", "#1f2328", "#59636e"
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 
@@ -130,9 +132,11 @@ def save_picture(picture: Image.Image, path: str | Path, *, quality: int = 95) -
         text = PngImagePlugin.PngInfo()
         if settings:
             text.add_text("parameters", settings)  # becomes iTXt by itself where Latin-1 does not do
-        picture.save(path, pnginfo=text)
+        with open_atomic(path) as file:
+            picture.save(file, "PNG", pnginfo=text)
         return
     exif = Image.Exif()
     if settings:
         exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\x00" + settings.encode("utf-16-be")
-    picture.save(path, quality=quality, exif=exif)
+    with open_atomic(path) as file:
+        picture.save(file, Image.registered_extensions()[path.suffix.lower()], quality=quality, exif=exif)

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from everydream_kit.atomic import open_atomic
 from everydream_kit.errors import ModelError
 from everydream_kit.models.spans import Span, read_pieces, spans_of_safetensors
 
@@ -174,27 +175,20 @@ def write_safetensors(
                 for values in _checked_bytes(name, tensors[name]):
                     file.write(values)
         return
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with (
-            partial.open("wb") as file,
-            _Hasher(wanted=hash_offset is not None) as hasher,
-            _EarlySync(file.fileno()) as disk,
-        ):
-            file.write(struct.pack("<Q", len(header)) + header)
-            for name in names:
-                for values in _checked_bytes(name, tensors[name]):
-                    hasher.update(values)
-                    file.write(values)
-                    disk.written(len(values))
-            if hash_offset is not None:
-                file.seek(hash_offset)
-                file.write(hasher.hexdigest().encode())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        open_atomic(path) as file,
+        _Hasher(wanted=hash_offset is not None) as hasher,
+        _EarlySync(file.fileno()) as disk,
+    ):
+        file.write(struct.pack("<Q", len(header)) + header)
+        for name in names:
+            for values in _checked_bytes(name, tensors[name]):
+                hasher.update(values)
+                file.write(values)
+                disk.written(len(values))
+        if hash_offset is not None:
+            file.seek(hash_offset)
+            file.write(hasher.hexdigest().encode())
 
 
 class _EarlySync:

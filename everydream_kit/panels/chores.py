@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,8 +16,10 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from everydream_kit.atomic import write_atomic
 from everydream_kit.errors import KitError
-from everydream_kit.workspace import RunFolder, write_whole
+from everydream_kit.identity import this_process
+from everydream_kit.workspace import RunFolder
 
 LOOKED_FILE, PLAN_FILE = "report.json", "plan.json"
 TELL_SECONDS = 0.5
@@ -31,7 +32,7 @@ class Told:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._run = RunFolder(folder)
-        self._facts: dict[str, Any] = {"pid": os.getpid(), "host": platform.node()}
+        self._facts: dict[str, Any] = this_process().to_json()
 
     def tell(self, state: str, **facts: Any) -> None:
         self._facts.update(facts, state=state)
@@ -98,7 +99,7 @@ def foretell(told: Told, folder: Path, config: str, wish: str) -> dict[str, Any]
     settings = load_config(None, {name: values[name] for name in values["given"]})[0]
     told.tell("running", message="Foretelling memory, time and cost …")
     made = plan(settings, wanted["gpu"], wanted["price"])
-    write_whole(folder / PLAN_FILE, json.dumps({**made.to_json(), "text": made.text, "key": wanted["key"]}))
+    write_atomic(folder / PLAN_FILE, json.dumps({**made.to_json(), "text": made.text, "key": wanted["key"]}))
     return {"message": made.line}
 
 

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from everydream_kit.atomic import write_atomic
 from everydream_kit.errors import ConfigError
 from everydream_kit.panels.project import EMBEDDED_MODEL
-from everydream_kit.workspace import write_whole
 
 if TYPE_CHECKING:
     from everydream_kit.models.family import Model
@@ -81,7 +81,7 @@ class Comparison:
         """Write the plan beside the pictures."""
         path = Path(self.folder) / "comparison.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(asdict(self), indent=1))
+        write_atomic(path, json.dumps(asdict(self), indent=1))
         return path
 
     @classmethod
@@ -112,9 +112,7 @@ def draw_missing(comparison: Comparison, progress: Callable[[int, int], object])
             )
             path = comparison.picture_path(checkpoint, prompt, cfg)
             path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(f".{path.name}")
-            save_picture(picture, beside)
-            beside.replace(path)
+            save_picture(picture, path)
             done += 1
             progress(done, total)
     return done

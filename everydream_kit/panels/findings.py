@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from everydream_kit.atomic import write_atomic
 from everydream_kit.config import TrainConfig
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.data.plan import PlanSettings
 from everydream_kit.data.report import find_undersized, make_report
 from everydream_kit.errors import KitError
 from everydream_kit.panels.forecast import GUESSED_BATCH_SIZE
-from everydream_kit.workspace import write_whole
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def look_closely(
         progress: called with the number of pictures decoded so far.
     """
     report = make_report(dataset, settings, count_tokens=_token_counter(base), progress=progress)
-    write_whole(out, json.dumps({**report.to_json(), "pictures": _signature(dataset)}))
+    write_atomic(out, json.dumps({**report.to_json(), "pictures": _signature(dataset)}))
 
 
 def _token_counter(base: str) -> Callable[[str], int] | None:

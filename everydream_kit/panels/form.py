@@ -13,6 +13,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
+from everydream_kit.atomic import write_atomic
 from everydream_kit.config import TrainConfig, config_warnings
 from everydream_kit.errors import ConfigError
 from everydream_kit.panels import look
@@ -123,8 +124,7 @@ class SettingsForm:
     def save_file(self, path: str | Path) -> Path:
         """Write the settings that differ from the defaults as a settings file."""
         path = Path(path).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.changed_values(), indent=2, ensure_ascii=False), encoding="utf-8")
+        write_atomic(path, json.dumps(self.changed_values(), indent=2, ensure_ascii=False), make_folder=True)
         return path
 
     def _field(self, record: Parameter) -> Field:

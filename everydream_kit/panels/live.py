@@ -6,12 +6,15 @@ one. No widgets here.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from everydream_kit.errors import KitError
+from everydream_kit.strict_json import parse_json
+from everydream_kit.workspace import read_small_object
 
 Point = tuple[int, float]
 """(optimizer step, value)."""
@@ -27,6 +30,7 @@ class RunView:
         learning_rates: points for each trained part.
         messages: warnings and errors, oldest first.
         saved: checkpoint folders in order of saving.
+        bad_lines: lines of the events that cannot be read and are skipped.
     """
 
     folder: Path
@@ -35,6 +39,7 @@ class RunView:
     learning_rates: dict[str, list[Point]] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
+    bad_lines: int = 0
     _offset: int = 0
 
     def update(self) -> bool:
@@ -49,16 +54,17 @@ class RunView:
         whole = text[: text.rfind(b"\n") + 1]  # the last line may still be being written
         self._offset += len(whole)
         for line in whole.splitlines():
-            self._take(json.loads(line))
+            try:
+                self._take(parse_json(line, str(path), allow_nan=True))
+            except (KitError, KeyError, TypeError, ValueError):  # a line that a full disk or a kill cut off
+                self.bad_lines += 1
         return bool(whole)
 
     @cached_property
     def max_epochs(self) -> int | None:
         """Epochs that the run was started with, or None where its settings do not say."""
-        try:
-            return int(json.loads((self.folder / "config.json").read_text("utf-8"))["max_epochs"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        value = read_small_object(self.folder / "config.json").get("max_epochs")
+        return value if isinstance(value, int) else None
 
     def sample_steps(self) -> dict[int, list[Path]]:
         """Sample pictures by the step they were drawn at."""

@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from everydream_kit.atomic import write_atomic
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ConfigError, JobError
 from everydream_kit.jobs import Job, find_jobs, running_jobs
 from everydream_kit.settings import load_config
-from everydream_kit.workspace import write_whole
+from everydream_kit.strict_json import read_json
+from everydream_kit.workspace import read_small_object
 
 NUM_DEMO_PROMPTS = 3
 EMBEDDED_MODEL = "embedded"
@@ -88,16 +90,14 @@ class Project:
     def settings(self) -> dict[str, Any]:
         """What the form last held, or the project's own settings on the embedded base."""
         start = {"resume_ckpt": EMBEDDED_MODEL, **self.own_settings()}
-        if not self.settings_path.is_file():
-            return start
         try:
-            saved = json.loads(self.settings_path.read_text("utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{self.settings_path}: not valid JSON ({error}). Mend it, or delete it.") from error
+            saved = read_json(self.settings_path, error=ConfigError, missing={})
+        except ConfigError as error:
+            raise ConfigError(f"{error} Fix it, or delete it.") from error
         return {**start, **{name: value for name, value in saved.items() if name in TrainConfig.model_fields}}
 
     def save_settings(self, values: dict[str, Any]) -> None:
-        write_whole(self.settings_path, json.dumps(values, indent=2, ensure_ascii=False))
+        write_atomic(self.settings_path, json.dumps(values, indent=2, ensure_ascii=False))
 
     def config(self, **changes: Any) -> TrainConfig:
         """The saved settings as a config. Raises: ConfigError."""
@@ -115,7 +115,7 @@ class Project:
                 shutil.copy(source, self.pictures_folder)
         prompts = [f"{subject}, ink drawing" for subject in SUBJECTS[:NUM_DEMO_PROMPTS]]
         if not self.prompts_path.is_file():
-            self.prompts_path.write_text("\n".join(prompts) + "\n", "utf-8")
+            write_atomic(self.prompts_path, "\n".join(prompts) + "\n")
         if not self.settings_path.is_file():
             self.save_settings({"resume_ckpt": EMBEDDED_MODEL, **self.own_settings(), **TRAINING})
         return True
@@ -138,13 +138,11 @@ class Project:
     def winner(self) -> Path | None:
         """The checkpoint that was picked in the compare panel, if it is still there."""
         path = self.folder / "winner.json"
-        if not path.is_file():
-            return None
-        chosen = Path(json.loads(path.read_text("utf-8"))["checkpoint"])
-        return chosen if chosen.is_dir() else None
+        chosen = read_small_object(path).get("checkpoint")
+        return Path(chosen) if isinstance(chosen, str) and Path(chosen).is_dir() else None
 
     def pick_winner(self, checkpoint: Path) -> None:
-        write_whole(self.folder / "winner.json", json.dumps({"checkpoint": str(checkpoint)}))
+        write_atomic(self.folder / "winner.json", json.dumps({"checkpoint": str(checkpoint)}))
 
 
 def locate_project(name: str | Path, *, mount_drive: bool = False) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from everydream_kit import jobs
+from everydream_kit.atomic import write_atomic
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ConfigError
 from everydream_kit.foreign import read_origin
@@ -261,7 +262,7 @@ class TrainPanel(Panel):
     def _write_prompts(self, text: str) -> None:
         """Keep the prompts in the project's file; without any, the file goes away and captions are drawn."""
         if text.strip():
-            self.project.prompts_path.write_text(text.strip() + "\n", "utf-8")
+            write_atomic(self.project.prompts_path, text.strip() + "\n")
         else:
             self.project.prompts_path.unlink(missing_ok=True)
 

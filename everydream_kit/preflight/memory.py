@@ -16,9 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from everydream_kit.atomic import write_atomic
 from everydream_kit.data.records import Size
-from everydream_kit.errors import ConfigError
-from everydream_kit.workspace import write_whole
+from everydream_kit.errors import ConfigError, KitError
+from everydream_kit.strict_json import read_json
 
 if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
@@ -187,7 +188,7 @@ def estimate_memory(
     if estimate is None:
         estimate = question.answer()
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, json.dumps(estimate.to_json(), indent=1))
+        write_atomic(kept, json.dumps(estimate.to_json(), indent=1))
     return replace(estimate, allowance_bytes=allowance(estimate, device, context_bytes, fragmentation))
 
 
@@ -219,8 +220,8 @@ def allowance(
 def _read_kept(path: Path) -> MemoryEstimate | None:
     """An earlier answer, or None where there is none that can be read."""
     try:
-        return MemoryEstimate.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        return MemoryEstimate.from_json(read_json(path))
+    except (OSError, KitError, KeyError, TypeError):
         return None
 
 

@@ -7,7 +7,6 @@ without an entry has no price: nothing is guessed.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from everydream_kit.errors import ConfigError
 from everydream_kit.preflight.cards import find_card
+from everydream_kit.strict_json import read_json
 
 FILE_NAME = "prices.json"
 FOLDERS_ABOVE = 2
@@ -91,11 +91,9 @@ def find_price(card: str, prices: tuple[Price, ...], host: str | None = None) ->
 
 def _read_file(path: Path) -> list[Price]:
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ConfigError(
-            f"{path}: not valid JSON: {error}. Mend it, or remove it to use the kit's own prices."
-        ) from error
+        content = read_json(path, error=ConfigError, expect=None)
+    except ConfigError as error:
+        raise ConfigError(f"{error} Fix it, or remove it to use the kit's own prices.") from error
     entries = content.get("prices") if isinstance(content, dict) else None
     if not isinstance(entries, list):
         raise ConfigError(f'{path}: must be an object with a list "prices"; the kit\'s own file shows the form.')

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from everydream_kit.preflight.cards import Card, recognise
-from everydream_kit.workspace import RunFolder, list_runs
+from everydream_kit.workspace import RunFolder, list_runs, read_small_object
 
 if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
@@ -203,11 +203,7 @@ def _loss_events(run: RunFolder) -> Iterator[dict[str, Any]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return read_small_object(path)
 
 
 def _whole(batch_size: int | str) -> int:

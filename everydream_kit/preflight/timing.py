@@ -5,12 +5,12 @@ Where the run folder holds a `plan.json` (whoever starts a run may put one there
 
 from __future__ import annotations
 
-import json
 import statistics
 from typing import TYPE_CHECKING, Any
 
 from everydream_kit.preflight.words import duration, money
 from everydream_kit.training.reports import Listener, StepReport
+from everydream_kit.workspace import read_small_object
 
 if TYPE_CHECKING:
     from everydream_kit.training.run import Run
@@ -57,8 +57,4 @@ class MeasuredPlan(Listener):
 
 def _read_plan(run: Run) -> dict[str, Any]:
     """The plan that was made before the run, or nothing."""
-    try:
-        plan = json.loads((run.folder.folder / PLAN_FILE).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return plan if isinstance(plan, dict) else {}
+    return read_small_object(run.folder.folder / PLAN_FILE)

@@ -19,10 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from everydream_kit.atomic import write_atomic
 from everydream_kit.errors import CheckpointError, DiskSpaceError
+from everydream_kit.strict_json import read_json
 from everydream_kit.training.receipts import OpenFile, Receipts, digests_of, sync
 from everydream_kit.training.tensor_files import read_nested, write_nested
-from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder, write_whole
+from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder
 
 RESUMABLE_KEPT = 2
 DISK_MARGIN = 1.05
@@ -64,7 +66,7 @@ def write_checkpoint(
             facts = receipts.facts()
         if tensors is not None:
             manifest = {"version": 1, "files": facts}
-            write_whole(partial / CHECKPOINT_MANIFEST, json.dumps(manifest, indent=1))
+            write_atomic(partial / CHECKPOINT_MANIFEST, json.dumps(manifest, indent=1))
             sync(partial / "resume")
         _put_in_place(partial, final)
     except OSError as error:
@@ -97,26 +99,40 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
         CheckpointError: there is no manifest, or a file is missing, shorter, or changed; it is named.
     """
     manifest_path = folder / CHECKPOINT_MANIFEST
-    if not manifest_path.is_file():
+    manifest = read_json(manifest_path, error=CheckpointError, missing=None)
+    if manifest is None:
         raise CheckpointError(
             f"{folder}: holds no resume state (only the newest {RESUMABLE_KEPT} checkpoints of a run do, or all with "
             "save_optimizer). Start a new run from its weights with --resume_ckpt."
         )
-    try:
-        manifest = json.loads(manifest_path.read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{manifest_path}: damaged: {error}") from error
-    for name, facts in manifest["files"].items():
+    files = _listed_files(manifest, manifest_path)
+    for name, facts in files.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing, though the manifest lists it.")
         if path.stat().st_size != facts["bytes"]:
             raise CheckpointError(f"{path}: has {path.stat().st_size} bytes and should have {facts['bytes']}.")
-    digests = digests_of([folder / name for name in manifest["files"]])
-    for (name, facts), digest in zip(manifest["files"].items(), digests, strict=True):
+    digests = digests_of([folder / name for name in files])
+    for (name, facts), digest in zip(files.items(), digests, strict=True):
         if digest != facts["sha256"]:
             raise CheckpointError(f"{folder / name}: its content is not what was written (SHA-256 differs).")
-    return dict(json.loads((folder / "resume" / "state.json").read_text("utf-8")))
+    state = read_json(folder / "resume" / "state.json", error=CheckpointError, missing=None, allow_nan=True)
+    if state is None:
+        raise CheckpointError(f"{folder / 'resume' / 'state.json'}: missing, so the position in training is not known.")
+    return dict(state)
+
+
+def _listed_files(manifest: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+    """The files of a manifest, each with size and SHA-256. Raises: CheckpointError if it is something else."""
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{path}: damaged: it lists no files.")
+    for name, facts in files.items():
+        if not isinstance(facts, dict) or type(facts.get("bytes")) is not int or type(facts.get("sha256")) is not str:
+            raise CheckpointError(f"{path}: damaged: bytes and sha256 of {name!r} are not in it.")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{path}: damaged: {name!r} lies outside of the checkpoint.")
+    return files
 
 
 def load_resume_tensors(folder: Path) -> dict[str, Any]:

@@ -11,14 +11,12 @@ import contextlib
 import json
 import logging
 import math
-import os
-import platform
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
+from everydream_kit.atomic import ends_with_line_end
+from everydream_kit.identity import this_process
 from everydream_kit.optional_packages import keep_tensorflow_out_of_tensorboard
 from everydream_kit.workspace import RunFolder
 
@@ -47,7 +45,7 @@ class EventLog:
     def __init__(self, folder: RunFolder) -> None:
         self._path = folder.events_path
         self._file: FileIO | None = self._path.open("ab", buffering=0)
-        self._waiting = b""
+        self._waiting = b"" if ends_with_line_end(self._path) else b"\n"  # of a process that was killed while it wrote
         self._lock = threading.Lock()  # the saver and the uploader write from threads of their own
 
     def write(self, kind: str, **facts: Any) -> None:
@@ -84,12 +82,7 @@ class LiveStatus:
 
     def __init__(self, folder: RunFolder, heartbeat_seconds: float) -> None:
         self._folder, self._heartbeat_seconds = folder, heartbeat_seconds
-        self._facts: dict[str, Any] = {
-            "pid": os.getpid(),
-            "host": platform.node(),
-            "process_started": psutil.Process().create_time(),
-            "state": "starting",
-        }
+        self._facts: dict[str, Any] = {**this_process().to_json(), "state": "starting"}
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._written = -math.inf

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from everydream_kit.atomic import write_atomic
 from everydream_kit.data.buckets import assign_bucket, bucket_table
 from everydream_kit.draws import derive_seed, generator
 from everydream_kit.errors import ConfigError
@@ -233,7 +234,7 @@ class Sampler(Listener):
             return None
 
     def _draw_sheets(self, run: Run, settings: SampleSettings, prefix: str, progress: WorkProgress) -> None:
-        from everydream_kit.models.sampling import label_grid, sample_pictures
+        from everydream_kit.models.sampling import label_grid, sample_pictures, save_picture
 
         step = run.position.step
         prompts = plan_prompts(
@@ -252,9 +253,10 @@ class Sampler(Listener):
             sheet = label_grid([row], column_labels=[f"cfg {cfg:g}" for cfg in prompt.cfgs], title=prompt.prompt)
             name = f"gs{step:05}-{index:03}-{prefix}{clean_for_file_name(prompt.prompt)}"
             path = run.folder.samples_folder / f"{name}.jpg"
-            sheet.save(path, quality=95)
-            path.with_suffix(".txt").write_text(
-                f"{prompt.prompt}\nnegative prompt: {prompt.negative_prompt}\nseed: {prompt.seed}\n", encoding="utf-8"
+            save_picture(sheet, path)
+            write_atomic(
+                path.with_suffix(".txt"),
+                f"{prompt.prompt}\nnegative prompt: {prompt.negative_prompt}\nseed: {prompt.seed}\n",
             )
             run.picture(f"sample_{index:03}_{prefix}{clean_for_file_name(prompt.prompt)[:60]}", sheet, step)
             run.tell("sample", step=step, path=str(path), index=index, prompt=prompt.prompt, seed=prompt.seed)

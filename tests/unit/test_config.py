@@ -106,7 +106,7 @@ def test_a_broken_file_is_named_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no such settings file"):
         load_config(tmp_path / "nowhere.json")
     path.write_text("[1]", "utf-8")
-    with pytest.raises(ConfigError, match="holds a list"):
+    with pytest.raises(ConfigError, match=r"train\.json: holds a list \[\.\.\.\] where an object"):
         load_config(path)
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from everydream_kit import jobs
 from everydream_kit.errors import ConfigError, JobError
-from everydream_kit.jobs.process import start_lock
+from everydream_kit.locks import hold, is_held
 
 DOUBLE = str(Path(__file__).parents[1] / "fakes" / "trainer_double.py")
 
@@ -81,11 +81,11 @@ def test_a_second_start_of_the_same_project_is_refused_while_it_runs(started):
 def test_two_starts_at_once_are_kept_apart_by_the_lock(settings):
     Path(settings["logdir"]).mkdir()
     lock = Path(settings["logdir"]) / ".jets.starting"
-    with start_lock(lock), pytest.raises(JobError, match="another start is under way"):
+    with hold(lock, ""), pytest.raises(JobError, match="another start is under way"):
         jobs.start(settings, command=double())
     lock.touch()  # left behind by a machine that was switched off
     jobs.start(settings, command=double("--steps", 1)).watch(interval_seconds=0.02)
-    assert not lock.exists()
+    assert not is_held(lock)
 
 
 def test_a_lock_ends_with_its_holder(tmp_path):
@@ -93,38 +93,38 @@ def test_a_lock_ends_with_its_holder(tmp_path):
     program = f"""
 import sys
 from pathlib import Path
-from everydream_kit.jobs.process import start_lock
-with start_lock(Path({str(lock)!r})):
+from everydream_kit.locks import hold
+with hold(Path({str(lock)!r}), ""):
     print("held", flush=True)
     sys.stdin.read()
 """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", program], **pipes) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(JobError, match="another start is under way"), start_lock(lock):
+        assert is_held(lock)
+        with pytest.raises(JobError, match="somebody has it"), hold(lock, "somebody has it"):
             pass
         holder.kill()
-    with start_lock(lock):
-        assert lock.exists()
-    assert not lock.exists()
+    assert not is_held(lock)
+    with hold(lock, ""):
+        assert is_held(lock)
 
 
-def test_a_lock_that_its_holder_takes_away_is_not_held_by_the_next(tmp_path, monkeypatch):
-    """Between opening the file and locking it, its holder may let go: then another process can have a file of that name."""
-    lock = tmp_path / "lock"
-    take = fcntl.flock
-    monkeypatch.setattr(fcntl, "flock", lambda *how: lock.unlink() or take(*how))
-    with pytest.raises(JobError, match="another start is under way"), start_lock(lock):
-        pass
-
-
-def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch, caplog, number):
     def refuse(*how):
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with start_lock(tmp_path / "lock"):
-        assert "this disk keeps no locks ([Errno 37] No locks available): start one run at a time" in caplog.text
+    with hold(tmp_path / "lock", ""):
+        assert f"this disk keeps no locks ([Errno {number}]" in caplog.text
+        assert "start one run at a time" in caplog.text
+
+
+def test_a_folder_that_takes_no_lock_file_says_so(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(JobError, match="file: cannot be written"), hold(tmp_path / "file" / "lock", ""):
+        pass
 
 
 def test_stop_saves_and_resume_goes_on_where_it_stopped(started):

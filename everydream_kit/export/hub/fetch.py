@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from everydream_kit.atomic import write_atomic
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import CheckpointError, ConfigError, HubError
 from everydream_kit.export.hub.connection import HubConnection, quiet_client
@@ -39,7 +40,7 @@ from everydream_kit.foreign import (
 )
 from everydream_kit.settings import upgrade
 from everydream_kit.strict_json import read_json
-from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder, write_whole
+from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -303,7 +304,7 @@ class _Fetch:
         run.samples_folder.mkdir(exist_ok=True)
         if not run.config_path.is_file():
             write_origin(run.folder, origin)  # first: a config without its mark would count as made here
-            write_whole(run.config_path, config.to_json())
+            write_atomic(run.config_path, config.to_json())
         events = partial / RUN_EVENTS
         if events.is_file() and not run.events_path.exists():
             os.replace(events, run.events_path)

@@ -36,7 +36,7 @@ def test_a_run_on_another_machine_lives_while_its_heart_beats(tmp_path: Path, mo
     journal = Journal(folder, heartbeat_seconds=0.02)
     journal.set_state("running")
     journal.close()
-    folder.write_status({**folder.status(), "host": "elsewhere"})
+    folder.write_status({**folder.status(), "host": "elsewhere", "place": "elsewhere"})
     assert Job(folder.folder).is_alive()
     late = time.time() + 3600
     monkeypatch.setattr("everydream_kit.jobs.job.time.time", lambda: late)
