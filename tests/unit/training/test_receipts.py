@@ -45,7 +45,7 @@ def test_every_file_and_folder_is_on_the_disk_before_the_checkpoint_has_its_name
         fsync(descriptor)
 
     def noted_replace(source: Path, target: Path) -> None:
-        done.append(f"rename {Path(source).name}")
+        done.append(f"rename {Path(source).name} to {Path(target).name}")
         replace(source, target)
 
     def write_model(folder: Path, open_file) -> None:
@@ -58,7 +58,7 @@ def test_every_file_and_folder_is_on_the_disk_before_the_checkpoint_has_its_name
     monkeypatch.setattr(os, "replace", noted_replace)
     write_checkpoint(tmp_path / "a-ep01-gs00001", write_model, tensors={"optimizer": {}}, state={})
     partial = tmp_path / ".partial-a-ep01-gs00001"
-    before = done[: done.index(f"rename {partial.name}")]
+    before = done[: done.index(f"rename {partial.name} to a-ep01-gs00001")]
     names = [
         "",
         "unet",
