@@ -1,4 +1,4 @@
-"""Which machine this is: Colab, RunPod, Vast or a plain one, and what that means for paths, secrets and addresses.
+"""Which machine this is: a notebook host, a rented pod or a plain one, and what that means for paths, secrets and addresses.
 
 Here: recognising the host, its folder that outlives the machine, and everything of `google.colab` that the kit uses
 (Drive, secrets, the widget manager), behind the small `ColabBridge` so that tests put a double in its place. Not here:
@@ -6,7 +6,8 @@ what is installed and whether it is enough (`doctor`), and where projects lie in
 
 Only the standard library is imported: `colab_setup.sh` asks this module before anything is installed. A host is
 recognised from the variables that it sets, not from its paths, because a folder named /workspace or /content proves
-nothing. None of this was run on Colab, RunPod or Vast themselves; it follows their documentation.
+nothing (SageMaker Studio Lab sets none, and is known by the home folder that all its users share). None of this was run on
+these hosts themselves; it follows their documentation, or the variables that their own client libraries ask for.
 """
 
 from __future__ import annotations
@@ -20,15 +21,34 @@ from typing import Any, Literal, Protocol
 
 from everydream_kit.errors import HostError
 
-HostName = Literal["colab", "runpod", "vast", "plain"]
+HostName = Literal["colab", "kaggle", "runpod", "vast", "lightning", "paperspace", "studiolab", "plain"]
 
 PROJECTS_FOLDER = "everydream"
 """Folder for projects inside a host's storage, so that a shared Drive or volume stays tidy."""
 
-_COLAB_VARIABLES = ("COLAB_RELEASE_TAG", "COLAB_GPU", "COLAB_BACKEND_VERSION")
-_RUNPOD_VARIABLES = ("RUNPOD_POD_ID",)
-_VAST_VARIABLES = ("VAST_CONTAINERLABEL", "VAST_TCP_PORT_22")
-_TITLES: dict[HostName, str] = {"colab": "Google Colab", "runpod": "RunPod", "vast": "Vast.ai", "plain": "this machine"}
+_HOSTS: dict[HostName, tuple[tuple[str, ...], str, str]] = {
+    "colab": (("COLAB_RELEASE_TAG", "COLAB_GPU", "COLAB_BACKEND_VERSION"), "content", "content/drive/MyDrive"),
+    # A network volume and a pod volume are both mounted at /workspace; the container disk is everything else.
+    "runpod": (("RUNPOD_POD_ID",), "tmp", "workspace"),
+    "vast": (("VAST_CONTAINERLABEL", "VAST_TCP_PORT_22"), "tmp", "workspace"),
+    # What kagglehub (env.py), Lightning's litdata (streaming/client.py) and Paperspace's own notebooks ask for.
+    "kaggle": (("KAGGLE_KERNEL_RUN_TYPE",), "kaggle/temp", "kaggle/working"),
+    "lightning": (("LIGHTNING_CLOUD_SPACE_ID",), "tmp", "teamspace/studios/this_studio"),
+    "paperspace": (("PAPERSPACE_NOTEBOOK_REPO_ID",), "tmp", "storage"),
+}
+"""Host -> (variables that it sets, its fast disk, its folder that outlives the machine)."""
+_ADDRESSES: dict[HostName, tuple[str, ...]] = {"runpod": ("RUNPOD_POD_ID",), "vast": ("VAST_CONTAINERLABEL",)}
+_STUDIO_LAB_HOME = "/home/studio-lab-user"  # SageMaker Studio Lab sets no variable of its own; every user has this home
+_TITLES: dict[HostName, str] = {
+    "colab": "Google Colab",
+    "kaggle": "Kaggle",
+    "runpod": "RunPod",
+    "vast": "Vast.ai",
+    "lightning": "Lightning Studio",
+    "paperspace": "Paperspace",
+    "studiolab": "SageMaker Studio Lab",
+    "plain": "this machine",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,20 +164,14 @@ def detect_host(environ: Mapping[str, str] = os.environ, root: Path = Path("/"))
         environ: environment variables.
         root: what the host's paths start from; another folder only in tests.
     """
-    if any(name in environ for name in _COLAB_VARIABLES):
-        return Host(
-            "colab", _TITLES["colab"], local=root / "content", storage=root / "content/drive/MyDrive" / PROJECTS_FOLDER
-        )
-    if any(name in environ for name in _RUNPOD_VARIABLES):
-        # A network volume and a pod volume are both mounted here; the container disk is everything else.
-        return _pod("runpod", root, environ["RUNPOD_POD_ID"])
-    if any(name in environ for name in _VAST_VARIABLES):
-        return _pod("vast", root, environ.get("VAST_CONTAINERLABEL"))
+    for name, (variables, local, storage) in _HOSTS.items():
+        if any(variable in environ for variable in variables):
+            address = next((environ[variable] for variable in _ADDRESSES.get(name, ()) if variable in environ), None)
+            return Host(name, _TITLES[name], root / local, root / storage / PROJECTS_FOLDER, address)
+    if environ.get("HOME", "").rstrip("/") == _STUDIO_LAB_HOME:
+        home = root / _STUDIO_LAB_HOME.lstrip("/")
+        return Host("studiolab", _TITLES["studiolab"], local=root / "tmp", storage=home / PROJECTS_FOLDER)
     return Host("plain", _TITLES["plain"])
-
-
-def _pod(name: HostName, root: Path, address: str | None) -> Host:
-    return Host(name, _TITLES[name], local=root / "tmp", storage=root / "workspace" / PROJECTS_FOLDER, address=address)
 
 
 def drive_mountpoint(host: Host) -> Path:

@@ -1,10 +1,12 @@
 """The doctor's verdicts, for machines that we do not have: each measurement is given, each cure is read."""
 
+import json
 import logging
 from pathlib import Path
 
 import pytest
 
+from everydream_kit.cli import main
 from everydream_kit.doctor import GIB, Check, Device, Diagnosis, Machine, _container_limit, _import_problem, diagnose
 
 T4 = Device("cuda", "Tesla T4", 15 * GIB, 14 * GIB, has_bf16=False, torch_cuda="12.8")
@@ -166,3 +168,13 @@ def test_this_machine_can_be_examined(tmp_path):
     assert diagnosis["packages"].status == "ok", diagnosis["packages"]
     assert diagnosis["device"].status in ("ok", "warning")
     assert not [check for check in diagnosis.checks if check.status != "ok" and not check.cure]
+
+
+def test_the_json_form_is_what_an_issue_asks_for(capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
+    main(["doctor", "--json"])
+    text = capsys.readouterr().out
+    facts = json.loads(text)
+    assert facts["everydream_kit"]
+    assert {"Python", "device", "packages"} <= {check["name"] for check in facts["checks"]}
+    assert "hf_secret" not in text

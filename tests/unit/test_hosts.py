@@ -49,6 +49,11 @@ class FakeColab:
         ({"COLAB_GPU": ""}, "colab"),  # set and empty on a CPU runtime
         ({"RUNPOD_POD_ID": "abc123"}, "runpod"),
         ({"VAST_CONTAINERLABEL": "C.42"}, "vast"),
+        ({"KAGGLE_KERNEL_RUN_TYPE": "Interactive"}, "kaggle"),
+        ({"LIGHTNING_CLOUD_SPACE_ID": "01abc"}, "lightning"),
+        ({"PAPERSPACE_NOTEBOOK_REPO_ID": "r1"}, "paperspace"),
+        ({"HOME": "/home/studio-lab-user"}, "studiolab"),
+        ({"HOME": "/home/someone"}, "plain"),
     ],
 )
 def test_a_host_is_recognised_by_the_variables_that_it_sets(environ, name):
@@ -219,3 +224,21 @@ def test_the_set_up_script_may_ask_before_anything_is_installed():
         check=True,
     )
     assert answer.stdout.split() == ["plain", "False"]
+
+
+@pytest.mark.parametrize(
+    ("environ", "storage"),
+    [
+        ({"KAGGLE_KERNEL_RUN_TYPE": "Batch"}, "kaggle/working"),
+        ({"LIGHTNING_CLOUD_SPACE_ID": "01abc"}, "teamspace/studios/this_studio"),
+        ({"PAPERSPACE_NOTEBOOK_REPO_ID": "r1"}, "storage"),
+        ({"HOME": "/home/studio-lab-user"}, "home/studio-lab-user"),
+    ],
+)
+def test_projects_go_to_the_folder_that_outlives_the_machine(environ, storage, tmp_path):
+    (tmp_path / storage).mkdir(parents=True)
+    host = detect_host(environ, root=tmp_path)
+    folder = prepare_storage(host, fallback=tmp_path / "elsewhere")
+    assert folder == tmp_path / storage / "everydream"
+    assert outlives_machine(host, folder)
+    assert not outlives_machine(host, tmp_path / "tmp")

@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = [
     *("errors", "identity", "strict_json", "atomic", "locks", "draws", "config", "workspace", "foreign", "settings"),
-    *("params", "hosts", "optional_packages", "gpu_support", "share_bar", "doctor"),
+    *("params", "hosts", "optional_packages", "gpu_support", "notebook_files", "share_bar", "doctor"),
     *(
         "data",
         "models",
