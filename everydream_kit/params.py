@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from everydream_kit.config import GROUPS, Group, Knob, TrainConfig
 from everydream_kit.errors import ConfigError
+from everydream_kit.strict_json import parse_json
 
 Kind = Literal["bool", "int", "float", "choice", "text", "object"]
 
@@ -257,10 +258,10 @@ def _parse_one(record: Parameter, text: str, *, many: bool = False) -> Any:
         return None
     if stripped[:1] in ("[", "{") and (record.kind == "object" or record.many or record.kind == "text"):
         try:
-            return json.loads(stripped)
-        except json.JSONDecodeError as error:
+            return parse_json(stripped, record.name, expect=None, error=ConfigError)
+        except ConfigError:
             if record.kind == "object":
-                raise ConfigError(f"{record.name}: not valid JSON: {error.msg} (got {text!r})") from error
+                raise
     if record.kind == "text" or (many and record.kind == "object"):
         return text
     if record.kind == "object":

@@ -36,6 +36,7 @@ from everydream_kit.training.position import Position
 from everydream_kit.training.progress import StopAsked
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.reports import Listener
+from everydream_kit.training.resume_state import RESTORE_ERRORS
 from everydream_kit.training.run import Run
 from everydream_kit.training.runs import build_run
 from everydream_kit.training.sharding import divide_optimizer_state
@@ -267,7 +268,7 @@ def _restore(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
         run.precision.load_state_dict(tensors["precision"])
         if run.ema is not None and "ema" in tensors:
             run.ema.load_state_dict(tensors["ema"])
-    except (ValueError, KeyError) as error:
+    except RESTORE_ERRORS as error:
         raise CheckpointError(
             f"{checkpoint}: its optimizer state does not fit these settings ({error}). What is trained cannot change on "
             "a resume; start a new run with --resume_ckpt instead."
@@ -275,9 +276,19 @@ def _restore(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
     run.position = Position(**state["position"])
     for listener in run.listeners:
         if listener.name in state["listeners"]:
-            listener.restore(state["listeners"][listener.name])
+            _restore_listener(listener, state["listeners"][listener.name], checkpoint)
     run.journal.forget_after(run.position.step)
     run.tell("resumed", step=run.position.step, checkpoint=str(checkpoint))
+
+
+def _restore_listener(listener: Listener, saved: dict[str, Any], checkpoint: Path) -> None:
+    try:
+        listener.restore(saved)
+    except RESTORE_ERRORS as error:
+        raise CheckpointError(
+            f"{checkpoint}: the state of {listener.name} is damaged ({type(error).__name__}: {error}). Remove this "
+            "checkpoint's folder, and resume from the one before."
+        ) from error
 
 
 def _changed(

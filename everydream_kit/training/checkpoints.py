@@ -23,7 +23,8 @@ from everydream_kit.atomic import write_atomic
 from everydream_kit.errors import CheckpointError, DiskSpaceError
 from everydream_kit.strict_json import read_json
 from everydream_kit.training.receipts import OpenFile, Receipts, digests_of, sync
-from everydream_kit.training.tensor_files import read_nested, write_nested
+from everydream_kit.training.resume_state import check_state
+from everydream_kit.training.tensor_files import check_nested, read_nested, write_nested
 from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder
 
 RESUMABLE_KEPT = 2
@@ -153,7 +154,11 @@ def choose_checkpoint(run: RunFolder, warn: Callable[[str], None]) -> tuple[Path
         if checkpoint.folder.name.endswith("_ema"):
             continue
         try:
-            return checkpoint.folder, verify_checkpoint(checkpoint.folder)
+            state = verify_checkpoint(checkpoint.folder)
+            check_state(state, checkpoint.folder)
+            for path in sorted((checkpoint.folder / "resume").glob("*.safetensors")):
+                check_nested(path)
+            return checkpoint.folder, state
         except CheckpointError as error:
             problems.append(str(error))
             if checkpoint.resumable:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from everydream_kit.training.reports import Listener, StepReport
+from everydream_kit.training.resume_state import number_of
 from everydream_kit.training.samples import Sampler, SampleSchedule
 from everydream_kit.training.saving import Saver
 
@@ -79,4 +80,4 @@ class LiveSettingsReader(Listener):
         return {"lr_factor": self.lr_factor}
 
     def restore(self, state: dict[str, float]) -> None:
-        self.lr_factor = state["lr_factor"]
+        self.lr_factor = number_of(state, "lr_factor")

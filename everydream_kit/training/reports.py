@@ -15,6 +15,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from everydream_kit.training.resume_state import number_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -227,8 +229,8 @@ class LossLog(Listener):
         return {name: vars(getattr(self, name)) for name in ("since_log", "epoch")}
 
     def restore(self, state: dict[str, Any]) -> None:
-        for name, sums in state.items():
-            vars(getattr(self, name)).update(sums)
+        for averages, saved in ((self.since_log, state["since_log"]), (self.epoch, state["epoch"])):
+            vars(averages).update({name: number_of(saved, name) for name in vars(averages)})
 
 
 class StatusFile(Listener):
@@ -311,7 +313,8 @@ class PictureTable(Listener):
                 self._counts.clear()
 
     def _write(self, run: Run, epoch: int) -> None:
-        means = sorted(((total / self._counts[i], i) for i, total in self._sums.items()), reverse=True)
+        known = {i: total for i, total in self._sums.items() if i < len(run.dataset)}  # it may have shrunk in a pause
+        means = sorted(((total / self._counts[i], i) for i, total in known.items()), reverse=True)
         rows = [
             {"path": str(run.dataset.picture(i).path), "mean_loss": round(mean, 6), "count": self._counts[i]}
             for mean, i in means
@@ -325,5 +328,8 @@ class PictureTable(Listener):
         return {"sums": [[i, total, self._counts[i]] for i, total in self._sums.items()]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._sums = {i: total for i, total, _ in state["sums"]}
-        self._counts = {i: count for i, _, count in state["sums"]}
+        sums = [(int(i), float(total), int(count)) for i, total, count in state["sums"]]
+        if not all(i >= 0 and count > 0 and math.isfinite(total) for i, total, count in sums):
+            raise ValueError("sums: not those of images")
+        self._sums = {i: total for i, total, _ in sums}
+        self._counts = {i: count for i, _, count in sums}

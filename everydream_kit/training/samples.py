@@ -204,7 +204,7 @@ class Sampler(Listener):
         return {"is_owed": self._is_owed}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._is_owed = state["is_owed"]
+        self._is_owed = bool(state["is_owed"])
 
     def _draw_variants(self, run: Run, settings: SampleSettings) -> None:
         variants = [("", False)] * self.live + [("ema-", True)] * self.averaged

@@ -16,8 +16,12 @@ import torch
 
 from everydream_kit.errors import CheckpointError
 from everydream_kit.models.tensors import LazyTensor, OpenFile, write_safetensors
+from everydream_kit.strict_json import parse_json
+from everydream_kit.training.resume_state import RESTORE_ERRORS
 
 STRUCTURE = "structure"
+MAX_HEADER_BYTES = 100_000_000
+"""safetensors' own bound on a header."""
 SMALL_NUMBERS = 16_384
 """Tensors up to this size are laid end to end in one: a file's cost is by tensor as well as by byte."""
 
@@ -44,10 +48,31 @@ def read_nested(path: Path) -> Any:
 
     try:
         with safe_open(path, framework="pt") as file:
-            structure = json.loads((file.metadata() or {})[STRUCTURE])
+            structure = _parse((file.metadata() or {})[STRUCTURE], path)
             return _rebuild(structure, lru_cache(maxsize=8)(file.get_tensor))
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, *RESTORE_ERRORS) as error:
         raise CheckpointError(f"{path}: damaged, or no resume state ({error}).") from error
+
+
+def check_nested(path: Path) -> None:
+    """Make sure that a file can be read, by its header alone.
+
+    Raises:
+        CheckpointError: as `read_nested`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
+            structure = _parse((file.metadata() or {})[STRUCTURE], path)
+            _rebuild(structure, lambda name: torch.empty(shapes[name], device="meta"))
+    except (SafetensorError, OSError, *RESTORE_ERRORS) as error:
+        raise CheckpointError(f"{path}: damaged, or no resume state ({error}).") from error
+
+
+def _parse(text: str, path: Path) -> Any:
+    return parse_json(text, str(path), expect=None, error=CheckpointError, max_bytes=MAX_HEADER_BYTES, allow_nan=True)
 
 
 class _Packer:

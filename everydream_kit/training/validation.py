@@ -24,6 +24,7 @@ from everydream_kit.data.duplicates import find_duplicates
 from everydream_kit.draws import derive_seed, torch_generator
 from everydream_kit.errors import ConfigError
 from everydream_kit.training.noise import make_noise
+from everydream_kit.training.resume_state import number_of
 
 if TYPE_CHECKING:
     from everydream_kit.data.dataset import Dataset
@@ -253,4 +254,8 @@ class LossCurve:
 
     @classmethod
     def restore(cls, state: dict[str, Any]) -> LossCurve:
-        return cls(**{**state, "values": [(int(step), float(loss)) for step, loss in state["values"]]})
+        """A curve from JSON values. Raises: KeyError, TypeError, ValueError: they are no curve's."""
+        counts = {name: int(state[name]) for name in ("num_since_best",)}
+        best = {name: None if state[name] is None else number_of(state, name) for name in ("best_loss", "best_step")}
+        values = [(int(step), float(loss)) for step, loss in state["values"]]
+        return cls(**{**state, **counts, **best, "values": values})

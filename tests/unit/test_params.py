@@ -53,7 +53,7 @@ def test_typed_text_becomes_the_value_that_is_meant(name: str, text: str | list[
         ("lr", "fast", "lr: must be a number"),
         ("batch_size", "many", "batch_size: must be a whole number or auto"),
         ("shuffle_tags", "maybe", "shuffle_tags: must be on or off"),
-        ("new_tokens", "{", "new_tokens: not valid JSON"),
+        ("new_tokens", "{", "new_tokens, line 1, column 2: not valid JSON"),
     ],
 )
 def test_text_that_cannot_be_read_is_named(name: str, text: str, words: str) -> None:
