@@ -180,3 +180,30 @@ def test_what_the_image_copies_exists():
     copied = [word for line in re.findall(r"^COPY (.+) \S+$", dockerfile, re.MULTILINE) for word in line.split()]
     assert copied
     assert [word for word in copied if not (REPOSITORY / word).exists()] == []
+
+
+def security_rows():
+    page = (DOCS / "security.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    return [row for row in rows[1:] if len(row) >= 4]
+
+
+def test_the_table_of_inputs_and_the_tests_follow_each_other():
+    """Every row but that of a person's own word names tests, and every file of hostile inputs has a row."""
+    named = set()
+    for name, *_, last in security_rows():
+        tests = re.findall(r"`(tests/[\w/.]+)`", last)
+        assert tests or name.startswith("flags"), f"{name}: no test"
+        named |= set(tests)
+    assert [path for path in sorted(named) if not (REPOSITORY / path).is_file()] == []
+    hostile = {name_of(path) for path in (REPOSITORY / "tests").rglob("test_*.py") if "hostile" in path.name}
+    assert hostile <= named
+
+
+def test_every_setting_is_sorted_by_whether_it_may_come_from_elsewhere():
+    from everydream_kit.config import TrainConfig
+    from everydream_kit.foreign import ASKED, DECIDED_HERE, FOLLOWS, TRAVELS
+
+    assert TRAVELS | ASKED.keys() | DECIDED_HERE == set(TrainConfig.model_fields)
+    assert not TRAVELS & ASKED.keys()
+    assert FOLLOWS.keys() <= TRAVELS
