@@ -33,6 +33,9 @@ MAX_BYTES = 200 * 2**30
 MAX_ENTRIES = 5_000_000
 """Most entries of one archive: a million pictures with captions, masks and settings."""
 
+MAX_DEPTH = 64
+"""Folders in each other; the system itself gives up at some thousand, with an error of its own."""
+
 _CHUNK_BYTES = 2**20
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, NotImplementedError)
 _HUB_ID = re.compile(r"()([\w.-]+/[\w.-]+)()()")
@@ -199,6 +202,8 @@ def _safe_target(archive: Path, entry: _Entry, folder: Path) -> Path:
         raise refuse("is an absolute path")
     if "\0" in entry.name:
         raise refuse("has a zero byte in its name")
+    if len(parts) > MAX_DEPTH:
+        raise refuse(f"lies {len(parts) - 1} folders deep")
     return folder.joinpath(*(part for part in parts if part not in ("", ".")))
 
 

@@ -101,6 +101,16 @@ SPECIAL = [
 ]
 
 
+@pytest.mark.parametrize("depth", [100, 2000])
+def test_folders_nested_without_end_are_refused_and_leave_nothing(tmp_path, depth):
+    archive = tmp_path / "deep.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("a/" * depth + "a.txt", "x")
+    with pytest.raises(DataError, match=f"lies {depth} folders deep"):
+        unpack_archive(archive, tmp_path / "work")
+    assert not [path for path in (tmp_path / "work").rglob("*") if path.name == "a"]
+
+
 @pytest.mark.parametrize(("member", "what"), SPECIAL, ids=[member.name for member, _ in SPECIAL])
 def test_links_and_devices_are_refused_by_name_and_leave_nothing(tmp_path, member, what):
     archive = make_tar(tmp_path / "a.tar", [(tar_member("good.png"), b"x"), (member, b"")])
