@@ -32,11 +32,11 @@ from everydream_kit.training.listeners import build_listeners
 from everydream_kit.training.loop import train_loop
 from everydream_kit.training.memory import explain_out_of_memory, is_out_of_memory
 from everydream_kit.training.optimizers import restore_optimizer
-from everydream_kit.training.position import Position
 from everydream_kit.training.progress import StopAsked
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.reports import Listener
 from everydream_kit.training.resume_state import RESTORE_ERRORS
+from everydream_kit.training.resuming import refuse_other_training, settle_position, warn_of_rates
 from everydream_kit.training.run import Run
 from everydream_kit.training.runs import build_run
 from everydream_kit.training.sharding import divide_optimizer_state
@@ -56,7 +56,10 @@ RUN_FOLDER_VARIABLE = "EVERYDREAM_RUN_FOLDER"
 ORPHANS_SECONDS = 20.0
 """How long a session waits for the lock of a run whose process is gone."""
 
-CANNOT_CHANGE = frozenset({"resume_ckpt", "seed", "training_kind", "optimizer", "project_name", "logdir"})
+CANNOT_CHANGE = frozenset(
+    {"resume_ckpt", "seed", "training_kind", "optimizer", "project_name", "logdir", "new_tokens"}
+    | {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_text_encoder", "lora_dora"}
+)
 """Settings that a resumed run cannot change: they say what its saved state is the state of."""
 
 
@@ -250,16 +253,19 @@ def _work(run: Run, stop: StopSignal) -> None:
 
 def _restore(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
     """Put a freshly built run where its checkpoint stands."""
-    if state["num_pictures"] != len(run.dataset):
-        run.warn(
-            f"The dataset has {len(run.dataset)} pictures and had {state['num_pictures']} when this was saved: "
-            "the run goes on with the new ones, and is not the one that would have been without the pause."
-        )
     now = library_versions()
     before = ", ".join(f"{name} {one}" for name, one in state.get("versions", {}).items() if now.get(name) != one)
     if before:
         run.warn(f"This was saved with {before}: with other versions the run may differ in the last digits.")
     tensors = load_resume_tensors(checkpoint)
+    try:
+        refuse_other_training(run, state)
+        settle_position(run, state, tensors)
+        warn_of_rates(run, state)
+    except RESTORE_ERRORS as error:
+        raise CheckpointError(
+            f"{checkpoint}: what it says of its run is damaged ({error!r}). Remove it, and resume from the checkpoint before."
+        ) from error
     try:
         optimizer_state = tensors["optimizer"]
         if run.sharding is not None:
@@ -268,12 +274,13 @@ def _restore(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
         run.precision.load_state_dict(tensors["precision"])
         if run.ema is not None and "ema" in tensors:
             run.ema.load_state_dict(tensors["ema"])
+        elif run.ema is not None:
+            run.warn("EMA was off when this was saved: the averages begin with the weights as they are now.")
     except RESTORE_ERRORS as error:
         raise CheckpointError(
             f"{checkpoint}: its optimizer state does not fit these settings ({error}). What is trained cannot change on "
             "a resume; start a new run with --resume_ckpt instead."
         ) from error
-    run.position = Position(**state["position"])
     for listener in run.listeners:
         if listener.name in state["listeners"]:
             _restore_listener(listener, state["listeners"][listener.name], checkpoint)

@@ -81,10 +81,13 @@ IMAGES_TO_PLAN = 2**21
 """Images whose epochs are planned to count a run's steps; about two seconds."""
 
 
-def foretell_steps(dataset: Dataset, settings: PlanSettings, max_epochs: int, max_steps: int | None) -> int:
-    """Optimizer steps of the whole run: the same in every epoch, unless ratings or fractions of multipliers vary them.
+def foretell_steps(
+    dataset: Dataset, settings: PlanSettings, max_epochs: int, max_steps: int | None, start: int = 0
+) -> int:
+    """Optimizer steps of the whole run, or of the epochs from `start` on.
 
-    Then each epoch is planned, or of a large dataset as many, evenly spread, as take about two seconds.
+    They are the same in every epoch, unless ratings or fractions of multipliers vary them. Then each epoch is planned, or
+    of a large dataset as many, evenly spread, as take about two seconds.
 
     Raises:
         DataError: no image is used in any of the epochs.
@@ -92,15 +95,16 @@ def foretell_steps(dataset: Dataset, settings: PlanSettings, max_epochs: int, ma
     multiply = dataset.numbers["multiply"]
     varies = settings.rated_dropout_percent is not None or bool((multiply % 1).any())
     num_planned = max(2, IMAGES_TO_PLAN // max(1, len(dataset))) if varies else 1
-    epochs = sorted({round(e) for e in np.linspace(0, max_epochs - 1, min(num_planned, max_epochs))})
+    num_epochs = max_epochs - start
+    epochs = sorted({round(e) for e in np.linspace(start, max_epochs - 1, min(num_planned, num_epochs))})
     steps = 0
     for number, epoch in enumerate(epochs, start=1):
         steps += plan_epoch(dataset, settings, epoch).num_steps
         if number == len(epochs):
-            steps = round(steps * max_epochs / number)
+            steps = round(steps * num_epochs / number)
         if max_steps is not None and steps >= max_steps:
             return max_steps
-    if not steps:
+    if not steps and not start:
         raise DataError(f"multiply: no image is used in {max_epochs} epochs; raise multiply or max_epochs.")
     return steps
 

@@ -84,12 +84,20 @@ class Ranks:
         )
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Add up every parameter's gradient over the processes, in place."""
-        if self.num_ranks == 1:
+        """Add up every parameter's gradient over the processes, in place.
+
+        A parameter that has no gradient on any process keeps none: with zeros, the optimizer would decay it.
+        """
+        if self.num_ranks == 1 or not parameters:
             return
+        have = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
+        have = have.to(self.device)
+        dist.all_reduce(have, dist.ReduceOp.MAX)
         bucket: list[torch.Tensor] = []
         size = 0
-        for parameter in parameters:
+        for parameter, has_one in zip(parameters, have.tolist(), strict=True):
+            if not has_one:
+                continue
             if parameter.grad is None:  # a process whose share was empty sends zeros, or the others would wait
                 parameter.grad = torch.zeros_like(parameter)
             bucket.append(parameter.grad)
@@ -106,7 +114,7 @@ class Ranks:
 
 
 def _sum_bucket(gradients: list[torch.Tensor]) -> None:
-    for dtype in {gradient.dtype for gradient in gradients}:
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):  # no set: its order differs between processes
         same = [gradient for gradient in gradients if gradient.dtype == dtype]
         flat = torch.cat([gradient.reshape(-1) for gradient in same])
         dist.all_reduce(flat)

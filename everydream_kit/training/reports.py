@@ -226,7 +226,8 @@ class LossLog(Listener):
         average.clear()
 
     def state(self) -> dict[str, Any]:
-        return {name: vars(getattr(self, name)) for name in ("since_log", "epoch")}
+        # copies: the checkpoint is written in the background, while the sums go on
+        return {name: dict(vars(getattr(self, name))) for name in ("since_log", "epoch")}
 
     def restore(self, state: dict[str, Any]) -> None:
         for averages, saved in ((self.since_log, state["since_log"]), (self.epoch, state["epoch"])):
@@ -298,38 +299,35 @@ class PictureTable(Listener):
 
     def __init__(self, num_worst: int = 20) -> None:
         self.num_worst = num_worst
-        self._sums: dict[int, float] = {}
-        self._counts: dict[int, int] = {}
+        self._rows: dict[str, list[Any]] = {}  # by the image's key: sum of losses, uses, path
 
     def __call__(self, run: Run, report: StepReport) -> None:
-        for picture, loss in zip(report.losses.pictures, report.losses.losses, strict=True):
-            self._sums[picture] = self._sums.get(picture, 0.0) + loss
-            self._counts[picture] = self._counts.get(picture, 0) + 1
+        losses = report.losses
+        for picture, loss, path in zip(losses.pictures, losses.losses, losses.paths, strict=True):
+            row = self._rows.setdefault(run.dataset.key(picture), [0.0, 0, path])
+            row[0] += loss
+            row[1] += 1
         if report.epoch_ended:
             try:
                 self._write(run, report.epoch)
             finally:
-                self._sums.clear()
-                self._counts.clear()
+                self._rows.clear()
 
     def _write(self, run: Run, epoch: int) -> None:
-        known = {i: total for i, total in self._sums.items() if i < len(run.dataset)}  # it may have shrunk in a pause
-        means = sorted(((total / self._counts[i], i) for i, total in known.items()), reverse=True)
-        rows = [
-            {"path": str(run.dataset.picture(i).path), "mean_loss": round(mean, 6), "count": self._counts[i]}
-            for mean, i in means
-        ]
+        means = sorted(((total / count, path, count) for total, count, path in self._rows.values()), reverse=True)
+        rows = [{"path": path, "mean_loss": round(mean, 6), "count": count} for mean, path, count in means]
         folder = run.folder.folder / "losses"
         folder.mkdir(exist_ok=True)
         with (folder / f"ep{epoch}.json").open("w", encoding="utf-8") as file:
             json.dump({"epoch": epoch, "worst": rows[: self.num_worst], "pictures": rows}, file, indent=1)
 
     def state(self) -> dict[str, Any]:
-        return {"sums": [[i, total, self._counts[i]] for i, total in self._sums.items()]}
+        return {"rows": {key: list(row) for key, row in self._rows.items()}}
 
     def restore(self, state: dict[str, Any]) -> None:
-        sums = [(int(i), float(total), int(count)) for i, total, count in state["sums"]]
-        if not all(i >= 0 and count > 0 and math.isfinite(total) for i, total, count in sums):
-            raise ValueError("sums: not those of images")
-        self._sums = {i: total for i, total, _ in sums}
-        self._counts = {i: count for i, _, count in sums}
+        rows = {
+            key: [float(total), int(count), str(path)] for key, (total, count, path) in state.get("rows", {}).items()
+        }
+        if not all(count > 0 and math.isfinite(total) for total, count, _ in rows.values()):
+            raise ValueError("rows: not those of images")
+        self._rows = rows

@@ -23,6 +23,7 @@ from everydream_kit.training.combined import measure_gradient_norm, take_gradien
 from everydream_kit.training.noise import make_noise
 from everydream_kit.training.offload import IdleModels
 from everydream_kit.training.position import Position
+from everydream_kit.training.resuming import image_keys, resume_facts
 from everydream_kit.training.sharding import Sharding, as_whole, gather
 from everydream_kit.training.snapshots import Snapshot, clone_to_host, count_bytes
 from everydream_kit.training.summary import library_versions
@@ -70,7 +71,7 @@ class Run:
     model: Model
     parts: list[TrainedPart]
     optimizer: torch.optim.Optimizer
-    schedules: dict[str, Callable[[int], float]]  # learning rate of each part, by step
+    make_schedules: Callable[[int], dict[str, Callable[[int], float]]]  # of the run's number of steps
     objective: Objective
     noise_settings: NoiseSettings
     precision: Precision
@@ -91,6 +92,16 @@ class Run:
     plugins: list[Any] = field(default_factory=list)
     idle_models: IdleModels = field(default_factory=IdleModels)
     sharding: Sharding | None = None
+    plan_digests: dict[int, str] = field(default_factory=dict)  # of the current epoch, once it was asked for
+    schedules: dict[str, Callable[[int], float]] = field(init=False)  # learning rate of each part, by step
+
+    def __post_init__(self) -> None:
+        self.settle_steps(self.num_steps)
+
+    def settle_steps(self, num_steps: int) -> None:
+        """Say how many steps the run has; schedules that end with it follow."""
+        self.num_steps = num_steps
+        self.schedules = self.make_schedules(num_steps)
 
     # --- what the loop asks for ---------------------------------------------------------------------------------
 
@@ -300,7 +311,11 @@ class Run:
         else:
             weights, optimizer_state = self._ask_for(EVERYTHING)
         averaged = self._averaged_components() if self.ema is not None else None
-        tensors = {"optimizer": optimizer_state, "precision": keep(self.precision.state_dict())}
+        tensors = {
+            "optimizer": optimizer_state,
+            "precision": keep(self.precision.state_dict()),
+            "dataset": image_keys(self),
+        }
         if self.ema is not None:
             tensors["ema"] = keep(self.ema.state_dict())
             averaged = keep(averaged)
@@ -359,6 +374,7 @@ class Run:
             "config": self.config.model_dump(mode="json"),
             "versions": library_versions(),
             "listeners": {listener.name: listener.state() for listener in self.listeners if listener.name},
+            **resume_facts(self),
         }
 
 

@@ -219,7 +219,7 @@ def assemble_run(
             rounding_seed=seed if config.weight_dtype == "bfloat16" else None,
             fused_backward=config.fused_backward,
         ),
-        schedules={how.part: make_schedule(how, config, num_steps, ranks.num_ranks) for how in settings},
+        make_schedules=lambda steps: {how.part: make_schedule(how, config, steps, ranks.num_ranks) for how in settings},
         objective=build_objective(
             model.noise_scheduler,
             model.prediction_type,

@@ -11,13 +11,13 @@ from everydream_kit.training.reports import PictureTable
 
 
 def report(losses: dict[int, float], *, ends: bool = False) -> SimpleNamespace:
-    seen = PictureLosses(pictures=list(losses), losses=list(losses.values()))
+    seen = PictureLosses(list(losses), list(losses.values()), paths=[f"{number}.png" for number in losses])
     return SimpleNamespace(losses=seen, epoch=3, epoch_ended=ends)
 
 
 def test_means_and_counts_are_written_at_the_epochs_end_and_the_worst_twenty_come_first(tmp_path: Path) -> None:
     run = SimpleNamespace(
-        dataset=SimpleNamespace(picture=lambda i: SimpleNamespace(path=f"{i}.png")),
+        dataset=SimpleNamespace(key=lambda index: f"key {index}"),
         folder=SimpleNamespace(folder=tmp_path),
     )
     table = PictureTable()
@@ -34,4 +34,4 @@ def test_means_and_counts_are_written_at_the_epochs_end_and_the_worst_twenty_com
     assert means == sorted(means, reverse=True)
     assert len(means) == 25
     assert written["worst"] == written["pictures"][:20]
-    assert resumed.state() == {"sums": []}
+    assert resumed.state() == {"rows": {}}

@@ -1,0 +1,155 @@
+"""A resume under changed settings or images: refused, or continued with the difference in words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from everydream_kit.config import TrainConfig
+from everydream_kit.errors import CheckpointError
+from everydream_kit.sessions import resume, train
+from everydream_kit.training.reports import Listener, StepReport
+from everydream_kit.training.run import Run
+from everydream_kit.workspace import RunFolder
+
+
+class StopAfter(Listener):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self, run: Run, report: StepReport) -> None:
+        if report.step == self.step:
+            run.folder.request("stop")
+
+
+def settings(folder: Path, model: Path, images: Path) -> dict[str, Any]:
+    return {
+        "resume_ckpt": str(model),
+        "data_root": str(images),
+        "resolution": 64,
+        "batch_size": 2,
+        "max_epochs": 2,
+        "lr": 1e-4,
+        "logdir": str(folder / "logs"),
+        "no_save_ckpt": True,
+        "sample_steps": None,
+        "log_step": 1,
+        "seed": 7,
+        "num_workers": 0,
+        "cache_latents": "off",
+        "disable_textenc_training": True,
+    }
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, picture_folder: Path) -> RunFolder:
+    """Three steps of the seven that the first epoch has."""
+    folder = tmp_path_factory.mktemp("stopped")
+    run = train(TrainConfig(**settings(folder, tiny_model_folder, picture_folder)), listeners=[StopAfter(2)])
+    assert (run.status()["state"], run.status()["step"]) == ("stopped", 3)
+    return run
+
+
+@pytest.fixture
+def run(stopped: RunFolder, tmp_path: Path) -> RunFolder:
+    """A copy, for one test."""
+    return RunFolder(shutil.copytree(stopped.folder, tmp_path / stopped.name))
+
+
+@pytest.fixture
+def images(picture_folder: Path, tmp_path: Path) -> Path:
+    """The same images in another place."""
+    return shutil.copytree(picture_folder, tmp_path / "images")
+
+
+def warnings_of(run: RunFolder) -> str:
+    return "\n".join(event["message"] for event in run.events("warning"))
+
+
+def uses_in_first_epoch(run: RunFolder) -> dict[str, int]:
+    table = json.loads((run.folder / "losses" / "ep0.json").read_text("utf-8"))
+    return {Path(row["path"]).name: row["count"] for row in table["pictures"]}
+
+
+def names_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".txt")
+
+
+def test_the_same_images_in_another_place_continue_without_a_warning(run: RunFolder, images: Path) -> None:
+    resume(run.folder, changes={"data_root": str(images), "max_epochs": 1})
+    assert "anew" not in warnings_of(run)
+    assert "images are gone" not in warnings_of(run)
+    assert uses_in_first_epoch(run) == dict.fromkeys(names_of(images), 1)
+    assert (run.status()["state"], run.status()["step"]) == ("finished", 7)
+
+
+def test_images_that_are_gone_are_said_and_the_epoch_begins_anew(run: RunFolder, images: Path) -> None:
+    (images / "11.png").unlink()
+    (images / "10.jpg").unlink()
+    resume(run.folder, changes={"data_root": str(images), "max_epochs": 1})
+    assert "2 images are gone and 0 are new" in warnings_of(run)
+    assert "Epoch 1 begins anew: the images, their sizes or their multipliers changed" in warnings_of(run)
+    assert uses_in_first_epoch(run) == dict.fromkeys(names_of(images), 1)
+
+
+def test_images_that_were_exchanged_in_equal_number_are_said(run: RunFolder, images: Path) -> None:
+    (images / "04.jpg").rename(images / "99.jpg")
+    resume(run.folder, changes={"data_root": str(images), "max_epochs": 1})
+    assert "1 images are gone and 1 are new" in warnings_of(run)
+    assert uses_in_first_epoch(run) == dict.fromkeys(names_of(images), 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "num_left"),
+    [
+        ({"batch_size": 4}, "batch_size was 2 and is 4", 4),
+        ({"grad_accum": 2}, "grad_accum was 1 and is 2", 4),
+        ({"resolution": 96}, "resolution was", None),
+    ],
+    ids=str,
+)
+def test_other_batches_in_the_middle_of_an_epoch_begin_it_anew_and_skip_nothing(
+    run: RunFolder, picture_folder: Path, change: dict[str, Any], words: str, num_left: int | None
+) -> None:
+    resume(run.folder, changes={**change, "max_epochs": 1})
+    assert "Epoch 1 begins anew" in warnings_of(run)
+    assert words in warnings_of(run)
+    assert uses_in_first_epoch(run) == dict.fromkeys(names_of(picture_folder), 1)
+    status = run.status()
+    assert (status["state"], status["step"]) == ("finished", status["num_steps"])
+    if num_left is not None:
+        assert status["step"] == 3 + num_left
+    assert run.checkpoints()[-1].folder.name.startswith("last-")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"optimizer_config": {"base": {"optimizer": "lion"}}}, "the unet's optimizer was AdamW and is Lion"),
+        ({"optimizer_config": {"unet_freezing": {"train": ["attn2"]}}}, "other parameters of the unet were trained"),
+        ({"disable_textenc_training": False}, "the text encoder was not trained"),
+        ({"lora_rank": 8}, "lora_rank: cannot change"),
+    ],
+)
+def test_another_training_is_refused_before_it_begins(run: RunFolder, change: dict[str, Any], words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        resume(run.folder, changes=change)
+
+
+def test_a_learning_rate_that_jumps_is_said_beforehand(
+    tmp_path: Path, tiny_model_folder: Path, picture_folder: Path
+) -> None:
+    plain = {**settings(tmp_path, tiny_model_folder, picture_folder), "batch_size": 4, "lr_scheduler": "cosine"}
+    run = train(TrainConfig(**{**plain, "max_epochs": 1, "lr_warmup_steps": 0}))
+    assert run.status()["state"] == "finished"
+    last = [event["lr"]["unet"] for event in run.events("loss")][-1]
+    resume(run.folder, changes={"max_epochs": 2})
+    following = next(event["lr"]["unet"] for event in run.events("loss") if event["step"] == 5)
+    assert following > 1.3 * last
+    said = f"The learning rate of the unet goes from {last:.3g} at step 4 to {following:.3g} at step 5"
+    assert Counter(said in event["message"] for event in run.events("warning"))[True] == 1
