@@ -139,7 +139,8 @@ def prepare_modules(model: Model, config: TrainConfig) -> None:
     import torch
 
     for module in [model.unet, *model.text_encoders]:
-        module.train()
+        # a frozen text encoder drops nothing out: what is remembered of a caption would keep one chance for ever
+        module.train(module is model.unet or any(parameter.requires_grad for parameter in module.parameters()))
     if config.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
         for text_encoder in model.text_encoders:

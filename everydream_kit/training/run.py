@@ -95,8 +95,11 @@ class Run:
     plan_digests: dict[int, str] = field(default_factory=dict)  # of the current epoch, once it was asked for
     schedules: dict[str, Callable[[int], float]] = field(init=False)  # learning rate of each part, by step
 
+    has_dropout: bool = field(init=False)  # an adapter's, or the base model's own
+
     def __post_init__(self) -> None:
         self.settle_steps(self.num_steps)
+        self.has_dropout = any(_drops_out(m) for m in [self.model.unet, *self.model.text_encoders])
 
     def settle_steps(self, num_steps: int) -> None:
         """Say how many steps the run has; schedules that end with it follow."""
@@ -148,7 +151,7 @@ class Run:
             group["lr"] = rates[group["name"]]
         if self.updates_in_backward:
             measure_gradient_norm(self.optimizer, self.wants_gradient_norm(step + 1))
-        if self._has_dropout:  # dropout layers read torch's own generator; an address makes them resumable
+        if self.has_dropout:  # dropout layers read torch's own generator; an address makes them resumable
             torch.manual_seed(derive_seed(self.seed, "dropout", step, self.ranks.rank))
         return rates
 
@@ -258,10 +261,6 @@ class Run:
     def trains_text(self) -> bool:
         """Whether gradients flow into a text encoder."""
         return any(p.requires_grad for encoder in self.model.text_encoders for p in encoder.parameters())
-
-    @property
-    def _has_dropout(self) -> bool:
-        return self.config.lora_dropout > 0
 
     def tell(self, kind: str, **facts: Any) -> None:
         self.journal.tell(kind, **facts)
@@ -382,3 +381,10 @@ def _passed_over(work: StepBatches) -> str:
     first, last = work.epoch + 2, work.epoch + 1 + work.num_empty_after
     which = f"Epoch {first} has" if first == last else f"Epochs {first} to {last} have"
     return f"{which} no image, since multiply is so small, and the run passes over them."
+
+
+def _drops_out(module: torch.nn.Module) -> bool:
+    """Whether some layer drops out by chance: a Dropout, or an attention that has the share as a number."""
+    layers = list(module.modules())
+    shares = [layer.p if isinstance(layer, torch.nn.Dropout) else vars(layer).get("dropout") for layer in layers]
+    return any(isinstance(share, float) and share > 0 for share in shares)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,15 @@ def test_validation_samples_requests_and_a_resume_change_no_weight(
     assert_same_state(bare, run)
 
 
+def with_dropout(model: Path, copy: Path, attention_dropout: float) -> Path:
+    """A copy of a model whose text encoder drops attention out by itself."""
+    shutil.copytree(model, copy)
+    config = json.loads((copy / "text_encoder" / "config.json").read_text("utf-8"))
+    config["attention_dropout"] = attention_dropout
+    (copy / "text_encoder" / "config.json").write_text(json.dumps(config), "utf-8")
+    return copy
+
+
 @pytest.mark.parametrize(
     "kind",
     [
@@ -133,12 +143,25 @@ def test_validation_samples_requests_and_a_resume_change_no_weight(
         {"optimizer": "dowg", "lr": 1.0},
         {**MIXED, "validation_config": {"val_split_mode": "manual", "every_n_epochs": 0.5}},
         {"disable_textenc_training": True},
+        {"attention_dropout": 0.5},
     ],
-    ids=["Prodigy and EMA", "LoRA and dropout", "new tokens", "bfloat16", "DoWG", "validation, bf16", "text cache"],
+    ids=[
+        "Prodigy and EMA",
+        "LoRA and dropout",
+        "new tokens",
+        "bfloat16",
+        "DoWG",
+        "validation, bf16",
+        "text cache",
+        "dropout",
+    ],
 )
 def test_a_resume_with_other_loader_processes_is_exact(
     settings: dict[str, Any], tmp_path: Path, kind: dict[str, Any]
 ) -> None:
+    if "attention_dropout" in kind:
+        settings["resume_ckpt"] = str(with_dropout(Path(settings["resume_ckpt"]), tmp_path / "model", **kind))
+        kind = {}
     if "validation_config" in kind:
         kind = {**kind, "validation_config": {**kind["validation_config"], "manual_data_root": settings["data_root"]}}
     config = TrainConfig(**{**settings, **kind})
