@@ -1,6 +1,6 @@
 """Makes `notebooks/*.ipynb` from their sources `notebooks/src/*.py`.
 
-    python scripts/build_notebooks.py           write them
+    python scripts/build_notebooks.py           write them, and the badge in README.md that opens the first one in Colab
     python scripts/build_notebooks.py --check   exit with 1 if a notebook is not what its source says
 
 A source is Python with cells: `# %%` begins a code cell (`tags=["parameters"]` and `form` may follow), `# %% [markdown]`
@@ -49,6 +49,20 @@ def published_address(setup: Path = NOTEBOOKS.parent / "setup.cfg") -> str:
     return parser["metadata"].get("url", "").strip()
 
 
+BADGE = re.compile(r"(<!-- colab badge: [^\n]*-->\n)(.*?)(<!-- /colab badge -->)", re.DOTALL)
+
+
+def with_badge(readme: str, address: str) -> str:
+    """The README with Colab's badge, which exists for GitHub addresses; without one the place stays empty."""
+    found = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?/?", address)
+    link = (
+        f"https://colab.research.google.com/github/{found[1]}/blob/main/notebooks/00_quickstart.ipynb" if found else ""
+    )
+    image = "https://colab.research.google.com/assets/colab-badge.svg"
+    badge = f"\n[![Open In Colab]({image})]({link})\n" if link else ""
+    return BADGE.sub(lambda match: match[1] + badge + match[3], readme)
+
+
 def split_cells(text: str) -> list[tuple[str, str]]:
     """(head line, body) of each cell."""
     pieces = re.split(r"^(# %%.*)$", text, flags=re.MULTILINE)[1:]
@@ -84,6 +98,13 @@ def main() -> int:
         if not options.check:
             target.write_text(text, "utf-8")
             print(f"wrote {target.name}")
+    readme = NOTEBOOKS.parent / "README.md"
+    text = with_badge(readme.read_text("utf-8"), published_address())
+    if text != readme.read_text("utf-8"):
+        stale.append(readme.name)
+        if not options.check:
+            readme.write_text(text, "utf-8")
+            print(f"wrote {readme.name}")
     if options.check and stale:
         print(f"not what their sources say: {', '.join(stale)}. Run python scripts/build_notebooks.py")
         return 1

@@ -106,6 +106,28 @@ def test_the_address_stands_in_one_place(tmp_path):
     assert f'REPOSITORY = "{published_address()}"' in code_cells(BOOKS[0])[0].source
 
 
+@pytest.mark.parametrize(
+    ("address", "badge"),
+    [
+        ("", ""),
+        ("https://example.org/kit", ""),  # Colab opens notebooks of GitHub only
+        (
+            "https://github.com/me/kit.git",
+            "https://colab.research.google.com/github/me/kit/blob/main/notebooks/00_quickstart.ipynb",
+        ),
+    ],
+)
+def test_the_readme_gets_colabs_badge_from_the_published_address(address, badge):
+    sys.path.insert(0, str(REPOSITORY / "scripts"))
+    from build_notebooks import with_badge
+
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    filled = with_badge(readme, address)
+    assert ("colab-badge.svg" in filled) == bool(badge)
+    assert badge in filled
+    assert with_badge(filled, "") == with_badge(readme, "")  # and goes again with the address
+
+
 @pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
 def test_every_other_cell_is_one_call_without_logic(path):
     cells = code_cells(path)[1:]
