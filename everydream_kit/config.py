@@ -632,6 +632,7 @@ RETIRED: dict[str, str] = {
     "ed1_mode": "nothing: captions and buckets are always read the same way",
     "notebook": "nothing: progress adapts to where it runs",
     "xformers": "nothing: torch's own attention is used",
+    "disable_xformers": "nothing: torch's own attention is used",
     "cache_dir": "HF_HOME, the Hugging Face Hub's own setting",
     "config": "nothing: a file cannot name another",
     "mixed_precision": "amp and amp_dtype",

@@ -157,9 +157,10 @@ def as_config(config: TrainConfig | dict[str, Any] | str | Path) -> TrainConfig:
     """Settings in any form that people give them. Raises: ConfigError."""
     if isinstance(config, TrainConfig):
         return config
-    if isinstance(config, dict):
-        return load_config(None, config)[0]
-    return load_config(config)[0]
+    settings, warnings = load_config(None, config) if isinstance(config, dict) else load_config(config)
+    for warning in warnings:
+        logging.getLogger(__name__).warning("%s", warning)
+    return settings
 
 
 def _session(

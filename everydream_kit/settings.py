@@ -13,6 +13,7 @@ from typing import Any
 from everydream_kit.atomic import write_atomic
 from everydream_kit.config import RETIRED, VERSION, TrainConfig
 from everydream_kit.errors import ConfigError
+from everydream_kit.everydream2 import is_theirs, settle, translate
 from everydream_kit.foreign import FOLLOWS, read_origin, require_given, write_origin
 from everydream_kit.strict_json import read_json
 
@@ -36,13 +37,21 @@ def load_config(
     if path is not None and (origin := read_origin(Path(path).parent)) is not None:
         require_given(origin)
     values = read_json_object(Path(path)) if path is not None else {}
+    is_ours, theirs = "version" in values, is_theirs(values)
     values, warnings = upgrade(values)
-    values.update(overrides or {})
-    prefix = f"{path}:\n" if path is not None else ""
     try:
+        flags, more = translate(overrides or {}, from_file=False)
+        warnings += more
+        if is_ours:
+            values.update(flags)
+        else:
+            values, more = translate(values, from_file=True)
+            warnings += more
+            values, more = settle(values, flags, theirs=theirs)
+            warnings += more
         return TrainConfig(**values), warnings
     except ConfigError as error:
-        raise ConfigError(prefix + str(error)) from None
+        raise ConfigError((f"{path}:\n" if path is not None else "") + str(error)) from None
 
 
 def give_again(folder: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +112,7 @@ def upgrade(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     for name, value in values.items():
         if name == "given" or (given is not None and name not in given and value == _default(name)):
             continue
-        if name in RETIRED:
+        if name in RETIRED and given is not None:
             warnings.append(f"{name}: no longer used; replaced by {RETIRED[name]}.")
         elif name == "version" or (value is None and given is None and not _accepts_none(name)):
             continue  # EveryDream 2 writes null for "the default"; a file of ours says null where None was meant

@@ -13,6 +13,9 @@ from everydream_kit.cli.command import Command
 EXIT_STOPPED = {"SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143}
 
 
+RETIRED_PREFIX = "retired_"
+
+
 def add_setting_flags(parser: argparse.ArgumentParser, *, leave_out: Collection[str] = ()) -> None:
     """A flag for every setting."""
     from everydream_kit.params import format_value, parameters
@@ -41,6 +44,38 @@ def add_train_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for every setting, and `--config`."""
     parser.add_argument("--config", metavar="FILE", help="settings from a JSON file; flags win over it")
     add_setting_flags(parser)
+    add_retired_flags(parser)
+
+
+def add_retired_flags(parser: argparse.ArgumentParser) -> None:
+    """EveryDream 2's flags that are no longer used: accepted, and not listed in the help."""
+    from everydream_kit.config import RETIRED
+    from everydream_kit.everydream2 import FORK, FORK_WITHOUT_EFFECT, RENAMED
+
+    taken = set(parser._option_string_actions)
+    for name in sorted({*RETIRED, *RENAMED, *FORK, *FORK_WITHOUT_EFFECT, "lora"}):
+        if f"--{name}" not in taken:
+            parser.add_argument(
+                f"--{name}",
+                dest=f"{RETIRED_PREFIX}{name}",
+                nargs="?",
+                const=True,
+                default=argparse.SUPPRESS,
+                help=argparse.SUPPRESS,
+            )
+
+
+def read_retired_flags(options: argparse.Namespace) -> dict[str, Any]:
+    """Those that were given, by name."""
+    from everydream_kit.everydream2 import RENAMED
+    from everydream_kit.params import parse_text
+
+    given = {
+        name.removeprefix(RETIRED_PREFIX): value
+        for name, value in vars(options).items()
+        if name.startswith(RETIRED_PREFIX)
+    }
+    return {name: parse_text(RENAMED[name], str(value)) if name in RENAMED else value for name, value in given.items()}
 
 
 def read_setting_flags(options: argparse.Namespace, *, leave_out: Collection[str] = ()) -> dict[str, Any]:
@@ -64,7 +99,7 @@ def read_setting_flags(options: argparse.Namespace, *, leave_out: Collection[str
 def _run_train(options: argparse.Namespace) -> int:
     from everydream_kit.settings import load_config
 
-    config, warnings = load_config(options.config, read_setting_flags(options))
+    config, warnings = load_config(options.config, {**read_setting_flags(options), **read_retired_flags(options)})
     for warning in warnings:
         logging.getLogger("everydream_kit").warning(warning)
     from everydream_kit.sessions import train
@@ -108,7 +143,12 @@ def _run_chain(options: argparse.Namespace) -> int:
     from everydream_kit.sessions import train
     from everydream_kit.settings import load_config
 
-    configs = [load_config(path)[0] for path in options.configs]  # all of them are checked before the first one starts
+    configs = []
+    for path in options.configs:  # all of them are checked before the first one starts
+        config, warnings = load_config(path)
+        for warning in warnings:
+            logging.getLogger("everydream_kit").warning("%s: %s", path, warning)
+        configs.append(config)
     for config in configs:
         status = _tell_outcome(train(config))
         if status:

@@ -1,6 +1,7 @@
 """Reading the two side files of a run, `optimizer.json` and `validation.json`, as strictly as the main settings.
 
-Both are EveryDream 2's formats: documentation under "doc" or "documentation" is allowed, everything else must be known.
+Both are EveryDream 2's formats: remarks under "doc", "documentation", "comment" or "_..." are allowed, and
+everything else must be known.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from everydream_kit.config import value_problem
 from everydream_kit.errors import ConfigError
+from everydream_kit.everydream2 import is_comment
 from everydream_kit.settings import read_json_object
-
-DOCUMENTATION = ("doc", "documentation")
 
 
 class Section(BaseModel):
@@ -46,8 +46,7 @@ def read_section(source: str | Path | dict[str, Any] | None, schema: type[Sectio
     Raises:
         ConfigError: no such file, not JSON, an unknown name or a wrong value. All problems at once, one a line.
     """
-    values = _object(source, setting)
-    values = {name: value for name, value in values.items() if name not in DOCUMENTATION}
+    values = _without_comments(_object(source, setting))
     try:
         text = json.dumps(values)
     except (TypeError, ValueError) as error:
@@ -58,6 +57,15 @@ def read_section(source: str | Path | dict[str, Any] | None, schema: type[Sectio
         where = f" ({source})" if isinstance(source, str | Path) else ""
         lines = dict.fromkeys(_describe(problem, schema, setting) for problem in error.errors())
         raise ConfigError("\n".join(line + where for line in lines)) from None
+
+
+def _without_comments(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a file and of its sections, without the remarks for people."""
+    return {
+        name: {key: inner for key, inner in value.items() if not is_comment(key)} if isinstance(value, dict) else value
+        for name, value in values.items()
+        if not is_comment(name)
+    }
 
 
 def _object(source: str | Path | dict[str, Any] | None, setting: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from everydream_kit.training.json_settings import Section, read_section
 
@@ -32,6 +32,7 @@ class OptimizerSection(Section):
     lr_scheduler: Literal["constant", "linear", "cosine", "polynomial"] | None = None
     lr_warmup_steps: Annotated[int, Field(ge=0)] | None = None
     lr_decay_steps: Annotated[int, Field(ge=1)] | None = None
+    """None, and 0 in EveryDream 2's files: by default."""
     betas: Annotated[list[Beta], Field(min_length=1, max_length=3)] | None = None
     epsilon: Annotated[float, Field(ge=0, lt=1)] | None = None
     weight_decay: Annotated[float, Field(ge=0, le=10)] | None = None
@@ -45,6 +46,11 @@ class OptimizerSection(Section):
     """For sgd and dadapt_sgd."""
     kwargs: dict[str, Any] | None = None
     """Any further keyword arguments of the optimizer's class."""
+
+    @field_validator("lr_decay_steps", mode="before")
+    @classmethod
+    def _default_at_zero(cls, value: Any) -> Any:
+        return None if isinstance(value, int | float) and value <= 0 else value
 
 
 class TextEncoderFreezing(Section):
@@ -98,15 +104,20 @@ class OptimizerConfig(Section):
     unet_freezing: UnetFreezing | None = None
     apply_grad_scaler_step_tweaks: bool | None = None
     """Float16 only: raise the loss scale more and more slowly as the run goes on. On by default."""
+    log_grad_norm: bool | None = None
+    """Has no effect: the log always shows the gradient norm."""
     text_encoder_lr_scale: float | None = None
     """Has no effect, as in EveryDream 2; give text_encoder_overrides.lr."""
 
     @property
     def warnings(self) -> list[str]:
         """What the file asks for in vain, one sentence each."""
-        if self.text_encoder_lr_scale is None:
-            return []
-        return ["text_encoder_lr_scale: has no effect; give text_encoder_overrides.lr in optimizer_config."]
+        warnings = []
+        if self.text_encoder_lr_scale is not None:
+            warnings.append("text_encoder_lr_scale: has no effect; give text_encoder_overrides.lr in optimizer_config.")
+        if self.log_grad_norm is False:
+            warnings.append("log_grad_norm: has no effect; the log always shows the gradient norm.")
+        return warnings
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,9 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
     "dadaptlion": _own_rate("pytorch_optimizer.DAdaptLion", weight_decouple=True),
     "dadaptsgd": _own_rate("pytorch_optimizer.DAdaptSGD", weight_decouple=True),
     "dowg": _own_rate("everydream_kit.training.dowg.DoWG"),
+    "scalardowg": _own_rate("everydream_kit.training.dowg.DoWG"),
+    "coordinatedowg": _own_rate("everydream_kit.training.coordinate.CoordinateDoWG"),
+    "adacoor": _own_rate("everydream_kit.training.coordinate.AdaCoor"),
 }
 """Names are compared without case, `_` and `-`: `dadapt_adam` and `AdamW8bit` are known."""
 

@@ -11,6 +11,10 @@ from pydantic import Field, model_validator
 from everydream_kit.training.json_settings import Section, read_section
 
 OLD_NAMES = {"val_data_root": "manual_data_root", "val_split_proportion": "auto_split_proportion"}
+FORK_NAMES = ("clip_score_enabled", "clip_score_model", "fdd_enabled", "fdd_n_images", "fdd_model")
+"""Measurements of damian0815's fork: passed over where they are off."""
+_WORDS = {"true": True, "false": False}
+"""EveryDream 2's `validation_coco.json` writes yes and no as text."""
 Proportion = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -49,7 +53,14 @@ class ValidationConfig(Section):
         twice = [f"{old}, {new}" for old, new in OLD_NAMES.items() if old in values and new in values]
         if twice:
             raise ValueError(f"{twice[0]}: the old and the new name of one setting; give one of them")
-        return {OLD_NAMES.get(name, name): value for name, value in values.items() if value is not None}
+        wrong = [name for name in FORK_NAMES if name.endswith("_enabled") and values.get(name)]
+        if wrong:
+            raise ValueError(f"{wrong[0]}: a measurement of damian0815's fork; the kit does not have it. Take it out.")
+        return {
+            OLD_NAMES.get(name, name): _WORDS.get(value, value) if isinstance(value, str) else value
+            for name, value in values.items()
+            if value is not None and name not in FORK_NAMES
+        }
 
     @model_validator(mode="after")
     def _check_manual(self) -> ValidationConfig:
