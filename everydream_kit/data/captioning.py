@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from everydream_kit.data.changes import Changes, PrepReport
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.data.files import scan_dataset
-from everydream_kit.data.pixels import DECODE_ERRORS, open_picture
+from everydream_kit.data.image_files import IMAGE_ERRORS, open_image
 from everydream_kit.data.prep import Progress
 from everydream_kit.data.tagging import caption_file, has_own_caption, has_rich_caption
 from everydream_kit.errors import ModelError
@@ -95,10 +95,10 @@ def _caption(captioner: Captioner, paths: list[Path], prompt: str | None, change
 
 def _open(path: Path, changes: Changes) -> Image.Image | None:
     try:
-        with open_picture(path) as image:
+        with open_image(path) as image:
             image.draft("RGB", (_LARGEST_SIDE, _LARGEST_SIDE))
             upright = ImageOps.exif_transpose(image).convert("RGB")
-    except DECODE_ERRORS as error:
+    except IMAGE_ERRORS as error:
         changes.leave(path, f"cannot be decoded ({error}).", "Replace it by a whole copy, or delete it.")
         return None
     upright.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))

@@ -82,7 +82,14 @@ def combine_captions(captions: Sequence[Caption]) -> Caption:
 
 def caption_from_file_name(name: str) -> Caption:
     """`a red car, at night_0012.jpg` -> the part up to the first underscore, without the extension."""
-    return parse_caption(name.rpartition("/")[2].rpartition(".")[0].split("_")[0])
+    return parse_caption(readable(name.rpartition("/")[2].rpartition(".")[0].split("_")[0]))
+
+
+def readable(name: str) -> str:
+    """A file name as text. One that is no UTF-8 comes from an old Windows, as a rule: it is read as Windows-1252."""
+    if name.isascii() or not any("\udc80" <= letter <= "\udcff" for letter in name):
+        return name
+    return name.encode("utf-8", "surrogateescape").decode("cp1252", "replace")
 
 
 def compose_caption(caption: Caption, generator: np.random.Generator, shuffle: bool = False, keep_tags: int = 0) -> str:

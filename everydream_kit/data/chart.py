@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from everydream_kit.data.dataset import Dataset
-from everydream_kit.data.headers import FORMATS, READ_ERRORS
+from everydream_kit.data.image_files import IMAGE_ERRORS, open_image
 from everydream_kit.data.report import BucketFill
 
 WIDTH = 1000
@@ -104,11 +104,11 @@ def _thumbnail(path: str) -> Image.Image | None:
     """A small RGB copy, or None where the file is broken."""
     side = CELL - 8
     try:
-        with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as image:
+        with warnings.catch_warnings(), open_image(path) as image:
             warnings.filterwarnings("ignore", module=r"PIL\b")
             image.draft("RGB", (side, side))
             small = ImageOps.exif_transpose(image)
             small.thumbnail((side, side))
             return small.convert("RGBA").convert("RGB") if small.mode == "P" else small.convert("RGB")
-    except READ_ERRORS:
+    except IMAGE_ERRORS:
         return None

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from everydream_kit.data.contents import digest_file
 from everydream_kit.data.dataset import Dataset, Problem, printable
-from everydream_kit.data.headers import FORMATS, READ_ERRORS
+from everydream_kit.data.image_files import IMAGE_ERRORS, open_header
 
 MAX_DISTANCE = 4
 """Bits of 64 in which the hashes of near duplicates may differ; unrelated photographs differ in about 32."""
@@ -111,12 +111,12 @@ def _look(path: str) -> tuple[np.uint64, np.ndarray] | Problem:
     import imagehash
 
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with open_header(path, with_trailer=True) as image:
             image.draft("RGB", (_HASH_SIDE, _HASH_SIDE))
             small = ImageOps.exif_transpose(image)
             small.thumbnail((_HASH_SIDE, _HASH_SIDE), Image.Resampling.BOX)
             small = small.convert("RGBA").convert("RGB") if small.mode == "P" else small.convert("RGB")
-    except READ_ERRORS as error:
+    except IMAGE_ERRORS as error:
         return Problem(printable(path), f"cannot be decoded: {error}", "Save or download it again, or delete it.")
     bits = imagehash.phash(small).hash.flatten()
     thumbnail = np.asarray(small.resize(_THUMBNAIL, Image.Resampling.BOX), np.int16)

@@ -21,7 +21,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from everydream_kit.data.dataset import MASK_SUFFIX, Dataset, DatasetBuilder, Defaults, MaskMode, Problem, printable
+import numpy as np
+
+from everydream_kit.data.captions import caption_from_file_name
+from everydream_kit.data.dataset import (
+    FROM_FILE_NAME,
+    MASK_SUFFIX,
+    Dataset,
+    DatasetBuilder,
+    Defaults,
+    MaskMode,
+    Problem,
+    printable,
+)
 from everydream_kit.data.folders import SIDECAR_EXTENSIONS, Report, report_notes, walk_folders
 from everydream_kit.data.pictures import Entry, Job, entries_of_folder, hash_settings, read_job
 from everydream_kit.data.scan_cache import Remembered, load_remembered, save_remembered
@@ -137,6 +149,7 @@ class _Scanner:
             for part in self._in_order(pool, jobs, remembered):
                 builder.extend(part, root=0)
         dataset = builder.build(Defaults())
+        _note_camera_names(dataset, base)
         if cache is not None and not remembered.is_all_of(dataset):
             save_remembered(cache, str(path), dataset)
         return dataset
@@ -168,6 +181,29 @@ class _Scanner:
                 names = folder.pictures[start : start + JOB_SIZE]
                 entries = entries_of_folder(folder.path, folder.relative, names, folder.companions, folder.settings)
                 yield Job(entries, self._choose_lines)
+
+
+_CAMERA_NAME = re.compile(
+    r"(im(g|age?s?)|dsc[fn]?|sam|pxl|mvimg|pano|gopr|dji|dcim|p|photo|pic(ture)?|screenshot|snapshot|scan|download|frame"
+    r"|unnamed|untitled|whatsapp image|file|foto|bild|[0-9a-f]{8,}(-[0-9a-f]{4,})*)?[-. ()\d]*",
+    re.IGNORECASE,
+)
+"""What cameras, phones and downloads call images; letters of a hash count, too."""
+
+
+def _note_camera_names(dataset: Dataset, base: str) -> None:
+    """Report captions that come from file names which say nothing."""
+    rows = np.flatnonzero(dataset.numbers["caption_kind"] == FROM_FILE_NAME).tolist()
+    captions = [caption_from_file_name(dataset.paths[row]).text for row in rows]
+    empty = [text for text in captions if _CAMERA_NAME.fullmatch(text)]
+    if empty:
+        examples = ", ".join(repr(text) for text in list(dict.fromkeys(empty))[:3])
+        cause = (
+            f"{len(rows)} captions come from file names, and {len(empty)} of them look like names from a camera or a "
+            f"download: {examples}"
+        )
+        cure = "Put a caption file next to each image (cat.txt for cat.jpg), or rename the images."
+        dataset.problems.append(Problem(printable(base), cause, cure, skipped=False))
 
 
 def _read_index(path: Path, base: str, report: Report) -> Iterator[Entry]:

@@ -8,11 +8,12 @@ one-value files for the folder alone.
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from everydream_kit.data.dataset import MASK_SUFFIX, Problem, printable
-from everydream_kit.data.headers import EXTENSIONS
+from everydream_kit.data.image_files import EXTENSIONS, UNREAD_EXTENSIONS
 from everydream_kit.data.settings import (
     ONE_VALUE_FILES,
     PictureSettings,
@@ -40,6 +41,51 @@ SIDECAR_EXTENSIONS = (".txt", ".caption", ".yml", ".yaml", ".json")
 """Of files beside a picture that speak about it, in the order in which they are read."""
 
 
+class Companions:
+    """The files of a folder that may speak about an image, found as people mean it.
+
+    A caption belongs to an image if its name is the image's stem and an ending (`a.txt`), or the whole name and an
+    ending (`a.png.txt`). Case and Unicode form do not count, unless the file fits another image to the letter.
+    """
+
+    def __init__(self, names: frozenset[str], images: tuple[str, ...]) -> None:
+        self.names = names
+        self._by_key = {match_key(name): name for name in sorted(names)}
+        self._stems = frozenset(name[: name.rfind(".")] for name in images)
+        self._keys = frozenset(match_key(stem) for stem in (*self._stems, *images))
+
+    def find(self, image: str, ending: str) -> str | None:
+        """The file of this ending that belongs to an image, or None."""
+        stem = image[: image.rfind(".")]
+        if stem + ending in self.names:
+            return stem + ending
+        found = self._by_key.get(match_key(stem + ending))
+        if found is not None and (found[: -len(ending)] == stem or found[: -len(ending)] not in self._stems):
+            return found
+        if image + ending in self.names:
+            return image + ending
+        return self._by_key.get(match_key(image + ending))
+
+    def settings_file(self, name: str) -> str | None:
+        """How a settings file is spelled in this folder, or None."""
+        return name if name in self.names else self._by_key.get(name)
+
+    def orphans(self) -> list[str]:
+        """Caption files that belong to no image."""
+        return [
+            name
+            for name in sorted(self.names)
+            if name.lower().endswith(SIDECAR_EXTENSIONS)
+            and match_key(name) not in SETTINGS_FILES
+            and match_key(name[: name.rfind(".")]) not in self._keys
+        ]
+
+
+def match_key(name: str) -> str:
+    """What a file name is compared by: case and Unicode form do not count."""
+    return name.lower() if name.isascii() else unicodedata.normalize("NFC", name.casefold())
+
+
 @dataclass(frozen=True, slots=True)
 class Folder:
     """One folder of the tree.
@@ -48,14 +94,14 @@ class Folder:
         path: absolute.
         relative: to the root, with `/`; "" for the root itself.
         pictures: names of the picture files, sorted.
-        companions: names of all files that may speak about a picture: captions, settings, masks.
+        companions: the other files, which may speak about an image: captions, settings, masks.
         settings: of the folder and those above it.
     """
 
     path: str
     relative: str
     pictures: tuple[str, ...]
-    companions: frozenset[str]
+    companions: Companions
     settings: PictureSettings
 
 
@@ -118,13 +164,15 @@ def _walk(
         return
     names = frozenset(files)
     pictures = _pictures_of(files, names)
-    settings, block = _read_files(path, names, GLOBAL_FILES, inherited, block, blocks=blocks, report=report)
-    here, local_block = _read_files(path, names, LOCAL_FILES, settings, block, blocks=blocks, report=report)
+    companions = Companions(names.difference(pictures), pictures)
+    _report_strays(path, companions, report)
+    settings, block = _read_files(path, companions, GLOBAL_FILES, inherited, block, blocks=blocks, report=report)
+    here, local_block = _read_files(path, companions, LOCAL_FILES, settings, block, blocks=blocks, report=report)
     if local_block is not None:
         local_block.num_pictures += len(pictures)
     elif pictures:
-        yield Folder(path, relative, pictures, names.difference(pictures), here)
-    del names, files, pictures
+        yield Folder(path, relative, pictures, companions, here)
+    del names, files, pictures, companions
     for name in folders:
         below = f"{relative}/{name}" if relative else name
         yield from _walk(os.path.join(path, name), below, settings, block, above | {real}, blocks=blocks, report=report)
@@ -161,9 +209,36 @@ def _pictures_of(files: list[str], names: frozenset[str]) -> tuple[str, ...]:
     return tuple(kept)
 
 
+MOST_NAMED = 10
+"""Names in a problem that is about several files."""
+
+
+def _report_strays(path: str, companions: Companions, report: Report) -> None:
+    """Report captions without an image, and images of formats that are not read."""
+    orphans = companions.orphans()
+    if orphans:
+        many = len(orphans) > 1
+        cause = f"{len(orphans)} caption file{'s' if many else ''} belong{'' if many else 's'} to no image: "
+        cure = "Name a caption like its image (cat.txt for cat.jpg), or delete it."
+        report(Problem(printable(path), cause + _name_some(orphans), cure, skipped=False))
+    unread: dict[str, list[str]] = {}
+    for name in sorted(companions.names):
+        ending = os.path.splitext(name)[1].lower()
+        if ending in UNREAD_EXTENSIONS:
+            unread.setdefault(ending, []).append(name)
+    for ending, names in unread.items():
+        cause = f"{len(names)} {ending} {'images are' if len(names) > 1 else 'image is'} not read: {_name_some(names)}"
+        report(Problem(printable(path), cause, "Save as JPEG, PNG or WebP to train on it."))
+
+
+def _name_some(names: list[str]) -> str:
+    more = len(names) - MOST_NAMED
+    return printable(", ".join(names[:MOST_NAMED])) + (f" and {more} more" if more > 0 else "")
+
+
 def _read_files(
     path: str,
-    names: frozenset[str],
+    companions: Companions,
     wanted: tuple[str, ...],
     settings: PictureSettings,
     block: _Blocked | None,
@@ -173,9 +248,10 @@ def _read_files(
 ) -> tuple[PictureSettings, _Blocked | None]:
     """Settings with those of the wanted files over them, or the first file that blocks the folder."""
     for name in wanted:
-        if name not in names or block is not None:
+        spelled = companions.settings_file(name)
+        if spelled is None or block is not None:
             continue
-        file = os.path.join(path, name)
+        file = os.path.join(path, spelled)
         try:
             said = (
                 parse_one_value(name, read_text(file))

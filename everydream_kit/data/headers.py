@@ -9,42 +9,25 @@ from __future__ import annotations
 
 import os
 import struct
-import zlib
 from dataclasses import dataclass
 from typing import BinaryIO
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from everydream_kit.data.image_files import (
+    EXTENSIONS,
+    HEIF_CURE,
+    IMAGE_ERRORS,
+    check_size,
+    describe_limits,
+    formats,
+    open_header,
+)
 from everydream_kit.data.webp import is_webp, read_webp_header
-
-MAX_PIXELS = 178_956_970
-"""Largest picture that is opened: Pillow's own limit against decompression bombs, twice its warning."""
 
 ORIENTATION = 0x0112
 LYING = (5, 6, 7, 8)
 """The EXIF tag of orientation, and its values for pictures that lie on their side."""
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-"""Contents that are read, whatever the file's extension. Pillow calls a JPEG with several views MPO."""
-
-EXTENSIONS = {".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP"}
-"""What is scanned for, and the format that each extension promises."""
-
-READ_ERRORS = (
-    OSError,  # also UnidentifiedImageError, and what most plugins raise
-    SyntaxError,  # a broken header, in Pillow's older plugins
-    ValueError,
-    TypeError,
-    IndexError,
-    KeyError,
-    EOFError,
-    OverflowError,
-    ZeroDivisionError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-"""All that Pillow raises on damaged files."""
 
 
 class PictureError(Exception):
@@ -85,29 +68,40 @@ def read_header(path: str) -> Header:
             return _inspect(file, size, os.path.splitext(path)[1].lower())
     except Image.DecompressionBombError:
         raise PictureError(
-            f"claims to have more than {MAX_PIXELS // 10**6} million pixels",
+            f"claims to have more than {describe_limits()}",
             "If it is a real picture, make a smaller copy; else delete it: files like this are made to fill memory.",
         ) from None
     except UnidentifiedImageError:
+        if os.path.splitext(path)[1].lower() in (".heic", ".heif", ".avif") and _plugin_is_missing(path):
+            raise PictureError("the plug-in that reads this format is not installed", HEIF_CURE) from None
         raise PictureError(
             "not a picture in a format that is read, or its beginning is damaged",
-            f"Save it again as one of {', '.join(EXTENSIONS)}.",
+            "Save it again as .jpg, .png or .webp.",
         ) from None
-    except READ_ERRORS as error:
+    except IMAGE_ERRORS as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
         raise PictureError(f"cannot be read: {reason}", "Save or download it again, or delete it.") from error
 
 
+def _plugin_is_missing(path: str) -> bool:
+    format_name = "AVIF" if path.lower().endswith(".avif") else "HEIF"
+    return format_name not in formats()
+
+
 _CUT_OFF = ("the file is cut off: its end is missing", "Copy or download it again.")
 _ANIMATED = "animated: only its first frame is trained on"
+_SEVERAL = "holds several pages: only the first is trained on"
+_NO_RGB = {"F": "floating-point pixels have no agreed range", "LAB": "its pixels are in the LAB color space"}
 
 
 def _inspect(file: BinaryIO, size: int, extension: str) -> Header:
     if is_webp(file.read(12)):
         return _inspect_webp(file, size, extension)
     file.seek(0)
-    with Image.open(file, formats=FORMATS) as image:
+    with open_header(file) as image:
         width, height = image.size
+        if image.mode in _NO_RGB:
+            raise PictureError(_NO_RGB[image.mode], "Save it as an 8-bit RGB image, such as PNG.")
         if width < 1 or height < 1:
             raise PictureError(f"has no pixels ({width} x {height})", "Delete it, or save it again.")
         if not _is_whole(image, file, size):
@@ -124,8 +118,7 @@ def _inspect_webp(file: BinaryIO, size: int, extension: str) -> Header:
     except EOFError:
         raise PictureError(*_CUT_OFF) from None
     width, height = header.width, header.height
-    if width * height > MAX_PIXELS:
-        raise Image.DecompressionBombError
+    check_size(width, height)
     if width < 1 or height < 1:
         raise PictureError(f"has no pixels ({width} x {height})", "Delete it, or save it again.")
     if header.exif is not None and header.exif.get(ORIENTATION) in LYING:
@@ -139,14 +132,14 @@ def _is_turned(image: Image.Image) -> bool:
         return False
     try:
         return image.getexif().get(ORIENTATION) in LYING
-    except READ_ERRORS:
+    except IMAGE_ERRORS:
         return False  # damaged EXIF: viewers show the picture unturned
 
 
 def _remark(image: Image.Image, extension: str) -> str:
     found = "JPEG" if image.format == "MPO" else str(image.format)
     if found != "JPEG" and getattr(image, "is_animated", False):
-        return _ANIMATED
+        return _SEVERAL if found in ("TIFF", "HEIF") else _ANIMATED
     return _wrong_name(found, extension)
 
 
@@ -165,6 +158,10 @@ def _is_whole(image: ImageFile.ImageFile, file: BinaryIO, size: int) -> bool:
             return _ends_with(file, size, b"IEND\xaeB`\x82") or _png_has_end(file, size)
         if image.format == "GIF":
             return _ends_with(file, size, b";")
+        if image.format in ("AVIF", "HEIF"):
+            return _boxes_are_whole(file, size)
+        if image.format == "TIFF":
+            return _tiff_has_all_pixels(image, size)
         return _bmp_has_all_rows(image, size)
     finally:
         file.seek(position)
@@ -181,7 +178,7 @@ def _decodes(image: Image.Image) -> bool:
     image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
     try:
         image.load()
-    except READ_ERRORS:
+    except IMAGE_ERRORS:
         return False
     return True
 
@@ -205,3 +202,30 @@ def _bmp_has_all_rows(image: ImageFile.ImageFile, size: int) -> bool:
         return True
     stride = int(tile[3][1])
     return size >= tile[2] + stride * image.height
+
+
+def _boxes_are_whole(file: BinaryIO, size: int) -> bool:
+    """Whether the boxes of AVIF and HEIF (ISO 14496-12) end where the file does, or before."""
+    position = 0
+    while position + 8 <= size:
+        file.seek(position)
+        head = file.read(16)
+        length = int.from_bytes(head[:4], "big")
+        if length == 1:
+            length = int.from_bytes(head[8:16], "big")
+        if length == 0:  # to the end of the file
+            return True
+        if length < 8:
+            return False
+        position += length
+    return position <= size
+
+
+def _tiff_has_all_pixels(image: ImageFile.ImageFile, size: int) -> bool:
+    """Whether every strip or tile of a TIFF ends within the file."""
+    tags = getattr(image, "tag_v2", {})
+    for offsets, lengths in ((273, 279), (324, 325)):
+        places, counts = tags.get(offsets, ()), tags.get(lengths, ())
+        if any(place + count > size for place, count in zip(places, counts, strict=False)):
+            return False
+    return True

@@ -18,6 +18,7 @@ from everydream_kit.data.captions import (
     combine_captions,
     encode_caption,
     parse_caption_lines,
+    readable,
 )
 from everydream_kit.data.dataset import (
     FROM_FILE_NAME,
@@ -31,7 +32,7 @@ from everydream_kit.data.dataset import (
     Problem,
     printable,
 )
-from everydream_kit.data.folders import SETTINGS_FILES, SIDECAR_EXTENSIONS, report_notes
+from everydream_kit.data.folders import SETTINGS_FILES, SIDECAR_EXTENSIONS, Companions, match_key, report_notes
 from everydream_kit.data.headers import Header, PictureError, read_header
 from everydream_kit.data.scan_cache import NEVER, Remembered
 from everydream_kit.data.settings import PictureSettings, caption_of, merge_tags, parse_settings, settings_from_text
@@ -74,24 +75,25 @@ class Job:
 
 
 def entries_of_folder(
-    path: str, relative: str, names: Sequence[str], companions: frozenset[str], settings: PictureSettings
+    path: str, relative: str, names: Sequence[str], companions: Companions, settings: PictureSettings
 ) -> tuple[Entry, ...]:
     """The pictures of a folder, each with the files that lie beside it."""
     prefix = f"{relative}/" if relative else ""
     place = os.path.join(path, "")
     settings_word = hash_settings(settings)
-    companions = companions - SETTINGS_FILES
     entries = []
     for name in names:
-        stem = name[: name.rfind(".")]
-        mask = stem + MASK_SUFFIX
+        mask = name[: name.rfind(".")] + MASK_SUFFIX
+        found = (companions.find(name, end) for end in SIDECAR_EXTENSIONS)
         entries.append(
             Entry(
                 path=place + name,
                 relative=prefix + name,
-                companions=[place + stem + end for end in SIDECAR_EXTENSIONS if stem + end in companions],
+                companions=[
+                    place + file for file in found if file is not None and match_key(file) not in SETTINGS_FILES
+                ],
                 # masks were taken out of the pictures, so they are among the companions
-                mask=place + mask if mask in companions else None,
+                mask=place + mask if mask in companions.names else None,
                 settings=settings,
                 settings_word=settings_word,
             )
@@ -169,6 +171,8 @@ def _read_entry(
         builder.problems.append(Problem(printable(entry.path), header.remark, _REMARK_CURE, skipped=False))
     try:
         settings, kind, text = _read_words(entry, choose_lines, builder)
+        if kind == FROM_FILE_NAME:
+            _note_odd_name(entry, builder)
     except _CompanionError as error:
         builder.problems.append(_problem(*error.args))
         return
@@ -214,7 +218,17 @@ def _read(path: str, reader: Callable[[str], T]) -> T:
 
 
 def _is_caption(path: str) -> bool:
-    return path.endswith((".txt", ".caption"))
+    return path.lower().endswith((".txt", ".caption"))
+
+
+def _note_odd_name(entry: Entry, builder: DatasetBuilder) -> None:
+    """Say how a name that is no UTF-8 is read where it is the caption."""
+    name = entry.relative.rpartition("/")[2]
+    if readable(name) != name:
+        caption = caption_from_file_name(name).text
+        cause = f"its name is not UTF-8; the caption from it is read as Windows-1252: {caption!r}"
+        cure = "Rename the file, or give it a caption file, if that is wrong."
+        builder.problems.append(Problem(printable(entry.path), cause, cure, skipped=False))
 
 
 _REMARK_CURE = "Nothing needs to be done, unless you meant another file."

@@ -13,9 +13,6 @@ Twice the pixels, which is often advised, gave 52 to 58 dB (docs/data-pixels.md 
 from __future__ import annotations
 
 import math
-import struct
-import warnings
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from everydream_kit import draws
+from everydream_kit.data.image_files import IMAGE_ERRORS, open_image
 from everydream_kit.data.records import Size
 from everydream_kit.errors import DataError
 
@@ -38,19 +36,6 @@ DRAFT_FACTOR = 3
 
 LATENT_CELL_PIXELS = 8
 """Pixels per latent cell, in each direction: loss masks have one value per cell."""
-
-DECODE_ERRORS = (
-    OSError,  # truncated files, and all that Pillow recognises as broken
-    SyntaxError,  # Pillow's PNG reader
-    ValueError,
-    EOFError,
-    IndexError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-"""What Pillow's readers raise for damaged files."""
 
 _TRANSPOSE = {  # EXIF orientation -> what turns the stored picture into the displayed one (EXIF 2.32, tag 0x0112)
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -187,10 +172,10 @@ def load_pixels(
         DataError: the file cannot be read or decoded; the message has the cause.
     """
     try:
-        with open_picture(path) as image:
+        with open_image(path) as image:
             rgb, alpha = _read_crop(image, bucket, crop, size=size, background=background, draft=draft)
         mask = _read_mask(path, mask_path, bucket, crop, alpha=alpha, size=size)
-    except DECODE_ERRORS as error:
+    except IMAGE_ERRORS as error:
         raise DataError(f"{path}: cannot be decoded ({error}). Replace it by a whole copy, or delete it.") from error
     if transform is not None:
         rgb = transform(rgb)
@@ -202,20 +187,13 @@ def load_pixels(
     return LoadedPixels(pixels[:, ::-1] if crop.flip else pixels, mask)
 
 
-def open_picture(path: str | Path) -> Image.Image:
-    """Open a picture's header. Panoramas of 90 to 180 megapixels are let through; Pillow refuses what is larger."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(path)
-
-
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation; 1 where there is none or it is damaged, as the scan has it."""
     if not any(name in image.info for name in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")):
         return 1
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except DECODE_ERRORS:
+    except IMAGE_ERRORS:
         return 1
 
 
@@ -315,7 +293,7 @@ def _read_mask(
 
 def _read_mask_file(mask_path: str | Path, cells: Size, crop: Crop, size: Size | None) -> Image.Image:
     """Cut the same part from a mask file, which may be of another size than its picture."""
-    with open_picture(mask_path) as image:
+    with open_image(mask_path) as image:
         orientation = _orientation(image)
         grey = image.convert("L")
     if orientation in _TRANSPOSE:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -18,9 +20,8 @@ from everydream_kit.data.changes import Changes, PrepReport, undo
 from everydream_kit.data.dataset import MASK_SUFFIX, Dataset
 from everydream_kit.data.duplicates import find_duplicates
 from everydream_kit.data.files import scan_dataset
-from everydream_kit.data.folders import SETTINGS_FILES, SIDECAR_EXTENSIONS
-from everydream_kit.data.headers import EXTENSIONS
-from everydream_kit.data.pixels import DECODE_ERRORS, open_picture
+from everydream_kit.data.folders import SETTINGS_FILES, SIDECAR_EXTENSIONS, Companions, match_key
+from everydream_kit.data.image_files import EXTENSIONS, IMAGE_ERRORS, open_image
 from everydream_kit.draws import derive_seed
 from everydream_kit.errors import ConfigError
 
@@ -60,7 +61,7 @@ def resize_pictures(
         raise ConfigError(f"megapixels: must be greater than 0 (got {megapixels})")
 
     def resize(path: Path, copy: Path) -> bytes | None:
-        with open_picture(path) as image:
+        with open_image(path) as image:
             scale = math.sqrt(megapixels * 1e6 / (image.width * image.height))
             if scale >= 1:
                 return None
@@ -98,7 +99,7 @@ def convert_pictures(
         raise ConfigError(f"suffix: must be one of {', '.join(FORMATS)} (got {suffix!r})")
 
     def convert(path: Path, copy: Path) -> bytes | None:
-        with open_picture(path) as image:
+        with open_image(path) as image:
             if image.format == FORMATS[suffix]:
                 return None
             upright = ImageOps.exif_transpose(image)
@@ -136,7 +137,7 @@ def _rewrite(  # noqa: PLR0917
         elif not copy.exists():
             try:
                 content = make(path, copy)
-            except DECODE_ERRORS as error:
+            except IMAGE_ERRORS as error:
                 changes.leave(path, f"cannot be decoded ({error}).", "Replace it by a whole copy, or delete it.")
                 continue
             if content is None:
@@ -284,13 +285,28 @@ def _move_pictures(changes: Changes, paths: list[Path], root: Path, target: Path
 
 def companions_of(path: Path) -> list[Path]:
     """Caption, settings and mask files of a picture."""
-    names = [path.with_suffix(suffix) for suffix in SIDECAR_EXTENSIONS] + [path.with_name(path.stem + MASK_SUFFIX)]
-    return [name for name in names if name.is_file() and name != path and name.name not in SETTINGS_FILES]
+    found = _companions_in(str(path.parent), path.parent.stat().st_mtime_ns)
+    names = [found.find(path.name, suffix) for suffix in SIDECAR_EXTENSIONS]
+    mask = path.stem + MASK_SUFFIX
+    names.append(mask if mask in found.names else None)
+    return [
+        path.with_name(name)
+        for name in names
+        if name not in (None, path.name) and match_key(name) not in SETTINGS_FILES
+    ]
+
+
+@lru_cache(maxsize=1)
+def _companions_in(folder: str, changed: int) -> Companions:
+    """The files of a folder in one state."""
+    names = [name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name))]
+    images = tuple(name for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS)
+    return Companions(frozenset(names), images)
 
 
 def _folder_files(root: Path) -> list[Path]:
     """Files that set something for a whole folder."""
-    return sorted(path for path in root.rglob("*") if path.name in SETTINGS_FILES and path.is_file())
+    return sorted(path for path in root.rglob("*") if match_key(path.name) in SETTINGS_FILES and path.is_file())
 
 
 def _refuse_nesting(root: Path, target: Path) -> None:

@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from everydream_kit.data.image_files import EXTENSIONS
 from everydream_kit.errors import DataError, DiskSpaceError
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
@@ -40,23 +41,7 @@ _CHUNK_BYTES = 2**20
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, NotImplementedError)
 _HUB_ID = re.compile(r"()([\w.-]+/[\w.-]+)()()")
 _HUB_URL = re.compile(r"(hf://datasets/)([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.*))?")
-_WANTED = (
-    "jpg",
-    "jpeg",
-    "png",
-    "bmp",
-    "webp",
-    "jfif",
-    "txt",
-    "caption",
-    "yaml",
-    "yml",
-    "json",
-    "zip",
-    "tar",
-    "gz",
-    "tgz",
-)
+_WANTED = (*(name[1:] for name in EXTENSIONS), "txt", "caption", "yaml", "yml", "json", "zip", "tar", "gz", "tgz")
 _HUB_PATTERNS = [f"*.{spelt}" for name in _WANTED for spelt in (name, name.upper())]
 
 Fetch = Callable[[str, str | None], Path]
@@ -276,7 +261,7 @@ def _inside_snapshot(spec: str, folder: Path, inner: str | None, work_dir: Path,
         return unpack_archive(folder, work_dir, max_bytes=limits[0], max_entries=limits[1])
     files = [path for path in folder.rglob("*") if path.is_file()]
     archives = [path for path in files if path.name.lower().endswith(ARCHIVES)]
-    pictures = any(path.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".jfif") for path in files)
+    pictures = any(path.suffix.lower() in EXTENSIONS for path in files)
     if not pictures and len(archives) == 1:
         return unpack_archive(archives[0], work_dir, max_bytes=limits[0], max_entries=limits[1])
     if not pictures:

@@ -18,12 +18,13 @@ from typing import Any
 from everydream_kit.config import TrainConfig
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.data.files import scan_dataset
+from everydream_kit.data.image_files import EXTENSIONS
 from everydream_kit.data.plan import PlanSettings, plan_epoch
 from everydream_kit.errors import DataError
 from everydream_kit.panels.project import EMBEDDED_MODEL, Project
 from everydream_kit.panels.words import size
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".jfif"})
+PICTURE_SUFFIXES = frozenset(EXTENSIONS)
 LARGEST_PLANNED = 3000
 """Pictures up to which the first epoch is planned for real: a fraction of a second."""
 GUESSED_BATCH_SIZE = 4

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
+
+from everydream_kit.data.image_files import IMAGE_ERRORS, open_image
 
 
 def thumbnail(path: Path, side: int) -> bytes:
@@ -30,14 +32,14 @@ def thumbnail(path: Path, side: int) -> bytes:
 @lru_cache(maxsize=1024)
 def _thumbnail(path: str, changed: int, side: int) -> bytes:
     try:
-        with Image.open(path) as picture:
+        with open_image(path) as picture:
             picture.draft("RGB", (2 * side, 2 * side))
             upright = ImageOps.exif_transpose(picture)
             upright.thumbnail((side, side))
             flat = Image.new("RGB", upright.size, "#ffffff")
             rgba = upright.convert("RGBA")
             flat.paste(rgba, mask=rgba.getchannel("A"))
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except IMAGE_ERRORS:
         flat = Image.new("RGB", (side, side), "#c8ccd0")
     buffer = io.BytesIO()
     flat.save(buffer, "JPEG", quality=82)

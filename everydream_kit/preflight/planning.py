@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.data.cache_room import free_memory, possible_flips
+from everydream_kit.data.image_files import EXTENSIONS
 from everydream_kit.data.plan import PlanSettings
 from everydream_kit.errors import ConfigError, DataError, MemoryLimitError
 from everydream_kit.hosts import detect_host
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".jfif"})
+PICTURE_SUFFIXES = frozenset(EXTENSIONS)
 MOST_SCANNED = 50_000
 """Pictures up to which a dataset is scanned for a plan; of more only the files are counted."""
 LARGEST_BATCH_ON_CPU = 4

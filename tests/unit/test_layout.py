@@ -256,3 +256,15 @@ def test_test_files_have_names_of_their_own():
     assert names
     assert sorted(names) == sorted(set(names))
     assert not list((REPOSITORY / "tests").rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_images_are_opened_in_one_place_only(path):
+    """`Image.open` tries every format that Pillow knows, and runs Ghostscript on PostScript."""
+    opens = [
+        f"{name_of(path)}:{node.lineno}"
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Attribute) and node.attr == "open" and ast.unparse(node.value) in ("Image", "PIL.Image")
+    ]
+    opens += [f"{name_of(path)}:{line}" for line, name in imports(path) if name == "PIL.Image.open"]
+    assert not opens or path.relative_to(PACKAGE).as_posix() == "data/image_files.py"

@@ -1,0 +1,293 @@
+"""Opening image files: the one place that does, for scan, loader, preparation and panels alike.
+
+An image comes from strangers, so only formats of `formats()` are tried (Pillow would run Ghostscript on PostScript),
+area and sides are bounded before anything is decoded, and `IMAGE_ERRORS` is all that decoding can raise: an image's
+trouble is a problem of that image. A test of the layout forbids `Image.open` elsewhere.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image, UnidentifiedImageError, features
+
+MAX_PIXELS = 178_956_970
+"""Largest area that is opened: Pillow's own limit against decompression bombs, twice its warning."""
+
+MAX_SIDE = 65_535
+"""Longest side: JPEG's own limit. A hair of 170,000,000 × 1 has an area that passes and takes gigabytes to resize."""
+
+EXTENSIONS = {
+    **dict.fromkeys((".jpg", ".jpeg", ".jfif", ".jpe"), "JPEG"),
+    ".png": "PNG",
+    ".bmp": "BMP",
+    ".webp": "WEBP",
+    ".gif": "GIF",
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    ".avif": "AVIF",
+    **dict.fromkeys((".heic", ".heif"), "HEIF"),
+}
+"""What is scanned for, and the format that each extension promises."""
+
+UNREAD_EXTENSIONS = frozenset(
+    {
+        *(
+            ".jxl",
+            ".jp2",
+            ".j2k",
+            ".jpf",
+            ".jpx",
+            ".psd",
+            ".psb",
+            ".xcf",
+            ".kra",
+            ".svg",
+            ".svgz",
+            ".eps",
+            ".ai",
+            ".tga",
+        ),
+        *(
+            ".ico",
+            ".icns",
+            ".exr",
+            ".hdr",
+            ".dds",
+            ".qoi",
+            ".ppm",
+            ".pgm",
+            ".pbm",
+            ".pnm",
+            ".pcx",
+            ".dib",
+            ".apng",
+            ".mng",
+        ),
+        *(
+            ".dng",
+            ".cr2",
+            ".cr3",
+            ".nef",
+            ".arw",
+            ".orf",
+            ".rw2",
+            ".raf",
+            ".pef",
+            ".srw",
+            ".heics",
+            ".avifs",
+            ".wmf",
+            ".emf",
+        ),
+    }
+)
+"""Images of formats that are not read: named by the scan, with the cure."""
+
+HEIF_CURE = "Install the plug-in with `pip install everydream-kit[heic]`, or save it as JPEG or PNG."
+
+IMAGE_ERRORS = (
+    OSError,  # also UnidentifiedImageError, and what most plugins raise
+    SyntaxError,  # a broken header, in Pillow's older plugins
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    ArithmeticError,
+    RuntimeError,  # the decoders of AVIF and HEIF
+    AttributeError,  # damaged TIFF tags
+    AssertionError,
+    MemoryError,  # one image too large for this machine
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+"""All that Pillow and its plug-ins raise on damaged files."""
+
+_MAX_CHUNK_BYTES = 1 << 20
+_MAX_TEXT_BYTES = 16 << 20
+"""What PNG's remarks may decompress to, each and together, so that Pillow reads them; larger ones are passed over."""
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Contents that are read, whatever a file's extension. Pillow calls a JPEG with several views MPO."""
+    found = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"]
+    if features.check("avif"):  # Pillow 11.3 and later
+        found.append("AVIF")
+    if importlib.util.find_spec("pillow_heif") is not None:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        found.append("HEIF")
+    return tuple(found)
+
+
+def open_image(source: str | Path | BinaryIO) -> Image.Image:
+    """Open an image: its header is read and its size checked, its pixels are decoded when they are asked for.
+
+    Raises:
+        Image.DecompressionBombError: the area or a side is beyond its limit.
+        UnidentifiedImageError: not in one of the formats.
+        IMAGE_ERRORS: damaged.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # panoramas of 90 to 180 megapixels are used
+        return open_header(source, with_trailer=True)
+
+
+def open_header(source: str | Path | BinaryIO, *, with_trailer: bool = False) -> Image.Image:
+    """`open_image` for threads: without a change to the warning filters, which a process has once.
+
+    Args:
+        source: path, or a file that is open at its start.
+        with_trailer: look at what follows a PNG's pixels as well, which only decoding reads.
+    """
+    is_own = isinstance(source, str | Path)
+    file: BinaryIO = open(source, "rb") if is_own else source  # type: ignore[arg-type,assignment]  # noqa: SIM115
+    try:
+        image = Image.open(_without_long_remarks(file, with_trailer), formats=formats())
+        check_size(*image.size)
+    except BaseException:
+        if is_own:
+            file.close()
+        raise
+    if is_own:
+        image._exclusive_fp = True  # type: ignore[attr-defined]  # closed with the image, as Pillow does for a path
+    return image
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises: Image.DecompressionBombError: more pixels, or a longer side, than is opened."""
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise Image.DecompressionBombError(f"{width} x {height} pixels")
+
+
+def describe_limits() -> str:
+    """The limits in words."""
+    return f"{MAX_PIXELS // 10**6} million pixels or {MAX_SIDE:,} on a side"
+
+
+def _without_long_remarks(file: BinaryIO, with_trailer: bool) -> BinaryIO:
+    """The file, or a PNG without those text and ICC chunks that Pillow refuses to read for their length."""
+    start = file.read(8)
+    file.seek(0)
+    if start != b"\x89PNG\r\n\x1a\n":
+        return file
+    size = os.fstat(file.fileno()).st_size if _has_descriptor(file) else file.seek(0, io.SEEK_END)
+    kept: list[tuple[int, int]] = [(0, 8)]
+    room = _MAX_TEXT_BYTES
+    skipped = False
+    end = 8
+    for kind, offset, length in _chunks(file, size):
+        if kind == b"IDAT" and not with_trailer:
+            break
+        end = min(size, offset + length)
+        if kind in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            num_bytes = _decompressed(file, kind, offset + 8, length - 12)
+            if num_bytes > _MAX_CHUNK_BYTES or num_bytes > room:
+                skipped = True
+                continue
+            room -= num_bytes
+        kept.append((offset, length))
+    file.seek(0)
+    if not skipped:
+        return file
+    kept.append((end, size - end))  # the rest as it is
+    return io.BufferedReader(_Parts(file, kept))  # type: ignore[return-value]
+
+
+def _has_descriptor(file: BinaryIO) -> bool:
+    return not isinstance(file, io.BytesIO)
+
+
+def _chunks(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
+    """Kind, offset and whole length of every chunk of a PNG."""
+    position = 8
+    while position + 12 <= size:
+        file.seek(position)
+        length, kind = struct.unpack(">I4s", file.read(8))
+        yield kind, position, length + 12
+        position += length + 12
+
+
+def _decompressed(file: BinaryIO, kind: bytes, offset: int, length: int) -> int:
+    """How many bytes a chunk's text or profile has, counted up to a little more than the limit."""
+    if length > 4 * _MAX_CHUNK_BYTES or kind == b"tEXt":
+        return length
+    file.seek(offset)
+    data = file.read(length)
+    place = data.find(b"\0") + 2  # after the keyword, and the method of compression
+    if kind == b"iTXt":
+        if data[place - 1 : place] != b"\1":
+            return length
+        place = data.find(b"\0", data.find(b"\0", place + 1) + 1) + 1  # after language and translated keyword
+    try:
+        return len(zlib.decompressobj().decompress(data[place:], _MAX_CHUNK_BYTES + 1))
+    except zlib.error:
+        return length
+
+
+class _Parts(io.RawIOBase):
+    """Some parts of a file, one after the other, as a file."""
+
+    def __init__(self, file: BinaryIO, parts: list[tuple[int, int]]) -> None:
+        self._file = file
+        self._parts = parts
+        self._size = sum(length for _, length in parts)
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        left = self._position
+        for offset, length in self._parts:
+            if left < length:
+                self._file.seek(offset + left)
+                data = self._file.read(min(len(buffer), length - left))
+                buffer[: len(data)] = data
+                self._position += len(data)
+                return len(data)
+            left -= length
+        return 0
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+__all__ = [
+    "EXTENSIONS",
+    "HEIF_CURE",
+    "IMAGE_ERRORS",
+    "MAX_PIXELS",
+    "MAX_SIDE",
+    "UNREAD_EXTENSIONS",
+    "UnidentifiedImageError",
+    "check_size",
+    "describe_limits",
+    "formats",
+    "open_header",
+    "open_image",
+]
