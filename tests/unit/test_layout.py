@@ -19,7 +19,17 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = [
     *("errors", "identity", "strict_json", "atomic", "locks", "draws", "config", "workspace", "foreign"),
-    *("everydream2", "settings", "params", "hosts", "optional_packages", "gpu_support", "notebook_files", "share_bar", "doctor"),
+    *(
+        "everydream2",
+        "settings",
+        "params",
+        "hosts",
+        "optional_packages",
+        "gpu_support",
+        "notebook_files",
+        "share_bar",
+        "doctor",
+    ),
     *(
         "data",
         "models",
