@@ -462,7 +462,8 @@ class SampleGroup(Group):
     sample_prompts: Annotated[str, Knob(basic=True, when="always: prompts that show what you teach")] = (
         "sample_prompts.txt"
     )
-    """File of prompts: one per line, or a JSON object with cfgs, scheduler, seeds and sizes. Read anew at every sampling."""
+    """File of prompts: one per line, or a JSON object with cfgs, scheduler, seeds and sizes. It may be edited
+    while a run trains; a mistake in it is a warning."""
     sample_before_training: Annotated[bool, Knob(when="to see the base model's own pictures first")] = False
     """Draw samples before step 0, too."""
 

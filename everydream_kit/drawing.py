@@ -194,7 +194,9 @@ def token_counter(model: str | Path) -> Callable[[str], int]:
 
 
 def _as_file_name(prompt: str) -> str:
-    return re.sub(r"[^\w\-]+", "-", prompt).strip("-")[:60] or "empty"
+    """At most 60 characters and 90 bytes: two of them and the settings stay below the 255 bytes of a name."""
+    name = re.sub(r"[^\w\-]+", "-", prompt).strip("-")[:60]
+    return name.encode(errors="ignore")[:90].decode(errors="ignore").strip("-") or "empty"
 
 
 def _free_name(folder: Path, stem: str) -> Path:

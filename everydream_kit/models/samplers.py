@@ -6,6 +6,7 @@ keep that class's defaults. A name is one line in `SAMPLERS`.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import re
@@ -35,6 +36,8 @@ class Sampler:
 
 
 _DPM = ("scheduling_dpmsolver_multistep", "DPMSolverMultistepScheduler")
+_SINGLE = ("scheduling_dpmsolver_singlestep", "DPMSolverSinglestepScheduler")
+_SINGLE_EXTRA = {"lower_order_final": True}  # without it an odd number of steps is refused
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
 _KARRAS = {"use_karras_sigmas": True}
 
@@ -46,7 +49,12 @@ SAMPLERS: dict[str, Sampler] = {
     "euler": Sampler("Euler", "scheduling_euler_discrete", "EulerDiscreteScheduler"),
     "euler_a": Sampler("Euler a", "scheduling_euler_ancestral_discrete", "EulerAncestralDiscreteScheduler"),
     "heun": Sampler("Heun", "scheduling_heun_discrete", "HeunDiscreteScheduler"),
-    "kdpm2": Sampler("DPM2", "scheduling_k_dpm_2_discrete", "KDPM2DiscreteScheduler"),
+    "dpm2": Sampler("DPM2", "scheduling_k_dpm_2_discrete", "KDPM2DiscreteScheduler"),
+    "dpm2_a": Sampler("DPM2 a", "scheduling_k_dpm_2_ancestral_discrete", "KDPM2AncestralDiscreteScheduler"),
+    "dpm++_2s": Sampler("DPM++ 2S", *_SINGLE, _SINGLE_EXTRA),
+    "dpm++_2s_karras": Sampler("DPM++ 2S Karras", *_SINGLE, {**_SINGLE_EXTRA, **_KARRAS}),
+    "dpm++_sde": Sampler("DPM++ SDE", *_SINGLE, {**_SINGLE_EXTRA, **_SDE}),
+    "dpm++_sde_karras": Sampler("DPM++ SDE Karras", *_SINGLE, {**_SINGLE_EXTRA, **_SDE, **_KARRAS}),
     "dpm++_2m": Sampler("DPM++ 2M", *_DPM),
     "dpm++_2m_karras": Sampler("DPM++ 2M Karras", *_DPM, _KARRAS),
     "dpm++_2m_sde": Sampler("DPM++ 2M SDE", *_DPM, _SDE),
@@ -55,19 +63,18 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 _ALIASES = {
+    "kdpm2": "dpm2_a",  # EveryDream 2's name of the ancestral one
+    "kdpm2_a": "dpm2_a",
+    "k_dpm_2": "dpm2",
+    "k_dpm_2_a": "dpm2_a",
     "plms": "pndm",
     "k_lms": "lms",
     "euler_ancestral": "euler_a",
     "k_euler": "euler",
     "k_euler_a": "euler_a",
     "k_euler_ancestral": "euler_a",
-    "dpm2": "kdpm2",
     "dpm++": "dpm++_2m",
     "dpm": "dpm++_2m",
-    "dpmpp_2m": "dpm++_2m",
-    "dpmpp_2m_karras": "dpm++_2m_karras",
-    "dpm++_sde": "dpm++_2m_sde",
-    "dpmpp_2m_sde": "dpm++_2m_sde",
     "uni_pc": "unipc",
 }
 
@@ -86,15 +93,17 @@ _KEPT = (
 
 
 def sampler_by_name(name: str) -> Sampler:
-    """Find a sampler; spaces, hyphens and capitals do not matter.
+    """Find a sampler; spaces, hyphens and capitals do not matter, `dpmpp` is `dpm++`, and a `_k` at the end is `_karras`.
 
     Raises:
-        ConfigError: unknown; the message lists all.
+        ConfigError: unknown; the message names the nearest, and lists all.
     """
-    key = re.sub(r"[\s_-]+", "_", name.strip().lower())
-    key = _ALIASES.get(key, key)
+    key = re.sub(r"[\s_-]+", "_", name.strip().lower()).replace("dpmpp", "dpm++")
+    key = re.sub(r"_k$", "_karras", _ALIASES.get(key, key))
     if key not in SAMPLERS:
-        raise ConfigError(f"scheduler: {name!r} is unknown; known are {', '.join(SAMPLERS)}.")
+        near = difflib.get_close_matches(key, [*SAMPLERS, *_ALIASES], n=1)
+        hint = f"did you mean {near[0]}? Known" if near else "known"
+        raise ConfigError(f"scheduler: {name!r} is unknown; {hint} are {', '.join(SAMPLERS)}.")
     return SAMPLERS[key]
 
 
@@ -105,23 +114,31 @@ def build_scheduler(model: Model, name: str) -> Any:
         ConfigError: unknown name, or one that cannot start from the pure noise of a zero-terminal-SNR schedule.
     """
     sampler = sampler_by_name(name)
-    cls = getattr(importlib.import_module(f"diffusers.schedulers.{sampler.module}"), sampler.class_name)
+    cls = _class_of(sampler)
     accepted = inspect.signature(cls.__init__).parameters
     settings = {key: model.scheduler_config[key] for key in _KEPT if key in model.scheduler_config}
     settings |= {"clip_sample": False, "prediction_type": model.prediction_type}
     if model.zero_terminal_snr:
-        settings |= _zero_terminal_snr_settings(settings, accepted, name)
+        _refuse_finite_start(accepted, name)
+        # A schedule that is rescaled already, in a list of betas, stays what it is; told of it, a scheduler starts from a
+        # finite noise level. The steps begin at the very last one (arXiv 2305.08891, sections 3.1 and 3.3).
+        settings |= {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
     settings |= sampler.extra
     return cls(**{key: value for key, value in settings.items() if key in accepted})
 
 
-def _zero_terminal_snr_settings(settings: dict[str, Any], accepted: Any, name: str) -> dict[str, Any]:
-    """Rescaled betas, and steps that begin at the very last one (arXiv 2305.08891, sections 3.1 and 3.3)."""
-    if settings.get("trained_betas"):
-        return {"timestep_spacing": "trailing", "rescale_betas_zero_snr": False}
-    if "rescale_betas_zero_snr" not in accepted:
-        raise ConfigError(
-            f"scheduler: {name!r} cannot draw with a zero-terminal-SNR model; "
-            "take ddim, ddpm, euler, euler_a, dpm++ 2m or unipc."
-        )
-    return {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+def _refuse_finite_start(accepted: Any, name: str) -> None:
+    if "rescale_betas_zero_snr" in accepted:
+        return
+    usable = [
+        key
+        for key, sampler in SAMPLERS.items()
+        if "rescale_betas_zero_snr" in inspect.signature(_class_of(sampler).__init__).parameters
+    ]
+    raise ConfigError(
+        f"scheduler: {name!r} does not work with a zero-terminal-SNR model; take one of {', '.join(usable)}."
+    )
+
+
+def _class_of(sampler: Sampler) -> Any:
+    return getattr(importlib.import_module(f"diffusers.schedulers.{sampler.module}"), sampler.class_name)

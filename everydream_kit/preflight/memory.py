@@ -355,7 +355,8 @@ def sampled_together(config: TrainConfig, dataset: Dataset | None = None) -> Sam
     if config.sample_steps is None:
         return None
     from everydream_kit.preflight.rehearsal import SampleShape
-    from everydream_kit.training.samples import NUM_RANDOM_CAPTIONS, plan_prompts, read_sample_settings
+    from everydream_kit.training.prompt_file import read_prompt_file
+    from everydream_kit.training.samples import NUM_RANDOM_CAPTIONS, plan_prompts
 
     path = Path(config.sample_prompts)
     side = max(config.resolutions)
@@ -363,18 +364,22 @@ def sampled_together(config: TrainConfig, dataset: Dataset | None = None) -> Sam
     if not path.is_file():
         return usual
     try:
-        settings = read_sample_settings(path)
+        settings = read_prompt_file(path).settings
     except ConfigError:  # a warning when it is read in training, where it may have been mended
         return usual
     written = [entry.model_copy(update={"random_caption": False}) for entry in settings.samples]
     if written:
         read = settings.model_copy(update={"samples": written})
-        sizes = [(one.width, one.height) for one in plan_prompts(read, dataset, seed=0, resolution=side, step=0)]
+        planned = plan_prompts(read, dataset, seed=0, resolution=side, step=0)
+        images = [((one.width, one.height), len(one.cfgs)) for one in planned]
     else:
-        sizes = [(settings.resolution or side,) * 2] * NUM_RANDOM_CAPTIONS
-    counts = {size: sizes.count(size) * len(settings.cfgs) for size in sizes}
-    size = max(counts, key=lambda size: min(SAMPLED_TOGETHER, counts[size]) * size[0] * size[1])
-    return SampleShape(min(SAMPLED_TOGETHER, counts[size]), size)
+        images = [((settings.resolution or side,) * 2, len(settings.cfgs))] * NUM_RANDOM_CAPTIONS
+    counts: dict[tuple[int, int], int] = {}
+    for size, number in images:
+        counts[size] = counts.get(size, 0) + number
+    together = settings.batch_size or SAMPLED_TOGETHER
+    size = max(counts, key=lambda size: min(together, counts[size]) * size[0] * size[1])
+    return SampleShape(min(together, counts[size]), size)
 
 
 def _conclude(config: TrainConfig, rehearsal: Rehearsal, device: str) -> MemoryEstimate:

@@ -45,6 +45,7 @@ from everydream_kit.workspace import RunFolder
 
 if TYPE_CHECKING:
     from everydream_kit.data.dataset import Dataset
+    from everydream_kit.training.prompt_file import PromptFile
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ def plan(
     steps = count_steps(config, pictures, settings)
     if pictures.count == 0:
         warnings.append(f"data_root {config.data_root}: no picture can be used there.")
+    warnings += [f"sample_prompts {config.sample_prompts}: {problem}" for problem in _prompt_file(config).problems]
     latents, latent_bytes = _latents(config, pictures, settings)
     step = foretell_step(config, card, memory)
     made = Plan(
@@ -287,16 +289,31 @@ def _seconds_of(config: TrainConfig, steps: StepCount, step: StepSeconds | None,
 
 def _sheets(config: TrainConfig) -> tuple[int, int, int]:
     """Pictures of one drawing, denoising steps of each, and the pixels of all of them."""
-    from everydream_kit.training.samples import NUM_RANDOM_CAPTIONS, SampleSettings, read_sample_settings
+    from everydream_kit.training.prompt_file import SampleEntry
+    from everydream_kit.training.samples import NUM_RANDOM_CAPTIONS
+
+    settings = _prompt_file(config).settings
+    side = settings.resolution or max(config.resolutions)
+    num_images = num_pixels = 0
+    for entry in settings.samples or [SampleEntry()] * NUM_RANDOM_CAPTIONS:
+        columns = len(entry.cfgs or settings.cfgs)
+        width, height = entry.size or (side, side)
+        num_images += columns
+        num_pixels += columns * width * height
+    return num_images, settings.num_inference_steps, num_pixels
+
+
+def _prompt_file(config: TrainConfig) -> PromptFile:
+    """The prompt file as training would use it; the defaults where there is none or it cannot be read."""
+    from everydream_kit.training.prompt_file import PromptFile, SampleSettings, read_prompt_file
 
     path = Path(config.sample_prompts)
-    settings = read_sample_settings(path) if path.is_file() else SampleSettings()
-    side = settings.resolution or max(config.resolutions)
-    prompts = len(settings.samples) or NUM_RANDOM_CAPTIONS
-    sized = [entry.size[0] * entry.size[1] for entry in settings.samples if entry.size is not None]
-    pixels = sum(sized) + (prompts - len(sized)) * side * side
-    columns = len(settings.cfgs)
-    return prompts * columns, settings.num_inference_steps, pixels * columns
+    if config.sample_steps is None or not path.is_file():
+        return PromptFile(SampleSettings())
+    try:
+        return read_prompt_file(path)
+    except ConfigError as error:
+        return PromptFile(SampleSettings(), (str(error).removeprefix(f"sample_prompts: {path}: "),))
 
 
 def _disk(made: Plan, latent_bytes: int) -> DiskUse | None:

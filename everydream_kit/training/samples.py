@@ -1,32 +1,36 @@
-"""Sample pictures while training: reading the prompt file, drawing, and writing the sheets.
+"""Samples while training: when they are made, and writing their sheets. What is sampled stands in `prompt_file.py`.
 
-The prompt file is read anew at every sampling, so prompts can be changed while a run goes on; a broken file is a warning, and
-training goes on. A `.txt` holds one prompt a line. A `.json` holds EveryDream 2's object: `cfgs`, `scheduler`,
-`num_inference_steps`, `seed`, `resolution`, `batch_size`, `generate_samples_every_n_steps`, `generate_pretrain_samples` and
-`samples`, a list of `{prompt, negative_prompt, seed, size, aspect_ratio, random_caption}`.
+The prompt file is read again whenever it changes, so prompts can be edited while a run trains. No mistake in it and no failure
+while sampling ends a run: each is a warning, which names the sheet that it cost; the next sheet is made, and training goes on.
 
 All cfg values of a prompt start from the same noise, so the columns of a sheet differ by cfg alone.
 """
 
 from __future__ import annotations
 
+import logging
 import re
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import TYPE_CHECKING, Any
 
 from everydream_kit.atomic import write_atomic
 from everydream_kit.data.buckets import assign_bucket, bucket_table
 from everydream_kit.draws import derive_seed, generator
-from everydream_kit.errors import ConfigError
+from everydream_kit.errors import ConfigError, KitError
+from everydream_kit.models.samplers import build_scheduler
 from everydream_kit.share_bar import ShareBar
+from everydream_kit.training.memory import is_out_of_memory
 from everydream_kit.training.progress import StopAsked, WorkProgress
+from everydream_kit.training.prompt_file import PromptFile, SampleEntry, SampleSettings, read_prompt_file
 from everydream_kit.training.reports import Listener, StepReport
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from PIL.Image import Image
+
     from everydream_kit.data.dataset import Dataset
     from everydream_kit.models.sampling import SamplePrompt
     from everydream_kit.training.control import StopSignal
@@ -34,54 +38,19 @@ if TYPE_CHECKING:
 
 NUM_RANDOM_CAPTIONS = 4
 """Prompts taken from the dataset where there is no prompt file."""
+SAMPLED_TOGETHER = 4
+"""Images that go through the UNet together, where the prompt file gives no `batch_size`."""
+IMAGES_OF_A_GROUP = 12
+"""Sheets of about so many images are made, and then written."""
+NAME_BYTES = 120
+"""Of a prompt in a file name: with the rest of the name below the 143 of encrypted home folders; others allow 255."""
+FAILURES = (
+    *(KitError, OSError, MemoryError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError),
+    *(AttributeError, AssertionError, ImportError),
+)
+"""What can go wrong with samples, of which none is worth a run: each is reported. A stop that was asked for is none of them."""
 
-
-class _SampleEntry(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-    prompt: str = ""
-    negative_prompt: str = ""
-    seed: int | None = None
-    size: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
-    aspect_ratio: Annotated[float, Field(gt=0)] | None = None
-    random_caption: bool = False
-
-
-class SampleSettings(BaseModel):
-    """The prompt file, whole. Field names are EveryDream 2's; `batch_size` and progress bars are accepted and not needed."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    cfgs: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1)] = [7.0, 4.0, 1.01]
-    scheduler: str = "ddim"
-    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 30
-    seed: int | None = None
-    resolution: Annotated[int, Field(ge=64)] | None = None
-    batch_size: Annotated[int, Field(ge=1)] | None = None
-    show_progress_bars: bool = False
-    generate_samples_every_n_steps: Annotated[int, Field(ge=1)] | None = None
-    generate_pretrain_samples: bool = False
-    samples: list[_SampleEntry] = []
-    doc: Any = None
-
-
-def read_sample_settings(path: Path) -> SampleSettings:
-    """Read a prompt file.
-
-    Raises:
-        ConfigError: it is not there, not text, or its JSON is wrong; the message names line or key.
-    """
-    if not path.is_file():
-        raise ConfigError(f"sample_prompts: {path} is not there.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix.lower() != ".json":
-            prompts = [line.strip() for line in text.splitlines() if line.strip()]
-            return SampleSettings(samples=[_SampleEntry(prompt=prompt) for prompt in prompts])
-        return SampleSettings.model_validate_json(text)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"sample_prompts: {path} is not UTF-8 text.") from error
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
-        raise ConfigError(f"sample_prompts: {path}: {problems}") from error
+logger = logging.getLogger("everydream_kit")
 
 
 def plan_prompts(
@@ -90,7 +59,7 @@ def plan_prompts(
     """Turn the file's entries into prompts with sizes and seeds; random captions are drawn from the dataset by address."""
     from everydream_kit.models.sampling import SamplePrompt
 
-    entries = settings.samples or [_SampleEntry(random_caption=True) for _ in range(NUM_RANDOM_CAPTIONS)]
+    entries = settings.samples or [SampleEntry(random_caption=True) for _ in range(NUM_RANDOM_CAPTIONS)]
     planned = []
     for index, entry in enumerate(entries):
         prompt = _random_caption(dataset, seed, step, index) if entry.random_caption else entry.prompt
@@ -105,7 +74,7 @@ def plan_prompts(
                 seed=own_seed,
                 width=width,
                 height=height,
-                cfgs=tuple(settings.cfgs),
+                cfgs=tuple(entry.cfgs or settings.cfgs),
             )
         )
     return planned
@@ -116,7 +85,7 @@ def _random_caption(dataset: Dataset, seed: int, step: int, index: int) -> str:
     return dataset.caption(picture).text
 
 
-def _size(entry: _SampleEntry, resolution: int) -> tuple[int, int]:
+def _size(entry: SampleEntry, resolution: int) -> tuple[int, int]:
     if entry.size is not None:
         return entry.size[0], entry.size[1]
     if entry.aspect_ratio is not None:
@@ -125,8 +94,9 @@ def _size(entry: _SampleEntry, resolution: int) -> tuple[int, int]:
 
 
 def clean_for_file_name(prompt: str) -> str:
-    """A prompt as part of a file name: letters, digits and a few signs, at most 100 characters."""
-    return re.sub(r"[^\w\-,. ]+", "", prompt).strip(" .")[:100]
+    """A prompt as part of a file name: letters, digits and a few signs, at most 100 characters and NAME_BYTES bytes."""
+    cleaned = re.sub(r"[^\w\-,. ]+", "", prompt).strip(" .")[:100]
+    return cleaned.encode()[:NAME_BYTES].decode(errors="ignore").strip(" .")
 
 
 @dataclass(frozen=True)
@@ -165,13 +135,14 @@ class Sampler(Listener):
         self.stop = stop
         self._last_step: int | None = None
         self._is_owed = False
+        self._read: tuple[object, PromptFile | None] | None = None
 
     def on_start(self, run: Run) -> None:
+        settings = self._settings(run)  # read here, so that a mistake is reported before the first step
         if self._is_owed:
             self.draw(run)
         if run.position.step:
             return
-        settings = self._settings(run)
         if self.schedule.before_training or (settings is not None and settings.generate_pretrain_samples):
             self.draw(run)
 
@@ -185,9 +156,12 @@ class Sampler(Listener):
             self.draw(run)
 
     def draw(self, run: Run) -> None:
-        """Draw now. A problem with the prompt file is a warning. Where the run is asked to stop, the rest is drawn later."""
-        settings = self._settings(run, complain=True)
+        """Sample now. Whatever fails is a warning. Where the run is asked to stop, the rest is sampled later."""
+        settings = self._settings(run)
         if settings is None:
+            run.warn(
+                f"No samples were drawn: nothing in {self.prompts_path} can be used. Fix the file to have samples."
+            )
             return
         self._last_step = run.position.step
         self._is_owed = False
@@ -196,8 +170,9 @@ class Sampler(Listener):
         except StopAsked:
             self._is_owed = True
             run.journal.note("The samples are not drawn to the end: the run stops. They are drawn when it goes on.")
-        except OSError as problem:
-            run.warn(f"The samples cannot be written: {problem}. Training goes on.")
+        except FAILURES as problem:
+            logger.debug("sampling failed", exc_info=True)
+            run.warn(f"The samples of step {run.position.step} failed: {_in_words(problem)}. Training goes on.")
         run.set_state("running")
 
     def state(self) -> dict[str, Any]:
@@ -208,11 +183,13 @@ class Sampler(Listener):
 
     def _draw_variants(self, run: Run, settings: SampleSettings) -> None:
         variants = [("", False)] * self.live + [("ema-", True)] * self.averaged
+        resolution = max(run.plan_settings.resolutions)
+        prompts = plan_prompts(settings, run.dataset, seed=run.seed, resolution=resolution, step=run.position.step)
         with ShareBar("samples") as bar:
             progress = WorkProgress(run.journal, "sampling", bar, stop=self.stop, num_parts=len(variants))
             for prefix, averaged in variants:
                 with run.whole_model(), run.sampling_weights(averaged=averaged):
-                    self._draw_sheets(run, settings, prefix, progress)
+                    _Sheets(run, settings, prompts, prefix, progress).make()
                 progress.end_part()
 
     def _every(self, run: Run) -> int | None:
@@ -222,47 +199,146 @@ class Sampler(Listener):
         own = settings.generate_samples_every_n_steps if settings is not None else None
         return own or self.schedule.every_n_steps
 
-    def _settings(self, run: Run, *, complain: bool = False) -> SampleSettings | None:
-        if not self.prompts_path.is_file():
-            return SampleSettings()  # captions of the dataset
+    def _settings(self, run: Run) -> SampleSettings | None:
+        """What the prompt file says now; None where nothing of it can be used. Its problems are reported when it changes."""
+        version = _version_of(self.prompts_path)
+        if self._read is None or self._read[0] != version:
+            self._read = (version, self._read_anew(run))
+        file = self._read[1]
+        return None if file is None or file.is_empty else file.settings
+
+    def _read_anew(self, run: Run) -> PromptFile | None:
+        if _version_of(self.prompts_path)[1] is None:
+            if "sample_prompts" in run.config.model_fields_set:
+                run.warn(
+                    f"sample_prompts: {self.prompts_path} is not there; captions of the dataset are sampled instead."
+                )
+            return PromptFile(SampleSettings())
         try:
-            facts = self.prompts_path.stat()
-            return _settings_at(self.prompts_path, facts.st_mtime_ns, facts.st_size)
+            file = read_prompt_file(self.prompts_path)
         except ConfigError as error:
-            if complain:
-                run.warn(f"{error} No samples were drawn; mend the file and they come back.")
+            run.warn(f"{error} There are no samples until the file is fixed.")
             return None
+        for problem in file.problems:
+            run.warn(f"sample_prompts: {self.prompts_path}: {problem}")
+        try:
+            build_scheduler(run.model, file.settings.scheduler)
+        except ConfigError as error:
+            run.warn(f"sample_prompts: {self.prompts_path}: {error} ddim is used instead.")
+            file = replace(file, settings=file.settings.model_copy(update={"scheduler": "ddim"}))
+        return file
 
-    def _draw_sheets(self, run: Run, settings: SampleSettings, prefix: str, progress: WorkProgress) -> None:
-        from everydream_kit.models.sampling import label_grid, sample_pictures, save_picture
 
-        step = run.position.step
-        prompts = plan_prompts(
-            settings, run.dataset, seed=run.seed, resolution=max(run.plan_settings.resolutions), step=step
-        )
-        pictures = sample_pictures(
-            run.model,
-            [replace(prompt, cfgs=(cfg,)) for prompt in prompts for cfg in prompt.cfgs],
-            scheduler=settings.scheduler,
-            num_inference_steps=settings.num_inference_steps,
-            clip_skip=run.config.clip_skip,
-            progress=progress,
-        )
-        for index, prompt in enumerate(prompts):
-            row = pictures[index * len(prompt.cfgs) : (index + 1) * len(prompt.cfgs)]
-            sheet = label_grid([row], column_labels=[f"cfg {cfg:g}" for cfg in prompt.cfgs], title=prompt.prompt)
-            name = f"gs{step:05}-{index:03}-{prefix}{clean_for_file_name(prompt.prompt)}"
-            path = run.folder.samples_folder / f"{name}.jpg"
-            save_picture(sheet, path)
-            write_atomic(
-                path.with_suffix(".txt"),
-                f"{prompt.prompt}\nnegative prompt: {prompt.negative_prompt}\nseed: {prompt.seed}\n",
+@dataclass
+class _Sheets:
+    """The sheets of one sampling: made and written group by group; where a group fails, one by one, image by image.
+
+    Attributes:
+        prefix: of the file names, behind step and index.
+        made: indices of the sheets that are written.
+    """
+
+    run: Run
+    settings: SampleSettings
+    prompts: Sequence[SamplePrompt]
+    prefix: str
+    progress: WorkProgress
+    made: set[int] = field(default_factory=set)
+
+    def make(self) -> None:
+        """Make all. A sheet that fails is a warning.
+
+        Raises:
+            StopAsked: the run should stop.
+        """
+        groups = list(_groups(self.prompts))
+        for number, group in enumerate(groups):
+
+            def tell(done: int, total: int, number: int = number) -> None:
+                self.progress(number * total + done, len(groups) * total)
+
+            self._try(group, tell, together=self.settings.batch_size or SAMPLED_TOGETHER)
+            for index in group:
+                problem = None if index in self.made else self._try([index], tell, together=1)
+                if problem is not None:
+                    prompt = self.prompts[index]
+                    self.run.warn(
+                        f"Sample {index} ({prompt.prompt[:60]!r}, {prompt.width} x {prompt.height}) of step "
+                        f"{self.run.position.step} failed: {problem}. Training goes on."
+                    )
+
+    def _try(self, indices: Sequence[int], progress: Callable[[int, int], None], *, together: int) -> str | None:
+        """Make and write some sheets, so many images together. Returns what went wrong, in words."""
+        try:
+            self._write(indices, progress, together)
+        except FAILURES as problem:
+            logger.debug("a sheet of samples failed", exc_info=True)
+            if is_out_of_memory(problem):
+                return f"out of memory ({_in_words(problem)}); make it smaller"
+            return _in_words(problem)
+        return None
+
+    def _write(self, indices: Sequence[int], progress: Callable[[int, int], None], together: int) -> None:
+        from everydream_kit.models.sampling import sample_pictures
+
+        images = iter(
+            sample_pictures(
+                self.run.model,
+                [self.prompts[index] for index in indices],
+                scheduler=self.settings.scheduler,
+                num_inference_steps=self.settings.num_inference_steps,
+                clip_skip=self.run.config.clip_skip,
+                batch_size=together,
+                progress=progress,
             )
-            run.picture(f"sample_{index:03}_{prefix}{clean_for_file_name(prompt.prompt)[:60]}", sheet, step)
-            run.tell("sample", step=step, path=str(path), index=index, prompt=prompt.prompt, seed=prompt.seed)
+        )
+        for index in indices:
+            self._write_sheet(index, [next(images) for _ in self.prompts[index].cfgs])
+            self.made.add(index)
+
+    def _write_sheet(self, index: int, row: Sequence[Image]) -> None:
+        from everydream_kit.models.sampling import label_grid, save_picture
+
+        run, step, prompt = self.run, self.run.position.step, self.prompts[index]
+        sheet = label_grid([row], column_labels=[f"cfg {cfg:g}" for cfg in prompt.cfgs], title=prompt.prompt)
+        name = f"gs{step:05}-{index:03}-{self.prefix}{clean_for_file_name(prompt.prompt)}"
+        path = run.folder.samples_folder / f"{name}.jpg"
+        save_picture(sheet, path)
+        write_atomic(
+            path.with_suffix(".txt"),
+            f"{prompt.prompt}\nnegative prompt: {prompt.negative_prompt}\nseed: {prompt.seed}\n",
+        )
+        run.picture(f"sample_{index:03}_{self.prefix}{clean_for_file_name(prompt.prompt)[:60]}", sheet, step)
+        run.tell("sample", step=step, path=str(path), index=index, prompt=prompt.prompt, seed=prompt.seed)
 
 
-@lru_cache(maxsize=4)
-def _settings_at(path: Path, modified_ns: int, size: int) -> SampleSettings:
-    """The file's settings, parsed again only when it changed: they are asked for at every step."""
-    return read_sample_settings(path)
+def _groups(prompts: Sequence[SamplePrompt]) -> Iterator[list[int]]:
+    """Indices of prompts of one size that are made together: about IMAGES_OF_A_GROUP images, in order."""
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        by_size.setdefault((prompt.width, prompt.height), []).append(index)
+    for indices in by_size.values():
+        group: list[int] = []
+        num_images = 0
+        for index in indices:
+            if group and num_images + len(prompts[index].cfgs) > IMAGES_OF_A_GROUP:
+                yield group
+                group, num_images = [], 0
+            group.append(index)
+            num_images += len(prompts[index].cfgs)
+        yield group
+
+
+def _version_of(path: Path) -> tuple[Path, tuple[int, int] | None]:
+    """What changes when a file is edited or exchanged; None as the second where there is none."""
+    try:
+        facts = path.stat()
+    except (OSError, ValueError):  # not there, or no name that a file can have
+        return path, None
+    return path, (facts.st_mtime_ns, facts.st_size)
+
+
+def _in_words(problem: Exception) -> str:
+    """An error's first line, with its kind where the message alone would say little."""
+    line = next(iter(str(problem).splitlines()), "").rstrip(".")
+    return line if line and isinstance(problem, KitError | OSError) else f"{type(problem).__name__}: {line}"

@@ -72,6 +72,13 @@ def test_earlier_pictures_are_never_overwritten(tmp_path: Path, tiny_model_folde
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_names_in_any_script_are_short_enough_for_a_file(tmp_path: Path, tiny_model_folder: Path) -> None:
+    model = tmp_path / ("龍" * 60)
+    model.symlink_to(tiny_model_folder)
+    paths = sample([model, model], "龍" * 100, out=tmp_path / "out", **SMALL)
+    assert paths[0].name == f"{'龍' * 30}-{'龍' * 30}-seed555-cfg7.png"
+
+
 def test_a_lora_changes_the_picture(tmp_path: Path, tiny_model_folder: Path) -> None:
     import torch
 

@@ -114,10 +114,10 @@ def test_samples_come_before_training_every_so_many_steps_and_from_the_prompt_fi
 
 
 def test_a_broken_prompt_file_is_a_warning_and_training_goes_on(settings: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "broken.json").write_text('{"cfgs": "high"}', "utf-8")
+    (tmp_path / "broken.json").write_text('{"cfgs": [7,}', "utf-8")
     run = train({**settings, "sample_steps": 1, "sample_prompts": str(tmp_path / "broken.json")})
     assert (run.status()["state"], run.status()["step"], run.samples()) == ("finished", 2, [])
-    assert "broken.json: cfgs: " in warnings_of(run)
+    assert "broken.json: line 1, column " in warnings_of(run)
 
 
 # Validation -----------------------------------------------------------------------------------------------------------
