@@ -104,6 +104,7 @@ def main() -> int:
         "--as", dest="host", choices=list(VARIABLES), default="colab", help="the host to be recognized as"
     )
     parser.add_argument("--python", help="the Python to use; by default the latest of 3.13 to 3.10 that is found")
+    parser.add_argument("--quick", action="store_true", help="without the panels' tests and the notebooks")
     parser.add_argument("--keep", type=Path, help="folder for the replica, which stays")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -112,6 +113,8 @@ def main() -> int:
         replica.build(options.python or find_python())
         replica.set_up()
         replica.use()
+        if not options.quick:
+            replica.use_notebooks()
         return replica.report()
 
 
@@ -228,8 +231,9 @@ class Replica:
         self.run("doctor", [*kit, "doctor"])
         images = REPOSITORY / "everydream_kit" / "demo" / "pictures"
         common = ["train", "--resume_ckpt", "embedded", "--data_root", images, "--max_steps", 2, "--resolution", 64]
-        (self.work / "prompts.txt").write_text("a cat\n", encoding="utf-8")
-        common += ["--batch_size", 2, "--sample_steps", 2, "--sample_prompts", self.work / "prompts.txt"]
+        sample = {"samples": [{"prompt": "a cat", "cfgs": [3]}], "num_inference_steps": 2}
+        (self.work / "prompts.json").write_text(json.dumps(sample), encoding="utf-8")
+        common += ["--batch_size", 2, "--sample_steps", 2, "--sample_prompts", self.work / "prompts.json"]
         kinds: dict[str, list[object]] = {
             "full training": ["--project_name", "full"],
             "LoRA": ["--project_name", "lora", "--training_kind", "lora"],
@@ -250,11 +254,17 @@ class Replica:
             for run in sorted((self.work / "logs").glob(f"{project}-*"))[-1:]:
                 self.run(f"export of {project}", [*kit, "export", run, self.work / f"{project}.safetensors"])
         self.run("test tools", [self.python, "-m", "pip", "install", "--quiet", "--no-compile", *TEST_TOOLS])
-        pytest = [self.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "-W", "ignore"]
-        plain_panels = ["tests/unit/panels", "-m", "not beside"]
-        self.run("panels (unit tests)", [*pytest, *plain_panels], tests=True)
-        self.run("push (against the stand-in)", [*pytest, "tests/integration/test_push_command.py"], tests=True)
-        self.run("notebooks", [*pytest, "tests/notebooks"], tests=True)
+        self.run("push (against the stand-in)", [*self.pytest(), "tests/integration/test_push_command.py"], tests=True)
+
+    def use_notebooks(self) -> None:
+        """The panels with the host's ipywidgets, and every notebook from top to bottom."""
+        panels = ["tests/unit/panels", "-m", "not beside"]
+        self.run("panels", [*self.pytest(), *panels], tests=True)
+        self.run("notebooks", [*self.pytest(), "tests/notebooks"], tests=True)
+
+    def pytest(self) -> list[object]:
+        """The first words of a command that runs tests with the host's packages."""
+        return [self.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "-W", "ignore"]
 
     def report(self) -> int:
         """Say what could not be installed and what failed. Returns the exit status."""
