@@ -130,14 +130,14 @@ def plain(name: str) -> str:
 
 
 def find_python() -> str:
-    """The latest Python of 3.13 to 3.10 that starts."""
-    for name in ("python3.13", "python3.12", "python3.11", "python3.10"):
-        path = shutil.which(name)
-        if (
-            path
-            and subprocess.run([path, "-c", "import venv, ensurepip"], capture_output=True, check=False).returncode == 0
-        ):
-            return path
+    """The latest Python of 3.13 to 3.10 that starts: on PATH, or among pyenv's versions."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    for version in ("3.13", "3.12", "3.11", "3.10"):
+        names = [f"python{version}", *sorted(pyenv.glob(f"{version}.*/bin/python"))]
+        for path in filter(None, map(shutil.which, names)):
+            started = subprocess.run([path, "-c", "import venv, ensurepip"], capture_output=True, check=False)
+            if started.returncode == 0:
+                return path
     return sys.executable
 
 
