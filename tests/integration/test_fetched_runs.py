@@ -326,3 +326,31 @@ def test_a_repository_without_a_commit_is_said(hub: HubStandIn, files: dict[str,
     hub.repos["stranger/jets"] = Repository(False, {"main": [Commit("", "empty", {})]})
     with pytest.raises(KitError, match="no commit"):
         fetch(hub, tmp_path / "logs")
+
+
+GOOD_EVENT = {"kind": "loss", "step": 5, "loss": 0.5, "lr": {"unet": 1e-6}, "epoch": 0}
+EVENTS: list[tuple[Any, Any]] = [
+    (GOOD_EVENT, GOOD_EVENT),
+    ({**GOOD_EVENT, "evil": "x", "path": "/etc"}, GOOD_EVENT),
+    ({**GOOD_EVENT, "lr": {"unet": "<img>"}}, {key: GOOD_EVENT[key] for key in ("kind", "step", "loss", "epoch")}),
+    ({**GOOD_EVENT, "epoch": "x"}, {key: GOOD_EVENT[key] for key in ("kind", "step", "loss", "lr")}),
+    ({**GOOD_EVENT, "step": "5"}, None),
+    ({**GOOD_EVENT, "step": -5}, None),
+    ({**GOOD_EVENT, "loss": "evil"}, None),
+    ({"kind": "saved", "files": 3, "path": "/etc/passwd"}, None),
+    ({"kind": ["loss"]}, None),
+    ({"kind": "warning", "message": "\x1b[2J"}, {"kind": "warning"}),
+    ({"kind": "warning", "message": "all well"}, {"kind": "warning", "message": "all well"}),
+    ({"kind": "dataset", "pictures": [], "captions": {"<img>": "x"}}, {"kind": "dataset"}),
+    ([], None),
+    ("evil", None),
+]
+
+
+def test_of_a_strangers_events_only_what_tells_of_the_training_is_taken(
+    hub: HubStandIn, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    lines = [json.dumps(event) for event, _ in EVENTS] + ["{", "[" * 100_000, "NaN", ""]
+    serve(hub, "stranger/jets", with_files(files, {"training/events.jsonl": "\n".join(lines) + "\n"}))
+    fetch(hub, tmp_path / "logs")
+    assert list(run_of(tmp_path / "logs").events()) == [kept for _, kept in EVENTS if kept is not None]

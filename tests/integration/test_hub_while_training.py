@@ -161,7 +161,9 @@ def test_a_run_comes_back_whole_on_another_machine(hub: HubStandIn, tmp_path: Pa
     assert verify_checkpoint(run.last_checkpoint) == {"step": 20}
     here, there = (json.loads(one.config_path.read_text()) for one in (run, uploaded))
     assert {name: here[name] for name in ("resolution", "lr", "clip_skip", "flip_p")}.items() <= there.items()
-    assert list(run.events()) == list(uploaded.events())
+    losses = [(event["step"], event["loss"], event["lr"]) for event in uploaded.events("loss")]
+    assert [(event["step"], event["loss"], event["lr"]) for event in run.events("loss")] == losses
+    assert len(losses) == 20
     assert seen == sorted(seen)
     assert [path.name for path in (tmp_path / "there").iterdir()] == [run.name]
 

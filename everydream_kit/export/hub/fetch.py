@@ -26,6 +26,7 @@ from everydream_kit.config import TrainConfig
 from everydream_kit.errors import CheckpointError, ConfigError, HubError
 from everydream_kit.export.hub.connection import HubConnection, quiet_client
 from everydream_kit.export.hub.contents import RUN_FACTS
+from everydream_kit.export.hub.fetched_events import write_clean_events
 from everydream_kit.export.hub.upload import Progress, heartbeat, size_words, tell_nobody
 from everydream_kit.foreign import (
     FOLLOWS,
@@ -307,7 +308,7 @@ class _Fetch:
             write_atomic(run.config_path, config.to_json())
         events = partial / RUN_EVENTS
         if events.is_file() and not run.events_path.exists():
-            os.replace(events, run.events_path)
+            write_clean_events(events, run.events_path)
         shutil.rmtree(partial / "training")
         final = run.checkpoints_folder / checkpoint
         replaced = final.with_name(f".old-{final.name}")  # one without resume state; `sweep` puts it back after a crash
