@@ -96,10 +96,12 @@ class BaseModelGroup(Group):
     clip_skip: Annotated[
         int,
         Field(ge=0, le=4),
-        Knob(basic=True, unit="layers", when="the base was trained so, as many anime models were: 2"),
+        Knob(basic=True, unit="layers", when="an SD 1 base was trained so, as many anime models were: 2"),
     ] = 0
-    """Which hidden layer of the text encoder is used, counted from the end: 0 and 1 are the last, 2 the penultimate.
-    The final layer norm is applied. Use the same value when drawing with the result."""
+    """Which hidden layer of the text encoder is used, counted from the end: 0 and 1 are the last, 2 the penultimate, with
+    the final layer norm. SD 2's encoder ends at the layer that it was trained with, the penultimate of the original, so 0 is
+    right there. SDXL takes its penultimate layers without the norm: 0 to 2 all mean that, 3 and 4 go deeper.
+    Use the same value when sampling with the result."""
 
 
 class DataGroup(Group):
@@ -274,7 +276,8 @@ class OptimizerGroup(Group):
         ),
     ] = None
     """Optimizer by name (adamw, adamw8bit, pagedadamw8bit, lion, lion8bit, adafactor, prodigy, dadaptadam, dowg ...) or
-    `module.Class`. By default bitsandbytes' AdamW8bit on a CUDA GPU and fused AdamW elsewhere. `optimizer_config` says more."""
+    `module.Class`. adafactor's lr is relative: it is multiplied by the size of each weight, so 1e-3 and below is usual there.
+    By default bitsandbytes' AdamW8bit on a CUDA GPU and fused AdamW elsewhere. `optimizer_config` says more."""
     optimizer_config: Annotated[
         str | dict[str, Any] | None, Knob(when="the text encoder needs its own rate, or layers should be frozen")
     ] = None
@@ -430,7 +433,8 @@ class EmaGroup(Group):
         Annotated[float, Field(gt=0, lt=1)] | None,
         Knob(memory="a second copy of the trained weights", when="0.99 to 0.9999; smooths long runs"),
     ] = None
-    """Share of the average that stays at each update. None and no strength target: EMA is off."""
+    """Share of the average that stays at each update, the first included: n updates leave ema_decay_rate^n of the starting
+    weights. None and no strength target: EMA is off."""
     ema_strength_target: Annotated[
         Annotated[float, Field(gt=0, lt=1)] | None, Knob(when="instead of ema_decay_rate: 0.1")
     ] = None
@@ -674,6 +678,29 @@ OTHER_TRAINERS: dict[str, str] = {
 }
 """Names of diffusers' example scripts and of sd-scripts that look like none of ours, or like another one."""
 
+IN_OPTIMIZER_CONFIG: dict[str, str] = {
+    "weight_decay": "base.weight_decay",
+    "adam_weight_decay": "base.weight_decay",
+    "betas": "base.betas",
+    "adam_beta1": "base.betas",
+    "adam_beta2": "base.betas",
+    "epsilon": "base.epsilon",
+    "eps": "base.epsilon",
+    "adam_epsilon": "base.epsilon",
+    "momentum": "base.momentum",
+    "d0": "base.d0",
+    "decouple": "base.decouple",
+    "optimizer_args": "base.kwargs",
+    "optimizer_kwargs": "base.kwargs",
+    "unet_lr": "unet_overrides.lr",
+    "text_encoder_lr": "text_encoder_overrides.lr",
+    "text_encoder_learning_rate": "text_encoder_overrides.lr",
+    "te_lr": "text_encoder_overrides.lr",
+    "freeze_embeddings": "text_encoder_freezing.freeze_embeddings",
+    "unfreeze_last_n_layers": "text_encoder_freezing.unfreeze_last_n_layers",
+}
+"""Names that people look for among the settings, and that stand in the file or object that `optimizer_config` gives."""
+
 
 def nearest_name(name: str) -> str | None:
     """The parameter that this name means in other trainers, or looks most like; None if it means nothing."""
@@ -686,6 +713,8 @@ def nearest_name(name: str) -> str | None:
 def _unknown_name(name: str) -> str:
     if name in RETIRED:
         return f"{name}: no longer used; replaced by {RETIRED[name]}."
+    if name.lower() in IN_OPTIMIZER_CONFIG:
+        return f"{name}: unknown setting; give {IN_OPTIMIZER_CONFIG[name.lower()]} in optimizer_config"
     near = nearest_name(name)
     return f"{name}: unknown setting" + (
         f"; did you mean {near}?" if near else ". `everydream train --help` lists them all."
@@ -695,20 +724,30 @@ def _unknown_name(name: str) -> str:
 def _describe(error: ValidationError) -> str:
     """Pydantic's errors, one a line: the name, the rule, the value."""
     lines: dict[str, None] = {}
-    seen: set[str] = set()
+    by_name: dict[str, list[ErrorDetails]] = {}
     for problem in error.errors():
         if problem["type"] == "value_error":
             lines[str(problem["ctx"]["error"])] = None
-            continue
-        name = str(problem["loc"][0])
-        if name in seen:  # the other branches of a union
-            continue
-        seen.add(name)
-        if problem["type"] == "missing":
+        else:
+            by_name.setdefault(str(problem["loc"][0]), []).append(problem)
+    for name, problems in by_name.items():
+        if problems[0]["type"] == "missing":
             lines[f"{name}: required, and not given"] = None
-            continue
-        lines[value_problem(name, problem)] = None
+        else:
+            lines[_of_the_branch_meant(name, problems)] = None
     return "\n".join(lines)
+
+
+def _of_the_branch_meant(name: str, problems: list[ErrorDetails]) -> str:
+    """A value of a union is wrong for each branch: the branch whose kind it has speaks, or, if it has none, all together."""
+    inside = [problem for problem in problems if len(problem["loc"]) > 2]  # of an entry of a list
+    of_its_kind = [
+        problem for problem in problems if not problem["type"].endswith(("_type", "_parsing", "literal_error"))
+    ]
+    if inside or of_its_kind:
+        return value_problem(name, (inside or of_its_kind)[0])
+    wanted = " or ".join(dict.fromkeys(problem["msg"].removeprefix("Input should be ") for problem in problems))
+    return f"{name}: must be {wanted} (got {problems[0]['input']!r})"
 
 
 def value_problem(name: str, problem: ErrorDetails) -> str:

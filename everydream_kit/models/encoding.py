@@ -24,7 +24,9 @@ PIXELS_TOGETHER = 2**20
 activations in float32 (some 6 GiB at this size) would be what decides whether SDXL fits a card."""
 
 
-def encode_captions(model: Model, captions: Sequence[str], clip_skip: int = 0, *, num_chunks: int = 1) -> Conditioning:
+def encode_captions(
+    model: Model, captions: Sequence[str], clip_skip: int = 0, *, num_chunks: int = 1, zero_empty: bool = True
+) -> Conditioning:
     """Encode captions with the model's text encoders.
 
     Args:
@@ -33,6 +35,7 @@ def encode_captions(model: Model, captions: Sequence[str], clip_skip: int = 0, *
             the family was trained so.
         num_chunks: windows of 75 tokens; what does not fit is cut off. The chunks' outputs stand one after another, and
             the pooled embedding is the first one's.
+        zero_empty: the empty caption is zeros where the family was trained so (SDXL); else it is encoded like any text.
 
     Returns:
         (B, 77 * num_chunks, D) hidden states, on the text encoder's device and in its format.
@@ -43,13 +46,21 @@ def encode_captions(model: Model, captions: Sequence[str], clip_skip: int = 0, *
         for tokenizer, text_encoder in zip(model.tokenizers, model.text_encoders, strict=True)
     ]
     encoded = model.family.encode_tokens(model, [ids.flatten(0, 1) for ids in token_ids], clip_skip)
-    if num_chunks == 1:
+    if num_chunks > 1:
+        hidden_states = encoded.encoder_hidden_states.unflatten(0, (len(captions), num_chunks)).flatten(1, 2)
+        pooled = encoded.pooled
+        pooled = None if pooled is None else pooled.unflatten(0, (len(captions), num_chunks))[:, 0]
+        encoded = Conditioning(hidden_states, pooled)
+    if not (zero_empty and model.family.zeros_for_empty and "" in captions):
         return encoded
-    hidden_states = encoded.encoder_hidden_states.unflatten(0, (len(captions), num_chunks)).flatten(1, 2)
-    pooled = encoded.pooled
-    return Conditioning(
-        hidden_states, None if pooled is None else pooled.unflatten(0, (len(captions), num_chunks))[:, 0]
-    )
+    return scale_rows(encoded, [float(caption != "") for caption in captions])
+
+
+def scale_rows(conditioning: Conditioning, factors: Sequence[float]) -> Conditioning:
+    """Conditioning with each row multiplied: by 0 where there is no text. A product, so that there is always a gradient."""
+    states, pooled = conditioning.encoder_hidden_states, conditioning.pooled
+    rows = torch.tensor(factors, dtype=states.dtype, device=states.device)
+    return Conditioning(states * rows.view(-1, 1, 1), None if pooled is None else pooled * rows.view(-1, 1).to(pooled))
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str], num_chunks: int = 1) -> torch.Tensor:

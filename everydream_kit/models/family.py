@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from everydream_kit.errors import ConfigError
+
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
     from transformers import CLIPTokenizer
@@ -107,7 +109,8 @@ class Family:
         shapes are of this family. modelspec_architecture: as single-file metadata names it (stability.ai's
         modelspec). kohya_base: as kohya-style LoRA metadata names it (`ss_base_model_version`). resolution: side in
         pixels that the family was trained at, given the prediction type. legacy_config: content of the `.yaml` that
-        old UIs want beside a single file, given the prediction type, or None.
+        old UIs want beside a single file, given the prediction type, or None. zeros_for_empty: its UNet was trained with
+        zeros in place of a dropped caption's embeddings, not with the encoded empty text.
     """
 
     name: str
@@ -122,6 +125,7 @@ class Family:
     kohya_base: str
     resolution: Callable[[str], int]
     legacy_config: Callable[[str], dict[str, Any] | None] = lambda prediction_type: None
+    zeros_for_empty: bool = False
 
 
 def configs_folder(family: Family) -> Path:
@@ -135,6 +139,38 @@ def text_tower(text_encoder: torch.nn.Module) -> torch.nn.Module:
     transformers 4, and every `...WithProjection`, keep it in `.text_model`; transformers 5 flattened `CLIPTextModel`.
     """
     return getattr(text_encoder, "text_model", text_encoder)
+
+
+def run_text_encoder(text_encoder: torch.nn.Module, token_ids: torch.Tensor, from_end: int) -> tuple[Any, torch.Tensor]:
+    """A text encoder's own output, and the hidden states (B, 77, D) that its layer `from_end` gives, before the final norm.
+
+    The layer's output is caught by a hook and not asked for by `output_hidden_states`: transformers looks up what it may
+    record by the name of the model's class, which FSDP changes.
+
+    Args:
+        token_ids: (B, 77) of int64.
+        from_end: 1 is the last layer, 2 the penultimate; one more than there are layers is the embeddings.
+
+    Raises:
+        ConfigError: the encoder has fewer layers.
+    """
+    layers = text_tower(text_encoder).encoder.layers
+    if from_end > len(layers) + 1:
+        raise ConfigError(f"clip_skip: the text encoder has {len(layers)} layers; take at most {len(layers) + 1}.")
+    caught: list[torch.Tensor] = []
+
+    def catch(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        caught.append(output[0] if isinstance(output, tuple) else output)
+
+    if from_end > len(layers):
+        hook = layers[0].register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
+    else:
+        hook = layers[-from_end].register_forward_hook(catch)
+    try:
+        output = text_encoder(token_ids)
+    finally:
+        hook.remove()
+    return output, caught[0]
 
 
 def parameter_dtype(module: torch.nn.Module) -> torch.dtype:

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from everydream_kit.errors import ConfigError
-from everydream_kit.models.encoding import count_chunks, decode_latents, encode_captions
+from everydream_kit.models.encoding import count_chunks, decode_latents, encode_captions, scale_rows
 from everydream_kit.models.family import Conditioning, Model, Sizes
 from everydream_kit.models.samplers import build_scheduler, sampler_by_name
 from everydream_kit.models.sheets import label_grid, save_picture
@@ -235,14 +235,20 @@ def _denoise(
 
 
 def _conditioning(model: Model, rows: Sequence[_Row], clip_skip: int, num_chunks: int, guided: bool) -> Conditioning:
-    """The rows' texts; with guidance, their negative prompts before them."""
-    texts = [row.prompt.negative_prompt for row in rows] if guided else []
-    texts += [row.prompt.prompt for row in rows]
+    """The rows' texts; with guidance, their negative prompts before them.
+
+    As in diffusers, SDXL has zeros where there is no negative prompt; an empty prompt is encoded like any text.
+    """
+    negative = [row.prompt.negative_prompt for row in rows] if guided else []
+    texts = negative + [row.prompt.prompt for row in rows]
     unique = list(dict.fromkeys(texts))
-    encoded = encode_captions(model, unique, clip_skip, num_chunks=num_chunks)
+    encoded = encode_captions(model, unique, clip_skip, num_chunks=num_chunks, zero_empty=False)
     picked = torch.tensor([unique.index(text) for text in texts], device=encoded.encoder_hidden_states.device)
     pooled = None if encoded.pooled is None else encoded.pooled[picked]
-    return Conditioning(encoded.encoder_hidden_states[picked], pooled).to(model.device)
+    conditioning = Conditioning(encoded.encoder_hidden_states[picked], pooled).to(model.device)
+    if not model.family.zeros_for_empty or "" not in negative:
+        return conditioning
+    return scale_rows(conditioning, [float(text != "") for text in negative] + [1.0] * len(rows))
 
 
 def guide(

@@ -18,6 +18,7 @@ from everydream_kit.models.family import (
     Sizes,
     TextEncoderSlot,
     parameter_dtype,
+    run_text_encoder,
     text_tower,
 )
 
@@ -35,8 +36,8 @@ def encode_one_encoder(model: Model, token_ids: Sequence[torch.Tensor], clip_ski
     text_encoder = model.text_encoders[0]
     if clip_skip < 2:
         return Conditioning(text_encoder(token_ids[0]).last_hidden_state)
-    hidden_states = text_encoder(token_ids[0], output_hidden_states=True).hidden_states
-    return Conditioning(text_tower(text_encoder).final_layer_norm(hidden_states[-clip_skip]))
+    _, hidden_states = run_text_encoder(text_encoder, token_ids[0], clip_skip)
+    return Conditioning(text_tower(text_encoder).final_layer_norm(hidden_states))
 
 
 def predict_from_text(

@@ -20,6 +20,7 @@ from everydream_kit.models.family import (
     Sizes,
     TextEncoderSlot,
     parameter_dtype,
+    run_text_encoder,
 )
 
 if TYPE_CHECKING:
@@ -33,13 +34,13 @@ def encode_two_encoders(model: Model, token_ids: Sequence[torch.Tensor], clip_sk
         token_ids: one tensor (B, 77) of int64 for each tokenizer.
         clip_skip: 0, 1 and 2 are the penultimate hidden layer; 3 and 4 count on from there.
     """
-    outputs = [
-        text_encoder(ids, output_hidden_states=True)
+    layer = max(2, clip_skip)
+    encoded = [
+        run_text_encoder(text_encoder, ids, layer)
         for text_encoder, ids in zip(model.text_encoders, token_ids, strict=True)
     ]
-    layer = -max(2, clip_skip)
-    hidden_states = torch.cat([output.hidden_states[layer] for output in outputs], dim=-1)
-    return Conditioning(hidden_states, outputs[-1].text_embeds)
+    hidden_states = torch.cat([states for _, states in encoded], dim=-1)
+    return Conditioning(hidden_states, encoded[-1][0].text_embeds)
 
 
 def time_ids(sizes: Sizes, batch_size: int) -> torch.Tensor:
@@ -106,4 +107,5 @@ SDXL = Family(
     modelspec_architecture="stable-diffusion-xl-v1-base",
     kohya_base="sdxl_base_v1-0",
     resolution=lambda prediction_type: 1024,
+    zeros_for_empty=True,
 )

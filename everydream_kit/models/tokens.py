@@ -6,10 +6,12 @@ parameter of their own beside the frozen table, so that no optimizer can touch t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from tokenizers import AddedToken
 
 from everydream_kit.errors import ConfigError, ModelError
 from everydream_kit.models.convert import CLIP_VOCABULARY
@@ -60,7 +62,7 @@ def add_tokens(model: Model, new_tokens: Mapping[str, str]) -> list[torch.nn.Par
             table, rows = _split_table(text_encoder)
             if names[0] not in tokenizer.get_added_vocab():
                 start = tokenizer(starting, add_special_tokens=False)["input_ids"]
-                tokenizer.add_tokens(names)
+                tokenizer.add_tokens([_added(name) for name in names])
                 rows = torch.cat([rows, torch.cat([table, rows])[start]])
             _grow(text_encoder, table, rows)
             _find_end_by_its_id(text_encoder, tokenizer.eos_token_id)
@@ -170,8 +172,30 @@ def write_embedding(path: Path, token: str, parts: Sequence[LazyTensor]) -> None
 
 
 def expand_tokens(model: Model, caption: str) -> str:
-    """A caption with each learnt token spelled as all of its vectors."""
-    for token, names in model.new_tokens.items():
-        if len(names) > 1:
-            caption = caption.replace(token, " ".join(names))
-    return caption
+    """A caption with each learnt token spelled as all of its vectors.
+
+    The longest token is found first, and only as a whole word: of `zkx` and `zkx2`, "a zkx2" has the second alone, and
+    "zkxs" has neither. Case does not matter, as it does not to the tokenizer.
+    """
+    spelled = {token.lower(): " ".join(names) for token, names in model.new_tokens.items()}
+    if not spelled:
+        return caption
+    longest_first = sorted(spelled, key=len, reverse=True)
+    pattern = "|".join(_whole_word(token) for token in longest_first)
+    return re.sub(pattern, lambda found: spelled[found[0].lower()], caption, flags=re.IGNORECASE)
+
+
+def _whole_word(token: str) -> str:
+    """A pattern: where a token begins or ends with a letter or digit, no other may stand next to it; `<cat>` needs no gap."""
+    before = r"(?<!\w)" if _is_word(token[0]) else ""
+    after = r"(?!\w)" if _is_word(token[-1]) else ""
+    return f"{before}{re.escape(token)}{after}"
+
+
+def _is_word(character: str) -> bool:
+    return re.match(r"\w", character) is not None
+
+
+def _added(name: str) -> AddedToken:
+    """The same rule for the tokenizer, which would else find `zkx` in every word that begins so."""
+    return AddedToken(name, single_word=_is_word(name[0]) and _is_word(name[-1]), normalized=True)

@@ -24,10 +24,8 @@ class Ema:
     Args:
         parameters: what is averaged, in an order that stays the same.
         decay: share of the average that stays at each update.
-        device: where the averages live; None: beside the parameters.
-        warmup: begin with smaller decays, min(decay, (1 + n) / (10 + n)) at the n-th update from 0, so that the
-            starting weights are soon forgotten (TensorFlow's ExponentialMovingAverage with num_updates). Leave it off
-            where the decay was computed from a strength target: it would miss the target.
+            The same at every update: the number does what it says.
+        device: where the averages live; None: with the parameters.
     """
 
     def __init__(
@@ -35,21 +33,12 @@ class Ema:
         parameters: Iterable[torch.nn.Parameter],
         decay: float,
         device: torch.device | str | None = None,
-        *,
-        warmup: bool = False,
     ) -> None:
         self.parameters = list(parameters)
         self.decay = decay
-        self.warmup = warmup
         self.num_updates = 0
         # The copy is explicit: `to` alone would hand out the parameter's own memory.
         self.averages = [p.detach().to(device or p.device, torch.float32, copy=True) for p in self.parameters]
-
-    def decay_at(self, num_updates: int) -> float:
-        """The decay of the update that has so many before it."""
-        if not self.warmup:
-            return self.decay
-        return min(self.decay, (1 + num_updates) / (10 + num_updates))
 
     @torch.no_grad()
     def update(self, num_updates: int | None = None) -> None:
@@ -59,7 +48,7 @@ class Ema:
             num_updates: number of this update, from 1; by default one more than the last.
         """
         self.num_updates = self.num_updates + 1 if num_updates is None else num_updates
-        weight = 1.0 - self.decay_at(self.num_updates - 1)
+        weight = 1.0 - self.decay
         for start, end in _slices(self.averages):
             averages = self.averages[start:end]
             weights = [

@@ -214,6 +214,11 @@ class LossLog(Listener):
             memory_bytes=memory,
             gradient_norm=report.gradient_norm,
         )
+        rates = ", ".join(f"lr {part} {rate:.4g}" for part, rate in report.learning_rates.items())
+        run.journal.note(
+            f"step {report.step}, epoch {report.epoch + 1}: loss {average.loss:.4f}, {rates}, "
+            f"{average.images_per_second:.2f} images/s"
+        )
         run.scalar("loss/log_step", average.loss, report.step)
         for part, rate in report.learning_rates.items():
             run.scalar(f"hyperparameter/lr {part.replace('_', ' ')}", rate, report.step)

@@ -7,7 +7,7 @@ starts from in `base.py`; starting, resuming and ending a run are in `sessions.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -160,11 +160,14 @@ def assemble_run(
     )
     parts = select_trained(model, config, optimizer_config, seed)
     settings = [settle_part(part.name, config, optimizer_config, device_type) for part in parts]
+    for how in settings:
+        announce_schedule(how, make_schedule(how, config, num_steps, ranks.num_ranks), num_steps, journal)
     precision = choose_precision(
         device_type,
         amp=config.amp and not config.disable_amp,
         amp_dtype=config.amp_dtype,
         weight_dtype=config.weight_dtype,
+        tune_scaler=optimizer_config.apply_grad_scaler_step_tweaks is not False,
         fused_backward=config.fused_backward,
     )
     optimizers = [how.optimizer for how in settings]
@@ -272,8 +275,12 @@ def settle_part(name: str, config: TrainConfig, optimizer_config: OptimizerConfi
     )
 
 
-def make_schedule(how: PartSettings, config: TrainConfig, num_steps: int, num_ranks: int) -> Callable[[int], float]:
-    """The learning rate of one part as a function of the optimizer step."""
+def make_schedule(how: PartSettings, config: TrainConfig, num_steps: int, num_ranks: int) -> partial[float]:
+    """The learning rate of one part as a function of the optimizer step.
+
+    Raises:
+        ConfigError: the decay would end before the warm-up does.
+    """
     peak = how.lr
     if config.scale_lr:
         assert isinstance(config.batch_size, int)
@@ -282,6 +289,7 @@ def make_schedule(how: PartSettings, config: TrainConfig, num_steps: int, num_ra
     warmup_steps = how.lr_warmup_steps
     if warmup_steps is None:
         warmup_steps = schedules.default_warmup_steps(decay_steps, how.lr_scheduler)
+    schedules.check_lengths(how.lr_scheduler, warmup_steps, decay_steps)
     return partial(
         schedules.learning_rate,
         peak=peak,
@@ -289,6 +297,21 @@ def make_schedule(how: PartSettings, config: TrainConfig, num_steps: int, num_ra
         warmup_steps=warmup_steps,
         decay_steps=decay_steps,
     )
+
+
+def announce_schedule(how: PartSettings, schedule: partial[float], num_steps: int, journal: Journal) -> None:
+    """Log the rate that is used and its course; warn of a warm-up that is longer than the run."""
+    peak, warmup_steps = schedule.keywords["peak"], schedule.keywords["warmup_steps"]
+    scaled = "" if peak == how.lr else f" (scale_lr: {how.lr:g} times {peak / how.lr:.4g})"
+    decay = "" if how.lr_scheduler == "constant" else f", zero at step {schedule.keywords['decay_steps']}"
+    journal.note(
+        f"Learning rate of the {how.part}: {peak:.6g}{scaled}, {how.lr_scheduler}, warm-up {warmup_steps} steps{decay}."
+    )
+    if warmup_steps > num_steps:
+        journal.warn(
+            f"lr_warmup_steps: the warm-up of the {how.part} takes {warmup_steps} steps and the run {num_steps}, so its "
+            f"rate never reaches lr; lower lr_warmup_steps."
+        )
 
 
 def build_ema(
@@ -301,7 +324,7 @@ def build_ema(
         decay = decay_from_strength_target(config.ema_strength_target, num_steps, config.ema_update_interval)
         ema = Ema(parameters, decay, device)
     elif config.ema_decay_rate is not None:
-        ema = Ema(parameters, config.ema_decay_rate, device, warmup=True)
+        ema = Ema(parameters, config.ema_decay_rate, device)
     else:
         return None
     if config.ema_resume_model is not None and not resumes:

@@ -44,13 +44,19 @@ def learning_rate(
         return peak * (step + 1) / warmup_steps
     if kind == "constant":
         return peak
-    if decay_steps is None or decay_steps <= warmup_steps:
+    check_lengths(kind, warmup_steps, decay_steps)
+    assert decay_steps is not None
+    progress = min(1.0, (step - warmup_steps) / (decay_steps - warmup_steps))
+    return peak * _DECAYS[kind](progress)
+
+
+def check_lengths(kind: str, warmup_steps: int, decay_steps: int | None) -> None:
+    """Raises: ConfigError, where the decay ends before the warm-up does. `constant` has no decay."""
+    if kind != "constant" and (decay_steps is None or decay_steps <= warmup_steps):
         raise ConfigError(
             f"lr_decay_steps, lr_warmup_steps: the decay must end after the warm-up; raise the one or lower the other "
             f"(got {decay_steps} and {warmup_steps})"
         )
-    progress = min(1.0, (step - warmup_steps) / (decay_steps - warmup_steps))
-    return peak * _DECAYS[kind](progress)
 
 
 _DECAYS: dict[str, Callable[[float], float]] = {

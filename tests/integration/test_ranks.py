@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from tiny_models import tiny_folder
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ConfigError
@@ -88,6 +90,25 @@ def assert_same_run(one: RunFolder, two: RunFolder) -> None:
 
 def test_two_processes_with_half_the_batch_equal_one(folder: Path, alone: RunFolder) -> None:
     assert_same_run(alone, RunFolder(folder / "ddp"))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("clip_skip", range(5))
+def test_slices_of_the_text_encoders_have_the_gradients_of_whole_ones(
+    folder: Path, family: str, clip_skip: int
+) -> None:
+    far, largest = json.loads((folder / "text_encoders.json").read_text("utf-8"))[f"{family} {clip_skip}"]
+    assert largest > 1e-6
+    assert far < 1e-5 * largest
+
+
+def test_sdxl_trains_in_slices_with_its_text_encoders(folder: Path, tmp_path: Path) -> None:
+    run = RunFolder(folder / "sdxl")
+    assert (run.status()["state"], run.status()["step"]) == ("finished", 1)
+    before = load_file(tiny_folder("sdxl") / "text_encoder_2" / "model.safetensors")
+    after = load_file(run.last_checkpoint / "text_encoder_2" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[key], after[key]) for key in before)
 
 
 def test_slices_of_the_model_are_trained_saved_and_resumed_by_two_processes_and_by_one(

@@ -51,8 +51,51 @@ def divided_model(folder: Path, settings: dict) -> None:
     resume(run.folder, changes={"max_steps": 3})
 
 
+def text_encoders(folder: Path) -> None:
+    """Of each family and each clip_skip: how far the gradients of divided text encoders are from those of whole ones."""
+    import torch
+
+    from everydream_kit.models.encoding import encode_captions
+    from everydream_kit.models.scratch import build_tiny_model
+    from everydream_kit.training.parameters import TrainedPart
+    from everydream_kit.training.ranks import Ranks
+    from everydream_kit.training.sharding import Sharding, as_whole
+
+    ranks, results = Ranks.find(), {}
+    for family in ("sd1", "sd2", "sdxl"):
+        whole, divided = build_tiny_model(family, seed=0), build_tiny_model(family, seed=0)
+        encoders = divided.text_encoders
+        named = [(name, p) for encoder in encoders for name, p in encoder.named_parameters()]
+        Sharding(divided, [TrainedPart("text encoder", list(encoders), named)], ranks, torch.float32)
+        for clip_skip in range(5):
+            gradients = []
+            for model in (whole, divided):
+                encoded = encode_captions(model, ["a red square", "blue"], clip_skip)
+                texts = [encoded.encoder_hidden_states, *([] if encoded.pooled is None else [encoded.pooled])]
+                torch.cat([text.flatten() for text in texts]).square().mean().backward()
+                parameters = [p for encoder in model.text_encoders for p in encoder.parameters()]
+                gradients.append([torch.zeros(p.shape) if p.grad is None else as_whole(p.grad) for p in parameters])
+                for parameter in parameters:
+                    parameter.grad = None
+            far = max(float((one - two).abs().max()) for one, two in zip(*gradients, strict=True))
+            results[f"{family} {clip_skip}"] = [far, max(float(one.abs().max()) for one in gradients[0])]
+    if RANK == 0:
+        (folder / "text_encoders.json").write_text(json.dumps(results), "utf-8")
+
+
+def divided_sdxl(folder: Path, settings: dict) -> None:
+    """A step of SDXL in slices, text encoders included."""
+    from tiny_models import tiny_folder
+
+    os.environ[RUN_FOLDER_VARIABLE] = str(folder / "sdxl")
+    model = {"resume_ckpt": str(tiny_folder("sdxl")), "clip_skip": 3, "max_steps": 1}
+    train({**settings, **model, "batch_size": 1, "parallel": "fsdp2", "gradient_checkpointing": True})
+
+
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     wanted = json.loads((place / "config.json").read_text("utf-8"))
     divided_batch(place, wanted)
     divided_model(place, wanted)
+    text_encoders(place)
+    divided_sdxl(place, wanted)

@@ -50,6 +50,16 @@ def test_a_name_of_another_trainer_is_understood(word: str, meant: str, capsys: 
     assert (status, f"unknown flag {word}; did you mean --{meant}?" in text) == (2, True)
 
 
+@pytest.mark.parametrize("word", ["--weight_decay", "--text_encoder_lr=1e-6"])
+def test_a_flag_that_stands_in_the_optimizer_config_says_so(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = problem_of(["train", word, "1"], capsys)
+    assert (status, f"unknown flag {word}; give " in text, "in the file of --optimizer_config" in text) == (
+        2,
+        True,
+        True,
+    )
+
+
 def test_names_of_other_trainers_mean_parameters_and_are_none() -> None:
     from everydream_kit.config import OTHER_TRAINERS, TrainConfig, nearest_name
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from everydream_kit.config import RETIRED, TrainConfig, config_warnings
+from everydream_kit.config import IN_OPTIMIZER_CONFIG, RETIRED, TrainConfig, config_warnings
 from everydream_kit.errors import ConfigError
+from everydream_kit.params import parameters
 from everydream_kit.settings import load_config
+from everydream_kit.training.optimizer_config import OptimizerConfig
 
 DESIGN_DEFAULTS = {
     "data_root": "input",
@@ -167,3 +171,40 @@ def test_none_that_was_said_comes_back_from_a_runs_own_file(tmp_path):
     assert load_config(path)[0].sample_steps is None
     path.write_text('{"resume_ckpt": "base", "sample_steps": null}', "utf-8")
     assert load_config(path)[0].sample_steps == 250
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("resolution", [512, 500], "resolution: must be a multiple of 8 (got 500)"),
+        ("resolution", 500, "resolution: must be a multiple of 8 (got 500)"),
+        ("resolution", "wide", "resolution: must be a valid integer or a valid list (got 'wide')"),
+        ("resolution", [], "resolution: List should have at least 1 item after validation, not 0 (got [])"),
+        ("batch_size", "big", "batch_size: must be a valid integer or 'auto' (got 'big')"),
+        ("batch_size", 0, "batch_size: must be greater than or equal to 1 (got 0)"),
+        ("data_root", 5, "data_root: must be a valid string or a valid list or a valid dictionary (got 5)"),
+        ("data_root", ["a", 1], "data_root: must be a valid string (got 1)"),
+        ("optimizer_config", 5, "optimizer_config: must be a valid string or a valid dictionary (got 5)"),
+    ],
+)
+def test_of_a_setting_with_several_forms_the_form_that_was_meant_answers(
+    name: str, value: object, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(**{"resume_ckpt": "x", name: value})
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("name", "place"), IN_OPTIMIZER_CONFIG.items())
+def test_a_name_of_the_optimizer_config_is_answered_with_its_place(name: str, place: str) -> None:
+    assert name not in TrainConfig.model_fields
+    section, key = place.split(".")
+    assert key in get_args(OptimizerConfig.model_fields[section].annotation)[0].model_fields
+    with pytest.raises(ConfigError, match=rf"^{name}: unknown setting; give {re.escape(place)} in optimizer_config$"):
+        TrainConfig(**{"resume_ckpt": "x", name: 1})
+
+
+def test_help_says_what_holds_for_each_family_and_optimizer() -> None:
+    help_of = {record.name: record.help for record in parameters()}
+    assert "SDXL takes its penultimate layers without the norm" in help_of["clip_skip"]
+    assert "adafactor's lr is relative" in help_of["optimizer"]

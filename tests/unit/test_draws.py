@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +21,15 @@ def test_different_addresses_give_different_seeds(addresses: list[tuple[int, str
     first, second = (derive_seed(1, "noise", *address) for address in addresses)
     assert first != second
     assert 0 <= first < 2**63
+
+
+def test_torch_takes_the_lower_32_bits_and_numpy_all() -> None:
+    seed = derive_seed(1, "noise", 2)
+    alike = torch.randn(3, generator=torch.Generator("cpu").manual_seed(seed % 2**32))
+    assert torch.equal(torch.randn(3, generator=torch_generator(1, "noise", 2)), alike)
+    assert generator(1, "noise", 2).integers(2**62) != np.random.Generator(np.random.Philox(seed % 2**32)).integers(
+        2**62
+    )
 
 
 def test_no_global_generator_is_touched() -> None:

@@ -35,14 +35,14 @@ def test_the_average_is_a_copy_from_the_start():
     assert ema.averages[0].item() == 1.0
 
 
-def test_warm_up_begins_with_small_decays():
-    ema = Ema(parameters(0), 0.5, warmup=True)
-    assert [ema.decay_at(n) for n in (0, 1, 5, 8, 100)] == [0.1, 2 / 11, 6 / 15, 0.5, 0.5]
-    weights = parameters(0)
-    ema = Ema(weights, 0.999, warmup=True)
-    set_all(weights, 1)
-    ema.update()
-    assert ema.averages[0].item() == pytest.approx(0.9)
+@pytest.mark.parametrize("decay", [0.9, 0.99, 0.9999])
+def test_the_decay_is_what_stays_at_each_update_from_the_first_on(decay):
+    weights = parameters(1)
+    ema = Ema(weights, decay)
+    set_all(weights, 0)
+    for _ in range(20):
+        ema.update()
+    assert ema.averages[0].item() == pytest.approx(decay**20, rel=1e-5)  # 0.1216, 0.8179, 0.9980
 
 
 def test_the_strength_target_is_what_is_left_of_the_start():
@@ -106,12 +106,12 @@ def test_swapped_weights_come_back_after_an_error():
 
 def test_a_restored_average_goes_on_as_if_never_interrupted():
     weights = [torch.nn.Parameter(torch.randn(20))]
-    ema = Ema(weights, 0.9, warmup=True)
+    ema = Ema(weights, 0.9)
     other_weights = [torch.nn.Parameter(weights[0].detach().clone())]
     for _ in range(3):
         set_all(weights, torch.rand(()).item())
         ema.update()
-    other = Ema(other_weights, 0.9, warmup=True)
+    other = Ema(other_weights, 0.9)
     other.load_state_dict({"num_updates": ema.num_updates, "averages": [a.clone() for a in ema.averages]})
     set_all(weights, 0.3)
     set_all(other_weights, 0.3)
