@@ -117,7 +117,7 @@ def test_a_broken_prompt_file_is_a_warning_and_training_goes_on(settings: dict[s
     (tmp_path / "broken.json").write_text('{"cfgs": [7,}', "utf-8")
     run = train({**settings, "sample_steps": 1, "sample_prompts": str(tmp_path / "broken.json")})
     assert (run.status()["state"], run.status()["step"], run.samples()) == ("finished", 2, [])
-    assert "broken.json: line 1, column " in warnings_of(run)
+    assert "broken.json, line 1, column " in warnings_of(run)
 
 
 # Validation -----------------------------------------------------------------------------------------------------------

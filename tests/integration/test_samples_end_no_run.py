@@ -115,7 +115,7 @@ def test_a_sheet_that_fails_is_a_warning_about_that_sheet(run: RunFolder) -> Non
 
 def test_a_file_that_is_broken_for_a_while_is_named_once_and_read_again(run: RunFolder) -> None:
     broken = [message for message in warnings_of(run) if "not valid JSON" in message]
-    assert len(broken) == 1 and "p.json: line 1, column 25" in broken[0]
+    assert len(broken) == 1 and "p.json, line 1, column 25" in broken[0]
     assert sum("No samples were drawn" in message for message in warnings_of(run)) == 1
 
 

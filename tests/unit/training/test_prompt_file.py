@@ -122,9 +122,9 @@ def test_seeds_are_taken_up_to_the_last_that_torch_takes(tmp_path: Path) -> None
     ("content", "words"),
     [
         ('{"cfgs": [1,]', "line 1, column"),
-        ("[1]", "holds a list, and should hold an object"),
-        ("[" * 100_000, "nested too deeply"),
-        ('{"seed": ' + "9" * 10_000 + "}", "not valid JSON"),
+        ("[1]", "holds a list [...] where an object {...} is expected"),
+        ("[" * 100_000, "nested more than 64 deep"),
+        ('{"seed": ' + "9" * 10_000 + "}", "a whole number of 10,000 digits"),
         ('{"cfgs": [NaN]}', "NaN is no number"),
         ("\x00\x01", "no text"),
     ],
