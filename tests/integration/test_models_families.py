@@ -206,7 +206,7 @@ def test_sampling_leaves_the_modes_and_the_global_generator_alone():
 
 def test_an_unknown_scheduler_and_a_crooked_size_are_refused():
     model = load_model(tiny_folder("sd1"))
-    with pytest.raises(ConfigError, match="'eular' is unknown; known are ddim"):
+    with pytest.raises(ConfigError, match=r"'eular' is unknown; did you mean euler\? Known are ddim"):
         draw(model, scheduler="eular")
     with pytest.raises(ConfigError, match="multiples of 8"):
         sample_pictures(model, [SamplePrompt("a", width=65, height=64)])
