@@ -130,3 +130,15 @@ def test_the_log_has_the_rates_that_are_used(settings: dict[str, Any]) -> None:
     assert "Learning rate of the unet: 0.000146409 (scale_lr: 0.0001 times 1.464), constant, warm-up 0 steps." in log
     assert "Learning rate of the text encoder: 7.32043e-05 (scale_lr: 5e-05 times 1.464), cosine, warm-up 0" in log
     assert re.search(r"INFO step 2, epoch 1: loss \d\.\d{4}, lr unet 0\.0001464, lr text encoder 5\.49e-05, \d", log)
+
+
+@pytest.mark.parametrize(("tweaks", "interval"), [(None, 2000), (True, 2000), (False, 25)])
+def test_the_grad_scalers_step_tweaks_can_be_switched_off(settings: dict[str, Any], tweaks: Any, interval: int) -> None:
+    changes = {"amp_dtype": "fp16", "optimizer_config": {"apply_grad_scaler_step_tweaks": tweaks}}
+    with prepared(**{**settings, **changes}) as rehearsal:
+        run = rehearsal.run
+        run.precision.num_steps = 5000
+        loss = sum(parameter.square().sum() for parameter in run.parameters())
+        run.precision.scale(loss).backward()
+        run.update_weights(5000)
+        assert run.precision.scaler.get_growth_interval() == interval
