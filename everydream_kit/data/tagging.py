@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,10 @@ from everydream_kit.data.dataset import FROM_FILE_NAME, FROM_JSON, Dataset
 from everydream_kit.data.files import scan_dataset
 from everydream_kit.data.textfiles import TextError, read_text
 from everydream_kit.errors import ConfigError, DataError
+from everydream_kit.strict_json import parse_json
 
+MAX_TABLE_BYTES = 256 << 20
+"""A million images with long captions."""
 _RICH = (".yaml", ".yml", ".json")
 _NAME_COLUMNS = ("image", "file_name", "filename", "file", "path", "name")
 _CAPTION_COLUMNS = ("caption", "text", "prompt", "description")
@@ -149,7 +151,7 @@ def read_table(table: Path) -> list[tuple[str, str]]:
     """
     try:
         rows = _parse_rows(table.read_text(encoding="utf-8-sig"), table.suffix.lower())
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error, DataError) as error:
         raise DataError(f"{table}: cannot be read as a table of captions ({error}).") from error
     if not rows:
         raise DataError(f"{table}: has no rows.")
@@ -167,9 +169,10 @@ def _parse_rows(text: str, suffix: str) -> list[dict[str, Any]]:
     if suffix in (".csv", ".tsv"):
         return list(csv.DictReader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else ","))
     if suffix == ".jsonl":
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        lines = enumerate(text.splitlines(), 1)
+        rows = [parse_json(line, f"line {n}", error=DataError) for n, line in lines if line.strip()]
     else:
-        held = json.loads(text)
+        held = parse_json(text, "the table", expect=None, error=DataError, max_bytes=MAX_TABLE_BYTES)
         rows = [{"image": k, "caption": v} for k, v in held.items()] if isinstance(held, dict) else held
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("a list of objects is expected")

@@ -6,12 +6,14 @@ becomes `other` with a name of its own, as the Hub wants it. Looking a licence u
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from everydream_kit.errors import KitError
+from everydream_kit.strict_json import read_json
 
 FIELDS = ("license", "license_name", "license_link")
 CARD_NAMES = ("README.md", "MODEL_CARD.md", "model_card.md")
@@ -106,8 +108,8 @@ def _adapter_base(path: Path) -> Path | None:
     if not path.is_file():
         return None
     try:
-        note: Any = json.loads(path.read_text("utf-8"))
+        note: Any = read_json(path)
         base = Path(note["base"]["source"])
-    except (ValueError, KeyError, TypeError):
+    except (KitError, KeyError, TypeError):
         return None
     return base if base.exists() else None

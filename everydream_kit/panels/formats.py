@@ -6,7 +6,6 @@ its base. Learnt words are one small file as they are.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from everydream_kit.errors import ExportError
+from everydream_kit.strict_json import parse_json
 
 LARGEST_HEADER_BYTES = 100_000_000
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -112,7 +112,8 @@ def count_weights(path: Path) -> int:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length < LARGEST_HEADER_BYTES else None
+            content = file.read(length) if length < LARGEST_HEADER_BYTES else b""
+        header = parse_json(content, path.name, error=ExportError, max_bytes=LARGEST_HEADER_BYTES)
         return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ExportError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExportError(f"{path.parent.name}/{path.name} is damaged; choose another checkpoint") from error

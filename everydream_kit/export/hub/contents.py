@@ -23,6 +23,7 @@ from typing import Any, Literal, cast, get_args
 
 from everydream_kit.errors import ExportError
 from everydream_kit.export.hub.connection import redact
+from everydream_kit.strict_json import read_json
 from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder, is_checkpoint
 
 What = Literal["diffusers", "lora", "single_file", "samples", "training", "resume"]
@@ -107,11 +108,9 @@ class Source:
         if self.run is None:
             return {}
         try:
-            return dict(json.loads(self.run.config_path.read_text("utf-8")))
-        except (ValueError, TypeError) as error:
-            raise ExportError(
-                f"{self.run.config_path}: damaged: {error}. Mend it, or push the checkpoint alone."
-            ) from error
+            return dict(read_json(self.run.config_path, error=ExportError))
+        except ExportError as error:
+            raise ExportError(f"{error} The settings are damaged: fix them, or push the checkpoint alone.") from error
 
     @property
     def title(self) -> str:

@@ -214,6 +214,15 @@ def test_captions_come_from_tables_of_every_kind(folder, tmp_path, name):
     assert not (folder / "small.txt").exists()
 
 
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"image": ' + "9" * 6000 + "}", "[3]", "{"], ids=len)
+def test_a_table_that_is_no_json_is_one_error(folder, tmp_path, suffix, text):
+    table = tmp_path / f"t{suffix}"
+    table.write_text(text)
+    with pytest.raises(DataError, match="cannot be read as a table of captions"):
+        captions_from_table(table, folder)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("a,b\n1,2\n", "none of the columns"), ("image,caption\n", "has no rows"), ("image,caption\nx.png\n", "row 1")],
