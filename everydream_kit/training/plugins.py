@@ -8,17 +8,26 @@ A plug-in is any class with some of these methods; it need not derive from anyth
     transform_caption(caption) -> caption
     transform_pil_image(picture) -> picture
 
-Where EveryDream 2 passed keyword arguments of its own, the run itself is passed: everything is reachable from it. A plug-in
-that transforms pictures switches the latent cache off, since what it makes cannot be known in advance.
+EveryDream 2's signature works as well: a hook that takes keyword arguments (`**kwargs`) gets `epoch`, `global_step`,
+`local_step`, `epoch_length`, `project_name`, `log_folder`, `data_root`, `batch`, `ed_state`, `arg_update_callback` where it had
+them there, and `run`. What differs is in docs/differences.md.
+
+A plug-in that transforms images switches the latent cache off, since what it makes cannot be known in advance. A hook that
+does nothing, such as one inherited from EveryDream 2's `BasePlugin`, is no hook.
 """
 
 from __future__ import annotations
 
+import dis
 import importlib
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from everydream_kit.errors import ConfigError
+import numpy as np
+
+from everydream_kit.errors import ConfigError, KitError
 from everydream_kit.training.reports import Listener, StepReport
 
 if TYPE_CHECKING:
@@ -33,6 +42,9 @@ HOOKS = frozenset(
         *("transform_caption", "transform_pil_image"),
     }
 )
+
+
+_BASE_HINT = " EveryDream 2's BasePlugin is not needed: take out its import, and derive from nothing."
 
 
 def load_plugins(names: Sequence[str]) -> list[Any]:
@@ -51,15 +63,85 @@ def load_plugins(names: Sequence[str]) -> list[Any]:
         except ModuleNotFoundError as error:
             raise ConfigError(
                 f"plugins: {name}: there is no module {error.name}. Put its folder on PYTHONPATH, or install it."
+                + (
+                    _BASE_HINT
+                    if error.name in ("plugins", "plugins.plugins") and not name.startswith("plugins.")
+                    else ""
+                )
             ) from error
         except AttributeError as error:
             raise ConfigError(f"plugins: the module {module_name} has no class {class_name}.") from error
-        if not (isinstance(plugin_class, type) and any(hasattr(plugin_class, hook) for hook in HOOKS)):
+        if not (isinstance(plugin_class, type) and any(has_hook(plugin_class, hook) for hook in HOOKS)):
             raise ConfigError(
                 f"plugins: {name} is no plug-in: a class with at least one of {', '.join(sorted(HOOKS))}."
             )
         plugins.append(plugin_class())
     return plugins
+
+
+def name_of(plugin: Any) -> str:
+    """`module.Class` of a plug-in."""
+    return f"{type(plugin).__module__}.{type(plugin).__qualname__}"
+
+
+def has_hook(plugin: Any, hook: str) -> bool:
+    """Whether a plug-in does something at a hook."""
+    method = getattr(plugin, hook, None)
+    return callable(method) and not _does_nothing(method, returns_argument=hook.startswith("transform_"))
+
+
+def _does_nothing(method: Any, *, returns_argument: bool) -> bool:
+    """Whether a method's whole body is `pass`, or `return` of its argument."""
+    code = getattr(getattr(method, "__func__", method), "__code__", None)
+    if code is None:
+        return False
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("RESUME", "NOP", "CACHE")]
+    if len(steps) > 2 or steps[-1].opname not in ("RETURN_VALUE", "RETURN_CONST"):
+        return False
+    if returns_argument:
+        return steps[0].opname.startswith("LOAD_FAST") and steps[0].argval == code.co_varnames[code.co_argcount - 1]
+    return steps[0].opname in ("LOAD_CONST", "RETURN_CONST") and steps[0].argval is None
+
+
+def call_hook(plugin: Any, hook: str, arguments: Sequence[Any], facts: Mapping[str, Any] | None = None) -> Any:
+    """Call one hook: by position, or by keyword where it takes `**kwargs` or keyword-only arguments.
+
+    Args:
+        plugin: whose hook it is.
+        hook: its name.
+        arguments: by position.
+        facts: by keyword; None: this hook has one signature.
+
+    Raises:
+        ConfigError: the plug-in raised something; its name and the hook are in the message.
+    """
+    method = getattr(plugin, hook)
+    try:
+        if facts is None or not _takes_keywords(method):
+            return method(*arguments)
+        accepted = inspect.signature(method).parameters
+        if any(one.kind is one.VAR_KEYWORD for one in accepted.values()):
+            return method(**facts)
+        return method(**{name: value for name, value in facts.items() if name in accepted})
+    except KitError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"plugins: {name_of(plugin)}.{hook} raised {type(error).__name__}: {error}. Correct the plug-in or take it out"
+            f"{_KEYWORDS_HINT if isinstance(error, KeyError) else ''}."
+        ) from error
+
+
+_KEYWORDS_HINT = "; docs/differences.md lists what a hook of EveryDream 2 gets here"
+
+
+def _takes_keywords(method: Any) -> bool:
+    kinds = {one.kind for one in inspect.signature(method).parameters.values()}
+    return bool(kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.KEYWORD_ONLY})
+
+
+def _refuse_update(name: str, value: Any) -> None:
+    raise ConfigError(f"{name}: a plug-in cannot set it to {value!r} while a run goes on; set it before the run.")
 
 
 class PluginListener(Listener):
@@ -69,49 +151,120 @@ class PluginListener(Listener):
         self.plugins = plugins
 
     def on_start(self, run: Run) -> None:
-        self._call("on_training_start", run)
+        self._call("on_training_start", run, facts=_run_facts(run))
         if run.position.step_in_epoch == 0:
-            self._call("on_epoch_start", run, run.position.epoch)
-        self._call("on_step_start", run, run.position.step)
+            self._start_epoch(run, run.position.epoch)
+        self._start_step(run, run.position.step)
 
     def __call__(self, run: Run, report: StepReport) -> None:
-        self._call("on_step_end", run, report)
+        batches = report.batches
+        facts = _step_facts(run, report.epoch, report.step - 1, report.step_in_epoch)
+        # a window of accumulated micro-batches is one step here; its last one is the batch
+        facts |= {"batch": _as_dict(batches[-1]) if batches else {}, "batches": [_as_dict(one) for one in batches]}
+        self._call("on_step_end", run, report, facts={**facts, "report": report})
         if report.epoch_ended:
-            self._call("on_epoch_end", run, report.epoch)
+            end = _step_facts(run, report.epoch, report.step, report.step_in_epoch)
+            self._call("on_epoch_end", run, report.epoch, facts={**end, "arg_update_callback": _refuse_update})
         if not run.is_complete():
             if report.epoch_ended:
-                self._call("on_epoch_start", run, run.position.epoch)
-            self._call("on_step_start", run, report.step)
+                self._start_epoch(run, report.epoch + 1)
+            self._start_step(run, report.step)
 
     def on_finish(self, run: Run) -> None:
-        self._call("on_training_end", run)
+        self._call("on_training_end", run, facts={"run": run})
 
-    def _call(self, hook: str, *arguments: Any) -> None:
+    def _start_epoch(self, run: Run, epoch: int) -> None:
+        facts = _step_facts(run, epoch, run.position.step, 0)
+        facts |= {"epoch_length": _epoch_length(run), "arg_update_callback": _refuse_update}
+        self._call("on_epoch_start", run, epoch, facts=facts)
+
+    def _start_step(self, run: Run, step: int) -> None:
+        facts = _step_facts(run, run.position.epoch, step, run.position.step_in_epoch)
+        self._call("on_step_start", run, step, facts=facts)
+
+    def _call(self, hook: str, *arguments: Any, facts: Mapping[str, Any]) -> None:
         for plugin in self.plugins:
-            method = getattr(plugin, hook, None)
-            if method is not None:
-                method(*arguments)
+            if has_hook(plugin, hook):
+                call_hook(plugin, hook, arguments, facts)
+
+
+def _run_facts(run: Run) -> dict[str, Any]:
+    return {"run": run, "log_folder": str(run.folder.folder), "project_name": run.config.project_name}
+
+
+def _step_facts(run: Run, epoch: int, step: int, step_in_epoch: int) -> dict[str, Any]:
+    """What EveryDream 2's hooks were given, under its names. Steps are optimizer steps, from 0."""
+    model = run.model
+    state = SimpleNamespace(
+        unet=model.unet,
+        vae=model.vae,
+        text_encoder=model.text_encoders[0],
+        tokenizer=model.tokenizers[0],
+        noise_scheduler=model.noise_scheduler,
+        optimizer=run.optimizer,
+    )
+    return {
+        **_run_facts(run),
+        "epoch": epoch,
+        "global_step": step,
+        "local_step": step_in_epoch,
+        "data_root": run.config.data_root,
+        "ed_state": state,
+    }
+
+
+def _epoch_length(run: Run) -> int:
+    """Optimizer steps of an epoch, on average."""
+    return max(1, round(run.num_steps / run.config.max_epochs))
+
+
+def _as_dict(batch: Any) -> dict[str, Any]:
+    """A micro-batch under EveryDream 2's names."""
+    return {"image": batch.pixels, "captions": batch.captions, "loss_scale": batch.loss_scale}
 
 
 def caption_transform(plugins: Sequence[Any]) -> Callable[[str], str] | None:
     """The plug-ins' changes to a caption, one after the other, or None if they make none."""
-    steps = [plugin.transform_caption for plugin in plugins if hasattr(plugin, "transform_caption")]
-    return _Chain(steps) if steps else None
+    return _chain(plugins, "transform_caption")
 
 
 def picture_transform(plugins: Sequence[Any]) -> Callable[[Image.Image], Image.Image] | None:
-    """The plug-ins' changes to a picture, one after the other, or None if they make none."""
-    steps = [plugin.transform_pil_image for plugin in plugins if hasattr(plugin, "transform_pil_image")]
-    return _Chain(steps) if steps else None
+    """The plug-ins' changes to an image, one after the other, or None if they make none."""
+    return _chain(plugins, "transform_pil_image")
+
+
+def _chain(plugins: Sequence[Any], hook: str) -> Callable[[Any], Any] | None:
+    steps = [plugin for plugin in plugins if has_hook(plugin, hook)]
+    return _Chain(steps, hook) if steps else None
 
 
 class _Chain:
-    """Functions one after the other; an object, so that it can travel to a loader process."""
+    """One hook of several plug-ins, one after the other; an object, so that it can travel to a loader process."""
 
-    def __init__(self, steps: Sequence[Callable[[Any], Any]]) -> None:
-        self.steps = steps
+    def __init__(self, plugins: Sequence[Any], hook: str) -> None:
+        self.plugins = plugins
+        self.hook = hook
 
     def __call__(self, value: Any) -> Any:
-        for step in self.steps:
-            value = step(value)
+        check = _as_text if self.hook == "transform_caption" else _as_image
+        for plugin in self.plugins:
+            value = check(call_hook(plugin, self.hook, [value]), f"plugins: {name_of(plugin)}.{self.hook}")
         return value
+
+
+def _as_text(value: Any, source: str) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{source} returned a {type(value).__name__}; it must return the caption, a text.")
+    return value
+
+
+def _as_image(value: Any, source: str) -> Image.Image:
+    """An image, also where an array came back, as EveryDream 2's plug-ins return."""
+    from PIL import Image
+
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3 and value.shape[2] == 3:
+        return Image.fromarray(value)
+    if not isinstance(value, Image.Image):
+        what = f"n array of {value.dtype} {value.shape}" if isinstance(value, np.ndarray) else f" {type(value).__name__}"
+        raise ConfigError(f"{source} returned a{what}; it must return an RGB image, or a uint8 array (H, W, 3).")
+    return value

@@ -12,15 +12,15 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from everydream_kit.training.resume_state import number_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from everydream_kit.data.records import StepBatches
+    from everydream_kit.data.records import Batch, StepBatches
     from everydream_kit.training.losses import PictureLosses
     from everydream_kit.training.run import Run
 
@@ -39,6 +39,7 @@ class StepReport:
         gradient_norm: L2 norm of all gradients before clipping, or None where nobody wanted it.
         num_images: images over all processes.
         num_epochs_ended: since the step before; more than one where epochs without an image follow.
+        batches: the step's micro-batches of this process.
         seconds: from the end of the step before, loader included; saving, sampling and encoding not.
         encoding_seconds: what went into latents that are in the cache from now on.
     """
@@ -56,6 +57,7 @@ class StepReport:
     seconds: float
     encoding_seconds: float = 0.0
     num_epochs_ended: int = 0
+    batches: Sequence[Batch] = field(default=(), repr=False, compare=False)
 
     @classmethod
     def make(
@@ -84,6 +86,7 @@ class StepReport:
             num_images=work.num_images,
             seconds=seconds,
             encoding_seconds=work.encoding_seconds,
+            batches=work.batches,
         )
 
 
