@@ -265,6 +265,8 @@ def _as_image(value: Any, source: str) -> Image.Image:
     if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3 and value.shape[2] == 3:
         return Image.fromarray(value)
     if not isinstance(value, Image.Image):
-        what = f"n array of {value.dtype} {value.shape}" if isinstance(value, np.ndarray) else f" {type(value).__name__}"
+        what = (
+            f"n array of {value.dtype} {value.shape}" if isinstance(value, np.ndarray) else f" {type(value).__name__}"
+        )
         raise ConfigError(f"{source} returned a{what}; it must return an RGB image, or a uint8 array (H, W, 3).")
     return value
