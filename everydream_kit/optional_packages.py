@@ -31,12 +31,14 @@ _ERRORS = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueE
 
 def hide_unused() -> None:
     """Hide what a run does not need, in a process of our own. What is imported already stays."""
+    _drop_irrelevant_records()
     for name in UNUSED:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # None is how Python marks a missing module
 
 
 def hide_broken() -> None:
     """Hide what cannot be imported here, in a process that may be somebody's kernel. A package that works stays."""
+    _drop_irrelevant_records()
     for name in IMPORTED_BY_LIBRARIES:
         if name in sys.modules or importlib.util.find_spec(name) is None:
             continue
@@ -56,3 +58,12 @@ def keep_tensorflow_out_of_tensorboard() -> None:
     """Let TensorBoard's writer use its own stub: by default it imports TensorFlow where that is installed, for seconds."""
     name = "tensorboard.compat.notf"
     sys.modules.setdefault(name, ModuleType(name))
+
+
+def _drop_irrelevant_records() -> None:
+    """On some CPUs bitsandbytes warns of a kernel for 4-bit layers that it would fetch from the Hub. Nothing uses it."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_relevant)
+
+
+def _is_relevant(record: logging.LogRecord) -> bool:
+    return "from kernels-community" not in record.getMessage()
