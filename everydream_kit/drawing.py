@@ -156,10 +156,15 @@ def open_for_drawing(checkpoint: Checkpoint, *, lora: str | Path | None = None) 
     dtype = torch.float16 if device == "cuda" else torch.float32
     if lora is None:
         return load_model(source, dtype=dtype, device=device)
-    from everydream_kit.models.lora_formats import apply_lora, read_lora
+    from everydream_kit.models.lora_formats import apply_lora, read_lora_file
+    from everydream_kit.models.tokens import put_tokens
 
     files = open_model(source)
-    return assemble(apply_lora(files, read_lora(Path(lora), files)), dtype=dtype, device=device)
+    read = read_lora_file(Path(lora), files)
+    model = assemble(apply_lora(files, read), dtype=dtype, device=device)
+    if read.embeddings:
+        put_tokens(model, read.embeddings, str(lora))
+    return model
 
 
 def meant(checkpoint: str | Path | RunFolder) -> str | Path:

@@ -4,6 +4,7 @@ tensor."""
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from pathlib import Path
 
@@ -14,8 +15,11 @@ from everydream_kit.export.folder import write_new_folder
 from everydream_kit.export.single_file import export_files
 from everydream_kit.models.files import ModelFiles
 from everydream_kit.models.loading import open_model
-from everydream_kit.models.lora_formats import apply_lora, read_lora
+from everydream_kit.models.lora_formats import apply_lora, read_lora_file
 from everydream_kit.models.tensors import LazyTensor
+from everydream_kit.models.tokens import write_embedding
+
+logger = logging.getLogger(__name__)
 
 _MISSPELT = re.compile(r"\.(safe\w*|ckpt\w*|pt|pth|bin|sft)$", re.IGNORECASE)
 """Names by which somebody means a file, and would get a folder."""
@@ -28,13 +32,22 @@ def merge_lora(
 
     Args:
         base: any model that `load_model` takes.
-        lora: a LoRA file of either layout, or a LoRA checkpoint.
+        lora: a LoRA file of any kind that docs/models.md lists, or a LoRA checkpoint. Words bundled in it become
+            embedding files next to the result.
         out_path: `.safetensors` or `.ckpt` for a single file, anything else for a new diffusers folder.
         strength: 1 is the LoRA as it was trained.
         precision: of the result: fp16, bf16 or fp32.
     """
     files = open_model(base)
-    return _write(apply_lora(files, read_lora(Path(lora), files), strength), Path(out_path), precision)
+    read = read_lora_file(Path(lora), files)
+    out = _write(apply_lora(files, read, strength), Path(out_path), precision)
+    for token, parts in read.embeddings.items():
+        near = out.parent / (re.sub(r"[^\w.-]", "_", token) + ".safetensors")
+        if near.exists():
+            raise ExportError(f"{near}: is there already, so the LoRA's word {token!r} is not written; move it.")
+        write_embedding(near, token, parts)
+        logger.warning("%s brings the word %s: it is in %s, for the embeddings folder of your app.", lora, token, near)
+    return out
 
 
 def merge_checkpoints(

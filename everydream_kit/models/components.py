@@ -146,6 +146,10 @@ def _renamed(tensors: Tensors, wanted: dict[str, tuple[int, ...]]) -> Tensors:
                 current = f"text_model.{current}"
         if current in wanted and len(tensor.shape) == 4 and len(wanted[current]) == 2 and tensor.shape[2:] == (1, 1):
             renamed[current] = tensor.reshaped(*tensor.shape[:2])  # a 1 x 1 convolution is a linear layer
+        elif current in wanted and len(tensor.shape) == 2 and wanted[current][2:] == (1, 1):
+            renamed[current] = (
+                tensor.reshaped(*wanted[current][:2], 1, 1) if tensor.shape == wanted[current][:2] else tensor
+            )
         else:
             renamed[current] = tensor
     return renamed

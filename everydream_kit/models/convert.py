@@ -26,6 +26,13 @@ UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 CLIP_VOCABULARY = 49408
 
+VAE_TRAINING_ONLY = ("loss.", "model_ema.")
+"""What a VAE's own training left in the file: its discriminator and averages."""
+OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""diffusers' names before 0.15, and after."""
+TEXT_UNUSED = ("text_projection.", "logit_scale", "visual_projection.", "vision_model.", "text_model.text_projection.")
+"""What CLIP files hold that Stable Diffusion's text encoder without projection does not use."""
+
 Rename = tuple[str, str]
 """(diffusers prefix, single-file prefix); both end where a module's name ends."""
 
@@ -55,16 +62,30 @@ def from_single_file(tensors: Tensors, family: Family, configs: dict[str, Config
     left out."""
     parts: dict[str, Tensors] = {
         "unet": dict(_backward(_under(tensors, UNET_PREFIX), unet_renames(configs["unet"]))),
-        "vae": {
-            name: value.reshaped(*value.shape[:2]) if _is_conv_matrix(name, value) else value
-            for name, value in _backward(_under(tensors, VAE_PREFIX), vae_renames(configs["vae"]))
-        },
+        "vae": _vae_from_single_file(_under(tensors, VAE_PREFIX), configs["vae"]),
     }
     for slot in family.text_encoders:
         own = _under(tensors, slot.single_file_prefix)
-        read = _text_from_hf if slot.single_file_layout == "hf" else _text_from_openclip
-        parts[slot.folder] = read(own, slot)
+        if slot.single_file_layout == "hf":
+            parts[slot.folder] = _text_from_hf(own, slot)
+        else:
+            parts[slot.folder] = _text_from_openclip(own, slot, configs[slot.folder]["num_hidden_layers"])
     return parts
+
+
+def _vae_from_single_file(tensors: Tensors, config: Config) -> Tensors:
+    """A VAE by diffusers' names. Its attention is spelled `q` or `to_q`, and is a matrix or a 1 x 1 convolution:
+    diffusers' conversion script of 0.17 and later, which EveryDream 2 uses, writes the second name and the matrix."""
+    pairs = vae_renames(config)
+    for half in ("encoder", "decoder"):
+        ours, theirs = f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1"
+        pairs += [(f"{ours}.{name}", f"{theirs}.{name}") for name in ("to_q", "to_k", "to_v", "to_out.0", "group_norm")]
+        pairs += [(f"{ours}.{new}", f"{theirs}.{old}") for old, new in OLD_VAE_ATTENTION.items()]
+    known = {name: value for name, value in tensors.items() if not name.startswith(VAE_TRAINING_ONLY)}
+    return {
+        name: value.reshaped(*value.shape[:2]) if _is_conv_matrix(name, value) else value
+        for name, value in _backward(known, pairs)
+    }
 
 
 def unet_renames(config: Config) -> list[Rename]:
@@ -177,6 +198,7 @@ def _under(tensors: Tensors, prefix: str) -> Tensors:
 
 
 def _is_conv_matrix(name: str, value: LazyTensor) -> bool:
+    """Whether a matrix is written as a 1 x 1 convolution."""
     return bool(_ATTENTION_MATRIX.search(name)) and len(value.shape) == 4
 
 
@@ -199,7 +221,8 @@ def _text_to_hf(tensors: Tensors, slot: TextEncoderSlot) -> Tensors:
 
 
 def _text_from_hf(tensors: Tensors, slot: TextEncoderSlot) -> Tensors:
-    return _with_prefix(tensors)
+    unused = TEXT_UNUSED if slot.class_name == "CLIPTextModel" else ("logit_scale",)
+    return _with_prefix({name: value for name, value in tensors.items() if not name.startswith(unused)})
 
 
 _OPENCLIP_LAYER = {
@@ -245,8 +268,8 @@ def _made(value: torch.Tensor, like: Tensors) -> LazyTensor:
     return LazyTensor.of(value.to(dtype))
 
 
-def _text_from_openclip(tensors: Tensors, slot: TextEncoderSlot) -> Tensors:
-    num_layers = _num_layers(tensors, r"transformer\.resblocks\.(\d+)\.") - slot.drops_last_block
+def _text_from_openclip(tensors: Tensors, slot: TextEncoderSlot, num_layers: int) -> Tensors:
+    """The blocks that the model uses. Some files hold one more (SD 2.x), which nothing reads."""
     fixed = {
         "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
         "positional_embedding": "text_model.embeddings.position_embedding.weight",

@@ -1,4 +1,5 @@
-"""LoRA files: diffusers' and kohya's `.safetensors`, both read and written, and merged into a base lazily.
+"""LoRA files: diffusers' and kohya's `.safetensors`, written, read for training, and merged into a base lazily. How
+files of every tool are read is in `lora_reading.py`.
 
 Diffusers names layers by their modules (`unet.down_blocks...to_q.lora_A.weight`); kohya's files, which UIs know, join
 the names with underscores (`lora_unet_down_blocks_..._to_q.lora_down.weight`) and carry an `alpha` for each layer.
@@ -10,27 +11,27 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
 from everydream_kit.errors import ModelError
-from everydream_kit.models.adapters import LORA_FILE
-from everydream_kit.models.convert import rename, unet_renames
 from everydream_kit.models.family import Config, Family
 from everydream_kit.models.files import ModelFiles
 from everydream_kit.models.lora import Lora, LoraLayer
-from everydream_kit.models.tensors import LazyTensor, Tensors, open_safetensors, write_safetensors
-from everydream_kit.strict_json import parse_json
+from everydream_kit.models.lora_changes import Change, LoraFile, apply_changes, change_of, delta
+from everydream_kit.models.lora_names import kohya_name
+from everydream_kit.models.lora_reading import DIFFUSERS_METADATA, is_lora, lora_file, read_lora_file
+from everydream_kit.models.tensors import LazyTensor, Tensors, write_safetensors
 
 Layout = Literal["diffusers", "kohya"]
 Number = TypeVar("Number", int, float)
 
-DIFFUSERS_METADATA = "lora_adapter_metadata"
-"""Where diffusers keeps rank and alpha (JSON in the header)."""
+__all__ = ["apply_lora", "delta", "is_lora", "kohya_name", "lora_file", "read_lora", "read_lora_file", "write_lora"]
 
 
 def write_lora(
@@ -143,168 +144,49 @@ def _to_kohya(lora: Lora, family: Family, unet_config: Config) -> Tensors:
     return tensors
 
 
-def kohya_name(component: str, name: str, family: Family, unet_config: Config) -> str:
-    """A layer's name in kohya's layout."""
-    if component == "unet":
-        if len(family.text_encoders) > 1:
-            name = rename(name + ".weight", dict(unet_renames(unet_config))).removesuffix(".weight")
-        return "lora_unet_" + name.replace(".", "_")
-    prefix = next(slot.kohya_prefix for slot in family.text_encoders if slot.folder == component)
-    return f"{prefix}_{name.replace('.', '_')}"
-
-
-LAYER_ENDS = (".lora_down.weight", ".lora_A.weight")
-"""What the first half of a layer is called, in kohya's and in diffusers' layout."""
-
-
-def lora_file(path: Path) -> Path:
-    """The file of a LoRA checkpoint's folder, or the file that was given."""
-    return path / LORA_FILE if path.is_dir() else path
-
-
-def is_lora(path: Path) -> bool:
-    """Whether a file or folder holds a LoRA. A damaged file does not."""
-    file = lora_file(path)
-    if not file.is_file() or file.suffix != ".safetensors":
-        return False
-    try:
-        return any(name.endswith(LAYER_ENDS) for name in open_safetensors(file)[0])
-    except ModelError:
-        return False
-
-
 def read_lora(path: Path, base: ModelFiles) -> Lora:
-    """Read a LoRA file of either layout.
+    """Read a LoRA that can be trained on: layers of two matrices. `read_lora_file` reads every kind.
 
     Args:
         path: the file, or a LoRA checkpoint's folder.
         base: the model that it belongs to; its layers' names say what the file's underscores mean.
 
     Raises:
-        ModelError: damaged, no LoRA, or made for a model of another shape.
+        ModelError: damaged, no LoRA, of another kind, or made for a model of another shape.
     """
-    path = lora_file(path)
-    tensors, metadata = open_safetensors(path)
-    if any(name.endswith(".lora_down.weight") for name in tensors):
-        lora = _from_kohya(tensors, base)
-    else:
-        lora = _from_diffusers(tensors, metadata)
-    num_read = sum(len(layers) for layers in lora.values())
-    num_there = sum(name.endswith(LAYER_ENDS) for name in tensors)
-    if not num_there:
-        raise ModelError(f"{path}: no LoRA; its first tensor is named {next(iter(tensors), None)!r}.")
-    if num_read < num_there:
-        raise ModelError(
-            f"{path}: {num_there - num_read} of its {num_there} layers are not in {base.source} "
-            f"({base.family.title}). It was made for another model family."
-        )
-    check_fits(path, lora, base)
-    return lora
-
-
-def check_fits(path: Path, lora: Lora, base: ModelFiles) -> None:
-    """Compare a LoRA's layers with the base's.
-
-    Raises:
-        ModelError: a layer is missing or of another shape.
-    """
-    for component, layers in lora.items():
-        for name, layer in layers.items():
-            weight = base.tensors.get(component, {}).get(f"{name}.weight")
-            if weight is None or weight.shape[0] != layer.up.shape[0] or weight.shape[1] != layer.down.shape[1]:
-                shape = "is not there" if weight is None else f"has the shape {weight.shape}"
-                raise ModelError(
-                    f"{path}: does not fit {base.source}: its layer {component}.{name} wants a weight of "
-                    f"{layer.up.shape[0]} x {layer.down.shape[1]}, and that {shape}."
-                )
-
-
-def _from_kohya(tensors: Tensors, base: ModelFiles) -> Lora:
-    lora: Lora = {}
-    for component, weights in base.tensors.items():
-        if component == "vae":
-            continue
-        for weight_name, weight in weights.items():
-            name = weight_name.removesuffix(".weight")
-            if name == weight_name or len(weight.shape) < 2:
-                continue
-            stems = {kohya_name(component, name, base.family, base.configs["unet"])}
-            if component == "unet":
-                stems.add("lora_unet_" + name.replace(".", "_"))
-            for stem in stems:
-                if f"{stem}.lora_down.weight" in tensors:
-                    lora.setdefault(component, {})[name] = _kohya_layer(tensors, stem)
-    return lora
-
-
-def _kohya_layer(tensors: Tensors, stem: str) -> LoraLayer:
-    down, up = tensors[f"{stem}.lora_down.weight"], tensors.get(f"{stem}.lora_up.weight")
-    if up is None:
-        raise ModelError(f"{stem}: a LoRA layer without lora_up.")
-    alpha = tensors[f"{stem}.alpha"].read().item() if f"{stem}.alpha" in tensors else float(down.shape[0])
-    scale = tensors.get(f"{stem}.dora_scale")
-    return LoraLayer(down, up, alpha, None if scale is None else scale.reshaped(scale.shape[0]))
-
-
-def _from_diffusers(tensors: Tensors, metadata: Mapping[str, str]) -> Lora:
-    values = parse_json(
-        metadata.get(DIFFUSERS_METADATA, "{}"), f"LoRA: metadata {DIFFUSERS_METADATA}", error=ModelError
+    file = read_lora_file(path, base)
+    others = sorted(
+        {_kind(change) for part in file.changes.values() for change in part.values() if not change.is_plain}
     )
-    lora: Lora = {}
-    for key, down in tensors.items():
-        if not key.endswith(".lora_A.weight"):
-            continue
-        stem = key.removesuffix(".lora_A.weight")
-        component, _, name = stem.partition(".")
-        up = tensors.get(f"{stem}.lora_B.weight")
-        if up is None:
-            raise ModelError(f"{stem}: a LoRA layer without lora_B.")
-        own = _by_pattern(values, component, name) or values.get(f"{component}.lora_alpha", down.shape[0])
-        if isinstance(own, bool) or not isinstance(own, (int, float)):
-            raise ModelError(f"LoRA: the alpha of {component}.{name} must be a number (got {own!r:.60}).")
-        alpha = float(own)
-        magnitude = tensors.get(f"{stem}.lora_magnitude_vector")
-        lora.setdefault(component, {})[name] = LoraLayer(down, up, alpha, magnitude)
-    return lora
+    if others or file.embeddings:
+        raise ModelError(
+            f"{path}: holds {', '.join([*others, *['bundled embeddings'] * bool(file.embeddings)])}, which can be merged "
+            "and sampled with, not trained or exported as a LoRA. Merge it with `everydream merge BASE LORA OUT`."
+        )
+    return {
+        component: {name.removesuffix(".weight"): _layer(change) for name, change in changes.items()}
+        for component, changes in file.changes.items()
+    }
 
 
-def _by_pattern(values: Mapping[str, Any], component: str, name: str) -> float | None:
-    """A layer's own alpha, where the file names it: peft's patterns match the ends of names."""
-    patterns = values.get(f"{component}.alpha_pattern")
-    if not isinstance(patterns, dict):
-        return None
-    return next((patterns[end] for end in patterns if f".{name}".endswith("." + end.removeprefix("^"))), None)
+def _kind(change: Change) -> str:
+    if change.kind != "LoRA":
+        return f"{change.kind}s" if change.kind == "difference" else change.kind
+    return "LoCon with a Tucker core" if "mid" in change.parts else "DoRA along the input"
 
 
-def apply_lora(base: ModelFiles, lora: Lora, strength: float = 1.0) -> ModelFiles:
+def _layer(change: Change) -> LoraLayer:
+    down, up, lengths = change.parts["down"], change.parts["up"], change.magnitude
+    magnitude = None if lengths is None else lengths.reshaped(math.prod(lengths.shape))
+    return LoraLayer(down, up, float(down.shape[0]) if change.alpha is None else change.alpha, magnitude)
+
+
+def apply_lora(base: ModelFiles, lora: Lora | LoraFile, strength: float = 1.0) -> ModelFiles:
     """A base with a LoRA merged into it, lazily: each weight is changed when it is read."""
-    tensors = {component: dict(weights) for component, weights in base.tensors.items()}
-    for component, layers in lora.items():
-        for name, layer in layers.items():
-            key = f"{name}.weight"
-            if key not in tensors.get(component, {}):
-                raise ModelError(f"{base.source}: has no layer {component}.{name} for the LoRA.")
-            tensors[component][key] = _merged(tensors[component][key], layer, strength)
-    return dataclasses.replace(base, tensors=tensors)
-
-
-def _merged(weight: LazyTensor, layer: LoraLayer, strength: float) -> LazyTensor:
-    def read() -> torch.Tensor:
-        original = weight.read().float()
-        change = delta(layer).reshape(original.shape)
-        if layer.magnitude is None:
-            return (original + strength * change).to(weight.dtype)
-        # DoRA (arXiv 2402.09353, equation 5): the direction of W + change, the learnt length of each row.
-        axes = tuple(range(1, original.dim()))
-        direction = original + change
-        length = direction.norm(dim=axes, keepdim=True)
-        merged = direction * (layer.magnitude.read().float().reshape(length.shape) / length)
-        return (original + strength * (merged - original)).to(weight.dtype)
-
-    return LazyTensor(weight.shape, weight.dtype, read)
-
-
-def delta(layer: LoraLayer) -> torch.Tensor:
-    """alpha / rank * up @ down, float32, (out, in * k * k)."""
-    down, up = layer.down.read().float().flatten(1), layer.up.read().float().flatten(1)
-    return (layer.alpha / layer.rank) * (up @ down)
+    if isinstance(lora, LoraFile):
+        return apply_changes(base, lora.changes, strength)
+    changes = {
+        component: {f"{name}.weight": change_of(layer) for name, layer in layers.items()}
+        for component, layers in lora.items()
+    }
+    return apply_changes(base, changes, strength)

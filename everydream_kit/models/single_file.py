@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from everydream_kit.errors import ModelError
-from everydream_kit.models.convert import UNET_PREFIX, VAE_PREFIX, from_single_file
+from everydream_kit.models.convert import UNET_PREFIX, from_single_file
 from everydream_kit.models.families import FAMILIES, family_by_name
 from everydream_kit.models.family import Config, Family, configs_folder
+from everydream_kit.models.file_kinds import refuse_other_kinds, with_vae, without_scales
 from everydream_kit.models.files import (
     ModelFiles,
     has_zero_terminal_snr,
@@ -27,7 +27,7 @@ from everydream_kit.models.files import (
 from everydream_kit.models.part_configs import scheduler_values
 from everydream_kit.models.tensors import Tensors
 from everydream_kit.models.tokenizer import END, Vocabulary, checked_vocabulary
-from everydream_kit.models.weight_files import open_weights
+from everydream_kit.models.weight_files import WEIGHT_SUFFIXES, open_weights
 from everydream_kit.strict_json import parse_json
 
 logger = logging.getLogger(__name__)
@@ -44,8 +44,6 @@ _V_STATISTIC = UNET_PREFIX + "output_blocks.11.1.transformer_blocks.0.norm1.bias
 _V_THRESHOLD = 0.09
 """ComfyUI's rule for SD 2.x files that say nothing: this bias spreads wider in v-prediction models."""
 
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-
 
 def open_single_file(path: Path, *, family: str | None = None, prediction_type: str | None = None) -> ModelFiles:
     """Open a single-file model.
@@ -56,11 +54,12 @@ def open_single_file(path: Path, *, family: str | None = None, prediction_type: 
     Raises:
         ModelError: damaged, carrying code, no Stable Diffusion model, or of a kind that the kit does not train.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        raise ModelError(f"{path}: not a model file by its name; the kit reads {', '.join(SUFFIXES)}.")
+    if path.suffix.lower() not in WEIGHT_SUFFIXES:
+        raise ModelError(f"{path}: not a model file by its name; the kit reads {', '.join(WEIGHT_SUFFIXES)}.")
     tensors, metadata = open_weights(path)
-    _refuse(path, tensors)
+    refuse_other_kinds(path, tensors)
     found = family_by_name(family) if family else _recognise(path, tensors)
+    tensors = with_vae(path, without_scales(tensors))
     configs = _configs(path, found, metadata)
     refuse_unsupported(str(path), configs, {})
     scheduler = dict(scheduler_values(configs.pop("scheduler"), str(path)))
@@ -79,49 +78,14 @@ def open_single_file(path: Path, *, family: str | None = None, prediction_type: 
     )
 
 
-def _refuse(path: Path, tensors: Tensors) -> None:
-    """Say what a file is that is not ours to train.
-
-    Raises:
-        ModelError: with the kind of file.
-    """
-    if not tensors:
-        raise ModelError(f"{path}: holds no weights at all.")
-    first = UNET_PREFIX + "input_blocks.0.0.weight"
-    if first in tensors:
-        refuse_unsupported(str(path), {"unet": {"in_channels": tensors[first].shape[1]}}, {})
-        if any(name.startswith("conditioner.embedders.0.model.") for name in tensors):
-            raise ModelError(
-                f"{path}: this is an SDXL refiner, which this version cannot train. Take the SDXL base model."
-            )
-        return
-    kinds: list[tuple[str, Callable[[str], bool]]] = [
-        ("a LoRA, not a model: give it beside its base model", lambda name: "lora_" in name),
-        (
-            "an SD 3, Flux or later model, which this version cannot train",
-            lambda name: re.search(r"(joint|double)_blocks\.", name) is not None,
-        ),
-        (
-            "one part of a diffusers model: give the folder that holds model_index.json",
-            lambda name: "down_blocks." in name,
-        ),
-        ("a VAE alone, not a whole model", lambda name: name.startswith(("encoder.", VAE_PREFIX))),
-        ("a textual-inversion embedding, not a model", lambda name: name in ("emb_params", "clip_l", "clip_g")),
-    ]
-    for kind, matches in kinds:
-        if any(matches(name) for name in tensors):
-            raise ModelError(f"{path}: this is {kind}.")
-    raise ModelError(f"{path}: no Stable Diffusion model; its first tensor is named {next(iter(tensors))!r}.")
-
-
 def _recognise(path: Path, tensors: Tensors) -> Family:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     for family in FAMILIES.values():
         if family.matches_keys(shapes):
             return family
     raise ModelError(
-        f"{path}: a UNet, but no text encoder of the families {', '.join(FAMILIES)} in it. Take the full checkpoint "
-        "instead of a UNet-only file, or say the family with `family`."
+        f"{path}: a UNet alone, with no text encoder of the families {', '.join(FAMILIES)} in it. Take the full "
+        "checkpoint instead of a UNet-only file."
     )
 
 

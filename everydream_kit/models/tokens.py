@@ -151,15 +151,28 @@ def load_tokens(model: Model, path: Path) -> None:
         ModelError: the vectors are of another size.
     """
     tensors, _ = open_safetensors(path)
-    tokens = [name for name in tensors if "|" not in name]
-    for token in tokens:
-        num_vectors = tensors[token].shape[0]
-        add_tokens(model, {token: " ".join(["a"] * num_vectors)})
+    words = [name for name in tensors if "|" not in name]
+    parts = {word: [tensors[name] for name in (word, f"{word}|1") if name in tensors] for word in words}
+    put_tokens(model, parts, str(path))
+
+
+def put_tokens(model: Model, embeddings: Mapping[str, Sequence[LazyTensor]], where: str) -> None:
+    """Give a model words that were learnt elsewhere.
+
+    Args:
+        embeddings: word -> vectors (n, D), one tensor for each text encoder.
+        where: the file, for messages.
+
+    Raises:
+        ModelError: the vectors are of another size.
+    """
+    for token, parts in embeddings.items():
+        add_tokens(model, {token: " ".join(["a"] * parts[0].shape[0])})
         for index, (tokenizer, text_encoder) in enumerate(zip(model.tokenizers, model.text_encoders, strict=True)):
-            part = tensors.get(token if index == 0 else f"{token}|{index}")
+            part = parts[index] if index < len(parts) else None
             table = text_tower(text_encoder).embeddings.token_embedding
             if part is None or part.shape[1] != table.new.shape[1]:
-                raise ModelError(f"{path}: {token} does not fit the text encoder {index} of {model.source}.")
+                raise ModelError(f"{where}: {token} does not fit the text encoder {index} of {model.source}.")
             ids = [tokenizer.convert_tokens_to_ids(name) - len(table.weight) for name in model.new_tokens[token]]
             with torch.no_grad():
                 table.new[ids] = part.read().to(table.new)

@@ -56,9 +56,13 @@ class EmptyTable:
         return OrderedDict()
 
 
+SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
+WEIGHT_SUFFIXES = (*SAFETENSORS_SUFFIXES, ".ckpt", ".pt", ".pth", ".bin")
+
+
 def open_weights(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """Open a weight file of either kind, by its extension."""
-    return open_safetensors(path) if path.suffix == ".safetensors" else open_pickle(path)
+    """Open a weight file of either kind, by its extension in upper or lower case."""
+    return open_safetensors(path) if path.suffix.lower() in SAFETENSORS_SUFFIXES else open_pickle(path)
 
 
 def open_pickle(path: Path) -> tuple[Tensors, dict[str, str]]:

@@ -1,0 +1,128 @@
+"""What a weight file is, by the names in it: used to name a file that is not a Stable Diffusion checkpoint, and to
+complete one that is.
+
+Scaled fp8 weights (ComfyUI's `scaled_fp8`) become ordinary numbers here, and a VAE that lies next to a checkpoint
+without one is found.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from everydream_kit.errors import ModelError
+from everydream_kit.models.convert import UNET_PREFIX, VAE_PREFIX
+from everydream_kit.models.files import refuse_unsupported
+from everydream_kit.models.tensors import LazyTensor, Tensors
+from everydream_kit.models.weight_files import WEIGHT_SUFFIXES, open_weights
+
+logger = logging.getLogger(__name__)
+
+LORA_NAME = re.compile(
+    r"(^|[._])lora[._]|_lora\.|\.lora_|\.hada_[wt]|\.lokr_[wt]|^lycoris_|\.oft_|\.dora_scale$|\.(a1|b1)\.weight$"
+)
+"""A tensor of a LoRA file of any kind."""
+_SCALES = (".scale_weight", ".scale_input", ".weight_scale", ".input_scale")
+
+_KINDS: list[tuple[str, Callable[[str], bool]]] = [
+    (
+        "a LoRA, not a model: give it together with its base model (`everydream merge BASE LORA OUT`)",
+        lambda name: LORA_NAME.search(name) is not None,
+    ),
+    (
+        "a ControlNet, not a model",
+        lambda name: re.search(r"(^|\.)(control_model|zero_convs|controlnet_)", name) is not None,
+    ),
+    ("an IP-Adapter, not a model", lambda name: name.startswith(("ip_adapter.", "image_proj."))),
+    (
+        "an SD 3, Flux or later model, which this version cannot train",
+        lambda name: (
+            re.search(r"(joint|double|single)_(transformer_)?blocks\.|^(model\.diffusion_model\.)?layers\.", name)
+            is not None
+        ),
+    ),
+    ("a VAE alone, not a whole model", lambda name: name.startswith(("encoder.", "decoder.", VAE_PREFIX))),
+    (
+        "a UNet alone: it has no text encoder and no VAE. Give the full checkpoint",
+        lambda name: re.match(r"(diffusion_model\.)?input_blocks\.", name) is not None,
+    ),
+    (
+        "one part of a diffusers model: give the folder that holds model_index.json",
+        lambda name: "down_blocks." in name,
+    ),
+    (
+        "a text encoder alone, not a whole model",
+        lambda name: name.startswith(("text_model.", "transformer.resblocks.", "cond_stage_model.", "conditioner.")),
+    ),
+    (
+        "a textual-inversion embedding, not a model",
+        lambda name: name in ("emb_params", "clip_l", "clip_g") or name.startswith("string_to_param"),
+    ),
+]
+
+
+def refuse_other_kinds(path: Path, tensors: Tensors) -> None:
+    """Name a file that is not a Stable Diffusion model for training.
+
+    Raises:
+        ModelError: with the kind of file.
+    """
+    if not tensors:
+        raise ModelError(f"{path}: holds no weights at all.")
+    first = UNET_PREFIX + "input_blocks.0.0.weight"
+    if first in tensors:
+        shape = tensors[first].shape
+        refuse_unsupported(str(path), {"unet": {"in_channels": shape[1] if len(shape) > 1 else 0}}, {})
+        if any(name.startswith("conditioner.embedders.0.model.") for name in tensors):
+            raise ModelError(
+                f"{path}: this is an SDXL refiner, which this version cannot train. Take the SDXL base model."
+            )
+        return
+    for kind, matches in _KINDS:
+        if any(matches(name) for name in tensors):
+            raise ModelError(f"{path}: this is {kind}.")
+    raise ModelError(f"{path}: no Stable Diffusion model; its first tensor is named {next(iter(tensors))!r}.")
+
+
+def without_scales(tensors: Tensors) -> Tensors:
+    """Weights with ComfyUI's fp8 scales multiplied in; without scales, the same tensors."""
+    kept: Tensors = {}
+    for name, tensor in tensors.items():
+        if name.endswith(_SCALES) or name.rpartition(".")[2] == "scaled_fp8":
+            continue
+        stem = name.removesuffix(".weight")
+        scale = tensors.get(f"{stem}.scale_weight") or tensors.get(f"{stem}.weight_scale")
+        kept[name] = tensor if scale is None or stem == name else _scaled(tensor, scale)
+    return kept
+
+
+def _scaled(tensor: LazyTensor, scale: LazyTensor) -> LazyTensor:
+    def read() -> torch.Tensor:
+        factor = scale.read().float()  # one number, or one for each row
+        return tensor.read().float() * factor.reshape(-1, *[1] * (len(tensor.shape) - 1))
+
+    return LazyTensor(tensor.shape, torch.float32, read)
+
+
+def with_vae(path: Path, tensors: Tensors) -> Tensors:
+    """A checkpoint with the VAE of its own, or the one that lies next to it as `NAME.vae.safetensors` (or `.pt`).
+
+    Raises:
+        ModelError: there is none.
+    """
+    if any(name.startswith(VAE_PREFIX + "decoder.") for name in tensors):
+        return tensors
+    for suffix in WEIGHT_SUFFIXES:
+        near = path.with_name(f"{path.stem}.vae{suffix}")
+        if near.is_file():
+            logger.info("%s holds no VAE; the one in %s is used.", path, near.name)
+            own = {name.removeprefix(VAE_PREFIX): value for name, value in open_weights(near)[0].items()}
+            return {**tensors, **{VAE_PREFIX + name: value for name, value in own.items()}}
+    raise ModelError(
+        f"{path}: holds no VAE. Put its VAE, or the one of its family's base model, next to it under the name "
+        f"{path.stem}.vae.safetensors, or take the full checkpoint."
+    )
