@@ -36,7 +36,7 @@ from everydream_kit.data.folders import SETTINGS_FILES, SIDECAR_EXTENSIONS, Comp
 from everydream_kit.data.headers import Header, PictureError, read_header
 from everydream_kit.data.scan_cache import NEVER, Remembered
 from everydream_kit.data.settings import PictureSettings, caption_of, merge_tags, parse_settings, settings_from_text
-from everydream_kit.data.textfiles import TextError, read_mapping, read_text
+from everydream_kit.data.textfiles import TextError, read_mapping, read_text_and_doubt
 
 T = TypeVar("T")
 
@@ -190,11 +190,11 @@ def _read_words(entry: Entry, choose_lines: bool, builder: DatasetBuilder) -> tu
     settings = entry.settings
     folder_has_words = settings.main_prompt is not None or bool(settings.tags)
     if not folder_has_words and len(entry.companions) == 1 and _is_caption(entry.companions[0]):
-        text = _read(entry.companions[0], read_text).strip()
+        text = _read_caption(entry.companions[0], builder).strip()
         return settings, (FROM_LINES if choose_lines and "\n" in text else FROM_TEXT), text
     for path in entry.companions:
         if _is_caption(path):
-            text = _read(path, read_text)
+            text = _read_caption(path, builder)
             said = _settings_from_lines(text) if choose_lines else settings_from_text(text)
         else:
             said = _read(path, lambda file: parse_settings(read_mapping(file)))
@@ -215,6 +215,15 @@ def _read(path: str, reader: Callable[[str], T]) -> T:
         raise _CompanionError(path, str(error), cure) from error
     except OSError as error:
         raise _CompanionError(path, f"cannot be read: {error.strerror}", "Check its permissions.") from error
+
+
+def _read_caption(path: str, builder: DatasetBuilder) -> str:
+    """A caption file's text; a doubt about its encoding is reported."""
+    text, doubt = _read(path, read_text_and_doubt)
+    if doubt:
+        cure = "Save it as UTF-8: its letters are wrong as it is."
+        builder.problems.append(Problem(printable(path), doubt, cure, skipped=False))
+    return text
 
 
 def _is_caption(path: str) -> bool:

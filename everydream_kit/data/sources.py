@@ -9,6 +9,7 @@ folder of the final name is complete. Not here: finding pictures in the folder (
 from __future__ import annotations
 
 import hashlib
+import logging
 import lzma
 import os
 import re
@@ -36,6 +37,8 @@ MAX_ENTRIES = 5_000_000
 
 MAX_DEPTH = 64
 """Folders in each other; the system itself gives up at some thousand, with an error of its own."""
+
+logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 2**20
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, NotImplementedError)
@@ -196,8 +199,19 @@ def _entries(archive: Path, stack: ExitStack) -> Iterator[_Entry]:
     """Entries of a zip or tar, in their order."""
     if zipfile.is_zipfile(archive):
         opened = stack.enter_context(zipfile.ZipFile(archive))
+        warned = False
         for info in opened.infolist():
-            yield _Entry(info.orig_filename, _zip_kind(info), info.file_size, partial(opened.open, info))
+            name = _zip_name(info)
+            is_guess = name == info.orig_filename and not name.isascii() and not info.flag_bits & _ZIP_UTF8
+            if is_guess and not warned:
+                warned = True
+                logger.warning(
+                    "%s: names such as %r are in an unknown code page; captions from file names will be wrong. Pack it "
+                    "again with UTF-8 names, or give caption files.",
+                    archive,
+                    name,
+                )
+            yield _Entry(name, _zip_kind(info), info.file_size, partial(opened.open, info))
         return
     # in one pass: a compressed tar is not read twice
     stream = stack.enter_context(tarfile.open(archive, "r|*"))  # noqa: SIM115
@@ -210,6 +224,20 @@ def _extract(stream: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
     if file is None:  # only of what is no regular file, which was refused before
         raise tarfile.TarError("no contents")
     return file
+
+
+_ZIP_UTF8 = 0x800
+"""Flag of an entry whose name is UTF-8; without it zipfile reads code page 437, as the format says."""
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """The name of an entry. Many tools write UTF-8 and do not say so."""
+    if info.flag_bits & _ZIP_UTF8 or info.orig_filename.isascii():
+        return info.orig_filename
+    try:
+        return info.orig_filename.encode("cp437").decode()
+    except UnicodeError:
+        return info.orig_filename
 
 
 def _zip_kind(info: zipfile.ZipInfo) -> str:

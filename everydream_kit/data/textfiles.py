@@ -52,6 +52,15 @@ def read_text(path: str | Path) -> str:
         TextError: the file is too large, or is no text in any of these.
         OSError: the file cannot be read.
     """
+    return read_text_and_doubt(path)[0]
+
+
+def read_text_and_doubt(path: str | Path) -> tuple[str, str]:
+    """`read_text`, and what speaks against the encoding it was read in, or "".
+
+    Code pages do not name themselves. In Western text letters beyond ASCII are few; where they are most of the words,
+    the file is of another code page (GBK, Shift-JIS, KOI8, Windows-1251 ...), and Windows-1252 makes nonsense of it.
+    """
     with open(path, "rb") as file:
         data = file.read(MAX_TEXT_BYTES + 1)
     if len(data) > MAX_TEXT_BYTES:
@@ -67,7 +76,27 @@ def read_text(path: str | Path) -> str:
     strange = next((c for c in text if (c < " " and c not in "\t\n\r\f\v") or c == "\ufffd"), None)
     if strange is not None:
         raise TextError(f"holds {strange!r}: it is no text in UTF-8, UTF-16 or Windows-1252")
-    return text
+    return text, _doubt(data) if encoding is None and not _is_utf8(data) else ""
+
+
+_FOREIGN_SHARE = 0.4
+"""Bytes beyond ASCII among those of words, from which on a text is hardly Western: French and Czech stay below 0.25."""
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _doubt(data: bytes) -> str:
+    letters = sum(byte >= 0x80 or chr(byte).isalpha() for byte in data)
+    foreign = sum(byte >= 0x80 for byte in data)
+    if foreign < max(2, _FOREIGN_SHARE * letters):
+        return ""
+    return f"not UTF-8, and unlikely to be Windows-1252, as which it is read: {data.decode('cp1252', 'replace')[:40]!r}"
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
@@ -99,11 +128,17 @@ def parse_json(text: str) -> Any:
     except TextError:
         raise
     except json.JSONDecodeError as error:
-        raise TextError(f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from error
+        raise TextError(
+            f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}{_cure(error.msg)}"
+        ) from error
     except RecursionError as error:
         raise TextError("nested too deeply to be settings") from error
     except ValueError as error:  # a number of thousands of digits
         raise TextError(f"not valid JSON: {error}") from error
+
+
+def _cure(message: str) -> str:
+    return '. Write each backslash twice ("R:\\\\images"), or use "/"' if message.startswith("Invalid \\escape") else ""
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> Mapping:
