@@ -6,8 +6,9 @@ the field is left.
 
 from __future__ import annotations
 
+import html
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ipywidgets as widgets
@@ -47,11 +48,11 @@ class Card:
         self._quiet = True
         self.index = index
         self.box.layout.display = "" if index is not None else "none"
+        self.check.value = chosen
         if index is not None:
             name, lock = album.name(index), album.locked_by(index)
             self.image.value = thumbnail(album.path(index), THUMBNAIL_SIDE)
             self.check.description = name
-            self.check.value = chosen
             self.text.description = f"Caption of {name}"
             self.text.value = album.caption(index)
             self.text.disabled = bool(lock)
@@ -76,14 +77,16 @@ class Gallery:
     """Search, pages, selection.
 
     Attributes:
-        chosen: indices of the selected pictures, on whatever page.
+        chosen: names of the selected images, on whatever page. Names, since positions change with every scan.
         found: indices that the search found, in order.
         tools: place for what is done with the selection.
+        on_select: called when another selection is shown.
     """
 
     def __init__(self, album: Album, say: Callable[[str, look.Tone], None], on_edit: Callable[[], None]) -> None:
         self.album, self._say, self._on_edit = album, say, on_edit
-        self.chosen: set[int] = set()
+        self.on_select: Callable[[], None] = lambda: None
+        self.chosen: set[str] = set()
         self.found: list[int] = []
         self.search = widgets.Text(
             placeholder="words in captions and names; -word leaves out",
@@ -113,9 +116,19 @@ class Gallery:
         )
         self.update()
 
+    def use(self, album: Album) -> None:
+        """Show another dataset. Nothing of it is selected, also where names are the same."""
+        self.album, self.chosen = album, set()
+        self._search()
+
+    @property
+    def chosen_indices(self) -> list[int]:
+        """Indices of the selected images, in the album's order, as of the last scan."""
+        return [index for index in range(len(self.album)) if self.album.name(index) in self.chosen]
+
     def update(self) -> None:
         """Search again and fill the page, after a change of the album."""
-        self.chosen = {index for index in self.chosen if index < len(self.album)}
+        self.chosen &= set(map(self.album.name, range(len(self.album))))
         self.found = self.album.search(self.search.value)
         self.page.max = max(1, math.ceil(len(self.found) / PAGE))
         self._fill()
@@ -131,8 +144,8 @@ class Gallery:
         self.page.observe(lambda _: self._fill(), "value")
         self.previous.on_click(lambda _: self._turn(-1))
         self.next.on_click(lambda _: self._turn(1))
-        self.choose_page.on_click(lambda _: self._select(self.chosen | set(self.shown)))
-        self.choose_found.on_click(lambda _: self._select(self.chosen | set(self.found)))
+        self.choose_page.on_click(lambda _: self._select(self.chosen | self._names(self.shown)))
+        self.choose_found.on_click(lambda _: self._select(self.chosen | self._names(self.found)))
         self.choose_none.on_click(lambda _: self._select(set()))
 
     def _search(self) -> None:
@@ -142,24 +155,29 @@ class Gallery:
     def _turn(self, by: int) -> None:
         self.page.value = min(self.page.max, max(1, self.page.value + by))
 
-    def _select(self, indices: set[int]) -> None:
-        self.chosen = indices
+    def _names(self, indices: Sequence[int]) -> set[str]:
+        return set(map(self.album.name, indices))
+
+    def _select(self, names: set[str]) -> None:
+        self.chosen = names
         self._fill()
 
     def _fill(self) -> None:
         shown = [*self.shown, *([None] * PAGE)][:PAGE]
         for card, index in zip(self.cards, shown, strict=True):
-            card.show(self.album, index, chosen=index in self.chosen)
+            card.show(self.album, index, chosen=index is not None and self.album.name(index) in self.chosen)
         self.count.value = f'<span class="edk-hint">of {self.page.max} · {len(self.found):,} pictures</span>'
         self.previous.disabled = self.page.value <= 1
         self.next.disabled = self.page.value >= self.page.max
         self._tell_selection()
 
     def _tell_selection(self) -> None:
-        self.selection.value = f'<span class="edk-hint">{len(self.chosen):,} selected</span>'
+        text = f"{count_images(len(self.chosen))} selected in {self.album.root}" if self.chosen else "nothing selected"
+        self.selection.value = f'<span class="edk-hint">{html.escape(text)}</span>'
+        self.on_select()
 
     def _choose(self, index: int, chosen: bool) -> None:
-        (self.chosen.add if chosen else self.chosen.discard)(index)
+        (self.chosen.add if chosen else self.chosen.discard)(self.album.name(index))
         self._tell_selection()
 
     def _write_caption(self, index: int, text: str) -> None:
@@ -170,3 +188,8 @@ class Gallery:
             return
         self._say(f"Caption of {self.album.name(index)} written.", "good")
         self._on_edit()
+
+
+def count_images(number: int) -> str:
+    """`1 image`, `1,712 images`."""
+    return f"{number:,} image{'' if number == 1 else 's'}"

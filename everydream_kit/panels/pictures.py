@@ -21,7 +21,7 @@ from everydream_kit.panels.chores import LOOKED_FILE
 from everydream_kit.panels.clock import make_clock
 from everydream_kit.panels.errand import Errand
 from everydream_kit.panels.findings import UNUSABLE, is_fresh, list_findings, report_settings
-from everydream_kit.panels.gallery import Gallery
+from everydream_kit.panels.gallery import Gallery, count_images
 from everydream_kit.panels.login import token_environment
 from everydream_kit.panels.pages import Pages
 from everydream_kit.panels.panel import Panel, set_html
@@ -62,7 +62,10 @@ class DatasetPanel(Panel):
         self.head, self.figures, self.report = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.undo_button = look.button("Undo", icon="undo")
         self.reload_button = look.button("Look again", icon="refresh", hint="Scan the folder again")
+        self.add_tag_button, self.remove_tag_button = look.button(""), look.button("")
+        self.aside_button = look.button("", icon="archive")
         self.gallery = Gallery(self.album, self.say, self._draw)
+        self.gallery.on_select = self._name_actions
         self.on_press(self.undo_button, self.undo)
         self.on_press(self.reload_button, self.reload)
         self.tabs = Pages(
@@ -85,6 +88,7 @@ class DatasetPanel(Panel):
             ]
         )
         self._draw()
+        self._name_actions()
         self.tabs.selected_index = 1 if len(self.album) else 0
 
     def _dataset_folder(self) -> Path:
@@ -112,10 +116,6 @@ class DatasetPanel(Panel):
         self.tag = widgets.Text(
             description="Tag", style={"description_width": "36px"}, layout=widgets.Layout(width="260px")
         )
-        self.add_tag_button, self.remove_tag_button = (
-            look.button("Add to selected"),
-            look.button("Remove from selected"),
-        )
         self.setting = widgets.Dropdown(
             options=list(SETTINGS), description="Set", style={"description_width": "36px"},
             layout=widgets.Layout(width="200px"),
@@ -128,7 +128,6 @@ class DatasetPanel(Panel):
             description="for", style={"description_width": "26px"}, layout=widgets.Layout(width="260px")
         )
         self.setting_button = look.button("Apply")
-        self.aside_button = look.button("Set selected aside", icon="archive")
         self.on_press(self.add_tag_button, lambda: self._change_tags(add=True))
         self.on_press(self.remove_tag_button, lambda: self._change_tags(add=False))
         self.on_press(self.setting_button, self.apply_setting)
@@ -177,7 +176,7 @@ class DatasetPanel(Panel):
             raise DataError(f"{name}: must be a number (got {text!r})") from error
         if self.setting_where.value == "":
             self._require_selection()
-            self.album.set_for_pictures(sorted(self.gallery.chosen), name, value)
+            self.album.set_for_pictures(self.gallery.chosen_indices, name, value)
         else:
             self.album.set_for_folder(self.setting_where.value, name, value)
         self._redraw()
@@ -186,9 +185,7 @@ class DatasetPanel(Panel):
     def set_selected_aside(self) -> None:
         """Move the selected pictures out of the dataset."""
         self._require_selection()
-        self._set_aside([self.album.path(index) for index in sorted(self.gallery.chosen)])
-        self.gallery.chosen = set()
-        self._redraw()
+        self._set_aside([self.album.path(index) for index in self.gallery.chosen_indices])
 
     def refresh(self) -> None:
         """Look after what is under way: fetching, unpacking, looking through the pictures."""
@@ -253,9 +250,10 @@ class DatasetPanel(Panel):
 
     def _use_folder(self, folder: Path) -> None:
         settings = {**self.project.settings(), "data_root": str(folder.resolve())}
-        self.album = self.gallery.album = Album(folder)
+        self.album = Album(folder)
         self.receiver.folder = self.album.root
         self.project.save_settings(settings)
+        self.gallery.use(self.album)
         self._redraw()
         self.say(f"The dataset is now {self.album.root}.", "good")
 
@@ -272,14 +270,24 @@ class DatasetPanel(Panel):
     def _change_tags(self, *, add: bool) -> None:
         self._require_selection()
         change = self.album.add_tag if add else self.album.remove_tag
-        count = change(sorted(self.gallery.chosen), self.tag.value)
+        count = change(self.gallery.chosen_indices, self.tag.value)
         self._redraw()
-        self.say(f"{count} captions changed.", "good")
+        self.say(f"{count} captions changed in {self.album.root}.", "good")
 
     def _set_aside(self, paths: Sequence[str | Path]) -> None:
         count = self.album.set_aside([path for path in paths if Path(path).is_file()])
         self._redraw()
         self.say(f"{count} files moved to {self.album.aside}. Undo moves them back.", "good")
+
+    def _name_actions(self) -> None:
+        """Every action on the selection says how many images it will touch before it is pressed."""
+        number = len(self.gallery.chosen)
+        end = f" ({number:,})" if number else ""
+        self.add_tag_button.description = f"Add to selected{end}"
+        self.remove_tag_button.description = f"Remove from selected{end}"
+        self.aside_button.description = f"Exclude selected{end}"
+        for control in (self.add_tag_button, self.remove_tag_button, self.aside_button):
+            control.tooltip = f"{control.description}: {count_images(number)} in {self.album.root}"
 
     def _require_selection(self) -> None:
         if not self.gallery.chosen:

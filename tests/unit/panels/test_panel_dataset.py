@@ -151,6 +151,58 @@ def test_the_panel_applies_a_setting_to_a_folder(project):
     assert "must be a number" in panel.message.value
 
 
+def tick(panel, name):
+    """Tick an image where it stands now."""
+    panel.gallery.page.value = panel.gallery.found.index(find(panel.album, name)) // 12 + 1
+    next(card for card in panel.gallery.cards if card.index == find(panel.album, name)).check.value = True
+
+
+@pytest.mark.parametrize("change", ["problems", "undo", "rescan", "upload"])
+def test_the_selection_keeps_its_images_when_positions_move(project, change):
+    before = project / "input" / "a broken.png"
+    if change != "undo":
+        picture(before)
+    panel = DatasetPanel(project)
+    if change == "undo":
+        panel.album.set_caption(0, "x")
+        picture(before)
+    tick(panel, "a jet_03.png")
+    if change == "problems":
+        panel._set_aside([before])
+    elif change == "undo":
+        panel.undo_button.click()
+    elif change == "rescan":
+        before.unlink()
+        panel.reload_button.click()
+    else:
+        picture(project / "input" / "a a.png")
+        panel.receiver.received.append("a a.png")
+        panel._received()
+    ticked = [card.index for card in panel.gallery.cards if card.check.value]
+    assert [panel.album.name(index) for index in ticked] == ["a jet_03.png"]
+    panel.aside_button.click()
+    assert not (project / "input" / "a jet_03.png").exists()
+    assert sum(path.name.startswith("a jet_") for path in (project / "input").iterdir()) == 14
+
+
+def test_another_folder_starts_with_nothing_selected_and_actions_say_what_they_touch(project, tmp_path):
+    for name in ("a jet_00.png", "new.png"):
+        picture(tmp_path / "other" / name)
+    panel = DatasetPanel(project)
+    panel.gallery.choose_found.click()
+    assert f"18 images selected in {project / 'input'}" in panel.gallery.selection.value
+    assert panel.add_tag_button.description == "Add to selected (18)"
+    assert panel.aside_button.tooltip.endswith(f"18 images in {project / 'input'}")
+    panel.source.value = str(tmp_path / "other")
+    panel.source_button.click()
+    assert not any(card.check.value for card in panel.gallery.cards)
+    panel.gallery.choose_found.click()
+    assert f"2 images selected in {tmp_path / 'other'}" in panel.gallery.selection.value
+    panel.tag.value = "3d"
+    panel.add_tag_button.click()
+    assert f"2 captions changed in {tmp_path / 'other'}" in panel.message.value
+
+
 def finding_lines(panel, kind):
     """(HTML, button) of each line of a kind, and its button for all of them."""
     box = next(box for box in panel.problems.lines.children if f">{kind} (" in box.children[0].value)
