@@ -522,7 +522,7 @@ class SavingGroup(Group):
     keep_last_n: Annotated[
         Annotated[int, Field(ge=1)] | None, Knob(unit="checkpoints", when="disk is short", step=1)
     ] = None
-    """Keep only the newest checkpoints; the best and the last stay in any case."""
+    """Keep only the latest checkpoints, with their single files; the best and the last stay in any case."""
     save_full_precision: Annotated[bool, Knob(when="the file will be trained on further")] = False
     """Single files in float32 instead of float16."""
     save_optimizer: Annotated[bool, Knob(when="every checkpoint should be resumable, not only the newest")] = False

@@ -16,6 +16,8 @@
 Everything else that escapes is a bug in the kit.
 """
 
+import errno
+
 
 class KitError(Exception):
     """Base of everything below: a problem that the user can mend. Faces print it without a traceback."""
@@ -47,6 +49,18 @@ class MemoryLimitError(KitError):
 
 class DiskSpaceError(KitError):
     """Not enough free disk for what was about to be written."""
+
+
+WAITED_FOR = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, getattr(errno, "ESTALE", errno.EIO)})
+"""Errors of a disk that may pass: it is full, over quota, or gone for a moment. Others stay until a person acts."""
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether a failed write is worth trying again: the disk is full, or gone for a moment."""
+    cause = error.__cause__ if isinstance(error, DiskSpaceError) else error
+    if isinstance(cause, OSError):
+        return cause.errno in WAITED_FOR
+    return isinstance(error, DiskSpaceError)  # refused beforehand: too little room
 
 
 class HostError(KitError):

@@ -25,6 +25,7 @@ from everydream_kit.locks import hold
 from everydream_kit.preflight.automatic import settle_batch_size
 from everydream_kit.preflight.timing import MeasuredPlan
 from everydream_kit.settings import give_again, load_config
+from everydream_kit.training.caching import require_output_folders
 from everydream_kit.training.checkpoints import choose_checkpoint, load_resume_tensors, sweep
 from everydream_kit.training.control import StopSignal, signals_stop
 from everydream_kit.training.journal import Journal
@@ -183,6 +184,7 @@ def _session(
             for warning in [*warnings, *config_warnings(config)]:
                 journal.warn(warning)
             if ranks.is_main:
+                require_output_folders(config)
                 _write_facts(config, folder)
             if config.batch_size == "auto":
                 config = settle_batch_size(config, ranks, journal)

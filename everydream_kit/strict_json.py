@@ -160,6 +160,7 @@ def iterate_json_lines(
     error: type[KitError] = KitError,
     allow_nan: bool = True,
     report: JsonLines | None = None,
+    max_line_bytes: int = MAX_LINE_BYTES,
 ) -> Iterator[Any]:
     """The values of a file of JSON lines, one after the other, without holding the file. Bad lines go to `report.bad`.
 
@@ -168,7 +169,7 @@ def iterate_json_lines(
     report = JsonLines() if report is None else report
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(_bounded_lines(file), 1):
+            for number, line in enumerate(_bounded_lines(file, max_line_bytes), 1):
                 if not line.endswith(b"\n"):
                     report.unfinished = True
                     return
@@ -180,7 +181,7 @@ def iterate_json_lines(
                         f"{path}, line {number}",
                         expect=expect,
                         error=KitError,
-                        max_bytes=MAX_LINE_BYTES,
+                        max_bytes=max_line_bytes,
                         allow_nan=allow_nan,
                     )
                 except KitError as problem:
@@ -191,13 +192,13 @@ def iterate_json_lines(
         raise error(f"{path}: cannot be read: {problem.strerror or problem}.") from problem
 
 
-def _bounded_lines(file: Any) -> Iterator[bytes]:
-    """Lines of a binary file; of one that is longer than `MAX_LINE_BYTES` no more than that is held at a time."""
-    while line := file.readline(MAX_LINE_BYTES + 2):
+def _bounded_lines(file: Any, most: int) -> Iterator[bytes]:
+    """Lines of a binary file; of one that is longer than `most` bytes no more than that is held at a time."""
+    while line := file.readline(most + 2):
         rest = line
-        while not rest.endswith(b"\n") and len(rest) > MAX_LINE_BYTES:  # pass over the remainder of a line too long
-            rest = file.readline(MAX_LINE_BYTES + 2)
-            line = line[: MAX_LINE_BYTES + 1] + (b"\n" if rest.endswith(b"\n") else b"")
+        while not rest.endswith(b"\n") and len(rest) > most:  # pass over the remainder of a line too long
+            rest = file.readline(most + 2)
+            line = line[: most + 1] + (b"\n" if rest.endswith(b"\n") else b"")
         yield line
 
 

@@ -24,8 +24,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from everydream_kit.atomic import write_atomic
-from everydream_kit.errors import CheckpointError, JobError, KitError
+from everydream_kit.atomic import create_temporary, sweep, write_atomic
+from everydream_kit.errors import CheckpointError, ConfigError, JobError, KitError, may_pass
 from everydream_kit.strict_json import JsonLines, iterate_json_lines, parse_json, read_json
 
 CHECKPOINT_MANIFEST = "resume/manifest.json"
@@ -52,6 +52,32 @@ def read_small_object(path: Path) -> dict[str, Any]:
     except KitError:
         return {}
     return value
+
+
+def require_writable(folder: Path, setting: str) -> None:
+    """Make a folder where it is missing, and write and remove a file in it. What killed processes left there goes.
+
+    A full disk is not refused: room may come while training goes on.
+
+    Raises:
+        ConfigError: it cannot be written; the setting that names it is named.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe, descriptor = create_temporary(folder)
+        try:
+            os.write(descriptor, b"x")
+        finally:
+            os.close(descriptor)
+            probe.unlink()
+    except (OSError, ValueError) as error:
+        if may_pass(error):
+            return
+        cause = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"{setting}: {folder} cannot be written ({cause}). Give a folder that you can write to. Nothing was started."
+        ) from error
+    sweep(folder)
 
 
 def run_lock_path(folder: Path) -> Path:
@@ -114,7 +140,7 @@ class RunFolder:
         """Make a new run folder, named by project and time; a second run in the same second gets a `-2`."""
         stamp = (now or datetime.now()).strftime("%Y%m%d-%H%M%S")
         base = Path(logdir) / f"{project}-{stamp}"
-        base.parent.mkdir(parents=True, exist_ok=True)
+        require_writable(base.parent, "logdir")
         folder, number = base, 1
         while True:
             try:

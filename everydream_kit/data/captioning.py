@@ -62,7 +62,7 @@ def auto_caption(
     root = Path(folder).resolve()
     place = root.with_name(f"{root.name}-captions-undo.jsonl") if journal is None else Path(journal)
     dataset = scan_dataset(root)
-    changes = Changes(f"Caption pictures in {root} with {model}", dry_run=dry_run, journal=place)
+    changes = Changes(f"Caption pictures in {root} with {model}", dry_run=dry_run, journal=place, root=root)
     changes.report.problems.extend(dataset.problems)
     wanted = list(_without_caption(dataset, overwrite, changes))
     captioner = None

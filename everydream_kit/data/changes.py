@@ -1,22 +1,35 @@
-"""What a preparation step does to files: said before (dry run), done whole or not at all, and undone on request.
+"""What a preparation step does to files: said before (dry run), done completely or not at all, and undone on request.
 
-Every step goes through `Changes`: new files are written beside their final name and renamed, an existing file is kept in
-the journal before it is replaced, a moved one is noted before it moves. `undo` plays a journal backwards, also that of a
-step that was interrupted.
+Every step goes through `Changes`: files are written by `atomic`, an existing one is kept in the journal before it is
+replaced, a moved one is noted before it moves. `undo` plays a journal backwards, also that of a step that was interrupted.
+
+A step changes nothing outside of its roots: a link in the dataset that leads elsewhere is reported, not followed. A journal
+holds paths relative to these roots, so it moves with them, and a stranger's journal cannot name any other file.
 """
 
 from __future__ import annotations
 
 import base64
+import binascii
 import json
 import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
+from everydream_kit.atomic import ends_with_line_end, open_atomic, write_atomic
 from everydream_kit.data.dataset import Problem
 from everydream_kit.errors import DataError
+from everydream_kit.strict_json import JsonLines, iterate_json_lines
+
+JOURNAL_VERSION = 2
+"""Of the lines of a journal; the first one says it."""
+MAX_JOURNAL_LINE = 64 << 20
+"""Bytes of one line: the former content of a file, in base64."""
+ROOT, SIDE = "root", "side"
+"""What a journal's paths start from: the dataset's folder, or the one that files were moved to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,32 +84,48 @@ class PrepReport:
 class Changes:
     """Does the changes of one step, or only lists them in a dry run."""
 
-    def __init__(self, title: str, *, dry_run: bool, journal: Path | None = None) -> None:
+    def __init__(
+        self,
+        title: str,
+        *,
+        dry_run: bool,
+        journal: Path | None = None,
+        root: Path | None = None,
+        side: Path | None = None,
+    ) -> None:
         """Start a step.
 
         Args:
             title: the step, for the report.
             dry_run: list only.
             journal: where former contents are kept; needed by steps that replace or move existing files.
+            root: the dataset's folder. With it, nothing outside of it and of `side` is changed. A journal needs it.
+            side: a second folder that files are moved to.
         """
         self.report = PrepReport(title, dry_run, journal=journal)
+        self._roots = {name: Path(one).resolve() for name, one in ((ROOT, root), (SIDE, side)) if one is not None}
+        self._noted = False
 
     def write(self, path: Path, content: bytes, what: str, source: Path | None = None) -> None:
         """Write a file; what it held before goes into the journal, where there is one."""
+        if not self._may_change(path):
+            return
         self._list(path, what, source)
         if not self.report.dry_run:
-            self._note("write", str(path), _encode(path.read_bytes()) if path.is_file() else None)
-            write_whole(path, content)
+            self._note("write", path, None, _encode(path.read_bytes()) if path.is_file() else None)
+            write_atomic(path, content, make_folder=True)
 
     def copy(self, source: Path, target: Path, what: str = "copied") -> None:
         """Copy a file with its times."""
+        if not self._may_change(target):
+            return
         self._list(target, what, source)
         if not self.report.dry_run:
-            self._note("write", str(target), _encode(target.read_bytes()) if target.is_file() else None)
+            self._note("write", target, None, _encode(target.read_bytes()) if target.is_file() else None)
             target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f"{target.name}.partial")
-            shutil.copy2(source, partial)
-            os.replace(partial, target)
+            with source.open("rb") as old, open_atomic(target) as new:
+                shutil.copyfileobj(old, new)
+            shutil.copystat(source, target)
 
     def move(self, source: Path, target: Path, what: str = "moved") -> None:
         """Move a file.
@@ -104,70 +133,163 @@ class Changes:
         Raises:
             DataError: something of that name is there already.
         """
+        if not (self._may_change(source) and self._may_change(target)):
+            return
         self._list(target, what, source)
         if not self.report.dry_run:
-            if target.exists():
+            if os.path.lexists(target):
                 raise DataError(f"{target}: is there already, so {source} was not moved. Give another folder.")
-            self._note("move", str(source), str(target))
+            self._note("move", source, target, None)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(source, target)
+
+    def remove(self, path: Path, what: str = "removed") -> None:
+        """Remove a file that a step had made."""
+        if self._may_change(path):
+            self._list(path, what, None)
+            if not self.report.dry_run:
+                path.unlink(missing_ok=True)
 
     def leave(self, path: str | Path, cause: str, cure: str) -> None:
         """Say why a file is left alone."""
         self.report.problems.append(Problem(str(path), cause, cure, skipped=False))
 
+    def _may_change(self, path: Path) -> bool:
+        """Whether a path stays below the roots with all links followed; one that does not is reported."""
+        if not self._roots or any(_is_below(path, root) for root in self._roots.values()):
+            return True
+        real = path.parent.resolve() / path.name
+        self.leave(path, f"lies outside of the dataset: a link leads to {real}.", "Change it there, or copy it here.")
+        return False
+
     def _list(self, path: Path, what: str, source: Path | None) -> None:
         self.report.changes.append(Change(str(path), what, None if source is None else str(source)))
 
-    def _note(self, action: str, first: str, second: str | None) -> None:
-        if self.report.journal is None:
+    def _note(self, action: str, path: Path, target: Path | None, before: str | None) -> None:
+        journal = self.report.journal
+        if journal is None:
             return
-        self.report.journal.parent.mkdir(parents=True, exist_ok=True)
-        with self.report.journal.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([action, first, second]) + "\n")
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        lines: list[Any] = []
+        if not self._noted:
+            self._noted = True
+            here = journal.parent.resolve()
+            folders = {name: Path(os.path.relpath(root, here)).as_posix() for name, root in self._roots.items()}
+            lines.append({"undo": JOURNAL_VERSION, **folders})
+        line = {"do": action, "path": self._written(path)}
+        lines.append(line | ({"before": before} if target is None else {"to": self._written(target)}))
+        is_whole = not journal.exists() or ends_with_line_end(journal)
+        with journal.open("a", encoding="utf-8") as file:
+            file.write(("" if is_whole else "\n") + "".join(json.dumps(one) + "\n" for one in lines))
+            file.flush()
+            os.fsync(file.fileno())  # before the file itself changes
+
+    def _written(self, path: Path) -> list[str]:
+        """A path as a journal holds it: which root, and the way from there."""
+        real = path.parent.resolve() / path.name
+        for name, root in self._roots.items():
+            if _is_below(path, root):
+                return [name, real.relative_to(root).as_posix()]
+        raise DataError(f"{path}: lies outside of the folders of this step.")
 
 
-def undo(journal: str | Path, *, dry_run: bool = False) -> PrepReport:
+def undo(
+    journal: str | Path, *, root: str | Path | None = None, side: str | Path | None = None, dry_run: bool = False
+) -> PrepReport:
     """Put everything back as it was before a step.
 
     Files that were written get their former contents or disappear, moved ones go home. The journal is then renamed to
-    `….undone`.
+    `….undone`. Only files below the dataset, and below the folder that files were moved to, are touched.
 
     Args:
         journal: of the step's report.
+        root: the dataset's folder; by default the one that the journal names, which must stand next to it.
+        side: the folder that files were moved to, likewise.
         dry_run: list only.
 
     Raises:
-        DataError: there is no such journal, or it is damaged.
+        DataError: there is no such journal, it is damaged, or it names files outside of these folders.
     """
     journal = Path(journal)
-    if not journal.is_file():
-        raise DataError(f"{journal}: there is no such journal. A step's report names its own.")
-    changes = Changes(f"Undo {journal.name}", dry_run=dry_run)
+    found = JsonLines()
     try:
-        steps = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines() if line]
-    except json.JSONDecodeError as error:
-        raise DataError(f"{journal}: is not a journal of a preparation step ({error}).") from error
-    for action, first, second in reversed(steps):
-        if action == "move" and Path(second).exists():
-            changes.move(Path(second), Path(first), "moved back")
-        elif action == "write" and second is not None:
-            changes.write(Path(first), base64.b64decode(second), "restored")
-        elif action == "write":
-            changes.report.changes.append(Change(first, "removed"))
-            if not dry_run:
-                Path(first).unlink(missing_ok=True)
+        lines = list(iterate_json_lines(journal, error=DataError, report=found, max_line_bytes=MAX_JOURNAL_LINE))
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{journal}: there is no such journal. A step's report names its own.") from None
+    heads = [line for line in lines if "undo" in line]
+    if not heads or "undo" not in lines[0]:
+        raise DataError(f"{journal}: is not a journal of a preparation step.")
+    roots = {
+        name: _folder_of(name, heads, journal) if given is None else Path(given).resolve()
+        for name, given in ((ROOT, root), (SIDE, side))
+        if given is not None or any(name in head for head in heads)
+    }
+    steps = [_read_step(line, journal, roots) for line in lines if "undo" not in line]
+    changes = Changes(f"Undo {journal.name}", dry_run=dry_run, root=roots.get(ROOT), side=roots.get(SIDE))
+    changes.report.problems.extend(
+        Problem(bad, "cannot be read.", "It is skipped.", skipped=False) for bad in found.bad
+    )
+    for step in reversed(steps):
+        _take_back(changes, *step)
     if not dry_run:
         os.replace(journal, journal.with_name(f"{journal.name}.undone"))
     return changes.report
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+def _folder_of(name: str, heads: list[dict[str, Any]], journal: Path) -> Path:
+    """A folder that a journal names. Only those near it are believed: `name`, `../name`, or its own."""
+    named = {head.get(name) for head in heads if isinstance(head.get(name), str)}
+    parts = PurePosixPath(next(iter(named))).parts if len(named) == 1 else ("/",)
+    if parts and parts[0] == "..":
+        parts = parts[1:] or ("/",)
+    if len(parts) > 1 or {"..", "/"} & set(parts) or any("\\" in part or ":" in part for part in parts):
+        words = ", ".join(map(str, named)) or "none"
+        raise DataError(
+            f"{journal}: names {words} as its {name} folder, which does not stand next to it. If that is right, give {name}="
+        )
+    return (journal.parent / next(iter(named))).resolve()
+
+
+_Step = tuple[str, Path, Path | None, bytes | None]
+"""What was done, to which file, its new place (of a move), what it held before (of a write; None: it was not there)."""
+
+
+def _read_step(line: dict[str, Any], journal: Path, roots: dict[str, Path]) -> _Step:
+    """One line of a journal. Raises: DataError if it is malformed, or its file does not lie below the roots."""
+    try:
+        action, path = line["do"], _real_path(line["path"], roots)
+        if action == "move":
+            return action, path, _real_path(line["to"], roots), None
+        if action == "write":
+            before = line["before"]
+            return action, path, None, None if before is None else base64.b64decode(before, validate=True)
+    except (KeyError, TypeError, ValueError, binascii.Error) as error:
+        raise DataError(f"{journal}: is not a journal of a preparation step, or is damaged ({error}).") from error
+    raise DataError(f"{journal}: is damaged: {action!r} is no step that can be undone.")
+
+
+def _real_path(written: list[str], roots: dict[str, Path]) -> Path:
+    name, way = written
+    path = roots[name] / PurePosixPath(way)
+    if PurePosixPath(way).is_absolute() or ".." in PurePosixPath(way).parts or not _is_below(path, roots[name]):
+        raise ValueError(f"{way} lies outside of {roots[name]}")
+    return path
+
+
+def _take_back(changes: Changes, action: str, path: Path, target: Path | None, before: bytes | None) -> None:
+    if target is not None:
+        if target.exists():
+            changes.move(target, path, "moved back")
+    elif before is not None:
+        changes.write(path, before, "restored")
+    else:
+        changes.remove(path)
+
+
+def _is_below(path: Path, root: Path) -> bool:
+    """Whether a file lies below a real folder, with links in the way to it followed (the file itself is replaced, never
+    written through)."""
+    return (path.parent.resolve() / path.name).is_relative_to(root) and path.name not in ("", "..")
 
 
 def _encode(content: bytes) -> str:

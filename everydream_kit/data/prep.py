@@ -125,7 +125,7 @@ def _rewrite(  # noqa: PLR0917
     root, target = Path(folder).resolve(), Path(target).resolve()
     _refuse_nesting(root, target)
     dataset = scan_dataset(root)
-    changes = Changes(f"{title}: {root} to {target}", dry_run=dry_run)
+    changes = Changes(f"{title}: {root} to {target}", dry_run=dry_run, root=target)
     changes.report.problems.extend(dataset.problems)
     taken: set[Path] = set()
     for index in range(len(dataset)):
@@ -196,7 +196,9 @@ def set_aside_duplicates(
     dataset = scan_dataset(root)
     count = len(dataset)
     found = find_duplicates(dataset, near=near, progress=None if progress is None else lambda n: progress(n, count))
-    changes = Changes(f"Set duplicates in {root} aside to {side}", dry_run=dry_run, journal=side / JOURNAL)
+    changes = Changes(
+        f"Set duplicates in {root} aside to {side}", dry_run=dry_run, journal=side / JOURNAL, root=root, side=side
+    )
     changes.report.problems.extend([*dataset.problems, *found.unreadable])
     for group in _joined_groups(count, [*found.exact, *found.near]):
         if len(group) > 1:
@@ -245,7 +247,13 @@ def split_validation(
     found = find_duplicates(dataset, progress=None if progress is None else lambda n: progress(n, count))
     groups = list(_joined_groups(count, [*found.exact, *found.near]))
     groups.sort(key=lambda group: derive_seed(seed, "split", min(map(dataset.key, group))))
-    changes = Changes(f"Split {share:.0%} of {root} off to {target}", dry_run=dry_run, journal=target / JOURNAL)
+    changes = Changes(
+        f"Split {share:.0%} of {root} off to {target}",
+        dry_run=dry_run,
+        journal=target / JOURNAL,
+        root=root,
+        side=target,
+    )
     changes.report.problems.extend([*dataset.problems, *found.unreadable])
     left = max(1, math.ceil(share * count)) if count > 1 else 0
     for group in groups:

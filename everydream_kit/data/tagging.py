@@ -205,7 +205,7 @@ def _start(
     root = Path(folder).resolve()
     place = root.with_name(f"{root.name}-{kind}-undo.jsonl") if journal is None else Path(journal)
     dataset = scan_dataset(root)
-    changes = Changes(f"{title} in {root}", dry_run=dry_run, journal=place)
+    changes = Changes(f"{title} in {root}", dry_run=dry_run, journal=place, root=root)
     changes.report.problems.extend(dataset.problems)
     return root, changes, dataset
 

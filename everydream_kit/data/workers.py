@@ -8,10 +8,13 @@ from typing import Any
 from everydream_kit.data.dataset import Problem
 from everydream_kit.errors import DataError
 
+_OF_THE_TERMINAL = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+"""Windows has no SIGHUP."""
+
 
 def leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C, a polite kill and a closed terminal reach the whole process group, but the trainer stops, saves, then closes us."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _OF_THE_TERMINAL:
         signal.signal(number, signal.SIG_IGN)
 
 

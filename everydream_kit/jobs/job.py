@@ -39,6 +39,7 @@ from everydream_kit.workspace import (
     is_fresh,
     list_runs,
     read_small_object,
+    require_writable,
     run_lock_path,
 )
 
@@ -239,7 +240,7 @@ def start(
     """
     checked = as_config(config)
     logdir = Path(checked.logdir)
-    logdir.mkdir(parents=True, exist_ok=True)
+    require_writable(logdir, "logdir")
     with hold(logdir / f".{checked.project_name}.starting", UNDER_WAY.format(logdir)):
         running = running_jobs(logdir, checked.project_name)
         if running and not allow_parallel:

@@ -14,6 +14,7 @@ from everydream_kit.data.text_cache import TextCache
 from everydream_kit.models.encoding import encode_captions, encode_moments
 from everydream_kit.share_bar import ShareBar
 from everydream_kit.training.progress import WorkProgress
+from everydream_kit.workspace import require_writable
 
 if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
@@ -28,6 +29,18 @@ if TYPE_CHECKING:
 def latent_folder(config: TrainConfig) -> Path:
     """Where the latent cache on disk lives."""
     return Path(config.latent_cache_dir or Path(config.logdir) / ".edk_cache" / "latents")
+
+
+def require_output_folders(config: TrainConfig) -> None:
+    """Every folder that a run writes to can be written. Called before anything is loaded: after hours it is too late.
+
+    Raises:
+        ConfigError: one cannot; its setting is named.
+    """
+    if not config.no_save_ckpt:
+        require_writable(Path(config.save_ckpt_dir or "."), "save_ckpt_dir")
+    if config.cache_latents in ("auto", "disk"):
+        require_writable(latent_folder(config), "latent_cache_dir" if config.latent_cache_dir else "logdir")
 
 
 def choose_latent_mode(

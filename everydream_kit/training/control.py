@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
+"""None on Windows, which has none."""
+
+
 class StopSignal(threading.Event):
     """Set when the run should end after the step in progress. `reason` says who asked."""
 
@@ -57,7 +61,7 @@ def signals_stop(stop: StopSignal) -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal has_asked
-        if number == signal.SIGHUP:
+        if number == HANGUP:
             _print_nowhere()
         elif has_asked:
             os._exit(128 + number)
@@ -68,8 +72,8 @@ def signals_stop(stop: StopSignal) -> Iterator[None]:
             os.write(2, b"\nStopping after this step, then saving. Once more ends at once, without saving.\n")
 
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-        numbers.append(signal.SIGHUP)
+    if HANGUP is not None and signal.getsignal(HANGUP) == signal.SIG_DFL:
+        numbers.append(HANGUP)
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield

@@ -37,7 +37,7 @@ def build_listeners(run: Run, stop: StopSignal) -> list[Listener]:
     if not run.ranks.is_main:
         return []
     sampler = build_sampler(run, stop)
-    saver = build_saver(run)
+    saver = build_saver(run, stop)
     listeners: list[Listener] = [
         LossLog(config.log_step),
         Dispensable(PictureTable()),
@@ -78,7 +78,7 @@ def build_sampler(run: Run, stop: StopSignal) -> Sampler:
     )
 
 
-def build_saver(run: Run) -> Saver:
+def build_saver(run: Run, stop: StopSignal | None = None) -> Saver:
     """What saves checkpoints and single files, by the rules of the config."""
     config = run.config
     precision = "fp32" if config.save_full_precision else "fp16"
@@ -95,6 +95,7 @@ def build_saver(run: Run) -> Saver:
         single_files=None if config.no_save_ckpt else Path(config.save_ckpt_dir or "."),
         write_single_file=lambda source, target: _export(source, target, precision),
         uploader=build_uploader(run),
+        stop=stop,
     )
 
 

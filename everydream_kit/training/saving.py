@@ -6,6 +6,7 @@ training goes on. Where host memory is short, or nothing follows that could go o
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
 
-from everydream_kit.errors import DiskSpaceError, KitError
+from everydream_kit.errors import DiskSpaceError, KitError, may_pass
 from everydream_kit.training.checkpoints import (
     RESUMABLE_KEPT,
     drop_resume_state,
@@ -94,6 +95,7 @@ class Saver(Listener):
         single_files: folder for single-file checkpoints, or None.
         write_single_file: turns a checkpoint folder into a single file.
         uploader: given each whole checkpoint, or None.
+        stop: asked for while the end waits for room, it ends the waiting; or None.
         clock: seconds from any moment on.
     """
 
@@ -107,6 +109,7 @@ class Saver(Listener):
         single_files: Path | None = None,
         write_single_file: Callable[[Path, Path], Any] | None = None,
         uploader: Uploader | None = None,
+        stop: threading.Event | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.rules = rules
@@ -116,6 +119,9 @@ class Saver(Listener):
         self.single_files = single_files
         self.write_single_file = write_single_file
         self.uploader = uploader
+        self.stop = stop
+        self._files_of: dict[str, list[Path]] = {}  # by checkpoint: single files that this run wrote
+        self._unfinished: Path | None = None  # the last checkpoint, while its single file waits for room
         self.saved_steps: list[int] = []
         self.clock = clock
         self._began = self._last_save = clock()
@@ -125,6 +131,10 @@ class Saver(Listener):
         self._has_warned = False
 
     def on_start(self, run: Run) -> None:
+        for event in run.folder.events("saved"):
+            files = event.get("files")
+            if isinstance(files, list) and files:
+                self._files_of[Path(str(event.get("path"))).name] = [Path(str(file)) for file in files]
         self._began = self._last_save = self.clock()
 
     def __call__(self, run: Run, report: StepReport) -> None:
@@ -151,10 +161,10 @@ class Saver(Listener):
         self._last_save = self.clock()
         last = run.is_complete()  # now: while it is written in the background, the run may end
         if ends or not snapshot.copied:
-            self._write(run, snapshot, name, last)
+            self._write(run, snapshot, name, last, ends)
             self._report_failure(run, fatal=ends)
         else:
-            self._writer = threading.Thread(target=self._write, args=(run, snapshot, name, last), name="saver")
+            self._writer = threading.Thread(target=self._write, args=(run, snapshot, name, last, False), name="saver")
             self._writer.start()
         self._waited += self.clock() - started
 
@@ -171,28 +181,46 @@ class Saver(Listener):
         run.tell("saved", step=snapshot.step, path=str(folder), files=[], best=True)
 
     def on_finish(self, run: Run) -> None:
-        """Save. Where the disk is full, wait for room: what was trained is nowhere else.
+        """Save. Where the disk is full or gone, wait for it: what was trained is nowhere else.
+
+        Other failures are not waited for. A single file that fails leaves a complete checkpoint, so it ends in a warning.
 
         Raises:
-            DiskSpaceError: there was none for too long.
+            DiskSpaceError: there was no room for too long, or somebody asked to stop meanwhile.
         """
         run.set_state("saving")
+        kept = "What was trained waits in memory, {}, and is saved as soon as there is room. Stopping gives it up."
+        self._patiently(run, lambda: self.save(run, ends=True), kept)
+        name, self._unfinished = self._unfinished, None
+        if name is None:
+            return
+        kept = (
+            f"The checkpoint {name} is complete. Its single file is tried again {{}}, until there is room or you stop."
+        )
+        try:
+            self._patiently(run, lambda: self._write_single_files_again(run, name), kept)
+        except (KitError, OSError) as problem:
+            self._warn_of_single_file(run, name, problem)
+
+    def _patiently(self, run: Run, save: Callable[[], None], kept: str) -> None:
+        """Save, and again while the failure may pass, until patience ends or a stop is asked for."""
         patience = ROOM_PATIENCE_SECONDS if run.ranks.num_ranks == 1 else ROOM_PATIENCE_SECONDS_WITH_OTHERS
         end = self.clock() + patience
+        was_stopped = self._is_stopped()
         has_warned = False
         while True:
             try:
-                return self.save(run, ends=True)
-            except DiskSpaceError as problem:
-                if self.clock() >= end:
+                return save()
+            except (KitError, OSError) as problem:
+                if not may_pass(problem) or self.clock() >= end or (self._is_stopped() and not was_stopped):
                     raise
                 if not has_warned:
                     has_warned = True
-                    run.warn(
-                        f"{problem} What was trained waits in memory, for {patience / 60:.0f} minutes from now, and is saved as "
-                        "soon as there is room. Ending the process gives it up."
-                    )
+                    run.warn(f"{problem} {kept.format(f'for {patience / 60:.0f} minutes from now')}")
             time.sleep(ROOM_INTERVAL_SECONDS)
+
+    def _is_stopped(self) -> bool:
+        return self.stop is not None and self.stop.is_set()
 
     def wait(self) -> None:
         """Wait for a save in progress."""
@@ -207,7 +235,7 @@ class Saver(Listener):
         if self.uploader is not None:
             self.uploader.close()
 
-    def _write(self, run: Run, snapshot: Snapshot, name: str, last: bool) -> None:
+    def _write(self, run: Run, snapshot: Snapshot, name: str, last: bool, ends: bool) -> None:
         folder = run.folder.checkpoints_folder / name
         started = self.clock()
         try:
@@ -220,14 +248,22 @@ class Saver(Listener):
             )
             if snapshot.write_ema is not None:
                 write_checkpoint(folder.with_name(f"{name}_ema"), snapshot.write_ema)
-            files = self._write_single_files(folder, with_ema=snapshot.write_ema is not None)
         except KitError as error:
             self._failure = error
             return
         except OSError as error:  # a disk that is gone: nothing of it can be asked
             self._failure = DiskSpaceError(f"{folder}: could not be written: {error}.")
+            self._failure.__cause__ = error
             return
         self.saved_steps.append(snapshot.step)
+        files: list[Path] = []
+        try:
+            files = self._write_single_files(folder)
+        except (KitError, OSError) as error:  # the checkpoint is complete all the same
+            self._unfinished = folder
+            if not (ends and may_pass(error)):
+                self._unfinished = None
+                self._warn_of_single_file(run, folder, error)
         run.tell(
             "saved",
             step=snapshot.step,
@@ -240,17 +276,38 @@ class Saver(Listener):
         if self.uploader is not None:
             self.uploader.submit(folder, snapshot.step, last=last)
 
-    def _write_single_files(self, folder: Path, *, with_ema: bool) -> list[Path]:
+    def _write_single_files(self, folder: Path) -> list[Path]:
         if self.single_files is None or self.write_single_file is None:
             return []
         self.single_files.mkdir(parents=True, exist_ok=True)
-        folders = [folder, folder.with_name(f"{folder.name}_ema")] if with_ema else [folder]
+        folders = [one for one in (folder, folder.with_name(f"{folder.name}_ema")) if one.is_dir()]
         written = []
         for source in folders:
-            target = self.single_files / f"{source.name}.safetensors"
+            target = self._single_file_path(folder, source.name)
             self.write_single_file(source, target)
             written.append(target)
+        self._files_of[folder.name] = written
         return written
+
+    def _single_file_path(self, folder: Path, stem: str) -> Path:
+        """Where a single file goes: never over one of another run, whose project and step may be the same."""
+        assert self.single_files is not None
+        own = {path.absolute() for path in self._files_of.get(folder.name, [])}
+        path, number = self.single_files / f"{stem}.safetensors", 1
+        while os.path.lexists(path) and path.absolute() not in own:
+            number += 1
+            path = self.single_files / f"{stem}-{number}.safetensors"
+        return path
+
+    def _write_single_files_again(self, run: Run, folder: Path) -> None:
+        files = self._write_single_files(folder)
+        run.tell("saved", step=run.position.step, path=str(folder), files=[str(path) for path in files])
+
+    def _warn_of_single_file(self, run: Run, folder: Path, problem: Exception) -> None:
+        run.warn(
+            f"{problem} The checkpoint {folder} is complete; only its single file is missing. Write it with: "
+            f"everydream export {folder}"
+        )
 
     def _prune(self, run: Run) -> None:
         """Newest last: the two newest stay resumable, `keep_last_n` stay at all."""
@@ -264,6 +321,8 @@ class Saver(Listener):
                 for folder in (checkpoint.folder, averaged):
                     if folder.is_dir():
                         remove_checkpoint(folder)
+                for file in self._files_of.pop(checkpoint.folder.name, []):
+                    file.unlink(missing_ok=True)
 
     def _warn_of_waiting(self, run: Run) -> None:
         """Once, where saving costs more than a tenth of the run."""

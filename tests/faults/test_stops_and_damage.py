@@ -21,13 +21,14 @@ import pytest
 
 from everydream_kit.cli import main
 from everydream_kit.config import TrainConfig
-from everydream_kit.errors import CheckpointError, DiskSpaceError
+from everydream_kit.errors import CheckpointError, ConfigError, DiskSpaceError, JobError
+from everydream_kit.locks import hold, is_held
 from everydream_kit.sessions import RUN_FOLDER_VARIABLE, resume, train
 from everydream_kit.training import saving
 from everydream_kit.training.checkpoints import sweep, verify_checkpoint, write_checkpoint
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.run import Run
-from everydream_kit.workspace import RunFolder, list_runs
+from everydream_kit.workspace import RunFolder, list_runs, run_lock_path
 
 
 def settings_in(folder: Path, tiny_model_folder: Path, picture_folder: Path) -> dict[str, Any]:
@@ -340,6 +341,115 @@ def test_a_stopped_run_that_cannot_be_saved_says_so(
             },
             listeners=listeners,
         )
+
+
+class TakingTheFolderAway(Listener):
+    """Puts a file where the folder of single files was, after a step."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.folder, self.step = folder, step
+
+    def __call__(self, run: Run, report: StepReport) -> None:
+        if report.step == self.step:
+            shutil.rmtree(self.folder)
+            self.folder.touch()
+
+
+@pytest.mark.parametrize("name", ["logdir", "save_ckpt_dir", "latent_cache_dir"])
+def test_an_output_folder_that_cannot_be_written_is_known_before_anything_is_loaded(
+    settings: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "file").touch()
+    changes = {"no_save_ckpt": False, "save_ckpt_dir": str(tmp_path / "out"), "cache_latents": "disk"}
+    unusable = {"resume_ckpt": str(tmp_path / "no model"), name: str(tmp_path / "file")}
+    with pytest.raises(ConfigError, match=rf"{name}: .*file cannot be written \(File exists\). Give a folder"):
+        train({**settings, **changes, **unusable})
+
+
+def test_a_single_file_that_fails_is_a_warning_and_the_checkpoint_is_complete(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    changes = {"no_save_ckpt": False, "save_ckpt_dir": str(out), "save_every_n_steps": 2, "keep_last_n": 1}
+    run = train({**settings, **changes, "max_epochs": 1}, listeners=[TakingTheFolderAway(out, 3)])
+    assert run.status()["state"] == "finished"
+    warnings = [event["message"] for event in run.events("warning") if "single file" in event["message"]]
+    assert warnings
+    assert all(f"everydream export {run.checkpoints_folder}" in text for text in warnings)
+    assert not any("waits in memory" in event["message"] for event in run.events("warning"))
+    assert len(run.checkpoints()) == 1  # keep_last_n holds all the same
+    verify_checkpoint(run.last_checkpoint)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_first_signal_ends_the_waiting_for_room(
+    settings: dict[str, Any], small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(saving, "time", SimpleNamespace(sleep=sleep))
+    with pytest.raises(DiskSpaceError):
+        train({**settings, "logdir": str(small_disk), "max_epochs": 1}, listeners=[FillingTheDisk(small_disk, 2)])
+    assert len(waited) == 1
+
+
+def test_single_files_of_another_run_stay_and_those_of_this_one_are_counted(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    changes = {"no_save_ckpt": False, "save_ckpt_dir": str(out), "save_every_n_steps": 2, "keep_last_n": 2}
+    changes |= {"max_epochs": 1}
+    first = train({**settings, **changes})
+    assert len(list(out.iterdir())) == 2
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    second = train({**settings, **changes, "seed": 7})
+    assert first.folder != second.folder
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert len(list(out.iterdir())) == 4
+
+
+def test_a_run_in_progress_is_not_joined_and_what_it_is_writing_stays(run: RunFolder) -> None:
+    half = run.checkpoints_folder / ".partial-stop-ep09-gs00099"
+    half.mkdir()
+    events = run.events_path.read_bytes()
+    with hold(run_lock_path(run.folder), ""), pytest.raises(JobError, match=r"this run is in progress \(process \d+\)"):
+        resume(run.folder)
+    assert half.is_dir()
+    assert run.events_path.read_bytes() == events
+
+
+def test_a_run_on_another_machine_is_not_joined_while_it_reports(run: RunFolder) -> None:
+    half = run.checkpoints_folder / ".partial-stop-ep09-gs00099"
+    half.mkdir()
+    run.write_status({**run.status(), "state": "running", "host": "elsewhere", "place": "f" * 16})
+    with pytest.raises(JobError, match="in progress on another machine, elsewhere"):
+        resume(run.folder)
+    assert half.is_dir()
+
+
+def test_a_session_holds_its_folder_from_beginning_to_end(settings: dict[str, Any]) -> None:
+    held: list[bool] = []
+
+    class Looking(Listener):
+        def __call__(self, run: Run, report: StepReport) -> None:
+            held.append(is_held(run_lock_path(run.folder.folder)))
+
+    run = train({**settings, "max_epochs": 1}, listeners=[Looking()])
+    assert held
+    assert all(held)
+    assert not is_held(run_lock_path(run.folder))
+
+
+def test_a_killed_half_line_of_the_events_does_not_end_a_resume(run: RunFolder) -> None:
+    with run.events_path.open("a") as file:
+        file.write('{"kind": "loss", "st')
+    run = resume(run.folder, changes={"max_epochs": 2})
+    assert run.status()["state"] == "finished"
+    assert next(run.events("resumed"))["kind"] == "resumed"
 
 
 def test_what_a_killed_process_left_is_cleared_and_what_it_was_replacing_is_put_back(tmp_path: Path) -> None:

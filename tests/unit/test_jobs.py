@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import pytest
 
 from everydream_kit import jobs
 from everydream_kit.errors import ConfigError, JobError
+from everydream_kit.identity import identify
 from everydream_kit.locks import hold, is_held
+from everydream_kit.workspace import run_lock_path
 
 DOUBLE = str(Path(__file__).parents[1] / "fakes" / "trainer_double.py")
 
@@ -313,3 +316,63 @@ def test_a_stop_signal_alone_is_enough(started):
     os.kill(json.loads((job.folder / "job.json").read_text())["pid"], signal.SIGTERM)
     wait_until(lambda: not job.is_alive())
     assert job.status()["state"] == "stopped"
+
+
+BROKEN_QUEUES = {
+    "stray comma": ('{"entries": [\n{},]}', r"line 2, column \d+: not valid JSON"),
+    "a list": ("[]", "holds a list"),
+    "entries are none": ('{"entries": {}}', "entries: holds an object"),
+    "an entry is a text": ('{"entries": ["jets.json"]}', "entry 1: holds a text"),
+    "no id": ('{"entries": [{"state": "waiting", "settings": {"given": []}}]}', "entry 1: id must be a text"),
+    "no settings": ('{"entries": [{"id": "a", "state": "waiting"}]}', "entry 1: settings must be an object"),
+    "command": ('{"command": "rm -rf", "entries": []}', "command: must be null or a list"),
+    "empty": ("", "line 1, column 1"),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), BROKEN_QUEUES.values(), ids=BROKEN_QUEUES)
+def test_a_broken_queue_is_refused_and_left_as_it_is(tmp_path, settings, text, words):
+    queue = jobs.Queue(tmp_path / "queue.json")
+    queue.path.write_text(text)
+    tries = (
+        lambda: queue.add(settings),
+        lambda: queue.entries,
+        lambda: queue.remove("a"),
+        lambda: queue.move("a", 1),
+        queue.start,
+    )
+    for one in tries:
+        with pytest.raises(JobError, match=rf"queue\.json.*{words}"):
+            one()
+    assert queue.path.read_text() == text
+
+
+def test_a_strangers_process_is_neither_taken_for_the_run_nor_killed(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
+        known = identify(stranger.pid)
+        older = {"pid": stranger.pid, "host": platform.node(), "start_time": psutil.Process(stranger.pid).create_time()}
+        earlier = {**known.to_json(), "started": str(int(known.started) - 300)}
+        for record in (older, earlier, {"pid": stranger.pid}):
+            for name in ("job.json", "status.json"):
+                (tmp_path / name).write_text(json.dumps({**record, "state": "running", "heartbeat": time.time()}))
+            job = jobs.Job(tmp_path)
+            assert not job.is_alive()
+            with pytest.raises(JobError, match="not in progress"):
+                job.kill()
+            with pytest.raises(JobError, match="not in progress"):
+                job.stop()
+        assert stranger.poll() is None
+        stranger.communicate(b"\n")
+
+
+def test_without_a_sure_identity_a_run_that_holds_its_lock_is_alive_and_is_not_signalled(tmp_path):
+    status = {"state": "running", "pid": os.getpid(), "host": platform.node(), "heartbeat": time.time()}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    job = jobs.Job(tmp_path)
+    assert not job.is_alive()
+    with hold(run_lock_path(tmp_path), ""):
+        assert job.is_alive()
+        with pytest.raises(JobError, match="not known for certain from here"):
+            job.kill()
+        job.stop()
+        assert json.loads((tmp_path / "control.json").read_text())["action"] == "stop"

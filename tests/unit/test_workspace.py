@@ -7,8 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from everydream_kit.errors import CheckpointError, JobError
-from everydream_kit.workspace import Checkpoint, RunFolder, checkpoint_name, find_last_checkpoint, find_run, list_runs
+from everydream_kit.errors import CheckpointError, ConfigError, JobError
+from everydream_kit.strict_json import JsonLines
+from everydream_kit.workspace import (
+    Checkpoint,
+    RunFolder,
+    checkpoint_name,
+    find_last_checkpoint,
+    find_run,
+    list_runs,
+    require_writable,
+)
 
 NOON = datetime(2026, 1, 2, 12, 0, 0)
 
@@ -85,3 +94,68 @@ def test_a_request_is_taken_once(tmp_path: Path) -> None:
     assert taken is not None
     assert (taken["action"], taken["id"]) == ("save", request)
     assert run.take_request() is None
+
+
+CUT_OFF = (
+    b'{"kind": "loss", "step": 1}\n'
+    b'{"kind": "loss", "st{"kind": "loss", "step": 2}\n'
+    b"[1]\n"
+    b'{"step": 3}\n'
+    b'{"kind": "loss", "step": NaN}\n'
+    b'{"kind": "loss", "step": 4}\n{"kind": "lo'
+)
+
+
+def test_bad_lines_of_the_events_are_skipped_and_counted(tmp_path):
+    (tmp_path / "events.jsonl").write_bytes(CUT_OFF)
+    report = JsonLines()
+    events = list(RunFolder(tmp_path).events("loss", report=report))
+    assert [event["step"] for event in events if event["step"] == event["step"]] == [1, 4]
+    assert len(events) == 3
+    assert len(report.bad) == 3
+    assert report.unfinished
+
+
+@pytest.mark.parametrize(
+    ("text", "action"),
+    [
+        ('{"action": ["stop"]}', '["stop"]'),
+        ('{"action": {"stop": 1}}', '{"stop": 1}'),
+        ('{"id": 7}', "null"),
+        ('{"action": "stop", "id": [1]}', "stop"),
+        ("[1]", "[1]"),
+        ("[" * 5000, "[" * 100),
+        ("stop", "stop"),
+        ('{"action": ' + "7" * 6000 + "}", '{"action": ' + "7" * 89),
+        ('{"action": NaN}', '{"action": NaN}'),
+        ("", ""),
+    ],
+)
+def test_a_malformed_request_is_an_unknown_action_in_words(tmp_path, text, action):
+    run = RunFolder(tmp_path)
+    (tmp_path / "control.json").write_text(text)
+    assert run.waiting_action() in (None, "stop")
+    request = run.take_request()
+    assert request["action"] == action
+    assert isinstance(request.get("id"), str | None)
+    assert run.take_request() is None
+
+
+@pytest.mark.parametrize("text", ["[1]", "[" * 5000, '{"step": ' + "7" * 6000 + "}", "\xff", ""])
+def test_a_damaged_status_is_no_status(tmp_path, text):
+    (tmp_path / "status.json").write_text(text, encoding="latin-1")
+    assert RunFolder(tmp_path).status() == {}
+
+
+@pytest.mark.parametrize("below", ["", "deeper/still"])
+def test_a_folder_that_cannot_be_written_is_named_with_its_setting(tmp_path, below):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ConfigError, match=r"save_ckpt_dir: .*file.* cannot be written \((File exists|Not a directory)\)"
+    ):
+        require_writable(tmp_path / "file" / below, "save_ckpt_dir")
+
+
+def test_a_folder_is_made_tried_and_left_clean(tmp_path):
+    require_writable(tmp_path / "a" / "b", "logdir")
+    assert list((tmp_path / "a" / "b").iterdir()) == []

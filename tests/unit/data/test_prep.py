@@ -70,6 +70,112 @@ def test_what_changes_the_dataset_can_be_undone(folder, step):
         undo(report.journal)
 
 
+@pytest.mark.parametrize("step", ["duplicates", "split", "tags"])
+def test_a_journal_goes_where_its_folders_go(folder, tmp_path, step):
+    noise(400, 300, 0).save(folder / "again.png")
+    before = snapshot(folder)
+    report = STEPS[step](folder)
+    assert str(tmp_path) not in report.journal.read_text()
+    moved = tmp_path.with_name(f"{tmp_path.name}-moved")
+    tmp_path.rename(moved)
+    undo(moved / report.journal.relative_to(tmp_path))
+    assert snapshot(moved / folder.relative_to(tmp_path)) == before
+    moved.rename(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"do": "write", "path": ["root", "../victim.txt"], "before": None},
+        {"do": "write", "path": ["root", "{victim}"], "before": "AAAA"},
+        {"do": "write", "path": ["root", "out/victim.txt"], "before": "AAAA"},
+        {"do": "move", "path": ["root", "out/victim.txt"], "to": ["root", "a.txt"]},
+        {"do": "move", "path": ["root", "a.txt"], "to": ["root", "../victim.txt"]},
+        {"do": "write", "path": ["elsewhere", "victim.txt"], "before": None},
+        {"do": "write", "path": ["root", "a.txt"], "before": "no base64!"},
+        {"do": "delete", "path": ["root", "a.txt"], "before": None},
+        {"do": "write", "path": 7, "before": None},
+        ["write", "{victim}", None],
+    ],
+    ids=str,
+)
+def test_a_strangers_journal_names_no_file_outside(folder, tmp_path, line):
+    victim = tmp_path / "victim.txt"
+    victim.write_text("mine")
+    (folder / "out").symlink_to(tmp_path)
+    journal = tmp_path / "undo.jsonl"
+    text = json.dumps(line).replace("{victim}", str(victim))
+    journal.write_text(json.dumps({"undo": 2, "root": "cats"}) + "\n" + text + "\n")
+    before = snapshot(folder)
+    if isinstance(line, list):  # a line that is no step is skipped, and said
+        assert len(undo(journal).problems) == 1
+    else:
+        with pytest.raises(DataError, match=r"undo\.jsonl: "):
+            undo(journal)
+    assert victim.read_text() == "mine"
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("root", ["/", "..", "../..", "../../home", "a/b", "{absolute}", None, "C:\\Users"])
+def test_a_strangers_journal_chooses_no_far_folder(folder, tmp_path, root):
+    journal = folder / "undo.jsonl"
+    named = str(tmp_path) if root == "{absolute}" else root
+    journal.write_text(
+        json.dumps({"undo": 2, "root": named}) + "\n" + '{"do": "write", "path": ["root", "x.txt"], "before": "AAAA"}\n'
+    )
+    with pytest.raises(DataError, match=r"undo\.jsonl: "):
+        undo(journal)
+    assert not list(tmp_path.rglob("x.txt"))
+
+
+def test_undo_of_a_step_whose_side_folder_stands_far_away_is_told_the_folders(folder, tmp_path):
+    noise(400, 300, 0).save(folder / "again.png")
+    before = snapshot(folder)
+    report = set_aside_duplicates(folder, tmp_path / "far" / "away" / "side")
+    with pytest.raises(DataError, match="does not stand next to it. If that is right, give root="):
+        undo(report.journal)
+    undo(report.journal, root=folder)
+    assert snapshot(folder) == before
+
+
+def test_a_journal_that_a_kill_cut_off_still_undoes_the_rest_and_takes_a_second_step(folder):
+    before = snapshot(folder)
+    report = STEPS["tags"](folder)
+    with report.journal.open("a") as file:
+        file.write('{"do": "write", "pa')
+    edit_tags(folder, add=["later"])
+    undone = undo(report.journal)
+    assert snapshot(folder) == before
+    assert len(undone.problems) == 1
+
+
+@pytest.mark.parametrize("step", ["duplicates", "split", "tags"])
+def test_a_step_changes_nothing_behind_a_link_out_of_the_dataset(folder, tmp_path, step):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for number in range(6):
+        noise(200, 150, number).save(elsewhere / f"again{number}.png")
+        (elsewhere / f"again{number}.txt").write_text("not yours")
+    (folder / "linked").symlink_to(elsewhere)
+    before = snapshot(elsewhere)
+    report = STEPS[step](folder)
+    assert snapshot(elsewhere) == before
+    assert any("a link leads to" in problem.cause for problem in report.problems)
+
+
+@pytest.mark.parametrize("step", ["resize", "convert", "tags"])
+def test_prepared_links_at_temporary_names_are_not_written_through(folder, tmp_path, step):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("a.txt.partial", "a.jpg.partial", "a.webp.partial"):
+        (folder / name).symlink_to(victim)
+        (out / name).symlink_to(victim)
+    STEPS[step](folder)
+    assert victim.read_text() == "mine"
+
+
 @pytest.mark.parametrize("step", ["resize", "convert"])
 def test_copies_leave_the_originals_and_take_captions_and_settings_along(folder, step):
     before = snapshot(folder)

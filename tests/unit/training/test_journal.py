@@ -111,3 +111,12 @@ def test_progress_belongs_to_one_state_and_other_facts_stay(tmp_path: Path) -> N
     assert folder.status()["progress"] is None
     assert folder.status()["step"] == 4
     journal.close()
+
+
+def test_a_line_that_a_kill_cut_off_is_ended_before_the_next_event(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.events_path.write_text('{"kind": "loss", "step": 1}\n{"kind": "loss", "st')
+    journal = Journal(run)
+    journal.tell("loss", step=2)
+    journal.close()
+    assert [event["step"] for event in run.events("loss")] == [1, 2]
