@@ -6,6 +6,7 @@ training goes on. Where host memory is short, or nothing follows that could go o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -322,7 +323,8 @@ class Saver(Listener):
                     if folder.is_dir():
                         remove_checkpoint(folder)
                 for file in self._files_of.pop(checkpoint.folder.name, []):
-                    file.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # the folder of single files may be gone
+                        file.unlink()
 
     def _warn_of_waiting(self, run: Run) -> None:
         """Once, where saving costs more than a tenth of the run."""
