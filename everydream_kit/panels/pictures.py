@@ -189,6 +189,8 @@ class DatasetPanel(Panel):
 
     def refresh(self) -> None:
         """Look after what is under way: fetching, unpacking, looking through the pictures."""
+        if self._dataset_folder().resolve() != self.album.root:  # the training panel has chosen another
+            self._use_folder(self._dataset_folder())
         self._follow_fetching()
         self._follow_unpacking()
         self._follow_looking()
@@ -249,10 +251,9 @@ class DatasetPanel(Panel):
             return report_settings(None)
 
     def _use_folder(self, folder: Path) -> None:
-        settings = {**self.project.settings(), "data_root": str(folder.resolve())}
         self.album = Album(folder)
         self.receiver.folder = self.album.root
-        self.project.save_settings(settings)
+        self.project.save_settings({"data_root": str(folder.resolve())})
         self.gallery.use(self.album)
         self._redraw()
         self.say(f"The dataset is now {self.album.root}.", "good")

@@ -97,7 +97,14 @@ class Project:
         return {**start, **{name: value for name, value in saved.items() if name in TrainConfig.model_fields}}
 
     def save_settings(self, values: dict[str, Any]) -> None:
-        write_atomic(self.settings_path, json.dumps(values, indent=2, ensure_ascii=False))
+        """Write these settings; what else the file holds stays, since another panel may have written it.
+
+        Raises:
+            ConfigError: the file is broken. Nothing is overwritten.
+        """
+        held = read_json(self.settings_path, error=ConfigError, missing={})
+        if (merged := {**held, **values}) != held or not self.settings_path.is_file():
+            write_atomic(self.settings_path, json.dumps(merged, indent=2, ensure_ascii=False))
 
     def config(self, **changes: Any) -> TrainConfig:
         """The saved settings as a config. Raises: ConfigError."""

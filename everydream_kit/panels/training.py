@@ -6,6 +6,7 @@ and made again at any time. All callbacks return at once: training is a process 
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -60,6 +61,11 @@ def has_no_room(folder: Path) -> bool:
         return False
 
 
+def _as_in_a_file(values: dict[str, Any]) -> dict[str, Any]:
+    """Values as JSON gives them back: a tuple becomes a list."""
+    return dict(json.loads(json.dumps(values)))
+
+
 class TrainPanel(Panel):
     """`edk.panels.train(project)`. `box` is what is shown; `watch()` is the blocking form of the live view.
 
@@ -105,7 +111,9 @@ class TrainPanel(Panel):
     # Building
 
     def _build(self) -> None:
+        self._settings_stamp = self._stamp_settings()
         self.form = SettingsForm(self.project.settings(), self._settings_changed)
+        self._saved = _as_in_a_file(self.form.values)
         self.monitor = RunMonitor()
         self.waiting = QueueBox(
             jobs.Queue(self.project.folder / "queue.json"), self._checked_config, self.say,
@@ -188,7 +196,7 @@ class TrainPanel(Panel):
         config = self.form.config()
         if problem := self.plan.problem:
             raise ConfigError(problem)
-        self.project.save_settings(self.form.changed_values())
+        self._save_settings()
         return config
 
     def stop(self) -> None:
@@ -270,9 +278,36 @@ class TrainPanel(Panel):
 
     def _settings_changed(self) -> None:
         if not self.form.errors:
-            self.project.save_settings(self.form.changed_values())
+            try:
+                self._save_settings()
+            except (ConfigError, OSError) as error:  # callbacks of controls have nobody to raise to
+                self.say(str(error), "bad")
         self._tell_plan()
         self._draw_buttons()
+
+    def _save_settings(self) -> None:
+        """Write what was changed here, key by key: the other panels write theirs into the same file."""
+        values = _as_in_a_file(self.form.values)
+        self.project.save_settings({name: value for name, value in values.items() if value != self._saved.get(name)})
+        self._saved = values
+
+    def _stamp_settings(self) -> tuple[int, int] | None:
+        """What tells one state of the settings file from another."""
+        path = self.project.settings_path
+        held = path.stat() if path.is_file() else None
+        return (held.st_mtime_ns, held.st_size) if held is not None else None
+
+    def _follow_settings(self) -> None:
+        """Show what another panel has written into the settings file since."""
+        if (stamp := self._stamp_settings()) == self._settings_stamp:
+            return
+        self._settings_stamp = stamp
+        written = self.project.settings()
+        news = {name: value for name, value in written.items() if value != self._saved.get(name)}
+        if news:
+            self._saved.update(news)
+            self.form.set_values(news)
+            self.say(f"Changed by another panel: {', '.join(sorted(news))}.")
 
     def _tell_plan(self) -> None:
         errors = self.form.errors
@@ -293,13 +328,13 @@ class TrainPanel(Panel):
 
     def _list_runs(self) -> None:
         names = [(job.name, str(job.folder)) for job in self.project.jobs()]
+        chosen = str(self.job.folder) if self.job else None
+        self.runs.unobserve(self._choose_run, "value")
         if names != list(self.runs.options):
-            chosen = str(self.job.folder) if self.job else None
-            self.runs.unobserve(self._choose_run, "value")
             self.runs.options = names
-            if chosen in [value for _, value in names]:
-                self.runs.value = chosen
-            self.runs.observe(self._choose_run, "value")
+        if chosen in [value for _, value in names] and self.runs.value != chosen:
+            self.runs.value = chosen
+        self.runs.observe(self._choose_run, "value")
         self.runs.layout.display = "" if len(names) > 1 else "none"
 
     def _choose_run(self, change: dict[str, Any]) -> None:
@@ -308,6 +343,7 @@ class TrainPanel(Panel):
 
     def refresh(self) -> None:
         """Show what is new in the run folder. Cheap where nothing is."""
+        self._follow_settings()
         self.waiting.refresh()
         self.tabs.set_title(4, f"Queue ({self.waiting.num_waiting})" if self.waiting.num_waiting else "Queue")
         status = self._status()

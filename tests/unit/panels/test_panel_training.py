@@ -12,6 +12,7 @@ from PIL import Image
 
 from everydream_kit import jobs
 from everydream_kit.foreign import Origin, write_origin
+from everydream_kit.panels.pictures import DatasetPanel
 from everydream_kit.panels.training import TrainPanel
 from everydream_kit.workspace import RunFolder
 
@@ -273,3 +274,43 @@ def test_prompts_are_kept_in_the_projects_file_that_the_settings_name(project):
     assert TrainPanel(project).prompts.value == "a red jet\n\na jet at night"
     panel.prompts.value = ""
     assert not path.exists()
+
+
+def test_two_panels_change_one_settings_file_key_by_key_and_show_each_others_change(project, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (64, 64)).save(other / "x.png")
+    training, dataset = TrainPanel(project), DatasetPanel(project)
+    training.form.field("max_epochs").control.value = "7"
+    dataset.source.value = str(other)
+    dataset.source_button.click()
+    training.form.field("batch_size").control.value = "3"  # before it has looked at the file again
+    held = json.loads((project / "settings.json").read_text())
+    assert (held["max_epochs"], held["batch_size"], held["data_root"]) == (7, 3, str(other))
+    training.refresh()
+    assert training.form.values["data_root"] == str(other)
+    assert "1 pictures" in training.plan.line.value
+    training.form.set_values({"data_root": str(project / "input")})
+    dataset.refresh()
+    assert dataset.album.root == project / "input"
+
+
+def test_a_broken_settings_file_is_refused_and_kept(project):
+    panel = TrainPanel(project)
+    (project / "settings.json").write_text('{"max_epochs": 7,,}')
+    panel.form.field("batch_size").control.value = "3"
+    assert (project / "settings.json").read_text() == '{"max_epochs": 7,,}'
+    panel.start_button.click()
+    assert "settings.json, line 1, column" in panel.message.value
+
+
+def test_a_fresh_panel_shows_which_of_several_runs_it_shows(project):
+    for name in ("jets-20260101-000000", "jets-20260102-000000"):
+        run = RunFolder(project / "logs" / name)
+        run.folder.mkdir(parents=True)
+        (run.folder / "config.json").write_text("{}")
+        run.write_status({"state": "finished", "pid": 1, "host": "elsewhere"})
+    panel = TrainPanel(project)
+    assert panel.job is not None
+    assert panel.runs.value == str(panel.job.folder) and panel.runs.index is not None
+    assert len(panel.runs.options) == 2
