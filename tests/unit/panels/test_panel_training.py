@@ -93,11 +93,15 @@ def empty_run(project):
     return run
 
 
+ELSEWHERE = {"host": "elsewhere", "pid": 4242, "place": "another boot", "started": "1"}
+"""Of a process that cannot be looked at from here: it lives as long as its heartbeat is fresh."""
+
+
 def test_a_drawing_shows_how_far_it_is_and_other_messages_stay(project):
     run = empty_run(project)
 
     def tell(**facts):  # a run on another machine that shares the disk: it lives as long as its heart beats
-        run.write_status({"host": "elsewhere", "step": 4, "num_steps": 9, **facts})
+        run.write_status({**ELSEWHERE, "step": 4, "num_steps": 9, **facts})
 
     tell(state="starting", progress=0.125, message="Encoding the pictures once.")
     panel = TrainPanel(project)
@@ -123,7 +127,7 @@ def test_a_drawing_shows_how_far_it_is_and_other_messages_stay(project):
 
 def test_a_full_disk_is_told_by_the_panel_since_the_trainer_cannot_write_it_down(project, monkeypatch):
     run = empty_run(project)
-    run.write_status({"host": "elsewhere", "state": "running"})
+    run.write_status({**ELSEWHERE, "state": "running"})
     panel = TrainPanel(project)
     panel.refresh()
     assert "Training." in panel.message.value
@@ -214,7 +218,7 @@ def test_settings_that_cannot_be_read_are_one_clear_error(project):
     from everydream_kit.errors import ConfigError
 
     project.joinpath("settings.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"settings\.json: not valid JSON"):
+    with pytest.raises(ConfigError, match=r"settings\.json, line 1, column 2: not valid JSON"):
         TrainPanel(project)
 
 
