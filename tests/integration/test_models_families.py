@@ -79,7 +79,7 @@ def test_diffusers_reads_our_folder_and_single_file_and_draws_our_picture(family
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
         settings = {"width": 64, "height": 64, "num_inference_steps": 3, "guidance_scale": 3.0}
         generator = torch.Generator("cpu").manual_seed(4)
-        theirs = pipeline("a red square", negative_prompt="", generator=generator, **settings).images[0]
+        theirs = pipeline("a red square", generator=generator, **settings).images[0]
         assert np.abs(ours - np.asarray(theirs).astype(int)).max() <= 1
     assert ours.std() > 5  # not a blank picture
 
@@ -311,7 +311,7 @@ def test_a_unet_that_is_not_ours_is_refused(copied, change, message):
         (lambda folder: (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink(), "no weights here"),
         (lambda folder: shutil.rmtree(folder / "tokenizer"), "no tokenizer here"),
         (lambda folder: shutil.rmtree(folder / "scheduler"), r"scheduler_config\.json is missing"),
-        (lambda folder: (folder / "unet" / "config.json").write_text("{"), "cannot be read as JSON"),
+        (lambda folder: (folder / "unet" / "config.json").write_text("{"), r"config\.json, line 1.*not valid JSON"),
         (
             lambda folder: [shutil.rmtree(p) if p.is_dir() else p.unlink() for p in folder.iterdir()],
             "the folder is empty",
