@@ -7,15 +7,11 @@ parameter under another name (a function's own argument), that name stands behin
 
 from __future__ import annotations
 
-import ast
-from functools import lru_cache
-from pathlib import Path
-
 import pytest
+from named_tests import check_named_test
 
 from everydream_kit.config import TrainConfig
 
-TESTS = Path(__file__).parents[1]
 DATA = "integration/test_parameters_data.py"
 TRAINING = "integration/test_parameters_training.py"
 SAVING = "integration/test_parameters_saving.py"
@@ -157,26 +153,10 @@ TEST_OF = {
 }
 
 
-@lru_cache
-def functions_of(file: str) -> dict[str, str]:
-    """Source of each test function of a file, decorators and trailing comments included."""
-    source = (TESTS / file).read_text("utf-8")
-    lines = source.splitlines()
-    found = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
-    return found
-
-
 def test_the_table_names_every_parameter_and_no_other() -> None:
     assert sorted(TEST_OF) == sorted(TrainConfig.model_fields)
 
 
 @pytest.mark.parametrize("name", TEST_OF)
 def test_the_named_test_is_there_and_speaks_of_its_parameter(name: str) -> None:
-    file, place = TEST_OF[name].split("::")
-    function, _, words = place.partition(":")
-    assert function in functions_of(file), f"{file} has no {function}"
-    assert (words or name) in functions_of(file)[function]
+    check_named_test(TEST_OF[name], name)

@@ -95,6 +95,23 @@ def test_the_average_follows_its_decay_its_target_and_its_interval(settings: dic
         assert any(not torch.equal(a, b) for a, b in zip(after.ema.averages, start, strict=True)) is moved
 
 
+def test_after_twenty_updates_each_decay_has_its_own_average(settings: dict[str, Any]) -> None:
+    found = {}
+    for decay in (0.9, 0.99, 0.9999):
+        with prepared(**{**settings, "ema_decay_rate": decay, "ema_update_interval": 1}) as rehearsal:
+            run = rehearsal.run
+            parameter, average = run.parameters()[0], run.ema.averages[0]
+            by_hand = parameter.detach().double().clone()
+            for step in range(20):
+                with torch.no_grad():
+                    parameter.add_(0.01 * (step + 1))
+                run.ema.update()
+                by_hand = decay * by_hand + (1 - decay) * parameter.detach().double()
+            torch.testing.assert_close(average.double(), by_hand, rtol=0, atol=1e-5)
+            found[decay] = float(average.sum() / average.numel())
+    assert found[0.9] > found[0.99] + 0.1 > found[0.9999] + 0.2
+
+
 # Samples --------------------------------------------------------------------------------------------------------------
 
 
