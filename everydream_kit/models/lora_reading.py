@@ -73,8 +73,8 @@ def read_lora_file(path: Path, base: ModelFiles) -> LoraFile:
     unknown = [stem for stem in layers if stem not in table]
     if unknown:
         raise ModelError(
-            f"{path}: {len(unknown)} of its {len(layers)} layers are not in {base.source} ({base.family.title}), "
-            f"such as {unknown[0][:100]!r}. It was made for another model family."
+            f"{path}: does not fit {base.source} ({base.family.title}): {len(unknown)} of its {len(layers)} layers are "
+            f"not in it, such as {unknown[0][:100]!r}. It was made for another model family."
         )
     values = _settings(path, metadata)
     found = LoraFile(embeddings=_embeddings(path, embeddings, base))

@@ -319,7 +319,7 @@ LAYOUTS = {
     ),
     "one unknown layer": (
         lambda: more(pair(kohya(LINEAR)), {"lora_unet_banana.diff": noise(2)}),
-        "1 of its 2 layers are not in",
+        "1 of its 2 layers are not in it",
     ),
     "half a layer": (lambda: Made({f"{kohya(LINEAR)}.lora_down.weight": noise(4, 32)}, {}), "is incomplete"),
     "half a LoHa": (lambda: Made({f"{kohya(LINEAR)}.hada_w1_a": noise(4, 4)}, {}), "is incomplete"),
