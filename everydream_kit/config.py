@@ -393,6 +393,13 @@ class PrecisionGroup(Group):
         Knob(memory="bfloat16 halves weights and gradients", when="a card too small by a third"),
     ] = "float32"
     """Format of the trained weights. bfloat16 weights are updated with stochastic rounding."""
+    frozen_dtype: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16"],
+        Knob(memory="a half-precision base takes half", when="to compare with a float32 base"),
+    ] = "auto"
+    """Format of the parts that are not trained: the base of a LoRA, a frozen text encoder. `auto` is the format of mixed
+    precision on a GPU (float16 or bfloat16), which leaves the numbers as they are, and float32 on a CPU. The VAE stays
+    float32. In full training, `auto` keeps a frozen part as precise as its file, since checkpoints hold it too."""
     gradient_checkpointing: Annotated[
         bool,
         Knob(basic=True, memory="saves most of the activations", when="out of memory; costs about a quarter in speed"),
@@ -756,6 +763,16 @@ def value_problem(name: str, problem: ErrorDetails) -> str:
     return f"{name}: {message} (got {problem['input']!r})"
 
 
+def mixes_precision(config: TrainConfig) -> bool:
+    """Whether mixed precision is on."""
+    return config.amp and not config.disable_amp
+
+
+def frozen_in_half(config: TrainConfig) -> bool:
+    """Whether frozen weights were asked for in half precision."""
+    return config.frozen_dtype in ("float16", "bfloat16")
+
+
 def _combination_problems(config: TrainConfig) -> list[str]:
     """Rules about two settings; each names both and the cure."""
     c = config
@@ -774,6 +791,10 @@ def _combination_problems(config: TrainConfig) -> list[str]:
         problems.append(
             "fused_backward: steps inside the backward pass, so it works without grad_accum and clip_grad_norm only; "
             "set grad_accum to 1 and clip_grad_norm to none, or fused_backward off"
+        )
+    if frozen_in_half(c) and c.weight_dtype == "float32" and not mixes_precision(c):
+        problems.append(
+            f"frozen_dtype, amp: frozen weights in {c.frozen_dtype} need mixed precision; set frozen_dtype to auto, or amp on"
         )
     if c.parallel == "fsdp2":
         problems += _sharding_problems(c)
@@ -799,6 +820,7 @@ def _sharding_problems(c: TrainConfig) -> list[str]:
     clashes = {
         "training_kind": c.training_kind != "full",
         "weight_dtype": c.weight_dtype != "float32",
+        "frozen_dtype": frozen_in_half(c),
         "amp_dtype": c.amp_dtype == "fp16" and c.amp and not c.disable_amp,
         "ema_decay_rate": c.ema_decay_rate is not None,
         "ema_strength_target": c.ema_strength_target is not None,
@@ -835,5 +857,10 @@ def config_warnings(config: TrainConfig) -> list[str]:
     if (c.ema_sample_ema_model or c.ema_sample_nonema_model) and not c.ema_decay_rate and not c.ema_strength_target:
         warnings.append(
             "ema_sample_ema_model, ema_sample_nonema_model: EMA is off; give ema_decay_rate or ema_strength_target."
+        )
+    if c.training_kind == "full" and frozen_in_half(c):
+        warnings.append(
+            f"frozen_dtype {c.frozen_dtype}: checkpoints hold what is not trained in {c.frozen_dtype} too; auto keeps the "
+            "precision of the base."
         )
     return warnings

@@ -1,21 +1,24 @@
 """Building diffusers' and transformers' own modules from a config and lazy tensors.
 
-A module to be loaded is built on the meta device (no memory, no random numbers) and then given its weights, each read,
-cast and assigned once. Every name and shape must match: a weight that is missing would otherwise train from noise
-without a word, as transformers 4 does with the text encoders that transformers 5 writes.
+A module to be loaded is built with its parameters on the meta device (no memory, no random numbers) and then given its
+weights, each read, cast and placed once. Buffers and plain tensors are real from the start: files hold few of them, so
+their values are the constructors' business. Every name and shape must match: a missing weight would otherwise silently
+train from noise, as transformers 4 does with the text encoders that transformers 5 writes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from everydream_kit.errors import ModelError
-from everydream_kit.models.family import Config, text_tower
+from everydream_kit.models.family import Config
+from everydream_kit.models.formats import NameToDtype
 from everydream_kit.models.imports import make_lazy
 from everydream_kit.models.part_configs import diffusers_values, text_encoder_values
 from everydream_kit.models.tensors import LazyTensor, Tensors
@@ -32,6 +35,34 @@ BUILD_ERRORS = (
 
 _OLD_VAE_ATTENTION = re.compile(r"(?<=attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
 _NEW_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """While inside, modules are built with their parameters on the meta device, and with everything else as it should be.
+
+    `torch.device("meta")` would take the buffers and plain tensors along, whose values no file holds: rotary
+    frequencies, position ids, scales of embeddings.
+    """
+    register = torch.nn.Module.register_parameter
+
+    def register_on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    torch.nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        with torch.random.fork_rng(devices=[]):  # a constructor may draw what it then registers
+            yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@contextmanager
+def _building_on(device: str) -> Iterator[None]:
+    with parameters_on_meta() if device == "meta" else torch.device(device):
+        yield
 
 
 def build_unet(config: Config, device: str = "meta") -> torch.nn.Module:
@@ -66,7 +97,7 @@ def build_text_encoder(config: Config, class_name: str, device: str = "meta") ->
         raise ModelError(f"text encoder: its config.json names the class {named!r}, which the kit does not know.")
     config_values = text_encoder_values(config)
     try:
-        with torch.device(device):
+        with _building_on(device):
             known = CLIPTextConfig(**config_values)
             known._attn_implementation = ATTENTION  # never the file's: it may name a kernel on the Hub
             return builders[class_name](known)
@@ -82,19 +113,26 @@ def _build_diffusers(cls: Any, config: Config, device: str) -> torch.nn.Module:
             "UNet2DConditionModel, AutoencoderKL and CLIP text encoders."
         )
     try:
-        with torch.device(device):
+        with _building_on(device):
             return cls.from_config(diffusers_values(cls, config))
     except BUILD_ERRORS as error:
         raise ModelError(f"{cls.__name__}: its config.json cannot be built ({error}).") from error
 
 
-def fill(module: torch.nn.Module, tensors: Tensors, dtype: torch.dtype, where: str) -> torch.nn.Module:
-    """Give a module that was built on the meta device its weights.
+def fill(
+    module: torch.nn.Module,
+    tensors: Tensors,
+    dtypes: NameToDtype,
+    where: str,
+    device: torch.device | str = "cpu",
+) -> torch.nn.Module:
+    """Give a module that was built without values its weights, one by one.
 
     Args:
         tensors: by the module's own names, or with a text encoder's `text_model.` prefix put on or left off.
-        dtype: floating-point format of the module.
+        dtypes: the floating-point format of each weight, by the module's name for it.
         where: file or folder, for messages.
+        device: where the module is to be. A weight is in host memory only on its way there.
 
     Returns:
         The module, in evaluation mode, with its weights in memory.
@@ -103,7 +141,7 @@ def fill(module: torch.nn.Module, tensors: Tensors, dtype: torch.dtype, where: s
         ModelError: names or shapes do not match.
     """
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    found = _renamed(tensors, wanted)
+    found = renamed_for(module, tensors)
     missing = sorted(wanted.keys() - found.keys())
     unknown = sorted(found.keys() - wanted.keys())
     if missing or unknown:
@@ -122,18 +160,36 @@ def fill(module: torch.nn.Module, tensors: Tensors, dtype: torch.dtype, where: s
             f"{where}: {name} has the shape {found[name].shape}, but the config asks for {wanted[name]}"
             + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
         )
-    # Copies: a mapped file must be free to change or go while the model trains.
-    state = {name: found[name].read().to(dtype=dtype, copy=True).contiguous() for name in wanted}
-    module.load_state_dict(state, strict=True, assign=True)
-    _fill_position_ids(module)
+    for name in sorted(wanted, key=lambda name: _position(found[name])):
+        _place_weight(module, name, found[name], dtypes, device)
     left = [name for name, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta]
     if left:
         raise ModelError(f"{where}: {left[0]} of the {type(module).__name__} has no value in the file.")
-    return module.requires_grad_(True).eval()
+    return module.to(device).requires_grad_(True).eval()
 
 
-def _renamed(tensors: Tensors, wanted: dict[str, tuple[int, ...]]) -> Tensors:
+def _place_weight(
+    module: torch.nn.Module, name: str, tensor: LazyTensor, dtypes: NameToDtype, device: torch.device | str
+) -> None:
+    """Read one weight or saved buffer, and put it where the module has one without a value."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = torch.nn.Parameter(tensor.load(dtypes(name), device))
+    else:
+        buffer = owner._buffers[leaf]
+        assert buffer is not None  # it stands in the state dict
+        owner._buffers[leaf] = tensor.load(buffer.dtype, device)
+
+
+def _position(tensor: LazyTensor) -> tuple[str, int]:
+    """Where in which file: in this order a disk is read from front to back."""
+    return (str(tensor.spans[0].file.path), tensor.spans[0].offset) if tensor.spans else ("", 0)
+
+
+def renamed_for(module: torch.nn.Module, tensors: Tensors) -> Tensors:
     """Older and newer spellings of the same weights, as this module spells them."""
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     renamed: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
         current = _OLD_VAE_ATTENTION.sub(lambda match: _NEW_VAE_ATTENTION[match[0]], name)
@@ -153,11 +209,3 @@ def _renamed(tensors: Tensors, wanted: dict[str, tuple[int, ...]]) -> Tensors:
         else:
             renamed[current] = tensor
     return renamed
-
-
-def _fill_position_ids(module: torch.nn.Module) -> None:
-    """The one buffer that files do not hold."""
-    embeddings = getattr(text_tower(module), "embeddings", None)
-    if embeddings is not None and getattr(embeddings, "position_ids", None) is not None:
-        length = embeddings.position_embedding.weight.shape[0]
-        embeddings.position_ids = torch.arange(length).expand((1, -1))

@@ -178,6 +178,15 @@ def parameter_dtype(module: torch.nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
 
 
+def input_dtype(module: torch.nn.Module) -> torch.dtype:
+    """Format of what goes into a module: its weights', or under autocast float32, which every layer casts for itself.
+
+    One cast for all layers would also add up their gradients in half precision.
+    """
+    device = next(module.parameters()).device
+    return torch.float32 if torch.is_autocast_enabled(device.type) else parameter_dtype(module)
+
+
 @dataclass
 class Model:
     """A model in memory.

@@ -11,16 +11,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from everydream_kit import strict_json
 from everydream_kit.errors import ModelError
 from everydream_kit.models.families import FAMILIES, family_by_name
 from everydream_kit.models.family import Config, Family
+from everydream_kit.models.formats import widest
 from everydream_kit.models.part_configs import scheduler_values
 from everydream_kit.models.tensors import Tensors
 from everydream_kit.models.tokenizer import Vocabulary
 from everydream_kit.models.weight_files import open_weights
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHT_NAMES = {
     "unet": "diffusion_pytorch_model",
@@ -56,6 +60,10 @@ class ModelFiles:
     def num_elements(self) -> int:
         """How many numbers all weights hold together."""
         return sum(math.prod(tensor.shape) for part in self.tensors.values() for tensor in part.values())
+
+    def stored_dtype(self, component: str) -> torch.dtype | None:
+        """The format that holds all weights of a component as its file does; None where no weights were opened."""
+        return widest([tensor.dtype for tensor in self.tensors.get(component, {}).values()])
 
     def num_bytes(self) -> int:
         """Size of all weights as they are stored."""

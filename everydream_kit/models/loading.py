@@ -1,8 +1,9 @@
 """`load_model`: from a Hub id, a diffusers folder or a single file to modules in memory.
 
-The files are opened and understood first (`files.py`, `single_file.py`), so a wrong or damaged model costs no time;
-then each module is built and filled. Recognition of family, prediction type and zero-terminal SNR is done there; here
-is only the assembly.
+The files are opened and understood first (`files.py`, `single_file.py`), so a wrong or damaged model costs no time; then
+each module is built without values, and its weights go one by one from the file to the device, in their final format. Host
+memory holds no more than one of them on the way. Recognition of family, prediction type and zero-terminal SNR is done
+there; here is only the assembly.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from everydream_kit.models.components import build_text_encoder, build_unet, bui
 from everydream_kit.models.download import fetch_model, is_hub_id
 from everydream_kit.models.family import Model, configs_folder
 from everydream_kit.models.files import ModelFiles, open_folder, read_json
+from everydream_kit.models.formats import Formats
 from everydream_kit.models.single_file import open_single_file
 from everydream_kit.models.tokenizer import Vocabulary, build_tokenizer, load_tokenizer
 
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 def load_model(
     source: str | Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Formats = torch.float32,
     device: torch.device | str = "cpu",
     revision: str | None = None,
     subfolder: str | None = None,
@@ -45,7 +47,8 @@ def load_model(
 
     Args:
         source: a diffusers folder, a `.safetensors` or `.ckpt` file, or a Hub id.
-        dtype: of the UNet and text encoders. The VAE stays float32: it is small, and several overflow in float16.
+        dtype: of the UNet and text encoders, or their formats by component. The VAE stays float32: it is small, and
+            several overflow in float16.
         revision, subfolder, variant, token: for Hub ids (subfolder and variant for folders, too).
         family, prediction_type: overrides of what the files say.
         adapter_base: for a small checkpoint, the base to use in place of the one that it names: `source`, perhaps
@@ -69,7 +72,7 @@ def _load_adapted(
     folder: Path,
     own_base: Mapping[str, Any] | None,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | Formats,
     device: torch.device | str,
     token: str | None,
 ) -> Model:
@@ -82,14 +85,14 @@ def _load_adapted(
     note = read_adapter_file(folder)
     origin = note["base"] if own_base is None else own_base
     base = {name: value for name, value in origin.items() if name != "source"}
-    model = load_model(origin["source"], dtype=dtype, device="cpu", token=token, **base)
+    model = load_model(origin["source"], dtype=dtype, device=device, token=token, **base)
     if (folder / TOKENS_FILE).is_file():
         load_tokens(model, folder / TOKENS_FILE)
     if "lora" in note:
-        inject(model, LoraSettings.from_json(note["lora"]))
+        inject(model, LoraSettings.from_json(note["lora"]), dtype=as_formats(dtype).trained)
         set_lora(model, read_lora(folder / LORA_FILE, open_model(origin["source"], token=token, **base)))
     for module in model.modules().values():
-        module.to(device)
+        module.to(device)  # what was added to the base
     model.source = str(folder)
     return model
 
@@ -131,25 +134,21 @@ def _open_adapted(folder: Path, token: str | None) -> ModelFiles:
     return dataclasses.replace(apply_lora(base, read_lora(folder / LORA_FILE, base)), source=str(folder))
 
 
-def assemble(files: ModelFiles, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
-    """Read the weights and build the modules."""
+def assemble(
+    files: ModelFiles, *, dtype: torch.dtype | Formats = torch.float32, device: torch.device | str = "cpu"
+) -> Model:
+    """Build the modules, and read their weights. Arguments as `load_model`."""
+    formats = as_formats(dtype)
+    modules = {name: _build(files, name) for name in files.configs}
+    for name, module in modules.items():
+        dtypes = formats.of(name, module, files.stored_dtype(name))
+        fill(module, files.tensors[name], dtypes, f"{files.source}/{name}", device)
     slots = files.family.text_encoders
-    text_encoders = [
-        fill(
-            build_text_encoder(files.configs[slot.folder], slot.class_name),
-            files.tensors[slot.folder],
-            dtype,
-            f"{files.source}/{slot.folder}",
-        )
-        for slot in slots
-    ]
-    unet = fill(build_unet(files.configs["unet"]), files.tensors["unet"], dtype, f"{files.source}/unet")
-    vae = fill(build_vae(files.configs["vae"]), files.tensors["vae"], torch.float32, f"{files.source}/vae")
     return Model(
         family=files.family,
-        unet=unet.to(device),
-        vae=vae.to(device).requires_grad_(False),
-        text_encoders=[text_encoder.to(device) for text_encoder in text_encoders],
+        unet=modules["unet"],
+        vae=modules["vae"].requires_grad_(False),
+        text_encoders=[modules[slot.folder] for slot in slots],
         tokenizers=[_tokenizer(files, slot.tokenizer_folder) for slot in slots],
         noise_scheduler=training_scheduler(files.scheduler_config, files.prediction_type, files.zero_terminal_snr),
         scheduler_config=files.scheduler_config,
@@ -157,6 +156,22 @@ def assemble(files: ModelFiles, *, dtype: torch.dtype = torch.float32, device: t
         zero_terminal_snr=files.zero_terminal_snr,
         source=files.source,
     )
+
+
+def as_formats(dtype: torch.dtype | Formats) -> Formats:
+    """One format for all components, as formats by component."""
+    return dtype if isinstance(dtype, Formats) else Formats(dtype)
+
+
+def _build(files: ModelFiles, name: str) -> torch.nn.Module:
+    """One component without its weights."""
+    config = files.configs[name]
+    if name == "unet":
+        return build_unet(config)
+    if name == "vae":
+        return build_vae(config)
+    slot = next(slot for slot in files.family.text_encoders if slot.folder == name)
+    return build_text_encoder(config, slot.class_name)
 
 
 def _tokenizer(files: ModelFiles, name: str) -> CLIPTokenizer:

@@ -7,7 +7,8 @@ formats (`lora_formats.py`) read and write. The base stays frozen and unchanged 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,7 @@ def add_lora(
     text_encoder: bool = False,
     dora: bool = False,
     seed: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> list[torch.nn.Parameter]:
     """Freeze a model and give it a LoRA adapter to train. The model draws as before until the adapter has learnt
     something.
@@ -74,6 +76,7 @@ def add_lora(
         text_encoder: adapt the text encoders' attention, too.
         dora: weight-decomposed (arXiv 2402.09353).
         seed: of the starting values.
+        dtype: of the adapter; None: the format of the layers beneath it.
 
     Returns:
         The adapter's parameters.
@@ -89,11 +92,11 @@ def add_lora(
         text_encoder,
         dora,
     )
-    inject(model, settings, seed=seed)
+    inject(model, settings, seed=seed, dtype=dtype)
     return lora_parameters(model)
 
 
-def inject(model: Model, settings: LoraSettings, *, seed: int = 0) -> None:
+def inject(model: Model, settings: LoraSettings, *, seed: int = 0, dtype: torch.dtype | None = None) -> None:
     """`add_lora` from settings that were kept."""
     peft = import_peft()
 
@@ -113,12 +116,37 @@ def inject(model: Model, settings: LoraSettings, *, seed: int = 0) -> None:
             use_dora=settings.dora,
             target_modules=matching_layers(module, wanted),
         )
-        with torch.random.fork_rng(devices=[]), torch_layers_only():
+        stand_ins = _weights_in(dtype, module, config.target_modules or ())
+        with torch.random.fork_rng(devices=[]), torch_layers_only(), stand_ins:
             torch.manual_seed(derive_seed(seed, "lora", name))
             peft.inject_adapter_in_model(config, module, adapter_name=ADAPTER)
     for parameter in lora_parameters(model):
         parameter.requires_grad_(True)
     model.lora = settings
+
+
+@contextmanager
+def _weights_in(dtype: torch.dtype | None, module: torch.nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """While inside, layers of another format have stand-ins for weights: peft makes an adapter in the format of its layer.
+
+    The stand-ins take no memory. Afterwards DoRA's magnitudes are measured on the real weights, in the adapter's format.
+    """
+    layers = [module.get_submodule(name) for name in names]
+    real = {layer: layer.weight for layer in layers if dtype is not None and layer.weight.dtype != dtype}
+    for layer, weight in real.items():
+        empty = torch.zeros((), dtype=dtype, device=weight.device).expand(weight.shape)
+        layer.weight = torch.nn.Parameter(empty, requires_grad=False)
+    try:
+        yield
+    finally:
+        for layer, weight in real.items():
+            layer.weight = weight
+    for part in module.modules() if real else ():
+        magnitudes = getattr(part, "lora_magnitude_vector", {})
+        if ADAPTER in magnitudes and part.base_layer in real:
+            magnitude = magnitudes[ADAPTER].weight
+            with torch.no_grad():
+                magnitude.copy_(part.base_layer.weight.to(dtype).flatten(1).norm(dim=1).reshape(magnitude.shape))
 
 
 def matching_layers(module: torch.nn.Module, patterns: Sequence[str]) -> list[str]:

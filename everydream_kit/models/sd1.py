@@ -17,7 +17,7 @@ from everydream_kit.models.family import (
     Shapes,
     Sizes,
     TextEncoderSlot,
-    parameter_dtype,
+    input_dtype,
     run_text_encoder,
     text_tower,
 )
@@ -44,7 +44,7 @@ def predict_from_text(
     model: Model, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, sizes: Sizes
 ) -> torch.Tensor:
     """The UNet's prediction (B, 4, H/8, W/8) in float32, from the caption alone: SD 1.x and 2.x ignore `sizes`."""
-    dtype = parameter_dtype(model.unet)
+    dtype = input_dtype(model.unet)
     text = conditioning.encoder_hidden_states.to(dtype)
     return model.unet(noisy_latents.to(dtype), timesteps, encoder_hidden_states=text).sample.float()
 

@@ -19,7 +19,7 @@ from everydream_kit.models.family import (
     Shapes,
     Sizes,
     TextEncoderSlot,
-    parameter_dtype,
+    input_dtype,
     run_text_encoder,
 )
 
@@ -61,7 +61,7 @@ def predict_from_text_and_sizes(
     """The UNet's prediction (B, 4, H/8, W/8) in float32, from the caption and the sizes before and after cropping."""
     if conditioning.pooled is None:
         raise ValueError("SDXL needs the pooled text embedding")
-    dtype = parameter_dtype(model.unet)
+    dtype = input_dtype(model.unet)
     added = {
         "text_embeds": conditioning.pooled.to(dtype),
         "time_ids": time_ids(sizes, len(noisy_latents)).to(noisy_latents.device),

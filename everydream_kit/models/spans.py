@@ -92,3 +92,25 @@ def read_pieces(spans: tuple[Span, ...], dtype: torch.dtype) -> Iterator[torch.T
             piece = torch.empty(part.length, dtype=part.dtype)
             part.file.read_into(memoryview(piece.view(torch.uint8).numpy()), part.offset)
             yield piece.to(dtype)
+
+
+def read_whole(spans: tuple[Span, ...], through: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
+    """All numbers of the spans in order, as one vector in memory.
+
+    Args:
+        through: the format that they are announced in. Another one than the file's rounds them first.
+        dtype: the vector's format.
+    """
+    whole = torch.empty(sum(span.length for span in spans), dtype=dtype)
+    start = 0
+    for span in spans:
+        part = whole[start : start + span.length]
+        if span.dtype == through == dtype:
+            span.file.read_into(memoryview(part.view(torch.uint8).numpy()), span.offset)
+        else:
+            filled = 0
+            for piece in read_pieces((span,), through):
+                part[filled : filled + len(piece)].copy_(piece)
+                filled += len(piece)
+        start += span.length
+    return whole

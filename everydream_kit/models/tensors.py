@@ -26,7 +26,7 @@ import torch
 
 from everydream_kit.atomic import open_atomic
 from everydream_kit.errors import ModelError
-from everydream_kit.models.spans import Span, read_pieces, spans_of_safetensors
+from everydream_kit.models.spans import Span, read_pieces, read_whole, spans_of_safetensors
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -91,6 +91,16 @@ class LazyTensor:
         if dtype == self.dtype or not self.dtype.is_floating_point:
             return self
         return LazyTensor(self.shape, dtype, lambda: self.read().to(dtype), self.spans)
+
+    def load(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Its values in a format, on a device, in memory of their own: the file may change or go afterwards.
+
+        What lies in a file is read straight into its final format: no second copy, and no page of a memory map, which
+        would count as memory of this process.
+        """
+        if self.spans is None:
+            return self.read().to(device=device, dtype=dtype, copy=True).contiguous()
+        return read_whole(self.spans, self.dtype, dtype).reshape(self.shape).to(device)
 
     def pieces(self) -> Iterator[torch.Tensor]:
         """Its values in order, as vectors: small ones, each with its own memory, or the tensor whole where it is computed."""

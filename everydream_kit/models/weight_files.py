@@ -9,14 +9,18 @@ runs; a file with any other name in it is refused as a whole.
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from everydream_kit.errors import ModelError
+from everydream_kit.models.spans import CAN_READ_AT, OpenedFile, Span, read_whole
 from everydream_kit.models.tensors import LazyTensor, Tensors, open_safetensors
 
 TRAINER_PACKAGES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.")
@@ -89,7 +93,9 @@ def open_pickle(path: Path) -> tuple[Tensors, dict[str, str]]:
     metadata = content.get("metadata", {}) if state is not content else {}
     if not isinstance(state, dict) or not isinstance(metadata, dict):
         raise ModelError(f"{path}: its state_dict is no table of weights.")
-    tensors = {str(name): LazyTensor.of(value) for name, value in state.items() if isinstance(value, torch.Tensor)}
+    values = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    file = OpenedFile(path) if any(_offset(value) is not None for value in values.values()) else None
+    tensors = {name: LazyTensor.of(value) if file is None else _in_file(value, file) for name, value in values.items()}
     return tensors, {str(key): value for key, value in metadata.items() if isinstance(value, str)}
 
 
@@ -100,7 +106,41 @@ def _load_weights_only(path: Path) -> Any:
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
     stand_ins = [(EmptyTable if name in TABLE_NAMES else Inert, name) for name in names if _is_trainers(name)]
     with torch.serialization.safe_globals(stand_ins):
+        if is_zip and CAN_READ_AT:
+            with FakeTensorMode():  # torch says where in the file each tensor lies, and reads none
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            if all(_offset(leaf) is not None for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor)):
+                return content
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+
+
+def _offset(tensor: torch.Tensor) -> int | None:
+    """Where in its file the storage of a tensor without values begins; None where torch (before 2.7) does not say it."""
+    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    return None if offset is None else int(offset)
+
+
+def _in_file(tensor: torch.Tensor, file: OpenedFile) -> LazyTensor:
+    """A tensor without values as one that is read from its place in the file.
+
+    Raises:
+        ModelError: the file ends before.
+    """
+    shape, stride, start = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+    offset, num_stored = _offset(tensor) or 0, tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
+    if offset + num_stored * tensor.dtype.itemsize > os.fstat(file.descriptor).st_size:
+        raise ModelError(f"{file.path}: ends in the middle of a tensor. Its download was cut short; fetch it again.")
+    stored = (Span(file, offset, num_stored, tensor.dtype),)
+    if tensor.is_contiguous():
+        spans = (stored[0].part(start, start + tensor.numel()),)
+        return LazyTensor(
+            shape, tensor.dtype, lambda: read_whole(spans, tensor.dtype, tensor.dtype).reshape(shape), spans
+        )
+    return LazyTensor(
+        shape,
+        tensor.dtype,
+        lambda: read_whole(stored, tensor.dtype, tensor.dtype).as_strided(shape, stride, start).contiguous(),
+    )
 
 
 def _is_trainers(name: str) -> bool:

@@ -35,7 +35,7 @@ class ImitatedPrecision(Precision):
 
 def imitate_precision(precision: Precision) -> ImitatedPrecision:
     """The same formats, without scaler."""
-    return ImitatedPrecision(precision.device_type, precision.dtype, precision.weight_dtype)
+    return ImitatedPrecision(precision.device_type, precision.dtype, precision.weight_dtype, precision.frozen_dtype)
 
 
 def imitate_autocast(modules: Iterable[torch.nn.Module]) -> None:

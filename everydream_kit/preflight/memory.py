@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from everydream_kit.preflight.skeleton import Architecture
     from everydream_kit.training.optimizer_config import OptimizerConfig
 
-VERSION = 4
+VERSION = 5
 """Of the method: raised where the same settings would now give other numbers."""
 
 DEFAULT_CONTEXT_BYTES = 600 * 2**20

@@ -31,7 +31,7 @@ from everydream_kit.preflight.imitation import imitate_autocast, imitate_precisi
 from everydream_kit.preflight.scratch import scratch_of
 from everydream_kit.preflight.skeleton import Architecture, build_skeleton
 from everydream_kit.preflight.tracker import SCRATCH, Lives, StorageTracker
-from everydream_kit.training.base import select_trained
+from everydream_kit.training.base import choose_formats, precision_of, select_trained
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.offload import idle_modules
 from everydream_kit.training.optimizer_config import OptimizerConfig
@@ -121,14 +121,15 @@ def rehearse(
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         logdir = stack.enter_context(tempfile.TemporaryDirectory())
-        model = build_skeleton(architecture, torch.bfloat16 if config.weight_dtype == "bfloat16" else torch.float32)
+        config = _as_on(device_type, has_bf16, config)
+        model = build_skeleton(architecture, choose_formats(config, precision_of(config, device_type)))
         select_trained(model, config, optimizer_config, config.seed)  # on meta: adapters are drawn at random
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(tracker)
         _materialise(model, tracker)
         if device_type == "cuda":
             imitate_autocast(model.modules().values())
-        run = _assemble(config, model, dataset, Path(logdir), optimizer_config, device_type, has_bf16, tracker)
+        run = _assemble(config, model, dataset, Path(logdir), optimizer_config, device_type, tracker)
         for module in _idle(config, run, latents) if device_type != "cpu" else []:
             tracker.label(module.parameters(), IDLE_VAE if module is model.vae else IDLE)
         batch = make_batch(bucket, run.plan_settings.batch_size, with_moments=latents != "off")
@@ -140,6 +141,13 @@ def rehearse(
         if samples is not None:
             _rehearse_sampling(run, tracker, samples, averaged=config.ema_sample_ema_model)
         return _summarise(config, run, tracker, num_micro_batches)
+
+
+def _as_on(device_type: str, has_bf16: bool, config: TrainConfig) -> TrainConfig:
+    """The settings with the format of mixed precision that a GPU of this kind leads to."""
+    if device_type == "cpu" or config.amp_dtype != "auto" or config.weight_dtype != "float32":
+        return config
+    return config.replace(amp_dtype="bf16" if has_bf16 else "fp16")
 
 
 @contextmanager
@@ -191,13 +199,10 @@ def _assemble(  # noqa: PLR0917 - what a run is made of, each once
     logdir: Path,
     optimizer_config: OptimizerConfig,
     device_type: str,
-    has_bf16: bool,
     tracker: StorageTracker,
 ) -> Run:
     """The run as `assemble_run` makes it, but for what needs files, values or a driver."""
     changes: dict[str, Any] = {"cache_latents": "off", "ema_resume_model": None, "torch_compile": False}
-    if device_type != "cpu" and config.amp_dtype == "auto" and config.weight_dtype == "float32":
-        changes["amp_dtype"] = "bf16" if has_bf16 else "fp16"
     folder = RunFolder(logdir)
     with tracker.births_are(EMA):
         run = assemble_run(
@@ -284,7 +289,12 @@ def _rehearse_sampling(run: Run, tracker: StorageTracker, samples: SampleShape, 
     """One denoising step with guidance and the decoding, as `sample_pictures` does them."""
     model, (width, height) = run.model, samples.size
     num = samples.num_pictures
-    with tracker.stretch("sampling"), torch.no_grad(), run.sampling_weights(averaged=averaged):
+    with (
+        tracker.stretch("sampling"),
+        torch.no_grad(),
+        run.sampling_weights(averaged=averaged),
+        run.precision.autocast(),
+    ):
         cell = model.vae_scale_factor
         latents = torch.zeros(num, model.vae.config["latent_channels"], height // cell, width // cell)
         encoded = encode_captions(model, ["", CAPTION], run.config.clip_skip)

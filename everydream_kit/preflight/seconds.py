@@ -42,7 +42,15 @@ CPU_SHARE = 0.35
 
 SPEED_SETTINGS = (
     *("resume_ckpt", "resolution", "training_kind", "gradient_checkpointing", "amp", "disable_amp", "amp_dtype"),
-    *("weight_dtype", "optimizer", "disable_unet_training", "disable_textenc_training", "cache_latents", "lora_rank"),
+    *(
+        "weight_dtype",
+        "frozen_dtype",
+        "optimizer",
+        "disable_unet_training",
+        "disable_textenc_training",
+        "cache_latents",
+        "lora_rank",
+    ),
     *("fused_backward", "torch_compile", "channels_last", "attn_type", "offload_idle_models", "clip_skip"),
 )
 """Settings that two runs must share for one's pictures a second to be the other's."""

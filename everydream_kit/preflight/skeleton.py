@@ -12,7 +12,7 @@ import dataclasses
 import struct
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from everydream_kit.models.family import Model, TextEncoderSlot
     from everydream_kit.models.files import ModelFiles
+    from everydream_kit.models.formats import Formats
     from everydream_kit.models.lora_settings import LoraSettings
 
 SMALL_FILES = ("*.json", "*/*.json")
@@ -38,10 +39,16 @@ class Architecture:
     Attributes:
         files: its configs; `tensors` is empty, or lazy and unread.
         lora: the adapter that a small checkpoint carries.
+        stored: formats of the components' files, where weights are on this machine beside their configs.
     """
 
     files: ModelFiles
     lora: LoraSettings | None = None
+    stored: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    def stored_dtype(self, component: str) -> torch.dtype | None:
+        """The format that a component's file has its weights in; None where that is not known."""
+        return self.stored.get(component) or self.files.stored_dtype(component)
 
     def identity(self) -> dict[str, Any]:
         """Everything that memory depends on, as JSON values."""
@@ -50,6 +57,7 @@ class Architecture:
             "family": files.family.name,
             "configs": {name: dict(config) for name, config in sorted(files.configs.items())},
             "prediction_type": files.prediction_type,
+            "stored": {name: str(self.stored_dtype(name)) for name in sorted(files.configs)},
             "lora": None if self.lora is None else self.lora.to_json(),
         }
 
@@ -80,12 +88,28 @@ def read_architecture(
     if path.is_dir() and is_adapter_folder(path):
         return _read_adapted(path, endpoint)
     if path.is_dir():
-        return Architecture(open_configs(path / subfolder if subfolder else path, **how))
+        folder = path / subfolder if subfolder else path
+        files = open_configs(folder, **how)
+        return Architecture(files, stored=stored_dtypes(folder, files, variant))
     if not is_hub_id(str(source)):
         raise ModelError(f"{source}: there is no such file or folder, and it is no Hub id (owner/repository) either.")
     where = {"revision": revision, "endpoint": endpoint}
     files = _fetch_configs(str(source), subfolder, variant, where, how)
     return Architecture(dataclasses.replace(files, source=str(source)))
+
+
+def stored_dtypes(folder: Path, files: ModelFiles, variant: str | None) -> dict[str, torch.dtype]:
+    """The formats of the safetensors files in a diffusers folder, by component, where they are there."""
+    from everydream_kit.models.files import open_component
+
+    found = {}
+    for name in files.configs:
+        if any((folder / name).glob("*.safetensors")):
+            opened = dataclasses.replace(files, tensors={name: open_component(folder / name, variant)})
+            dtype = opened.stored_dtype(name)
+            if dtype is not None:
+                found[name] = dtype
+    return found
 
 
 def shipped_architecture(
@@ -246,26 +270,28 @@ def _read_remote_header(repo_id: str, name: str, where: dict[str, Any], how: dic
         return open_single_file(path, **how)
 
 
-def build_skeleton(architecture: Architecture, dtype: torch.dtype) -> Model:
-    """Build the modules on the meta device.
+def build_skeleton(architecture: Architecture, dtype: torch.dtype | Formats) -> Model:
+    """Build the modules on the meta device, each weight in the format that it would be loaded in.
 
     Args:
-        dtype: of UNet and text encoders; the VAE is float32 as ever.
+        dtype: of UNet and text encoders, or their formats by component; the VAE is float32.
     """
-    from everydream_kit.models.components import build_text_encoder, build_unet, build_vae
     from everydream_kit.models.family import Model
-    from everydream_kit.models.loading import _tokenizer, training_scheduler
+    from everydream_kit.models.loading import _build, _tokenizer, as_formats, training_scheduler
     from everydream_kit.models.lora import inject
 
-    files = architecture.files
+    files, formats = architecture.files, as_formats(dtype)
+    modules = {name: _build(files, name) for name in files.configs}
+    for name, module in modules.items():
+        dtypes = formats.of(name, module, architecture.stored_dtype(name))
+        for key, parameter in module.named_parameters():
+            parameter.data = parameter.data.to(dtypes(key))  # not `module.to`: diffusers would comment on it
     slots = files.family.text_encoders
     model = Model(
         family=files.family,
-        unet=_in_format(build_unet(files.configs["unet"]), dtype),
-        vae=build_vae(files.configs["vae"]).requires_grad_(False),
-        text_encoders=[
-            _in_format(build_text_encoder(files.configs[slot.folder], slot.class_name), dtype) for slot in slots
-        ],
+        unet=modules["unet"],
+        vae=modules["vae"].requires_grad_(False),
+        text_encoders=[modules[slot.folder] for slot in slots],
         tokenizers=[_tokenizer(files, slot.tokenizer_folder) for slot in slots],
         noise_scheduler=training_scheduler(files.scheduler_config, files.prediction_type, files.zero_terminal_snr),
         scheduler_config=dict(files.scheduler_config),
@@ -274,12 +300,5 @@ def build_skeleton(architecture: Architecture, dtype: torch.dtype) -> Model:
         source=files.source,
     )
     if architecture.lora is not None:
-        inject(model, architecture.lora)
+        inject(model, architecture.lora, dtype=formats.trained)
     return model
-
-
-def _in_format(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """Parameters in another format, without diffusers' remark about `to`."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return module

@@ -9,12 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from everydream_kit.config import mixes_precision
 from everydream_kit.foreign import read_origin
+from everydream_kit.models.families import FAMILIES
 from everydream_kit.models.family import Model
+from everydream_kit.models.formats import Formats
 from everydream_kit.models.loading import load_model
 from everydream_kit.training.objectives import rescale_zero_terminal_snr
 from everydream_kit.training.offload import idle_modules
 from everydream_kit.training.parameters import TrainedPart, select_parameters
+from everydream_kit.training.precision import Precision, choose_precision
 from everydream_kit.workspace import find_last_checkpoint
 
 if TYPE_CHECKING:
@@ -27,20 +31,20 @@ if TYPE_CHECKING:
     from everydream_kit.training.ranks import Ranks
 
 UNET, TEXT_ENCODER = "unet", "text encoder"
+TILE_PIXELS = 512
+"""Side of a tile. SD 1.5's own images go through as a whole."""
 
 
 def load_base(config: TrainConfig, weights_from: Path | None, ranks: Ranks) -> Model:
-    """Load the base model, or the weights of a run that goes on, onto the device.
+    """Load the base model, or the weights of a run that is resumed, onto the device, each part in its format.
 
     Raises:
         ModelError, CheckpointError: it is not there or cannot be used.
         ConfigError: zero terminal SNR is asked of an epsilon model.
     """
-    import torch
-
     model = load_model(
         weights_from or find_base(config),
-        dtype=torch.bfloat16 if config.weight_dtype == "bfloat16" else torch.float32,
+        dtype=choose_formats(config, precision_of(config, ranks.device.type)),
         device="cpu" if shards(config, ranks) else ranks.device,
         revision=config.base_revision,
         subfolder=config.base_subfolder if weights_from is None else None,
@@ -68,6 +72,37 @@ def _own_base(config: TrainConfig, weights_from: Path | None) -> dict[str, str] 
         "prediction_type": config.prediction_type,
     }
     return {name: value for name, value in named.items() if value is not None}
+
+
+def precision_of(config: TrainConfig, device_type: str, *, tune_scaler: bool = True) -> Precision:
+    """The formats that a run computes in. Raises: ConfigError, where they do not go together."""
+    return choose_precision(
+        device_type,
+        amp=mixes_precision(config),
+        amp_dtype=config.amp_dtype,
+        weight_dtype=config.weight_dtype,
+        frozen_dtype=config.frozen_dtype,
+        tune_scaler=tune_scaler,
+        fused_backward=config.fused_backward,
+    )
+
+
+def choose_formats(config: TrainConfig, precision: Precision) -> Formats:
+    """The format of each part of the model.
+
+    Only whole components (UNet, text encoder) are frozen here: layers frozen within one that is trained keep its format.
+    Where the model is divided among processes, everything has the trained weights' format.
+    """
+    trains_unet = config.training_kind == "full" and not config.disable_unet_training
+    trains_text = config.training_kind == "full" and not config.disable_textenc_training
+    folders = {slot.folder for family in FAMILIES.values() for slot in family.text_encoders}
+    trained = ({"unet"} if trains_unet else set()) | (folders if trains_text else set())
+    return Formats(
+        trained=precision.weight_dtype,
+        frozen=None if config.parallel == "fsdp2" else precision.frozen_dtype,
+        components=frozenset(trained),
+        keeps_precision=config.training_kind == "full" and config.frozen_dtype == "auto",
+    )
 
 
 def shards(config: TrainConfig, ranks: Ranks) -> bool:
@@ -104,6 +139,8 @@ def select_trained(
             unet_frozen_patterns=unet_freezing.freeze if unet_freezing else None,
         )
     if config.training_kind == "lora":
+        import torch
+
         from everydream_kit.models.lora import add_lora
 
         if model.lora is None:
@@ -116,6 +153,7 @@ def select_trained(
                 text_encoder=config.lora_text_encoder,
                 dora=config.lora_dora,
                 seed=seed,
+                dtype=torch.bfloat16 if config.weight_dtype == "bfloat16" else torch.float32,
             )
     elif not model.new_tokens:
         from everydream_kit.models.tokens import add_tokens
@@ -151,6 +189,21 @@ def prepare_modules(model: Model, config: TrainConfig) -> None:
         model.unet.to(memory_format=torch.channels_last)
     if config.torch_compile:
         compile_blocks(model.unet)
+
+
+def tile_large_images(model: Model, precision: Precision) -> None:
+    """Let the VAE work on large images tile by tile, on GPUs whose mixed precision is float16.
+
+    Those are the ones without bfloat16, which have 16 GiB or less. In float32, an image of 1024 px takes the VAE 3 GiB at
+    once, more than a step of SDXL with gradient checkpointing takes above its weights. Tiles overlap by a quarter, and
+    are blended; what the norms see is a tile, so latents differ slightly from those of the image as a whole.
+    """
+    import torch
+
+    if precision.device_type == "cuda" and precision.dtype == torch.float16:
+        model.vae.enable_tiling()
+        model.vae.tile_sample_min_size = TILE_PIXELS
+        model.vae.tile_latent_min_size = TILE_PIXELS // model.vae_scale_factor
 
 
 def compile_blocks(unet: torch.nn.Module) -> None:

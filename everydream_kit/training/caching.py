@@ -122,8 +122,10 @@ def build_latent_cache(
 
 
 def weights_identity(module: torch.nn.Module) -> str:
-    """A hash of a module's weights and their format: two modules with the same one compute the same."""
+    """A hash of a module's weights, their format, and a VAE's tiles: two modules with the same one compute the same."""
     digest = hashlib.blake2b(digest_size=16)
+    if getattr(module, "use_tiling", False):
+        digest.update(f"tiles of {module.tile_sample_min_size}".encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

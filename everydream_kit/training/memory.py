@@ -87,6 +87,9 @@ def _measures_for_nothing(c: TrainConfig) -> Iterator[Measure]:
     if not c.amp or c.disable_amp:
         changes = {"amp": True, "disable_amp": False}
         yield Measure("amp", changes, "switch it on (disable_amp off); it halves the activations", "nothing")
+    if c.frozen_dtype == "float32" and (c.training_kind != "full" or c.disable_textenc_training):
+        why = "auto; what is not trained takes half, with the same losses"
+        yield Measure("frozen_dtype", {"frozen_dtype": "auto"}, why, "nothing")
     if c.cache_latents == "off":
         why = "auto; the VAE is not needed while training"
         yield Measure("cache_latents", {"cache_latents": "auto"}, why, "nothing")

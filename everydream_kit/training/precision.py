@@ -18,6 +18,8 @@ SCALER_STAGES = ((0, 2.0, 25), (500, 1.8, 100), (1000, 1.6, 200), (2000, 1.3, 50
 """(from this step, growth factor, steps without overflow before growing), as EveryDream 2 tunes its scaler: the scale
 finds its place quickly, and later overflows, each of which costs a step, become rare."""
 
+FROZEN = {"auto": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
 
 @dataclass
 class Precision:
@@ -27,6 +29,7 @@ class Precision:
         device_type: "cpu", "cuda" ...
         dtype: format of the arithmetic inside autocast; float32 means no autocast.
         weight_dtype: format of the trained weights.
+        frozen_dtype: format of the matrices in parts that are not trained; None: everything is as the trained weights.
         scaler: gradient scaler, with float16 only.
         num_steps: optimizer steps taken with the scaler.
     """
@@ -34,6 +37,7 @@ class Precision:
     device_type: str
     dtype: torch.dtype
     weight_dtype: torch.dtype = torch.float32
+    frozen_dtype: torch.dtype | None = None
     scaler: torch.amp.GradScaler | None = None
     tune_scaler: bool = True
     num_steps: int = field(default=0, repr=False)
@@ -86,6 +90,7 @@ def choose_precision(
     amp: bool = True,
     amp_dtype: str = "auto",
     weight_dtype: str = "float32",
+    frozen_dtype: str = "auto",
     tune_scaler: bool = True,
     fused_backward: bool = False,
 ) -> Precision:
@@ -94,8 +99,11 @@ def choose_precision(
     Args:
         device: where the model runs.
         amp: mixed precision; off means float32.
-        amp_dtype: "bf16", "fp16", or "auto": on a GPU bfloat16 where it has it and else float16, elsewhere float32.
+        amp_dtype: "bf16", "fp16", or "auto": on a GPU bfloat16 where it has it and else float16, elsewhere float32, or
+            `frozen_dtype` where that is in half precision.
         weight_dtype: "float32" or "bfloat16"; the latter computes in bfloat16 as well.
+        frozen_dtype: "float32", "float16", "bfloat16", or "auto": on a GPU the format of the arithmetic; elsewhere, and with
+            bfloat16 weights, that of the trained weights.
         tune_scaler: raise float16's scale more slowly as the run goes on (EveryDream 2's step tweaks).
         fused_backward: whether weights are updated inside the backward pass.
 
@@ -109,8 +117,13 @@ def choose_precision(
             raise ConfigError(
                 "weight_dtype, amp_dtype: bfloat16 weights compute in bfloat16; set amp_dtype to auto or bf16"
             )
-        return Precision(device_type, torch.bfloat16, torch.bfloat16)
+        return Precision(device_type, torch.bfloat16, torch.bfloat16, FROZEN[frozen_dtype])
     dtype = _amp_dtype(device_type, amp_dtype) if amp else torch.float32
+    frozen = FROZEN[frozen_dtype]
+    if frozen is None and device_type == "cuda" and dtype != torch.float32:
+        frozen = dtype
+    if frozen not in (None, torch.float32) and dtype == torch.float32:
+        dtype = frozen
     scaler = None
     if dtype == torch.float16:
         if fused_backward:
@@ -121,7 +134,7 @@ def choose_precision(
         scaler = torch.amp.GradScaler(
             device_type, init_scale=INITIAL_SCALE, growth_factor=2.0, backoff_factor=0.5, growth_interval=25
         )
-    return Precision(device_type, dtype, torch.float32, scaler, tune_scaler)
+    return Precision(device_type, dtype, torch.float32, frozen, scaler, tune_scaler)
 
 
 def _amp_dtype(device_type: str, amp_dtype: str) -> torch.dtype:

@@ -17,17 +17,22 @@ from everydream_kit.config import TrainConfig
 from everydream_kit.data.cache import CacheSettings
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.errors import CheckpointError, ConfigError
+from everydream_kit.models.adapters import is_adapter_folder
+from everydream_kit.models.components import renamed_for
 from everydream_kit.models.family import Model
-from everydream_kit.models.loading import load_model
+from everydream_kit.models.loading import load_model, open_model
 from everydream_kit.models.saving import save_model
+from everydream_kit.models.tensors import LazyTensor, Tensors
 from everydream_kit.training import schedules
 from everydream_kit.training.base import (
     TEXT_ENCODER,
     choose_idle_modules,
     load_base,
+    precision_of,
     prepare_modules,
     select_trained,
     shards,
+    tile_large_images,
 )
 from everydream_kit.training.caching import build_latent_cache, build_text_cache, choose_latent_mode, latent_folder
 from everydream_kit.training.ema import Ema, decay_from_strength_target
@@ -47,7 +52,7 @@ from everydream_kit.training.pictures import (
     scan,
 )
 from everydream_kit.training.plugins import caption_transform, load_plugins, picture_transform
-from everydream_kit.training.precision import Precision, choose_precision
+from everydream_kit.training.precision import Precision
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.receipts import OpenFile
 from everydream_kit.training.run import Run
@@ -162,14 +167,9 @@ def assemble_run(
     settings = [settle_part(part.name, config, optimizer_config, device_type) for part in parts]
     for how in settings:
         announce_schedule(how, make_schedule(how, config, num_steps, ranks.num_ranks), num_steps, journal)
-    precision = choose_precision(
-        device_type,
-        amp=config.amp and not config.disable_amp,
-        amp_dtype=config.amp_dtype,
-        weight_dtype=config.weight_dtype,
-        tune_scaler=optimizer_config.apply_grad_scaler_step_tweaks is not False,
-        fused_backward=config.fused_backward,
-    )
+    tweaks = optimizer_config.apply_grad_scaler_step_tweaks is not False
+    precision = precision_of(config, device_type, tune_scaler=tweaks)
+    tile_large_images(model, precision)
     optimizers = [how.optimizer for how in settings]
     sharding = build_sharding(model, parts, optimizers, precision, ranks) if shards(config, ranks) else None
     num_workers = choose_num_workers(config.num_workers)
@@ -338,20 +338,35 @@ def averages_of(config: TrainConfig, model: Model, parameters: list[torch.nn.Par
     Raises:
         CheckpointError, ModelError: it is not there, or is another model's.
     """
+    import torch
+
     source = config.ema_resume_model
     if source == "findlast":
         source = str(find_last_checkpoint(config.logdir, config.project_name, averaged=True))
-    other = {name: module.state_dict() for name, module in load_model(str(source)).modules().items()}
+    other = _weights_of(str(source), model)
     places = {id(p): (name, key) for name, module in model.modules().items() for key, p in module.named_parameters()}
     averages = []
     for parameter in parameters:
         name, key = places[id(parameter)]
-        if key not in other.get(name, {}) or other[name][key].shape != parameter.shape:
+        found = other.get(name, {}).get(key)
+        if found is None or found.shape != tuple(parameter.shape):
             raise CheckpointError(
                 f"ema_resume_model {source}: has no {name}.{key} of the shape {tuple(parameter.shape)}."
             )
-        averages.append(other[name][key])
+        averages.append(found.load(torch.float32))
     return averages
+
+
+def _weights_of(source: str, model: Model) -> dict[str, Tensors]:
+    """A checkpoint's weights by this model's names, unread; an adapter's checkpoint is loaded with its base."""
+    if is_adapter_folder(Path(source)):
+        modules = load_model(source).modules()
+        return {
+            name: {key: LazyTensor.of(value) for key, value in module.state_dict().items()}
+            for name, module in modules.items()
+        }
+    files = open_model(source)
+    return {name: renamed_for(module, files.tensors.get(name, {})) for name, module in model.modules().items()}
 
 
 def _write_model(model: Model, folder: Path, weights: dict[str, dict[str, Any]], open_file: OpenFile) -> None:

@@ -188,7 +188,7 @@ class Sampler(Listener):
         with ShareBar("samples") as bar:
             progress = WorkProgress(run.journal, "sampling", bar, stop=self.stop, num_parts=len(variants))
             for prefix, averaged in variants:
-                with run.whole_model(), run.sampling_weights(averaged=averaged):
+                with run.whole_model(), run.sampling_weights(averaged=averaged), run.precision.autocast():
                     _Sheets(run, settings, prompts, prefix, progress).make()
                 progress.end_part()
 

@@ -107,6 +107,9 @@ TEST_OF = {
     "disable_amp": AMP,
     "amp_dtype": f"{TRAINING}::test_bfloat16_arithmetic_gives_nearly_the_same_losses",
     "weight_dtype": f"{TRAINING}::test_weights_are_kept_in_the_named_format",
+    "frozen_dtype": (
+        "integration/test_frozen_formats.py::test_a_base_in_half_precision_gives_the_same_losses_as_in_float32"
+    ),
     "gradient_checkpointing": MEMORY,
     "fused_backward": f"{TRAINING}::test_a_fused_backward_keeps_no_gradient_and_gives_the_same_losses",
     "offload_idle_models": f"{SAVING}::test_idle_models_are_at_work_for_new_pictures_and_captions_and_for_sampling_only",

@@ -77,6 +77,8 @@ def test_all_problems_are_reported_together_with_name_rule_and_value() -> None:
         ({"fused_backward": True, "grad_accum": 2}, "grad_accum"),
         ({"training_kind": "textual_inversion"}, "new_tokens"),
         ({"push_every": 2}, "push_to"),
+        ({"frozen_dtype": "float16", "disable_amp": True}, "frozen_dtype, amp: .* set frozen_dtype to auto, or amp on"),
+        ({"frozen_dtype": "bfloat16", "parallel": "fsdp2"}, "parallel, frozen_dtype"),
         ({"early_stopping_patience": 3}, "validation_config"),
     ],
 )
@@ -162,6 +164,8 @@ def test_settings_that_are_probably_not_meant_are_warned_about() -> None:
     assert "keep_tags" in text
     assert "xformers" in text
     assert config_warnings(TrainConfig(resume_ckpt="x")) == []
+    assert "auto keeps the precision" in config_warnings(TrainConfig(resume_ckpt="x", frozen_dtype="float16"))[0]
+    assert config_warnings(TrainConfig(resume_ckpt="x", frozen_dtype="float16", training_kind="lora")) == []
 
 
 def test_none_that_was_said_comes_back_from_a_runs_own_file(tmp_path):

@@ -6,6 +6,9 @@ import torch
 from everydream_kit.models import encoding
 from everydream_kit.models.encoding import decode_latents, encode_moments
 from everydream_kit.models.scratch import build_tiny_model
+from everydream_kit.training.base import tile_large_images
+from everydream_kit.training.caching import weights_identity
+from everydream_kit.training.precision import Precision, choose_precision
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +47,27 @@ def test_a_picture_larger_than_that_goes_alone(model, seen, monkeypatch):
     monkeypatch.setattr(encoding, "PIXELS_TOGETHER", 100)
     encode_moments(model, torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
     assert seen == [1, 1]
+
+
+def test_a_large_image_goes_through_in_tiles_where_a_gpu_computes_in_float16():
+    model = build_tiny_model("sd1", seed=0)
+    sides = []
+    for module in (model.vae.encoder, model.vae.decoder):
+        module.register_forward_pre_hook(lambda module, args: sides.append(tuple(args[0].shape[2:])))
+    small, large = (torch.zeros(1, 3, 512, width, dtype=torch.uint8) for width in (512, 640))
+    whole = weights_identity(model.vae)
+
+    tile_large_images(model, choose_precision("cuda", amp_dtype="bf16"))
+    encode_moments(model, large)
+    tile_large_images(model, Precision("cpu", torch.float16))
+    assert not model.vae.use_tiling
+    assert sides == [(512, 640)]
+
+    tile_large_images(model, Precision("cuda", torch.float16))
+    moments = encode_moments(model, large)
+    images = decode_latents(model, moments[:, :4])
+    assert (moments.shape, images.shape) == ((1, 8, 64, 80), (1, 3, 512, 640))
+    assert sides[1:] == [(512, 512), (512, 256), (128, 512), (128, 256), (64, 64), (64, 32), (16, 64), (16, 32)]
+    encode_moments(model, small)
+    assert sides[9:] == [(512, 512)]
+    assert weights_identity(model.vae) != whole

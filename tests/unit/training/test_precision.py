@@ -47,6 +47,26 @@ def test_bfloat16_weights_and_float16_arithmetic_are_refused():
         choose_precision("cpu", amp_dtype="fp16", weight_dtype="bfloat16")
 
 
+@pytest.mark.parametrize(
+    ("device", "settings", "arithmetic", "frozen"),
+    [
+        ("cuda", {"amp_dtype": "bf16"}, torch.bfloat16, torch.bfloat16),
+        ("cuda", {"amp_dtype": "bf16", "frozen_dtype": "float16"}, torch.bfloat16, torch.float16),
+        ("cuda", {"amp_dtype": "bf16", "frozen_dtype": "float32"}, torch.bfloat16, torch.float32),
+        ("cuda", {"amp": False}, torch.float32, None),
+        ("cuda", {"weight_dtype": "bfloat16"}, torch.bfloat16, None),
+        ("cpu", {}, torch.float32, None),
+        ("cpu", {"amp_dtype": "bf16"}, torch.bfloat16, None),
+        ("cpu", {"frozen_dtype": "bfloat16"}, torch.bfloat16, torch.bfloat16),
+        ("cpu", {"frozen_dtype": "float16"}, torch.float16, torch.float16),
+    ],
+)
+def test_frozen_weights_have_the_format_of_the_arithmetic_on_a_gpu(device, settings, arithmetic, frozen):
+    precision = choose_precision(device, **settings)
+    assert (precision.dtype, precision.frozen_dtype) == (arithmetic, frozen)
+    assert (precision.scaler is not None) == (arithmetic == torch.float16)
+
+
 def test_float16_and_a_fused_backward_are_refused():
     with pytest.raises(ConfigError, match="fused_backward, amp_dtype: float16 needs its gradients unscaled"):
         choose_precision("cpu", amp_dtype="fp16", fused_backward=True)

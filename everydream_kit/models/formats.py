@@ -1,0 +1,73 @@
+"""In which number format each weight of a model is held.
+
+Components whose weights are trained have one format. The others are frozen, and may be held in half precision: their
+linear layers and convolutions, which are all but a few percent of them. Those are what mixed precision rounds to half
+precision at every use anyway, so a frozen base gives the same numbers as it does in float32. Norms and embeddings stay
+float32: autocast computes with them in float32, and what they give is added up over all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+NameToDtype = Callable[[str], torch.dtype]
+"""Format of a module's parameter, by its name."""
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Formats:
+    """The formats of a model. The VAE is not in it: it stays float32, because several overflow in float16.
+
+    Attributes:
+        trained: of the components that are trained.
+        frozen: of the matrices in the other components; None: as the trained ones, norms and embeddings included.
+        components: folders of those that are trained ("unet", "text_encoder", ...).
+        keeps_precision: checkpoints hold the frozen components too, so that none may lose anything: one is held in half
+            precision only where its file holds it so, and then in the file's own format.
+    """
+
+    trained: torch.dtype = torch.float32
+    frozen: torch.dtype | None = None
+    components: frozenset[str] = field(default_factory=frozenset)
+    keeps_precision: bool = False
+
+    def of(self, component: str, module: torch.nn.Module, stored: torch.dtype | None) -> NameToDtype:
+        """The format of each parameter of a component.
+
+        Args:
+            module: with or without values.
+            stored: the widest format of its weights in the file; None: not known.
+        """
+        if component == "vae":
+            return lambda name: torch.float32
+        frozen = self.frozen
+        if frozen in HALF and self.keeps_precision:
+            frozen = stored if stored in HALF else None
+        if frozen is None or component in self.components:
+            return lambda name: self.trained
+        matrices = {
+            f"{name}.{key}" if name else key
+            for name, part in module.named_modules()
+            if isinstance(part, (torch.nn.Linear, torch.nn.Conv2d))
+            for key in ("weight", "bias")
+        }
+        return lambda name: frozen if name in matrices else torch.float32
+
+
+def widest(dtypes: list[torch.dtype]) -> torch.dtype | None:
+    """The floating-point format that holds all of these exactly; None where there is no floating-point one.
+
+    float16 and bfloat16 hold neither the other: float32 does.
+    """
+    floating = {dtype for dtype in dtypes if dtype.is_floating_point}
+    if not floating:
+        return None
+    together = floating.pop()
+    for dtype in floating:
+        together = torch.promote_types(together, dtype)
+    return together

@@ -1,0 +1,179 @@
+"""Parts that are not trained are held in half precision, and nothing that is learnt or saved is any the worse for it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from everydream_kit.config import TrainConfig
+from everydream_kit.models.loading import load_model
+from everydream_kit.models.saving import save_model
+from everydream_kit.preflight.skeleton import build_skeleton, read_architecture
+from everydream_kit.training.base import choose_formats
+from everydream_kit.training.precision import choose_precision
+from tests.support.rehearsals import plain_settings, prepared, rehearse, square_pictures
+from tests.support.tiny_models import tiny_folder
+
+MATRICES = (torch.nn.Linear, torch.nn.Conv2d)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return square_pictures(tmp_path_factory.mktemp("frozen") / "pictures", 2)
+
+
+def settings_of(folder: Path, pictures: Path, family: str, **changes: Any) -> dict[str, Any]:
+    plain = plain_settings(folder, tiny_folder(family), pictures)
+    return {**plain, "batch_size": 2, "max_steps": 3, "max_epochs": 3, "lr": 1e-3, **changes}
+
+
+def dtypes_of(module: torch.nn.Module) -> dict[str, torch.dtype]:
+    return {name: parameter.dtype for name, parameter in module.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("family", "frozen", "amp", "changes"),
+    [
+        ("sd1", "bfloat16", "bf16", {"lora_text_encoder": True}),
+        ("sdxl", "bfloat16", "bf16", {}),
+        ("sd1", "float16", "fp16", {"gradient_checkpointing": True}),
+    ],
+)
+def test_a_base_in_half_precision_gives_the_same_losses_as_in_float32(
+    family: str, frozen: str, amp: str, changes: dict[str, Any], tmp_path: Path, pictures: Path
+) -> None:
+    lora = settings_of(tmp_path, pictures, family, training_kind="lora", lora_rank=4, amp_dtype=amp, **changes)
+    whole = rehearse(**lora, frozen_dtype="float32")
+    half = rehearse(**{**lora, "amp_dtype": "auto"}, frozen_dtype=frozen)
+    assert half.losses == whole.losses
+    assert len(set(half.losses)) == 3
+    for trained, other in zip(half.run.parameters(), whole.run.parameters(), strict=True):
+        assert trained.dtype == torch.float32
+        assert torch.equal(trained, other)
+    module = half.run.model.unet
+    held = {type(part): p.dtype for part in module.modules() for p in part.parameters(recurse=False)}
+    assert held[torch.nn.Conv2d] == getattr(torch, frozen)
+    assert held[torch.nn.GroupNorm] == held[torch.nn.LayerNorm] == torch.float32
+    assert {p.dtype for p in half.run.model.vae.parameters()} == {torch.float32}
+
+
+def test_new_words_and_a_trained_text_encoder_learn_over_a_base_in_half_precision(
+    tmp_path: Path, pictures: Path
+) -> None:
+    common = settings_of(tmp_path, pictures, "sd1", amp_dtype="bf16")
+    for changes in (
+        {"training_kind": "textual_inversion", "new_tokens": {"<red>": "red"}},
+        {"disable_unet_training": True},
+    ):
+        whole, half = (rehearse(**common, **changes, frozen_dtype=dtype) for dtype in ("float32", "bfloat16"))
+        assert half.losses == whole.losses
+        assert half.run.model.unet.conv_in.weight.dtype == torch.bfloat16
+        assert {p.dtype for p in half.run.parameters()} == {torch.float32}
+
+
+def test_doras_magnitudes_are_measured_in_float32(tmp_path: Path, pictures: Path) -> None:
+    dora = settings_of(tmp_path, pictures, "sd1", training_kind="lora", lora_dora=True, amp_dtype="bf16", max_steps=1)
+    whole, half = (rehearse(**dora, frozen_dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert half.losses == pytest.approx(whole.losses, rel=1e-2)
+    assert {p.dtype for p in half.run.parameters()} == {torch.float32}
+
+
+def test_an_adapter_goes_on_over_a_base_in_half_precision(tmp_path: Path, pictures: Path) -> None:
+    lora = settings_of(tmp_path, pictures, "sd1", training_kind="lora", lora_rank=4, frozen_dtype="bfloat16")
+    first = rehearse(**lora)
+    save_model(first.run.model, tmp_path / "adapter")
+    with prepared(**{**lora, "resume_ckpt": str(tmp_path / "adapter")}) as resumed:
+        assert resumed.run.model.unet.conv_in.weight.dtype == torch.bfloat16
+        for loaded, trained in zip(resumed.run.parameters(), first.run.parameters(), strict=True):
+            assert loaded.dtype == torch.float32
+            assert torch.equal(loaded, trained)
+
+
+@pytest.mark.parametrize(("stored", "held"), [(torch.float32, torch.float32), (torch.float16, torch.float16)])
+def test_a_full_runs_checkpoint_holds_frozen_parts_as_precisely_as_the_base(
+    stored: torch.dtype, held: torch.dtype, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    save_model(load_model(tiny_folder("sd1")), base, dtype=stored)
+    config = TrainConfig(resume_ckpt=str(base), data_root=str(tmp_path), disable_textenc_training=True)
+    formats = choose_formats(config, choose_precision("cuda", amp_dtype="bf16"))
+    model = load_model(base, dtype=formats)
+    save_model(model, tmp_path / "saved")
+    assert model.unet.conv_in.weight.dtype == torch.float32
+    assert dict(model.text_encoders[0].named_parameters())["final_layer_norm.weight"].dtype == torch.float32
+    assert {p.dtype for m in model.text_encoders[0].modules() if isinstance(m, MATRICES) for p in m.parameters()} == {
+        held
+    }
+    before, after = (load_model(folder).text_encoders[0].state_dict() for folder in (base, tmp_path / "saved"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training_kind": "lora"},
+        {"training_kind": "lora", "frozen_dtype": "float16", "weight_dtype": "bfloat16"},
+        {"disable_textenc_training": True},
+        {"disable_unet_training": True, "frozen_dtype": "float32"},
+        {"weight_dtype": "bfloat16"},
+    ],
+)
+def test_the_plan_counts_each_weight_in_the_format_that_it_is_loaded_in(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    save_model(load_model(tiny_folder("sdxl")), tmp_path / "base", dtype=torch.float16)
+    config = TrainConfig(resume_ckpt=str(tmp_path / "base"), data_root=str(tmp_path), **changes)
+    precision = choose_precision(
+        "cuda", amp_dtype="bf16", weight_dtype=config.weight_dtype, frozen_dtype=config.frozen_dtype
+    )
+    formats = choose_formats(config, precision)
+    skeleton = build_skeleton(read_architecture(tmp_path / "base"), formats)
+    loaded = load_model(tmp_path / "base", dtype=formats)
+    for name, module in skeleton.modules().items():
+        assert dtypes_of(module) == dtypes_of(loaded.modules()[name])
+
+
+WIDE = {"block_out_channels": [192, 384, 768], "layers_per_block": 1, "norm_num_groups": 8}
+LOAD = """
+import json, re, sys
+import torch
+from everydream_kit.models.formats import Formats
+from everydream_kit.models.loading import load_model
+
+def kilobytes(name):
+    return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+small, large = sys.argv[1:]
+formats = Formats(torch.float32, torch.float16)
+load_model(small, dtype=formats)
+before = kilobytes("VmRSS")
+model = load_model(large, dtype=formats)
+final = sum(p.nbytes for module in model.modules().values() for p in module.parameters())
+print(json.dumps({"final": final, "growth": (kilobytes("VmHWM") - before) * 1024}))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the highest resident memory is read from /proc")
+@pytest.mark.parametrize("layout", ["folder", "safetensors", "ckpt"])
+def test_loading_takes_little_more_host_memory_than_the_model_in_its_final_format(layout: str, tmp_path: Path) -> None:
+    from everydream_kit.export.single_file import export_checkpoint
+    from everydream_kit.models import scratch
+
+    tiny = {key: value for key, value in scratch._TINY["sdxl"].items() if key != "unet"}
+    wide = {**scratch._TINY_SDXL_UNET, **WIDE}
+    large = tmp_path / "large"
+    save_model(scratch.build_model("sdxl", vae=scratch._TINY_VAE, unet=wide, **tiny), large)
+    if layout != "folder":
+        large = export_checkpoint(large, tmp_path / f"large.{layout}", precision="fp32")
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(tiny_folder("sdxl")), str(large)], capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    assert found["final"] > 100e6
+    assert found["growth"] < 1.2 * found["final"]
