@@ -321,7 +321,7 @@ def test_a_disk_without_a_free_byte_ends_no_training_and_the_end_waits_for_room(
     assert run.status()["state"] == "finished"
     assert [event["step"] for event in run.events("loss")] == list(range(1, 9))  # what was told meanwhile came later
     warnings = "\n".join(event["message"] for event in run.events("warning"))
-    assert "The samples cannot be written" in warnings
+    assert "of step 3 failed: [Errno 28] No space left on device. Training goes on." in warnings
     assert "What was trained waits in memory, for 30 minutes" in warnings
     verify_checkpoint(run.last_checkpoint)
     assert run.checkpoints()[-1].step == 8
