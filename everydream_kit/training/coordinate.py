@@ -74,5 +74,8 @@ class CoordinateDoWG(torch.optim.Optimizer):
         torch.maximum(farthest, (p - state["start"]).float().square(), out=farthest)
         gradient = p.grad.float()  # type: ignore[union-attr]
         state["weighted_squares"].addcmul_(farthest, gradient.square())
-        rate = farthest / state["weighted_squares"].sqrt().clamp_min(1e-30)
-        p.sub_((group["lr"] * rate * (gradient + group["weight_decay"] * p)).to(p.dtype))
+        # sqrt(v) is at least r·|g|, but v of a tiny gradient is no float32 number any more: a step is never longer than r.
+        least = farthest.sqrt() * gradient.abs()
+        rate = farthest / torch.maximum(state["weighted_squares"].sqrt(), least).clamp_min(1e-30)
+        decay = (rate * group["weight_decay"]).clamp_max(1.0)  # nor does decay turn a weight's sign
+        p.sub_((group["lr"] * (rate * gradient + decay * p)).to(p.dtype))

@@ -19,7 +19,9 @@ def modules_of(source):
     modules = {"unet": build_unet(files.configs["unet"]), "vae": build_vae(files.configs["vae"])}
     for slot in files.family.text_encoders:
         modules[slot.folder] = build_text_encoder(files.configs[slot.folder], slot.class_name)
-    filled = {name: fill(module, files.tensors[name], torch.float32, name) for name, module in modules.items()}
+    filled = {
+        name: fill(module, files.tensors[name], lambda _: torch.float32, name) for name, module in modules.items()
+    }
     return files.family.name, filled
 
 
