@@ -81,7 +81,7 @@ def main() -> int:
         mark("machine and pictures shown, training started")
         driver.wait_while_moving(page.get_by_role("heading", name="Compare", exact=True).count)
         mark("training ended")
-        driver.wait_for_text(driver.panel("Compare"), ".edk-note", "pictures drawn")
+        driver.wait_for_text(driver.panel("Compare"), ".edk-note", "images generated")
         mark("before and after drawn")
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end")
     print("   wall   processor")

@@ -104,12 +104,14 @@ def foretell(told: Told, folder: Path, config: str, wish: str) -> dict[str, Any]
 
 
 def draw(told: Told, folder: Path, plan: str) -> dict[str, Any]:
-    """Draw the pictures of a comparison that are not there yet."""
+    """Sample the images of a comparison that are not there yet. The file of the request goes away."""
     from everydream_kit.panels.comparison import Comparison, draw_missing
 
-    comparison = Comparison.load(Path(plan))
+    request = Path(plan)
+    comparison = Comparison.load(request)
+    request.unlink()
     count = draw_missing(comparison, lambda done, total: told.tell("running", step=done, num_steps=total))
-    return {"message": f"{count} pictures drawn."}
+    return {"message": f"{count} images generated."}
 
 
 def export(told: Told, folder: Path, checkpoint: str, out: str, options: str) -> dict[str, Any]:

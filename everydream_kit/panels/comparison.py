@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from everydream_kit.models.family import Model
 
 MOST_PICTURES = 400
+SAVED_FILE = "comparison.json"
+"""The comparison that a panel shows."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,9 @@ class Comparison:
     def count_missing(self) -> int:
         return sum(len(self.missing(checkpoint)) for checkpoint in self.checkpoints)
 
-    def save(self) -> Path:
-        """Write the plan beside the pictures."""
-        path = Path(self.folder) / "comparison.json"
+    def save(self, name: str = SAVED_FILE) -> Path:
+        """Write the comparison into the folder of its images."""
+        path = Path(self.folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(asdict(self), indent=1))
         return path

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from everydream_kit import jobs
+from everydream_kit.errors import JobError
 
 
 class Errand:
@@ -41,6 +43,12 @@ class Errand:
             [chore, str(self.folder), *arguments],
             environment=self._environment,
         )
+
+    def stop(self) -> None:
+        """End the chore; what it has written stays."""
+        if self.job is not None:
+            with contextlib.suppress(JobError):  # it ended at this very moment
+                self.job.kill()
 
     def poll(self) -> dict[str, Any] | None:
         """How it stands; None where nothing is under way. The status with `alive` false comes once."""

@@ -12,7 +12,9 @@ import ipywidgets as widgets
 from everydream_kit import jobs
 from everydream_kit.errors import CheckpointError, ExportError, ModelError
 from everydream_kit.panels import look
+from everydream_kit.panels.checkpoint_list import CheckpointList
 from everydream_kit.panels.clock import has_clock, make_clock
+from everydream_kit.panels.errand import Errand
 from everydream_kit.panels.formats import Format, foretell_bytes, formats_of
 from everydream_kit.panels.login import token_environment
 from everydream_kit.panels.panel import Panel, set_html
@@ -20,6 +22,7 @@ from everydream_kit.panels.project import Project
 
 PRECISIONS = {"half (fp16): what apps expect": "fp16", "bfloat16": "bf16", "full (fp32): to train on": "fp32"}
 SHOWN_FILES = 8
+NOTHING_YET = "This project has no checkpoint yet. Train first; each appears here as soon as it is saved."
 READY = "Choose a checkpoint; export it as a file, or push it to the Hub."
 
 
@@ -28,26 +31,29 @@ class SharePanel(Panel):
 
     Attributes:
         project: the project folder.
-        job: the export or upload in progress, or None.
+        sending: the background task that exports or uploads, whichever panel started it.
     """
 
     def __init__(self, folder: str | Path, *, environment: dict[str, str] | None = None) -> None:
         """Build the panel on the project's checkpoints; the winner is chosen first."""
         super().__init__()
         self.project = Project.open(folder)
-        self._environment = {**token_environment(), **(environment or {})}
-        self.job: jobs.Job | None = None
+        self.sending = Errand(self._work, {**token_environment(), **(environment or {})})
+        self.checkpoints = CheckpointList(self.project)
+        self._shown_winner: Path | None = None
+        self._has_chosen = self._quiet = False
+        self._state_words = ""  # what the message line says while nothing has happened
         self._build()
-        self._offer_forms()
+        self._offer_checkpoints()
         self._draw()
 
+    @property
+    def job(self) -> jobs.Job | None:
+        """The export or upload in progress, or None."""
+        return self.sending.job
+
     def _build(self) -> None:
-        found = self.project.checkpoints()
-        winner = self.project.winner
-        options = [(f"{p.name} · {p.parent.parent.name}" + (" · winner" if p == winner else ""), str(p)) for p in found]
-        self.checkpoint = widgets.Dropdown(options=options, description="Checkpoint", **_wide())
-        if winner in found:
-            self.checkpoint.value = str(winner)
+        self.checkpoint = widgets.Dropdown(description="Checkpoint", **_wide())
         self.form = widgets.Dropdown(description="Form", **_wide())
         self.file_name = widgets.Text(description="File", **_wide())
         self.precision = widgets.Dropdown(options=list(PRECISIONS.items()), description="Precision", **_wide())
@@ -81,7 +87,7 @@ class SharePanel(Panel):
         self.on_press(self.preview_button, self.preview)
         self.on_press(self.push_button, self.push)
         self.on_press(self.refresh_button, self.refresh)
-        self.checkpoint.observe(lambda _: self._offer_forms(), "value")
+        self.checkpoint.observe(lambda _: self._choose_checkpoint(), "value")
         self.form.observe(lambda _: self._choose_form(), "value")
         self.precision.observe(lambda _: self._foretell(), "value")
         self.head, self.preview_text, self.result = widgets.HTML(), widgets.HTML(), widgets.HTML()
@@ -121,7 +127,7 @@ class SharePanel(Panel):
             raise ExportError(f"{name or 'the file'}: the name must end in {' or '.join(endings)}")
         out = Path(name) if Path(name).is_absolute() else self.project.exports_folder / name
         options = {"form": form.name, "precision": self.precision.value, "strength": self.strength.value}
-        self._begin(["export", str(self._work), self._chosen(), str(out), json.dumps(options)], f"Writing {out} …")
+        self._begin("export", [self._chosen(), str(out), json.dumps(options)], f"Writing {out} …")
 
     def preview(self) -> None:
         """Show what a push would upload, and the model card."""
@@ -141,31 +147,22 @@ class SharePanel(Panel):
     def push(self) -> None:
         """Upload, in a process of its own; after an error, pressing again goes on where it stopped."""
         options = {"private": self.private.value, "what": self._what(), "license": self.licence.value or None}
-        arguments = ["push", str(self._work), str(self._source()), self._repo_id(), json.dumps(options)]
-        self._begin(arguments, f"Uploading to {self._repo_id()} …")
-
-    def watch(self) -> None:
-        """Show the export or upload live from the cell until it ends."""
-        self.show()
-        if self.job is not None:
-            self.job.watch(lambda _: self.refresh())
-        self.refresh()
+        arguments = [str(self._source()), self._repo_id(), json.dumps(options)]
+        self._begin("push", arguments, f"Uploading to {self._repo_id()} …")
 
     @property
     def _work(self) -> Path:
         return self.project.folder / "share"
 
-    def _begin(self, arguments: list[str], words: str) -> None:
+    def _begin(self, task: str, arguments: list[str], words: str) -> None:
+        self.sending.begin(task, *arguments)
         set_html(self.result, "")
-        self.job = jobs.start_module(
-            self._work, "everydream_kit.panels.chores", arguments, environment=self._environment
-        )
         self.say(words, "busy")
         self._draw()
 
     def _chosen(self) -> str:
         if not self.checkpoint.value:
-            raise CheckpointError("This project has no checkpoint yet. Train first; the newest then appears here.")
+            raise CheckpointError(NOTHING_YET)
         return str(self.checkpoint.value)
 
     def _source(self) -> Path:
@@ -186,19 +183,19 @@ class SharePanel(Panel):
     # Showing
 
     def refresh(self) -> None:
-        """Show how the export or upload stands."""
-        if self.job is None:
-            return
-        status = self.job.status()
-        look.show_progress(self.bar, status)
-        if status["alive"]:
-            self.say(status.get("message") or "At work …", "busy")
-            return
-        self.job = None
-        good = status["state"] == "finished"
-        self.say(status.get("message") or status["state"], "good" if good else "bad")
-        if good:
-            set_html(self.result, self._link(status))
+        """Show checkpoints that have come, and how the export or upload stands, whichever panel has started it."""
+        if self.checkpoints.update() or self.project.winner != self._shown_winner:
+            self._offer_checkpoints()
+        self.sending.attach()
+        status = self.sending.poll()
+        if status is not None:
+            look.show_progress(self.bar, status)
+            if status["alive"]:
+                self.say(status.get("message") or "Running …", "busy")
+            else:
+                good = status["state"] == "finished"
+                self.say(status.get("message") or status["state"], "good" if good else "bad")
+                set_html(self.result, self._link(status) if good else "")
         self._draw()
 
     @staticmethod
@@ -212,6 +209,27 @@ class SharePanel(Panel):
     @property
     def _form(self) -> Format:
         return next(form for form in formats_of(Path(self._chosen())) if form.name == self.form.value)
+
+    def _offer_checkpoints(self) -> None:
+        """Fill the list with what can be shared now: a person's choice stays, else the winner, else the latest."""
+        winner = self._shown_winner = self.project.winner
+        known = self.checkpoints.known
+        options = [(f"{p.name} · {p.parent.parent.name}" + (" · winner" if p == winner else ""), str(p)) for p in known]
+        before = self.checkpoint.value
+        chosen = before if self._has_chosen else str(winner)
+        values = [value for _, value in options]
+        self._quiet = True
+        if options != list(self.checkpoint.options):
+            self.checkpoint.options = options
+        self.checkpoint.value = chosen if chosen in values else next(iter(values), None)
+        self._quiet = False
+        if self.checkpoint.value != before:
+            self._offer_forms()
+
+    def _choose_checkpoint(self) -> None:
+        if not self._quiet:
+            self._has_chosen = True
+            self._offer_forms()
 
     def _offer_forms(self) -> None:
         """What the chosen checkpoint can become."""
@@ -247,10 +265,9 @@ class SharePanel(Panel):
         none = not self.checkpoint.options
         for control in (self.export_button, self.preview_button, self.push_button):
             control.disabled = none or self.job is not None
-        if not self.message.value:
-            self.say(READY)
-        if none:
-            self.say("This project has no checkpoint yet. Train first; the newest then appears here.", "warn")
+        if not self.message.value or self.message.value == self._state_words:
+            self.say(*((NOTHING_YET, "warn") if none else (READY, "plain")))
+            self._state_words = self.message.value
 
 
 def _wide() -> dict[str, Any]:

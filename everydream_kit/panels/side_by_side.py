@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import html
 import json
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
 import ipywidgets as widgets
 
 from everydream_kit import jobs
-from everydream_kit.errors import ConfigError
+from everydream_kit.errors import ConfigError, JobError
 from everydream_kit.panels import look
+from everydream_kit.panels.checkpoint_list import CheckpointList
 from everydream_kit.panels.clock import has_clock, make_clock
-from everydream_kit.panels.comparison import Comparison
+from everydream_kit.panels.comparison import SAVED_FILE, Comparison
+from everydream_kit.panels.errand import Errand
 from everydream_kit.panels.login import token_environment
 from everydream_kit.panels.pages import Pages
 from everydream_kit.panels.panel import Panel, set_html
@@ -29,52 +32,53 @@ class ComparePanel(Panel):
 
     Attributes:
         project: the project folder.
-        comparison: what was drawn, or is being drawn; None before the first.
-        job: the drawing in progress, or None.
+        comparison: what was sampled, or is being sampled; None before the first.
+        sampling: the background task that samples, whichever panel started it.
     """
 
     def __init__(self, folder: str | Path, *, environment: dict[str, str] | None = None) -> None:
         """Build the panel; the last comparison comes back."""
         super().__init__()
         self.project = Project.open(folder)
-        self._environment = {**token_environment(), **(environment or {})}
-        self.job: jobs.Job | None = None
+        self.sampling = Errand(self._folder, {**token_environment(), **(environment or {})})
         self.comparison = self._last_comparison()
         self._shown: object = None
+        self.checkpoints = CheckpointList(self.project)
+        self._is_due = False
+        self._has_chosen = self._has_picked = self._quiet = False
         self._build()
         self._draw(force=True)
+
+    @property
+    def job(self) -> jobs.Job | None:
+        """The sampling in progress, or None."""
+        return self.sampling.job
 
     @property
     def _folder(self) -> Path:
         return self.project.folder / "compare"
 
     def _last_comparison(self) -> Comparison | None:
-        path = self._folder / "comparison.json"
+        path = self._folder / SAVED_FILE
         return Comparison.load(path) if path.is_file() else None
 
     def _choices(self) -> dict[str, str]:
         """What can be compared: label to checkpoint; the base first, then by step."""
         base = str(self.project.settings()["resume_ckpt"])
         found = {f"base: {Path(base).name}": base}
-        for checkpoint in reversed(self.project.checkpoints()[:SHOWN_CHECKPOINTS]):
-            found[checkpoint.name if checkpoint.name not in found else str(checkpoint)] = str(checkpoint)
+        for checkpoint in reversed(self.checkpoints.known[:SHOWN_CHECKPOINTS]):
+            found[self.checkpoints.label(checkpoint)] = str(checkpoint)
         return found
 
     def _build(self) -> None:
-        self.choices = self._choices()
-        asked = self.comparison.checkpoints if self.comparison is not None else list(self.choices.values())[:1]
-        ticked = {*asked, *list(self.choices.values())[-1:]}  # the newest always: it may have come since
-        self.checks = {
-            label: widgets.Checkbox(
-                value=source in ticked, description=label, indent=False, layout=widgets.Layout(width="auto")
-            )
-            for label, source in self.choices.items()
-        }
+        self.choices: dict[str, str] = {}
+        self.checks: dict[str, widgets.Checkbox] = {}
+        self.check_row = look.row(gap="4px 22px")
         self._build_settings()
         self.draw_button = look.button(
-            "Draw pictures", tone="primary", icon="paint-brush", hint="Draw what is not there yet"
+            "Generate images", tone="primary", icon="paint-brush", hint="Sample what is not there yet"
         )
-        self.stop_button = look.button("Stop drawing", icon="stop")
+        self.stop_button = look.button("Stop", icon="stop", hint="End sampling; the images that are there stay")
         self.refresh_button = look.button("Refresh", icon="refresh")
         self.refresh_button.layout.display = "none" if has_clock() else ""
         self.on_press(self.draw_button, self.draw)
@@ -88,7 +92,7 @@ class ComparePanel(Panel):
             [
                 self.head,
                 look.section("Checkpoints"),
-                look.row(*self.checks.values(), gap="4px 22px"),
+                self.check_row,
                 look.section("Prompts, one a line"),
                 self.prompts,
                 look.row(self.cfgs, self.size, self.steps, self.seed),
@@ -100,6 +104,41 @@ class ComparePanel(Panel):
                 self.clock,
             ]
         )
+        self._offer_checkpoints()
+
+    def _offer_checkpoints(self) -> None:
+        """Fill the lists with what can be compared now. Ticks stay; what has come since is ticked as `_is_ticked` says."""
+        kept = {self.choices[label]: check.value for label, check in self.checks.items()}
+        self.choices, self.checks = self._choices(), {}
+        for label, source in self.choices.items():
+            value = kept[source] if source in kept and self._has_chosen else self._is_ticked(source)
+            layout = widgets.Layout(width="auto")
+            check = widgets.Checkbox(value=value, description=label, indent=False, layout=layout)
+            check.observe(self._note_choice, "value")
+            self.checks[label] = check
+        self.check_row.children = tuple(self.checks.values())
+        trained = [(label, source) for label, source in list(self.choices.items())[1:]]
+        chosen = self.winner.value if self._has_picked else str(self.project.winner)
+        if tuple(trained) != tuple(self.winner.options):
+            self._quiet = True
+            self.winner.options = trained
+            known = [source for _, source in trained]
+            self.winner.value = chosen if chosen in known else (known[-1] if known else None)
+            self._quiet = False
+        self.winner_button.disabled = not trained
+
+    def _is_ticked(self, source: str) -> bool:
+        """To begin with: what was compared last (else the base), and the latest checkpoint, which may have come since."""
+        sources = list(self.choices.values())
+        asked = self.comparison.checkpoints if self.comparison is not None else sources[:1]
+        return source in asked or source == sources[-1]
+
+    def _note_choice(self, change: object) -> None:
+        self._has_chosen = True
+
+    def _note_pick(self, change: object) -> None:
+        if not self._quiet:
+            self._has_picked = True
 
     def _build_settings(self) -> None:
         last = self.comparison
@@ -143,18 +182,11 @@ class ComparePanel(Panel):
         return look.column(self.prompt_choice, self.slider, self.pair)
 
     def _build_winner(self) -> widgets.Widget:
-        trained = [(label, source) for label, source in list(self.choices.items())[1:]]
         self.winner = widgets.Dropdown(
-            options=trained,
-            description="Winner",
-            style={"description_width": "70px"},
-            layout=widgets.Layout(width="420px"),
+            description="Winner", style={"description_width": "70px"}, layout=widgets.Layout(width="420px")
         )
-        chosen = str(self.project.winner)
-        if chosen in [source for _, source in trained]:
-            self.winner.value = chosen
+        self.winner.observe(self._note_pick, "value")
         self.winner_button = look.button("Pick this one", icon="check")
-        self.winner_button.disabled = not trained
         self.on_press(self.winner_button, self.pick_winner)
         return look.row(self.winner, self.winner_button)
 
@@ -189,34 +221,35 @@ class ComparePanel(Panel):
         )
 
     def draw(self) -> None:
-        """Start drawing what is missing, in a process of its own."""
-        self.comparison = self.asked()
-        plan = self.comparison.save()
-        if self.comparison.count_missing():
-            arguments = ["draw", str(self._folder), str(plan)]
-            self.job = jobs.start_module(
-                self._folder, "everydream_kit.panels.chores", arguments, environment=self._environment
-            )
-            self.say("Drawing … the model is being loaded.", "busy")
+        """Start sampling what is missing, in a process of its own.
+
+        Raises:
+            ConfigError: nothing is chosen, or a number cannot be read.
+            JobError: images are being sampled already. What was compared last stays.
+        """
+        asked = self.asked()
+        if asked.count_missing():
+            request = asked.save(f"request-{secrets.token_hex(4)}.json")
+            try:
+                self.sampling.begin("draw", str(request))
+            except JobError:
+                request.unlink()
+                raise
+            self.say("Loading the model …", "busy")
+        self.comparison, self._is_due = asked, False
+        asked.save()
         self._draw(force=True)
 
     def stop(self) -> None:
-        """End the drawing; what is drawn stays."""
-        if self.job is not None and self.job.is_alive():
-            self.job.kill()
-        self.refresh()
-
-    def watch(self) -> None:
-        """Show the drawing live from the cell until it ends."""
-        self.show()
-        if self.job is not None:
-            self.job.watch(lambda _: self.refresh())
+        """End sampling; the images that are there stay."""
+        self.sampling.stop()
         self.refresh()
 
     def run(self) -> None:
-        """Draw what the controls ask for, and show it live until it is done."""
-        self._press(self.draw)
-        self.watch()
+        """Show the panel, and sample as soon as the project's run has finished. Returns at once."""
+        self.show()
+        self._is_due = True
+        self.on_beat()
 
     def pick_winner(self) -> None:
         """Remember the winner; the export panel begins with it."""
@@ -226,20 +259,51 @@ class ComparePanel(Panel):
     # Showing
 
     def refresh(self) -> None:
-        """Show pictures that have come since the last look."""
-        if self.job is not None:
-            status = self.job.status()
-            look.show_progress(self.bar, status if status["alive"] else None)
-            if not status["alive"]:
-                self.job = None
-                good = status["state"] == "finished"
-                self.say(status.get("message") or status["state"], "good" if good else "bad")
-            elif status.get("num_steps"):
-                self.say(f"Drawing … {status['step']} of {status['num_steps']} pictures.", "busy")
+        """Show checkpoints and images that have come since the last look."""
+        if self.checkpoints.update():
+            self._offer_checkpoints()
+        self._follow_sampling()
+        if self._is_due and self.job is None:
+            self._begin_when_trained()
         self._draw()
+
+    def _follow_sampling(self) -> None:
+        """Show how sampling stands, whichever panel has started it."""
+        if self.job is None and self.sampling.attach():
+            self.comparison = self._last_comparison()
+        status = self.sampling.poll()
+        if status is None:
+            return
+        look.show_progress(self.bar, status if status["alive"] else None)
+        if not status["alive"]:
+            good = status["state"] == "finished"
+            self.say(status.get("message") or status["state"], "good" if good else "bad")
+        elif status.get("num_steps"):
+            self.say(f"{status['step']} of {status['num_steps']} images.", "busy")
+
+    def _begin_when_trained(self) -> None:
+        """Sample if the project's latest run has finished; else say what is missing."""
+        run = self.project.running_job() or next(iter(self.project.jobs()), None)
+        status = run.status() if run is not None else {"state": "", "alive": False}
+        if status["state"] == "finished" and not status["alive"]:
+            self._press(self.draw)
+            self._is_due = False
+        elif status["alive"]:
+            done = f"Step {status['step']:,} of {status['num_steps']:,}. " if status["num_steps"] else ""
+            self.say(f"{done}Before and after appears here when training ends.", "busy")
+        elif run is None:
+            self.say("Before and after appears here when training ends. Nothing has been trained yet.")
+        else:
+            self.say(
+                f"The run {run.name} has not finished ({status['state']}). Resume it: before and after appears here when it "
+                "ends. Generate images compares what is there already.",
+                "warn",
+            )
 
     def _draw(self, *, force: bool = False) -> None:
         self.stop_button.disabled = self.job is None
+        if self.comparison is None and not self.checkpoints.known and not self.message.value:
+            self.say("This project has no checkpoint yet. Each appears here as soon as it is saved.")
         self.draw_button.disabled = self.job is not None
         set_html(
             self.head,
@@ -251,7 +315,7 @@ class ComparePanel(Panel):
             return
         self._shown = state
         if here is None:
-            empty = '<div class="edk-empty">Choose checkpoints and prompts, then press Draw pictures.</div>'
+            empty = '<div class="edk-empty">Choose checkpoints and prompts, then press Generate images.</div>'
             set_html(self.grid, empty)
             set_html(self.pair, empty)
             return
@@ -276,7 +340,7 @@ class ComparePanel(Panel):
         path = (self.comparison or self.asked()).picture_path(checkpoint, prompt, cfg)
         if path.is_file():
             return picture_tag(path, side, words=f"{prompt}, {self._label(checkpoint)}, cfg {cfg:g}")
-        return f'<div class="edk-empty" style="width:{side - 30}px;height:{side - 20}px">not drawn yet</div>'
+        return f'<div class="edk-empty" style="width:{side - 30}px;height:{side - 20}px">not sampled yet</div>'
 
     def _grid_html(self, here: Comparison) -> str:
         top = "".join(f"<th>{html.escape(self._label(checkpoint))}</th>" for checkpoint in here.checkpoints)

@@ -23,8 +23,8 @@ edk.panels.setup(PROJECT, mount_drive=MOUNT_DRIVE)
 # %% [markdown]
 # ## Compare
 #
-# Tick checkpoints, write prompts, press *Draw pictures*. Seeds are the same everywhere, so only the model differs. Then pick the
-# winner.
+# Tick checkpoints, write prompts, press *Generate images*. Seeds are the same everywhere, so only the model differs.
+# Then pick the winner. Checkpoints appear as they are saved.
 
 # %%
 edk.panels.compare(PROJECT)

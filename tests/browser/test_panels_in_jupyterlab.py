@@ -36,7 +36,7 @@ def test_the_quickstart_ends_with_before_and_after(lab, driver, page):
     driver.run_all()
     driver.wait_while_moving(lambda: page.get_by_role("heading", name="Compare", exact=True).count())
     panel = driver.panel("Compare")
-    driver.wait_for_text(panel, ".edk-note", "pictures drawn")
+    driver.wait_for_text(panel, ".edk-note", "images generated")
     expect(panel.get_by_text("after · last-quick", exact=False)).to_be_visible()
     assert panel.locator(".edk-pair img").count() == 2
 

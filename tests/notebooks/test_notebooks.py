@@ -181,7 +181,7 @@ def test_the_quickstart_ends_with_before_and_after(workspace):
     book = run_book("00_quickstart", workspace, MAX_EPOCHS=1, PROJECT="quick")
     shown = shown_text(book)
     assert "before · base" in shown and "after · last-quick" in shown
-    assert "pictures drawn" in shown
+    assert "images generated" in shown
     status = json.loads(next((workspace / "workspace" / "quick" / "logs").glob("*/status.json")).read_text())
     assert status["state"] == "finished" and status["step"] == status["num_steps"] > 0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import ipywidgets as widgets
 import pytest
-from hub_runs import make_run
+from hub_runs import make_run, write_checkpoint
 from PIL import Image
 
 from everydream_kit import panels
@@ -19,6 +19,7 @@ from everydream_kit.panels.machine import SetupPanel
 from everydream_kit.panels.project import Project
 from everydream_kit.panels.sharing import SharePanel
 from everydream_kit.panels.side_by_side import ComparePanel
+from everydream_kit.workspace import RunFolder
 
 SEEN = Diagnosis((Check("Python", "ok", "3.11"), Check("device", "warning", "CPU", "Use a GPU <b>")))
 
@@ -201,6 +202,102 @@ def test_a_picture_depends_on_everything_that_it_is_drawn_from(project):
     assert one.picture_path(str(checkpoint), "a jet", 7.0) != before
     assert len(paths) == 6
     assert Comparison.load(one.save()) == one
+
+
+ELSEWHERE = {"host": "elsewhere", "pid": 4242, "place": "another boot", "started": "1"}
+"""Of a process that cannot be looked at from here: it lives as long as its heartbeat is fresh."""
+FOLDERS = {ComparePanel: "compare", SharePanel: "share"}
+
+
+def pretend(project, kind, **facts):
+    """A background task of another machine that shares the disk, and what it says of itself."""
+    folder = RunFolder(project / FOLDERS[kind])
+    folder.folder.mkdir(exist_ok=True)
+    folder.write_status({**ELSEWHERE, "state": "running", **facts})
+
+
+def test_a_press_that_starts_nothing_keeps_the_last_comparison(project):
+    panel = ComparePanel(project)
+    make_pictures(panel.asked())
+    panel.draw_button.click()
+    saved = project / "compare" / "comparison.json"
+    before = saved.read_text()
+    pretend(project, ComparePanel)  # another panel has started in between
+    panel.prompts.value = "something else"
+    panel.draw_button.click()
+    assert "still at work" in panel.message.value
+    assert saved.read_text() == before and not list(saved.parent.glob("request-*"))
+    assert panel.comparison.prompts == ("a jet",)
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_panel_that_is_made_again_follows_its_task_to_the_end(project, kind):
+    pretend(project, kind, step=3, num_steps=8, message="3 of 8 images.")
+    panel = kind(project)
+    panel.refresh()
+    assert "3 of 8 images." in panel.message.value and panel.bar.layout.visibility == "visible"
+    button = panel.draw_button if kind is ComparePanel else panel.push_button
+    assert button.disabled
+    pretend(project, kind, state="finished", message="All is there.", url="https://hub.example/me/jets")
+    panel.refresh()
+    assert "All is there." in panel.message.value and not button.disabled
+    if kind is SharePanel:
+        assert 'href="https://hub.example/me/jets"' in panel.result.value
+
+
+@pytest.fixture
+def look_always(monkeypatch):
+    """Each beat looks for checkpoints, however long the last look took."""
+    monkeypatch.setattr("everydream_kit.panels.checkpoint_list.LOOKING_SHARE", 1.0)
+
+
+@pytest.mark.usefixtures("look_always")
+def test_checkpoints_of_the_run_appear_as_they_come(project):
+    run = RunFolder(next((project / "logs").iterdir()))
+    compare, share = ComparePanel(project), SharePanel(project)
+    compare.checks["base: embedded"].value = False
+    assert share.checkpoint.value.endswith("gs00020")
+    write_checkpoint(run, 40, seed=1)
+    compare.refresh()
+    share.refresh()
+    ticks = {label: check.value for label, check in compare.checks.items()}
+    assert ticks == {"base: embedded": False, "jets-ep01-gs00020": True, "jets-ep01-gs00040": True}
+    assert compare.winner.value.endswith("gs00040") and share.checkpoint.value.endswith("gs00040")
+
+
+@pytest.mark.usefixtures("look_always")
+def test_choices_of_a_person_stay_when_checkpoints_come(project):
+    run = RunFolder(next((project / "logs").iterdir()))
+    write_checkpoint(run, 40, seed=1)
+    compare, share = ComparePanel(project), SharePanel(project)
+    share.checkpoint.value = compare.winner.value = str(run.checkpoints_folder / "jets-ep01-gs00020")
+    share.file_name.value = "mine.safetensors"
+    write_checkpoint(run, 60, seed=2)
+    compare.refresh()
+    share.refresh()
+    assert len(share.checkpoint.options) == len(compare.winner.options) == 3
+    assert share.checkpoint.value.endswith("gs00020") and compare.winner.value.endswith("gs00020")
+    assert share.file_name.value == "mine.safetensors"
+
+
+def test_the_latest_checkpoint_is_preselected_as_the_winner(project):
+    write_checkpoint(RunFolder(next((project / "logs").iterdir())), 40, seed=1)
+    assert ComparePanel(project).winner.value.endswith("gs00040")
+
+
+def test_the_comparison_waits_for_the_end_of_training_and_then_begins(project):
+    run = RunFolder(next((project / "logs").iterdir()))
+    run.write_status({**ELSEWHERE, "state": "running", "step": 5, "num_steps": 20})
+    panel = ComparePanel(project)
+    panel.run()
+    assert "Step 5 of 20. Before and after appears here when training ends." in panel.message.value
+    run.write_status({**ELSEWHERE, "state": "stopped", "step": 6, "num_steps": 20})
+    panel.refresh()
+    assert "has not finished (stopped)" in panel.message.value and panel.comparison is None
+    make_pictures(panel.asked())
+    run.write_status({**ELSEWHERE, "state": "finished", "step": 20, "num_steps": 20})
+    panel.refresh()
+    assert panel.pair.value.count("data:image/jpeg") == 2
 
 
 def test_the_winner_is_first_when_sharing(project):
