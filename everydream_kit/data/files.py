@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from everydream_kit.data.captions import caption_from_file_name
+from everydream_kit.data.captions import caption_from_file_name, is_camera_name
 from everydream_kit.data.dataset import (
     FROM_FILE_NAME,
     MASK_SUFFIX,
@@ -183,19 +183,11 @@ class _Scanner:
                 yield Job(entries, self._choose_lines)
 
 
-_CAMERA_NAME = re.compile(
-    r"(im(g|age?s?)|dsc[fn]?|sam|pxl|mvimg|pano|gopr|dji|dcim|p|photo|pic(ture)?|screenshot|snapshot|scan|download|frame"
-    r"|unnamed|untitled|whatsapp image|file|foto|bild|[0-9a-f]{8,}(-[0-9a-f]{4,})*)?[-. ()\d]*",
-    re.IGNORECASE,
-)
-"""What cameras, phones and downloads call images; letters of a hash count, too."""
-
-
 def _note_camera_names(dataset: Dataset, base: str) -> None:
     """Report captions that come from file names which say nothing."""
     rows = np.flatnonzero(dataset.numbers["caption_kind"] == FROM_FILE_NAME).tolist()
     captions = [caption_from_file_name(dataset.paths[row]).text for row in rows]
-    empty = [text for text in captions if _CAMERA_NAME.fullmatch(text)]
+    empty = [text for text in captions if is_camera_name(text)]
     if empty:
         examples = ", ".join(repr(text) for text in list(dict.fromkeys(empty))[:3])
         cause = (

@@ -11,6 +11,7 @@ import os
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from everydream_kit.data.dataset import MASK_SUFFIX, Problem, printable
 from everydream_kit.data.image_files import EXTENSIONS, UNREAD_EXTENSIONS
@@ -79,6 +80,34 @@ class Companions:
             and match_key(name) not in SETTINGS_FILES
             and match_key(name[: name.rfind(".")]) not in self._keys
         ]
+
+
+class FolderFiles:
+    """The files next to images, each folder listed once. Make a new one after a change."""
+
+    def __init__(self) -> None:
+        self._folders: dict[Path, Companions] = {}
+
+    def find(self, image: Path, ending: str) -> Path | None:
+        """The file of this ending that belongs to an image, or None."""
+        name = self._folder(image.parent).find(image.name, ending)
+        if name is None or name == image.name or match_key(name) in SETTINGS_FILES:
+            return None
+        return image.with_name(name)
+
+    def companions(self, image: Path) -> list[Path]:
+        """Caption, settings and mask files of an image."""
+        found = [self.find(image, ending) for ending in SIDECAR_EXTENSIONS]
+        mask = image.with_name(image.stem + MASK_SUFFIX)
+        found.append(mask if mask.name in self._folder(image.parent).names else None)
+        return [path for path in found if path is not None]
+
+    def _folder(self, folder: Path) -> Companions:
+        if folder not in self._folders:
+            names = [entry.name for entry in os.scandir(folder) if entry.is_file()]
+            images = tuple(name for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS)
+            self._folders[folder] = Companions(frozenset(names), images)
+        return self._folders[folder]
 
 
 def match_key(name: str) -> str:

@@ -8,19 +8,19 @@ what is set aside is moved whole, with its captions, and can be moved back (`cha
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
 from everydream_kit.data.changes import Changes, PrepReport, undo
-from everydream_kit.data.dataset import MASK_SUFFIX, Dataset
+from everydream_kit.data.dataset import Dataset
 from everydream_kit.data.duplicates import find_duplicates
 from everydream_kit.data.files import scan_dataset
-from everydream_kit.data.folders import SETTINGS_FILES, SIDECAR_EXTENSIONS, Companions, match_key
+from everydream_kit.data.folders import SETTINGS_FILES, SIDECAR_EXTENSIONS, FolderFiles, match_key
 from everydream_kit.data.image_files import EXTENSIONS, IMAGE_ERRORS, open_image
 from everydream_kit.draws import derive_seed
 from everydream_kit.errors import ConfigError
@@ -147,7 +147,8 @@ def _rewrite(  # noqa: PLR0917
         taken.add(copy)
         if progress is not None:
             progress(index + 1, len(dataset))
-    companions = {c for i in range(len(dataset)) for c in companions_of(Path(dataset.path(i)))}
+    files = FolderFiles()
+    companions = {c for i in range(len(dataset)) for c in files.companions(Path(dataset.path(i)))}
     for path in sorted(companions | set(_folder_files(root))):
         if not (target / path.relative_to(root)).exists():
             changes.copy(path, target / path.relative_to(root), "copied beside them")
@@ -200,18 +201,19 @@ def set_aside_duplicates(
         f"Set duplicates in {root} aside to {side}", dry_run=dry_run, journal=side / JOURNAL, root=root, side=side
     )
     changes.report.problems.extend([*dataset.problems, *found.unreadable])
+    files = FolderFiles()
     for group in _joined_groups(count, [*found.exact, *found.near]):
         if len(group) > 1:
-            best = max(group, key=lambda index: _worth(dataset, index))
+            best = max(group, key=lambda index: _worth(dataset, index, files))
             leaving = [Path(dataset.path(index)) for index in group if index != best]
             name = Path(dataset.path(best)).relative_to(root)
-            _move_pictures(changes, leaving, root, side, f"set aside (duplicate of {name})")
+            move_images(changes, leaving, root, side, f"set aside (duplicate of {name})")
     return changes.report
 
 
-def _worth(dataset: Dataset, index: int) -> tuple[int, bool, int, int]:
+def _worth(dataset: Dataset, index: int, files: FolderFiles) -> tuple[int, bool, int, int]:
     numbers = dataset.numbers
-    captioned = any(c.suffix in SIDECAR_EXTENSIONS for c in companions_of(Path(dataset.path(index))))
+    captioned = any(c.suffix in SIDECAR_EXTENSIONS for c in files.companions(Path(dataset.path(index))))
     pixels = int(numbers["width"][index]) * int(numbers["height"][index])
     return (pixels, captioned, int(numbers["file_bytes"][index]), -index)
 
@@ -260,7 +262,7 @@ def split_validation(
         if len(group) <= left:
             left -= len(group)
             paths = [Path(dataset.path(index)) for index in group]
-            _move_pictures(changes, paths, root, target, "moved to validation")
+            move_images(changes, paths, root, target, "moved to validation")
     for path in _folder_files(root):
         if changes.report.changes and not (target / path.relative_to(root)).exists():
             changes.copy(path, target / path.relative_to(root), "copied beside them")
@@ -278,38 +280,55 @@ def _joined_groups(count: int, groups: Iterable[tuple[int, ...]]) -> Iterator[tu
             yield tuple(sorted(group_of[index]))
 
 
-def _move_pictures(changes: Changes, paths: list[Path], root: Path, target: Path, what: str) -> None:
-    """Move pictures with what belongs to them; captions that another picture uses too are copied."""
-    leaving = set(paths)
+def move_images(changes: Changes, paths: Sequence[Path], root: Path, target: Path, what: str) -> None:
+    """Move images with what belongs to them into a folder of the same tree.
+
+    Captions that another image uses too are copied. Where something of one of their names is there already, all get a
+    number: nothing is overwritten, and none is left behind.
+
+    Args:
+        paths: files below `root`.
+        target: where they go.
+        what: in words, for the report.
+    """
+    leaving, files = set(paths), FolderFiles()
+    companions = {path: files.companions(path) for path in paths}
+    moved: set[Path] = set()
     for path in paths:
-        changes.move(path, target / path.relative_to(root), what)
         siblings = {path.with_suffix(suffix) for ext in EXTENSIONS for suffix in (ext, ext.upper())} - leaving - {path}
         stays = any(sibling.exists() for sibling in siblings)
-        for companion in companions_of(path):
-            place = target / companion.relative_to(root)
-            if not place.exists():
-                (changes.copy if stays else changes.move)(companion, place, "went with them")
+        family = [path, *(one for one in companions[path] if one not in moved)]
+        for member, place in zip(family, _free_places(family, root, target), strict=True):
+            if member == path:
+                changes.move(member, place, what)
+            else:
+                (changes.copy if stays else changes.move)(member, place, "went with them")
+            moved.add(member)
+
+
+def _free_places(family: list[Path], root: Path, target: Path) -> list[Path]:
+    """Where the files of an image go so that they replace nothing and still belong together."""
+    stem = family[0].stem
+    for number in itertools.count(1):
+        new = stem if number == 1 else f"{stem}-{number}"
+        names = [one.name if number == 1 else new + _ending_of(one.name, family[0]) for one in family]
+        places = [target / one.relative_to(root).with_name(name) for one, name in zip(family, names, strict=True)]
+        if not any(os.path.lexists(place) for place in places):
+            return places
+    raise AssertionError("unreachable: numbers do not end")
+
+
+def _ending_of(name: str, image: Path) -> str:
+    """What follows an image's stem in the name of a file that belongs to it, whatever its case and Unicode form."""
+    if name.startswith(image.stem):
+        return name[len(image.stem) :]
+    head, ending = os.path.splitext(name)
+    return image.suffix + ending if match_key(head) == match_key(image.name) else ending
 
 
 def companions_of(path: Path) -> list[Path]:
     """Caption, settings and mask files of a picture."""
-    found = _companions_in(str(path.parent), path.parent.stat().st_mtime_ns)
-    names = [found.find(path.name, suffix) for suffix in SIDECAR_EXTENSIONS]
-    mask = path.stem + MASK_SUFFIX
-    names.append(mask if mask in found.names else None)
-    return [
-        path.with_name(name)
-        for name in names
-        if name not in (None, path.name) and match_key(name) not in SETTINGS_FILES
-    ]
-
-
-@lru_cache(maxsize=1)
-def _companions_in(folder: str, changed: int) -> Companions:
-    """The files of a folder in one state."""
-    names = [name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name))]
-    images = tuple(name for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS)
-    return Companions(frozenset(names), images)
+    return FolderFiles().companions(path)
 
 
 def _folder_files(root: Path) -> list[Path]:

@@ -24,7 +24,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from everydream_kit.data.image_files import EXTENSIONS
 from everydream_kit.errors import DataError, DiskSpaceError
@@ -49,6 +49,26 @@ _HUB_PATTERNS = [f"*.{spelt}" for name in _WANTED for spelt in (name, name.upper
 
 Fetch = Callable[[str, str | None], Path]
 """Downloads a Hub dataset: (owner/name, revision or None) -> local folder."""
+
+
+def kind_of_source(spec: str) -> Literal["folder", "index", "archive", "hub"]:
+    """What a person's words for a dataset name.
+
+    Raises:
+        DataError: nothing that is there, or a file that is no dataset; the message says which.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return "folder"
+    if path.is_file():
+        name = path.name.lower()
+        if name.endswith(ARCHIVES) or name.endswith(".json"):
+            return "index" if name.endswith(".json") else "archive"
+        raise DataError(f"{path}: not a folder, a .json index or an archive ({', '.join(ARCHIVES)}).")
+    if _HUB_URL.fullmatch(spec) or (_HUB_ID.fullmatch(spec) and spec[0] not in "./~"):
+        return "hub"
+    kind = "file" if path.name.lower().endswith((*ARCHIVES, ".json")) else "folder"
+    raise DataError(f"{path.absolute()}: there is no such {kind}. Check the spelling, and that its disk is mounted.")
 
 
 def open_source(

@@ -10,35 +10,106 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from everydream_kit.data.captions import is_camera_name
 from everydream_kit.data.changes import Changes, PrepReport
 from everydream_kit.data.dataset import FROM_FILE_NAME, FROM_JSON, Dataset
 from everydream_kit.data.files import scan_dataset
-from everydream_kit.data.textfiles import TextError, read_text
+from everydream_kit.data.folders import FolderFiles
+from everydream_kit.data.textfiles import TextError, read_mapping, read_text_and_doubt
 from everydream_kit.errors import ConfigError, DataError
 from everydream_kit.strict_json import parse_json
 
 MAX_TABLE_BYTES = 256 << 20
 """A million images with long captions."""
-_RICH = (".yaml", ".yml", ".json")
+_RICH = (".json", ".yaml", ".yml")
+_CAPTION_WORDS = frozenset({"main_prompt", "tags", "caption"})
 _NAME_COLUMNS = ("image", "file_name", "filename", "file", "path", "name")
 _CAPTION_COLUMNS = ("caption", "text", "prompt", "description")
 
 
-def caption_file(picture: Path) -> Path:
-    """The text file that holds, or would hold, a caption: `.caption` if it is there, since it wins, else `.txt`."""
-    other = picture.with_suffix(".caption")
-    return other if other.is_file() else picture.with_suffix(".txt")
+@dataclass(frozen=True, slots=True)
+class CaptionSource:
+    """Where the caption of an image comes from.
+
+    Attributes:
+        file: the text file that holds, or would hold, the caption.
+        text: as it stands there; without a file, what the folder or the image's name says. Empty where the name is one
+            that cameras and downloads give, since such a word is nothing to build a caption on.
+        is_own: somebody wrote it; it does not come from the image's name.
+        locked: why it cannot be rewritten, or an empty text.
+    """
+
+    file: Path
+    text: str
+    is_own: bool
+    locked: str = ""
 
 
-def has_rich_caption(dataset: Dataset, index: int) -> bool:
-    """Whether a picture's caption may come from a settings file, which is not ours to rewrite."""
-    if int(dataset.numbers["caption_kind"][index]) == FROM_JSON:
+def caption_source(dataset: Dataset, index: int, files: FolderFiles) -> CaptionSource:
+    """Find the caption of an image as the scan finds it, and as its file spells it."""
+    path, kind = Path(dataset.path(index)), int(dataset.numbers["caption_kind"][index])
+    held = files.find(path, ".caption") or files.find(path, ".txt")
+    file = held or path.with_suffix(".txt")
+    settings = next((one for ending in _RICH if (one := files.find(path, ending)) and _speaks_of_captions(one)), None)
+    if settings is not None or (kind == FROM_JSON and held is None):
+        where = settings.name if settings is not None else "a .yaml or .json file"
+        return CaptionSource(file, dataset.caption(index).text, True, f"its caption is in {where}")
+    if held is not None:
+        try:
+            text, doubt = read_text_and_doubt(held)
+        except (TextError, OSError) as error:
+            return CaptionSource(file, "", True, f"{held.name} cannot be read ({error})")
+        return CaptionSource(file, text, True, f"{held.name} is {doubt}" if doubt else "")
+    text = dataset.caption(index).text
+    if kind != FROM_FILE_NAME:
+        return CaptionSource(file, text, True)
+    return CaptionSource(file, "" if is_camera_name(text) else text, False)
+
+
+def _speaks_of_captions(path: Path) -> bool:
+    """Whether a settings file holds caption words. One that cannot be understood may."""
+    try:
+        return bool(_CAPTION_WORDS & set(read_mapping(path)))
+    except (TextError, OSError):
         return True
-    return any(Path(dataset.path(index)).with_suffix(suffix).is_file() for suffix in _RICH)
+
+
+def edit_captions(changes: Changes, dataset: Dataset, indices: Iterable[int], edit: Callable[[str], str]) -> None:
+    """Rewrite captions, each in its text file.
+
+    Those that cannot be rewritten without loss are left alone and reported: in a settings file, or in an encoding that
+    is not known for sure. All files are read before the first is written.
+
+    Args:
+        changes: the step; with a journal it can be undone.
+        dataset: a scan of the folder as it is now.
+        indices: images.
+        edit: the new text of a caption file, from its present one.
+    """
+    files = FolderFiles()
+    wanted: dict[Path, tuple[Path, str]] = {}
+    for index in indices:
+        source = caption_source(dataset, index, files)
+        path = Path(dataset.path(index))
+        if source.locked:
+            changes.leave(path, f"{source.locked}.", "Edit that file, or save it as UTF-8 text.")
+            continue
+        after = edit(source.text)
+        if after.strip() != source.text.strip() and source.file not in wanted:
+            wanted[source.file] = path, after + ("\n" if source.text.endswith("\n") else "")
+    contents = {file: text.encode() for file, (_, text) in wanted.items()}
+    changes.write_many(contents, "captions edited", {file: path for file, (path, _) in wanted.items()})
+
+
+def in_each_line(text: str, edit: Callable[[str], str]) -> str:
+    """Edit every caption of a file that holds one a line; blank lines stay."""
+    lines = text.splitlines() or [""]
+    return "\n".join(edit(line) if line.strip() or len(lines) == 1 else line for line in lines)
 
 
 def edit_tags(
@@ -70,27 +141,30 @@ def edit_tags(
     if any("," in tag for tag in (*added, *removed)):
         raise ConfigError("edit_tags: a tag holds a comma; give each tag on its own.")
     _, changes, dataset = _start("Edit tags", folder, journal, "tags", dry_run)
-    for index in range(len(dataset)):
-        path = Path(dataset.path(index))
-        if has_rich_caption(dataset, index):
-            changes.leave(path, "its caption is in a .yaml or .json file.", "Edit that file.")
-            continue
-        text = caption_file(path)
-        try:
-            before = read_text(text) if text.is_file() else dataset.caption(index).text
-        except (TextError, OSError) as error:
-            changes.leave(text, f"cannot be read ({error}).", "Save it as UTF-8 text.")
-            continue
-        lines = before.splitlines() or [""]
-        after = "\n".join(
-            _edit_line(line, added, removed, position) if line.strip() or len(lines) == 1 else line for line in lines
-        )
-        if after.strip() != before.strip():
-            changes.write(text, after.encode(), "captions edited", path)
+    edit_captions(changes, dataset, range(len(dataset)), lambda text: change_tags(text, added, removed, position))
     return changes.report
 
 
-def _edit_line(line: str, added: list[str], removed: set[str], position: Literal["start", "end"]) -> str:
+def change_tags(
+    text: str, added: Sequence[str], removed: Set[str] = frozenset(), position: Literal["start", "end"] = "end"
+) -> str:
+    """A caption file's text with tags added and removed in every caption; see `edit_tags`.
+
+    Args:
+        text: of the file.
+        added: tags, tidy.
+        removed: tags in lower case.
+        position: where added tags stand.
+    """
+    return in_each_line(text, lambda line: _edit_line(line, added, removed, position))
+
+
+def split_tags(text: str) -> list[str]:
+    """Tags as people type them: commas stand between them."""
+    return [tag for part in text.split(",") if (tag := _tidy(part))]
+
+
+def _edit_line(line: str, added: Sequence[str], removed: Set[str], position: Literal["start", "end"]) -> str:
     main, *tags = map(_tidy, line.split(","))
     tags = [tag for tag in tags if tag and tag.lower() not in removed]
     there = {main.lower(), *(tag.lower() for tag in tags)}
@@ -127,19 +201,19 @@ def captions_from_table(
     """
     rows = read_table(Path(table))
     root, changes, dataset = _start(f"Captions from {table}", folder, journal, "captions", dry_run)
-    place = _places(dataset, root)
+    place, files = _places(dataset, root), FolderFiles()
     for name, caption in rows:
         index = place.get(_key(name), place.get(_key(name).rpartition("/")[2]))
         if index is None:
             changes.leave(name, "there is no such picture in the folder, or several.", "Give its path in the folder.")
             continue
-        path = Path(dataset.path(index))
-        if has_rich_caption(dataset, index):
-            changes.leave(path, "its caption is in a .yaml or .json file.", "Edit that file.")
-        elif caption_file(path).is_file() and not overwrite:
+        path, source = Path(dataset.path(index)), caption_source(dataset, index, files)
+        if source.locked:
+            changes.leave(path, f"{source.locked}.", "Edit that file, or save it as UTF-8 text.")
+        elif source.file.is_file() and not overwrite:
             changes.leave(path, "has a caption.", "Use overwrite to replace it.")
         else:
-            changes.write(caption_file(path), caption.encode(), "captions written", path)
+            changes.write(source.file, caption.encode(), "captions written", path)
     return changes.report
 
 
@@ -208,11 +282,3 @@ def _start(
     changes = Changes(f"{title} in {root}", dry_run=dry_run, journal=place, root=root)
     changes.report.problems.extend(dataset.problems)
     return root, changes, dataset
-
-
-def has_own_caption(dataset: Dataset, index: int) -> bool:
-    """Whether someone wrote a caption for this picture: anything but its file name."""
-    return (
-        int(dataset.numbers["caption_kind"][index]) != FROM_FILE_NAME
-        or caption_file(Path(dataset.path(index))).is_file()
-    )

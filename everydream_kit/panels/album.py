@@ -1,61 +1,58 @@
-"""The pictures of a project as a list that can be searched and edited, every change with its undo. No widgets here.
+"""The images of a project as a list that can be searched and edited, every change with its undo. No widgets here.
 
-Captions are edited where the data engine reads them: the `.txt` (or `.caption`) beside a picture. A picture whose
-caption stands in a `.yaml` or `.json` is shown and not edited, since its tags may carry weights that a line of text
-cannot. Settings go into the one-value files of a folder, or into the `.yaml` beside a picture. Nothing is deleted: what
-is set aside is moved into a folder beside the dataset, and undo moves it back.
+Built on the functions of the command line: captions are read and written by `data.tagging`, so every encoding keeps its
+text; each step goes through `data.changes` with a journal on disk, so undo survives the kernel, a full disk and a step
+that fails half-way. A caption that is in a `.yaml` or `.json` is shown and not edited, since its tags may carry weights
+that a line of text cannot. Nothing is deleted: excluded files are moved into a folder next to the dataset.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import yaml
-
-from everydream_kit.data.captions import caption_from_file_name
-from everydream_kit.data.dataset import Dataset, Problem
+from everydream_kit.data.captions import is_camera_name
+from everydream_kit.data.changes import Changes, PrepReport, journal_label, undo
+from everydream_kit.data.dataset import FROM_FILE_NAME, Dataset, Problem
 from everydream_kit.data.files import scan_dataset
+from everydream_kit.data.folders import FolderFiles
+from everydream_kit.data.prep import move_images
+from everydream_kit.data.settings import parse_settings
+from everydream_kit.data.tagging import CaptionSource, caption_source, change_tags, edit_captions, split_tags
+from everydream_kit.data.textfiles import TextError, parse_yaml, read_mapping, read_text
 from everydream_kit.errors import DataError
 
 SETTINGS = ("multiply", "cond_dropout", "flip_p", "loss_scale")
-"""What can be set for a folder or a picture here."""
+"""What can be set for a folder or an image here."""
 
-_RANGES = {"multiply": (0.0, 1000.0), "cond_dropout": (0.0, 1.0), "flip_p": (0.0, 1.0), "loss_scale": (0.0, 100.0)}
-_CAPTION_WORDS = frozenset({"main_prompt", "tags", "caption"})
-_RICH_SIDECARS = (".yml", ".yaml", ".json")
-
-
-@dataclass
-class Change:
-    """One undoable step: what the touched files held before (None: they were not there), and what was moved."""
-
-    title: str
-    before: dict[Path, bytes | None] = field(default_factory=dict)
-    moved: list[tuple[Path, Path]] = field(default_factory=list)
+Edit = Callable[[str], str]
+"""The new text of a caption file, from its present one."""
 
 
 class Album:
-    """The pictures below a folder, in the data engine's order.
+    """The images below a folder, in the data engine's order.
 
     Attributes:
         root: the dataset folder.
+        excluded: the folder that excluded files are moved to.
         dataset: the last scan.
     """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).resolve()
-        self.aside = self.root.with_name(f"{self.root.name}-set-aside")
-        self._changes: list[Change] = []
+        self.excluded = self.root.with_name(f"{self.root.name}-excluded")
+        self._journals = self.root.with_name(f"{self.root.name}-undo")
         self.reload()
 
     def reload(self) -> None:
         """Scan again."""
         self.dataset: Dataset = scan_dataset(str(self.root))
-        self._texts: dict[int, str] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._sources: dict[int, CaptionSource] = {}
+        self._files = FolderFiles()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -64,11 +61,6 @@ class Album:
     def problems(self) -> list[Problem]:
         return self.dataset.problems
 
-    @property
-    def last_change(self) -> str:
-        """What undo would take back, or an empty text."""
-        return self._changes[-1].title if self._changes else ""
-
     def path(self, index: int) -> Path:
         return Path(self.dataset.path(index))
 
@@ -76,28 +68,32 @@ class Album:
         """Path relative to the dataset folder."""
         return str(self.dataset.paths[index])
 
-    def caption(self, index: int) -> str:
-        """The caption as it stands in its file, or as the file name gives it."""
-        if index not in self._texts:
-            path = self.path(index)
-            file = caption_file(path)
-            rich = rich_caption_file(path)
-            if rich is not None:
-                self._texts[index] = self.dataset.caption(index).text
-            elif file.is_file():
-                self._texts[index] = file.read_text(encoding="utf-8-sig", errors="replace").strip()
-            else:
-                self._texts[index] = caption_from_file_name(path.name).text
-        return self._texts[index]
+    def source(self, index: int) -> CaptionSource:
+        """Where the caption comes from, and its text."""
+        if index not in self._sources:
+            self._sources[index] = caption_source(self.dataset, index, self._files)
+        return self._sources[index]
 
-    def locked_by(self, index: int) -> str:
-        """Name of the settings file that holds the caption and keeps it from being edited here, or an empty text."""
-        rich = rich_caption_file(self.path(index))
-        return rich.name if rich is not None else ""
+    def caption(self, index: int) -> str:
+        """The caption as its file spells it, or as the file name gives it. Empty where the name describes nothing."""
+        return self.source(index).text.strip()
+
+    def count_captions(self) -> tuple[int, int]:
+        """How many images are captioned by their file names, and how many have no caption at all.
+
+        A name that cameras and downloads give (`IMG`, `DSC`, a number) is no caption.
+        """
+        names = [i for i, kind in enumerate(self.dataset.numbers["caption_kind"].tolist()) if kind == FROM_FILE_NAME]
+        nameless = sum(is_camera_name(self.dataset.caption(index).text) for index in names)
+        is_named = set(names)
+        empty = sum(1 for index in range(len(self)) if index not in is_named and not self.dataset.caption(index).text)
+        return len(names) - nameless, nameless + empty
 
     def search(self, words: str) -> list[int]:
-        """Pictures whose caption or path holds every word, and none written as `-word`; without words all pictures."""
+        """Images whose caption or path holds every word, and none written as `-word`; without words all images."""
         wanted = words.lower().split()
+        if not wanted:
+            return list(range(len(self)))
         found = []
         for index in range(len(self)):
             text = f"{self.name(index)} {self.caption(index)}".lower()
@@ -105,151 +101,164 @@ class Album:
                 found.append(index)
         return found
 
-    def set_caption(self, index: int, text: str) -> None:
-        """Write a caption to its file.
-
-        Raises:
-            DataError: the caption stands in a settings file.
-        """
-        self._edit_captions("caption of " + self.name(index), {index: text.strip()})
-
-    def add_tag(self, indices: Sequence[int], tag: str) -> int:
-        """Put a tag at the end of captions that do not have it. Returns how many were changed."""
-        tag = " ".join(tag.replace(",", " ").split())
-        if not tag:
-            raise DataError("Type the tag to add.")
-        texts = {i: ", ".join([*_parts(self.caption(i)), tag]) for i in indices if tag not in _parts(self.caption(i))}
-        self._edit_captions(f"tag {tag!r} on {len(texts)} pictures", texts)
-        return len(texts)
-
-    def remove_tag(self, indices: Sequence[int], tag: str) -> int:
-        """Take a tag out of captions. Returns how many were changed."""
-        tag = " ".join(tag.replace(",", " ").split())
-        texts = {
-            i: ", ".join(p for p in _parts(self.caption(i)) if p != tag)
-            for i in indices
-            if tag in _parts(self.caption(i))
-        }
-        self._edit_captions(f"tag {tag!r} off {len(texts)} pictures", texts)
-        return len(texts)
-
     def count_tags(self, indices: Iterable[int] | None = None, most: int = 24) -> list[tuple[str, int]]:
-        """The most frequent tags, with the number of pictures that have them."""
+        """The most frequent tags, with the number of images that have them."""
         counts: dict[str, int] = {}
         for index in indices if indices is not None else range(len(self)):
-            for part in set(_parts(self.caption(index))):
+            for part in set(split_tags(self.caption(index))):
                 counts[part] = counts.get(part, 0) + 1
         return sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))[:most]
 
     def folders(self) -> list[str]:
-        """Folders that hold pictures, relative to the root; the root itself is `.`."""
+        """Folders that hold images, relative to the root; the root itself is `.`."""
         return sorted({str(Path(name).parent) for name in self.dataset.paths})
 
-    def set_for_folder(self, folder: str, name: str, value: float | None) -> None:
-        """Write a one-value file into a folder; None takes it away."""
-        path = self.root / folder / f"{name}.txt"
-        change = Change(f"{name} of folder {folder}")
-        self._write(change, path, None if value is None else f"{_checked(name, value):g}\n".encode())
-        self._finish(change)
+    # Changes
 
-    def set_for_pictures(self, indices: Sequence[int], name: str, value: float | None) -> None:
-        """Write a setting into the `.yaml` beside each picture, keeping what else is there; None takes it away."""
-        change = Change(f"{name} of {len(indices)} pictures")
-        for index in indices:
-            path = self.path(index).with_suffix(".yaml")
-            held = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}
-            if not isinstance(held, dict):
-                raise DataError(f"{path}: is no mapping of settings. Mend it first.")
-            held.pop(name, None)
-            if value is not None:
-                held[name] = _checked(name, value)
-            text = yaml.safe_dump(held, allow_unicode=True, sort_keys=False) if held else None
-            self._write(change, path, text.encode() if text else None)
-        self._finish(change)
+    def set_caption(self, index: int, text: str) -> None:
+        """Write a caption to its file.
 
-    def set_aside(self, paths: Sequence[str | Path]) -> int:
-        """Move files, with what speaks about them, out of the dataset. Returns how many were moved."""
-        change = Change(f"{len(paths)} files set aside")
-        for path in map(Path, paths):
-            if not path.is_relative_to(self.root):
-                raise DataError(f"{path}: lies outside the dataset folder; it is left where it is.")
-            family = [path, *(path.with_suffix(s) for s in (".txt", ".caption", *_RICH_SIDECARS) if s != path.suffix)]
-            for member in family:
-                if member.is_file():
-                    target = self.aside / member.relative_to(self.root)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.move(member, target)
-                    change.moved.append((member, target))
-        self._finish(change)
-        return sum(1 for source, _ in change.moved if source in set(map(Path, paths)))
+        Raises:
+            DataError: it cannot be edited here; the message says where.
+        """
+        report = self.edit([index], f"caption of {self.name(index)}", lambda _: text.strip())
+        if report.problems:
+            raise DataError(f"{self.name(index)}: {report.problems[0].cause} {report.problems[0].cure}")
 
-    def undo(self) -> str:
-        """Take the last change back. Returns what it was, or an empty text where there is none."""
-        if not self._changes:
-            return ""
-        change = self._changes.pop()
-        for path, content in change.before.items():
-            if content is None:
-                path.unlink(missing_ok=True)
+    def add_tags(self, indices: Sequence[int], tags: str) -> PrepReport:
+        """Put tags, with commas between, at the end of captions that do not have them."""
+        added = split_tags(tags)
+        if not added:
+            raise DataError("Type the tags to add, with commas between.")
+        return self.edit(indices, f"add {', '.join(added)}", lambda text: change_tags(text, added))
+
+    def remove_tags(self, indices: Sequence[int], tags: str) -> PrepReport:
+        """Take tags, with commas between, out of captions. The main prompt, up to the first comma, stays."""
+        removed = {tag.lower() for tag in split_tags(tags)}
+        if not removed:
+            raise DataError("Type the tags to remove, with commas between.")
+        return self.edit(indices, f"remove {', '.join(split_tags(tags))}", lambda text: change_tags(text, (), removed))
+
+    def edit(self, indices: Sequence[int], label: str, edit: Edit) -> PrepReport:
+        """Rewrite captions as one step. What cannot be rewritten is in the report's problems."""
+        return self._step(label, lambda changes: edit_captions(changes, self.dataset, indices, edit))
+
+    def set_for_folder(self, folder: str, name: str, value: float | None) -> PrepReport:
+        """Write a one-value file into a folder; None removes it."""
+        path, text = self.root / folder / f"{name}.txt", _checked(name, value)
+
+        def write(changes: Changes) -> None:
+            if text is None:
+                changes.remove(path)
             else:
-                path.write_bytes(content)
-        for source, target in reversed(change.moved):
-            shutil.move(target, source)
-        self.reload()
-        return change.title
+                changes.write(path, f"{text}\n".encode(), "settings written")
 
-    def _edit_captions(self, title: str, texts: dict[int, str]) -> None:
-        for index in texts:
-            lock = self.locked_by(index)
-            if lock:
-                raise DataError(f"{self.name(index)}: its caption stands in {lock}, with settings; edit that file.")
-        change = Change(title)
-        for index, text in texts.items():
-            self._write(change, caption_file(self.path(index)), f"{text}\n".encode())
-            self._texts[index] = text
-        if texts:
-            self._changes.append(change)
+        return self._step(f"{name} of folder {folder}", write)
 
-    def _write(self, change: Change, path: Path, content: bytes | None) -> None:
-        change.before[path] = path.read_bytes() if path.is_file() else None
-        if content is None:
-            path.unlink(missing_ok=True)
-            return
-        beside = path.with_name(f".{path.name}.part")
-        beside.write_bytes(content)
-        os.replace(beside, path)
+    def set_for_images(self, indices: Sequence[int], name: str, value: float | None) -> PrepReport:
+        """Write a setting into the `.yaml` next to each image, with all else in it as it is; None removes it."""
+        text = _checked(name, value)
 
-    def _finish(self, change: Change) -> None:
-        self._changes.append(change)
-        self.reload()
+        def write(changes: Changes) -> None:
+            for path in map(self.path, indices):
+                try:
+                    _set_in_sidecar(changes, path, self._files, name, text)
+                except (TextError, OSError) as error:
+                    changes.leave(path, f"{error}.", f"Set {name} in that file by hand.")
+
+        return self._step(f"{name} of {len(indices)} images", write)
+
+    def exclude(self, paths: Sequence[str | Path]) -> PrepReport:
+        """Move files, with what belongs to them, out of the dataset.
+
+        Raises:
+            DataError: one lies outside of it.
+        """
+        wanted = list(map(Path, paths))
+        for path in wanted:
+            if not path.is_relative_to(self.root):
+                raise DataError(f"{path}: is outside of the dataset folder; it is left where it is.")
+        label = f"{len(wanted)} file{'s' if len(wanted) != 1 else ''} excluded"
+        return self._step(label, lambda changes: move_images(changes, wanted, self.root, self.excluded, "excluded"))
+
+    def _step(self, label: str, work: Callable[[Changes], None]) -> PrepReport:
+        journal = self._journals / f"{self._next_number():06}.jsonl"
+        changes = Changes(label, dry_run=False, journal=journal, root=self.root, side=self.excluded, label=label)
+        try:
+            work(changes)
+        finally:  # also what was done before an error is shown, and can be undone
+            self.reload()
+        return changes.report
+
+    # Undo
+
+    @property
+    def last_change(self) -> str:
+        """What undo would take back, or an empty text."""
+        return next((label for _, label in self._undoable()), "")
+
+    def undo(self) -> PrepReport | None:
+        """Take the last change back, whichever panel or kernel made it. None where there is none.
+
+        Raises:
+            OSError, DataError: it could not be taken back completely; it stays the last change and can be tried again.
+        """
+        found = next(iter(self._undoable()), None)
+        if found is None:
+            return None
+        try:
+            return undo(found[0], root=self.root, side=self.excluded)
+        finally:
+            self.reload()
+
+    def _undoable(self) -> Iterable[tuple[Path, str]]:
+        """Journals of the steps that were not undone, the last first, with their labels."""
+        for path in sorted(self._journals.glob("[0-9]*.jsonl"), reverse=True):
+            if (label := journal_label(path)) is not None:
+                yield path, label
+
+    def _next_number(self) -> int:
+        numbers = [int(match[0]) for path in self._journals.glob("[0-9]*") if (match := re.match(r"\d+", path.name))]
+        return max(numbers, default=0) + 1
 
 
-def caption_file(picture: Path) -> Path:
-    """The text file that holds, or would hold, a caption: `.caption` if it is there, since it wins, else `.txt`."""
-    other = picture.with_suffix(".caption")
-    return other if other.is_file() else picture.with_suffix(".txt")
+def _checked(name: str, value: float | None) -> str | None:
+    """A setting's value as its file holds it. Raises: DataError if it is out of range."""
+    if value is None:
+        return None
+    try:
+        parse_settings({name: value})
+    except TextError as error:
+        raise DataError(str(error)) from error
+    return f"{value:g}"
 
 
-def rich_caption_file(picture: Path) -> Path | None:
-    """A settings file beside a picture that says something about its caption, or None."""
-    for suffix in _RICH_SIDECARS:
-        path = picture.with_suffix(suffix)
-        if path.is_file():
-            try:
-                held = yaml.safe_load(path.read_text("utf-8-sig"))
-            except (yaml.YAMLError, UnicodeDecodeError):
-                return path
-            if isinstance(held, dict) and _CAPTION_WORDS & set(held):
-                return path
-    return None
+def _set_in_sidecar(changes: Changes, image: Path, files: FolderFiles, name: str, text: str | None) -> None:
+    """Set one value in the `.yaml` next to an image. Raises: TextError if that cannot be done without loss."""
+    index = files.find(image, ".json")
+    if index is not None and name in read_mapping(index):
+        raise TextError(f"{index.name} sets {name}, and wins")
+    path = files.find(image, ".yaml") or files.find(image, ".yml")
+    if path is None:
+        if text is not None:
+            changes.write(image.with_suffix(".yaml"), f"{name}: {text}\n".encode(), "settings written", image)
+        return
+    held, before = read_mapping(path), read_text(path)
+    wanted = {key: value for key, value in held.items() if key != name} | ({name: text} if text is not None else {})
+    lines = [line for line in before.splitlines() if not re.match(rf"{name}\s*:", line)]
+    lines += [f"{name}: {text}"] if text is not None else []
+    after = "\n".join(lines) + "\n"
+    if not wanted and not after.strip():
+        changes.remove(path)
+    elif not _says(after, wanted):
+        raise TextError(f"{path.name} is not written one setting a line")
+    elif wanted != held:
+        changes.write(path, after.encode(), "settings written", image)
 
 
-def _parts(caption: str) -> list[str]:
-    return [part for part in (" ".join(piece.split()) for piece in caption.split(",")) if part]
-
-
-def _checked(name: str, value: float) -> float:
-    low, high = _RANGES[name]
-    if not low <= value <= high:
-        raise DataError(f"{name}: must be from {low:g} to {high:g} (got {value:g})")
-    return value
+def _says(text: str, wanted: dict[str, object]) -> bool:
+    """Whether a settings file of this text would hold exactly these settings."""
+    try:
+        return (parse_yaml(text) or {}) == wanted
+    except TextError:
+        return False

@@ -20,6 +20,7 @@ from everydream_kit.data.dataset import Dataset
 from everydream_kit.data.files import scan_dataset
 from everydream_kit.data.image_files import EXTENSIONS
 from everydream_kit.data.plan import PlanSettings, plan_epoch
+from everydream_kit.data.sources import kind_of_source
 from everydream_kit.errors import DataError
 from everydream_kit.panels.project import EMBEDDED_MODEL, Project
 from everydream_kit.panels.words import size
@@ -42,6 +43,7 @@ class Forecast:
         num_steps: optimizer steps of the whole run.
         seconds: time, or None where this machine has not trained such a run yet.
         checkpoint_bytes, free_bytes: size of one checkpoint with its resume state, and free disk for the run folder.
+        missing: why the dataset cannot be used, such as a folder that is not there.
     """
 
     num_pictures: int | None
@@ -50,12 +52,15 @@ class Forecast:
     seconds: float | None
     checkpoint_bytes: float | None
     free_bytes: int | None
+    missing: str = ""
 
     @property
     def problem(self) -> str:
         """What will keep the run from working, or an empty text."""
+        if self.missing:
+            return f"data_root: {self.missing}"
         if self.num_pictures == 0:
-            return "No pictures in the dataset yet. Add some in the dataset panel, or give another data_root."
+            return "No images in the dataset yet. Add some in the dataset panel, or give another data_root."
         if self.checkpoint_bytes and self.free_bytes is not None and self.free_bytes < 1.2 * self.checkpoint_bytes:
             need, free = size(self.checkpoint_bytes), size(self.free_bytes)
             return f"A checkpoint takes about {need} and only {free} are free where the run folder goes."
@@ -90,7 +95,19 @@ def forecast(config: TrainConfig, project: Project) -> Forecast:
         seconds=steps * per_step / speed if steps is not None and speed else None,
         checkpoint_bytes=3 * weights if weights else None,  # the weights in float32 or half, and AdamW's two states
         free_bytes=_free_bytes(Path(config.logdir)),
+        missing=_missing_source(config.data_root),
     )
+
+
+def _missing_source(data_root: Any) -> str:
+    """Why one of the dataset's sources cannot be used, or an empty text."""
+    for source in data_root if isinstance(data_root, list) else [data_root]:
+        if isinstance(source, str):
+            try:
+                kind_of_source(source)
+            except DataError as error:
+                return str(error)
+    return ""
 
 
 def _plan_first_epoch(config: TrainConfig, batch_size: int, changed: int) -> tuple[int, int]:
@@ -126,9 +143,8 @@ def _newest_change(data_root: str | list[str] | dict[str, Any]) -> int:
 def count_pictures(data_root: str | list[str] | dict[str, Any]) -> int | None:
     """Picture files below the dataset's folders; None where it is an archive, an index or on the Hub."""
     roots = [data_root] if isinstance(data_root, str) else data_root
-    if not isinstance(roots, list) or not all(Path(root).is_dir() for root in roots):
-        local = isinstance(data_root, str) and not data_root.startswith("hf://") and Path(data_root).suffix == ""
-        return 0 if local and data_root.count("/") != 1 else None
+    if not isinstance(roots, list) or not all(isinstance(root, str) and Path(root).is_dir() for root in roots):
+        return None
     return sum(
         os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES and ".mask." not in name
         for root in roots

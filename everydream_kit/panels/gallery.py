@@ -6,16 +6,17 @@ the field is left.
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ipywidgets as widgets
 
+from everydream_kit.data.tagging import CaptionSource
 from everydream_kit.errors import DataError
 from everydream_kit.panels import look
 from everydream_kit.panels.album import Album
+from everydream_kit.panels.panel import set_html
 from everydream_kit.panels.shots import thumbnail
 
 PAGE = 12
@@ -23,7 +24,7 @@ THUMBNAIL_SIDE = 260
 
 
 class Card:
-    """One picture: thumbnail, name with a check box, caption."""
+    """One image: thumbnail, check box, name, caption. Names are HTML and tooltips, never descriptions."""
 
     def __init__(self, on_caption: Callable[[int, str], None], on_choose: Callable[[int, bool], None]) -> None:
         self.index: int | None = None
@@ -31,16 +32,16 @@ class Card:
         self._quiet = False
         self.image = widgets.Image(format="jpeg")
         self.image.add_class("edk-thumb")
-        self.check = widgets.Checkbox(
-            description="picture", indent=False, layout=widgets.Layout(width="auto", margin="0 8px")
-        )
+        self.check = widgets.Checkbox(description="Select", indent=False, layout=widgets.Layout(width="auto"))
+        self.title = widgets.HTML(layout=widgets.Layout(flex="1 1 0", width="auto", min_width="0"))
         self.text = widgets.Textarea(
             description="Caption", continuous_update=False, layout=widgets.Layout(width="auto", height="76px")
         )
         self.note = widgets.HTML()
         self.text.observe(self._take_text, "value")
         self.check.observe(self._take_check, "value")
-        self.box = widgets.VBox([self.image, self.check, self.text, self.note])
+        line = widgets.HBox([self.check, self.title], layout=widgets.Layout(margin="0 8px", align_items="center"))
+        self.box = widgets.VBox([self.image, line, self.text, self.note])
         self.box.add_class("edk-card")
 
     def show(self, album: Album, index: int | None, *, chosen: bool = False) -> None:
@@ -50,13 +51,14 @@ class Card:
         self.box.layout.display = "" if index is not None else "none"
         self.check.value = chosen
         if index is not None:
-            name, lock = album.name(index), album.locked_by(index)
+            name, source = album.name(index), album.source(index)
             self.image.value = thumbnail(album.path(index), THUMBNAIL_SIDE)
-            self.check.description = name
-            self.text.description = f"Caption of {name}"
+            set_html(self.title, f'<div class="edk-name">{look.name_html(name)}</div>')
+            for control in (self.check, self.text):
+                look.set_hint(control, name)
             self.text.value = album.caption(index)
-            self.text.disabled = bool(lock)
-            self.note.value = f'<div class="edk-hint">in {lock}</div>' if lock else ""
+            self.text.disabled = bool(source.locked)
+            set_html(self.note, _note_on(album, index, source))
         self._mark()
         self._quiet = False
 
@@ -173,7 +175,7 @@ class Gallery:
 
     def _tell_selection(self) -> None:
         text = f"{count_images(len(self.chosen))} selected in {self.album.root}" if self.chosen else "nothing selected"
-        self.selection.value = f'<span class="edk-hint">{html.escape(text)}</span>'
+        self.selection.value = f'<span class="edk-hint">{look.name_html(text)}</span>'
         self.on_select()
 
     def _choose(self, index: int, chosen: bool) -> None:
@@ -190,6 +192,20 @@ class Gallery:
         self._on_edit()
 
 
+def _note_on(album: Album, index: int, source: CaptionSource) -> str:
+    """What is worth knowing about a card's caption, as HTML."""
+    words = f"Not edited here: {source.locked}." if source.locked else ""
+    if not source.is_own:
+        name = album.dataset.caption(index).text
+        words = "from the file name" if source.text else f"no caption; trained as {name!r}, from the file name"
+    return f'<div class="edk-hint">{look.name_html(words)}</div>' if words else ""
+
+
 def count_images(number: int) -> str:
     """`1 image`, `1,712 images`."""
-    return f"{number:,} image{'' if number == 1 else 's'}"
+    return count_things(number, "image")
+
+
+def count_things(number: int, noun: str) -> str:
+    """`1 file`, `1,712 files`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

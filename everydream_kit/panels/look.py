@@ -14,11 +14,13 @@ from typing import Any, Literal
 
 import ipywidgets as widgets
 
+from everydream_kit.data.dataset import printable
 from everydream_kit.panels.words import duration, size
 
 __all__ = [
-    "Tone", "actions", "badge", "button", "column", "document", "duration", "facts", "heading", "log_view", "note", "panel_box",
-    "progress_bar", "read_asset", "row", "section", "show_progress", "size", "style_sheet", "table",
+    "Tone", "actions", "badge", "button", "column", "document", "duration", "facts", "heading", "log_view",
+    "name_html", "note", "panel_box", "progress_bar", "read_asset", "row", "section", "set_hint", "show_progress",
+    "size", "style_sheet", "table",
 ]  # fmt: skip
 
 Tone = Literal["plain", "good", "warn", "bad", "busy"]
@@ -79,6 +81,20 @@ def button(text: str, *, tone: str = "", icon: str = "", width: str = "auto", hi
     return widgets.Button(
         description=text, button_style=tone, icon=icon, tooltip=hint or text, layout=widgets.Layout(width=width)
     )
+
+
+def name_html(text: str) -> str:
+    """A name from outside (a file, a run, a repository) as HTML: the one way for names into `HTML` widgets."""
+    return html.escape(printable(text))
+
+
+def set_hint(widget: widgets.Widget, text: str) -> None:
+    """Give a control a tooltip: the page sets it as an attribute, so names may stand in it.
+
+    A `description` must be constant: ipywidgets 7 puts it into the page as HTML.
+    """
+    attribute = "description_tooltip" if not widget.has_trait("tooltip") else "tooltip"
+    setattr(widget, attribute, printable(text))
 
 
 def heading(title: str, where: str = "", lead: str = "", badge: str = "") -> str:

@@ -94,6 +94,11 @@ class PlanBox:
         self._forecast = forecast(self._config, self._project)
         return self._forecast.problem
 
+    @property
+    def blocked(self) -> bool:
+        """Whether the run cannot work, as far as the plan line has seen."""
+        return self._forecast is not None and bool(self._forecast.problem)
+
     def take(self, config: TrainConfig) -> None:
         """Plan for these settings from now on."""
         self._config, self._problem = config, ""
@@ -117,6 +122,8 @@ class PlanBox:
             elif not may_start:
                 self._give_up()
             return
+        if self.blocked and self._config is not None and time.monotonic() - self._changed_at > REST_SECONDS:
+            self._changed()  # images may have come, or room on the disk
         rested = time.monotonic() - self._changed_at > REST_SECONDS
         if may_start and rested and self._config is not None and self._asked != self._key:
             self._begin()

@@ -11,8 +11,10 @@ from typing import Any
 
 import ipywidgets as widgets
 
+from everydream_kit.data.changes import PrepReport
 from everydream_kit.data.plan import PlanSettings
 from everydream_kit.data.report import fill_buckets
+from everydream_kit.data.sources import kind_of_source
 from everydream_kit.errors import ConfigError, DataError
 from everydream_kit.panels import look
 from everydream_kit.panels.album import SETTINGS, Album
@@ -21,7 +23,7 @@ from everydream_kit.panels.chores import LOOKED_FILE
 from everydream_kit.panels.clock import make_clock
 from everydream_kit.panels.errand import Errand
 from everydream_kit.panels.findings import UNUSABLE, is_fresh, list_findings, report_settings
-from everydream_kit.panels.gallery import Gallery, count_images
+from everydream_kit.panels.gallery import Gallery, count_images, count_things
 from everydream_kit.panels.login import token_environment
 from everydream_kit.panels.pages import Pages
 from everydream_kit.panels.panel import Panel, set_html
@@ -114,8 +116,9 @@ class DatasetPanel(Panel):
 
     def _build_edit(self) -> widgets.Widget:
         self.tag = widgets.Text(
-            description="Tag", style={"description_width": "36px"}, layout=widgets.Layout(width="260px")
-        )
+            description="Tags", placeholder="red hair, smile", style={"description_width": "36px"},
+            layout=widgets.Layout(width="260px"),
+        )  # fmt: skip
         self.setting = widgets.Dropdown(
             options=list(SETTINGS), description="Set", style={"description_width": "36px"},
             layout=widgets.Layout(width="200px"),
@@ -139,16 +142,19 @@ class DatasetPanel(Panel):
         return self.gallery.box
 
     def _build_problems(self) -> widgets.Widget:
-        self.problems = ProblemsBox(lambda: self.album.root, lambda files: self._press(lambda: self._set_aside(files)))
+        self.problems = ProblemsBox(lambda: self.album.root, lambda files: self._press(lambda: self._exclude(files)))
         return self.problems.box
 
     # What the buttons do
 
     def undo(self) -> None:
         """Take the last change back."""
-        title = self.album.undo()
+        title = self.album.last_change
+        report = self.album.undo()
         self._redraw()
-        self.say(f"Undone: {title}." if title else "There is nothing to undo.")
+        left = "" if report is None else _left_alone(report)
+        words = f"Undone: {title}." if report is not None else "There is nothing to undo."
+        self.say(words + left, "warn" if left else "plain")
 
     def reload(self) -> None:
         """Scan the folder again."""
@@ -161,7 +167,7 @@ class DatasetPanel(Panel):
         text = self.source.value.strip()
         if not text:
             raise DataError("Type the path of a folder or an archive, or the id of a Hub dataset.")
-        if Path(text).expanduser().is_dir():
+        if kind_of_source(text) == "folder":
             self._use_folder(Path(text).expanduser())
             return
         self.fetching.begin("fetch", text)
@@ -176,16 +182,15 @@ class DatasetPanel(Panel):
             raise DataError(f"{name}: must be a number (got {text!r})") from error
         if self.setting_where.value == "":
             self._require_selection()
-            self.album.set_for_pictures(self.gallery.chosen_indices, name, value)
+            report = self.album.set_for_images(self.gallery.chosen_indices, name, value)
         else:
-            self.album.set_for_folder(self.setting_where.value, name, value)
-        self._redraw()
-        self.say(f"Written: {self.album.last_change}.", "good")
+            report = self.album.set_for_folder(self.setting_where.value, name, value)
+        self._tell(report, f"Written: {report.title}." if report.changes else "Nothing to change.")
 
     def set_selected_aside(self) -> None:
         """Move the selected pictures out of the dataset."""
         self._require_selection()
-        self._set_aside([self.album.path(index) for index in self.gallery.chosen_indices])
+        self._exclude([self.album.path(index) for index in self.gallery.chosen_indices])
 
     def refresh(self) -> None:
         """Look after what is under way: fetching, unpacking, looking through the pictures."""
@@ -265,20 +270,25 @@ class DatasetPanel(Panel):
             self.album.reload()
             self._look_failed = False
             self._redraw()
-            self.say(f"{count} files received.", "good")
+            self.say(f"{count_things(count, 'file')} received.", "good")
         self.refresh()
 
     def _change_tags(self, *, add: bool) -> None:
         self._require_selection()
-        change = self.album.add_tag if add else self.album.remove_tag
-        count = change(self.gallery.chosen_indices, self.tag.value)
-        self._redraw()
-        self.say(f"{count} captions changed in {self.album.root}.", "good")
+        change = self.album.add_tags if add else self.album.remove_tags
+        report = change(self.gallery.chosen_indices, self.tag.value)
+        self._tell(report, f"{count_things(len(report.changes), 'caption')} changed in {self.album.root}.")
 
-    def _set_aside(self, paths: Sequence[str | Path]) -> None:
-        count = self.album.set_aside([path for path in paths if Path(path).is_file()])
+    def _exclude(self, paths: Sequence[str | Path]) -> None:
+        report = self.album.exclude([path for path in paths if Path(path).is_file()])
+        moved = count_things(len(report.changes), "file")
+        self._tell(report, f"{moved} moved to {self.album.excluded}. Undo moves them back.")
+
+    def _tell(self, report: PrepReport, words: str) -> None:
+        """Show a step's result, and what it left alone."""
         self._redraw()
-        self.say(f"{count} files moved to {self.album.aside}. Undo moves them back.", "good")
+        left = _left_alone(report)
+        self.say(words + left, "warn" if left else "good")
 
     def _name_actions(self) -> None:
         """Every action on the selection says how many images it will touch before it is pressed."""
@@ -306,13 +316,14 @@ class DatasetPanel(Panel):
         findings = list_findings(album.dataset, self._report_settings(), self._looked)
         set_html(self.head, look.heading("Dataset", str(album.root)))
         worst = sum(finding.kind == UNUSABLE for finding in findings)
-        captions = sum(1 for index in range(len(album)) if not album.caption(index))
+        named, missing = album.count_captions()
         entries = [
-            ("pictures", f"{len(album):,}"),
+            ("images", f"{len(album):,}"),
             ("folders", f"{len(album.folders()):,}"),
-            ("without a caption", f"{captions:,}"),
+            ("captions from file names", f"{named:,}"),
+            ("without a caption", f"{missing:,}"),
             ("cannot be used", f"{worst:,}"),
-            ("remarks", f"{len(findings) - worst:,}"),
+            ("notes", f"{len(findings) - worst:,}"),
         ]
         set_html(self.figures, look.facts(entries))
         self.undo_button.disabled = not album.last_change
@@ -369,6 +380,18 @@ class DatasetPanel(Panel):
         """Bring a tab to the front, by the beginning of its title."""
         titles: list[Any] = ["Add pictures", "Pictures", "Report", "Problems"]
         self.tabs.selected_index = titles.index(title)
+
+
+SHOWN_PROBLEMS = 3
+
+
+def _left_alone(report: PrepReport) -> str:
+    """What a step left alone, as further lines of a message."""
+    if not report.problems:
+        return ""
+    lines = [f"{Path(problem.path).name}: {problem.cause} {problem.cure}" for problem in report.problems]
+    more = [f"and {len(lines) - SHOWN_PROBLEMS:,} more"] if len(lines) > SHOWN_PROBLEMS else []
+    return "\n".join([f" {len(lines):,} left alone:", *lines[:SHOWN_PROBLEMS], *more])
 
 
 def read_report(folder: Path) -> dict[str, Any]:

@@ -393,7 +393,7 @@ class TrainPanel(Panel):
     def _draw_buttons(self, status: dict[str, Any] | None = None) -> None:
         status = status or self._status()
         alive = status["alive"]
-        self.start_button.disabled = alive or bool(self.form.errors)
+        self.start_button.disabled = alive or bool(self.form.errors) or self.plan.blocked
         self.resume_button.disabled = alive or status["state"] not in ("stopped", "died", "failed")
         for control in (self.stop_button, self.sample_button, self.save_button, self.kill_button):
             control.disabled = not alive

@@ -49,21 +49,22 @@ def test_a_caption_is_written_and_undone_byte_for_byte(album):
     index = find(album, "night/0.jpg")
     album.set_caption(index, "  a red jet ")
     path = album.root / "night" / "0.txt"
-    assert path.read_text() == "a red jet\n"
-    assert "caption of night/0.jpg" in album.undo()
+    assert path.read_text() == "a red jet"
+    assert album.last_change == "caption of night/0.jpg"
+    album.undo()
     assert path.read_text() == "a jet at night, sky, dark"
     index = find(album, "a jet_00.png")
     album.set_caption(index, "new")
     album.undo()
     assert not (album.root / "a jet_00.txt").exists()
-    assert album.undo() == ""
+    assert album.undo() is None and album.last_change == ""
 
 
 def test_tags_are_added_and_removed_for_a_selection(album):
     indices = album.search("night")
-    assert album.add_tag(indices, "3d") == 3
-    assert album.add_tag(indices, "3d") == 0
-    assert album.remove_tag(indices, "sky") == 3
+    assert len(album.add_tags(indices, "3d").changes) == 3
+    assert len(album.add_tags(indices, "3d").changes) == 0
+    assert len(album.remove_tags(indices, "sky").changes) == 3
     assert album.caption(indices[0]) == "a jet at night, dark, 3d"
     assert dict(album.count_tags(indices)) == {"a jet at night": 3, "dark": 3, "3d": 3}
     album.undo()
@@ -81,7 +82,7 @@ def test_a_caption_in_a_settings_file_is_shown_and_not_edited(album, project):
     path.write_text("main_prompt: a jet\ntags:\n  - tag: sky\n    weight: 2\n")
     album.reload()
     index = find(album, "night/0.jpg")
-    assert album.locked_by(index) == "0.yaml"
+    assert album.source(index).locked == "its caption is in 0.yaml"
     with pytest.raises(DataError, match=r"0\.yaml"):
         album.set_caption(index, "x")
 
@@ -90,7 +91,7 @@ def test_settings_for_a_folder_and_for_pictures_reach_the_data_engine(album):
     album.set_for_folder("night", "multiply", 2.5)
     assert album.dataset.picture(find(album, "night/1.jpg")).multiply == 2.5
     index = find(album, "a jet_00.png")
-    album.set_for_pictures([index], "loss_scale", 0.5)
+    album.set_for_images([index], "loss_scale", 0.5)
     assert album.dataset.picture(find(album, "a jet_00.png")).loss_scale == 0.5
     assert album.caption(find(album, "a jet_00.png")) == "a jet"
     album.undo()
@@ -102,14 +103,14 @@ def test_settings_for_a_folder_and_for_pictures_reach_the_data_engine(album):
 
 def test_set_aside_moves_a_picture_with_its_caption_and_undo_brings_it_back(album):
     path = album.root / "night" / "0.jpg"
-    assert album.set_aside([path]) == 1
+    assert [change.what for change in album.exclude([path]).changes] == ["excluded", "went with them"]
     assert not path.exists() and not path.with_suffix(".txt").exists()
-    assert (album.aside / "night" / "0.txt").is_file()
+    assert (album.excluded / "night" / "0.txt").is_file()
     assert len(album) == 17
     album.undo()
     assert len(album) == 18 and path.with_suffix(".txt").read_text() == "a jet at night, sky, dark"
     with pytest.raises(DataError, match="outside"):
-        album.set_aside([album.root.parent / "settings.json"])
+        album.exclude([album.root.parent / "settings.json"])
 
 
 def test_the_panel_shows_twelve_at_a_time_and_writes_what_is_typed(project):
@@ -123,7 +124,7 @@ def test_the_panel_shows_twelve_at_a_time_and_writes_what_is_typed(project):
     card = cards[0]
     assert card.text.value == "a jet at night, sky, dark"
     card.text.value = "typed in the panel"
-    assert (project / "input" / "night" / "0.txt").read_text() == "typed in the panel\n"
+    assert (project / "input" / "night" / "0.txt").read_text() == "typed in the panel"
     assert "written" in panel.message.value
     panel.undo_button.click()
     assert cards[0].text.value == "a jet at night, sky, dark"
@@ -138,7 +139,7 @@ def test_the_panel_tags_a_selection_and_asks_for_one(project):
     panel.gallery.choose_found.click()
     panel.add_tag_button.click()
     assert "3 captions changed" in panel.message.value
-    assert (project / "input" / "night" / "2.txt").read_text() == "a jet at night, sky, dark, 3d\n"
+    assert (project / "input" / "night" / "2.txt").read_text() == "a jet at night, sky, dark, 3d"
 
 
 def test_the_panel_applies_a_setting_to_a_folder(project):
@@ -168,7 +169,7 @@ def test_the_selection_keeps_its_images_when_positions_move(project, change):
         picture(before)
     tick(panel, "a jet_03.png")
     if change == "problems":
-        panel._set_aside([before])
+        panel._exclude([before])
     elif change == "undo":
         panel.undo_button.click()
     elif change == "rescan":
@@ -225,7 +226,7 @@ def test_problems_are_listed_with_their_cure_and_set_aside(project):
     assert "broken.jpg" in line
     button.click()
     assert not (project / "input" / "broken.jpg").exists()
-    assert "1 files moved" in panel.message.value
+    assert "1 file moved" in panel.message.value
     panel.undo_button.click()
     assert (project / "input" / "broken.jpg").exists()
 

@@ -59,9 +59,9 @@ def test_the_plan_line_counts_steps_as_the_trainer_does(project):
 
 def test_an_empty_dataset_is_told_before_anything_starts(tmp_path):
     panel = TrainPanel(tmp_path / "empty")
-    assert "No pictures in the dataset yet" in panel.plan.line.value
+    assert "No images in the dataset yet" in panel.plan.line.value
     panel.start_button.click()
-    assert "No pictures" in panel.message.value
+    assert "No images" in panel.message.value
     assert panel.job is None
 
 
@@ -260,7 +260,7 @@ def test_run_starts_and_shows_the_run_until_it_ends(project):
 def test_run_says_why_it_cannot_start_and_watch_that_there_is_no_run(tmp_path):
     panel = TrainPanel(tmp_path / "empty")
     panel.run()
-    assert "No pictures" in panel.message.value
+    assert "No images" in panel.message.value
     panel.watch()
     assert "no run yet" in panel.message.value
 
