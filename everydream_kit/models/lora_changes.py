@@ -53,8 +53,8 @@ class Change:
         elif self.kind == "LoKr":
             change = _kronecker(_factor(parts, "1"), _factor(parts, "2"))
         else:
-            change = parts["diff"]
-        return change * self.scale
+            return parts["diff"] * self.scale  # another tensor: the difference itself may be in memory
+        return change.mul_(self.scale)
 
     def apply(self, original: torch.Tensor, strength: float) -> torch.Tensor:
         """The changed weight in float32.
@@ -62,13 +62,13 @@ class Change:
         Args:
             original: (out, in, ...), float32.
         """
-        changed = original + self.delta().reshape(original.shape)
+        changed = self.delta().reshape(original.shape).add_(original)  # in place: the largest weights take 50 MB each
         if self.magnitude is not None:
             # DoRA (equation 5): the direction of W + change, the learnt length of each row (or column).
             axes = [axis for axis in range(original.dim()) if axis != int(self.on_input)]
             length = torch.linalg.vector_norm(changed, dim=axes, keepdim=True)
             changed = changed * (self.magnitude.read().float().reshape(length.shape) / length)
-        return original + strength * (changed - original)
+        return changed if strength == 1 else changed.sub_(original).mul_(strength).add_(original)
 
 
 @dataclass

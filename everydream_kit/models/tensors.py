@@ -18,7 +18,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,18 +146,24 @@ def open_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
                 raise ModelError(f"{path}: tensor {name} has the format {part.get_dtype()}, which is not supported.")
             tensors[name] = LazyTensor(tuple(part.get_shape()), dtype, _reader(handle, name))
         spans = spans_of_safetensors(path, {name: tensor.dtype for name, tensor in tensors.items()})
+        return {
+            name: _read_from(spans[name], tensor) if name in spans else tensor for name, tensor in tensors.items()
+        }, metadata
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(
             f"{path}: not a whole safetensors file ({error}). It is damaged, or its download was cut short; "
             f"it has {path.stat().st_size if path.exists() else 0:,} bytes. Fetch it again."
         ) from error
-    return {
-        name: replace(tensor, spans=(spans[name],)) if name in spans else tensor for name, tensor in tensors.items()
-    }, metadata
 
 
 def _reader(handle: Any, name: str) -> Callable[[], torch.Tensor]:
     return lambda: handle.get_tensor(name)
+
+
+def _read_from(span: Span, tensor: LazyTensor) -> LazyTensor:
+    """A tensor that is read at its place in the file: pages of a memory map would count as memory of this process."""
+    shape, dtype = tensor.shape, tensor.dtype
+    return LazyTensor(shape, dtype, lambda: read_whole((span,), dtype, dtype).reshape(shape), (span,))
 
 
 def write_safetensors(
