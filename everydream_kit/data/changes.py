@@ -168,6 +168,16 @@ class Changes:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(source, target)
 
+    def record_moves(self, moves: Sequence[tuple[Path, Path]], what: str = "moved") -> None:
+        """Take up moves that were made already, as (from, to) in order, so that `undo` takes them back."""
+        allowed = [
+            (source, target) for source, target in moves if self._may_change(source) and self._may_change(target)
+        ]
+        for source, target in allowed:
+            self._list(target, what, source)
+        if allowed and not self.report.dry_run:
+            self._note_lines([("move", source, target, None) for source, target in allowed])
+
     def remove(self, path: Path, what: str = "removed") -> None:
         """Remove a file; what it held goes into the journal, where there is one."""
         if self._may_change(path):

@@ -181,6 +181,10 @@ class Album:
         label = f"{len(wanted)} file{'s' if len(wanted) != 1 else ''} excluded"
         return self._step(label, lambda changes: move_images(changes, wanted, self.root, self.excluded, "excluded"))
 
+    def record_moves(self, label: str, moves: Sequence[tuple[Path, Path]]) -> PrepReport:
+        """Take up files that were moved already, as (from, to) in order, so that undo moves them back."""
+        return self._step(label, lambda changes: changes.record_moves(moves))
+
     def _step(self, label: str, work: Callable[[Changes], None]) -> PrepReport:
         journal = self._journals / f"{self._next_number():06}.jsonl"
         changes = Changes(label, dry_run=False, journal=journal, root=self.root, side=self.excluded, label=label)

@@ -61,10 +61,11 @@ def unpack(told: Told, folder: Path, archive: str, target: str) -> dict[str, Any
                 done = sum(len(names) for place in path.parent.glob(".unpacking-*") for _, _, names in os.walk(place))
                 told.tell("running", step=done, num_steps=total, message=f"Unpacking: {done:,} of {total:,} files")
                 wait([unpacking], timeout=TELL_SECONDS)
-            count = unpacking.result()
+            unpacked = unpacking.result()
     finally:
         path.unlink(missing_ok=True)
-    return {"step": total, "count": count, "message": f"{count:,} files unpacked."}
+    count = sum(1 for file in unpacked.rglob("*") if file.is_file())
+    return {"step": total, "count": count, "folder": str(unpacked), "message": f"{count:,} files unpacked."}
 
 
 def look(told: Told, folder: Path, source: str, options: str) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class DatasetPanel(Panel):
     # The tabs
 
     def _build_add(self) -> widgets.Widget:
-        self.receiver = Receiver(self.album.root)
+        self.receiver = Receiver(self.album.root, self.album.excluded)
         zone = make_drop_zone(self.receiver, self._received)
         where = html.escape(str(self.album.root))
         self.source = widgets.Text(
@@ -218,9 +218,14 @@ class DatasetPanel(Panel):
             if status["alive"]:
                 self.say(status.get("message") or "Unpacking …", "busy")
                 return
-            self.album.reload()
-            self._redraw()
             good = status["state"] == "finished"
+            if good and (unpacked := Path(status["folder"])).is_relative_to(self.album.root):
+                self.album.record_moves(
+                    f"{unpacked.name} unpacked", [(self.receiver.place_outside(unpacked.name), unpacked)]
+                )
+            else:
+                self.album.reload()
+            self._redraw()
             self.say(status.get("message") or "The archive could not be unpacked.", "good" if good else "bad")
         if self.receiver.archives and not self.unpacking.attach():
             archive, target = self.receiver.archives.pop(0)
@@ -257,20 +262,24 @@ class DatasetPanel(Panel):
 
     def _use_folder(self, folder: Path) -> None:
         self.album = Album(folder)
-        self.receiver.folder = self.album.root
+        self.receiver.folder, self.receiver.excluded = self.album.root, self.album.excluded
         self.project.save_settings({"data_root": str(folder.resolve())})
         self.gallery.use(self.album)
         self._redraw()
         self.say(f"The dataset is now {self.album.root}.", "good")
 
     def _received(self) -> None:
-        count = len(self.receiver.received)
+        count, moves = len(self.receiver.received), list(self.receiver.moves)
         self.receiver.received.clear()
+        self.receiver.moves.clear()
         if count:
-            self.album.reload()
+            words = count_things(count, "file")
+            self.album.record_moves(f"upload of {words}", moves)
             self._look_failed = False
             self._redraw()
-            self.say(f"{count_things(count, 'file')} received.", "good")
+            replaced = len(moves) - count
+            more = f" {replaced:,} replaced; what was there is in {self.album.excluded}." if replaced else ""
+            self.say(f"{words} received.{more} Undo takes them back.", "good")
         self.refresh()
 
     def _change_tags(self, *, add: bool) -> None:

@@ -1,103 +1,238 @@
-"""An upload area that takes files of any size: dropped or chosen, sent in pieces; archives are unpacked by a chore.
+"""An upload area that takes files of any size: dropped or chosen, sent in pieces; archives are unpacked by a background task.
 
-Jupyter's own `FileUpload` fails in silence from 10 MB on, the limit of one message. Here the page sends one piece,
-waits for the answer, and sends the next; a piece that is lost is sent again. What arrives is kept under another name
-until it is whole. `Receiver` is the kernel's side and knows no widgets; `make_drop_zone` ties it to the page
-(`assets/drop_zone.js`). Without anywidget there is no drop zone, and the panel says where to put files instead.
+Jupyter's own `FileUpload` fails silently from 10 MB on, the limit of one message. Here the page sends several messages of
+up to 1 MB before the first answer: small files in bundles, large ones in pieces. A message whose answer is lost is sent
+again under its number and is not carried out twice. What arrives is kept under a random name until it is complete.
+
+A file of the same name is never overwritten silently: the page asks once for all of them what to do (`_names`). Nothing is
+deleted: a replaced file moves next to the dataset, and `moves` lets undo take the whole upload back.
+
+`Receiver` is the kernel's side and knows no widgets; `make_drop_zone` ties it to the page (`assets/drop_zone.js`).
+Without anywidget there is no drop zone, and the panel says where to put files instead.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 import secrets
+import shutil
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import ipywidgets as widgets
 import traitlets
 
+from everydream_kit.atomic import create_temporary, put_in_place, sweep
 from everydream_kit.errors import DataError, KitError
 from everydream_kit.panels.forecast import PICTURE_SUFFIXES
 from everydream_kit.panels.look import read_asset
 
 PIECE_BYTES = 1 << 20
+"""Of a message: far below Jupyter's limit of 10 MB."""
+KEPT_ANSWERS = 256
+"""Numbers of messages whose answers are known still; the page has a handful under way."""
 ACCEPTED = PICTURE_SUFFIXES | {".txt", ".caption", ".yaml", ".yml", ".json", ".zip"}
+REFUSED = "not an image, a caption file or a .zip"
+
+
+@dataclass
+class Arriving:
+    """A large file of which pieces are still missing."""
+
+    name: str
+    size: int
+    replace: bool
+    temporary: Path
 
 
 class Receiver:
-    """Takes files piece by piece into a folder; a whole file appears at once, an archive waits beside the folder.
+    """Takes files into a folder; a complete file appears at once, an archive waits next to the folder.
 
     Attributes:
         folder: where files go.
-        received: names of the files that have come whole.
+        excluded: where replaced files go, and where undo puts what has arrived.
+        received: names of the files that are complete.
+        moves: what undo takes back, as (from, to) in order: replaced files, and those that arrived.
         archives: (archive, folder for its content) of those that wait to be unpacked.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, excluded: Path | None = None) -> None:
         self.folder = folder
+        self.excluded = excluded or folder.with_name(f"{folder.name}-excluded")
         self.received: list[str] = []
+        self.moves: list[tuple[Path, Path]] = []
         self.archives = self._left_over()
-        self._expected: dict[str, int] = {}
+        self._arriving: dict[str, Arriving] = {}
+        self._answers: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        sweep(folder)
+        sweep(self._arrivals_folder)
 
     def take(self, content: dict[str, Any], buffers: list[Any]) -> dict[str, Any]:
-        """Handle one message of the page; the answer carries `error` where something is wrong."""
+        """Handle one message of the page; the answer carries its number, and `error` where something is wrong."""
+        number = str(content.get("number"))
+        if number in self._answers:  # it is sent again, since the answer was late or lost
+            return self._answers[number]
+        answer: dict[str, Any] = {"to": "drop", "number": content.get("number")}
+        handle = {
+            "names": self._names,
+            "bundle": self._bundle,
+            "begin": self._begin,
+            "piece": self._piece,
+            "end": self._end,
+        }
         try:
-            step = {"begin": self._begin, "piece": self._piece, "end": self._end}[content["kind"]]
-            step(content, buffers)
+            answer |= handle[content["kind"]](content, buffers) or {}
         except (KitError, OSError) as error:
-            return {"to": "drop", "error": str(error)}
-        return {"to": "drop", "name": content.get("name")}
+            answer["error"] = in_words(error)
+        self._answers[number] = answer
+        if len(self._answers) > KEPT_ANSWERS:
+            self._answers.popitem(last=False)
+        return answer
+
+    def _names(self, content: dict[str, Any], buffers: list[Any]) -> dict[str, Any]:
+        """Which of these files are there already, and what each is called if both are kept.
+
+        An image and its captions have one stem, so they get a new one together.
+        """
+        safe = {name: path for name in content["names"] if (path := self._accepted(name)) and not _is_archive(path)}
+        existing = [name for name, path in safe.items() if (self.folder / path).exists()]
+        stems = {_stem(safe[name]) for name in existing}
+        sent = {_stem(path) for path in safe.values()}
+        free = {stem: self._free_stem(stem, sent) for stem in stems}
+        keep = {
+            name: free[_stem(path)] + PurePosixPath(path).suffix for name, path in safe.items() if _stem(path) in stems
+        }
+        return {"existing": existing, "keep": keep}
+
+    @staticmethod
+    def _accepted(name: str) -> str | None:
+        try:
+            path = safe_name(name)
+        except DataError:
+            return None  # its own message says so when it is sent
+        return path if PurePosixPath(path).suffix.lower() in ACCEPTED else None
+
+    def _free_stem(self, stem: str, sent: set[str]) -> str:
+        """`a-2`, or the first number of which no file is there or comes with this upload."""
+        parent = PurePosixPath(stem).parent
+        taken = {_stem(str(parent / path.name)) for path in (self.folder / parent).iterdir()} | sent
+        return next(free for number in itertools.count(2) if (free := f"{stem}-{number}") not in taken)
+
+    def _bundle(self, content: dict[str, Any], buffers: list[Any]) -> dict[str, Any]:
+        """Small files, complete in one message. One that cannot be taken does not hold up the others."""
+        data, at, errors = memoryview(buffers[0]).cast("B"), 0, {}
+        for entry in content["files"]:
+            size = int(entry["size"])
+            try:
+                arriving = self._open(entry)
+                arriving.temporary.write_bytes(data[at : at + size])
+                self._place(arriving)
+            except (KitError, OSError) as error:
+                errors[str(entry["name"])] = in_words(error)
+            at += size
+        return {"errors": errors}
 
     def _begin(self, content: dict[str, Any], buffers: list[Any]) -> None:
-        name = safe_name(content["name"])
-        if Path(name).suffix.lower() not in ACCEPTED:
-            raise DataError("not a picture, a caption file or a .zip")
-        part = self._part(name)
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(b"")
-        self._expected[name] = int(content["size"])
+        self._arriving[str(content["id"])] = self._open(content)
 
     def _piece(self, content: dict[str, Any], buffers: list[Any]) -> None:
-        with self._part(safe_name(content["name"])).open("r+b") as file:
-            file.seek(int(content["at"]))  # a piece that is sent again lands where it belongs
-            file.write(bytes(buffers[0]))
+        with self._of(content).temporary.open("r+b") as file:
+            file.seek(int(content["at"]))  # pieces may overtake each other
+            file.write(buffers[0])
 
     def _end(self, content: dict[str, Any], buffers: list[Any]) -> None:
-        name = safe_name(content["name"])
-        part, target = self._part(name), self.folder / name
-        if part.stat().st_size != self._expected.pop(name, -1):
-            part.unlink()
-            raise DataError("arrived incomplete; send it again")
-        if target.suffix.lower() == ".zip":
-            arrived = self._arrivals() / f"{secrets.token_hex(4)}-{target.name}"
-            part.replace(arrived)
-            self.archives.append((arrived, target.with_suffix("")))
-        else:
-            part.replace(target)
-            self.received.append(name)
+        arriving = self._of(content)
+        del self._arriving[str(content["id"])]
+        self._place(arriving)
 
-    def _arrivals(self) -> Path:
-        """Beside the dataset, on the same disk, where no scan looks."""
-        folder = self.folder.with_name(f".{self.folder.name}-arrivals")
+    def _of(self, content: dict[str, Any]) -> Arriving:
+        arriving = self._arriving.get(str(content["id"]))
+        if arriving is None:
+            raise DataError("the kernel was restarted meanwhile; send it again")
+        return arriving
+
+    def _open(self, content: dict[str, Any]) -> Arriving:
+        """A temporary file in the folder that it will stand in."""
+        name = safe_name(str(content["name"]))
+        if Path(name).suffix.lower() not in ACCEPTED:
+            raise DataError(REFUSED)
+        folder = self._arrivals_folder if _is_archive(name) else (self.folder / name).parent
         folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        temporary, descriptor = create_temporary(folder)
+        os.close(descriptor)
+        return Arriving(name, int(content["size"]), bool(content.get("replace")), temporary)
+
+    def _place(self, arriving: Arriving) -> None:
+        """Give a file that has arrived its name; what it replaces moves next to the dataset."""
+        try:
+            if arriving.temporary.stat().st_size != arriving.size:
+                raise DataError("arrived incomplete; send it again")
+            if _is_archive(arriving.name):
+                archive = arriving.temporary.with_name(f"{secrets.token_hex(4)}-{Path(arriving.name).name}")
+                arriving.temporary.replace(archive)
+                self.archives.append((archive, (self.folder / arriving.name).with_suffix("")))
+                return
+            self._name(arriving, self.folder / arriving.name)
+        except BaseException:
+            arriving.temporary.unlink(missing_ok=True)
+            raise
+
+    def _name(self, arriving: Arriving, target: Path) -> None:
+        kept = self.place_outside(arriving.name) if arriving.replace and target.is_file() else None
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(target, kept)
+        try:
+            put_in_place(arriving.temporary, target, replace=False)
+        except BaseException:
+            if kept is not None:
+                shutil.move(kept, target)
+            raise
+        if kept is not None:
+            self.moves.append((target, kept))
+        self.moves.append((self.place_outside(arriving.name), target))
+        self.received.append(arriving.name)
+
+    def place_outside(self, name: str) -> Path:
+        """Where a file can go that has to leave the dataset: a folder of its own, so that no name is taken."""
+        return self.excluded / f"upload-{secrets.token_hex(4)}" / name
+
+    @property
+    def _arrivals_folder(self) -> Path:
+        """Next to the dataset, on the same disk, where no scan looks."""
+        return self.folder.with_name(f".{self.folder.name}-arrivals")
 
     def _left_over(self) -> list[tuple[Path, Path]]:
         """Archives that had arrived when the kernel ended."""
         return [
             (path, self.folder / path.name.partition("-")[2].removesuffix(".zip"))
-            for path in sorted(self.folder.with_name(f".{self.folder.name}-arrivals").glob("*.zip"))
+            for path in sorted(self._arrivals_folder.glob("*.zip"))
         ]
 
-    def _part(self, name: str) -> Path:
-        path = self.folder / name
-        return path.with_name(f".{path.name}.part")
+
+def in_words(error: Exception) -> str:
+    """An error as the page shows it behind the file's name."""
+    if isinstance(error, FileExistsError):
+        return "is there already, and stays as it is"
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
-def unpack_upload(archive: Path, target: Path) -> int:
-    """Unpack an uploaded archive, safely, as a folder that was not there before. Returns the number of files.
+def _is_archive(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() == ".zip"
+
+
+def _stem(path: str) -> str:
+    return str(PurePosixPath(path).with_suffix(""))
+
+
+def unpack_upload(archive: Path, target: Path) -> Path:
+    """Unpack an uploaded archive, safely, as a folder that was not there before. Returns that folder.
 
     Raises:
         DataError, DiskSpaceError: as `data.sources.unpack_archive`.
@@ -112,7 +247,7 @@ def unpack_upload(archive: Path, target: Path) -> int:
         free = target.with_name(f"{target.name}-{number}")
         number += 1
     unpacked.replace(free)
-    return sum(1 for path in free.rglob("*") if path.is_file())
+    return free
 
 
 def count_entries(archive: Path) -> int:
@@ -147,7 +282,7 @@ def make_drop_zone(receiver: Receiver, on_done: Callable[[], object]) -> widgets
     def take(widget: Any, content: dict[str, Any], buffers: list[Any]) -> None:
         if content.get("kind") == "all":
             on_done()
-        elif "kind" in content:
+        elif "kind" in content and "number" in content:
             zone.send(receiver.take(content, buffers))
 
     zone.on_msg(take)

@@ -139,8 +139,23 @@ def test_captions_are_edited_in_place_and_pictures_uploaded(lab, driver, page, t
     with page.expect_file_chooser() as chooser:
         panel.locator(".edk-drop").click()
     chooser.value.set_files(tmp_path / "big.png")
-    driver.wait_for_text(panel, ".edk-note", "1 files received.")
+    driver.wait_for_text(panel, ".edk-note", "1 file received.")
     assert (project / "input" / "big.png").read_bytes() == data
+
+    (tmp_path / "big.png").write_bytes(b"another")
+    (tmp_path / "big.txt").write_text("a caption")
+    with page.expect_file_chooser() as chooser:
+        panel.locator(".edk-drop").click()
+    chooser.value.set_files([tmp_path / "big.png", tmp_path / "big.txt"])
+    expect(panel.locator(".edk-drop-question")).to_contain_text("big.png is there already.")
+    panel.get_by_role("button", name="Keep both").click()
+    driver.wait_for_text(panel, ".edk-note", "2 files received.")
+    assert (project / "input" / "big.png").read_bytes() == data
+    assert (project / "input" / "big-2.png").read_bytes() == b"another"
+    assert (project / "input" / "big-2.txt").read_text() == "a caption"
+    panel.get_by_role("button", name="Undo").click()
+    driver.wait_for_text(panel, ".edk-note", "Undone: upload of 2 files.")
+    assert not (project / "input" / "big-2.png").exists()
 
     with zipfile.ZipFile(tmp_path / "more.zip", "w") as archive:
         archive.write(project / "input" / "balloon.webp", "air/balloon.webp")
