@@ -19,7 +19,7 @@ from everydream_kit.panels.words import duration, size
 
 __all__ = [
     "Tone", "actions", "badge", "button", "column", "document", "duration", "facts", "heading", "log_view",
-    "name_html", "note", "panel_box", "progress_bar", "read_asset", "row", "section", "set_hint", "show_progress",
+    "name_html", "named", "note", "panel_box", "progress_bar", "read_asset", "row", "section", "set_hint", "show_progress",
     "size", "style_sheet", "table",
 ]  # fmt: skip
 
@@ -95,6 +95,13 @@ def set_hint(widget: widgets.Widget, text: str) -> None:
     """
     attribute = "description_tooltip" if not widget.has_trait("tooltip") else "tooltip"
     setattr(widget, attribute, printable(text))
+
+
+def named(control: widgets.Widget, name: str) -> widgets.HBox:
+    """A control with a name from outside next to it. The control's own constant label is for screen readers alone."""
+    control.add_class("edk-unlabelled")
+    label = widgets.HTML(f'<span class="edk-name">{name_html(name)}</span>')
+    return widgets.HBox([control, label], layout=widgets.Layout(align_items="center", width="auto"))
 
 
 def heading(title: str, where: str = "", lead: str = "", badge: str = "") -> str:

@@ -19,6 +19,7 @@ from everydream_kit.panels.formats import Format, foretell_bytes, formats_of
 from everydream_kit.panels.login import token_environment
 from everydream_kit.panels.panel import Panel, set_html
 from everydream_kit.panels.project import Project
+from everydream_kit.panels.question import Question
 
 PRECISIONS = {"half (fp16): what apps expect": "fp16", "bfloat16": "bf16", "full (fp32): to train on": "fp32"}
 SHOWN_FILES = 8
@@ -62,6 +63,7 @@ class SharePanel(Panel):
             continuous_update=False, **_wide(),
         )  # fmt: skip
         self.size = widgets.HTML()
+        self.question = Question(self._press)
         self.export_button = look.button("Export", tone="primary", icon="file", hint="Write the file")
         self.repo = widgets.Text(placeholder="me/jets", description="Repository", **_wide())
         self.private = widgets.Checkbox(value=True, description="private", **_wide())
@@ -106,6 +108,7 @@ class SharePanel(Panel):
                 self.strength,
                 self.file_name,
                 look.row(self.export_button, self.size, self.refresh_button),
+                self.question.box,
                 look.section("On the Hugging Face Hub"),
                 self.repo,
                 self.licence,
@@ -125,9 +128,20 @@ class SharePanel(Panel):
         endings = (".safetensors", ".ckpt") if form.has_precision else (".safetensors",)
         if Path(name).suffix not in endings:
             raise ExportError(f"{name or 'the file'}: the name must end in {' or '.join(endings)}")
-        out = Path(name) if Path(name).is_absolute() else self.project.exports_folder / name
-        options = {"form": form.name, "precision": self.precision.value, "strength": self.strength.value}
-        self._begin("export", [self._chosen(), str(out), json.dumps(options)], f"Writing {out} …")
+        given = Path(name).expanduser()
+        out = given if given.is_absolute() else self.project.exports_folder / given
+        options = json.dumps({"form": form.name, "precision": self.precision.value, "strength": self.strength.value})
+        arguments = [self._chosen(), str(out), options]
+
+        def begin() -> None:
+            self._begin("export", arguments, f"Writing {out} …")
+
+        if not out.exists():
+            begin()
+        elif out.is_dir():
+            raise ExportError(f"{out}: is a folder; give the file another name")
+        else:
+            self.question.ask(f"{out} exists already and will be replaced.", {"Replace it": begin})
 
     def preview(self) -> None:
         """Show what a push would upload, and the model card."""

@@ -112,11 +112,11 @@ class ComparePanel(Panel):
         self.choices, self.checks = self._choices(), {}
         for label, source in self.choices.items():
             value = kept[source] if source in kept and self._has_chosen else self._is_ticked(source)
-            layout = widgets.Layout(width="auto")
-            check = widgets.Checkbox(value=value, description=label, indent=False, layout=layout)
+            check = widgets.Checkbox(value=value, description="Compare", indent=False, layout={"width": "auto"})
+            look.set_hint(check, f"Compare {label}")
             check.observe(self._note_choice, "value")
             self.checks[label] = check
-        self.check_row.children = tuple(self.checks.values())
+        self.check_row.children = tuple(look.named(check, label) for label, check in self.checks.items())
         trained = [(label, source) for label, source in list(self.choices.items())[1:]]
         chosen = self.winner.value if self._has_picked else str(self.project.winner)
         if tuple(trained) != tuple(self.winner.options):

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from hostile_project import make_hostile_project
 from jupyter_lab import REPOSITORY, VIEWPORT, free_port, wait_for
+from PIL import Image
 from playwright.sync_api import expect
 
 pytestmark = pytest.mark.timeout(600)
@@ -71,16 +73,7 @@ edk.panels.train("ws/jets", command=double)
 
 @pytest.fixture
 def classic(colab_python, tmp_path):
-    """A Notebook 6 server with one notebook; gives its address."""
-    from PIL import Image
-
-    pictures = tmp_path / "ws" / "jets" / "input"
-    pictures.mkdir(parents=True)
-    Image.new("RGB", (64, 64)).save(pictures / "a jet.png")
-    double = Path(__file__).parents[1] / "fakes" / "trainer_double.py"
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL.format(double=str(double)))])
-    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(book, tmp_path / "panel.ipynb")
+    """Serves a Notebook 6 in a folder: `classic(cells)` writes them as one notebook there, and gives its address."""
     port, token = free_port(), secrets.token_hex(8)
     folders = {
         "JUPYTER_CONFIG_DIR": ".jc",
@@ -88,6 +81,13 @@ def classic(colab_python, tmp_path):
         "JUPYTER_RUNTIME_DIR": ".jr",
         "IPYTHONDIR": ".ip",
     }
+
+    def write(*cells):
+        book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+        book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(book, tmp_path / "panel.ipynb")
+        return f"http://127.0.0.1:{port}/notebooks/panel.ipynb?token={token}"
+
     with (tmp_path / "server.log").open("wb") as log:
         server = subprocess.Popen(
             [colab_python, "-m", "notebook", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
@@ -98,19 +98,27 @@ def classic(colab_python, tmp_path):
         )  # fmt: skip
         try:
             wait_for(f"http://127.0.0.1:{port}/api/status?token={token}", 120)
-            yield f"http://127.0.0.1:{port}/notebooks/panel.ipynb?token={token}"
+            yield write
         finally:
             os.killpg(server.pid, signal.SIGTERM)
             server.wait(timeout=60)
 
 
-def test_the_training_panel_lives_in_notebook_6(classic, page):
+def run_all(page, address):
     page.set_viewport_size(VIEWPORT)
-    page.goto(classic)
+    page.goto(address)
     page.wait_for_function("window.Jupyter && Jupyter.notebook && Jupyter.notebook.kernel", timeout=60_000)
     page.wait_for_function("Jupyter.notebook.kernel.is_connected()", timeout=60_000)
     page.wait_for_timeout(3000)
     page.evaluate("Jupyter.notebook.execute_all_cells()")
+
+
+def test_the_training_panel_lives_in_notebook_6(classic, page, tmp_path):
+    pictures = tmp_path / "ws" / "jets" / "input"
+    pictures.mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(pictures / "a jet.png")
+    double = Path(__file__).parents[1] / "fakes" / "trainer_double.py"
+    run_all(page, classic(CELL.format(double=str(double))))
     panel = page.locator(".edk").first
     panel.wait_for(timeout=60_000)
     panel.get_by_label("lr", exact=True).fill("fast")
@@ -119,3 +127,26 @@ def test_the_training_panel_lives_in_notebook_6(classic, page):
     panel.get_by_role("button", name="Start training").click()
     expect(panel.locator(".edk-badge")).to_have_text("finished", timeout=120_000)  # so the clock beats here, too
     expect(panel.locator(".edk-facts")).to_contain_text("40 / 40")
+
+
+HOSTILE_CELLS = (
+    "import everydream_kit as edk\nproject = {project!r}\nedk.panels.setup(project)",
+    "edk.panels.dataset(project)",
+    "panel = edk.panels.train(project)\n[fold.set_open(True) for fold in [*panel.form.folds, panel.plan.fold]]\npanel",
+    "panel = edk.panels.compare(project)\npanel.comparison = panel.asked()\npanel._draw(force=True)\npanel",
+    "edk.panels.share(project)",
+)
+
+
+def test_names_of_strangers_run_nothing_in_the_page(classic, page, tmp_path):
+    project = make_hostile_project(tmp_path)
+    cells = [HOSTILE_CELLS[0].format(project=str(project)), *HOSTILE_CELLS[1:]]
+    run_all(page, classic(*cells))
+    expect(page.locator(".edk")).to_have_count(5, timeout=120_000)
+    expect(page.locator(".edk-head", has_text="Export and share")).to_be_visible(timeout=60_000)
+    for tab in page.locator(".edk-tab").all():
+        tab.click()
+        page.wait_for_timeout(150)
+    assert page.locator(".edk").get_by_text("onerror=window.taken=1", exact=False).count() >= 10  # as text
+    assert page.locator('img[src="x"]').count() == 0
+    assert page.evaluate("window.taken") is None

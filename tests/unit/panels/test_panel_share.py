@@ -385,6 +385,27 @@ def test_the_form_follows_the_checkpoint(lora_project):
     assert panel.file_name.value == "jets.safetensors" and panel.precision.layout.display == ""
 
 
+@pytest.mark.beside
+def test_a_file_below_home_is_written_there_and_replaced_only_when_asked(lora_project, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    out = tmp_path / "home" / "out" / "x.safetensors"
+    panel = SharePanel(lora_project)
+    panel.file_name.value = "~/out/x.safetensors"
+    panel.export_button.click()
+    finish(panel)
+    assert out.is_file() and not (lora_project / "exports" / "~").exists()
+    out.write_bytes(b"another model")
+    panel.export_button.click()
+    assert panel.job is None and panel.question.is_open
+    assert str(out) in texts(panel.question.box) and out.read_bytes() == b"another model"
+    panel.question.buttons[-1].click()  # Cancel
+    assert not panel.question.is_open and panel.job is None
+    panel.export_button.click()
+    panel.question.buttons[0].click()
+    finish(panel)
+    assert out.read_bytes() != b"another model"
+
+
 def test_learnt_words_are_one_small_file(tmp_path):
     from everydream_kit.models.adapters import TOKENS_FILE, write_adapter_file
 
