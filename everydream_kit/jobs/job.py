@@ -7,6 +7,7 @@ asked of the operating system, never remembered.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import signal
@@ -170,6 +171,16 @@ class Job:
                 time.sleep(interval_seconds)
                 status = self.status()
         return status
+
+    def wait(self, timeout_seconds: float = math.inf) -> dict[str, Any]:
+        """Wait until the process has ended, for scripts; panels follow it by themselves. An interrupt only detaches.
+
+        Returns:
+            The last status; `alive` is true where the process has not ended within the time.
+        """
+        with contextlib.suppress(KeyboardInterrupt):
+            self._wait(timeout_seconds)
+        return self.status()
 
     def log_tail(self, num_lines: int = 200) -> list[str]:
         """The last lines of the log. Of a progress bar only the newest state is kept."""

@@ -8,8 +8,42 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A scale from values to pixels.
+
+    Attributes:
+        ticks: where a value is written; the first and the last are the ends of the scale.
+        start, end: pixels of these ends.
+        is_log: pixels go by the logarithm.
+    """
+
+    ticks: Sequence[float]
+    start: float
+    end: float
+    is_log: bool = False
+
+    @classmethod
+    def around(cls, values: Sequence[float], start: float, end: float, *, is_log: bool = False) -> Axis:
+        """A scale with round numbers at its ends; logarithmic only where all values are above zero."""
+        finite = [value for value in values if math.isfinite(value)]
+        if is_log and finite and min(finite) > 0:
+            return cls(log_ticks(min(finite), max(finite)), start, end, is_log=True)
+        return cls(nice_ticks(min(finite, default=0), max(finite, default=1), 4), start, end)
+
+    def place(self, value: float) -> float:
+        """The pixel of a value."""
+        scale = math.log if self.is_log else float
+        low, high = scale(self.ticks[0]), scale(self.ticks[-1])
+        return self.start + (self.end - self.start) * (scale(value) - low) / (high - low)
+
+    def can_place(self, value: float) -> bool:
+        return math.isfinite(value) and (value > 0 or not self.is_log)
 
 
 def line_chart(
@@ -19,13 +53,17 @@ def line_chart(
     width: int = 900,
     height: int = 240,
     faint: str | None = None,
+    second: Mapping[str, Sequence[Point]] | None = None,
+    is_log: bool = False,
 ) -> str:
     """Curves over a common axis of steps.
 
     Args:
-        curves: name to points (x ascending). Empty curves are left out of the drawing and of the legend.
+        curves: name to points (x ascending). Empty curves are left out of the chart and of the legend.
         title: what the values are; read aloud by screen readers with the last values.
-        faint: name of a curve that is drawn pale and left out of the legend.
+        faint: name of a curve that is pale and left out of the legend.
+        second: curves of another unit, dashed, with an axis of their own on the right.
+        is_log: the left axis is logarithmic.
     """
     drawn = {name: points for name, points in curves.items() if points}
     if not drawn:
@@ -33,58 +71,79 @@ def line_chart(
             f'<div class="edk-empty" style="height:{height}px">{html.escape(title)}: '
             "the curve begins with the first logged step</div>"
         )
-    left, right, top, bottom = 62, width - 14, 30, height - 28
+    others = {name: points for name, points in (second or {}).items() if points}
+    styles = {name: _style_of(name, drawn, faint) for name in drawn}
+    styles |= {name: f"edk-dashed edk-line-{(len(drawn) + number) % 4}" for number, name in enumerate(others)}
+    named = {name: (styles[name], points) for name, points in {**drawn, **others}.items() if name != faint}
+    legend, top = _legend(named, width, title)
+    height += top - 30
+    right, bottom = width - (62 if others else 14), height - 44
     xs = [x for points in drawn.values() for x, _ in points]
-    ys = [y for points in drawn.values() for _, y in points if math.isfinite(y)]
-    x_low, x_high = min(xs), max(*xs, min(xs) + 1)
-    x_ticks = [tick for tick in nice_ticks(x_low, x_high, 6) if tick == int(tick)]  # there is no half step
-    y_ticks = nice_ticks(min(ys, default=0), max(ys, default=1), 4)
-    y_low, y_high = y_ticks[0], y_ticks[-1]
-
-    def place(x: float, y: float) -> str:
-        across = left + (right - left) * (x - x_low) / (x_high - x_low)
-        up = bottom - (bottom - top) * (y - y_low) / (y_high - y_low)
-        return f"{across:.1f},{up:.1f}"
-
-    parts = [_frame(title, drawn, width, height, faint)]
-    for tick in y_ticks:
-        up = bottom - (bottom - top) * (tick - y_low) / (y_high - y_low)
-        parts.append(f'<line class="edk-grid" x1="{left}" x2="{right}" y1="{up:.1f}" y2="{up:.1f}"/>')
-        parts.append(f'<text class="edk-axis" x="{left - 8}" y="{up + 4:.1f}" text-anchor="end">{tick:.3g}</text>')
-    for tick in x_ticks:
-        if x_low <= tick <= x_high:
-            across = left + (right - left) * (tick - x_low) / (x_high - x_low)
-            parts.append(
-                f'<text class="edk-axis" x="{across:.1f}" y="{height - 10}" text-anchor="middle">{tick:g}</text>'
-            )
-    for name, points in drawn.items():
-        style = _style_of(name, drawn, faint)
-        if len(points) == 1:
-            across, up = place(*points[0]).split(",")
-            parts.append(f'<circle class="edk-dot {style}" cx="{across}" cy="{up}" r="2.5"/>')
-        else:
-            path = " ".join(place(x, y) for x, y in points if math.isfinite(y))
-            parts.append(f'<polyline class="edk-line {style}" points="{path}"/>')
-    return "".join(parts) + "</svg>"
-
-
-def _frame(title: str, drawn: Mapping[str, Sequence[Point]], width: int, height: int, faint: str | None) -> str:
-    """Opening of the SVG with title and legend."""
-    spoken = ", ".join(f"{name} {points[-1][1]:.4g} at step {points[-1][0]:g}" for name, points in drawn.items())
+    across = _steps_axis(min(xs), max(xs), 62, right)
+    left = Axis.around(_values(drawn), bottom, top, is_log=is_log)
+    spoken = ", ".join(f"{name} {points[-1][1]:.4g} at step {points[-1][0]:g}" for name, (_, points) in named.items())
     parts = [
         f'<svg class="edk-chart" viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{html.escape(f"{title}: {spoken}", quote=True)}">',
-        f'<text class="edk-chart-title" x="0" y="14">{html.escape(title)}</text>',
+        legend,
+        _grid(left, across, height, right),
     ]
-    across = width - 14
-    for name in reversed([name for name in drawn if name != faint]):
-        label = f"{name} {drawn[name][-1][1]:.4g}"
-        across -= 7 * len(label) + 26
-        parts.append(
-            f'<rect class="edk-key {_style_of(name, drawn, faint)}" x="{across}" y="7" width="14" height="4" rx="2"/>'
-        )
-        parts.append(f'<text class="edk-axis" x="{across + 19}" y="14">{html.escape(label)}</text>')
+    parts += [_curve(points, across, left, styles[name]) for name, points in drawn.items()]
+    if others:
+        other = Axis.around(_values(others), bottom, top)
+        for tick in other.ticks:
+            up = other.place(tick) + 4
+            parts.append(f'<text class="edk-axis" x="{right + 8}" y="{up:.1f}" text-anchor="start">{tick:.3g}</text>')
+        parts += [_curve(points, across, other, styles[name]) for name, points in others.items()]
+    return "".join(parts) + "</svg>"
+
+
+def _values(curves: Mapping[str, Sequence[Point]]) -> list[float]:
+    return [y for points in curves.values() for _, y in points]
+
+
+def _steps_axis(low: float, high: float, start: float, end: float) -> Axis:
+    """The axis of steps: it ends where the curves end, and names whole steps only, since there is no half step."""
+    high = max(high, low + 1)
+    inner = [tick for tick in nice_ticks(low, high, 6) if tick == int(tick) and low <= tick <= high]
+    return Axis([low, *inner, high], start, end)
+
+
+def _grid(left: Axis, across: Axis, height: int, right: float) -> str:
+    parts = []
+    for tick in left.ticks:
+        up = left.place(tick)
+        parts.append(f'<line class="edk-grid" x1="62" x2="{right}" y1="{up:.1f}" y2="{up:.1f}"/>')
+        parts.append(f'<text class="edk-axis" x="54" y="{up + 4:.1f}" text-anchor="end">{tick:.3g}</text>')
+    for tick in across.ticks[1:-1]:
+        x, y = across.place(tick), height - 26
+        parts.append(f'<text class="edk-axis" x="{x:.1f}" y="{y}" text-anchor="middle">{tick:g}</text>')
+    parts.append(f'<text class="edk-axis" x="{right}" y="{height - 8}" text-anchor="end">step</text>')
     return "".join(parts)
+
+
+def _curve(points: Sequence[Point], across: Axis, up: Axis, style: str) -> str:
+    shown = [(across.place(x), up.place(y)) for x, y in points if up.can_place(y)]
+    if len(shown) == 1:
+        return f'<circle class="edk-dot {style}" cx="{shown[0][0]:.1f}" cy="{shown[0][1]:.1f}" r="2.5"/>'
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in shown)
+    return f'<polyline class="edk-line {style}" points="{path}"/>'
+
+
+def _legend(curves: Mapping[str, tuple[str, Sequence[Point]]], width: int, title: str) -> tuple[str, int]:
+    """Names with their last values behind the title, in as many lines as they need. Returns them and the pixels below."""
+    parts = [f'<text class="edk-chart-title" x="0" y="14">{html.escape(title)}</text>']
+    across, line = 8 * len(title) + 24, 0
+    for name, (style, points) in curves.items():
+        label = f"{name} {points[-1][1]:.4g}"
+        needed = 6 * len(label) + 40
+        if across + needed > width and across > 0:
+            across, line = 0, line + 1
+        up = 14 + 17 * line
+        parts.append(f'<rect class="edk-key {style}" x="{across}" y="{up - 7}" width="14" height="4" rx="2"/>')
+        parts.append(f'<text class="edk-axis" x="{across + 19}" y="{up}">{html.escape(label)}</text>')
+        across += needed
+    return "".join(parts), 30 + 17 * line
 
 
 def _style_of(name: str, drawn: Mapping[str, Sequence[Point]], faint: str | None) -> str:
@@ -125,8 +184,35 @@ def bar_chart(
     return "".join(parts) + "</svg>"
 
 
+def sparkline(points: Sequence[Point], title: str, *, width: int = 110, height: int = 34) -> str:
+    """A curve without axes, for a table; its first and last value are read aloud."""
+    shown = [(x, y) for x, y in points if math.isfinite(y)]
+    if len(shown) < 2:
+        return f'<svg class="edk-spark" width="{width}" height="{height}" aria-hidden="true"></svg>'
+    across = Axis([shown[0][0], shown[-1][0]], 3, width - 3)
+    low, high = min(y for _, y in shown), max(y for _, y in shown)
+    up = Axis([low, high if high > low else low + 1], height - 4, 4)
+    path = " ".join(f"{across.place(x):.1f},{up.place(y):.1f}" for x, y in shown)
+    words = html.escape(f"{title}: from {shown[0][1]:.3g} to {shown[-1][1]:.3g}", quote=True)
+    return (
+        f'<svg class="edk-spark" width="{width}" height="{height}" role="img" aria-label="{words}"><title>{words}</title>'
+        f'<polyline class="edk-line edk-line-0" points="{path}"/></svg>'
+    )
+
+
 def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten, from at or below `low` to at or above `high`; powers of ten alone over a wide range."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    factors = (1.0, 2.0, 5.0) if last - first <= 3 else (1.0,)
+    ticks = [factor * 10.0**power for power in range(first, last + 1) for factor in factors]
+    below = [tick for tick in ticks if tick <= low * 1.0000001]
+    above = [tick for tick in ticks if tick >= high * 0.9999999]
+    chosen = [tick for tick in ticks if max(below) <= tick <= min(above)]
+    return chosen if len(chosen) > 1 else [chosen[0], chosen[0] * 10]
 
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:

@@ -22,6 +22,8 @@ from everydream_kit.identity import this_process
 from everydream_kit.workspace import RunFolder
 
 LOOKED_FILE, PLAN_FILE = "report.json", "plan.json"
+POLITE, POLITENESS = ("look", "foretell"), 10
+"""Work that nobody waits for at this moment leaves the processors to training and sampling."""
 TELL_SECONDS = 0.5
 """Between two words about progress."""
 
@@ -153,15 +155,20 @@ CHORES: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Do one chore; its error goes to the status in words, with the traceback of a bug to the log."""
+    """Do one chore; its error goes to the status in words, the traceback of an unexpected one to the log as well."""
     name, folder, *rest = arguments
     told = Told(Path(folder))
+    if name in POLITE and hasattr(os, "nice"):
+        os.nice(POLITENESS)
     told.tell("starting", message="Starting …")
     try:
         facts = CHORES[name](told, Path(folder), *rest)
     except KitError as error:
         told.tell("failed", message=str(error))
         return 1
+    except Exception as error:  # a bug, or what a library raises: said in the panel, and raised on into the log
+        told.tell("failed", message=f"{name} failed: {type(error).__name__}: {error}. The log is {folder}/train.log.")
+        raise
     told.tell("finished", **facts)
     return 0
 

@@ -13,7 +13,7 @@ from typing import Any
 import ipywidgets as widgets
 import traitlets
 
-from everydream_kit.panels.look import read_asset
+from everydream_kit.panels.asset_files import read_asset
 
 INTERVAL_MILLISECONDS = 500
 

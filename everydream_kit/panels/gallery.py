@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
@@ -17,7 +18,7 @@ from everydream_kit.errors import DataError
 from everydream_kit.panels import look
 from everydream_kit.panels.album import Album
 from everydream_kit.panels.panel import set_html
-from everydream_kit.panels.shots import thumbnail
+from everydream_kit.panels.shots import blank, image_key, thumbnail
 
 PAGE = 12
 THUMBNAIL_SIDE = 260
@@ -30,8 +31,9 @@ class Card:
         self.index: int | None = None
         self._on_caption, self._on_choose = on_caption, on_choose
         self._quiet = False
-        self.image = widgets.Image(format="jpeg")
+        self.image = widgets.Image(format="jpeg", value=blank())  # never a broken-image icon, also where it is hidden
         self.image.add_class("edk-thumb")
+        self._key = ""
         self.check = widgets.Checkbox(description="Select", indent=False, layout=widgets.Layout(width="auto"))
         self.title = widgets.HTML(layout=widgets.Layout(flex="1 1 0", width="auto", min_width="0"))
         self.text = widgets.Textarea(
@@ -52,6 +54,7 @@ class Card:
         self.check.value = chosen
         if index is not None:
             name, source = album.name(index), album.source(index)
+            self._offer_large(album.path(index))
             self.image.value = thumbnail(album.path(index), THUMBNAIL_SIDE)
             set_html(self.title, f'<div class="edk-name">{look.name_html(name)}</div>')
             for control in (self.check, self.text):
@@ -61,6 +64,14 @@ class Card:
             set_html(self.note, _note_on(album, index, source))
         self._mark()
         self._quiet = False
+
+    def _offer_large(self, path: Path) -> None:
+        """Let a click open this image: the page knows it by a class."""
+        name = f"edk-image-{image_key(path)}"
+        if name != self._key:
+            self.image.remove_class(self._key)
+            self.image.add_class(name)
+            self._key = name
 
     def _mark(self) -> None:
         (self.box.add_class if self.check.value else self.box.remove_class)("edk-chosen")

@@ -16,7 +16,7 @@ import ipywidgets as widgets
 from everydream_kit.errors import HubError
 from everydream_kit.export.hub.connection import HubConnection, clean_token
 from everydream_kit.hosts import ColabBridge, Host, detect_host, find_secret
-from everydream_kit.panels.look import read_asset
+from everydream_kit.panels.asset_files import read_asset
 
 
 def make_token_field(on_token: Callable[[str], object]) -> widgets.Widget:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 import ipywidgets as widgets
 
 from everydream_kit.data.dataset import printable
+from everydream_kit.panels.asset_files import read_asset
+from everydream_kit.panels.viewer import make_viewer
 from everydream_kit.panels.words import duration, size
 
 __all__ = [
@@ -26,12 +26,6 @@ __all__ = [
 Tone = Literal["plain", "good", "warn", "bad", "busy"]
 
 
-@lru_cache
-def read_asset(name: str) -> str:
-    """Text of a script or style sheet that lies beside the panels."""
-    return (Path(__file__).parent / "assets" / name).read_text("utf-8")
-
-
 def style_sheet() -> widgets.HTML:
     """The style sheet as a widget; each panel carries it once, so that any one of them works alone."""
     style = read_asset("panel.css")
@@ -39,8 +33,8 @@ def style_sheet() -> widgets.HTML:
 
 
 def panel_box(children: Sequence[widgets.Widget]) -> widgets.VBox:
-    """The outer box of a panel."""
-    box = widgets.VBox([style_sheet(), *children], layout=widgets.Layout(width="100%"))
+    """The outer box of a panel, whose images can be opened large."""
+    box = widgets.VBox([style_sheet(), *children, make_viewer()], layout=widgets.Layout(width="100%"))
     box.add_class("edk")
     return box
 

@@ -63,6 +63,7 @@ class SetupPanel(Panel):
     def _take_token(self, token: str) -> None:
         from everydream_kit.errors import KitError
 
+        self.say("Checking the token with the Hub …", "busy")
         try:
             user = log_in(token)
         except KitError as error:

@@ -13,8 +13,8 @@ import ipywidgets as widgets
 
 from everydream_kit import jobs
 from everydream_kit.panels import look
-from everydream_kit.panels.chart import line_chart
-from everydream_kit.panels.live import RunView, smooth, thin
+from everydream_kit.panels.curves import CurveBox
+from everydream_kit.panels.live import RunView, Sample
 from everydream_kit.panels.panel import set_html
 from everydream_kit.panels.shots import picture_tag
 
@@ -30,38 +30,47 @@ STATE_TONES: dict[str, look.Tone] = {
     "died": "bad",
 }
 SHOWN_STEPS = 8
-"""Rows of the samples gallery: the newest steps."""
+"""Rows of the table of samples: the latest steps."""
 SHOWN_PROMPTS = 6
-"""Pictures in each of these rows."""
-NO_SAMPLES = '<div class="edk-empty">Samples appear here, the newest first, as soon as the run draws some.</div>'
+"""Images in each of these rows."""
+ALL_PROMPTS = ""
+NO_SAMPLES = '<div class="edk-empty">Samples appear here as soon as the run generates some.</div>'
 
 
 class RunMonitor:
-    """What a run folder tells, as widgets.
+    """What a run folder says, as widgets.
 
     Attributes:
         view: what has been read of the shown run; None without one.
-        bar, figures, curves, samples, log: the pieces, for a panel to place.
+        bar, figures, latest, curves, samples, log: the pieces, for a panel to place.
     """
 
     def __init__(self) -> None:
         self.view: RunView | None = None
         self._job: jobs.Job | None = None
         self._shown: dict[str, Any] = {}
+        self._samples: list[Sample] = []
         self.bar = look.progress_bar()
         self.bar.layout.visibility = "visible"
-        self.figures, self.log = widgets.HTML(), widgets.HTML()
-        self.chart, self.rate_chart, self.notes = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self.curves = look.column(self.chart, self.rate_chart, self.notes)
-        self.gallery, self.step_picture = widgets.HTML(), widgets.HTML()
-        self.step_slider = widgets.IntSlider(
-            min=0, max=0, description="Step", readout=False, style={"description_width": "70px"},
-            layout=widgets.Layout(width="420px", max_width="100%"),
-        )  # fmt: skip
+        self.figures, self.latest, self.log = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.curves = CurveBox()
+        self._build_samples()
+
+    def _build_samples(self) -> None:
+        self.gallery, self.step_picture, self.strip = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        wide = {"style": {"description_width": "70px"}, "layout": widgets.Layout(width="420px", max_width="100%")}
+        self.prompt_choice = widgets.Dropdown(options=[("all prompts", ALL_PROMPTS)], description="Show", **wide)
+        wide["layout"] = widgets.Layout(width="420px", max_width="100%")
+        self.step_slider = widgets.IntSlider(min=0, max=0, description="Step", readout=False, **wide)
         self.step_words = widgets.HTML()
         self.step_slider.observe(lambda _: self._draw_step(), "value")
+        self.prompt_choice.observe(lambda _: self._draw_step(), "value")
         self.samples = look.column(
-            look.row(self.step_slider, self.step_words), self.step_picture, look.section("By step"), self.gallery
+            look.row(self.prompt_choice, self.step_slider, self.step_words),
+            self.step_picture,
+            self.strip,
+            look.section("By step"),
+            self.gallery,
         )
 
     def attach(self, job: jobs.Job | None) -> None:
@@ -70,20 +79,20 @@ class RunMonitor:
         self.view = RunView(job.folder) if job is not None else None
         self._shown.clear()
         self.step_slider.max = 0
+        self.curves.reset()
 
     def show(self, status: dict[str, Any]) -> None:
         """Show what is new. Cheap where nothing is."""
         self._draw_figures(status)
         if self.view is None or self._job is None:
-            self._draw_curves(RunView(Path()))
-            self._draw_samples({})
+            self.curves.show(RunView(Path()))
+            self._draw_samples([])
             set_html(self.log, look.log_view([]))
             return
         if self.view.update() or "curves" not in self._shown:
             self._shown["curves"] = True
-            self._draw_curves(self.view)
-            set_html(self.notes, look.note("\n".join(self.view.messages[-5:]), "warn"))
-        self._draw_samples(self.view.sample_steps())
+            self.curves.show(self.view)
+        self._draw_samples(self.view.samples())
         set_html(self.log, look.log_view(self._job.log_tail()))
 
     def _draw_figures(self, status: dict[str, Any]) -> None:
@@ -97,7 +106,7 @@ class RunMonitor:
         entries = [
             ("step", f"{step:,} / {total:,}" if total else f"{step:,}"),
             ("epoch", "–" if epoch is None else self._epoch_words(int(epoch))),
-            ("loss", "–" if loss is None else f"{loss:.4f}"),
+            ("loss, last step", "–" if loss is None else f"{loss:.4f}"),
             ("images per second", "–" if not speed else f"{speed:.1f}"),
             ("time left", look.duration(status.get("eta_seconds")) if status["alive"] else "–"),
             ("memory", look.size(status.get("memory_bytes"))),
@@ -109,47 +118,82 @@ class RunMonitor:
         total = self.view.max_epochs if self.view is not None else None
         return f"{min(ended + 1, total)} / {total}" if total else str(ended + 1)
 
-    def _draw_curves(self, view: RunView) -> None:
-        raw = thin(view.loss)
-        curves = {"raw": raw, "loss": thin(smooth(view.loss)), "validation": thin(view.validation)}
-        set_html(self.chart, line_chart(curves, title="Loss", faint="raw"))
-        rates = {name.replace("_", " "): thin(points) for name, points in view.learning_rates.items()}
-        set_html(self.rate_chart, line_chart(rates, title="Learning rate", height=140))
-
-    def _draw_samples(self, steps: dict[int, list[Path]]) -> None:
-        if self._shown.get("samples") == (known := [(step, len(paths)) for step, paths in steps.items()]):
+    def _draw_samples(self, samples: list[Sample]) -> None:
+        if self._shown.get("samples") == samples:
             return
-        self._shown["samples"] = known
+        self._shown["samples"], self._samples = samples, samples
+        steps = self._steps()
         follow = self.step_slider.value == self.step_slider.max
         self.step_slider.max = max(0, len(steps) - 1)
         self.step_slider.disabled = len(steps) < 2
         if follow:
             self.step_slider.value = self.step_slider.max
-        newest = list(steps)[-SHOWN_STEPS:][::-1]
-        set_html(self.gallery, sample_rows({step: steps[step] for step in newest}) or NO_SAMPLES)
+        prompts = [("all prompts", ALL_PROMPTS), *((words, words) for words in dict.fromkeys(s.words for s in samples))]
+        if prompts != list(self.prompt_choice.options):
+            chosen = self.prompt_choice.value
+            self.prompt_choice.options = prompts
+            self.prompt_choice.value = chosen if chosen in [value for _, value in prompts] else ALL_PROMPTS
+        by_step = {step: [s for s in samples if s.step == step] for step in steps[-SHOWN_STEPS:][::-1]}
+        set_html(self.gallery, sample_rows(by_step) or NO_SAMPLES)
+        set_html(self.latest, latest_samples(samples) or NO_SAMPLES)
         self._draw_step()
 
+    def _steps(self) -> list[int]:
+        return list(dict.fromkeys(sample.step for sample in self._samples))
+
     def _draw_step(self) -> None:
-        steps = self.view.sample_steps() if self.view is not None else {}
+        """The samples of the chosen step; of a chosen prompt, also its strip through all steps."""
+        steps, prompt = self._steps(), self.prompt_choice.value
         if not steps:
-            set_html(self.step_picture, "")
-            set_html(self.step_words, "")
+            for widget in (self.step_picture, self.step_words, self.strip):
+                set_html(widget, "")
             return
-        step = list(steps)[min(self.step_slider.value, len(steps) - 1)]
+        step = steps[min(self.step_slider.value, len(steps) - 1)]
         set_html(self.step_words, f'<span class="edk-hint">{step:,}</span>')
-        pictures = "".join(
-            picture_tag(path, 640, words=f"sample at step {step}") for path in steps[step][:SHOWN_PROMPTS]
-        )
-        set_html(self.step_picture, f'<div class="edk-shots edk-sheet">{pictures}</div>')
+        chosen = [sample for sample in self._samples if prompt in (ALL_PROMPTS, sample.words)]
+        here = [sample for sample in chosen if sample.step == step][:SHOWN_PROMPTS]
+        images = "".join(picture_tag(sample.path, 640, words=f"{sample.words}, step {step:,}") for sample in here)
+        set_html(self.step_picture, f'<div class="edk-shots edk-sheet">{images}</div>')
+        set_html(self.strip, sample_strip(chosen, step) if prompt != ALL_PROMPTS else "")
 
 
-def sample_rows(steps: dict[int, list[Path]]) -> str:
+def latest_samples(samples: list[Sample]) -> str:
+    """The samples of the latest step, each with what the base made of the prompt in a corner."""
+    if not samples:
+        return ""
+    step = samples[-1].step
+    before = {(s.index, s.words): s for s in samples if s.step == 0 < step}
+    figures = []
+    for sample in [s for s in samples if s.step == step][:SHOWN_PROMPTS]:
+        images = picture_tag(sample.path, 320, words=f"{sample.words}, step {step:,}")
+        if (first := before.get((sample.index, sample.words))) is not None:
+            corner = picture_tag(first.path, 120, words=f"{first.words}, before training")
+            images += f'<span class="edk-corner">{corner}</span>'
+        words = html.escape(sample.words)
+        figures.append(f'<figure><div class="edk-over">{images}</div><figcaption>{words}</figcaption></figure>')
+    title = f"Samples at step {step:,}" if step else "Samples before training"
+    more = ' <span class="edk-hint">in the corner: before training</span>' if before else ""
+    return f'<div class="edk-section">{title}{more}</div><div class="edk-shots edk-latest">{"".join(figures)}</div>'
+
+
+def sample_strip(samples: list[Sample], step: int) -> str:
+    """One prompt through all steps, in a row that scrolls."""
+    figures = "".join(
+        f'<figure class="{"edk-current" if sample.step == step else ""}">'
+        f"{picture_tag(sample.path, 120, words=f'{sample.words}, step {sample.step:,}')}"
+        f"<figcaption>{sample.step:,}</figcaption></figure>"
+        for sample in samples
+    )
+    return f'<div class="edk-shots edk-strip" tabindex="0" role="group" aria-label="All steps">{figures}</div>'
+
+
+def sample_rows(steps: dict[int, list[Sample]]) -> str:
     """A row of thumbnails for each step, so that one prompt stands in one column."""
     rows = []
-    for step, paths in steps.items():
+    for step, samples in steps.items():
         cells = "".join(
-            f"<td>{picture_tag(path, 200, words=f'sample {number} at step {step}')}</td>"
-            for number, path in enumerate(paths[:SHOWN_PROMPTS], start=1)
+            f"<td>{picture_tag(sample.path, 200, words=f'{sample.words}, step {step:,}')}</td>"
+            for sample in samples[:SHOWN_PROMPTS]
         )
         rows.append(f"<tr><th>{html.escape(f'{step:,}')}</th>{cells}</tr>")
     return f'<div class="edk-wide"><table class="edk-steps">{"".join(rows)}</table></div>' if rows else ""

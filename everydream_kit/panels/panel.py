@@ -9,7 +9,9 @@ import ipywidgets as widgets
 
 from everydream_kit.errors import KitError
 from everydream_kit.panels import look
+from everydream_kit.panels.asset_files import read_asset
 
+AGAIN = "This panel is from an earlier session. Run this cell again."
 logger = logging.getLogger(__name__)
 
 
@@ -69,7 +71,13 @@ def set_html(widget: widgets.HTML, text: str) -> None:
 
 
 def display_widget(widget: widgets.Widget) -> None:
-    """Show a widget below the cell."""
+    """Show a widget below the cell.
+
+    A notebook that is opened again has the output and not the widget behind it, of which Jupyter says "Error displaying
+    widget: model not found". So a note in plain HTML goes ahead: hidden next to a live panel, else in the error's place.
+    """
     from IPython.display import display
 
-    display(widget)
+    display({"text/html": read_asset("again.html"), "text/plain": AGAIN}, raw=True)
+    view = {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}
+    display({"application/vnd.jupyter.widget-view+json": view, "text/plain": AGAIN}, raw=True)

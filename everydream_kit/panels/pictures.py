@@ -385,6 +385,11 @@ class DatasetPanel(Panel):
             f"{shared:,} are shared by several pictures."
         )
 
+    def show_image(self, path: Path) -> None:
+        """Bring one image to the front, with its caption to edit."""
+        self.tabs.selected_index = 1
+        self.gallery.search.value = path.resolve().relative_to(self.album.root).as_posix()
+
     def show_tab(self, title: str) -> None:
         """Bring a tab to the front, by the beginning of its title."""
         titles: list[Any] = ["Add pictures", "Pictures", "Report", "Problems"]

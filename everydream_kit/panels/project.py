@@ -3,7 +3,7 @@
     workspace/jets/
         input/              the pictures and their captions
         settings.json       what the training form last held
-        sample_prompts.txt  what samples are drawn of, one prompt a line
+        sample_prompts.txt  prompts of the samples, one a line; or a .json that says more
         logs/               run folders
         exports/            files for image apps
         compare/            pictures drawn to compare checkpoints
@@ -27,7 +27,8 @@ from everydream_kit.settings import load_config
 from everydream_kit.strict_json import read_json
 from everydream_kit.workspace import read_small_object
 
-NUM_DEMO_PROMPTS = 3
+DEMO_SUBJECTS = ("guitar", "penguin", "red apple")
+"""What the demo's samples show, the clearest change first."""
 EMBEDDED_MODEL = "embedded"
 """The base model that ships with the kit."""
 
@@ -74,8 +75,12 @@ class Project:
 
     @property
     def prompts_path(self) -> Path:
-        """Prompts of the samples, one a line. Without the file, captions of the dataset are drawn."""
-        return self.folder / "sample_prompts.txt"
+        """Prompts of the samples: the `.json`, which may say more than prompts, where it is there; else one a line.
+
+        Without either, captions of the dataset are sampled.
+        """
+        rich = self.folder / "sample_prompts.json"
+        return rich if rich.is_file() else self.folder / "sample_prompts.txt"
 
     def own_settings(self) -> dict[str, Any]:
         """Settings that follow from the project itself."""
@@ -115,14 +120,18 @@ class Project:
         if any(self.pictures_folder.iterdir()):
             return False
         from everydream_kit.demo import pictures_path
-        from everydream_kit.demo.main import SUBJECTS, TRAINING
+        from everydream_kit.demo.main import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, TRAINING
 
         for source in sorted(pictures_path().iterdir()):
             if source.suffix != ".md":
                 shutil.copy(source, self.pictures_folder)
-        prompts = [f"{subject}, ink drawing" for subject in SUBJECTS[:NUM_DEMO_PROMPTS]]
         if not self.prompts_path.is_file():
-            write_atomic(self.prompts_path, "\n".join(prompts) + "\n")
+            sampling = {
+                "cfgs": [GUIDANCE_SCALE],
+                "num_inference_steps": NUM_INFERENCE_STEPS,
+                "samples": [{"prompt": f"{subject}, ink drawing"} for subject in DEMO_SUBJECTS],
+            }
+            write_atomic(self.folder / "sample_prompts.json", json.dumps(sampling, indent=2) + "\n")
         if not self.settings_path.is_file():
             self.save_settings({"resume_ckpt": EMBEDDED_MODEL, **self.own_settings(), **TRAINING})
         return True

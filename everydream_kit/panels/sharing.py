@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from everydream_kit.panels.question import Question
 
 PRECISIONS = {"half (fp16): what apps expect": "fp16", "bfloat16": "bf16", "full (fp32): to train on": "fp32"}
 SHOWN_FILES = 8
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/(?=.{1,96}$)[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
+"""As the Hub takes it (`huggingface_hub.utils.validate_repo_id`), always with an owner."""
 NOTHING_YET = "This project has no checkpoint yet. Train first; each appears here as soon as it is saved."
 READY = "Choose a checkpoint; export it as a file, or push it to the Hub."
 
@@ -187,9 +190,15 @@ class SharePanel(Panel):
         return run if newest == chosen else chosen
 
     def _repo_id(self) -> str:
-        if not self.repo.value.strip():
+        name = self.repo.value.strip()
+        if not name:
             raise ExportError("Give the repository, such as me/jets: your Hub name, a slash, the model's name.")
-        return str(self.repo.value.strip())
+        if not REPOSITORY.fullmatch(name) or "--" in name or ".." in name:
+            raise ExportError(
+                f"{name}: not a repository's name. It is your Hub name, a slash, the model's name, of letters, digits, "
+                "`-`, `_` and `.`, such as me/jets."
+            )
+        return str(name)
 
     def _what(self) -> list[Any]:
         return [name for name, check in self.what.items() if check.value]

@@ -21,10 +21,12 @@ from everydream_kit.panels.login import token_environment
 from everydream_kit.panels.pages import Pages
 from everydream_kit.panels.panel import Panel, set_html
 from everydream_kit.panels.project import Project
+from everydream_kit.panels.prompts import prompt_lines, read_prompts
 from everydream_kit.panels.shots import picture_tag
 
 SHOWN_CHECKPOINTS = 12
-THUMBNAIL_SIDE = 256
+FIRST_PROMPTS = 3
+"""Of the project's own prompts, to begin with."""
 
 
 class ComparePanel(Panel):
@@ -142,7 +144,8 @@ class ComparePanel(Panel):
 
     def _build_settings(self) -> None:
         last = self.comparison
-        settings = self.project.settings()
+        settings, sampling = self.project.settings(), read_prompts(self.project.prompts_path)
+        own = sampling.model_fields_set
         resolution = settings.get("resolution", 512)
         size = last.size if last else (resolution if isinstance(resolution, int) else resolution[0])
         style = {"description_width": "70px"}
@@ -154,13 +157,13 @@ class ComparePanel(Panel):
         )
         self.prompts.description = "Prompts"
         self.prompts.style.description_width = "70px"
-        cfgs = ", ".join(f"{cfg:g}" for cfg in (last.cfgs if last else (4.0,)))
+        cfgs = ", ".join(f"{cfg:g}" for cfg in (last.cfgs if last else sampling.cfgs if "cfgs" in own else (4.0,)))
         self.cfgs = widgets.Text(value=cfgs, description="cfg", style=style, layout=narrow)
         self.size = widgets.BoundedIntText(
             value=size, min=64, max=2048, step=8, description="Size", style=style, layout=narrow
         )
         self.steps = widgets.BoundedIntText(
-            value=last.num_inference_steps if last else 20,
+            value=last.num_inference_steps if last else min(sampling.num_inference_steps, 20),
             min=1,
             max=200,
             description="Steps",
@@ -192,8 +195,8 @@ class ComparePanel(Panel):
 
     def _first_prompts(self) -> Sequence[str]:
         """To begin with: the project's own prompts, or two captions of the dataset."""
-        if self.project.prompts_path.is_file():
-            return self.project.prompts_path.read_text("utf-8").split("\n")[:3]
+        if prompts := prompt_lines(read_prompts(self.project.prompts_path)):
+            return prompts[:FIRST_PROMPTS]
         files = sorted(self.project.pictures_folder.rglob("*.txt"))[:2]
         return [text for text in (path.read_text("utf-8", "replace").strip() for path in files) if text] or ["a photo"]
 

@@ -11,19 +11,20 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
 from everydream_kit import jobs
-from everydream_kit.atomic import write_atomic
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ConfigError
 from everydream_kit.foreign import read_origin
+from everydream_kit.hosts import detect_host
 from everydream_kit.panels import look
 from everydream_kit.panels.board import Board
 from everydream_kit.panels.clock import has_clock, make_clock
 from everydream_kit.panels.form import SettingsForm
+from everydream_kit.panels.hardest_box import HardestBox
 from everydream_kit.panels.login import token_environment
 from everydream_kit.panels.monitor import STATE_TONES, RunMonitor
 from everydream_kit.panels.outlook import PlanBox
@@ -31,7 +32,12 @@ from everydream_kit.panels.pages import Pages
 from everydream_kit.panels.panel import Panel, display_widget, set_html
 from everydream_kit.panels.presets import PRESETS
 from everydream_kit.panels.project import Project
+from everydream_kit.panels.prompts import prompt_lines, read_prompts, write_prompts
 from everydream_kit.panels.waiting import QueueBox
+from everydream_kit.workspace import RunFolder, read_small_object
+
+if TYPE_CHECKING:
+    from everydream_kit.panels.pictures import DatasetPanel
 
 IDLE_WORDS = {
     "": "Nothing has been trained in this project yet. Look through the settings, then press Start training.",
@@ -46,6 +52,8 @@ IDLE_WORDS = {
     "died": "The process ended without a word. Resume goes on from the newest checkpoint.",
 }
 """What the message line says while there is nothing newer to say."""
+SETTINGS, PROGRESS, SAMPLES, HARDEST, LOG, QUEUE = range(6)
+"""Numbers of the panel's pages."""
 FULL_DISK = (
     "The disk of the run folder is full: free some. Training goes on meanwhile, and is saved as soon as there is room."
 )
@@ -61,13 +69,13 @@ def has_no_room(folder: Path) -> bool:
         return False
 
 
-def _as_in_a_file(values: dict[str, Any]) -> dict[str, Any]:
+def as_in_a_file(values: dict[str, Any]) -> dict[str, Any]:
     """Values as JSON gives them back: a tuple becomes a list."""
     return dict(json.loads(json.dumps(values)))
 
 
 class TrainPanel(Panel):
-    """`edk.panels.train(project)`. `box` is what is shown; `watch()` is the blocking form of the live view.
+    """`edk.panels.train(project)`. `box` is what is shown; it follows the run by the page's clock.
 
     Attributes:
         project: the project folder.
@@ -82,6 +90,7 @@ class TrainPanel(Panel):
         environment: dict[str, str] | None = None,
         preset: str | None = None,
         settings: dict[str, Any] | None = None,
+        demo: bool = False,
     ) -> None:
         """Build the panel, and attach it to the project's run in progress, if there is one.
 
@@ -91,29 +100,33 @@ class TrainPanel(Panel):
             environment: variables for the training process.
             preset: name of a preset that the form begins with.
             settings: further settings that it begins with.
+            demo: put the kit's demo images into the project if it has none.
         """
         super().__init__()
         self.project = Project.open(folder)
+        if demo:
+            self.project.add_demo_pictures()
         self._command, self._environment = command, {**token_environment(), **(environment or {})}
         self.job: jobs.Job | None = None
+        self.dataset: DatasetPanel | None = None  # opened from the table of the hardest images
         self._state: str | None = None
         self._state_words = ""  # what the message line says of the state; anything else stays until the next one
         self._build()
         self._list_runs()
         self._attach(self.project.running_job() or next(iter(self.project.jobs()), None))
-        begin = {**(PRESETS[preset].settings if preset else {}), **(settings or {})}
-        if begin:
-            self.form.set_values(begin)
+        self._given = {**(PRESETS[preset].settings if preset else {}), **(settings or {})}
+        if self._given:
+            self.form.set_values(self._given)
         self._tell_plan()
         if self.job is not None and self.job.is_alive():
-            self.tabs.selected_index = 1
+            self.tabs.selected_index = PROGRESS
 
     # Building
 
     def _build(self) -> None:
         self._settings_stamp = self._stamp_settings()
         self.form = SettingsForm(self.project.settings(), self._settings_changed)
-        self._saved = _as_in_a_file(self.form.values)
+        self._saved = as_in_a_file(self.form.values)
         self.monitor = RunMonitor()
         self.waiting = QueueBox(
             jobs.Queue(self.project.folder / "queue.json"), self._checked_config, self.say,
@@ -158,11 +171,10 @@ class TrainPanel(Panel):
         )  # fmt: skip
 
     def _build_tabs(self) -> widgets.Widget:
-        progress = look.column(self.runs, self.monitor.curves)
-        known = self.project.prompts_path
+        progress = look.column(self.runs, self.monitor.latest, self.monitor.curves.box)
         self.prompts = widgets.Textarea(
-            value=known.read_text("utf-8").strip() if known.is_file() else "",
-            placeholder="one a line; read anew at every sampling. Empty: captions of your pictures",
+            value="\n".join(prompt_lines(read_prompts(self.project.prompts_path))),
+            placeholder="one a line; read anew at every sampling. Empty: captions of your images",
             description="Prompts",
             continuous_update=False,
             style={"description_width": "70px"},
@@ -173,11 +185,16 @@ class TrainPanel(Panel):
         self.board = Board(self.project.logdir, self.project.folder / "tensorboard")
         self.board_button, self.board_words = look.button("TensorBoard", icon="line-chart"), widgets.HTML()
         self.on_press(self.board_button, self.switch_board)
+        self.hardest = HardestBox(self._open_image)
         log = look.column(self.monitor.log, look.row(self.board_button, self.board_words))
         self._draw_board()
-        self.tabs = Pages(
-            {"Settings": self.form.box, "Progress": progress, "Samples": samples, "Log": log, "Queue": self.waiting.box}
-        )
+        pages = {
+            "Settings": self.form.box,
+            "Progress": progress,
+            "Samples": samples,
+            "Hardest images": self.hardest.box,
+        }
+        self.tabs = Pages({**pages, "Log": log, "Queue": self.waiting.box})
         return self.tabs.box
 
     # What the buttons do
@@ -188,9 +205,12 @@ class TrainPanel(Panel):
         Raises:
             ConfigError, JobError: as `jobs.start`; also where the dataset is empty or the disk is full.
         """
+        if self.job is not None and self.job.is_alive():  # a double click
+            self.tabs.selected_index = PROGRESS
+            return
         self._attach(jobs.start(self._checked_config(), command=self._command, environment=self._environment))
         self._list_runs()
-        self.tabs.selected_index = 1
+        self.tabs.selected_index = PROGRESS
 
     def _checked_config(self) -> TrainConfig:
         config = self.form.config()
@@ -216,7 +236,7 @@ class TrainPanel(Panel):
         changes = {name: value for name, value in self.form.changed_values().items() if name in asked}
         resumed = jobs.resume(job.folder, changes=changes, command=self._command, environment=self._environment)
         self._attach(resumed)
-        self.tabs.selected_index = 1
+        self.tabs.selected_index = PROGRESS
         if changes:
             self.say(f"Resuming with {', '.join(sorted(changes))} from Settings.", "busy")
 
@@ -235,27 +255,62 @@ class TrainPanel(Panel):
         set_html(self.board_words, self.board.words())
 
     def watch(self) -> None:
-        """Show the run live from the cell until it ends; an interrupt only detaches. Keeps Colab awake."""
-        if self.job is None:
-            self.say("There is no run yet. Press Start training above, then run this cell again.", "warn")
-            display_widget(look.panel_box([self.message]))
-            return
+        """Show the run. Returns at once: the page's clock follows it. A script that wants to wait has `job.wait()`."""
+        self.tabs.selected_index = PROGRESS
         self.show()
-        status = self.job.watch(lambda _: self.refresh())
-        while not status["alive"] and self.waiting.queue.is_alive():  # the next of the queue begins
-            time.sleep(0.5)
-            self.refresh()
-            status = self.job.watch(lambda _: self.refresh())
+        self.on_beat()
 
     def run(self) -> None:
-        """Start training with the form's settings, unless a run is in progress, and watch it: both in one call."""
-        if self.job is None or not self.job.is_alive():
-            before = self.job
-            self._press(self.start)
-            if self.job is before:
-                self.show()  # the panel says why it could not start
-                return
+        """Continue the project's run, or start one, and show it. Returns at once.
+
+        A run in progress is shown, one that was stopped is resumed, a finished one stays as it is. Where there is none yet, or
+        its settings are not those that this panel was made with, a new one starts.
+        """
+        self._press(self._continue)
+        self.tabs.selected_index = PROGRESS if self.job is not None else SETTINGS
+        self.show()
+
+    def keep_awake(self) -> None:
+        """On Colab: show the run from the cell until it ends, since Colab ends sessions in which no cell runs. Elsewhere: a note.
+
+        Other buttons of the notebook answer when this has ended; an interrupt ends it, and not the run.
+        """
+        if detect_host().name != "colab":
+            text = "Nothing to do here: only Colab ends sessions in which no cell runs. Training continues by itself."
+        elif self.job is None or not self._is_busy():
+            text = "Nothing is training. Press Start training above, then run this cell again."
+        else:
+            text = ""
+        if text:
+            self.say(text)
+            display_widget(look.panel_box([self.message]))
+            return
         self.watch()
+        while self._is_busy():
+            time.sleep(0.5)
+            self.on_beat()
+
+    def _is_busy(self) -> bool:
+        """Whether the shown run or the queue is in progress."""
+        return (self.job is not None and self.job.is_alive()) or self.waiting.queue.is_alive()
+
+    def _continue(self) -> None:
+        if self._is_busy():
+            return
+        if self.job is None or not self._was_started_with(self.job, self._given):
+            self.start()
+            return
+        if self.job.status()["state"] == "finished":
+            return
+        if RunFolder(self.job.folder).checkpoints():
+            self.resume()
+        else:  # it saved nothing, so there is nothing to continue
+            self.start()
+
+    @staticmethod
+    def _was_started_with(job: jobs.Job, settings: dict[str, Any]) -> bool:
+        held = read_small_object(job.folder / "config.json")
+        return all(held.get(name, value) == value for name, value in as_in_a_file(settings).items())
 
     def _ask(self, action: Any) -> None:
         self._require_job().request(action)
@@ -268,11 +323,11 @@ class TrainPanel(Panel):
         return self.job
 
     def _write_prompts(self, text: str) -> None:
-        """Keep the prompts in the project's file; without any, the file goes away and captions are drawn."""
-        if text.strip():
-            write_atomic(self.project.prompts_path, text.strip() + "\n")
-        else:
-            self.project.prompts_path.unlink(missing_ok=True)
+        """Keep the prompts in the project's file."""
+        try:
+            write_prompts(self.project.prompts_path, [line.strip() for line in text.splitlines() if line.strip()])
+        except (ConfigError, OSError) as error:  # callbacks of controls have nobody to raise to
+            self.say(str(error), "bad")
 
     # Settings and the plan line
 
@@ -287,7 +342,7 @@ class TrainPanel(Panel):
 
     def _save_settings(self) -> None:
         """Write what was changed here, key by key: the other panels write theirs into the same file."""
-        values = _as_in_a_file(self.form.values)
+        values = as_in_a_file(self.form.values)
         self.project.save_settings({name: value for name, value in values.items() if value != self._saved.get(name)})
         self._saved = values
 
@@ -323,8 +378,21 @@ class TrainPanel(Panel):
     def _attach(self, job: jobs.Job | None) -> None:
         self.job = job
         self.monitor.attach(job)
+        self.hardest.attach(job.folder if job is not None else None)
         self._state = None
         self.refresh()
+
+    def _open_image(self, path: Path) -> None:
+        """Show an image in a dataset panel, above the table: this notebook may have no other."""
+        from everydream_kit.panels.pictures import DatasetPanel
+
+        if self.dataset is None:
+            self.dataset = DatasetPanel(self.project.folder)
+            self.hardest.slot.children = (self.dataset.box,)
+        try:
+            self.dataset.show_image(path)
+        except ValueError:
+            self.say(f"{path} is not in the project's dataset folder any more.", "warn")
 
     def _list_runs(self) -> None:
         names = [(job.name, str(job.folder)) for job in self.project.jobs()]
@@ -345,7 +413,7 @@ class TrainPanel(Panel):
         """Show what is new in the run folder. Cheap where nothing is."""
         self._follow_settings()
         self.waiting.refresh()
-        self.tabs.set_title(4, f"Queue ({self.waiting.num_waiting})" if self.waiting.num_waiting else "Queue")
+        self.tabs.set_title(QUEUE, f"Queue ({self.waiting.num_waiting})" if self.waiting.num_waiting else "Queue")
         status = self._status()
         if not status["alive"] and (begun := self.waiting.running_job()) not in (None, self.job):
             self._attach(begun)
@@ -355,6 +423,8 @@ class TrainPanel(Panel):
         self._draw_head(status)
         self._draw_buttons(status)
         self.monitor.show(status)
+        if self.tabs.selected_index == HARDEST:
+            self.hardest.refresh()
         if status["state"] != self._state:
             self._begin_state(status)
         elif self.message.value in ("", self._state_words):

@@ -30,8 +30,8 @@ import traitlets
 
 from everydream_kit.atomic import create_temporary, put_in_place, sweep
 from everydream_kit.errors import DataError, KitError
+from everydream_kit.panels.asset_files import read_asset
 from everydream_kit.panels.forecast import PICTURE_SUFFIXES
-from everydream_kit.panels.look import read_asset
 
 PIECE_BYTES = 1 << 20
 """Of a message: far below Jupyter's limit of 10 MB."""

@@ -72,7 +72,11 @@ class Validator(Listener):
             curve = self.curves[entry.tag]
             is_best = curve.add(run.position.step, loss)
             run.scalar(entry.tag, loss, run.position.step)
-            run.tell("validation", step=run.position.step, set=entry.tag, loss=loss, best=is_best)
+            averaged = {}
+            if run.ema is not None:
+                averaged["ema_loss"] = measure_loss(run, entry.dataset, self.config, averaged=True)
+                run.scalar(f"{entry.tag}_ema", averaged["ema_loss"], run.position.step)
+            run.tell("validation", step=run.position.step, set=entry.tag, loss=loss, best=is_best, **averaged)
             if entry.decides:
                 self._follow(run, curve, is_best=is_best and not is_start)
         run.set_state("running")
@@ -97,8 +101,8 @@ class Validator(Listener):
             self.curves[tag] = LossCurve.restore(state[tag])
 
 
-def measure_loss(run: Run, dataset: Dataset, config: ValidationConfig) -> float:
-    """The mean loss of a dataset on the fixed grid of timesteps, with the run's weights as they are.
+def measure_loss(run: Run, dataset: Dataset, config: ValidationConfig, *, averaged: bool = False) -> float:
+    """The mean loss of a dataset on the fixed grid of timesteps, with the run's live weights, or the averaged (EMA) ones.
 
     Plain settings: centre crops, captions as written, no extra noise; the training's own objective.
     """
@@ -124,7 +128,7 @@ def measure_loss(run: Run, dataset: Dataset, config: ValidationConfig) -> float:
         with run.precision.autocast():
             return run.predict(batch, noisy_latents, timesteps, conditioning)
 
-    with loader, run.whole_model():
+    with loader, run.whole_model(), run.sampling_weights(averaged=averaged):
         return validate(
             (batch for work in loader for batch in work.batches),
             keys=lambda batch: [dataset.key(draw.picture) for draw in batch.planned.draws],

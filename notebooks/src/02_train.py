@@ -32,11 +32,11 @@ edk.panels.train(PROJECT)
 # %% [markdown]
 # ## Keep this notebook awake (Colab)
 #
-# Colab ends sessions in which nothing runs. This cell runs until training ends, and shows it live; interrupting the cell does not
-# stop the training.
+# Colab ends sessions in which nothing runs. There, this cell runs until training ends, and other buttons answer when it has
+# ended; interrupting it does not stop the training. Elsewhere it does nothing.
 
 # %%
-edk.panels.train(PROJECT).watch()
+edk.panels.train(PROJECT).keep_awake()
 
 # %% [markdown]
 # Finished? Go on with `03_compare_and_export`.

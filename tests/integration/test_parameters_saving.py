@@ -149,6 +149,15 @@ def test_a_run_whose_validation_loss_stands_still_stops_early(settings: dict[str
     assert [event["step"] for event in run.events("validation")] == [0, 1, 2]
 
 
+def test_the_averaged_weights_are_validated_next_to_the_live_ones(settings: dict[str, Any]) -> None:
+    validation = {"validate_training": True, "val_split_mode": "automatic", "auto_split_proportion": 0.3}
+    ema = {"ema_decay_rate": 0.5, "ema_update_interval": 1}
+    run = train({**settings, **ema, "validation_config": validation, "max_steps": 1})
+    before, after = run.events("validation")
+    assert before["ema_loss"] == before["loss"]  # they begin as copies
+    assert after["ema_loss"] not in (after["loss"], before["loss"])
+
+
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 

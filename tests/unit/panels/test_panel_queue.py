@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from everydream_kit import jobs
+from everydream_kit.hosts import Host
 from everydream_kit.panels.training import TrainPanel
 
 DOUBLE = str(Path(__file__).parents[2] / "fakes" / "trainer_double.py")
@@ -104,11 +105,12 @@ def test_a_stopped_queue_keeps_what_waits(panel):
 
 
 @pytest.mark.beside
-def test_watching_goes_on_with_the_next_of_the_queue(panel, monkeypatch):
+def test_a_cell_that_keeps_colab_awake_stays_with_the_whole_queue(panel, monkeypatch):
     monkeypatch.setattr(panel, "show", lambda: None)
+    monkeypatch.setattr("everydream_kit.panels.training.detect_host", lambda: Host("colab", "Google Colab"))
     add(panel, max_epochs=1)
     add(panel, max_epochs=2)
     panel.waiting.start_button.click()
     wait_until(panel, lambda: panel.job is not None)
-    panel.watch()
+    panel.keep_awake()
     assert [entry["state"] for entry in panel.waiting.queue.entries] == ["finished", "finished"]

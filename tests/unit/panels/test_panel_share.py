@@ -62,7 +62,7 @@ def test_every_panel_is_built_twice_on_an_empty_project_by_its_public_name(name,
 
 STILL = (widgets.HTML, widgets.Box, widgets.Image, widgets.IntProgress)
 """What a person does not touch; everything else is a control."""
-OWN = {"Clock", "DropZone", "TokenField"}
+OWN = {"Clock", "DropZone", "TokenField", "Viewer"}
 """Our own; what they show is seen in the browser's tests."""
 
 
@@ -84,18 +84,18 @@ def test_every_control_has_a_label_and_a_button_a_hint(name, project):
 def test_no_widget_is_one_that_colab_lacks(name, project):
     kinds = {type(widget).__name__ for widget in all_widgets(BUILDERS[name](project).box)}
     known = "HTML Text Textarea Dropdown IntSlider FloatSlider Checkbox Button IntProgress Image VBox HBox GridBox"
-    known += " BoundedIntText IntText Clock DropZone TokenField"
+    known += " BoundedIntText IntText IntRangeSlider Clock DropZone TokenField Viewer"
     assert kinds <= set(known.split())
 
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_every_panel_is_built_without_anywidget(name, project, monkeypatch):
-    for module in ("clock", "upload", "login"):
+    for module in ("clock", "upload", "login", "viewer"):
         import importlib
 
         loaded = importlib.import_module(f"everydream_kit.panels.{module}")
-        attribute = {"clock": "_clock_class", "upload": "_drop_zone_class", "login": "_token_field_class"}[module]
-        monkeypatch.setattr(loaded, attribute, lambda: None)
+        kind = {"clock": "clock", "upload": "drop_zone", "login": "token_field", "viewer": "viewer"}[module]
+        monkeypatch.setattr(loaded, f"_{kind}_class", lambda: None)
     panel = BUILDERS[name](project)
     assert "edk-head" in texts(panel.box)
 
@@ -104,10 +104,12 @@ def test_a_panel_shows_itself_as_the_last_line_of_a_cell(project, monkeypatch):
     import IPython.display
 
     shown = []
-    monkeypatch.setattr(IPython.display, "display", shown.append)
+    monkeypatch.setattr(IPython.display, "display", lambda output, **options: shown.append(output))
     panel = panels.share(project)
     panel._ipython_display_()
-    assert shown == [panel.box]
+    note, output = shown
+    assert output["application/vnd.jupyter.widget-view+json"]["model_id"] == panel.box.model_id
+    assert "Run this cell again." in note["text/html"] and len(output["text/plain"]) < 100
 
 
 def test_an_error_at_a_beat_of_the_clock_is_told_and_the_clock_goes_on(project, monkeypatch):
@@ -439,6 +441,31 @@ def test_a_bare_name_lies_in_the_hosts_storage(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Project.open("jets").folder == tmp_path / "workspace" / "jets"
     assert Project.open("elsewhere/jets").folder == tmp_path / "elsewhere" / "jets"
+
+
+@pytest.mark.parametrize(
+    "name", ["not a repo!!", "jets", "me/jets/more", "me/-jets", "me/je..ts", "me/jets.", "", "mé/jets"]
+)
+def test_a_repository_that_the_hub_would_refuse_is_refused_at_once(project, name):
+    panel = SharePanel(project)
+    panel.repo.value = name
+    for button in (panel.preview_button, panel.push_button):
+        panel.say("")
+        button.click()
+        assert "such as me/jets" in panel.message.value and panel.job is None
+
+
+def test_an_unexpected_error_of_a_background_task_is_said_and_raised_on(tmp_path, monkeypatch):
+    from everydream_kit.panels import chores
+
+    def fail(told, folder):
+        raise RecursionError("too deep")
+
+    monkeypatch.setitem(chores.CHORES, "fetch", fail)
+    with pytest.raises(RecursionError):
+        chores.main(["fetch", str(tmp_path)])
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "failed" and "fetch failed: RecursionError: too deep." in status["message"]
 
 
 def test_chores_tell_their_failure_in_words(tmp_path):

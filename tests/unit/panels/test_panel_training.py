@@ -12,7 +12,9 @@ from PIL import Image
 
 from everydream_kit import jobs
 from everydream_kit.foreign import Origin, write_origin
+from everydream_kit.hosts import Host
 from everydream_kit.panels.pictures import DatasetPanel
+from everydream_kit.panels.side_by_side import ComparePanel
 from everydream_kit.panels.training import TrainPanel
 from everydream_kit.workspace import RunFolder
 
@@ -79,7 +81,8 @@ def test_start_shows_progress_curves_samples_and_log_and_then_the_end(project):
     wait_until(panel, lambda: "finished" in panel.head.value)
     assert panel.monitor.bar.value == 12
     assert "12 / 12" in panel.monitor.figures.value and "1 / 300" in panel.monitor.figures.value
-    assert "<polyline" in panel.monitor.chart.value and "Learning rate" in panel.monitor.rate_chart.value
+    assert "<polyline" in panel.monitor.curves.chart.value and "learning rate" in panel.monitor.curves.chart.value
+    assert "Samples at step 10" in panel.monitor.latest.value
     assert panel.monitor.gallery.value.count("data:image/jpeg") == 2
     assert "step 12" in panel.monitor.log.value
     assert "Finished" in panel.message.value
@@ -229,7 +232,8 @@ def test_a_look_without_news_changes_no_widget(project):
     panel.refresh()
     changes = []
     monitor = panel.monitor
-    shown = (monitor.figures, monitor.chart, monitor.gallery, monitor.log, monitor.notes)
+    curves = monitor.curves
+    shown = (monitor.figures, curves.chart, monitor.latest, monitor.gallery, monitor.log, curves.notes)
     for widget in (panel.head, panel.message, *shown):
         widget.observe(changes.append, "value")
     panel.refresh()
@@ -245,24 +249,87 @@ def test_text_from_a_run_is_escaped(project):
     status = {"state": "failed", "message": "<b>no</b>", "pid": os.getpid(), "process_started": 0.0, "step": 0}
     (run / "status.json").write_text(json.dumps(status))
     panel = TrainPanel(project)
-    shown = panel.monitor.log.value + panel.monitor.notes.value + panel.message.value
+    shown = panel.monitor.log.value + panel.monitor.curves.notes.value + panel.message.value
     assert "<script>" not in shown and "<img" not in shown and "<b>no" not in shown
     assert "&lt;b&gt;no" in shown
 
 
-def test_run_starts_and_shows_the_run_until_it_ends(project):
-    panel = TrainPanel(project, command=command("--steps", 4, "--seconds-a-step", 0.02))
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What is displayed below cells."""
+    import IPython.display
+
+    outputs = []
+    monkeypatch.setattr(IPython.display, "display", lambda output, **options: outputs.append(output))
+    return outputs
+
+
+def test_run_starts_returns_at_once_and_beats_of_the_clock_do_the_rest(project, shown):
+    panel = TrainPanel(project, command=command("--steps", 400, "--seconds-a-step", 0.01))
     panel.run()
-    assert panel.job.status()["state"] == "finished"
-    assert "4 / 4" in panel.monitor.figures.value
+    assert (
+        panel.job.is_alive() and panel.tabs.selected_index == 1 and shown[-1][WIDGET]["model_id"] == panel.box.model_id
+    )
+    wait_until(panel, lambda: panel.monitor.bar.value >= 3)
+    panel.stop_button.click()
+    assert panel.job.wait(60)["state"] == "stopped"
 
 
-def test_run_says_why_it_cannot_start_and_watch_that_there_is_no_run(tmp_path):
+@pytest.mark.parametrize(
+    ("ended_by", "settings"), [("stop", {}), ("kill", {}), ("finish", {}), ("finish", {"lr": 3e-5})]
+)
+@pytest.mark.usefixtures("shown")
+def test_a_cell_that_runs_again_continues_with_the_projects_run(project, ended_by, settings):
+    steps = 3 if ended_by == "finish" else 400
+    trainer = command("--steps", steps, "--seconds-a-step", 0.02)
+    first = TrainPanel(project, command=trainer, settings={"max_epochs": 7})
+    first.run()
+    again = TrainPanel(project, command=trainer, settings={"max_epochs": 7})
+    again.run()
+    assert again.job.folder == first.job.folder  # it is in progress
+    if ended_by == "stop":
+        wait_until(again, lambda: again.monitor.bar.value >= 3)
+        again.stop_button.click()
+    elif ended_by == "kill":
+        again.kill_button.click()
+    ended = again.job.wait(60)
+    later = TrainPanel(project, command=trainer, settings={"max_epochs": 7, **settings})
+    later.run()
+    assert len(later.project.jobs()) == (2 if settings or ended_by == "kill" else 1)
+    assert (later.job.folder == first.job.folder) == (not settings and ended_by != "kill")
+    if ended_by == "stop":  # it is resumed, from where it ended
+        wait_until(later, lambda: later.monitor.bar.value > ended["step"])
+    elif not settings and ended_by == "finish":  # it stays as it is
+        assert later.job.status() == ended
+
+
+@pytest.mark.usefixtures("shown")
+def test_run_says_why_it_cannot_start(tmp_path):
     panel = TrainPanel(tmp_path / "empty")
     panel.run()
-    assert "No images" in panel.message.value
-    panel.watch()
-    assert "no run yet" in panel.message.value
+    assert "No images" in panel.message.value and panel.tabs.selected_index == 0
+
+
+def test_a_double_click_on_start_starts_one_run_without_an_error(project):
+    panel = TrainPanel(project, command=command("--steps", 400))
+    panel.start_button.click()
+    panel.start_button.click()
+    assert "edk-note bad" not in panel.message.value
+    assert len(panel.project.jobs()) == 1
+
+
+@pytest.mark.parametrize("host", ["plain", "colab"])
+def test_only_on_colab_a_cell_stays_with_the_run(project, shown, monkeypatch, host):
+    monkeypatch.setattr("everydream_kit.panels.training.detect_host", lambda: Host(host, host))
+    panel = TrainPanel(project, command=command("--steps", 30, "--seconds-a-step", 0.05))
+    panel.keep_awake()
+    assert ("Nothing is training" if host == "colab" else "only Colab ends sessions") in panel.message.value
+    panel.start()
+    panel.keep_awake()
+    assert panel.job.is_alive() == (host == "plain")
 
 
 def test_presets_and_settings_can_be_given(project):
@@ -275,9 +342,62 @@ def test_prompts_are_kept_in_the_projects_file_that_the_settings_name(project):
     panel.prompts.value = "a red jet\n\na jet at night"
     path = project / "sample_prompts.txt"
     assert panel.form.config().sample_prompts == str(path)
-    assert TrainPanel(project).prompts.value == "a red jet\n\na jet at night"
+    assert TrainPanel(project).prompts.value == "a red jet\na jet at night"
     panel.prompts.value = ""
     assert not path.exists()
+
+
+def test_prompts_of_a_rich_file_keep_what_else_it_says(project):
+    path = project / "sample_prompts.json"
+    held = {"cfgs": [3.0], "samples": [{"prompt": "a jet", "seed": 7}, {"random_caption": True}]}
+    path.write_text(json.dumps(held))
+    panel = TrainPanel(project)
+    assert panel.prompts.value == "a jet"
+    panel.prompts.value = "a boat\na jet"
+    samples = [{"prompt": "a boat"}, {"prompt": "a jet", "seed": 7}, {"random_caption": True}]
+    assert json.loads(path.read_text()) == {"cfgs": [3.0], "samples": samples}
+    path.write_text("{")
+    panel.prompts.value = "a boat"
+    assert "edk-note bad" in panel.message.value and path.read_text() == "{"
+
+
+def test_the_demo_begins_with_the_prompts_that_show_most_and_samples_before_training(tmp_path):
+    panel = TrainPanel(tmp_path / "new", demo=True, preset="demo")
+    assert panel.prompts.value.splitlines() == ["guitar, ink drawing", "penguin, ink drawing", "red apple, ink drawing"]
+    config = panel.form.config()
+    assert (config.sample_before_training, config.sample_steps) == (True, 40)
+    assert json.loads(Path(config.sample_prompts).read_text())["cfgs"] == [3.0]
+    compare = ComparePanel(tmp_path / "new")
+    assert (compare.cfgs.value, compare.steps.value) == ("3", 20)
+    assert compare.prompts.value == panel.prompts.value
+
+
+def write_losses(run, epoch, **losses):
+    folder = run / "losses"
+    folder.mkdir(exist_ok=True)
+    rows = [{"path": path, "mean_loss": loss, "count": 2} for path, loss in losses.items()]
+    rows.sort(key=lambda row: -row["mean_loss"])
+    (folder / f"ep{epoch}.json").write_text(json.dumps({"epoch": epoch, "worst": rows[:1], "pictures": rows}))
+
+
+def test_the_hardest_images_are_listed_and_opened_with_their_captions(project):
+    run = empty_run(project)
+    first, second = (str(project / "input" / f"a jet_{number}.png") for number in (1, 2))
+    (project / "input" / "a jet_2.txt").write_text("a <jet> at night")
+    write_losses(run.folder, 0, **{first: 0.5, second: 0.25})
+    write_losses(run.folder, 1, **{first: 0.125, second: 0.375})
+    panel = TrainPanel(project)
+    panel.tabs.selected_index = 3
+    panel.refresh()
+    lines = [list(line.children) for line in panel.hardest.lines.children]
+    assert "2 hardest of epoch 2" in panel.hardest.head.value
+    assert "a jet_2.png" in lines[0][0].value and "a &lt;jet&gt; at night" in lines[0][0].value
+    assert "loss 0.3750 in 2 uses" in lines[0][0].value and "from 0.25 to 0.375" in lines[0][1].value
+    assert "a jet_1.png" in lines[1][0].value and "from 0.5 to 0.125" in lines[1][1].value
+    lines[0][2].click()
+    gallery = panel.dataset.gallery
+    assert [panel.dataset.album.name(index) for index in gallery.shown] == ["a jet_2.png"]
+    assert panel.hardest.slot.children == (panel.dataset.box,)
 
 
 def test_two_panels_change_one_settings_file_key_by_key_and_show_each_others_change(project, tmp_path):

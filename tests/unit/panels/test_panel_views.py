@@ -1,13 +1,20 @@
 """Charts, the incremental reader of events, and the words of panels."""
 
+import io
 import json
 import re
 from xml.etree import ElementTree
 
 import pytest
+from PIL import Image
 
-from everydream_kit.panels.chart import bar_chart, line_chart, nice_ticks
+from everydream_kit.jobs import Job
+from everydream_kit.panels.chart import bar_chart, line_chart, log_ticks, nice_ticks
+from everydream_kit.panels.curves import CurveBox
 from everydream_kit.panels.live import RunView, smooth, thin
+from everydream_kit.panels.monitor import RunMonitor, latest_samples
+from everydream_kit.panels.shots import picture_tag
+from everydream_kit.panels.viewer import answer
 from everydream_kit.panels.words import duration, size
 
 
@@ -40,6 +47,105 @@ def test_a_resumed_run_replaces_the_points_after_its_checkpoint(tmp_path):
     view = RunView(tmp_path)
     view.update()
     assert view.loss == [(1, 1.0), (2, 0.5)]
+
+
+def write_sample(folder, step, index, prompt, prefix=""):
+    (folder / "samples").mkdir(exist_ok=True)
+    path = folder / "samples" / f"gs{step:05}-{index:03}-{prefix}{prompt[:10]}.jpg"
+    Image.new("RGB", (32, 32), (step, 90, 90)).save(path)
+    path.with_suffix(".txt").write_text(f"{prompt}\nnegative prompt: \nseed: 1\n")
+
+
+def test_samples_know_their_step_prompt_and_weights(tmp_path):
+    write_sample(tmp_path, 40, 0, "a jet over the sea")
+    write_sample(tmp_path, 40, 0, "a jet over the sea", prefix="ema-")
+    write_sample(tmp_path, 0, 1, "a boat")
+    found = [(s.step, s.index, s.words) for s in RunView(tmp_path).samples()]
+    assert found == [(0, 1, "a boat"), (40, 0, "a jet over the sea"), (40, 0, "a jet over the sea (EMA)")]
+
+
+def test_the_latest_samples_come_with_those_before_training_in_a_corner(tmp_path):
+    for step in (0, 40, 80):
+        write_sample(tmp_path, step, 0, "a <jet>")
+        write_sample(tmp_path, step, 1, "a boat")
+    samples = RunView(tmp_path).samples()
+    shown = latest_samples(samples)
+    assert "Samples at step 80" in shown and shown.count("<img") == 4 and shown.count("edk-corner") == 2
+    assert "a &lt;jet&gt;, before training" in shown and "<jet>" not in shown
+    assert latest_samples(samples[:2]).count("<img") == 2  # nothing to compare with yet
+
+
+def test_one_prompt_is_followed_through_all_steps(tmp_path):
+    for step in (0, 40, 80):
+        write_sample(tmp_path, step, 0, "a jet")
+        write_sample(tmp_path, step, 1, "a boat")
+    (tmp_path / "config.json").write_text("{}")
+    monitor = RunMonitor()
+    monitor.attach(Job(tmp_path))
+    monitor.show(Job(tmp_path).status())
+    assert monitor.strip.value == "" and monitor.step_picture.value.count("<img") == 2
+    monitor.prompt_choice.value = "a boat"
+    monitor.step_slider.value = 1
+    assert monitor.strip.value.count("<img") == 3 and monitor.step_picture.value.count("<img") == 1
+    assert "a boat, step 40" in monitor.step_picture.value
+    assert re.findall(r'edk-current".*?<figcaption>(\d+)<', monitor.strip.value) == ["40"]
+
+
+def test_the_page_gets_images_that_were_shown_and_no_others(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (3000, 1500)).save(path)
+    (key,) = re.findall('data-edk-image="([^"]+)"', picture_tag(path, 64))
+    reply, (data,) = answer({"kind": "image", "key": key, "number": "1"})
+    with Image.open(io.BytesIO(data)) as image:
+        assert (image.size, reply["number"]) == ((1600, 800), "1")
+    reply, (data,) = answer({"kind": "file", "key": key, "number": "2"})
+    assert (reply["name"], reply["type"], data) == ("a.png", "image/png", path.read_bytes())
+    for other in (str(path), "", None):
+        reply, buffers = answer({"kind": "file", "key": other, "number": "3"})
+        assert "run the cell again" in reply["error"] and not buffers
+    path.unlink()
+    assert "No such file" in answer({"kind": "file", "key": key})[0]["error"]
+
+
+def test_curves_are_zoomed_smoothed_and_logarithmic(tmp_path):
+    write(tmp_path, *(loss(step, 2.0 ** -(step % 2)) for step in range(1, 9)))
+    write(tmp_path, {"kind": "validation", "step": 8, "loss": 0.5, "ema_loss": 0.25})
+    view = RunView(tmp_path)
+    view.update()
+    box = CurveBox()
+    box.show(view)
+    assert "validation 0.5" in box.chart.value and "validation, EMA 0.25" in box.chart.value
+    assert "learning rate, text encoder 5e-07 at step 8" in box.chart.value
+    assert "loss, smoothed" in box.chart.value and box.zoom.value == (0, 8)
+    box.smoothing.value = 0.0
+    assert "loss 1 at step 8" in box.chart.value
+    box.zoom.value = (2, 5)
+    assert "loss 0.5 at step 5" in box.chart.value
+    write(tmp_path, loss(9, 0.125))
+    view.update()
+    box.show(view)
+    assert box.zoom.value == (2, 5) and box.zoom.max == 9  # a chosen part stays
+    before = box.chart.value
+    box.is_log.value = True
+    assert box.chart.value != before
+
+
+def test_memory_is_charted_where_there_is_a_gpu(tmp_path):
+    write(tmp_path, loss(1, memory_bytes=2 * 2**30), loss(2, memory_bytes=3 * 2**30))
+    for device, shown in (("cpu, 2 threads", False), ("NVIDIA H100", True)):
+        (tmp_path / "environment.json").write_text(json.dumps({"device": device}))
+        view, box = RunView(tmp_path), CurveBox()
+        view.update()
+        box.show(view)
+        assert ("peak 3 at step 2" in box.memory_chart.value) == shown
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"), [(0.03, 0.4, [0.02, 0.05, 0.1, 0.2, 0.5]), (1.0, 1.0, [1.0, 10.0]), (1e-4, 100, 7)]
+)
+def test_logarithmic_ticks_enclose_the_values(low, high, ticks):
+    found = log_ticks(low, high)
+    assert len(found) == ticks if isinstance(ticks, int) else found == pytest.approx(ticks)
 
 
 def test_samples_are_found_by_step(tmp_path):

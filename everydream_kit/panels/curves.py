@@ -1,0 +1,97 @@
+"""The curves of a run: loss, validation and learning rate in one chart, memory in another, with smoothing, log scale and zoom."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ipywidgets as widgets
+
+from everydream_kit.panels import look
+from everydream_kit.panels.chart import Point, line_chart
+from everydream_kit.panels.live import RunView, smooth, thin
+from everydream_kit.panels.panel import set_html
+
+SMOOTHING = 0.9
+"""As TensorBoard begins."""
+GIB = 2**30
+
+
+class CurveBox:
+    """Charts of a run and their controls.
+
+    Attributes:
+        box: the widget to show.
+        smoothing, is_log, zoom: the controls; `zoom` is the first and the last step that are shown.
+    """
+
+    def __init__(self) -> None:
+        self._view: RunView | None = None
+        self.smoothing = widgets.FloatSlider(
+            value=SMOOTHING, min=0.0, max=0.99, step=0.01, description="Smoothing", continuous_update=False,
+            style={"description_width": "70px"}, layout=widgets.Layout(width="280px"),
+        )  # fmt: skip
+        self.is_log = widgets.Checkbox(
+            value=False, description="log scale", indent=False, layout=widgets.Layout(width="auto")
+        )
+        self.zoom = widgets.IntRangeSlider(
+            value=(0, 1), min=0, max=1, description="Steps", continuous_update=False,
+            style={"description_width": "44px"}, layout=widgets.Layout(width="340px", max_width="100%"),
+        )  # fmt: skip
+        self.chart, self.memory_chart, self.notes = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        for control in (self.smoothing, self.is_log, self.zoom):
+            control.observe(lambda _: self._draw(), "value")
+        self.controls = look.row(self.smoothing, self.zoom, self.is_log, gap="4px 18px")
+        self.box = look.column(self.chart, self.controls, self.memory_chart, self.notes)
+
+    def reset(self) -> None:
+        """Show all steps, also those to come."""
+        self._view = None
+        self.zoom.min, self.zoom.max = 0, 1
+        self.zoom.value = (0, 1)
+
+    def show(self, view: RunView) -> None:
+        """Show what a run has said by now."""
+        self._view = view
+        last = max([1, *(points[-1][0] for points in (view.loss, view.validation) if points)])
+        first, end = self.zoom.value
+        follows = end == self.zoom.max
+        self.zoom.max = last
+        if follows and last != end:
+            self.zoom.value = (first, last)  # it draws
+        else:
+            self._draw()
+        self.controls.layout.display = "" if len(view.loss) > 1 else "none"
+        set_html(self.notes, look.note("\n".join(view.messages[-5:]), "warn"))
+
+    def _draw(self) -> None:
+        if self._view is None:
+            return
+        view = self._view
+        smoothed = smooth(view.loss, self.smoothing.value)  # of all steps, so that zooming changes no value
+        curves = {
+            "raw": thin(self._zoomed(view.loss)),
+            "loss, smoothed" if self.smoothing.value else "loss": thin(self._zoomed(smoothed)),
+            "validation": thin(self._zoomed(view.validation)),
+            "validation, EMA": thin(self._zoomed(view.averaged_validation)),
+        }
+        rates = {f"learning rate, {part.replace('_', ' ')}": points for part, points in view.learning_rates.items()}
+        if len({tuple(points) for points in rates.values()}) == 1:
+            rates = {"learning rate": next(iter(rates.values()))}
+        rates = {name: thin(self._zoomed(points)) for name, points in rates.items()}
+        options: dict[str, Any] = {"faint": "raw", "second": rates, "is_log": self.is_log.value}
+        set_html(self.chart, both_widths(curves, title="Loss", **options))
+        memory = [(step, value / GIB) for step, value in self._zoomed(view.memory)] if view.has_gpu else []
+        chart = both_widths({"GPU memory, peak": thin(memory)}, title="GiB", height=120) if memory else ""
+        set_html(self.memory_chart, chart)
+
+    def _zoomed(self, points: list[Point]) -> list[Point]:
+        first, last = self.zoom.value
+        return [(step, value) for step, value in points if first <= step <= last]
+
+
+def both_widths(curves: dict[str, list[Point]], **options: Any) -> str:
+    """A chart for wide panels and one for narrow ones, of which one is shown: scaled down, its text could not be read."""
+    wide, narrow = line_chart(curves, **options), line_chart(curves, width=520, **options)
+    return (
+        f'<div class="edk-charted"><div class="edk-if-wide">{wide}</div><div class="edk-if-narrow">{narrow}</div></div>'
+    )
