@@ -22,10 +22,10 @@ import numpy as np
 from PIL import Image
 
 from everydream_kit.data.dataset import FROM_TEXT, Dataset, DatasetBuilder, Defaults
-from everydream_kit.data.files import scan_dataset
-from everydream_kit.data.plan import PlanSettings, plan_epoch
+from everydream_kit.data.epoch_plan import PlanSettings, plan_epoch
+from everydream_kit.data.scanning import scan_dataset
 
-PICTURES_PER_FOLDER = 1000
+IMAGES_PER_FOLDER = 1000
 
 
 def make_files(folder: Path, count: int) -> None:
@@ -39,7 +39,7 @@ def make_files(folder: Path, count: int) -> None:
         samples.append(path.read_bytes())
         path.unlink()
     for number in range(count):
-        place = folder / f"{number // PICTURES_PER_FOLDER:04}"
+        place = folder / f"{number // IMAGES_PER_FOLDER:04}"
         place.mkdir(exist_ok=True)
         (place / f"{number:07}.jpg").write_bytes(samples[number % len(samples)])
         (place / f"{number:07}.txt").write_text(f"a picture of thing {number % 977}, red, small, by foo, high quality")
@@ -115,10 +115,10 @@ def show_scans(folder: Path, count: int) -> None:
         base = measure(scan_task, empty, None)["peak_bytes"]
         for name, where in (("nothing remembered", None), ("remembering", cache), ("second start, unchanged", cache)):
             row = measure(scan_task, str(folder), where)
-            per_picture = (row["peak_bytes"] - base) / row["pictures"]
+            per_image = (row["peak_bytes"] - base) / row["pictures"]
             print(
                 f"{name:<28}{row['seconds']:>9.2f}{row['busy']:>8.2f}{row['pictures'] / row['seconds']:>10,.0f}"
-                f"{row['peak_bytes'] / 1e6:>9.0f}{per_picture:>15.0f}"
+                f"{row['peak_bytes'] / 1e6:>9.0f}{per_image:>15.0f}"
             )
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from step_overhead import bare_steps, square_pictures
+from step_overhead import bare_steps, square_images
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.data.records import StepBatches
@@ -32,18 +32,18 @@ from everydream_kit.training.position import Position
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.reports import ProgressBar
 from everydream_kit.training.run import Run
-from everydream_kit.training.runs import build_run
+from everydream_kit.training.run_builder import build_run
 from everydream_kit.workspace import RunFolder
 
 
 def make_run(folder: Path, resolution: int, cache: str) -> Run:
-    pictures = folder / "pictures"
-    if not pictures.is_dir():
-        square_pictures(pictures, resolution)
-        (pictures / "multiply.txt").write_text("3")
+    images = folder / "pictures"
+    if not images.is_dir():
+        square_images(images, resolution)
+        (images / "multiply.txt").write_text("3")
     config = TrainConfig(
         resume_ckpt=str(base_model_path()),
-        data_root=str(pictures),
+        data_root=str(images),
         resolution=resolution,
         batch_size=4,
         max_epochs=1,

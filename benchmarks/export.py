@@ -33,7 +33,7 @@ EXPORT = (
     PEAK
     + """
 import sys, time
-from everydream_kit.export.single_file import export_checkpoint
+from everydream_kit.export.single_file_export import export_checkpoint
 from everydream_kit.models.loading import open_model
 open_model(sys.argv[1])  # imports, and the headers
 before = reset_peak()
@@ -76,8 +76,8 @@ def main() -> None:
 
 
 def run(root: Path, family: str, rounds: int, precision: str) -> None:
-    from everydream_kit.models.saving import save_model
-    from everydream_kit.models.scratch import build_model
+    from everydream_kit.models.model_saving import save_model
+    from everydream_kit.models.random_models import build_model
 
     save_model(build_model(family), root / "model")
     compare(root, family, rounds, precision)

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from everydream_kit.demo import base_model_path, pictures_path
+from everydream_kit.demo import base_model_path, images_path
 
 BATCH_SIZE = 4
 PATIENCE_SECONDS = 120
@@ -65,24 +65,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    base, pictures = str(base_model_path()), str(pictures_path())
-    time_bare(base, pictures), time_ours(pictures)  # files into the system's cache, bytecode onto the disk
+    base, images = str(base_model_path()), str(images_path())
+    time_bare(base, images), time_ours(images)  # files into the system's cache, bytecode onto the disk
     ours, bare = [], []
     for number in range(rounds):
-        bare.append(time_bare(base, pictures))
-        ours.append(time_ours(pictures))
-        print(f"round {number + 1}: bare {_told(bare[-1])}, everydream train {_told(ours[-1])}", flush=True)
+        bare.append(time_bare(base, images))
+        ours.append(time_ours(images))
+        print(f"round {number + 1}: bare {_reported(bare[-1])}, everydream train {_reported(ours[-1])}", flush=True)
     for name, which in (("first step begins", 0), ("first step is done", 1)):
         ratio = statistics.median(o[which] / b[which] for o, b in zip(ours, bare, strict=True))
         medians = (statistics.median(times[which] for times in side) for side in (ours, bare))
         print("{}: {:.2f} s after the command, bare script {:.2f} s, ratio {:.2f}".format(name, *medians, ratio))
 
 
-def time_bare(base: str, pictures: str) -> tuple[float, float]:
+def time_bare(base: str, images: str) -> tuple[float, float]:
     """Seconds to the beginning and the end of the bare script's step."""
     began = time.perf_counter()
     with subprocess.Popen(
-        [sys.executable, "-c", BARE, base, pictures],
+        [sys.executable, "-c", BARE, base, images],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -96,10 +96,10 @@ def time_bare(base: str, pictures: str) -> tuple[float, float]:
     return begins, done
 
 
-def time_ours(pictures: str) -> tuple[float, float]:
+def time_ours(images: str) -> tuple[float, float]:
     """Seconds to the beginning and the end of our first step."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = {"resume_ckpt": "embedded", "data_root": pictures, "resolution": 128, "batch_size": BATCH_SIZE}
+        flags = {"resume_ckpt": "embedded", "data_root": images, "resolution": 128, "batch_size": BATCH_SIZE}
         flags |= {"log_step": 1, "max_epochs": 1, "logdir": folder}
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         began = time.perf_counter()
@@ -131,7 +131,7 @@ def wait_for_loss(folder: Path, process: subprocess.Popen[bytes]) -> dict[str, A
     raise SystemExit("everydream train made no step; run it by hand to see why.")
 
 
-def _told(times: tuple[float, float]) -> str:
+def _reported(times: tuple[float, float]) -> str:
     return f"{times[0]:.2f} / {times[1]:.2f} s"
 
 

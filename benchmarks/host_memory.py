@@ -25,10 +25,10 @@ import torch
 from PIL import Image
 
 from everydream_kit.config import TrainConfig
-from everydream_kit.export.single_file import export_files, precision_dtype
-from everydream_kit.models.files import ModelFiles
-from everydream_kit.models.saving import files_of, write_folder
-from everydream_kit.models.scratch import build_model
+from everydream_kit.export.single_file_export import export_files, precision_dtype
+from everydream_kit.models.model_files import ModelFiles
+from everydream_kit.models.model_saving import files_of, write_folder
+from everydream_kit.models.random_models import build_model
 from everydream_kit.models.tensors import LazyTensor
 from everydream_kit.preflight.skeleton import build_skeleton, read_architecture
 from everydream_kit.training.base import choose_formats, precision_of

@@ -84,11 +84,11 @@ def main() -> None:
         if not any(word in name for word in arguments.only.split("|")):
             continue
         started = time.monotonic()
-        foretold, by_category = foretell(dict(changes))
+        estimated, by_category = estimate(dict(changes))
         measured = run_child(changes)
-        ratios.append(foretold / measured)
+        ratios.append(estimated / measured)
         mark = "" if abs(ratios[-1] - 1) <= 0.1 else "   <- more than 10 %"
-        mib = [f"{number / 2**20:6.0f} M" for number in (foretold, measured)]
+        mib = [f"{number / 2**20:6.0f} M" for number in (estimated, measured)]
         print(
             f"{name:40} {mib[0]:>9} {mib[1]:>9} {ratios[-1]:7.3f}   {time.monotonic() - started:.0f}{mark}", flush=True
         )
@@ -115,9 +115,9 @@ def config_of(changes: dict[str, Any], folder: str) -> Any:
     return TrainConfig(resume_ckpt="none", logdir=folder, **{"sample_steps": 10, **BASE, **changes})
 
 
-def foretell(changes: dict[str, Any]) -> tuple[int, dict[str, int]]:
+def estimate(changes: dict[str, Any]) -> tuple[int, dict[str, int]]:
     """What the pre-flight says about a case."""
-    from everydream_kit.preflight.memory import estimate_memory
+    from everydream_kit.preflight.memory_estimate import estimate_memory
     from everydream_kit.preflight.skeleton import shipped_architecture
 
     phase = changes.get("phase", "training step")
@@ -133,7 +133,7 @@ def measure(changes: dict[str, Any]) -> int:
     """Peak resident bytes of the case's phase, in this process."""
     import torch
 
-    from everydream_kit.models.scratch import build_model, build_tiny_model
+    from everydream_kit.models.random_models import build_model, build_tiny_model
 
     torch.set_num_threads(1)
     phase = changes.get("phase", "training step")
@@ -151,12 +151,12 @@ def go_through(model: Any, config: Any, folder: Path, phase: str) -> int:
     import torch
 
     from everydream_kit.models.encoding import encode_moments
-    from everydream_kit.models.sampling import SamplePrompt, sample_pictures
-    from everydream_kit.preflight.memory import foretell_latent_mode
+    from everydream_kit.models.sampling import SamplePrompt, sample_images
+    from everydream_kit.preflight.memory_estimate import estimate_latent_mode
     from everydream_kit.preflight.rehearsal import CACHED_TOGETHER, largest_bucket
 
     bucket = largest_bucket(config.resolutions)
-    latents = foretell_latent_mode(config)
+    latents = estimate_latent_mode(config)
     crops = torch.zeros(CACHED_TOGETHER.get(latents, 0), 3, bucket[1], bucket[0], dtype=torch.uint8)
     if phase == "latent caching" and latents == "disk":
         resident_after_cleaning()
@@ -170,7 +170,7 @@ def go_through(model: Any, config: Any, folder: Path, phase: str) -> int:
     resident_after_cleaning()
     if phase == "sampling":
         side = max(config.resolutions)
-        sample_pictures(
+        sample_images(
             model, [SamplePrompt("a cat", width=side, height=side, cfgs=(7.0, 6.0, 5.0, 4.0))], num_inference_steps=2
         )
     elif phase == "latent caching":
@@ -188,7 +188,7 @@ def build(model: Any, config: Any, folder: Path, bucket: tuple[int, int]) -> tup
     from everydream_kit.training.journal import Journal
     from everydream_kit.training.optimizer_config import load_optimizer_config
     from everydream_kit.training.ranks import Ranks
-    from everydream_kit.training.runs import assemble_run
+    from everydream_kit.training.run_builder import assemble_run
     from everydream_kit.workspace import RunFolder
 
     run = assemble_run(

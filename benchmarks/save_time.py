@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import save_file
 from step_overhead import make_run
 
-from everydream_kit.models.saving import save_model
-from everydream_kit.models.scratch import build_model
+from everydream_kit.models.model_saving import save_model
+from everydream_kit.models.random_models import build_model
 from everydream_kit.training.checkpoints import write_checkpoint
 from everydream_kit.training.run import Run
 

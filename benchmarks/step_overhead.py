@@ -25,7 +25,7 @@ from PIL import Image
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.data.records import StepBatches
-from everydream_kit.demo import base_model_path, pictures_path
+from everydream_kit.demo import base_model_path, images_path
 from everydream_kit.models.encoding import encode_captions, latents_from_moments
 from everydream_kit.training.control import StopSignal
 from everydream_kit.training.journal import Journal
@@ -34,27 +34,27 @@ from everydream_kit.training.loop import train_loop
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.reports import Listener, ProgressBar
 from everydream_kit.training.run import Run
-from everydream_kit.training.runs import build_run
+from everydream_kit.training.run_builder import build_run
 from everydream_kit.workspace import RunFolder
 
 
-def square_pictures(folder: Path, resolution: int) -> Path:
+def square_images(folder: Path, resolution: int) -> Path:
     """The demo's 32 pictures as squares: one bucket, only full batches, so that both sides do the same steps."""
     folder.mkdir()
-    for source in sorted(pictures_path().glob("*.webp")):
-        with Image.open(source) as picture:
-            picture.convert("RGB").resize((resolution, resolution)).save(folder / f"{source.stem}.png")
+    for source in sorted(images_path().glob("*.webp")):
+        with Image.open(source) as image:
+            image.convert("RGB").resize((resolution, resolution)).save(folder / f"{source.stem}.png")
         (folder / f"{source.stem}.txt").write_text(source.with_suffix(".txt").read_text("utf-8"), "utf-8")
     return folder
 
 
 def make_run(folder: Path, resolution: int, batch_size: int, base: Path | None = None) -> Run:
-    pictures = folder / "pictures"
-    if not pictures.is_dir():
-        square_pictures(pictures, resolution)
+    images = folder / "pictures"
+    if not images.is_dir():
+        square_images(images, resolution)
     config = TrainConfig(
         resume_ckpt=str(base or base_model_path()),
-        data_root=str(pictures),
+        data_root=str(images),
         resolution=resolution,
         batch_size=batch_size,
         max_epochs=10_000,

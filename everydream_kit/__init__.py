@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from everydream_kit import panels as panels
     from everydream_kit.config import TrainConfig as TrainConfig
     from everydream_kit.data import prepare_dataset as prepare_dataset
-    from everydream_kit.drawing import sample as sample
     from everydream_kit.errors import KitError as KitError
     from everydream_kit.export.hub import push_to_hub as push_to_hub
-    from everydream_kit.export.single_file import export_checkpoint as export_checkpoint
+    from everydream_kit.export.single_file_export import export_checkpoint as export_checkpoint
+    from everydream_kit.generation import sample as sample
     from everydream_kit.jobs import attach as attach
     from everydream_kit.jobs import start as start
     from everydream_kit.models.loading import load_model as load_model
@@ -33,14 +33,14 @@ _PLACES = {
     "RunFolder": "workspace",
     "TrainConfig": "config",
     "attach": "jobs",
-    "export_checkpoint": "export.single_file",
+    "export_checkpoint": "export.single_file_export",
     "load_config": "settings",
     "load_model": "models.loading",
     "plan": "preflight.planning",
     "prepare_dataset": "data",
     "push_to_hub": "export.hub",
     "resume": "sessions",
-    "sample": "drawing",
+    "sample": "generation",
     "start": "jobs",
     "train": "sessions",
 }

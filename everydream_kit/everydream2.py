@@ -222,7 +222,7 @@ def translate(values: Mapping[str, Any], *, from_file: bool) -> tuple[dict[str, 
     return kept, warnings
 
 
-def settle(values: Mapping[str, Any], flags: Mapping[str, Any], *, theirs: bool) -> tuple[dict[str, Any], list[str]]:
+def resolve(values: Mapping[str, Any], flags: Mapping[str, Any], *, theirs: bool) -> tuple[dict[str, Any], list[str]]:
     """Settings that contradict each other, in EveryDream 2's order where the file is one of its own.
 
     Args:

@@ -122,8 +122,8 @@ def split_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     """
     asked = {name: value for name, value in values.items() if name in ASKED and not _may_travel(name, value)}
     waiting = {name: values[name] for name, leader in FOLLOWS.items() if name in values and leader in asked}
-    left_out = {*asked, *waiting, *DECIDED_HERE}
-    return {name: value for name, value in values.items() if name not in left_out}, asked, waiting
+    skipped = {*asked, *waiting, *DECIDED_HERE}
+    return {name: value for name, value in values.items() if name not in skipped}, asked, waiting
 
 
 def _may_travel(name: str, value: Any) -> bool:

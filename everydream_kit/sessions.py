@@ -22,7 +22,7 @@ from everydream_kit.config import TrainConfig, config_warnings
 from everydream_kit.errors import CheckpointError, ConfigError, JobError, KitError
 from everydream_kit.identity import Process, is_running
 from everydream_kit.locks import hold
-from everydream_kit.preflight.automatic import settle_batch_size
+from everydream_kit.preflight.auto_batch_size import resolve_batch_size
 from everydream_kit.preflight.timing import MeasuredPlan
 from everydream_kit.settings import give_again, load_config
 from everydream_kit.training.caching import require_output_folders
@@ -31,15 +31,15 @@ from everydream_kit.training.control import StopSignal, signals_stop
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.listeners import build_listeners
 from everydream_kit.training.loop import train_loop
-from everydream_kit.training.memory import explain_out_of_memory, is_out_of_memory
+from everydream_kit.training.memory_measures import explain_out_of_memory, is_out_of_memory
 from everydream_kit.training.optimizers import restore_optimizer
-from everydream_kit.training.progress import StopAsked
+from everydream_kit.training.progress import StopRequested
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.reports import Listener
 from everydream_kit.training.resume_state import RESTORE_ERRORS
-from everydream_kit.training.resuming import refuse_other_training, settle_position, warn_of_rates
+from everydream_kit.training.resuming import refuse_other_training, resolve_position, warn_of_rates
 from everydream_kit.training.run import Run
-from everydream_kit.training.runs import build_run
+from everydream_kit.training.run_builder import build_run
 from everydream_kit.training.sharding import divide_optimizer_state
 from everydream_kit.training.summary import library_versions
 from everydream_kit.workspace import (
@@ -187,7 +187,7 @@ def _session(
                 require_output_folders(config)
                 _write_facts(config, folder)
             if config.batch_size == "auto":
-                config = settle_batch_size(config, ranks, journal)
+                config = resolve_batch_size(config, ranks, journal)
                 if ranks.is_main:  # the number: a run that goes on takes the same
                     write_atomic(folder.config_path, config.to_json())
             run = build_run(config, folder, journal, ranks, seed=state.get("seed"), weights_from=checkpoint, stop=stop)
@@ -195,7 +195,7 @@ def _session(
             if checkpoint is not None:
                 _restore(run, checkpoint, state)
             _work(run, stop)
-    except StopAsked:
+    except StopRequested:
         _record_early_stop(journal, stop, state)
     except BaseException as error:
         _record_failure(journal, error)
@@ -234,17 +234,17 @@ def _work(run: Run, stop: StopSignal) -> None:
         run.set_state("running", step=run.position.step, num_steps=run.num_steps, epoch=run.position.epoch)
         for listener in run.listeners:
             listener.on_start(run)
-        run.rejoin()
+        run.sync_ranks()
         if not run.is_complete():
             train_loop(run, run.listeners, stop)
         for listener in run.listeners:
             listener.on_finish(run)
-        run.rejoin()
+        run.sync_ranks()
     finally:
         for listener in run.listeners:
             listener.close()
     finished = run.is_complete()
-    run.tell("finished" if finished else "stopped", step=run.position.step, reason=stop.reason)
+    run.report("finished" if finished else "stopped", step=run.position.step, reason=stop.reason)
     run.set_state(
         "finished" if finished else "stopped",
         step=run.position.step,
@@ -263,7 +263,7 @@ def _restore(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
     tensors = load_resume_tensors(checkpoint)
     try:
         refuse_other_training(run, state)
-        settle_position(run, state, tensors)
+        resolve_position(run, state, tensors)
         warn_of_rates(run, state)
     except RESTORE_ERRORS as error:
         raise CheckpointError(
@@ -288,7 +288,7 @@ def _restore(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
         if listener.name in state["listeners"]:
             _restore_listener(listener, state["listeners"][listener.name], checkpoint)
     run.journal.forget_after(run.position.step)
-    run.tell("resumed", step=run.position.step, checkpoint=str(checkpoint))
+    run.report("resumed", step=run.position.step, checkpoint=str(checkpoint))
 
 
 def _restore_listener(listener: Listener, saved: dict[str, Any], checkpoint: Path) -> None:
@@ -387,11 +387,11 @@ def _record_early_stop(journal: Journal, stop: StopSignal, state: dict[str, Any]
     reason = stop.reason or "request"
     step = state["position"]["step"] if state else 0
     saved = "the checkpoint that it goes on from is as it was" if state else "nothing was saved"
-    journal.tell("stopped", step=step, reason=reason)
+    journal.report("stopped", step=step, reason=reason)
     journal.set_state("stopped", step=step, stopped_by=reason, message=f"Stopped before training began; {saved}.")
 
 
 def _record_failure(journal: Journal, error: BaseException) -> None:
     message = str(error) if isinstance(error, KitError) else f"{type(error).__name__}: {error}"
-    journal.tell("error", message=message)
+    journal.report("error", message=message)
     journal.set_state("failed", message=message)

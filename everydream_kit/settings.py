@@ -13,7 +13,7 @@ from typing import Any
 from everydream_kit.atomic import write_atomic
 from everydream_kit.config import RETIRED, VERSION, TrainConfig
 from everydream_kit.errors import ConfigError
-from everydream_kit.everydream2 import is_theirs, settle, translate
+from everydream_kit.everydream2 import is_theirs, resolve, translate
 from everydream_kit.foreign import FOLLOWS, read_origin, require_given, write_origin
 from everydream_kit.strict_json import read_json
 
@@ -47,7 +47,7 @@ def load_config(
         else:
             values, more = translate(values, from_file=True)
             warnings += more
-            values, more = settle(values, flags, theirs=theirs)
+            values, more = resolve(values, flags, theirs=theirs)
             warnings += more
         return TrainConfig(**values), warnings
     except ConfigError as error:

@@ -212,7 +212,7 @@ class RunFolder:
         write_atomic(self.folder / "control.json", json.dumps({"action": action, "id": request, **details}))
         return request
 
-    def waiting_action(self) -> str | None:
+    def pending_action(self) -> str | None:
         """What the waiting request asks for, which stays; None where there is none."""
         action = read_small_object(self.folder / "control.json").get("action")
         return action if isinstance(action, str) else None

@@ -118,7 +118,7 @@ def spellings(code: str) -> tuple[str, ...]:
     return (code, bare, f"{bare}-fe0f")
 
 
-class PictureSource:
+class ImageSource:
     """Pictures of a subject in a style, as RGBA of `SIDE_PIXELS`, or None where the set lacks it."""
 
     def __init__(self, folders: dict[str, Path]) -> None:
@@ -127,7 +127,7 @@ class PictureSource:
         names = json.loads((folders["ink"] / "chars.json").read_text("utf-8"))
         self.ink_bodies = {code: icons[name]["body"] for code, name in names.items() if name in icons}
 
-    def picture(self, code: str, style: str) -> Image.Image | None:
+    def image(self, code: str, style: str) -> Image.Image | None:
         for spelling in spellings(code):
             if style == "3d" and (path := self.folders["3d"] / f"assets/{spelling}.webp").is_file():
                 return Image.open(path).convert("RGBA").resize((SIDE_PIXELS, SIDE_PIXELS), Image.Resampling.LANCZOS)
@@ -146,26 +146,26 @@ def rasterise(svg: str) -> Image.Image:
     return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
 
-def on_paper(picture: Image.Image, size: tuple[int, int] = (SIDE_PIXELS, SIDE_PIXELS)) -> Image.Image:
+def on_paper(image: Image.Image, size: tuple[int, int] = (SIDE_PIXELS, SIDE_PIXELS)) -> Image.Image:
     """The picture on white, in the middle of a sheet of `size` (width, height), as large as fits."""
     side = min(size)
-    if picture.size != (side, side):
-        picture = picture.resize((side, side), Image.Resampling.LANCZOS)
-    sheet = Image.new("RGBA", size, "white")
-    sheet.alpha_composite(picture, ((size[0] - side) // 2, (size[1] - side) // 2))
-    return sheet.convert("RGB")
+    if image.size != (side, side):
+        image = image.resize((side, side), Image.Resampling.LANCZOS)
+    grid = Image.new("RGBA", size, "white")
+    grid.alpha_composite(image, ((size[0] - side) // 2, (size[1] - side) // 2))
+    return grid.convert("RGB")
 
 
 def caption(subject: Subject, style: str) -> str:
     return ", ".join((subject.label, *subject.tags, STYLE_CAPTION[style]))
 
 
-def write_folder(folder: Path, pictures: Iterator[tuple[str, Image.Image, str]], quality: int) -> int:
+def write_folder(folder: Path, images: Iterator[tuple[str, Image.Image, str]], quality: int) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     count = 0
-    for name, picture, text in pictures:
+    for name, image, text in images:
         count += 1
-        picture.save(folder / f"{name}.webp", quality=quality, method=6)
+        image.save(folder / f"{name}.webp", quality=quality, method=6)
         (folder / f"{name}.txt").write_text(text + "\n", "utf-8")
     return count
 
@@ -177,31 +177,31 @@ def slug(label: str) -> str:
 def make(out: Path, work: Path) -> None:
     folders = {key: fetch(work, *package) for key, package in PACKAGES.items()}
     subjects = read_subjects(folders["data"])
-    source = PictureSource(folders)
+    source = ImageSource(folders)
 
     base, vae, vae_names = [], [], []
     for subject in subjects:
         for style in ("3d", "flat", "ink"):
-            if (style == "ink" and subject.in_demo) or (picture := source.picture(subject.code, style)) is None:
+            if (style == "ink" and subject.in_demo) or (image := source.image(subject.code, style)) is None:
                 continue
-            sheet = on_paper(picture)
-            vae.append(np.asarray(sheet.resize((VAE_SIDE_PIXELS, VAE_SIDE_PIXELS), Image.Resampling.LANCZOS)))
+            grid = on_paper(image)
+            vae.append(np.asarray(grid.resize((VAE_SIDE_PIXELS, VAE_SIDE_PIXELS), Image.Resampling.LANCZOS)))
             vae_names.append(f"{subject.code} {style}")
             if style == "3d" and subject.chosen:
-                base.append((slug(subject.label), sheet, caption(subject, "3d")))
+                base.append((slug(subject.label), grid, caption(subject, "3d")))
     demo = []
     for number, label in enumerate(DEMO_SUBJECTS):
         subject = next(subject for subject in subjects if subject.label == label)
-        picture = source.picture(subject.code, "ink")
-        if picture is None:
+        image = source.image(subject.code, "ink")
+        if image is None:
             raise SystemExit(f"no ink drawing of {label}")
         # The label alone: the demo's captions are what a newcomer would type.
         text = f"{label}, {STYLE_CAPTION['ink']}"
-        demo.append((slug(label), on_paper(picture, DEMO_SIZES[number % len(DEMO_SIZES)]), text))
+        demo.append((slug(label), on_paper(image, DEMO_SIZES[number % len(DEMO_SIZES)]), text))
 
     print("base pictures:", write_folder(out / "base", iter(base), quality=95))
     print("demo pictures:", write_folder(out / "demo", iter(demo), quality=90))
-    np.savez(out / "vae.npz", pictures=np.stack(vae), names=np.array(vae_names))
+    np.savez(out / "vae.npz", images=np.stack(vae), names=np.array(vae_names))
     print("autoencoder pictures:", len(vae))
     known = [asdict(subject) for subject in subjects if subject.chosen]
     (out / "subjects.json").write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", "utf-8")

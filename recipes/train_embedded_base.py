@@ -12,7 +12,7 @@ The kit must be importable (`pip install -e .`).
     python recipes/train_embedded_base.py sheets DATA WORK
 
 Each training stage saves every four minutes and goes on from there when started again. `package` writes the averaged
-weights into everydream_kit/demo/base; `features` trains the network behind the demo's score; `sheets` draws
+weights into everydream_kit/demo/base; `features` trains the network behind the demo's score; `grids` draws
 docs/images/base-*.jpg from what is packaged.
 """
 
@@ -22,7 +22,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from embedded_base import autoencoder, denoiser, features, sheets, vocabulary
+from embedded_base import autoencoder, denoiser, features, grids, vocabulary
 from embedded_base.peers import Peers
 from PIL import Image
 
@@ -45,19 +45,19 @@ def package(work: Path, folder: Path) -> None:
     print("bytes:", sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
 
 
-def draw_sheets(data: Path, work: Path, folder: Path, images: Path) -> None:
+def draw_grids(data: Path, work: Path, folder: Path, images: Path) -> None:
     images.mkdir(parents=True, exist_ok=True)
     paths = sorted((data / "base").glob("*.webp"))[::5][:18] + sorted((data / "demo").glob("*.webp"))[:6]
-    save(sheets.reconstructions(denoiser.load_vae(work), paths), images / "base-reconstructions.jpg")
-    save(sheets.curves({"autoencoder": work / "vae.jsonl", "U-Net": work / "unet.jsonl"}), images / "base-curves.jpg")
-    for name, subjects in (("base-samples", sheets.PROMPTS), ("base-more-samples", sheets.MORE_PROMPTS)):
-        drawn = sheets.samples(folder, [f"{subject}, 3d" for subject in subjects])
-        save(sheets.draw_sheet([drawn], subjects, columns=8), images / f"{name}.jpg")
+    save(grids.reconstructions(denoiser.load_vae(work), paths), images / "base-reconstructions.jpg")
+    save(grids.curves({"autoencoder": work / "vae.jsonl", "U-Net": work / "unet.jsonl"}), images / "base-curves.jpg")
+    for name, subjects in (("base-samples", grids.PROMPTS), ("base-more-samples", grids.MORE_PROMPTS)):
+        drawn = grids.samples(folder, [f"{subject}, 3d" for subject in subjects])
+        save(grids.draw_grid([drawn], subjects, columns=8), images / f"{name}.jpg")
         print(name, score(drawn, subjects))
 
 
-def save(picture: Image.Image, path: Path) -> None:
-    picture.convert("RGB").save(path, quality=90)
+def save(image: Image.Image, path: Path) -> None:
+    image.convert("RGB").save(path, quality=90)
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ def main() -> None:
         features.train(options.data)
     else:
         torch.set_num_threads(2)
-        draw_sheets(options.data, options.work, options.folder, options.images)
+        draw_grids(options.data, options.work, options.folder, options.images)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "docs" / "memory.md"
 CACHE = REPOSITORY / ".edk_cache" / "preflight"
 GIB, GB = 2**30, 1e9
-CARDS = ("RTX 3060 12GB", "T4", "L4", "RTX 4090", "A40", "A100 80GB")
+GPUS = ("RTX 3060 12GB", "T4", "L4", "RTX 4090", "A40", "A100 80GB")
 FULL_8BIT: dict[str, Any] = {"optimizer": "adamw8bit"}
 LEAN: dict[str, Any] = {
     **FULL_8BIT,
@@ -154,13 +154,13 @@ def main() -> None:
 def write_page(*, kept_only: bool = False) -> str:
     """The whole page."""
     text = (Path(__file__).parent / "memory_page.md").read_text(encoding="utf-8")
-    return text.replace("{{cards}}", cards_table(kept_only)).replace("{{published}}", published_table(kept_only))
+    return text.replace("{{cards}}", gpus_table(kept_only)).replace("{{published}}", published_table(kept_only))
 
 
-def foretell(family: str, resolution: int, settings: dict[str, Any], kept_only: bool = False) -> Any:
+def estimate(family: str, resolution: int, settings: dict[str, Any], kept_only: bool = False) -> Any:
     """An estimate without allowance, told on the way: full size takes its time. None where it would have to be made."""
     from everydream_kit.config import TrainConfig
-    from everydream_kit.preflight.memory import estimate_memory, is_kept
+    from everydream_kit.preflight.memory_estimate import estimate_memory, is_kept
     from everydream_kit.preflight.skeleton import shipped_architecture
 
     config = TrainConfig(resume_ckpt="shipped", resolution=resolution, **{"batch_size": 1, **settings})
@@ -171,27 +171,29 @@ def foretell(family: str, resolution: int, settings: dict[str, Any], kept_only: 
     return estimate_memory(config, context_bytes=0, fragmentation=0, **how)
 
 
-def cards_table(kept_only: bool) -> str:
+def gpus_table(kept_only: bool) -> str:
     """Settings against cards."""
-    from everydream_kit.preflight.cards import find_card
-    from everydream_kit.preflight.memory import allowance
+    from everydream_kit.preflight.gpus import find_gpu
+    from everydream_kit.preflight.memory_estimate import allowance
 
-    cards = [find_card(name) for name in CARDS]
-    heads = [f"{card.name} ({card.memory_bytes / GIB:.1f})" for card in cards]
+    gpus = [find_gpu(name) for name in GPUS]
+    heads = [f"{gpu_spec.name} ({gpu_spec.memory_bytes / GIB:.1f})" for gpu_spec in gpus]
     lines = [
         "| model | settings | step | latents | samples | " + " | ".join(heads) + " |",
-        "|---|---|---|---|---|" + "---|" * len(cards),
+        "|---|---|---|---|---|" + "---|" * len(gpus),
     ]
     for row in ROWS:
-        found = foretell(row.family, row.resolution, row.settings, kept_only)
+        found = estimate(row.family, row.resolution, row.settings, kept_only)
         if found is None:
             continue
         sizes = {phase.name: phase.peak_bytes / GIB for phase in found.phases}
         cells = []
-        for card in cards:
-            need = found.worst.peak_bytes + allowance(found, "cuda", card.context_bytes, card.fragmentation)
+        for gpu_spec in gpus:
+            need = found.worst.peak_bytes + allowance(found, "cuda", gpu_spec.context_bytes, gpu_spec.fragmentation)
             step = need - found.worst.peak_bytes + sizes["training step"] * GIB
-            cells.append("yes" if need <= card.memory_bytes else "step only" if step <= card.memory_bytes else "no")
+            cells.append(
+                "yes" if need <= gpu_spec.memory_bytes else "step only" if step <= gpu_spec.memory_bytes else "no"
+            )
         figures = [sizes[name] for name in ("training step", "latent caching", "sampling")]
         shown = " | ".join(f"{figure:.1f}" for figure in figures)
         lines.append(f"| {row.model}, {row.resolution} px | {row.words} | {shown} | {' | '.join(cells)} |")
@@ -200,12 +202,12 @@ def cards_table(kept_only: bool) -> str:
 
 def published_table(kept_only: bool) -> str:
     """Others' figures beside ours."""
-    from everydream_kit.preflight.memory import allowance
+    from everydream_kit.preflight.memory_estimate import allowance
 
     lines = ["| what | published | tensors | with allowance | source |", "|---|---|---|---|---|"]
     for one in PUBLISHED:
         resolution = {"sd1": 512, "sd2": 768, "sdxl": 1024}[one.family]
-        found = foretell(one.family, resolution, {**one.settings, "sample_steps": None}, kept_only)
+        found = estimate(one.family, resolution, {**one.settings, "sample_steps": None}, kept_only)
         if found is None:
             continue
         step = next(phase for phase in found.phases if phase.name == "training step").peak_bytes

@@ -13,8 +13,8 @@ SIZES = [(96, 96), (144, 96), (96, 144), (128, 72)]
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder of Stable Diffusion 1.x shape with seeded random weights, small enough to train in seconds."""
-    from everydream_kit.models.saving import save_model
-    from everydream_kit.models.scratch import build_tiny_model
+    from everydream_kit.models.model_saving import save_model
+    from everydream_kit.models.random_models import build_tiny_model
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save_model(build_tiny_model("sd1", seed=0), folder)
@@ -22,7 +22,7 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve pictures of four aspect ratios, each with tags in a .txt beside it."""
     import numpy as np
     from PIL import Image

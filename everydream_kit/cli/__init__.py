@@ -13,18 +13,25 @@ import argparse
 import logging
 import sys
 
-from everydream_kit.cli import hub, looking, models, pictures, planning, training
+from everydream_kit.cli import (
+    dataset_commands,
+    hub_commands,
+    model_commands,
+    plan_commands,
+    status_commands,
+    training_commands,
+)
 from everydream_kit.cli.command import EXIT_PROBLEM, Command, Parser
 from everydream_kit.errors import KitError
 from everydream_kit.optional_packages import hide_unused
 
 COMMANDS: dict[str, Command] = {
-    **training.COMMANDS,
-    **planning.COMMANDS,
-    **pictures.COMMANDS,
-    **models.COMMANDS,
-    **hub.COMMANDS,
-    **looking.COMMANDS,
+    **training_commands.COMMANDS,
+    **plan_commands.COMMANDS,
+    **dataset_commands.COMMANDS,
+    **model_commands.COMMANDS,
+    **hub_commands.COMMANDS,
+    **status_commands.COMMANDS,
 }
 
 

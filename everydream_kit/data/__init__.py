@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from everydream_kit.data.files import scan_dataset as scan_dataset
     from everydream_kit.data.preparation import prepare_dataset as prepare_dataset
+    from everydream_kit.data.scanning import scan_dataset as scan_dataset
 
-_HOMES = {"prepare_dataset": "preparation", "scan_dataset": "files"}
+_HOMES = {"prepare_dataset": "preparation", "scan_dataset": "scanning"}
 
 
 def __getattr__(name: str) -> Any:

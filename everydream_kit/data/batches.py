@@ -18,7 +18,7 @@ import torch
 from everydream_kit import draws
 from everydream_kit.data import pixels
 from everydream_kit.data.captions import compose_caption
-from everydream_kit.data.dataset import Picture, Problem
+from everydream_kit.data.dataset import DatasetImage, Problem
 from everydream_kit.data.records import Batch, MicroBatch, Size
 from everydream_kit.data.workers import problem_of
 from everydream_kit.errors import DataError
@@ -41,7 +41,7 @@ class LoadSettings:
         crop_jitter: largest share of the shorter side that a random crop takes from each side.
         background: "#rrggbb" behind transparent pictures.
         fixed: nothing is drawn: centre crop, no mirroring, no dropout, tags as written. For validation.
-        caption_transform, picture_transform: plug-ins; they must be picklable where workers are spawned.
+        caption_transform, image_transform: plug-ins; they must be picklable where workers are spawned.
     """
 
     seed: int
@@ -49,7 +49,7 @@ class LoadSettings:
     background: str = "#ffffff"
     fixed: bool = False
     caption_transform: CaptionTransform | None = None
-    picture_transform: pixels.PictureTransform | None = None
+    image_transform: pixels.ImageTransform | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class BatchRequest:
     """A micro-batch and what a worker must know of its pictures, row by row."""
 
     planned: MicroBatch
-    pictures: tuple[Picture, ...]
+    images: tuple[DatasetImage, ...]
     keys: tuple[str, ...]
 
     def address(self, row: int) -> tuple[int | str, ...]:
@@ -88,27 +88,27 @@ def load_batch(request: BatchRequest, settings: LoadSettings, latent_cache: Late
         return _load_moments(request, settings, latent_cache)
     rows: list[tuple[pixels.Crop, pixels.LoadedPixels | None]] = []
     problems: list[Problem] = []
-    for row, picture in enumerate(request.pictures):
+    for row, image in enumerate(request.images):
         crop = crop_for(request, row, settings)
         try:
-            rows.append((crop, _load_row(picture, request.planned.bucket, crop, settings)))
+            rows.append((crop, _load_row(image, request.planned.bucket, crop, settings)))
         except DataError as error:
-            problems.append(problem_of(picture.path, error))
+            problems.append(problem_of(image.path, error))
             rows.append((crop, None))
     return LoadedBatch(_assemble_pixels(request, rows, settings), problems)
 
 
 def crop_for(request: BatchRequest, row: int, settings: LoadSettings) -> pixels.Crop:
     """The crop of one row of a request."""
-    planned, picture = request.planned, request.pictures[row]
+    planned, image = request.planned, request.images[row]
     if settings.fixed:
-        return pixels.centre_crop(picture.width, picture.height, planned.bucket)
+        return pixels.centre_crop(image.width, image.height, planned.bucket)
     return pixels.draw_crop(
-        picture.width,
-        picture.height,
+        image.width,
+        image.height,
         planned.bucket,
         crop_jitter=settings.crop_jitter,
-        flip_p=picture.flip_p,
+        flip_p=image.flip_p,
         seed=settings.seed,
         address=request.address(row),
     )
@@ -116,26 +116,26 @@ def crop_for(request: BatchRequest, row: int, settings: LoadSettings) -> pixels.
 
 def caption_for(request: BatchRequest, row: int, settings: LoadSettings) -> str:
     """The text of one row of a request: drawn from alternatives, shuffled, dropped out."""
-    picture, address = request.pictures[row], request.address(row)
+    image, address = request.images[row], request.address(row)
     if settings.fixed:
-        caption, shuffle = replace(picture.caption, alternatives=()), False
-    elif draws.generator(settings.seed, "dropout", *address).random() < picture.cond_dropout:
+        caption, shuffle = replace(image.caption, alternatives=()), False
+    elif draws.generator(settings.seed, "dropout", *address).random() < image.cond_dropout:
         return ""
     else:
-        caption, shuffle = picture.caption, picture.shuffle_tags
-    text = compose_caption(caption, draws.generator(settings.seed, "caption", *address), shuffle, picture.keep_tags)
+        caption, shuffle = image.caption, image.shuffle_tags
+    text = compose_caption(caption, draws.generator(settings.seed, "caption", *address), shuffle, image.keep_tags)
     return text if settings.caption_transform is None else settings.caption_transform(text)
 
 
-def _load_row(picture: Picture, bucket: Size, crop: pixels.Crop, settings: LoadSettings) -> pixels.LoadedPixels:
+def _load_row(image: DatasetImage, bucket: Size, crop: pixels.Crop, settings: LoadSettings) -> pixels.LoadedPixels:
     return pixels.load_pixels(
-        picture.path,
+        image.path,
         bucket,
         crop,
-        size=(picture.width, picture.height),
+        size=(image.width, image.height),
         background=settings.background,
-        mask_path=picture.mask_path,
-        transform=settings.picture_transform,
+        mask_path=image.mask_path,
+        transform=settings.image_transform,
     )
 
 
@@ -160,15 +160,15 @@ def _load_moments(request: BatchRequest, settings: LoadSettings, cache: LatentCa
     """Look every row up in the latent cache. A picture that could not be encoded has weight 0."""
     width, height = request.planned.bucket
     stacked = torch.zeros(
-        len(request.pictures), 8, height // pixels.LATENT_CELL_PIXELS, width // pixels.LATENT_CELL_PIXELS
+        len(request.images), 8, height // pixels.LATENT_CELL_PIXELS, width // pixels.LATENT_CELL_PIXELS
     )
     problems, crops, masks, broken = [], [], [], []
-    for row, picture in enumerate(request.pictures):
-        index = request.planned.draws[row].picture
-        crop = cache.draw_crop(index, picture, request.planned.bucket, seed=settings.seed, address=request.address(row))
-        entry = cache.find(index, picture, request.planned.bucket, crop)
+    for row, image in enumerate(request.images):
+        index = request.planned.draws[row].image
+        crop = cache.draw_crop(index, image, request.planned.bucket, seed=settings.seed, address=request.address(row))
+        entry = cache.find(index, image, request.planned.bucket, crop)
         if entry is None:
-            problems.append(cache.problem(picture))
+            problems.append(cache.problem(image))
         else:
             stacked[row] = entry.moments
         crops.append(crop)
@@ -187,24 +187,23 @@ def _assemble(
     broken: list[bool],
 ) -> Batch:
     """Everything of a batch but its pixels or moments."""
-    planned, pictures = request.planned, request.pictures
+    planned, images = request.planned, request.images
     weights = [
-        0.0 if draw.filler or is_broken else picture.loss_scale
-        for draw, picture, is_broken in zip(planned.draws, pictures, broken, strict=True)
+        0.0 if draw.filler or is_broken else image.loss_scale
+        for draw, image, is_broken in zip(planned.draws, images, broken, strict=True)
     ]
     return Batch(
         planned=planned,
-        captions=[caption_for(request, row, settings) for row in range(len(pictures))],
+        captions=[caption_for(request, row, settings) for row in range(len(images))],
         loss_scale=torch.tensor(weights, dtype=torch.float32),
         pixels=None,
         moments=None,
         mask=_stack_masks(masks, planned.bucket),
-        original_sizes=[(picture.width, picture.height) for picture in pictures],
+        original_sizes=[(image.width, image.height) for image in images],
         crop_top_lefts=[
-            crop.top_left_in_bucket(picture.width, planned.bucket)
-            for crop, picture in zip(crops, pictures, strict=True)
+            crop.top_left_in_bucket(image.width, planned.bucket) for crop, image in zip(crops, images, strict=True)
         ],
-        paths=[picture.path for picture in pictures],
+        paths=[image.path for image in images],
     )
 
 

@@ -28,11 +28,11 @@ import numpy as np
 from everydream_kit import draws
 from everydream_kit.data import pixels
 from everydream_kit.data.cache_room import check_room, possible_flips
-from everydream_kit.data.contents import digest_picture, digest_pictures
-from everydream_kit.data.dataset import Dataset, Picture, Problem
-from everydream_kit.data.encoding import CropEncoder, EncodedCrops, EncodeMoments, EncodingJob
+from everydream_kit.data.dataset import Dataset, DatasetImage, Problem
+from everydream_kit.data.epoch_plan import PlanSettings, possible_buckets
+from everydream_kit.data.image_digests import digest_image, digest_images
+from everydream_kit.data.latent_encoding import CropEncoder, EncodedCrops, EncodeMoments, EncodingJob
 from everydream_kit.data.latents import DiskStore, Entry
-from everydream_kit.data.plan import PlanSettings, possible_buckets
 from everydream_kit.data.records import Size
 
 PIXEL_VERSION = 1
@@ -70,13 +70,13 @@ class Use:
     """One use of a picture that is to come.
 
     Attributes:
-        index, picture: of the dataset.
+        index, image: of the dataset.
         bucket: that it is cropped to.
         address: of its random draws.
     """
 
     index: int
-    picture: Picture
+    image: DatasetImage
     bucket: Size
     address: tuple[int | str, ...]
 
@@ -86,54 +86,54 @@ class LatentCache(ABC):
 
     Attributes:
         settings: what the latents depend on.
-        num_pictures: of the dataset.
+        num_images: of the dataset.
         problems: of pictures that could not be encoded, by path; their weight will be 0.
     """
 
-    def __init__(self, settings: CacheSettings, num_pictures: int) -> None:
+    def __init__(self, settings: CacheSettings, num_images: int) -> None:
         self.settings = settings
-        self.num_pictures = num_pictures
+        self.num_images = num_images
         self.problems: dict[str, Problem] = {}
 
     def draw_crop(
-        self, index: int, picture: Picture, bucket: Size, *, seed: int, address: tuple[int | str, ...]
+        self, index: int, image: DatasetImage, bucket: Size, *, seed: int, address: tuple[int | str, ...]
     ) -> pixels.Crop:
         """Which of a picture's cached crops one use of it gets."""
         if self.settings.fixed:
-            return pixels.centre_crop(picture.width, picture.height, bucket)
+            return pixels.centre_crop(image.width, image.height, bucket)
         variant = int(draws.generator(seed, "crop", *address).integers(self.settings.variants))
-        crop = self._variant(index, picture, bucket, variant)
-        return replace(crop, flip=pixels.draw_flip(picture.flip_p, seed=seed, address=address))
+        crop = self._variant(index, image, bucket, variant)
+        return replace(crop, flip=pixels.draw_flip(image.flip_p, seed=seed, address=address))
 
     @abstractmethod
-    def find(self, index: int, picture: Picture, bucket: Size, crop: pixels.Crop) -> Entry | None:
+    def find(self, index: int, image: DatasetImage, bucket: Size, crop: pixels.Crop) -> Entry | None:
         """The entry of a crop, or None where the picture could not be encoded; `problem` says why."""
 
-    def problem(self, picture: Picture) -> Problem:
+    def problem(self, image: DatasetImage) -> Problem:
         """What is wrong with a picture that `find` has no entry of."""
-        unknown = Problem(picture.path, "it could not be encoded for the latent cache", "Replace or remove it.")
-        return self.problems.get(picture.path, unknown)
+        unknown = Problem(image.path, "it could not be encoded for the latent cache", "Replace or remove it.")
+        return self.problems.get(image.path, unknown)
 
     @abstractmethod
-    def _digest(self, index: int, picture: Picture) -> bytes:
+    def _digest(self, index: int, image: DatasetImage) -> bytes:
         """Of the picture's contents; zeros for a file that cannot be read."""
 
-    def _variant(self, index: int, picture: Picture, bucket: Size, variant: int) -> pixels.Crop:
+    def _variant(self, index: int, image: DatasetImage, bucket: Size, variant: int) -> pixels.Crop:
         """A crop that depends on the picture's contents alone: on no seed, so that all runs share it."""
-        address = ("cached", self._digest(index, picture).hex(), variant)
-        size, jitter = (picture.width, picture.height), self.settings.crop_jitter
+        address = ("cached", self._digest(index, image).hex(), variant)
+        size, jitter = (image.width, image.height), self.settings.crop_jitter
         return pixels.draw_crop(*size, bucket, crop_jitter=jitter, flip_p=0.0, seed=0, address=address)
 
-    def _name(self, index: int, picture: Picture, bucket: Size, crop: pixels.Crop) -> bytes:
+    def _name(self, index: int, image: DatasetImage, bucket: Size, crop: pixels.Crop) -> bytes:
         box = ",".join(map(repr, (*bucket, crop.left, crop.top, crop.width, crop.height, crop.flip)))
-        return hashlib.blake2b(self._digest(index, picture) + box.encode(), digest_size=16).digest()
+        return hashlib.blake2b(self._digest(index, image) + box.encode(), digest_size=16).digest()
 
-    def _is_readable(self, index: int, picture: Picture) -> bool:
+    def _is_readable(self, index: int, image: DatasetImage) -> bool:
         """Whether the file can be read; if not, that is noted."""
-        if any(self._digest(index, picture)):
+        if any(self._digest(index, image)):
             return True
-        unreadable = Problem(picture.path, "the file cannot be read", "The run goes on without it.")
-        self.problems.setdefault(picture.path, unreadable)
+        unreadable = Problem(image.path, "the file cannot be read", "The run goes on without it.")
+        self.problems.setdefault(image.path, unreadable)
         return False
 
     def _note(self, encoded: EncodedCrops) -> None:
@@ -185,18 +185,18 @@ class MemoryCache(LatentCache):
         """End the processes that decode ahead."""
         self._ahead = iter(())
 
-    def find(self, index: int, picture: Picture, bucket: Size, crop: pixels.Crop) -> Entry | None:
+    def find(self, index: int, image: DatasetImage, bucket: Size, crop: pixels.Crop) -> Entry | None:
         """The entry of a crop, encoded now if it is new; None where the picture cannot be decoded.
 
         Raises:
             DataError: the VAE gave values that are not finite.
         """
-        if not self._is_readable(index, picture):
+        if not self._is_readable(index, image):
             return None
-        name = self._name(index, picture, bucket, crop)
+        name = self._name(index, image, bucket, crop)
         if name not in self._entries and name not in self._broken:
             began = time.perf_counter()
-            self._encode(EncodingJob(name, picture, bucket, crop))
+            self._encode(EncodingJob(name, image, bucket, crop))
             self.encoding_seconds += time.perf_counter() - began
         return self._entries.get(name)
 
@@ -217,17 +217,17 @@ class MemoryCache(LatentCache):
     def _new_jobs(self, uses: Iterable[Use], seed: int) -> Iterator[EncodingJob]:
         asked: set[bytes] = set()  # pictures that are in the dataset twice, uses that drew the same crop
         for use in uses:
-            if not self._is_readable(use.index, use.picture):
+            if not self._is_readable(use.index, use.image):
                 continue
-            crop = self.draw_crop(use.index, use.picture, use.bucket, seed=seed, address=use.address)
-            name = self._name(use.index, use.picture, use.bucket, crop)
+            crop = self.draw_crop(use.index, use.image, use.bucket, seed=seed, address=use.address)
+            name = self._name(use.index, use.image, use.bucket, crop)
             if name not in asked and name not in self._entries and name not in self._broken:
                 asked.add(name)
-                yield EncodingJob(name, use.picture, use.bucket, crop)
+                yield EncodingJob(name, use.image, use.bucket, crop)
 
-    def _digest(self, index: int, picture: Picture) -> bytes:
+    def _digest(self, index: int, image: DatasetImage) -> bytes:
         if index not in self._digests:
-            self._digests[index] = digest_picture(picture.path, picture.mask_path)
+            self._digests[index] = digest_image(image.path, image.mask_path)
         return self._digests[index]
 
 
@@ -277,15 +277,15 @@ class DiskCache(LatentCache):
             DataError: the VAE gave values that are not finite.
         """
         settings = settings or CacheSettings()
-        digests = digest_pictures(
-            ((p.path, p.mask_path) for p in map(dataset.picture, range(len(dataset)))),
+        digests = digest_images(
+            ((p.path, p.mask_path) for p in map(dataset.image, range(len(dataset)))),
             len(dataset),
             memo_file=Path(folder) / "contents.bin",
         )
         name = settings.folder_name(identity)
         cache = cls(settings, digests, DiskStore(Path(folder) / name, name))
         jobs = list(cache._missing(dataset, plan_settings))
-        check_room(Path(folder), ((job.bucket, job.picture.mask_path is not None) for job in jobs))
+        check_room(Path(folder), ((job.bucket, job.image.mask_path is not None) for job in jobs))
         encoder = CropEncoder(encode_moments, settings.background, num_workers, batch_size)
         done = 0
         try:
@@ -298,13 +298,13 @@ class DiskCache(LatentCache):
             cache._store.flush()
         return cache
 
-    def find(self, index: int, picture: Picture, bucket: Size, crop: pixels.Crop) -> Entry | None:
+    def find(self, index: int, image: DatasetImage, bucket: Size, crop: pixels.Crop) -> Entry | None:
         """The entry of a crop, or None where the picture could not be encoded."""
         if not self._digests[index].any():
             return None
-        return self._store.get(self._name(index, picture, bucket, crop))
+        return self._store.get(self._name(index, image, bucket, crop))
 
-    def _digest(self, index: int, picture: Picture) -> bytes:
+    def _digest(self, index: int, image: DatasetImage) -> bytes:
         return self._digests[index].tobytes()
 
     def _note(self, encoded: EncodedCrops) -> None:
@@ -312,22 +312,22 @@ class DiskCache(LatentCache):
         for name, entry in encoded.entries.items():
             self._store.put(name, entry)
 
-    def _crops(self, index: int, picture: Picture, bucket: Size) -> list[pixels.Crop]:
+    def _crops(self, index: int, image: DatasetImage, bucket: Size) -> list[pixels.Crop]:
         """Every crop of a picture that `draw_crop` can give."""
         if self.settings.fixed:
-            return [pixels.centre_crop(picture.width, picture.height, bucket)]
-        crops = [self._variant(index, picture, bucket, variant) for variant in range(self.settings.variants)]
-        return [replace(crop, flip=flip) for crop in crops for flip in possible_flips(picture.flip_p)]
+            return [pixels.centre_crop(image.width, image.height, bucket)]
+        crops = [self._variant(index, image, bucket, variant) for variant in range(self.settings.variants)]
+        return [replace(crop, flip=flip) for crop in crops for flip in possible_flips(image.flip_p)]
 
     def _missing(self, dataset: Dataset, plan_settings: PlanSettings) -> Iterator[EncodingJob]:
         """What is still to be encoded, bucket after bucket."""
         asked: set[bytes] = set()  # pictures that are in the dataset twice, variants that fell on the same crop
         for index, bucket in sorted(possible_buckets(dataset, plan_settings), key=lambda possible: possible[1]):
-            picture = dataset.picture(index)
-            if not self._is_readable(index, picture):
+            image = dataset.image(index)
+            if not self._is_readable(index, image):
                 continue
-            for crop in self._crops(index, picture, bucket):
-                name = self._name(index, picture, bucket, crop)
+            for crop in self._crops(index, image, bucket):
+                name = self._name(index, image, bucket, crop)
                 if name not in self._store and name not in asked:
                     asked.add(name)
-                    yield EncodingJob(name, picture, bucket, crop)
+                    yield EncodingJob(name, image, bucket, crop)

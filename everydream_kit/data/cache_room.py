@@ -11,8 +11,8 @@ from typing import Literal
 import psutil
 
 from everydream_kit.data.dataset import Dataset
+from everydream_kit.data.epoch_plan import PlanSettings, possible_buckets
 from everydream_kit.data.pixels import LATENT_CELL_PIXELS
-from everydream_kit.data.plan import PlanSettings, possible_buckets
 from everydream_kit.data.records import Size
 from everydream_kit.errors import DiskSpaceError
 
@@ -39,13 +39,13 @@ def entry_bytes(bucket: Size, has_mask: bool) -> int:
     return cells * (MOMENT_CHANNELS * BYTES_PER_VALUE + has_mask) + HEADER_BYTES * (1 + has_mask)
 
 
-def foretell_bytes(dataset: Dataset, plan_settings: PlanSettings, *, variants: int = 4, fixed: bool = False) -> int:
+def estimate_bytes(dataset: Dataset, plan_settings: PlanSettings, *, variants: int = 4, fixed: bool = False) -> int:
     """Most bytes that the cache of a dataset can take. Equal crops and duplicate pictures take them once only."""
     total = 0
     for index, bucket in possible_buckets(dataset, plan_settings):
-        picture = dataset.picture(index)
-        crops = 1 if fixed else variants * len(possible_flips(picture.flip_p))
-        total += crops * entry_bytes(bucket, picture.mask_path is not None)
+        image = dataset.image(index)
+        crops = 1 if fixed else variants * len(possible_flips(image.flip_p))
+        total += crops * entry_bytes(bucket, image.mask_path is not None)
     return total
 
 
@@ -59,7 +59,7 @@ def choose_cache_mode(
     """What `cache_latents: auto` means here: memory up to a quarter of what is free, disk up to half, else off.
 
     Args:
-        needed_bytes: what `foretell_bytes` says.
+        needed_bytes: what `estimate_bytes` says.
         folder: where the disk cache would be.
         free_memory_bytes, free_disk_bytes: measured unless given.
     """

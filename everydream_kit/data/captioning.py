@@ -9,11 +9,11 @@ from PIL import Image, ImageOps
 
 from everydream_kit.data.changes import Changes, PrepReport
 from everydream_kit.data.dataset import Dataset
-from everydream_kit.data.files import scan_dataset
 from everydream_kit.data.folders import FolderFiles
 from everydream_kit.data.image_files import IMAGE_ERRORS, open_image
-from everydream_kit.data.prep import Progress
+from everydream_kit.data.scanning import scan_dataset
 from everydream_kit.data.tagging import caption_source
+from everydream_kit.data.tidying import Progress
 from everydream_kit.errors import ModelError
 
 DEFAULT_MODEL = "Salesforce/blip-image-captioning-base"
@@ -93,7 +93,7 @@ def _files_to_write(dataset: Dataset, overwrite: bool, changes: Changes) -> dict
 
 def _caption(captioner: Captioner, paths: list[Path], prompt: str | None, changes: Changes) -> dict[Path, str]:
     """Captions of those pictures that can be decoded."""
-    shown = {path: picture for path in paths if (picture := _open(path, changes)) is not None}
+    shown = {path: image for path in paths if (image := _open(path, changes)) is not None}
     return dict(zip(shown, captioner(list(shown.values()), prompt), strict=True))
 
 
@@ -143,13 +143,13 @@ class Captioner:
         self._model: Any = loaded.to(device).eval()
         self._max_new_tokens = max_new_tokens
 
-    def __call__(self, pictures: list[Image.Image], prompt: str | None = None) -> list[str]:
+    def __call__(self, images: list[Image.Image], prompt: str | None = None) -> list[str]:
         """One caption for each picture, on one line. A prompt that starts the caption is part of it."""
         import torch
 
-        if not pictures:
+        if not images:
             return []
-        inputs = self._prepare(pictures, prompt).to(self._model.device, self._model.dtype)
+        inputs = self._prepare(images, prompt).to(self._model.device, self._model.dtype)
         with torch.inference_mode():
             tokens = self._model.generate(**inputs, max_new_tokens=self._max_new_tokens, do_sample=False)
         if self._chats and "input_ids" in inputs:  # the answer comes after the question
@@ -161,14 +161,14 @@ class Captioner:
     def _chats(self) -> bool:
         return bool(getattr(self._processor, "chat_template", None))
 
-    def _prepare(self, pictures: list[Image.Image], prompt: str | None) -> Any:
+    def _prepare(self, images: list[Image.Image], prompt: str | None) -> Any:
         if not self._chats:
-            text = {} if prompt is None else {"text": [prompt] * len(pictures)}
-            return self._processor(images=pictures, return_tensors="pt", **text)
+            text = {} if prompt is None else {"text": [prompt] * len(images)}
+            return self._processor(images=images, return_tensors="pt", **text)
         question = prompt or "Describe this picture in one sentence."
         talks = [
             [{"role": "user", "content": [{"type": "image", "image": p}, {"type": "text", "text": question}]}]
-            for p in pictures
+            for p in images
         ]
         self._processor.tokenizer.padding_side = "left"  # answers of a batch then begin at the same place
         return self._processor.apply_chat_template(

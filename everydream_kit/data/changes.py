@@ -217,8 +217,8 @@ class Changes:
         for action, path, target, before in steps:
             line = {"do": action, "path": self._written(path)}
             lines.append(line | ({"before": before} if target is None else {"to": self._written(target)}))
-        is_whole = not journal.exists() or ends_with_line_end(journal)
-        text = ("" if is_whole else "\n") + "".join(json.dumps(one) + "\n" for one in lines)
+        is_complete = not journal.exists() or ends_with_line_end(journal)
+        text = ("" if is_complete else "\n") + "".join(json.dumps(one) + "\n" for one in lines)
         _append_whole(journal, text.encode())  # before the file itself changes
         self._noted = True
 

@@ -63,7 +63,7 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class DatasetImage:
     """Everything the scan knows of one picture, with the run's defaults filled in.
 
     Attributes:
@@ -159,14 +159,14 @@ class Dataset:
         root = self.roots[int(self.numbers["root"][index])]
         return os.path.join(root, self.paths[index].replace("/", os.sep))
 
-    def picture(self, index: int) -> Picture:
+    def image(self, index: int) -> DatasetImage:
         """One picture, with defaults filled in."""
         n = self.numbers
         path = self.path(index)
         batch = int(n["batch"][index])
         shuffle = int(n["shuffle_tags"][index])
         keep = int(n["keep_tags"][index])
-        return Picture(
+        return DatasetImage(
             path=path,
             width=int(n["width"][index]),
             height=int(n["height"][index]),

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from everydream_kit.data.contents import digest_file
 from everydream_kit.data.dataset import Dataset, Problem, printable
+from everydream_kit.data.image_digests import digest_file
 from everydream_kit.data.image_files import IMAGE_ERRORS, open_header
 
 MAX_DISTANCE = 4
@@ -75,7 +75,7 @@ def find_duplicates(
     unreadable = []
     with warnings.catch_warnings(), ThreadPoolExecutor(num_threads or os.cpu_count() or 1) as pool:
         warnings.filterwarnings("ignore", module=r"PIL\b")  # of damaged EXIF and of large pictures
-        found = pool.map(_look, (dataset.path(index) for index in range(len(dataset))))
+        found = pool.map(_read_thumbnail, (dataset.path(index) for index in range(len(dataset))))
         for index, look in enumerate(found):
             if isinstance(look, Problem):
                 unreadable.append(look)
@@ -106,7 +106,7 @@ def _exact_groups(dataset: Dataset) -> tuple[tuple[int, ...], ...]:
     return tuple(sorted(tuple(group) for group in by_contents.values() if len(group) > 1))
 
 
-def _look(path: str) -> tuple[np.uint64, np.ndarray] | Problem:
+def _read_thumbnail(path: str) -> tuple[np.uint64, np.ndarray] | Problem:
     """Perceptual hash and small thumbnail of a picture."""
     import imagehash
 

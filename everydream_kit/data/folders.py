@@ -15,9 +15,9 @@ from pathlib import Path
 
 from everydream_kit.data.dataset import MASK_SUFFIX, Problem, printable
 from everydream_kit.data.image_files import EXTENSIONS, UNREAD_EXTENSIONS
-from everydream_kit.data.settings import (
+from everydream_kit.data.image_settings import (
     ONE_VALUE_FILES,
-    PictureSettings,
+    ImageSettings,
     nearest_setting,
     parse_one_value,
     parse_settings,
@@ -122,16 +122,16 @@ class Folder:
     Attributes:
         path: absolute.
         relative: to the root, with `/`; "" for the root itself.
-        pictures: names of the picture files, sorted.
+        images: names of the picture files, sorted.
         companions: the other files, which may speak about an image: captions, settings, masks.
         settings: of the folder and those above it.
     """
 
     path: str
     relative: str
-    pictures: tuple[str, ...]
+    images: tuple[str, ...]
     companions: Companions
-    settings: PictureSettings
+    settings: ImageSettings
 
 
 Report = Callable[[Problem], None]
@@ -143,13 +143,13 @@ class _Blocked:
 
     path: str
     cause: str
-    num_pictures: int = 0
+    num_images: int = 0
 
     def problem(self) -> Problem:
         return Problem(
             self.path,
             self.cause,
-            f"Mend the file or delete it; until then its {self.num_pictures} pictures are left out.",
+            f"Mend the file or delete it; until then its {self.num_images} pictures are left out.",
         )
 
 
@@ -163,7 +163,7 @@ def walk_folders(root: str, report: Report) -> Iterator[Folder]:
         report: called with each problem of a folder or a settings file.
     """
     blocks: list[_Blocked] = []
-    yield from _walk(root, "", PictureSettings(), None, frozenset(), blocks=blocks, report=report)
+    yield from _walk(root, "", ImageSettings(), None, frozenset(), blocks=blocks, report=report)
     for block in blocks:
         report(block.problem())
 
@@ -171,7 +171,7 @@ def walk_folders(root: str, report: Report) -> Iterator[Folder]:
 def _walk(
     path: str,
     relative: str,
-    inherited: PictureSettings,
+    inherited: ImageSettings,
     block: _Blocked | None,
     above: frozenset[str],
     *,
@@ -192,16 +192,16 @@ def _walk(
         report(Problem(printable(path), f"the folder cannot be read: {error.strerror}", "Check its permissions."))
         return
     names = frozenset(files)
-    pictures = _pictures_of(files, names)
-    companions = Companions(names.difference(pictures), pictures)
+    images = _images_of(files, names)
+    companions = Companions(names.difference(images), images)
     _report_strays(path, companions, report)
     settings, block = _read_files(path, companions, GLOBAL_FILES, inherited, block, blocks=blocks, report=report)
     here, local_block = _read_files(path, companions, LOCAL_FILES, settings, block, blocks=blocks, report=report)
     if local_block is not None:
-        local_block.num_pictures += len(pictures)
-    elif pictures:
-        yield Folder(path, relative, pictures, companions, here)
-    del names, files, pictures, companions
+        local_block.num_images += len(images)
+    elif images:
+        yield Folder(path, relative, images, companions, here)
+    del names, files, images, companions
     for name in folders:
         below = f"{relative}/{name}" if relative else name
         yield from _walk(os.path.join(path, name), below, settings, block, above | {real}, blocks=blocks, report=report)
@@ -224,14 +224,14 @@ def _list(path: str, report: Report) -> tuple[list[str], list[str]]:
     return sorted(files), sorted(folders)
 
 
-def _pictures_of(files: list[str], names: frozenset[str]) -> tuple[str, ...]:
+def _images_of(files: list[str], names: frozenset[str]) -> tuple[str, ...]:
     """Names of pictures. The loss mask of a picture is none, whether masks are used or not."""
-    pictures = [name for name in files if name[name.rfind(".") :].lower() in EXTENSIONS]
+    images = [name for name in files if name[name.rfind(".") :].lower() in EXTENSIONS]
     stems: set[str] | None = None
     kept = []
-    for name in pictures:
+    for name in images:
         if name.lower().endswith(MASK_SUFFIX):
-            stems = {os.path.splitext(other)[0] for other in pictures} if stems is None else stems
+            stems = {os.path.splitext(other)[0] for other in images} if stems is None else stems
             if name[: -len(MASK_SUFFIX)] in stems:
                 continue
         kept.append(name)
@@ -269,12 +269,12 @@ def _read_files(
     path: str,
     companions: Companions,
     wanted: tuple[str, ...],
-    settings: PictureSettings,
+    settings: ImageSettings,
     block: _Blocked | None,
     *,
     blocks: list[_Blocked],
     report: Report,
-) -> tuple[PictureSettings, _Blocked | None]:
+) -> tuple[ImageSettings, _Blocked | None]:
     """Settings with those of the wanted files over them, or the first file that blocks the folder."""
     for name in wanted:
         spelled = companions.settings_file(name)
@@ -299,7 +299,7 @@ def _read_files(
     return settings, block
 
 
-def report_notes(settings: PictureSettings, path: str, report: Report) -> None:
+def report_notes(settings: ImageSettings, path: str, report: Report) -> None:
     """Report names that no setting has, and the notes."""
     for name in settings.unknown:
         near = nearest_setting(name)

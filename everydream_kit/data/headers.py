@@ -30,7 +30,7 @@ LYING = (5, 6, 7, 8)
 """The EXIF tag of orientation, and its values for pictures that lie on their side."""
 
 
-class PictureError(Exception):
+class ImageHeaderError(Exception):
     """The picture cannot be trained on.
 
     Args:
@@ -51,36 +51,36 @@ class Header:
     width: int
     height: int
     has_alpha: bool
-    remark: str = ""
+    note: str = ""
 
 
 def read_header(path: str) -> Header:
     """Read a picture's header.
 
     Raises:
-        PictureError: empty, no picture, cut off, or of an impossible size.
+        ImageHeaderError: empty, no picture, cut off, or of an impossible size.
     """
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size == 0:
-                raise PictureError("the file is empty", "Copy or download it again, or delete it.")
+                raise ImageHeaderError("the file is empty", "Copy or download it again, or delete it.")
             return _inspect(file, size, os.path.splitext(path)[1].lower())
     except Image.DecompressionBombError:
-        raise PictureError(
+        raise ImageHeaderError(
             f"claims to have more than {describe_limits()}",
             "If it is a real picture, make a smaller copy; else delete it: files like this are made to fill memory.",
         ) from None
     except UnidentifiedImageError:
         if os.path.splitext(path)[1].lower() in (".heic", ".heif", ".avif") and _plugin_is_missing(path):
-            raise PictureError("the plug-in that reads this format is not installed", HEIF_CURE) from None
-        raise PictureError(
+            raise ImageHeaderError("the plug-in that reads this format is not installed", HEIF_CURE) from None
+        raise ImageHeaderError(
             "not a picture in a format that is read, or its beginning is damaged",
             "Save it again as .jpg, .png or .webp.",
         ) from None
     except IMAGE_ERRORS as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
-        raise PictureError(f"cannot be read: {reason}", "Save or download it again, or delete it.") from error
+        raise ImageHeaderError(f"cannot be read: {reason}", "Save or download it again, or delete it.") from error
 
 
 def _plugin_is_missing(path: str) -> bool:
@@ -101,26 +101,26 @@ def _inspect(file: BinaryIO, size: int, extension: str) -> Header:
     with open_header(file) as image:
         width, height = image.size
         if image.mode in _NO_RGB:
-            raise PictureError(_NO_RGB[image.mode], "Save it as an 8-bit RGB image, such as PNG.")
+            raise ImageHeaderError(_NO_RGB[image.mode], "Save it as an 8-bit RGB image, such as PNG.")
         if width < 1 or height < 1:
-            raise PictureError(f"has no pixels ({width} x {height})", "Delete it, or save it again.")
-        if not _is_whole(image, file, size):
-            raise PictureError(*_CUT_OFF)
+            raise ImageHeaderError(f"has no pixels ({width} x {height})", "Delete it, or save it again.")
+        if not _is_complete(image, file, size):
+            raise ImageHeaderError(*_CUT_OFF)
         if _is_turned(image):
             width, height = height, width
         has_alpha = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
-        return Header(width, height, has_alpha, _remark(image, extension))
+        return Header(width, height, has_alpha, _note(image, extension))
 
 
 def _inspect_webp(file: BinaryIO, size: int, extension: str) -> Header:
     try:
         header = read_webp_header(file, size)
     except EOFError:
-        raise PictureError(*_CUT_OFF) from None
+        raise ImageHeaderError(*_CUT_OFF) from None
     width, height = header.width, header.height
     check_size(width, height)
     if width < 1 or height < 1:
-        raise PictureError(f"has no pixels ({width} x {height})", "Delete it, or save it again.")
+        raise ImageHeaderError(f"has no pixels ({width} x {height})", "Delete it, or save it again.")
     if header.exif is not None and header.exif.get(ORIENTATION) in LYING:
         width, height = height, width
     return Header(width, height, header.has_alpha, _ANIMATED if header.is_animated else _wrong_name("WEBP", extension))
@@ -136,7 +136,7 @@ def _is_turned(image: Image.Image) -> bool:
         return False  # damaged EXIF: viewers show the picture unturned
 
 
-def _remark(image: Image.Image, extension: str) -> str:
+def _note(image: Image.Image, extension: str) -> str:
     found = "JPEG" if image.format == "MPO" else str(image.format)
     if found != "JPEG" and getattr(image, "is_animated", False):
         return _SEVERAL if found in ("TIFF", "HEIF") else _ANIMATED
@@ -148,7 +148,7 @@ def _wrong_name(found: str, extension: str) -> str:
     return f"named {extension}, but is a {found} file" if promised and found != promised else ""
 
 
-def _is_whole(image: ImageFile.ImageFile, file: BinaryIO, size: int) -> bool:
+def _is_complete(image: ImageFile.ImageFile, file: BinaryIO, size: int) -> bool:
     """Whether the file's end is there."""
     position = file.tell()
     try:
@@ -159,7 +159,7 @@ def _is_whole(image: ImageFile.ImageFile, file: BinaryIO, size: int) -> bool:
         if image.format == "GIF":
             return _ends_with(file, size, b";")
         if image.format in ("AVIF", "HEIF"):
-            return _boxes_are_whole(file, size)
+            return _boxes_are_complete(file, size)
         if image.format == "TIFF":
             return _tiff_has_all_pixels(image, size)
         return _bmp_has_all_rows(image, size)
@@ -204,7 +204,7 @@ def _bmp_has_all_rows(image: ImageFile.ImageFile, size: int) -> bool:
     return size >= tile[2] + stride * image.height
 
 
-def _boxes_are_whole(file: BinaryIO, size: int) -> bool:
+def _boxes_are_complete(file: BinaryIO, size: int) -> bool:
     """Whether the boxes of AVIF and HEIF (ISO 14496-12) end where the file does, or before."""
     position = 0
     while position + 8 <= size:

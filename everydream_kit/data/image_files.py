@@ -154,7 +154,7 @@ def open_header(source: str | Path | BinaryIO, *, with_trailer: bool = False) ->
     is_own = isinstance(source, str | Path)
     file: BinaryIO = open(source, "rb") if is_own else source  # type: ignore[arg-type,assignment]  # noqa: SIM115
     try:
-        image = Image.open(_without_long_remarks(file, with_trailer), formats=formats())
+        image = Image.open(_without_long_notes(file, with_trailer), formats=formats())
         check_size(*image.size)
     except BaseException:
         if is_own:
@@ -176,7 +176,7 @@ def describe_limits() -> str:
     return f"{MAX_PIXELS // 10**6} million pixels or {MAX_SIDE:,} on a side"
 
 
-def _without_long_remarks(file: BinaryIO, with_trailer: bool) -> BinaryIO:
+def _without_long_notes(file: BinaryIO, with_trailer: bool) -> BinaryIO:
     """The file, or a PNG without those text and ICC chunks that Pillow refuses to read for their length."""
     start = file.read(8)
     file.seek(0)
@@ -256,7 +256,7 @@ class _Parts(io.RawIOBase):
         self._position = max(0, base + offset)
         return self._position
 
-    def tell(self) -> int:
+    def report(self) -> int:
         return self._position
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]

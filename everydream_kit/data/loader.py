@@ -35,8 +35,8 @@ from everydream_kit.data.batches import (
 )
 from everydream_kit.data.cache import LatentCache, MemoryCache, Use
 from everydream_kit.data.dataset import Dataset, Problem
-from everydream_kit.data.pixels import PictureTransform
-from everydream_kit.data.plan import EpochPlan, PlanSettings, num_empty_epochs, plan_epoch
+from everydream_kit.data.epoch_plan import EpochPlan, PlanSettings, num_empty_epochs, plan_epoch
+from everydream_kit.data.pixels import ImageTransform
 from everydream_kit.data.records import MicroBatch, StepBatches
 from everydream_kit.data.workers import as_is, leave_signals_to_the_parent
 from everydream_kit.errors import ConfigError
@@ -74,7 +74,7 @@ def make_loader(
     background: str = "#ffffff",
     latent_cache: LatentCache | None = None,
     caption_transform: CaptionTransform | None = None,
-    picture_transform: PictureTransform | None = None,
+    image_transform: ImageTransform | None = None,
     pin_memory: bool = False,
     fixed: bool = False,
 ) -> Loader:
@@ -92,13 +92,13 @@ def make_loader(
         background: "#rrggbb" behind transparent pictures.
         latent_cache: moments come from here instead of pixels from the files.
         caption_transform: changes each composed caption (not the empty ones that dropout makes).
-        picture_transform: changes each cropped picture.
+        image_transform: changes each cropped picture.
         pin_memory: page-locked memory, where there is a GPU.
         fixed: nothing is drawn, for validation: centre crop, no mirroring, no dropout, tags as written.
     """
     if latent_cache is not None:
-        _check_cache(latent_cache, dataset, fixed, picture_transform)
-    settings = LoadSettings(seed, crop_jitter, background, fixed, caption_transform, picture_transform)
+        _check_cache(latent_cache, dataset, fixed, image_transform)
+    settings = LoadSettings(seed, crop_jitter, background, fixed, caption_transform, image_transform)
     sampler = _RunSampler(dataset, plan_settings, rank, range(start_epoch, start_epoch + num_epochs), start_step)
     memory = latent_cache if isinstance(latent_cache, MemoryCache) else None
     if memory is not None:
@@ -107,15 +107,15 @@ def make_loader(
     return Loader(sampler, _BatchDecoder(settings, latent_cache), num_workers, pin_memory, memory)
 
 
-def _check_cache(cache: LatentCache, dataset: Dataset, fixed: bool, picture_transform: PictureTransform | None) -> None:
+def _check_cache(cache: LatentCache, dataset: Dataset, fixed: bool, image_transform: ImageTransform | None) -> None:
     """Refuse combinations in which the cache would silently give something else than what was asked for."""
-    if picture_transform is not None:
+    if image_transform is not None:
         raise ConfigError(
             "cache_latents, plugins: a plug-in changes pictures, cached latents would not: switch one off."
         )
-    if cache.settings.fixed != fixed or cache.num_pictures != len(dataset):
+    if cache.settings.fixed != fixed or cache.num_images != len(dataset):
         raise ConfigError(
-            f"latent_cache: built for {cache.num_pictures} pictures with fixed={cache.settings.fixed}, "
+            f"latent_cache: built for {cache.num_images} pictures with fixed={cache.settings.fixed}, "
             f"used for {len(dataset)} with fixed={fixed}; build one for this dataset."
         )
 
@@ -249,11 +249,11 @@ class _RunSampler(Sampler[BatchRequest]):
         for step in range(first, plan.num_steps):
             for request in map(self._request, plan.step(step, self._rank)):
                 for row, draw in enumerate(request.planned.draws):
-                    yield Use(draw.picture, request.pictures[row], request.planned.bucket, request.address(row))
+                    yield Use(draw.image, request.images[row], request.planned.bucket, request.address(row))
 
     def _request(self, planned: MicroBatch) -> BatchRequest:
-        indices = [draw.picture for draw in planned.draws]
-        return BatchRequest(planned, tuple(map(self._dataset.picture, indices)), tuple(map(self._dataset.key, indices)))
+        indices = [draw.image for draw in planned.draws]
+        return BatchRequest(planned, tuple(map(self._dataset.image, indices)), tuple(map(self._dataset.key, indices)))
 
 
 class _BatchDecoder(TorchDataset[LoadedBatch]):

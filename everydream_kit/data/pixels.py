@@ -28,7 +28,7 @@ from everydream_kit.errors import DataError
 Box = tuple[float, float, float, float]
 """(left, top, right, bottom) in pixels."""
 
-PictureTransform = Callable[[Image.Image], Image.Image]
+ImageTransform = Callable[[Image.Image], Image.Image]
 """A plug-in's change to the cropped picture: takes and returns an RGB picture of the bucket's size."""
 
 DRAFT_FACTOR = 3
@@ -67,10 +67,10 @@ class Crop:
     def box(self) -> Box:
         return (self.left, self.top, self.left + self.width, self.top + self.height)
 
-    def top_left_in_bucket(self, picture_width: int, bucket: Size) -> tuple[int, int]:
+    def top_left_in_bucket(self, image_width: int, bucket: Size) -> tuple[int, int]:
         """Pixels cut away (left, top) at the bucket's scale, seen after mirroring: SDXL's `crop_top_left`."""
         scale = bucket[0] / self.width
-        left = picture_width - self.left - self.width if self.flip else self.left
+        left = image_width - self.left - self.width if self.flip else self.left
         return (max(0, round(left * scale)), max(0, round(self.top * bucket[1] / self.height)))
 
 
@@ -153,7 +153,7 @@ def load_pixels(
     size: Size | None = None,
     background: str = "#ffffff",
     mask_path: str | Path | None = None,
-    transform: PictureTransform | None = None,
+    transform: ImageTransform | None = None,
     draft: bool = True,
 ) -> LoadedPixels:
     """Decode one crop of one picture at its bucket's size.

@@ -9,11 +9,11 @@ from typing import Any
 
 from PIL import Image
 
-from everydream_kit.data.chart import draw_dataset
 from everydream_kit.data.dataset import Dataset
-from everydream_kit.data.files import DataRoot, scan_dataset
-from everydream_kit.data.plan import PlanSettings
+from everydream_kit.data.dataset_charts import draw_dataset
+from everydream_kit.data.epoch_plan import PlanSettings
 from everydream_kit.data.report import CLIP_WINDOW, DatasetReport, fill_buckets, make_report
+from everydream_kit.data.scanning import DataRoot, scan_dataset
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The records that pass between the rooms of `data`, and from there to the trainer.
 
-A `Picture` is what the scan knows of one file. A `Draw` is one use of a picture in one epoch: the address of every
+An `DatasetImage` is what the scan knows of one file. A `Draw` is one use of a picture in one epoch: the address of every
 random choice made for it. A `MicroBatch` is a planned batch (addresses only), a `Batch` a loaded one (tensors).
 """
 
@@ -24,7 +24,7 @@ class Draw:
     A `filler` stands in where a rank would otherwise have nothing to do: it is loaded, and counts for nothing.
     """
 
-    picture: int  # index into the Dataset
+    image: int  # index into the Dataset
     repeat: int  # 0 .. number of uses in this epoch - 1
     filler: bool = False
 

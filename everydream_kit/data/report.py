@@ -18,7 +18,7 @@ import numpy as np
 from everydream_kit.data.buckets import assign_buckets, bucket_table, upscale_needed
 from everydream_kit.data.dataset import FROM_FILE_NAME, Dataset, Problem, printable
 from everydream_kit.data.duplicates import find_duplicates
-from everydream_kit.data.plan import PlanSettings, plan_epoch
+from everydream_kit.data.epoch_plan import PlanSettings, plan_epoch
 from everydream_kit.data.records import Size
 
 CLIP_WINDOW = 75
@@ -88,14 +88,14 @@ class DatasetReport:
 
     Attributes:
         roots: folders that were scanned.
-        num_pictures: that can be used.
+        dataset_size: that can be used.
         num_images: uses in the first epoch, after multipliers.
         num_steps: optimizer steps of the first epoch.
         batch_size: over all ranks, that `buckets` were counted at.
         buckets: by width over height.
         undersized: the worst first.
         skipped: files that are left out.
-        remarks: files that are used in another way than they seem to ask for.
+        notes: files that are used in another way than they seem to ask for.
         exact_duplicates, near_duplicates: groups of paths.
         captions: counts.
         long_captions: the longest first; None: nobody counted.
@@ -103,14 +103,14 @@ class DatasetReport:
     """
 
     roots: tuple[str, ...]
-    num_pictures: int
+    dataset_size: int
     num_images: int
     num_steps: int
     batch_size: int
     buckets: tuple[BucketFill, ...]
     undersized: tuple[Undersized, ...]
     skipped: tuple[Problem, ...]
-    remarks: tuple[Problem, ...]
+    notes: tuple[Problem, ...]
     exact_duplicates: tuple[tuple[str, ...], ...]
     near_duplicates: tuple[tuple[str, ...], ...]
     captions: CaptionCounts
@@ -147,21 +147,21 @@ def make_report(
     """
     duplicates = find_duplicates(dataset, near=near_duplicates, progress=progress)
     buckets, num_images, num_steps = fill_buckets(dataset, settings)
-    captions, tags, long_captions = _look_at_captions(dataset, count_tokens, max_tokens)
+    captions, tags, long_captions = _check_captions(dataset, count_tokens, max_tokens)
 
     def paths(groups: tuple[tuple[int, ...], ...]) -> tuple[tuple[str, ...], ...]:
         return tuple(tuple(printable(dataset.path(index)) for index in group) for group in groups)
 
     return DatasetReport(
         roots=tuple(map(printable, dataset.roots)),
-        num_pictures=len(dataset),
+        dataset_size=len(dataset),
         num_images=num_images,
         num_steps=num_steps,
         batch_size=settings.batch_size * settings.num_ranks,
         buckets=buckets,
         undersized=find_undersized(dataset, settings),
         skipped=(*(p for p in dataset.problems if p.skipped), *duplicates.unreadable),
-        remarks=tuple(p for p in dataset.problems if not p.skipped),
+        notes=tuple(p for p in dataset.problems if not p.skipped),
         exact_duplicates=paths(duplicates.exact),
         near_duplicates=paths(duplicates.near),
         captions=captions,
@@ -221,7 +221,7 @@ def _undersized_line(item: Undersized) -> str:
     return f"{_size(item.size)} -> {_size(item.bucket)}, enlarged {item.upscale:.2f} x: {item.path}"
 
 
-def _look_at_captions(
+def _check_captions(
     dataset: Dataset, count_tokens: Callable[[str], int] | None, max_tokens: int
 ) -> tuple[CaptionCounts, tuple[tuple[str, int], ...], tuple[LongCaption, ...] | None]:
     """Counts, tag frequencies and captions beyond the window. Every alternative caption counts."""
@@ -274,7 +274,7 @@ def _size(size: Size) -> str:
 
 def _lines(report: DatasetReport) -> list[str]:
     r = report
-    lines = [f"{r.num_pictures} pictures in {', '.join(r.roots)}"]
+    lines = [f"{r.dataset_size} pictures in {', '.join(r.roots)}"]
     lines.append(f"{r.num_images} images and {r.num_steps} optimizer steps in the first epoch")
     lines += ["", f"Buckets at batch size {r.batch_size}:"]
     lines += [
@@ -282,7 +282,7 @@ def _lines(report: DatasetReport) -> list[str]:
         for b in r.buckets
     ]
     lines += _section("Left out", [str(problem) for problem in r.skipped])
-    lines += _section("Used, with a remark", [str(problem) for problem in r.remarks])
+    lines += _section("Used, with a remark", [str(problem) for problem in r.notes])
     lines += _section("Smaller than their bucket", [_undersized_line(item) for item in r.undersized])
     lines += _section("Groups of identical files", [", ".join(group) for group in r.exact_duplicates])
     lines += _section("Groups of pictures that look alike", [", ".join(group) for group in r.near_duplicates])

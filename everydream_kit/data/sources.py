@@ -309,10 +309,10 @@ def _inside_snapshot(spec: str, folder: Path, inner: str | None, work_dir: Path,
         return unpack_archive(folder, work_dir, max_bytes=limits[0], max_entries=limits[1])
     files = [path for path in folder.rglob("*") if path.is_file()]
     archives = [path for path in files if path.name.lower().endswith(ARCHIVES)]
-    pictures = any(path.suffix.lower() in EXTENSIONS for path in files)
-    if not pictures and len(archives) == 1:
+    images = any(path.suffix.lower() in EXTENSIONS for path in files)
+    if not images and len(archives) == 1:
         return unpack_archive(archives[0], work_dir, max_bytes=limits[0], max_entries=limits[1])
-    if not pictures:
+    if not images:
         raise DataError(
             f"{spec}: this Hub dataset holds no picture files"
             + (

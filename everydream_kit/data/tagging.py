@@ -18,8 +18,8 @@ from typing import Any, Literal
 from everydream_kit.data.captions import is_camera_name
 from everydream_kit.data.changes import Changes, PrepReport
 from everydream_kit.data.dataset import FROM_FILE_NAME, FROM_JSON, Dataset
-from everydream_kit.data.files import scan_dataset
 from everydream_kit.data.folders import FolderFiles
+from everydream_kit.data.scanning import scan_dataset
 from everydream_kit.data.textfiles import TextError, read_mapping, read_text_and_doubt
 from everydream_kit.errors import ConfigError, DataError
 from everydream_kit.strict_json import parse_json

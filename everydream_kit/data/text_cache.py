@@ -88,5 +88,5 @@ def _tensors(row: Any) -> list[torch.Tensor]:
 
 def captions_vary(dataset: Dataset) -> bool:
     """Whether some picture's caption is put together anew at every use (shuffled, or drawn from several)."""
-    pictures = map(dataset.picture, range(len(dataset)))
-    return any(p.caption.alternatives or (p.shuffle_tags and len(p.caption.tags) > p.keep_tags) for p in pictures)
+    images = map(dataset.image, range(len(dataset)))
+    return any(p.caption.alternatives or (p.shuffle_tags and len(p.caption.tags) > p.keep_tags) for p in images)

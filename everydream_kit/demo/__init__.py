@@ -18,6 +18,6 @@ def base_model_path() -> Path:
     return _HERE / "base"
 
 
-def pictures_path() -> Path:
+def images_path() -> Path:
     """The demo's dataset folder: 32 ink drawings in several aspect ratios, each with its caption in a .txt file."""
     return _HERE / "pictures"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from everydream_kit.config import TrainConfig
-from everydream_kit.demo import pictures_path
+from everydream_kit.demo import images_path
 from everydream_kit.errors import JobError
 from everydream_kit.workspace import RunFolder
 
@@ -90,7 +90,7 @@ def run_demo(out: Path, *, max_epochs: int | None = None, seed: int = 555) -> De
         KitError: as `train`.
     """
     from everydream_kit.demo.score import score
-    from everydream_kit.drawing import open_for_drawing
+    from everydream_kit.generation import open_for_sampling
     from everydream_kit.sessions import train
 
     started = time.monotonic()
@@ -101,7 +101,7 @@ def run_demo(out: Path, *, max_epochs: int | None = None, seed: int = 555) -> De
     config = TrainConfig(
         **{
             "resume_ckpt": "embedded",
-            "data_root": str(pictures_path()),
+            "data_root": str(images_path()),
             "project_name": "demo",
             "logdir": str(out / "logs"),
             "save_ckpt_dir": str(out),
@@ -110,7 +110,7 @@ def run_demo(out: Path, *, max_epochs: int | None = None, seed: int = 555) -> De
             # validation measures the training pictures themselves: the demo shows that something was learnt
             "validation_config": {
                 "val_split_mode": "manual",
-                "manual_data_root": str(pictures_path()),
+                "manual_data_root": str(images_path()),
                 "every_n_epochs": epochs.get("max_epochs", TRAINING["max_epochs"]),
                 "batch_size": 8,
             },
@@ -118,15 +118,15 @@ def run_demo(out: Path, *, max_epochs: int | None = None, seed: int = 555) -> De
             **epochs,
         }
     )
-    before = draw_subjects(open_for_drawing("embedded"), seed)
+    before = generate_subjects(open_for_sampling("embedded"), seed)
     run = train(config)
     if run.status()["state"] != "finished":
         raise JobError(
             f"The demo was stopped. Start it again, or go on with its training: everydream resume {run.folder}"
         )
-    after = draw_subjects(open_for_drawing(run), seed)
+    after = generate_subjects(open_for_sampling(run), seed)
     path = out / "before-after.png"
-    before_after_sheet(before, after).save(path)
+    before_after_grid(before, after).save(path)
     path_in_run = run.samples_folder / "before-after.png"
     path_in_run.write_bytes(path.read_bytes())
     losses = [event["loss"] for event in run.events("validation")]
@@ -142,18 +142,18 @@ def run_demo(out: Path, *, max_epochs: int | None = None, seed: int = 555) -> De
     )
 
 
-def draw_subjects(model: object, seed: int) -> list[Image.Image]:
+def generate_subjects(model: object, seed: int) -> list[Image.Image]:
     """One picture of each subject, as an ink drawing."""
-    from everydream_kit.models.sampling import SamplePrompt, sample_pictures
+    from everydream_kit.models.sampling import SamplePrompt, sample_images
 
     prompts = [
         SamplePrompt(f"{subject}, ink drawing", seed=seed, width=RESOLUTION, height=RESOLUTION, cfgs=(GUIDANCE_SCALE,))
         for subject in SUBJECTS
     ]
-    return sample_pictures(model, prompts, num_inference_steps=NUM_INFERENCE_STEPS, batch_size=len(prompts))  # type: ignore[arg-type]
+    return sample_images(model, prompts, num_inference_steps=NUM_INFERENCE_STEPS, batch_size=len(prompts))  # type: ignore[arg-type]
 
 
-def before_after_sheet(before: Sequence[Image.Image], after: Sequence[Image.Image]) -> Image.Image:
+def before_after_grid(before: Sequence[Image.Image], after: Sequence[Image.Image]) -> Image.Image:
     """Two rows of pictures: the base's, and the fine-tuned model's from the same noise."""
     from everydream_kit.models.sampling import label_grid
 

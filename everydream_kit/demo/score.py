@@ -95,33 +95,33 @@ def load_features() -> tuple[FeatureNet, References]:
     )
 
 
-def to_pixels(picture: Image.Image) -> torch.Tensor:
+def to_pixels(image: Image.Image) -> torch.Tensor:
     """A picture of any shape as (3, 64, 64) in -1..1: its middle square, made small."""
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = picture.convert("RGB").resize(
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.convert("RGB").resize(
         (SIDE_PIXELS, SIDE_PIXELS), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side)
     )
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def score(pictures: Sequence[Image.Image], subjects: Sequence[str]) -> Score:
+def score(images: Sequence[Image.Image], subjects: Sequence[str]) -> Score:
     """Score samples of the prompts "<subject>, ink drawing".
 
     Args:
-        pictures: the samples.
+        images: the samples.
         subjects: what each one should show, as in the base's captions ("red apple").
 
     Raises:
         ValueError: no pictures, not as many subjects as pictures, or a subject that has no reference.
     """
     net, references = load_features()
-    if not pictures or len(pictures) != len(subjects):
-        raise ValueError(f"score: {len(pictures)} pictures and {len(subjects)} subjects; give one subject a picture")
+    if not images or len(images) != len(subjects):
+        raise ValueError(f"score: {len(images)} pictures and {len(subjects)} subjects; give one subject a picture")
     if unknown := sorted(set(subjects) - set(references.subject_names)):
         raise ValueError(f"score: no reference for {', '.join(unknown)}; take subjects of the base's captions")
     with torch.no_grad():
-        style_vectors, subject_vectors = net(torch.stack([to_pixels(picture) for picture in pictures]))
+        style_vectors, subject_vectors = net(torch.stack([to_pixels(image) for image in images]))
     distances = torch.cdist(style_vectors, references.style_vectors)
     is_new = references.styles == STYLES.index(NEW_STYLE)
     is_other = references.styles < STYLES.index(NEW_STYLE)

@@ -46,12 +46,12 @@ def draw_curves(events: Iterable[dict[str, Any]]) -> bytes | None:
     panels[0].append(("validation loss", curves["validation loss"], ORANGE))
     if len(curves["lr"]) > 1:
         panels.append([("learning rate", curves["lr"], BLUE)])
-    picture = Image.new("RGB", (WIDTH, PANEL_HEIGHT * len(panels)), "white")
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (WIDTH, PANEL_HEIGHT * len(panels)), "white")
+    draw = ImageDraw.Draw(image)
     for number, lines in enumerate(panels):
         _draw_panel(draw, number * PANEL_HEIGHT, [line for line in lines if line[1]])
     file = io.BytesIO()
-    picture.save(file, "PNG", optimize=True)
+    image.save(file, "PNG", optimize=True)
     return file.getvalue()
 
 

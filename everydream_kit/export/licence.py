@@ -16,7 +16,7 @@ from everydream_kit.errors import KitError
 from everydream_kit.strict_json import read_json
 
 FIELDS = ("license", "license_name", "license_link")
-CARD_NAMES = ("README.md", "MODEL_CARD.md", "model_card.md")
+MODEL_CARD_NAMES = ("README.md", "MODEL_CARD.md", "model_card.md")
 FILE_KEY = "modelspec.license"
 ADAPTER_FILE = "adapter.json"
 """In a LoRA's or learnt tokens' folder: names the base that binds it, too."""
@@ -53,7 +53,7 @@ def local_licence(model: Path | None) -> dict[str, str]:
         return _from_header(model)
     if not model.is_dir():
         return {}
-    for name in CARD_NAMES:
+    for name in MODEL_CARD_NAMES:
         found = _from_card(model / name)
         if found:
             return found

@@ -79,7 +79,7 @@ class CardFacts:
     curves: str | None = None
 
 
-def make_card(facts: CardFacts) -> str:
+def make_model_card(facts: CardFacts) -> str:
     """The whole README.md."""
     parts = [
         _metadata(facts),

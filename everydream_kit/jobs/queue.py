@@ -110,7 +110,7 @@ class Queue:
             if self.is_alive():
                 raise JobError(f"{self.path}: this queue is at work already.")
             with self._edit() as plan:
-                _settle(plan["entries"])
+                _resolve(plan["entries"])
                 if not any(entry["state"] == "waiting" for entry in plan["entries"]):
                     raise JobError("Nothing waits in the queue. Add settings first.")
                 plan["command"] = list(command) if command else None
@@ -156,7 +156,7 @@ class Queue:
     def _take_next(self) -> dict[str, Any] | None:
         """The first waiting entry, which starts now; None where there is none, or the queue is to stop."""
         with self._edit() as plan:
-            _settle(plan["entries"])  # whatever else counts as active is left of a process that was killed
+            _resolve(plan["entries"])  # whatever else counts as active is left of a process that was killed
             for entry in plan["entries"]:
                 if entry["state"] == "waiting" and not self._is_to_stop():
                     entry["state"] = "starting"
@@ -242,7 +242,7 @@ def _wait_while(condition: Callable[[], bool]) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _settle(entries: list[dict[str, Any]]) -> None:
+def _resolve(entries: list[dict[str, Any]]) -> None:
     """Say what became of entries whose queue was ended from outside."""
     for entry in entries:
         if entry["state"] in ACTIVE:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from everydream_kit.errors import ModelError
-from everydream_kit.models.files import read_json
+from everydream_kit.models.model_files import read_json
 
 ADAPTER_FILE = "adapter.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"

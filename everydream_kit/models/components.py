@@ -18,8 +18,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from everydream_kit.errors import ModelError
 from everydream_kit.models.family import Config
-from everydream_kit.models.formats import NameToDtype
 from everydream_kit.models.imports import make_lazy
+from everydream_kit.models.number_formats import NameToDtype
 from everydream_kit.models.part_configs import diffusers_values, text_encoder_values
 from everydream_kit.models.tensors import LazyTensor, Tensors
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 import torch
 
 from everydream_kit.models.family import Config, Family, TextEncoderSlot
-from everydream_kit.models.files import ModelFiles
+from everydream_kit.models.model_files import ModelFiles
 from everydream_kit.models.tensors import LazyTensor, Tensors, concatenated
 
 UNET_PREFIX = "model.diffusion_model."

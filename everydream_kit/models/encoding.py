@@ -138,9 +138,9 @@ def _num_together(height: int, width: int) -> int:
     return max(1, PIXELS_TOGETHER // (height * width))
 
 
-def _as_bytes(pictures: torch.Tensor) -> torch.Tensor:
+def _as_bytes(images: torch.Tensor) -> torch.Tensor:
     """From -1 ... 1 to 0 ... 255, uint8."""
-    return ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _shift_and_scale(model: Model) -> tuple[float, float]:

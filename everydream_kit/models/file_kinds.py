@@ -16,7 +16,7 @@ import torch
 
 from everydream_kit.errors import ModelError
 from everydream_kit.models.convert import UNET_PREFIX, VAE_PREFIX
-from everydream_kit.models.files import refuse_unsupported
+from everydream_kit.models.model_files import refuse_unsupported
 from everydream_kit.models.tensors import LazyTensor, Tensors
 from everydream_kit.models.weight_files import WEIGHT_SUFFIXES, open_weights
 

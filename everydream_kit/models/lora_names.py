@@ -10,7 +10,7 @@ import re
 
 from everydream_kit.models.convert import rename, unet_renames
 from everydream_kit.models.family import Config, Family
-from everydream_kit.models.files import ModelFiles
+from everydream_kit.models.model_files import ModelFiles
 
 Place = tuple[str, str]
 """(component, layer by its diffusers name; text encoders' with `text_model.`)"""

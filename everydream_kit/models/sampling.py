@@ -22,10 +22,10 @@ from PIL import Image
 from everydream_kit.errors import ConfigError
 from everydream_kit.models.encoding import count_chunks, decode_latents, encode_captions, scale_rows
 from everydream_kit.models.family import Conditioning, Model, Sizes
-from everydream_kit.models.samplers import build_scheduler, sampler_by_name
-from everydream_kit.models.sheets import label_grid, save_picture
+from everydream_kit.models.sample_grids import label_grid, save_image
+from everydream_kit.models.sampling_schedulers import build_scheduler, sampler_by_name
 
-__all__ = ["SamplePrompt", "label_grid", "sample_pictures", "save_picture", "settings_text"]
+__all__ = ["SamplePrompt", "label_grid", "sample_images", "save_image", "settings_text"]
 
 ZERO_SNR_GUIDANCE_RESCALE = 0.7
 """arXiv 2305.08891, section 3.4: what zero-terminal-SNR models need against over-exposure."""
@@ -61,7 +61,7 @@ class _Row:
     cfg: float
 
 
-def sample_pictures(
+def sample_images(
     model: Model,
     prompts: Sequence[SamplePrompt],
     *,
@@ -83,7 +83,7 @@ def sample_pictures(
 
     Returns:
         One picture for each guidance scale of each prompt, in order. `picture.info["parameters"]` holds its settings
-        as the common UIs write them; `save_picture` puts them into the file.
+        as the common UIs write them; `save_image` puts them into the file.
 
     Raises:
         ConfigError: unknown scheduler, or a size that is no multiple of 8.
@@ -95,11 +95,11 @@ def sample_pictures(
     rescale = guidance_rescale
     if rescale is None:
         rescale = ZERO_SNR_GUIDANCE_RESCALE if model.zero_terminal_snr else 0.0
-    pictures: list[Image.Image | None] = [None] * len(rows)
+    images: list[Image.Image | None] = [None] * len(rows)
     batches = list(_batches(model, rows, batch_size))
-    with _drawing(model):
+    with _sampling_mode(model):
         for number, (num_chunks, batch) in enumerate(batches):
-            tell = None if progress is None else _part_of(progress, number, len(batches))
+            report = None if progress is None else _part_of(progress, number, len(batches))
             latents = _denoise(
                 model,
                 batch,
@@ -108,11 +108,11 @@ def sample_pictures(
                 clip_skip=clip_skip,
                 num_chunks=num_chunks,
                 guidance_rescale=rescale,
-                progress=tell,
+                progress=report,
             )
             for row, pixels in zip(batch, decode_latents(model, latents), strict=True):
-                picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-                picture.info["parameters"] = settings_text(
+                image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+                image.info["parameters"] = settings_text(
                     row.prompt,
                     row.cfg,
                     scheduler=scheduler,
@@ -121,8 +121,8 @@ def sample_pictures(
                     model_name=model.source,
                     guidance_rescale=rescale,
                 )
-                pictures[row.position] = picture
-    return [picture for picture in pictures if picture is not None]
+                images[row.position] = image
+    return [image for image in images if image is not None]
 
 
 def settings_text(
@@ -177,7 +177,7 @@ def _batches(model: Model, rows: Sequence[_Row], batch_size: int) -> Iterator[tu
 
 
 @contextmanager
-def _drawing(model: Model) -> Iterator[None]:
+def _sampling_mode(model: Model) -> Iterator[None]:
     """No gradients, no dropout; every module's mode is put back, whatever happens."""
     parts = [part for module in model.modules().values() for part in module.modules()]
     modes = [part.training for part in parts]

@@ -17,7 +17,7 @@ from everydream_kit.models.convert import UNET_PREFIX, from_single_file
 from everydream_kit.models.families import FAMILIES, family_by_name
 from everydream_kit.models.family import Config, Family, configs_folder
 from everydream_kit.models.file_kinds import refuse_other_kinds, with_vae, without_scales
-from everydream_kit.models.files import (
+from everydream_kit.models.model_files import (
     ModelFiles,
     has_zero_terminal_snr,
     prediction_type_of,
@@ -124,9 +124,9 @@ def _prediction_type(
     named = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key") or ""
     if named:
         return "v_prediction" if named.lower().startswith("v") else "epsilon"
-    beside = path.with_suffix(".yaml")
-    if beside.is_file():
-        text = beside.read_text(encoding="utf-8", errors="replace")
+    alongside = path.with_suffix(".yaml")
+    if alongside.is_file():
+        text = alongside.read_text(encoding="utf-8", errors="replace")
         return "v_prediction" if re.search(r"parameterization:\s*[\"']?v\b", text) else "epsilon"
     if family.name == "sd2" and _V_STATISTIC in tensors:
         is_v = tensors[_V_STATISTIC].read().float().std(unbiased=False).item() > _V_THRESHOLD

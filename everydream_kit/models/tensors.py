@@ -215,7 +215,7 @@ class _EarlySync:
         self._sync = getattr(os, "fdatasync", os.fsync)
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._pending: Future[None] | None = None
-        self._waiting_bytes = 0
+        self._pending_bytes = 0
 
     def __enter__(self) -> _EarlySync:
         return self
@@ -227,12 +227,12 @@ class _EarlySync:
 
     def written(self, num_bytes: int) -> None:
         """Begin a sync where enough has gathered and none is under way."""
-        self._waiting_bytes += num_bytes
-        if self._waiting_bytes >= EARLY_SYNC_BYTES and (self._pending is None or self._pending.done()):
+        self._pending_bytes += num_bytes
+        if self._pending_bytes >= EARLY_SYNC_BYTES and (self._pending is None or self._pending.done()):
             if self._pending is not None:
                 self._pending.result()
             self._pending = self._thread.submit(self._sync, self._descriptor)
-            self._waiting_bytes = 0
+            self._pending_bytes = 0
 
 
 class _Hasher:

@@ -13,45 +13,45 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from everydream_kit.panels.machine import SetupPanel
-    from everydream_kit.panels.pictures import DatasetPanel
-    from everydream_kit.panels.sharing import SharePanel
-    from everydream_kit.panels.side_by_side import ComparePanel
-    from everydream_kit.panels.training import TrainPanel
+    from everydream_kit.panels.compare_panel import ComparePanel
+    from everydream_kit.panels.dataset_panel import DatasetPanel
+    from everydream_kit.panels.setup_panel import SetupPanel
+    from everydream_kit.panels.share_panel import SharePanel
+    from everydream_kit.panels.train_panel import TrainPanel
 
 __all__ = ["compare", "dataset", "setup", "share", "train"]
 
 
 def setup(project: str | Path, **options: Any) -> SetupPanel:
     """Where am I, what fits here, what is wrong; log in to the Hub. Options as `SetupPanel`."""
-    from everydream_kit.panels.machine import SetupPanel
+    from everydream_kit.panels.setup_panel import SetupPanel
 
     return SetupPanel(project, **options)
 
 
 def dataset(project: str | Path, **options: Any) -> DatasetPanel:
     """Upload, look through, caption, tag, report; problems and undo. Options as `DatasetPanel`."""
-    from everydream_kit.panels.pictures import DatasetPanel
+    from everydream_kit.panels.dataset_panel import DatasetPanel
 
     return DatasetPanel(project, **options)
 
 
 def train(project: str | Path, **options: Any) -> TrainPanel:
     """Settings, start, stop, resume, and the live view of a run. Options as `TrainPanel`."""
-    from everydream_kit.panels.training import TrainPanel
+    from everydream_kit.panels.train_panel import TrainPanel
 
     return TrainPanel(project, **options)
 
 
 def compare(project: str | Path, **options: Any) -> ComparePanel:
     """Checkpoints beside each other, before and after, pick a winner. Options as `ComparePanel`."""
-    from everydream_kit.panels.side_by_side import ComparePanel
+    from everydream_kit.panels.compare_panel import ComparePanel
 
     return ComparePanel(project, **options)
 
 
 def share(project: str | Path, **options: Any) -> SharePanel:
     """A file for image apps; the model on the Hub with its card. Options as `SharePanel`."""
-    from everydream_kit.panels.sharing import SharePanel
+    from everydream_kit.panels.share_panel import SharePanel
 
     return SharePanel(project, **options)

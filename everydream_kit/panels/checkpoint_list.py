@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from everydream_kit.panels.project import Project
+from everydream_kit.actions.project import Project
 
 LOOKING_SHARE = 0.05
 """Of the time goes into looking at most."""

@@ -6,10 +6,10 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from everydream_kit.panels import look
-from everydream_kit.panels.chart import Point, line_chart
-from everydream_kit.panels.live import RunView, smooth, thin
+from everydream_kit.panels import style
 from everydream_kit.panels.panel import set_html
+from everydream_kit.panels.run_view import RunView, smooth, thin
+from everydream_kit.panels.svg_charts import Point, line_chart
 
 SMOOTHING = 0.9
 """As TensorBoard begins."""
@@ -39,9 +39,9 @@ class CurveBox:
         )  # fmt: skip
         self.chart, self.memory_chart, self.notes = widgets.HTML(), widgets.HTML(), widgets.HTML()
         for control in (self.smoothing, self.is_log, self.zoom):
-            control.observe(lambda _: self._draw(), "value")
-        self.controls = look.row(self.smoothing, self.zoom, self.is_log, gap="4px 18px")
-        self.box = look.column(self.chart, self.controls, self.memory_chart, self.notes)
+            control.observe(lambda _: self._render(), "value")
+        self.controls = style.row(self.smoothing, self.zoom, self.is_log, gap="4px 18px")
+        self.box = style.column(self.chart, self.controls, self.memory_chart, self.notes)
 
     def reset(self) -> None:
         """Show all steps, also those to come."""
@@ -59,11 +59,11 @@ class CurveBox:
         if follows and last != end:
             self.zoom.value = (first, last)  # it draws
         else:
-            self._draw()
+            self._render()
         self.controls.layout.display = "" if len(view.loss) > 1 else "none"
-        set_html(self.notes, look.note("\n".join(view.messages[-5:]), "warn"))
+        set_html(self.notes, style.note("\n".join(view.messages[-5:]), "warn"))
 
-    def _draw(self) -> None:
+    def _render(self) -> None:
         if self._view is None:
             return
         view = self._view

@@ -66,7 +66,7 @@ class Field:
         """Show a problem that this field has together with another one."""
         if message != self._outside_error:
             self._outside_error = message
-            self._draw_hint()
+            self._render_hint()
 
     def _replace_control(self, value: Any) -> None:
         self.control.unobserve(self._take_input, "value")
@@ -88,9 +88,9 @@ class Field:
     def _check(self, parse_error: str | None = None) -> None:
         self.error = parse_error or check_value(self.record.name, self._value)
         (self.control.add_class if self.error else self.control.remove_class)("edk-wrong")
-        self._draw_hint()
+        self._render_hint()
 
-    def _draw_hint(self) -> None:
+    def _render_hint(self) -> None:
         text = hint_html(self.record, self.error or self._outside_error)
         if self._hint.value != text:
             self._hint.value = text

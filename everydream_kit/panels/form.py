@@ -13,13 +13,13 @@ from typing import Any
 
 import ipywidgets as widgets
 
+from everydream_kit.actions.presets import PRESETS
 from everydream_kit.atomic import write_atomic
 from everydream_kit.config import TrainConfig, config_warnings
 from everydream_kit.errors import ConfigError
-from everydream_kit.panels import look
+from everydream_kit.panels import style
 from everydream_kit.panels.fields import Field
 from everydream_kit.panels.pages import Fold
-from everydream_kit.panels.presets import PRESETS
 from everydream_kit.params import Parameter, check_value, parameters
 from everydream_kit.settings import load_config
 
@@ -50,9 +50,9 @@ class SettingsForm:
                 self._preset_row(),
                 self._notes,
                 *basic,
-                look.section("All other settings"),
+                style.section("All other settings"),
                 *(fold.box for fold in self.folds),
-                look.section("Settings file"),
+                style.section("Settings file"),
                 self._file_row(),
             ]
         )
@@ -167,7 +167,7 @@ class SettingsForm:
         for name, field in self._fields.items():
             field.set_outside_error(combined.get(name))
         warnings = [] if self._unreadable or combined else config_warnings(self.config())
-        self._notes.value = look.note("\n".join(warnings), "warn")
+        self._notes.value = style.note("\n".join(warnings), "warn")
 
     def _preset_row(self) -> widgets.Widget:
         options = [("your own", ""), *((preset.title, name) for name, preset in PRESETS.items())]
@@ -187,7 +187,7 @@ class SettingsForm:
 
         chooser.observe(take, "value")
         self.preset = chooser
-        return look.row(chooser, why)
+        return style.row(chooser, why)
 
     def _file_row(self) -> widgets.Widget:
         self.file_path = widgets.Text(
@@ -196,26 +196,26 @@ class SettingsForm:
             style={"description_width": "90px"},
             layout=widgets.Layout(width="420px"),
         )
-        self.load_button, self.save_button = look.button("Load"), look.button("Save")
+        self.load_button, self.save_button = style.button("Load"), style.button("Save")
         report = widgets.HTML()
 
         def load(_: Any) -> None:
             try:
                 warnings = self.load_file(self.file_path.value or "train.json")
             except ConfigError as error:
-                report.value = look.note(str(error), "bad")
+                report.value = style.note(str(error), "bad")
             else:
-                report.value = look.note("\n".join(["Loaded.", *warnings]), "warn" if warnings else "good")
+                report.value = style.note("\n".join(["Loaded.", *warnings]), "warn" if warnings else "good")
 
         def save(_: Any) -> None:
             try:
-                report.value = look.note(f"Saved as {self.save_file(self.file_path.value or 'train.json')}.", "good")
+                report.value = style.note(f"Saved as {self.save_file(self.file_path.value or 'train.json')}.", "good")
             except OSError as error:
-                report.value = look.note(f"Not saved: {error}", "bad")
+                report.value = style.note(f"Not saved: {error}", "bad")
 
         self.load_button.on_click(load)
         self.save_button.on_click(save)
-        return look.column(look.row(self.file_path, self.load_button, self.save_button), report)
+        return style.column(style.row(self.file_path, self.load_button, self.save_button), report)
 
 
 def _group_records(*, basic: bool) -> dict[str, list[Parameter]]:

@@ -13,12 +13,12 @@ from typing import Any
 
 import ipywidgets as widgets
 
+from everydream_kit.data.album import Album
 from everydream_kit.data.tagging import CaptionSource
 from everydream_kit.errors import DataError
-from everydream_kit.panels import look
-from everydream_kit.panels.album import Album
+from everydream_kit.panels import style
 from everydream_kit.panels.panel import set_html
-from everydream_kit.panels.shots import blank, image_key, thumbnail
+from everydream_kit.panels.thumbnails import blank, image_key, thumbnail
 
 PAGE = 12
 THUMBNAIL_SIDE = 260
@@ -56,9 +56,9 @@ class Card:
             name, source = album.name(index), album.source(index)
             self._offer_large(album.path(index))
             self.image.value = thumbnail(album.path(index), THUMBNAIL_SIDE)
-            set_html(self.title, f'<div class="edk-name">{look.name_html(name)}</div>')
+            set_html(self.title, f'<div class="edk-name">{style.name_html(name)}</div>')
             for control in (self.check, self.text):
-                look.set_hint(control, name)
+                style.set_hint(control, name)
             self.text.value = album.caption(index)
             self.text.disabled = bool(source.locked)
             set_html(self.note, _note_on(album, index, source))
@@ -96,7 +96,7 @@ class Gallery:
         on_select: called when another selection is shown.
     """
 
-    def __init__(self, album: Album, say: Callable[[str, look.Tone], None], on_edit: Callable[[], None]) -> None:
+    def __init__(self, album: Album, say: Callable[[str, style.Tone], None], on_edit: Callable[[], None]) -> None:
         self.album, self._say, self._on_edit = album, say, on_edit
         self.on_select: Callable[[], None] = lambda: None
         self.chosen: set[str] = set()
@@ -112,18 +112,18 @@ class Gallery:
             value=1, min=1, max=1, description="Page",
             style={"description_width": "36px"}, layout=widgets.Layout(width="110px"),
         )  # fmt: skip
-        self.previous, self.next = look.button("‹ Back"), look.button("Next ›")
+        self.previous, self.next = style.button("‹ Back"), style.button("Next ›")
         self.count, self.selection = widgets.HTML(), widgets.HTML()
-        self.choose_page, self.choose_found = look.button("Select page"), look.button("Select all found")
-        self.choose_none = look.button("Select none")
+        self.choose_page, self.choose_found = style.button("Select page"), style.button("Select all found")
+        self.choose_none = style.button("Select none")
         self.cards = [Card(self._write_caption, self._choose) for _ in range(PAGE)]
         self.grid = widgets.GridBox([card.box for card in self.cards])
         self.grid.add_class("edk-cards")
         self.tools = widgets.VBox()
         self._connect()
-        self.box = look.column(
-            look.row(self.search, self.previous, self.page, self.next, self.count),
-            look.row(self.choose_page, self.choose_found, self.choose_none, self.selection),
+        self.box = style.column(
+            style.row(self.search, self.previous, self.page, self.next, self.count),
+            style.row(self.choose_page, self.choose_found, self.choose_none, self.selection),
             self.tools,
             self.grid,
         )
@@ -182,16 +182,16 @@ class Gallery:
         self.count.value = f'<span class="edk-hint">of {self.page.max} · {len(self.found):,} pictures</span>'
         self.previous.disabled = self.page.value <= 1
         self.next.disabled = self.page.value >= self.page.max
-        self._tell_selection()
+        self._report_selection()
 
-    def _tell_selection(self) -> None:
+    def _report_selection(self) -> None:
         text = f"{count_images(len(self.chosen))} selected in {self.album.root}" if self.chosen else "nothing selected"
-        self.selection.value = f'<span class="edk-hint">{look.name_html(text)}</span>'
+        self.selection.value = f'<span class="edk-hint">{style.name_html(text)}</span>'
         self.on_select()
 
     def _choose(self, index: int, chosen: bool) -> None:
         (self.chosen.add if chosen else self.chosen.discard)(self.album.name(index))
-        self._tell_selection()
+        self._report_selection()
 
     def _write_caption(self, index: int, text: str) -> None:
         try:
@@ -209,7 +209,7 @@ def _note_on(album: Album, index: int, source: CaptionSource) -> str:
     if not source.is_own:
         name = album.dataset.caption(index).text
         words = "from the file name" if source.text else f"no caption; trained as {name!r}, from the file name"
-    return f'<div class="edk-hint">{look.name_html(words)}</div>' if words else ""
+    return f'<div class="edk-hint">{style.name_html(words)}</div>' if words else ""
 
 
 def count_images(number: int) -> str:

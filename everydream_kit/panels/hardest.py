@@ -10,7 +10,7 @@ from typing import Any
 from everydream_kit.data.captions import caption_from_file_name
 from everydream_kit.data.folders import FolderFiles
 from everydream_kit.data.textfiles import TextError, read_text
-from everydream_kit.panels.live import Point
+from everydream_kit.panels.run_view import Point
 from everydream_kit.workspace import read_small_object
 
 MOST_IMAGES = 24

@@ -9,11 +9,11 @@ from pathlib import Path
 import ipywidgets as widgets
 
 from everydream_kit.data.folders import FolderFiles
-from everydream_kit.panels import look
-from everydream_kit.panels.chart import sparkline
+from everydream_kit.panels import style
 from everydream_kit.panels.hardest import HardestReader, HardImage, caption_text
 from everydream_kit.panels.panel import set_html
-from everydream_kit.panels.shots import picture_tag
+from everydream_kit.panels.svg_charts import sparkline
+from everydream_kit.panels.thumbnails import image_tag
 
 LEAD = (
     "Images with the highest loss in the last epoch. A wrong caption, a crop that hides the subject or an image that does not "
@@ -39,7 +39,7 @@ class HardestBox:
         self._open_image = open_image
         self._reader: HardestReader | None = None
         self.head, self.lines, self.slot = widgets.HTML(), widgets.VBox(), widgets.VBox()
-        self.box = look.column(widgets.HTML(f'<p class="edk-lead">{LEAD}</p>'), self.slot, self.head, self.lines)
+        self.box = style.column(widgets.HTML(f'<p class="edk-lead">{LEAD}</p>'), self.slot, self.head, self.lines)
 
     def attach(self, run: Path | None) -> None:
         """Begin to show another run."""
@@ -62,18 +62,18 @@ class HardestBox:
         caption = caption_text(image.path, files) if image.path.is_file() else "(the file is gone)"
         uses = f"{image.count} use{'' if image.count == 1 else 's'}"
         text = (
-            f'<div class="edk-found edk-few">{picture_tag(image.path, 96, words=image.path.name, height=56)}'
+            f'<div class="edk-found edk-few">{image_tag(image.path, 96, words=image.path.name, height=56)}'
             f"<div><b>{html.escape(image.path.name)}</b><br>{html.escape(caption)}"
             f'<div class="edk-hint">{number} · loss {image.loss:.4f} in {uses}</div></div></div>'
         )
         words = widgets.HTML(layout=widgets.Layout(flex="1 1 420px", width="auto"))
         set_html(words, text)
         trend = widgets.HTML(sparkline(image.trend, f"Loss of {image.path.name} by epoch"))
-        button = look.button(
+        button = style.button(
             "Open in dataset", icon="pencil", hint=f"Edit the caption of {image.path.name}, or exclude it"
         )
         button.disabled = not image.path.is_file()
         button.on_click(lambda _: self._open_image(image.path))
-        line = look.row(words, trend, button)
+        line = style.row(words, trend, button)
         line.add_class("edk-line")
         return line

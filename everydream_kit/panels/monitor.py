@@ -12,13 +12,13 @@ from typing import Any
 import ipywidgets as widgets
 
 from everydream_kit import jobs
-from everydream_kit.panels import look
+from everydream_kit.panels import style
 from everydream_kit.panels.curves import CurveBox
-from everydream_kit.panels.live import RunView, Sample
 from everydream_kit.panels.panel import set_html
-from everydream_kit.panels.shots import picture_tag
+from everydream_kit.panels.run_view import RunView, Sample
+from everydream_kit.panels.thumbnails import image_tag
 
-STATE_TONES: dict[str, look.Tone] = {
+STATE_TONES: dict[str, style.Tone] = {
     "starting": "busy",
     "running": "busy",
     "saving": "busy",
@@ -50,26 +50,26 @@ class RunMonitor:
         self._job: jobs.Job | None = None
         self._shown: dict[str, Any] = {}
         self._samples: list[Sample] = []
-        self.bar = look.progress_bar()
+        self.bar = style.progress_bar()
         self.bar.layout.visibility = "visible"
         self.figures, self.latest, self.log = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.curves = CurveBox()
         self._build_samples()
 
     def _build_samples(self) -> None:
-        self.gallery, self.step_picture, self.strip = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.gallery, self.step_image, self.strip = widgets.HTML(), widgets.HTML(), widgets.HTML()
         wide = {"style": {"description_width": "70px"}, "layout": widgets.Layout(width="420px", max_width="100%")}
         self.prompt_choice = widgets.Dropdown(options=[("all prompts", ALL_PROMPTS)], description="Show", **wide)
         wide["layout"] = widgets.Layout(width="420px", max_width="100%")
         self.step_slider = widgets.IntSlider(min=0, max=0, description="Step", readout=False, **wide)
         self.step_words = widgets.HTML()
-        self.step_slider.observe(lambda _: self._draw_step(), "value")
-        self.prompt_choice.observe(lambda _: self._draw_step(), "value")
-        self.samples = look.column(
-            look.row(self.prompt_choice, self.step_slider, self.step_words),
-            self.step_picture,
+        self.step_slider.observe(lambda _: self._render_step(), "value")
+        self.prompt_choice.observe(lambda _: self._render_step(), "value")
+        self.samples = style.column(
+            style.row(self.prompt_choice, self.step_slider, self.step_words),
+            self.step_image,
             self.strip,
-            look.section("By step"),
+            style.section("By step"),
             self.gallery,
         )
 
@@ -83,19 +83,19 @@ class RunMonitor:
 
     def show(self, status: dict[str, Any]) -> None:
         """Show what is new. Cheap where nothing is."""
-        self._draw_figures(status)
+        self._render_figures(status)
         if self.view is None or self._job is None:
             self.curves.show(RunView(Path()))
-            self._draw_samples([])
-            set_html(self.log, look.log_view([]))
+            self._render_samples([])
+            set_html(self.log, style.log_view([]))
             return
         if self.view.update() or "curves" not in self._shown:
             self._shown["curves"] = True
             self.curves.show(self.view)
-        self._draw_samples(self.view.samples())
-        set_html(self.log, look.log_view(self._job.log_tail()))
+        self._render_samples(self.view.samples())
+        set_html(self.log, style.log_view(self._job.log_tail()))
 
-    def _draw_figures(self, status: dict[str, Any]) -> None:
+    def _render_figures(self, status: dict[str, Any]) -> None:
         step, total = int(status.get("step") or 0), status.get("num_steps")
         self.bar.max, self.bar.value = max(1, total or 1), min(step, max(1, total or 1))
         self.bar.bar_style = {"good": "success", "bad": "danger", "warn": "warning"}.get(
@@ -108,17 +108,17 @@ class RunMonitor:
             ("epoch", "–" if epoch is None else self._epoch_words(int(epoch))),
             ("loss, last step", "–" if loss is None else f"{loss:.4f}"),
             ("images per second", "–" if not speed else f"{speed:.1f}"),
-            ("time left", look.duration(status.get("eta_seconds")) if status["alive"] else "–"),
-            ("memory", look.size(status.get("memory_bytes"))),
+            ("time left", style.duration(status.get("eta_seconds")) if status["alive"] else "–"),
+            ("memory", style.size(status.get("memory_bytes"))),
         ]
-        set_html(self.figures, look.facts(entries))
+        set_html(self.figures, style.facts(entries))
 
     def _epoch_words(self, ended: int) -> str:
         """`3 / 16`: the epoch in progress (the last one where all have ended) of those that the run will have."""
         total = self.view.max_epochs if self.view is not None else None
         return f"{min(ended + 1, total)} / {total}" if total else str(ended + 1)
 
-    def _draw_samples(self, samples: list[Sample]) -> None:
+    def _render_samples(self, samples: list[Sample]) -> None:
         if self._shown.get("samples") == samples:
             return
         self._shown["samples"], self._samples = samples, samples
@@ -136,24 +136,24 @@ class RunMonitor:
         by_step = {step: [s for s in samples if s.step == step] for step in steps[-SHOWN_STEPS:][::-1]}
         set_html(self.gallery, sample_rows(by_step) or NO_SAMPLES)
         set_html(self.latest, latest_samples(samples) or NO_SAMPLES)
-        self._draw_step()
+        self._render_step()
 
     def _steps(self) -> list[int]:
         return list(dict.fromkeys(sample.step for sample in self._samples))
 
-    def _draw_step(self) -> None:
+    def _render_step(self) -> None:
         """The samples of the chosen step; of a chosen prompt, also its strip through all steps."""
         steps, prompt = self._steps(), self.prompt_choice.value
         if not steps:
-            for widget in (self.step_picture, self.step_words, self.strip):
+            for widget in (self.step_image, self.step_words, self.strip):
                 set_html(widget, "")
             return
         step = steps[min(self.step_slider.value, len(steps) - 1)]
         set_html(self.step_words, f'<span class="edk-hint">{step:,}</span>')
         chosen = [sample for sample in self._samples if prompt in (ALL_PROMPTS, sample.words)]
         here = [sample for sample in chosen if sample.step == step][:SHOWN_PROMPTS]
-        images = "".join(picture_tag(sample.path, 640, words=f"{sample.words}, step {step:,}") for sample in here)
-        set_html(self.step_picture, f'<div class="edk-shots edk-sheet">{images}</div>')
+        images = "".join(image_tag(sample.path, 640, words=f"{sample.words}, step {step:,}") for sample in here)
+        set_html(self.step_image, f'<div class="edk-shots edk-sheet">{images}</div>')
         set_html(self.strip, sample_strip(chosen, step) if prompt != ALL_PROMPTS else "")
 
 
@@ -165,9 +165,9 @@ def latest_samples(samples: list[Sample]) -> str:
     before = {(s.index, s.words): s for s in samples if s.step == 0 < step}
     figures = []
     for sample in [s for s in samples if s.step == step][:SHOWN_PROMPTS]:
-        images = picture_tag(sample.path, 320, words=f"{sample.words}, step {step:,}")
+        images = image_tag(sample.path, 320, words=f"{sample.words}, step {step:,}")
         if (first := before.get((sample.index, sample.words))) is not None:
-            corner = picture_tag(first.path, 120, words=f"{first.words}, before training")
+            corner = image_tag(first.path, 120, words=f"{first.words}, before training")
             images += f'<span class="edk-corner">{corner}</span>'
         words = html.escape(sample.words)
         figures.append(f'<figure><div class="edk-over">{images}</div><figcaption>{words}</figcaption></figure>')
@@ -180,7 +180,7 @@ def sample_strip(samples: list[Sample], step: int) -> str:
     """One prompt through all steps, in a row that scrolls."""
     figures = "".join(
         f'<figure class="{"edk-current" if sample.step == step else ""}">'
-        f"{picture_tag(sample.path, 120, words=f'{sample.words}, step {sample.step:,}')}"
+        f"{image_tag(sample.path, 120, words=f'{sample.words}, step {sample.step:,}')}"
         f"<figcaption>{sample.step:,}</figcaption></figure>"
         for sample in samples
     )
@@ -192,7 +192,7 @@ def sample_rows(steps: dict[int, list[Sample]]) -> str:
     rows = []
     for step, samples in steps.items():
         cells = "".join(
-            f"<td>{picture_tag(sample.path, 200, words=f'{sample.words}, step {step:,}')}</td>"
+            f"<td>{image_tag(sample.path, 200, words=f'{sample.words}, step {step:,}')}</td>"
             for sample in samples[:SHOWN_PROMPTS]
         )
         rows.append(f"<tr><th>{html.escape(f'{step:,}')}</th>{cells}</tr>")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import ipywidgets as widgets
 
-from everydream_kit.panels import look
+from everydream_kit.panels import style
 
 
 class Pages:
@@ -21,14 +21,14 @@ class Pages:
     """
 
     def __init__(self, pages: Mapping[str, widgets.Widget]) -> None:
-        self.titles = [look.button(title, hint=f"Show {title}") for title in pages]
+        self.titles = [style.button(title, hint=f"Show {title}") for title in pages]
         self._pages = list(pages.values())
         for index, title in enumerate(self.titles):
             title.add_class("edk-tab")
             title.on_click(lambda _, index=index: self._choose(index))
         row = widgets.HBox(self.titles, layout=widgets.Layout(flex_flow="row wrap", width="100%"))
         row.add_class("edk-tabs")
-        self.box = look.column(row, *self._pages)
+        self.box = style.column(row, *self._pages)
         self._choose(0)
 
     @property
@@ -61,11 +61,11 @@ class Fold:
 
     def __init__(self, title: str, make: Callable[[], Sequence[widgets.Widget]]) -> None:
         self._make = make
-        self.title = look.button(title, icon="caret-right", hint=f"Open {title}", width="100%")
+        self.title = style.button(title, icon="caret-right", hint=f"Open {title}", width="100%")
         self.title.add_class("edk-fold")
         self.title.on_click(lambda _: self.set_open(not self.is_open))
         self.content = widgets.VBox(layout=widgets.Layout(display="none", width="100%", padding="0 0 8px 18px"))
-        self.box = look.column(self.title, self.content)
+        self.box = style.column(self.title, self.content)
 
     @property
     def is_open(self) -> bool:

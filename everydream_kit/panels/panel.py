@@ -8,7 +8,7 @@ from collections.abc import Callable
 import ipywidgets as widgets
 
 from everydream_kit.errors import KitError
-from everydream_kit.panels import look
+from everydream_kit.panels import style
 from everydream_kit.panels.asset_files import read_asset
 
 AGAIN = "This panel is from an earlier session. Run this cell again."
@@ -35,9 +35,9 @@ class Panel:
     def _ipython_display_(self) -> None:
         self.show()
 
-    def say(self, text: str, tone: look.Tone = "plain") -> None:
+    def say(self, text: str, tone: style.Tone = "plain") -> None:
         """Show a message, or none with an empty text."""
-        set_html(self.message, look.note(text, tone))
+        set_html(self.message, style.note(text, tone))
 
     def on_press(self, control: widgets.Button, action: Callable[[], object]) -> None:
         """Run an action when a button is pressed; what goes wrong is shown in words, with its traceback in the log."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import ipywidgets as widgets
 
-from everydream_kit.panels import look
+from everydream_kit.panels import style
 from everydream_kit.panels.panel import set_html
 
 
@@ -26,9 +26,9 @@ class Question:
         """
         self._press = press
         self._text = widgets.HTML(layout=widgets.Layout(flex="1 1 320px", width="auto"))
-        self._row = look.row()
+        self._row = style.row()
         self.buttons: list[widgets.Button] = []
-        self.box = look.row(self._text, self._row)
+        self.box = style.row(self._text, self._row)
         self._row.layout.width = "auto"
         self.close()
 
@@ -46,7 +46,7 @@ class Question:
         self.buttons = [self._button(words, action) for words, action in answers.items()]
         self.buttons.append(self._button("Cancel", lambda: None))
         self._row.children = tuple(self.buttons)
-        set_html(self._text, look.note(text, "warn"))
+        set_html(self._text, style.note(text, "warn"))
         self.box.layout.display = ""
 
     def close(self) -> None:
@@ -59,6 +59,6 @@ class Question:
             self.close()
             self._press(action)
 
-        button = look.button(words)
+        button = style.button(words)
         button.on_click(answer)
         return button

@@ -13,7 +13,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from everydream_kit.panels.asset_files import read_asset
-from everydream_kit.panels.shots import known_image, thumbnail
+from everydream_kit.panels.thumbnails import known_image, thumbnail
 
 SHOWN_SIDE = 1600
 """Pixels of the larger side on the page; the download is the file itself."""

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from everydream_kit.errors import ConfigError, MemoryLimitError
-from everydream_kit.preflight.cards import GIB, Card
-from everydream_kit.training.memory import Measure, measures_left
+from everydream_kit.preflight.gpus import GIB, GpuSpec
+from everydream_kit.training.memory_measures import Measure, measures_left
 
 if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
-    from everydream_kit.preflight.memory import MemoryEstimate
+    from everydream_kit.preflight.memory_estimate import MemoryEstimate
 
 MARGIN = 0.07
 """Share of the card that stays free: the memory model is right to within a tenth, on both sides."""
@@ -51,37 +51,37 @@ class Advice:
     fits: bool = True
 
 
-def room(card: Card, margin: float = MARGIN) -> int:
+def room(gpu_spec: GpuSpec, margin: float = MARGIN) -> int:
     """Bytes that a run may foretell on this card."""
-    return int(card.memory_bytes * (1 - margin))
+    return int(gpu_spec.memory_bytes * (1 - margin))
 
 
-def fits(estimate: MemoryEstimate, card: Card, margin: float = MARGIN) -> bool:
+def fits(estimate: MemoryEstimate, gpu_spec: GpuSpec, margin: float = MARGIN) -> bool:
     """Whether a run's peak leaves the margin free."""
-    return estimate.peak_bytes <= room(card, margin)
+    return estimate.peak_bytes <= room(gpu_spec, margin)
 
 
-def ask(config: TrainConfig, card: Card | None, estimate: Estimate, **options: Any) -> MemoryEstimate:
+def ask(config: TrainConfig, gpu_spec: GpuSpec | None, estimate: Estimate, **options: Any) -> MemoryEstimate:
     """Ask the memory model about a card, or about this CPU where there is none.
 
     Args:
         options: passed on, such as `cache_folder`.
     """
-    if card is None:
+    if gpu_spec is None:
         return estimate(config, device="cpu", **options)
     return estimate(
         config,
         device="cuda",
-        has_bf16=card.has_bf16,
-        context_bytes=card.context_bytes,
-        fragmentation=card.fragmentation,
+        has_bf16=gpu_spec.has_bf16,
+        context_bytes=gpu_spec.context_bytes,
+        fragmentation=gpu_spec.fragmentation,
         **options,
     )
 
 
 def make_it_fit(
     config: TrainConfig,
-    card: Card,
+    gpu_spec: GpuSpec,
     *,
     estimate: Estimate | None = None,
     margin: float = MARGIN,
@@ -95,13 +95,13 @@ def make_it_fit(
         margin: share of the card that stays free.
         known: the estimate of `config` itself, if it is there already.
     """
-    questions = _Questions(card, estimate or _estimate_memory(), margin)
+    questions = _Questions(gpu_spec, estimate or _estimate_memory(), margin)
     if config.batch_size == "auto":
         config, known = config.replace(batch_size=LARGEST_BATCH), None
     first = known or questions(config)
-    if fits(first, card, margin):
+    if fits(first, gpu_spec, margin):
         return Advice({}, config, first, ())
-    ladder = _ladder(config, card)
+    ladder = _ladder(config, gpu_spec)
     likely = next((n for n, (measure, _) in enumerate(ladder) if measure.costs != "nothing"), 0)
     rung = _first_that_fits([c for _, c in ladder], questions, likely)
     if rung is None:
@@ -119,7 +119,7 @@ def make_it_fit(
 
 def largest_batch(
     config: TrainConfig,
-    card: Card | None,
+    gpu_spec: GpuSpec | None,
     *,
     estimate: Estimate | None = None,
     limit_bytes: int | None = None,
@@ -128,7 +128,7 @@ def largest_batch(
     """The largest batch that fits, up to `largest`, with everything else as it is.
 
     Args:
-        card: or None for this CPU; then `limit_bytes` must be given.
+        gpu_spec: or None for this CPU; then `limit_bytes` must be given.
         limit_bytes: room; by default the card's, less the margin.
 
     Returns:
@@ -137,29 +137,29 @@ def largest_batch(
     Raises:
         MemoryLimitError: not even one picture fits.
     """
-    limit = _limit(card, limit_bytes)
+    limit = _limit(gpu_spec, limit_bytes)
     estimate = estimate or _estimate_memory()
 
     def peak(batch_size: int) -> MemoryEstimate:
-        return ask(config.replace(batch_size=batch_size), card, estimate)
+        return ask(config.replace(batch_size=batch_size), gpu_spec, estimate)
 
     found = _largest(range(1, largest + 1), peak, limit)
     if found is None:
         raise MemoryLimitError(
             f"batch_size: not even one picture fits: it would take {peak(1).peak_bytes / GIB:.1f} GiB, and there is room for "
-            f"{limit / GIB:.1f} GiB{f' on the {card.name}' if card else ''}. `everydream plan` says what to lower."
+            f"{limit / GIB:.1f} GiB{f' on the {gpu_spec.name}' if gpu_spec else ''}. `everydream plan` says what to lower."
         )
     return found
 
 
 def largest_resolution(
-    config: TrainConfig, card: Card, *, estimate: Estimate | None = None, limit_bytes: int | None = None
+    config: TrainConfig, gpu_spec: GpuSpec, *, estimate: Estimate | None = None, limit_bytes: int | None = None
 ) -> tuple[int, MemoryEstimate] | None:
     """The largest area class that fits, with everything else as it is, and its estimate; None where not even 256 px do."""
-    limit = _limit(card, limit_bytes)
+    limit = _limit(gpu_spec, limit_bytes)
     estimate = estimate or _estimate_memory()
     choices = range(SMALLEST_RESOLUTION, LARGEST_RESOLUTION + 1, RESOLUTION_STEP)
-    return _largest(choices, lambda r: ask(config.replace(resolution=r), card, estimate), limit)
+    return _largest(choices, lambda r: ask(config.replace(resolution=r), gpu_spec, estimate), limit)
 
 
 def _largest(
@@ -192,25 +192,25 @@ def _largest(
 class _Questions:
     """Asks about configurations, each once."""
 
-    def __init__(self, card: Card, estimate: Estimate, margin: float) -> None:
-        self._card, self._estimate, self._margin = card, estimate, margin
+    def __init__(self, gpu_spec: GpuSpec, estimate: Estimate, margin: float) -> None:
+        self._gpu_spec, self._estimate, self._margin = gpu_spec, estimate, margin
         self._answers: dict[str, MemoryEstimate] = {}
 
     def __call__(self, config: TrainConfig) -> MemoryEstimate:
         key = config.to_json()
         if key not in self._answers:
-            self._answers[key] = ask(config, self._card, self._estimate)
+            self._answers[key] = ask(config, self._gpu_spec, self._estimate)
         return self._answers[key]
 
     def fits(self, config: TrainConfig) -> bool:
-        return fits(self(config), self._card, self._margin)
+        return fits(self(config), self._gpu_spec, self._margin)
 
 
-def _ladder(config: TrainConfig, card: Card) -> list[tuple[Measure, TrainConfig]]:
+def _ladder(config: TrainConfig, gpu_spec: GpuSpec) -> list[tuple[Measure, TrainConfig]]:
     """One measure after the other, each on top of those before, until none is left."""
     rungs: list[tuple[Measure, TrainConfig]] = []
     while True:
-        left = [m for m in measures_left(config) if m.is_foretold and (card.has_bf16 or m.name != "weight_dtype")]
+        left = [m for m in measures_left(config) if m.is_estimated and (gpu_spec.has_bf16 or m.name != "weight_dtype")]
         if not left:
             return rungs
         config = config.replace(**left[0].changes)
@@ -253,14 +253,14 @@ def _reasons(ladder: Sequence[tuple[Measure, TrainConfig]]) -> tuple[str, ...]:
     return tuple(map(str, _last_of_each([measure for measure, _ in ladder])))
 
 
-def _limit(card: Card | None, limit_bytes: int | None) -> int:
+def _limit(gpu_spec: GpuSpec | None, limit_bytes: int | None) -> int:
     if limit_bytes is not None:
         return limit_bytes
-    assert card is not None, "without a card the room must be given"
-    return room(card)
+    assert gpu_spec is not None, "without a card the room must be given"
+    return room(gpu_spec)
 
 
 def _estimate_memory() -> Estimate:
-    from everydream_kit.preflight.memory import estimate_memory
+    from everydream_kit.preflight.memory_estimate import estimate_memory
 
     return estimate_memory

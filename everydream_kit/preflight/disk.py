@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from everydream_kit.data.cache_room import foretell_bytes, free_disk
-from everydream_kit.preflight.words import size
+from everydream_kit.data.cache_room import estimate_bytes, free_disk
+from everydream_kit.preflight.units import size
 from everydream_kit.training.caching import choose_latent_mode, latent_folder
+from everydream_kit.training.checkpoint_saving import DEFAULT_MINUTES
 from everydream_kit.training.checkpoints import RESUMABLE_KEPT
-from everydream_kit.training.saving import DEFAULT_MINUTES
 
 if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
     from everydream_kit.data.dataset import Dataset
-    from everydream_kit.data.plan import PlanSettings
-    from everydream_kit.preflight.memory import MemoryEstimate
+    from everydream_kit.data.epoch_plan import PlanSettings
+    from everydream_kit.preflight.memory_estimate import MemoryEstimate
 
 BYTES_PER_SAMPLE_PIXEL = 2.0
 """A sheet is kept as a JPEG of quality 95 (about half a byte) and as a PNG for TensorBoard (about one and a half)."""
@@ -90,7 +90,7 @@ class DiskUse:
         )
 
 
-def foretell_disk(
+def estimate_disk(
     config: TrainConfig,
     estimate: MemoryEstimate,
     *,
@@ -98,7 +98,7 @@ def foretell_disk(
     steps_per_epoch: int,
     seconds: float | None,
     latent_bytes: int = 0,
-    sheet_pixels: int = 0,
+    grid_pixels: int = 0,
     free: Mapping[Path, int] | None = None,
 ) -> DiskUse:
     """Foretell what a run writes.
@@ -107,7 +107,7 @@ def foretell_disk(
         estimate: for the sizes of what is saved.
         seconds: of the whole run, for saving by the minute; None leaves that rule's saves out.
         latent_bytes: of the latent cache on disk, see `latent_cache_bytes`.
-        sheet_pixels: of all sample sheets of one drawing.
+        grid_pixels: of all sample sheets of one drawing.
         free: free bytes by folder, measured unless given.
     """
     saves = save_steps(config, num_steps, steps_per_epoch, seconds)
@@ -123,10 +123,10 @@ def foretell_disk(
         items.append(
             DiskItem("latent cache", latent_folder(config), latent_bytes, latent_bytes, "stays for the next run")
         )
-    drawings = num_drawings(config, num_steps)
-    if drawings and sheet_pixels:
-        total = int(drawings * sheet_pixels * BYTES_PER_SAMPLE_PIXEL)
-        items.append(DiskItem("samples", run, total, total, f"drawn {drawings} times"))
+    samples = num_samples(config, num_steps)
+    if samples and grid_pixels:
+        total = int(samples * grid_pixels * BYTES_PER_SAMPLE_PIXEL)
+        items.append(DiskItem("samples", run, total, total, f"drawn {samples} times"))
     return DiskUse(tuple(items), _places(items, free))
 
 
@@ -153,7 +153,7 @@ def single_file_bytes(config: TrainConfig, estimate: MemoryEstimate) -> int:
     return estimate.num_parameters * (4 if config.save_full_precision else 2)
 
 
-def num_drawings(config: TrainConfig, num_steps: int) -> int:
+def num_samples(config: TrainConfig, num_steps: int) -> int:
     """How often samples are drawn: every `sample_steps`, at the end, and before the first step where asked for."""
     if config.sample_steps is None:
         return int(config.sample_before_training)
@@ -169,11 +169,11 @@ def latent_cache_bytes(config: TrainConfig, dataset: Dataset, plan_settings: Pla
         plan_settings,
         variants=config.cache_variants,
         folder=latent_folder(config),
-        transforms_pictures=bool(config.plugins),  # one of them may
+        transforms_images=bool(config.plugins),  # one of them may
     )
     if mode == "off":
         return mode, 0
-    return mode, foretell_bytes(dataset, plan_settings, variants=config.cache_variants)
+    return mode, estimate_bytes(dataset, plan_settings, variants=config.cache_variants)
 
 
 def _checkpoints(config: TrainConfig, estimate: MemoryEstimate, saves: Sequence[int], folder: Path) -> DiskItem:

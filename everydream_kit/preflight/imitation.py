@@ -59,10 +59,10 @@ def _raise_first(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, .
     return (args[0].float(), *args[1:])
 
 
-def innermost_optimizers(optimizer: Any) -> list[Any]:
+def unwrap_optimizers(optimizer: Any) -> list[Any]:
     """The torch optimizers behind the kit's combined, fused and rounded ones."""
     inner = getattr(optimizer, "optimizers", None)
-    return [optimizer] if inner is None else [one for part in inner for one in innermost_optimizers(part)]
+    return [optimizer] if inner is None else [one for part in inner for one in unwrap_optimizers(part)]
 
 
 def replace_bitsandbytes(optimizer: Any, tracker: StorageTracker, host: str, *, device_type: str) -> None:
@@ -76,7 +76,7 @@ def replace_bitsandbytes(optimizer: Any, tracker: StorageTracker, host: str, *, 
         host: the category of paged states, which live in host memory.
         device_type: "cpu" or "cuda".
     """
-    for one in innermost_optimizers(optimizer):
+    for one in unwrap_optimizers(optimizer):
         if type(one).__module__.startswith("bitsandbytes."):
             # The two tables that all 8-bit states share; made by a sort that needs values.
             one.name2qmap = {name: torch.empty(256) for name in ("dynamic", "udynamic")}

@@ -8,17 +8,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from everydream_kit.preflight.cards import GIB
-from everydream_kit.preflight.words import duration, money, size
+from everydream_kit.preflight.gpus import GIB
+from everydream_kit.preflight.units import cost, duration, size
 
 if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
     from everydream_kit.preflight.advice import Advice
-    from everydream_kit.preflight.cards import Card
+    from everydream_kit.preflight.cost import Price
     from everydream_kit.preflight.disk import DiskUse
-    from everydream_kit.preflight.memory import MemoryEstimate
-    from everydream_kit.preflight.money import Price
-    from everydream_kit.preflight.seconds import StepSeconds
+    from everydream_kit.preflight.gpus import GpuSpec
+    from everydream_kit.preflight.memory_estimate import MemoryEstimate
+    from everydream_kit.preflight.step_time import StepSeconds
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class StepCount:
     """How many optimizer steps a run has.
 
     Attributes:
-        num_pictures: usable pictures that are trained on; None where the dataset was not looked at.
+        num_images: usable pictures that are trained on; None where the dataset was not looked at.
         num_epochs: as asked for.
         per_epoch, num_steps: optimizer steps of an epoch and of the run; None where they are not known.
         basis: `planned` from the first epoch, `counted` from the number of files, or `unknown`.
     """
 
-    num_pictures: int | None
+    num_images: int | None
     num_epochs: int
     per_epoch: int | None
     num_steps: int | None
@@ -53,7 +53,7 @@ class Plan:
 
     Attributes:
         config: the settings, with a number as batch size.
-        card: that is planned for; None for this machine's CPU.
+        gpu_spec: that is planned for; None for this machine's CPU.
         steps: how many.
         memory: what it needs of the device; None where the base could not be read.
         room_bytes: what the device has for it, the margin taken off.
@@ -70,7 +70,7 @@ class Plan:
     """
 
     config: TrainConfig
-    card: Card | None
+    gpu_spec: GpuSpec | None
     steps: StepCount
     memory: MemoryEstimate | None
     room_bytes: int
@@ -89,7 +89,7 @@ class Plan:
     @property
     def device(self) -> str:
         """The device in words."""
-        return self.card.name if self.card is not None else "this CPU"
+        return self.gpu_spec.name if self.gpu_spec is not None else "this CPU"
 
     @property
     def fits(self) -> bool | None:
@@ -133,7 +133,7 @@ class Plan:
             parts.append(f"{size(self.disk.most_bytes)} disk")
         if self.cost is not None and self.price is not None:
             dated = f" (price of {self.price.read_on})" if self.price.read_on else ""
-            parts.append(f"about {money(self.cost)}{dated}")
+            parts.append(f"about {cost(self.cost)}{dated}")
         return " · ".join(parts)
 
     @property
@@ -145,7 +145,7 @@ class Plan:
         rows += [("steps", self._steps_words()), ("time", self._time_words())]
         rows += [("memory", line) for line in self._memory_lines()]
         rows += [("disk", line) for line in self._disk_lines()]
-        rows += [("money", line) for line in self._money_lines()]
+        rows += [("money", line) for line in self._cost_lines()]
         rows += [("advice", line) for line in self._advice_lines()]
         rows += [("assumed", line) for line in self.assumptions]
         rows += [("warning", line) for line in self.warnings]
@@ -188,7 +188,7 @@ class Plan:
         steps = self.steps
         epochs = "1 epoch" if steps.num_epochs == 1 else f"{steps.num_epochs:,} epochs"
         article = "an" if self.device[0] in "AHLR" else "a"  # as the letters are spoken
-        where = f"on {article} {self.device}" if self.card is not None else "on this CPU"
+        where = f"on {article} {self.device}" if self.gpu_spec is not None else "on this CPU"
         if steps.num_steps is None:
             return f"{epochs} → steps are known once the dataset is there → {where}"
         time = f"about {duration(self.seconds)}" if self.seconds is not None else "time known after the first steps"
@@ -203,7 +203,7 @@ class Plan:
         assert self.steps.num_steps is not None
         left = self.steps.num_steps - self.steps_done
         words = f"{left:,} of {self.steps.num_steps:,} steps, about {duration(self.seconds_left)}"
-        return words if self.cost_left is None else f"{words}, about {money(self.cost_left)}"
+        return words if self.cost_left is None else f"{words}, about {cost(self.cost_left)}"
 
     def _steps_words(self) -> str:
         steps, config = self.steps, self.config
@@ -211,8 +211,8 @@ class Plan:
             return "unknown: the dataset is not on this machine"
         per_step = f"{config.batch_size} × {config.grad_accum}" if config.grad_accum > 1 else f"{config.batch_size}"
         how = "planned from the first epoch" if steps.basis == "planned" else "counted from the number of files"
-        pictures = f"{steps.num_pictures:,} pictures" if steps.num_pictures is not None else "pictures"
-        return f"{pictures}, {per_step} in a step: {steps.per_epoch:,} steps an epoch ({how})"
+        images = f"{steps.num_images:,} pictures" if steps.num_images is not None else "pictures"
+        return f"{images}, {per_step} in a step: {steps.per_epoch:,} steps an epoch ({how})"
 
     def _time_words(self) -> str:
         if self.step is None:
@@ -226,8 +226,8 @@ class Plan:
         if self.memory is None:
             return []
         lines = [f"{phase.name}: {phase.peak_bytes / GIB:.2f} GiB" for phase in self.memory.phases]
-        beside = "context and gaps of the allocator" if self.card is not None else "the process itself"
-        lines.append(f"{beside}: {self.memory.allowance_bytes / GIB:.2f} GiB (an allowance)")
+        alongside = "context and gaps of the allocator" if self.gpu_spec is not None else "the process itself"
+        lines.append(f"{alongside}: {self.memory.allowance_bytes / GIB:.2f} GiB (an allowance)")
         verdict = "fits" if self.fits else "does not fit"
         room, whole = self.room_bytes / GIB, self.device_bytes / GIB
         lines.append(f"{verdict}: foretold {self.memory.peak_bytes / GIB:.2f} GiB, room {room:.2f} of {whole:.2f} GiB")
@@ -242,12 +242,12 @@ class Plan:
         ]
         return items + [f"{place.folder}: {size(place.free_bytes)} free" for place in self.disk.places]
 
-    def _money_lines(self) -> list[str]:
+    def _cost_lines(self) -> list[str]:
         if self.price is None:
-            return ["no price is known for it; give --price in US dollars an hour"] if self.card is not None else []
+            return ["no price is known for it; give --price in US dollars an hour"] if self.gpu_spec is not None else []
         lines = [self.price.describe()]
         if self.cost is not None:
-            lines[0] += f"; the run about {money(self.cost)}, an idle hour {money(self.price.usd_per_hour)}"
+            lines[0] += f"; the run about {cost(self.cost)}, an idle hour {cost(self.price.usd_per_hour)}"
         if self.price.read_on:
             lines.append(f"prices move: {self.price.source}")
         return lines

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.data.cache_room import free_memory, possible_flips
+from everydream_kit.data.epoch_plan import PlanSettings
 from everydream_kit.data.image_files import EXTENSIONS
-from everydream_kit.data.plan import PlanSettings
 from everydream_kit.errors import ConfigError, DataError, MemoryLimitError
 from everydream_kit.hosts import detect_host
 from everydream_kit.preflight.advice import (
@@ -34,13 +34,13 @@ from everydream_kit.preflight.advice import (
     make_it_fit,
     room,
 )
-from everydream_kit.preflight.cards import Card, find_card, this_card
-from everydream_kit.preflight.disk import DiskUse, foretell_disk, latent_cache_bytes, num_drawings
-from everydream_kit.preflight.money import Price, entered_price, find_price, read_prices
+from everydream_kit.preflight.cost import Price, entered_price, find_price, read_prices
+from everydream_kit.preflight.disk import DiskUse, estimate_disk, latent_cache_bytes, num_samples
+from everydream_kit.preflight.gpus import GpuSpec, find_gpu, this_gpu
 from everydream_kit.preflight.plan import Offer, Plan, StepCount
-from everydream_kit.preflight.seconds import StepSeconds, foretell_step
+from everydream_kit.preflight.step_time import StepSeconds, estimate_step
 from everydream_kit.settings import load_config
-from everydream_kit.training.pictures import foretell_steps, make_plan_settings, scan
+from everydream_kit.training.training_images import estimate_steps, make_plan_settings, scan
 from everydream_kit.workspace import RunFolder
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PICTURE_SUFFIXES = frozenset(EXTENSIONS)
+IMAGE_SUFFIXES = frozenset(EXTENSIONS)
 MOST_SCANNED = 50_000
 """Pictures up to which a dataset is scanned for a plan; of more only the files are counted."""
 LARGEST_BATCH_ON_CPU = 4
@@ -61,7 +61,7 @@ ENCODING_IN_FORWARDS = 1.4
 
 
 @dataclass(frozen=True)
-class _Pictures:
+class _Images:
     """What is known of the dataset."""
 
     count: int | None
@@ -93,49 +93,49 @@ def plan(
     """
     entered = None if price is None else entered_price(price)
     config, steps_done = _read_config(config)
-    card = find_card(gpu) if gpu is not None else this_card(config.gpuid)
+    gpu_spec = find_gpu(gpu) if gpu is not None else this_gpu(config.gpuid)
     asked = estimate or memory_model(config)
-    device_bytes = card.memory_bytes if card is not None else free_memory()
-    room_bytes = room(card) if card is not None else cpu_room()
-    assumptions, warnings = list(_assumptions(config, card)), []
+    device_bytes = gpu_spec.memory_bytes if gpu_spec is not None else free_memory()
+    room_bytes = room(gpu_spec) if gpu_spec is not None else cpu_room()
+    assumptions, warnings = list(_assumptions(config, gpu_spec)), []
     if config.batch_size == "auto":
-        config, note = settle_for_plan(config, card, asked, room_bytes)
+        config, note = resolve_for_plan(config, gpu_spec, asked, room_bytes)
         assumptions.append(note)
     logger.info("Foretelling the memory; kept for the next time …")
-    memory = ask(config, card, asked)
-    pictures = look_at_dataset(config)
-    if pictures.note:
-        assumptions.append(pictures.note)
+    memory = ask(config, gpu_spec, asked)
+    images = read_dataset(config)
+    if images.note:
+        assumptions.append(images.note)
     settings = make_plan_settings(config, max(0, config.seed), 1)
-    steps = count_steps(config, pictures, settings)
-    if pictures.count == 0:
+    steps = count_steps(config, images, settings)
+    if images.count == 0:
         warnings.append(f"data_root {config.data_root}: no picture can be used there.")
     warnings += [f"sample_prompts {config.sample_prompts}: {problem}" for problem in _prompt_file(config).problems]
-    latents, latent_bytes = _latents(config, pictures, settings)
-    step = foretell_step(config, card, memory)
+    latents, latent_bytes = _latents(config, images, settings)
+    step = estimate_step(config, gpu_spec, memory)
     made = Plan(
         config=config,
-        card=card,
+        gpu_spec=gpu_spec,
         steps=steps,
         memory=memory,
         room_bytes=room_bytes,
         device_bytes=device_bytes,
         step=step,
         seconds_of=_seconds_of(config, steps, step, latents),
-        price=entered or _table_price(config, card),
+        price=entered or _table_price(config, gpu_spec),
         latents=latents,
         steps_done=steps_done,
         assumptions=tuple(assumptions),
     )
     disk = _disk(made, latent_bytes if latents == "disk" else 0)
     advice = None
-    if card is not None and not made.fits:
-        logger.info(f"It does not fit the {card.name}; looking for what does …")
-        advice = make_it_fit(config, card, estimate=asked, known=memory)
+    if gpu_spec is not None and not made.fits:
+        logger.info(f"It does not fit the {gpu_spec.name}; looking for what does …")
+        advice = make_it_fit(config, gpu_spec, estimate=asked, known=memory)
         warnings.append(_too_large(made))
     elif not made.fits:
         warnings.append(_too_large(made))
-    offer = _offer(config, card, asked) if advise and card is not None else None
+    offer = _offer(config, gpu_spec, asked) if advise and gpu_spec is not None else None
     warnings += disk.warnings if disk is not None else ()
     return replace(made, disk=disk, advice=advice, offer=offer, warnings=tuple(warnings))
 
@@ -169,7 +169,7 @@ def memory_model(config: TrainConfig) -> Estimate:
     Raises:
         ModelError, CheckpointError: the base is not there.
     """
-    from everydream_kit.preflight.memory import architecture_of, estimate_memory
+    from everydream_kit.preflight.memory_estimate import architecture_of, estimate_memory
 
     return partial(estimate_memory, architecture=architecture_of(config))
 
@@ -179,13 +179,13 @@ def cpu_room() -> int:
     return int(free_memory() * (1 - MARGIN))
 
 
-def settle_for_plan(
-    config: TrainConfig, card: Card | None, estimate: Estimate, room_bytes: int
+def resolve_for_plan(
+    config: TrainConfig, gpu_spec: GpuSpec | None, estimate: Estimate, room_bytes: int
 ) -> tuple[TrainConfig, str]:
     """`batch_size: auto` as a number, and what was chosen in words; 1 where not even one picture fits."""
-    largest = LARGEST_BATCH if card is not None else LARGEST_BATCH_ON_CPU
+    largest = LARGEST_BATCH if gpu_spec is not None else LARGEST_BATCH_ON_CPU
     try:
-        chosen, found = largest_batch(config, card, estimate=estimate, limit_bytes=room_bytes, largest=largest)
+        chosen, found = largest_batch(config, gpu_spec, estimate=estimate, limit_bytes=room_bytes, largest=largest)
     except MemoryLimitError:
         return config.replace(batch_size=1), "batch_size auto: not even one picture fits; planned with 1"
     why = f"the largest that fits, up to {largest}"
@@ -193,37 +193,37 @@ def settle_for_plan(
     return config.replace(batch_size=chosen), f"batch_size auto: {chosen}, {why} ({peak})"
 
 
-def look_at_dataset(config: TrainConfig) -> _Pictures:
+def read_dataset(config: TrainConfig) -> _Images:
     """Scan what is on this machine and not huge; count the files of what is; say so where nothing can be looked at."""
     if not _is_local(config.data_root):
-        return _Pictures(None, None, f"data_root {config.data_root}: not looked at: it is not a folder on this machine")
-    count = len(list(_picture_files(config.data_root)))
+        return _Images(None, None, f"data_root {config.data_root}: not looked at: it is not a folder on this machine")
+    count = len(list(_image_files(config.data_root)))
     if count > MOST_SCANNED:
-        return _Pictures(count, None, f"{count:,} picture files were counted and not opened: all are taken as usable")
+        return _Images(count, None, f"{count:,} picture files were counted and not opened: all are taken as usable")
     try:
         dataset = scan(config, config.data_root)
         if config.validation_config is not None:
             dataset = _training_part(config, dataset)
     except DataError as problem:
-        return _Pictures(0, None, str(problem))
-    left_out = len(dataset.problems)
-    note = f"{left_out:,} pictures or captions have problems; `everydream prepare` names them" if left_out else ""
-    return _Pictures(len(dataset), dataset, note)
+        return _Images(0, None, str(problem))
+    skipped = len(dataset.problems)
+    note = f"{skipped:,} pictures or captions have problems; `everydream prepare` names them" if skipped else ""
+    return _Images(len(dataset), dataset, note)
 
 
-def count_steps(config: TrainConfig, pictures: _Pictures, settings: PlanSettings) -> StepCount:
+def count_steps(config: TrainConfig, images: _Images, settings: PlanSettings) -> StepCount:
     """Optimizer steps of an epoch and of the run, by the trainer's own plan where the dataset was scanned."""
-    if pictures.dataset is not None and len(pictures.dataset):
-        per_epoch = foretell_steps(pictures.dataset, settings, 1, None)
-        num_steps = foretell_steps(pictures.dataset, settings, config.max_epochs, config.max_steps)
-        return StepCount(pictures.count, config.max_epochs, per_epoch, num_steps, "planned")
-    if pictures.count:
+    if images.dataset is not None and len(images.dataset):
+        per_epoch = estimate_steps(images.dataset, settings, 1, None)
+        num_steps = estimate_steps(images.dataset, settings, config.max_epochs, config.max_steps)
+        return StepCount(images.count, config.max_epochs, per_epoch, num_steps, "planned")
+    if images.count:
         in_a_step = settings.batch_size * settings.grad_accum
-        per_epoch, basis = math.ceil(pictures.count * len(config.resolutions) / in_a_step), "counted"
+        per_epoch, basis = math.ceil(images.count * len(config.resolutions) / in_a_step), "counted"
     else:
-        return StepCount(pictures.count, config.max_epochs, None, config.max_steps, "unknown")
+        return StepCount(images.count, config.max_epochs, None, config.max_steps, "unknown")
     num_steps = min(per_epoch * config.max_epochs, config.max_steps or per_epoch * config.max_epochs)
-    return StepCount(pictures.count, config.max_epochs, per_epoch, num_steps, basis)  # type: ignore[arg-type]
+    return StepCount(images.count, config.max_epochs, per_epoch, num_steps, basis)  # type: ignore[arg-type]
 
 
 def _read_config(given: TrainConfig | dict[str, Any] | str | Path | RunFolder) -> tuple[TrainConfig, int]:
@@ -243,25 +243,25 @@ def _is_local(data_root: Any) -> bool:
     return all(isinstance(root, str) and Path(root).is_dir() for root in roots)
 
 
-def _picture_files(data_root: Any) -> Iterator[str]:
+def _image_files(data_root: Any) -> Iterator[str]:
     for root in data_root if isinstance(data_root, list) else [data_root]:
         for _, _, names in os.walk(root):
-            yield from (n for n in names if os.path.splitext(n)[1].lower() in PICTURE_SUFFIXES and ".mask." not in n)
+            yield from (n for n in names if os.path.splitext(n)[1].lower() in IMAGE_SUFFIXES and ".mask." not in n)
 
 
 def _training_part(config: TrainConfig, dataset: Dataset) -> Dataset:
     """The pictures that validation leaves for training."""
+    from everydream_kit.training.held_out_images import split_dataset
     from everydream_kit.training.validation_config import load_validation_config
-    from everydream_kit.training.validation_sets import split_dataset
 
     assert config.validation_config is not None
     return split_dataset(dataset, load_validation_config(config.validation_config), partial(scan, config))[0]
 
 
-def _latents(config: TrainConfig, pictures: _Pictures, settings: PlanSettings) -> tuple[str, int]:
-    if pictures.dataset is None or not len(pictures.dataset):
+def _latents(config: TrainConfig, images: _Images, settings: PlanSettings) -> tuple[str, int]:
+    if images.dataset is None or not len(images.dataset):
         return "off", 0
-    return latent_cache_bytes(config, pictures.dataset, settings)
+    return latent_cache_bytes(config, images.dataset, settings)
 
 
 def _seconds_of(config: TrainConfig, steps: StepCount, step: StepSeconds | None, latents: str) -> dict[str, float]:
@@ -275,22 +275,22 @@ def _seconds_of(config: TrainConfig, steps: StepCount, step: StepSeconds | None,
     passes = FORWARDS_IN_A_STEP[config.training_kind] + config.gradient_checkpointing
     forward = step.seconds / (passes * config.batch_size * config.grad_accum)
     parts = {"training": step.seconds * steps.num_steps}
-    drawn, sampling_steps, _ = _sheets(config)
-    drawings = num_drawings(config, steps.num_steps)
-    if drawings:
-        parts["samples"] = drawings * drawn * sampling_steps * 2 * forward
-    if latents != "off" and steps.num_pictures:
-        crops = steps.num_pictures * config.cache_variants * len(possible_flips(config.flip_p))
+    drawn, sampling_steps, _ = _grids(config)
+    samples = num_samples(config, steps.num_steps)
+    if samples:
+        parts["samples"] = samples * drawn * sampling_steps * 2 * forward
+    if latents != "off" and steps.num_images:
+        crops = steps.num_images * config.cache_variants * len(possible_flips(config.flip_p))
         if latents == "memory":  # what is never drawn is never encoded
             crops = min(crops, steps.num_steps * config.batch_size * config.grad_accum)
         parts["latents"] = crops * ENCODING_IN_FORWARDS * forward
     return parts
 
 
-def _sheets(config: TrainConfig) -> tuple[int, int, int]:
+def _grids(config: TrainConfig) -> tuple[int, int, int]:
     """Pictures of one drawing, denoising steps of each, and the pixels of all of them."""
     from everydream_kit.training.prompt_file import SampleEntry
-    from everydream_kit.training.samples import NUM_RANDOM_CAPTIONS
+    from everydream_kit.training.sampling_listener import NUM_RANDOM_CAPTIONS
 
     settings = _prompt_file(config).settings
     side = settings.resolution or max(config.resolutions)
@@ -319,42 +319,42 @@ def _prompt_file(config: TrainConfig) -> PromptFile:
 def _disk(made: Plan, latent_bytes: int) -> DiskUse | None:
     if made.memory is None or not made.steps.num_steps:
         return None
-    return foretell_disk(
+    return estimate_disk(
         made.config,
         made.memory,
         num_steps=made.steps.num_steps,
         steps_per_epoch=made.steps.per_epoch or made.steps.num_steps,
         seconds=made.seconds,
         latent_bytes=latent_bytes,
-        sheet_pixels=_sheets(made.config)[2],
+        grid_pixels=_grids(made.config)[2],
     )
 
 
-def _table_price(config: TrainConfig, card: Card | None) -> Price | None:
-    if card is None:
+def _table_price(config: TrainConfig, gpu_spec: GpuSpec | None) -> Price | None:
+    if gpu_spec is None:
         return None
     host = detect_host()
-    return find_price(card.name, read_prices(config.logdir), host.name if host.is_rented else None)
+    return find_price(gpu_spec.name, read_prices(config.logdir), host.name if host.is_rented else None)
 
 
-def _offer(config: TrainConfig, card: Card, estimate: Estimate) -> Offer:
+def _offer(config: TrainConfig, gpu_spec: GpuSpec, estimate: Estimate) -> Offer:
     try:
-        batch: int | None = largest_batch(config, card, estimate=estimate)[0]
+        batch: int | None = largest_batch(config, gpu_spec, estimate=estimate)[0]
     except MemoryLimitError:
         batch = None
-    resolution = largest_resolution(config, card, estimate=estimate)
+    resolution = largest_resolution(config, gpu_spec, estimate=estimate)
     return Offer(batch, None if resolution is None else resolution[0])
 
 
 def _too_large(made: Plan) -> str:
     assert made.memory is not None
     need, there = made.memory.peak_bytes / 2**30, made.room_bytes / 2**30
-    where = f"the {made.device}" if made.card is not None else made.device
+    where = f"the {made.device}" if made.gpu_spec is not None else made.device
     return f"It does not fit {where}: {need:.1f} GiB are foretold, and there is room for {there:.1f} GiB."
 
 
-def _assumptions(config: TrainConfig, card: Card | None) -> Iterator[str]:
-    where = f"a {card.name}" if card is not None else "a CPU"
+def _assumptions(config: TrainConfig, gpu_spec: GpuSpec | None) -> Iterator[str]:
+    where = f"a {gpu_spec.name}" if gpu_spec is not None else "a CPU"
     yield f"memory is foretold by rehearsing the trainer's own step for {where}, with {MARGIN:.0%} of the memory kept free"
     yield "time counts training, samples and encoding; not downloads, set-up, validation and loading"
     if config.max_steps is None:

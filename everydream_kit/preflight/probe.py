@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everydream_kit.errors import KitError
-from everydream_kit.preflight.memory import (
+from everydream_kit.preflight.memory_estimate import (
     MemoryEstimate,
     Phase,
-    foretell_latent_mode,
+    estimate_latent_mode,
     sampled_together,
     validated_together,
 )
@@ -127,7 +127,7 @@ def build_on_gpu(config: TrainConfig, folder: Path) -> Run:
     from everydream_kit.training.journal import Journal
     from everydream_kit.training.optimizer_config import load_optimizer_config
     from everydream_kit.training.ranks import Ranks
-    from everydream_kit.training.runs import assemble_run
+    from everydream_kit.training.run_builder import assemble_run
     from everydream_kit.workspace import RunFolder
 
     ranks = Ranks.find(config.gpuid)
@@ -157,7 +157,7 @@ class _Session:
 
     def measure(self) -> Probe:
         """Go through the phases."""
-        from everydream_kit.training.memory import is_out_of_memory
+        from everydream_kit.training.memory_measures import is_out_of_memory
 
         try:
             self._go_through()
@@ -194,13 +194,13 @@ class _Session:
     def _go_through(self) -> None:
         import torch
 
-        from everydream_kit.models.sampling import SamplePrompt, sample_pictures
+        from everydream_kit.models.sampling import SamplePrompt, sample_images
         from everydream_kit.preflight.rehearsal import CACHED_TOGETHER, largest_bucket, make_batch
-        from everydream_kit.training.step import picture_losses
+        from everydream_kit.training.step import image_losses
 
         config, bucket = self._config, largest_bucket(self._config.resolutions)
         run = self._run = self._build(config, self._folder)
-        latents = foretell_latent_mode(config)
+        latents = estimate_latent_mode(config)
         if latents == "disk":  # before the optimizer has any state
             self._cache_latents(run, bucket, CACHED_TOGETHER[latents])
         assert isinstance(config.batch_size, int)
@@ -216,13 +216,13 @@ class _Session:
         if together is not None:
             with self._phase("validation"), torch.no_grad(), run.whole_model():
                 measured = make_batch(bucket, together, with_moments=False)
-                picture_losses(run, measured, _work(measured, 1))
+                image_losses(run, measured, _work(measured, 1))
         samples = sampled_together(config)
         if samples is not None:
             with self._phase("sampling"), run.whole_model(), run.sampling_weights(averaged=config.ema_sample_ema_model):
                 width, height = samples.size
-                cfgs = tuple(7.0 + number for number in range(samples.num_pictures))
-                sample_pictures(
+                cfgs = tuple(7.0 + number for number in range(samples.num_images))
+                sample_images(
                     run.model, [SamplePrompt("", width=width, height=height, cfgs=cfgs)], num_inference_steps=1
                 )
 

@@ -28,7 +28,7 @@ from everydream_kit.models.encoding import decode_latents, encode_captions, enco
 from everydream_kit.models.family import Sizes
 from everydream_kit.models.sampling import guide
 from everydream_kit.preflight.imitation import imitate_autocast, imitate_precision, replace_bitsandbytes
-from everydream_kit.preflight.scratch import scratch_of
+from everydream_kit.preflight.kernel_scratch import scratch_of
 from everydream_kit.preflight.skeleton import Architecture, build_skeleton
 from everydream_kit.preflight.tracker import SCRATCH, Lives, StorageTracker
 from everydream_kit.training.base import choose_formats, precision_of, select_trained
@@ -36,8 +36,8 @@ from everydream_kit.training.journal import Journal
 from everydream_kit.training.offload import idle_modules
 from everydream_kit.training.optimizer_config import OptimizerConfig
 from everydream_kit.training.ranks import Ranks
-from everydream_kit.training.runs import assemble_run
-from everydream_kit.training.step import backward, picture_losses
+from everydream_kit.training.run_builder import assemble_run
+from everydream_kit.training.step import backward, image_losses
 from everydream_kit.workspace import RunFolder
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ ALLOCATOR_GRANULE = 512
 class SampleShape:
     """The largest batch of sample pictures: how many go through the UNet together, and their size in pixels."""
 
-    num_pictures: int
+    num_images: int
     size: Size
 
 
@@ -282,13 +282,13 @@ def _rehearse_validation(run: Run, tracker: StorageTracker, batch: Batch) -> Non
     """As `measure_loss` does it: pixels, the whole model on the device, no gradients."""
     work = StepBatches(0, 0, 1, len(batch.paths), len(batch.paths), [batch])
     with tracker.stretch("validation"), torch.no_grad(), run.whole_model():
-        picture_losses(run, batch, work)
+        image_losses(run, batch, work)
 
 
 def _rehearse_sampling(run: Run, tracker: StorageTracker, samples: SampleShape, *, averaged: bool) -> None:
-    """One denoising step with guidance and the decoding, as `sample_pictures` does them."""
+    """One denoising step with guidance and the decoding, as `sample_images` does them."""
     model, (width, height) = run.model, samples.size
-    num = samples.num_pictures
+    num = samples.num_images
     with (
         tracker.stretch("sampling"),
         torch.no_grad(),

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     import torch
 
     from everydream_kit.models.family import Model, TextEncoderSlot
-    from everydream_kit.models.files import ModelFiles
-    from everydream_kit.models.formats import Formats
     from everydream_kit.models.lora_settings import LoraSettings
+    from everydream_kit.models.model_files import ModelFiles
+    from everydream_kit.models.number_formats import Formats
 
 SMALL_FILES = ("*.json", "*/*.json")
 """What is fetched of a Hub repository. Vocabularies are the shipped ones: they change no size."""
@@ -100,7 +100,7 @@ def read_architecture(
 
 def stored_dtypes(folder: Path, files: ModelFiles, variant: str | None) -> dict[str, torch.dtype]:
     """The formats of the safetensors files in a diffusers folder, by component, where they are there."""
-    from everydream_kit.models.files import open_component
+    from everydream_kit.models.model_files import open_component
 
     found = {}
     for name in files.configs:
@@ -157,7 +157,7 @@ def open_configs(folder: Path, *, family: str | None = None, prediction_type: st
         ModelError: a config is missing, or of a kind that the kit does not train.
     """
     from everydream_kit.models.families import family_by_name
-    from everydream_kit.models.files import (
+    from everydream_kit.models.model_files import (
         ModelFiles,
         has_zero_terminal_snr,
         prediction_type_of,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from everydream_kit.preflight.words import duration, money
+from everydream_kit.preflight.units import cost, duration
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.workspace import read_small_object
 
@@ -31,26 +31,26 @@ class MeasuredPlan(Listener):
         if len(self._seconds) < enough:
             self._seconds.append(report.seconds)
             if len(self._seconds) == enough:
-                self._tell(run, report, statistics.median(self._seconds[WARM_UP_STEPS:]))
+                self._report(run, report, statistics.median(self._seconds[WARM_UP_STEPS:]))
 
-    def _tell(self, run: Run, report: StepReport, seconds_per_step: float) -> None:
+    def _report(self, run: Run, report: StepReport, seconds_per_step: float) -> None:
         left = max(0, run.num_steps - report.step) * seconds_per_step
         plan = _read_plan(run)
         usd = (plan.get("price") or {}).get("usd_per_hour")
-        foretold = (plan.get("step_seconds") or {}).get("seconds")
+        estimated = (plan.get("step_seconds") or {}).get("seconds")
         words = f"{seconds_per_step:.2f} s a step: about {duration(left)} of training left"
         if usd is not None:
-            words += f", about {money(usd * left / 3600)}"
-        if foretold is not None:
-            words += f" (foretold were {foretold:.2f} s a step)"
+            words += f", about {cost(usd * left / 3600)}"
+        if estimated is not None:
+            words += f" (foretold were {estimated:.2f} s a step)"
         run.journal.note(words)
-        run.tell(
+        run.report(
             "plan",
             step=report.step,
             seconds_per_step=round(seconds_per_step, 4),
             seconds_left=round(left, 1),
             cost_left_usd=None if usd is None else round(usd * left / 3600, 4),
-            foretold_seconds_per_step=foretold,
+            estimated_seconds_per_step=estimated,
             line=words,
         )
 

@@ -13,8 +13,8 @@ from everydream_kit.config import mixes_precision
 from everydream_kit.foreign import read_origin
 from everydream_kit.models.families import FAMILIES
 from everydream_kit.models.family import Model
-from everydream_kit.models.formats import Formats
 from everydream_kit.models.loading import load_model
+from everydream_kit.models.number_formats import Formats
 from everydream_kit.training.objectives import rescale_zero_terminal_snr
 from everydream_kit.training.offload import idle_modules
 from everydream_kit.training.parameters import TrainedPart, select_parameters

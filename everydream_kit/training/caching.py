@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from everydream_kit.data.cache import CacheSettings, DiskCache, LatentCache, MemoryCache
-from everydream_kit.data.cache_room import CacheMode, choose_cache_mode, foretell_bytes
+from everydream_kit.data.cache_room import CacheMode, choose_cache_mode, estimate_bytes
 from everydream_kit.data.text_cache import TextCache
 from everydream_kit.models.encoding import encode_captions, encode_moments
 from everydream_kit.share_bar import ShareBar
@@ -19,7 +19,7 @@ from everydream_kit.workspace import require_writable
 if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
     from everydream_kit.data.dataset import Dataset
-    from everydream_kit.data.plan import PlanSettings
+    from everydream_kit.data.epoch_plan import PlanSettings
     from everydream_kit.models.family import Model
     from everydream_kit.training.control import StopSignal
     from everydream_kit.training.journal import Journal
@@ -50,7 +50,7 @@ def choose_latent_mode(
     *,
     variants: int,
     folder: Path,
-    transforms_pictures: bool,
+    transforms_images: bool,
 ) -> CacheMode:
     """Where the pictures' latents are kept.
 
@@ -58,12 +58,12 @@ def choose_latent_mode(
         mode: what `cache_latents` says.
         variants: crops kept for each picture.
         folder: of the disk cache.
-        transforms_pictures: a plug-in changes pictures at random, so that nothing can be kept.
+        transforms_images: a plug-in changes pictures at random, so that nothing can be kept.
     """
-    if transforms_pictures:
+    if transforms_images:
         return "off"
     if mode == "auto":
-        return choose_cache_mode(foretell_bytes(dataset, plan_settings, variants=variants), folder)
+        return choose_cache_mode(estimate_bytes(dataset, plan_settings, variants=variants), folder)
     return mode
 
 
@@ -91,7 +91,7 @@ def build_latent_cache(
         stop: ends filling the one on disk; what is encoded stays there.
 
     Raises:
-        StopAsked: by `stop`.
+        StopRequested: by `stop`.
         DiskSpaceError: it does not fit on the disk.
     """
     if mode == "off":
@@ -101,7 +101,7 @@ def build_latent_cache(
         with idle_models.at_work([model.vae]):
             return encode_moments(model, pixels)
 
-    journal.tell("latent cache", mode=mode, variants=settings.variants)
+    journal.report("latent cache", mode=mode, variants=settings.variants)
     if mode == "memory":
         return MemoryCache(dataset, encode, settings, num_workers=num_workers)
     with idle_models.at_work([model.vae]), ShareBar("encoding") as bar:

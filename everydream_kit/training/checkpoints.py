@@ -22,7 +22,7 @@ from typing import Any
 from everydream_kit.atomic import write_atomic
 from everydream_kit.errors import CheckpointError, DiskSpaceError
 from everydream_kit.strict_json import read_json
-from everydream_kit.training.receipts import OpenFile, Receipts, digests_of, sync
+from everydream_kit.training.file_hashes import OpenFile, Receipts, digests_of, sync
 from everydream_kit.training.resume_state import check_state
 from everydream_kit.training.tensor_files import check_nested, read_nested, write_nested
 from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder
@@ -60,8 +60,8 @@ def write_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        with Receipts(partial) as receipts, ThreadPoolExecutor(1, "resume state") as beside:
-            resume = beside.submit(_write_resume, partial / "resume", tensors, state or {}, receipts.open)
+        with Receipts(partial) as receipts, ThreadPoolExecutor(1, "resume state") as alongside:
+            resume = alongside.submit(_write_resume, partial / "resume", tensors, state or {}, receipts.open)
             write_model(partial, receipts.open)
             resume.result()
             facts = receipts.facts()

@@ -39,9 +39,9 @@ class StopSignal(threading.Event):
         self.reason = self.reason or reason
         self.set()
 
-    def is_asked(self, folder: RunFolder) -> bool:
+    def is_requested(self, folder: RunFolder) -> bool:
         """Whether it is set, or a stop is asked for in the run folder, where the request stays for `ControlFile`."""
-        return self.is_set() or folder.waiting_action() == "stop"
+        return self.is_set() or folder.pending_action() == "stop"
 
 
 @contextmanager
@@ -57,16 +57,18 @@ def signals_stop(stop: StopSignal) -> Iterator[None]:
         yield
         return
 
-    has_asked = False
+    has_requested = False
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal has_asked
+        nonlocal has_requested
         if number == HANGUP:
             _print_nowhere()
-        elif has_asked:
+        elif has_requested:
             os._exit(128 + number)
         else:
-            has_asked = True  # not `stop.is_set()`: a host may take its machine back while a request is being obeyed
+            has_requested = (
+                True  # not `stop.is_set()`: a host may take its machine back while a request is being obeyed
+            )
         stop.ask(signal.Signals(number).name)
         with contextlib.suppress(OSError):  # nobody reads it
             os.write(2, b"\nStopping after this step, then saving. Once more ends at once, without saving.\n")
@@ -103,7 +105,7 @@ class ControlFile(Listener):
         if request is None:
             return
         action = request.get("action")
-        run.tell("request", step=report.step, action=action, id=request.get("id"))
+        run.report("request", step=report.step, action=action, id=request.get("id"))
         if action == "stop":
             self.stop.ask("request")
         elif action in self.actions:

@@ -183,7 +183,7 @@ class Journal:
         self._tensorboard = TensorBoardFile(folder) if writes else None
         self._status = LiveStatus(folder, heartbeat_seconds) if writes else None
 
-    def tell(self, kind: str, **facts: Any) -> None:
+    def report(self, kind: str, **facts: Any) -> None:
         """Append an event."""
         if self._events is not None:
             self._events.write(kind, **facts)
@@ -197,7 +197,7 @@ class Journal:
         """Log a warning, and keep it as an event for whoever watches the folder."""
         if self.writes:
             logger.warning(message)
-            self.tell("warning", message=message)
+            self.report("warning", message=message)
 
     def set_state(self, state: str, *, progress: float | None = None, **facts: Any) -> None:
         """Write `status.json`: the state, how much of it is done where that is known (0 to 1), and further facts.
@@ -218,16 +218,16 @@ class Journal:
             if self.wandb_run is not None:
                 self.wandb_run.log({tag: value}, step=step)
 
-    def picture(self, tag: str, picture: Image.Image, step: int) -> None:
+    def image(self, tag: str, image: Image.Image, step: int) -> None:
         if self._tensorboard is not None:
             import numpy as np
 
-            pixels = np.asarray(picture.convert("RGB"))
+            pixels = np.asarray(image.convert("RGB"))
             self._tensorboard.add(lambda writer: writer.add_image(tag, pixels, step, dataformats="HWC"))
             if self.wandb_run is not None:
                 import wandb
 
-                self.wandb_run.log({tag: wandb.Image(picture)}, step=step)
+                self.wandb_run.log({tag: wandb.Image(image)}, step=step)
 
     def text(self, tag: str, text: str) -> None:
         if self._tensorboard is not None:

@@ -80,14 +80,14 @@ def _describe(problem: Any, schema: type[Section], setting: str) -> str:
     place = [str(part) for part in problem["loc"]]
     name = ".".join([setting, *place])
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(place[-1].lower(), _names_beside(schema, place), n=1)
+        near = difflib.get_close_matches(place[-1].lower(), _sibling_names(schema, place), n=1)
         return f"{name}: unknown setting" + (f"; did you mean {near[0]}?" if near else "")
     if problem["type"] == "value_error":
         return f"{name}: {problem['ctx']['error']}"
     return value_problem(name, problem)
 
 
-def _names_beside(schema: type[BaseModel], place: list[str]) -> list[str]:
+def _sibling_names(schema: type[BaseModel], place: list[str]) -> list[str]:
     """The names allowed in the section that the last part of `place` stands in."""
     for part in place[:-1]:
         field = schema.model_fields.get(part)

@@ -9,23 +9,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from everydream_kit.data.plan import plan_epoch
+from everydream_kit.data.epoch_plan import plan_epoch
 from everydream_kit.data.report import write_undersized
+from everydream_kit.training.checkpoint_saving import Saver, SavingRules, Uploader
 from everydream_kit.training.control import ControlFile, StopSignal
 from everydream_kit.training.live import LiveSettingsReader
 from everydream_kit.training.plugins import PluginListener
 from everydream_kit.training.reports import (
-    Dispensable,
+    BestEffort,
+    ImageTable,
     Listener,
     LossLog,
-    PictureTable,
     ProgressBar,
     StatusFile,
     StepReport,
 )
-from everydream_kit.training.samples import Sampler, SampleSchedule
-from everydream_kit.training.saving import Saver, SavingRules, Uploader
-from everydream_kit.training.validating import Validator
+from everydream_kit.training.sampling_listener import Sampler, SampleSchedule
+from everydream_kit.training.validation_listener import Validator
 
 if TYPE_CHECKING:
     from everydream_kit.training.run import Run
@@ -40,15 +40,15 @@ def build_listeners(run: Run, stop: StopSignal) -> list[Listener]:
     saver = build_saver(run, stop)
     listeners: list[Listener] = [
         LossLog(config.log_step),
-        Dispensable(PictureTable()),
+        BestEffort(ImageTable()),
         StatusFile(),
-        Dispensable(ProgressBar()),
-        Dispensable(UndersizedList()),
+        BestEffort(ProgressBar()),
+        BestEffort(UndersizedList()),
     ]
     if config.write_schedule:
-        listeners.append(Dispensable(ScheduleWriter()))
+        listeners.append(BestEffort(ScheduleWriter()))
     if config.load_settings_every_epoch:
-        listeners.append(Dispensable(LiveSettingsReader(sampler, saver)))
+        listeners.append(BestEffort(LiveSettingsReader(sampler, saver)))
     if run.plugins:
         listeners.append(PluginListener(run.plugins))
     if run.validation_config is not None:
@@ -61,7 +61,7 @@ def build_listeners(run: Run, stop: StopSignal) -> list[Listener]:
             )
         )
     control = ControlFile(stop, {"save": saver.save, "sample": sampler.draw})
-    listeners += [sampler, saver, Dispensable(control)]
+    listeners += [sampler, saver, BestEffort(control)]
     return listeners
 
 
@@ -116,7 +116,7 @@ def build_uploader(run: Run) -> Uploader | None:
         if kind == "warning":
             run.warn(message)
         else:
-            run.tell(kind, step=step, message=message)
+            run.report(kind, step=step, message=message)
 
     return HubUploader(access.repo_id, config.push_every, report=report)
 
@@ -145,6 +145,6 @@ class ScheduleWriter(Listener):
 
 
 def _export(source: Path, target: Path, precision: str) -> None:
-    from everydream_kit.export.single_file import export_checkpoint
+    from everydream_kit.export.single_file_export import export_checkpoint
 
     export_checkpoint(source, target, precision=precision)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from everydream_kit.training.checkpoint_saving import Saver
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.resume_state import number_of
-from everydream_kit.training.samples import Sampler, SampleSchedule
-from everydream_kit.training.saving import Saver
+from everydream_kit.training.sampling_listener import Sampler, SampleSchedule
 
 if TYPE_CHECKING:
     from everydream_kit.training.run import Run
@@ -74,7 +74,7 @@ class LiveSettingsReader(Listener):
         rules.every_n_minutes = live.ckpt_every_n_minutes or rules.every_n_minutes
         rules.every_n_epochs = live.save_every_n_epochs or rules.every_n_epochs
         rules.every_n_steps = live.save_every_n_steps or rules.every_n_steps
-        run.tell("live settings", step=run.position.step, **changed)
+        run.report("live settings", step=run.position.step, **changed)
 
     def state(self) -> dict[str, float]:
         return {"lr_factor": self.lr_factor}

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from everydream_kit.training.losses import PictureLosses, refuse_non_finite
+from everydream_kit.training.losses import ImageLosses, refuse_non_finite
 from everydream_kit.training.position import Position
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.step import backward
@@ -39,7 +39,7 @@ def train_loop(run: Run, listeners: Sequence[Listener], stop: StopSignal) -> Pos
     for work in run.batches():
         step = run.position.step
         learning_rates = run.set_learning_rates(step)
-        losses = PictureLosses()
+        losses = ImageLosses()
         for batch in work.batches:
             losses.add(batch, backward(run, batch, work))
         losses = run.gather(losses)
@@ -52,7 +52,7 @@ def train_loop(run: Run, listeners: Sequence[Listener], stop: StopSignal) -> Pos
         report = StepReport.make(run, work, losses, learning_rates, gradient_norm=gradient_norm, seconds=seconds)
         for listener in listeners:
             listener(run, report)
-        if run.rejoin(stop.is_set()):
+        if run.sync_ranks(stop.is_set()):
             break
         clock = time.perf_counter()
     return run.position

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class PictureLosses:
+class ImageLosses:
     """The losses of one step, a number for each picture (fillers left out)."""
 
-    pictures: list[int] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     loss_scales: list[float] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
@@ -28,12 +28,12 @@ class PictureLosses:
         """Note a micro-batch's losses, (B,). They stay on the device until `read`, so that it is not waited for."""
         self._waiting.append((batch, losses))
 
-    def read(self) -> PictureLosses:
+    def read(self) -> ImageLosses:
         """Fetch what is still on the device."""
         for batch, losses in self._waiting:
             for row, (draw, loss) in enumerate(zip(batch.planned.draws, losses.tolist(), strict=True)):
                 if not draw.filler:
-                    self.pictures.append(draw.picture)
+                    self.images.append(draw.image)
                     self.losses.append(loss)
                     self.loss_scales.append(float(batch.loss_scale[row]))
                     self.paths.append(batch.paths[row])
@@ -48,7 +48,7 @@ class PictureLosses:
         return sum(loss * scale for loss, scale in zip(self.losses, self.loss_scales, strict=True)) / len(self.losses)
 
 
-def refuse_non_finite(losses: PictureLosses, step: int) -> None:
+def refuse_non_finite(losses: ImageLosses, step: int) -> None:
     """Raises: NonFiniteLossError, naming the step and the pictures, if any loss is NaN or infinite."""
     losses.read()
     bad = [path for path, loss in zip(losses.paths, losses.losses, strict=True) if not math.isfinite(loss)]

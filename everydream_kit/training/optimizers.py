@@ -223,19 +223,19 @@ def restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
         ValueError, KeyError: the state is of another optimizer.
     """
     kept = ("peak_lr", "lr", *COMMON)
-    groups = [group for one in innermost(optimizer) for group in one.param_groups]
+    groups = [group for one in unwrap_optimizers(optimizer) for group in one.param_groups]
     settings = [{key: group[key] for key in kept if key in group} for group in groups]
     optimizer.load_state_dict(state)
     # Loading makes new groups, so they are looked up again.
-    restored = [group for one in innermost(optimizer) for group in one.param_groups]
+    restored = [group for one in unwrap_optimizers(optimizer) for group in one.param_groups]
     for group, own in zip(restored, settings, strict=True):
         group.update(own)
 
 
-def innermost(optimizer: Any) -> list[Any]:
+def unwrap_optimizers(optimizer: Any) -> list[Any]:
     """The torch optimizers behind any number of faces."""
     if isinstance(optimizer, CombinedOptimizer | RoundedOptimizer):
-        return [inner for one in optimizer.optimizers for inner in innermost(one)]
+        return [inner for one in optimizer.optimizers for inner in unwrap_optimizers(one)]
     return [optimizer]
 
 

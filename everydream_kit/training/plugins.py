@@ -228,7 +228,7 @@ def caption_transform(plugins: Sequence[Any]) -> Callable[[str], str] | None:
     return _chain(plugins, "transform_caption")
 
 
-def picture_transform(plugins: Sequence[Any]) -> Callable[[Image.Image], Image.Image] | None:
+def image_transform(plugins: Sequence[Any]) -> Callable[[Image.Image], Image.Image] | None:
     """The plug-ins' changes to an image, one after the other, or None if they make none."""
     return _chain(plugins, "transform_pil_image")
 

@@ -16,7 +16,7 @@ INTERVAL_SECONDS = 0.25
 """Between two words about how far it is."""
 
 
-class StopAsked(Exception):  # noqa: N818 - no error: somebody wishes it
+class StopRequested(Exception):  # noqa: N818 - no error: somebody wishes it
     """Raised inside such work when the run is asked to stop; whoever does the work leaves it as it is."""
 
 
@@ -45,27 +45,27 @@ class WorkProgress:
         self._journal, self._state, self._bar, self._stop = journal, state, bar, stop
         self._num_parts, self._message = num_parts, message
         self._parts_done = 0
-        self._told = -math.inf
-        self._tell(0.0)
+        self._reported = -math.inf
+        self._report(0.0)
 
     def __call__(self, done: int, total: int) -> None:
         """So much of this part is done of so much in all.
 
         Raises:
-            StopAsked: the run should stop.
+            StopRequested: the run should stop.
         """
         now = time.monotonic()
-        if now - self._told >= INTERVAL_SECONDS:
-            self._told = now
-            self._tell(self._parts_done + done / total)
-            if self._stop is not None and self._stop.is_asked(self._journal.folder):
-                raise StopAsked
+        if now - self._reported >= INTERVAL_SECONDS:
+            self._reported = now
+            self._report(self._parts_done + done / total)
+            if self._stop is not None and self._stop.is_requested(self._journal.folder):
+                raise StopRequested
 
     def end_part(self) -> None:
         """The next call is of the next part."""
         self._parts_done += 1
-        self._tell(self._parts_done)
+        self._report(self._parts_done)
 
-    def _tell(self, parts_done: float) -> None:
+    def _report(self, parts_done: float) -> None:
         self._journal.set_state(self._state, progress=round(parts_done / self._num_parts, 3), message=self._message)
         self._bar.show(parts_done, self._num_parts)

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from everydream_kit.data.textfiles import TextError, read_text, require_text
 from everydream_kit.errors import ConfigError
-from everydream_kit.models.samplers import sampler_by_name
+from everydream_kit.models.sampling_schedulers import sampler_by_name
 from everydream_kit.strict_json import parse_json
 
 LARGEST_SIDE = 4096

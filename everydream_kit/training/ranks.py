@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from everydream_kit.errors import HostError
 from everydream_kit.gpu_support import describe_unsupported
-from everydream_kit.training.losses import PictureLosses
+from everydream_kit.training.losses import ImageLosses
 
 BUCKET_BYTES = 25 * 2**20
 """Gradients are sent in pieces of about this size, as torch's own DDP does."""
@@ -69,15 +69,15 @@ class Ranks:
         dist.broadcast(word, src=0)
         return int(word.item())
 
-    def gather(self, losses: PictureLosses) -> PictureLosses:
+    def gather(self, losses: ImageLosses) -> ImageLosses:
         """The losses of all processes, in the order of their ranks."""
         losses.read()
         if self.num_ranks == 1:
             return losses
-        parts: list[PictureLosses] = [losses] * self.num_ranks
+        parts: list[ImageLosses] = [losses] * self.num_ranks
         dist.all_gather_object(parts, losses)
-        return PictureLosses(
-            pictures=[i for part in parts for i in part.pictures],
+        return ImageLosses(
+            images=[i for part in parts for i in part.images],
             losses=[loss for part in parts for loss in part.losses],
             loss_scales=[scale for part in parts for scale in part.loss_scales],
             paths=[path for part in parts for path in part.paths],

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from everydream_kit.data.records import Batch, StepBatches
-    from everydream_kit.training.losses import PictureLosses
+    from everydream_kit.training.losses import ImageLosses
     from everydream_kit.training.run import Run
 
 
@@ -49,7 +49,7 @@ class StepReport:
     step_in_epoch: int
     num_steps_in_epoch: int
     epoch_ended: bool
-    losses: PictureLosses
+    losses: ImageLosses
     learning_rates: dict[str, float]
     gradient_norm: float | None
     gradient_scale: float | None
@@ -64,7 +64,7 @@ class StepReport:
         cls,
         run: Run,
         work: StepBatches,
-        losses: PictureLosses,
+        losses: ImageLosses,
         learning_rates: dict[str, float],
         *,
         gradient_norm: float | None,
@@ -116,7 +116,7 @@ class Listener:
         """Take up a saved state."""
 
 
-class Dispensable(Listener):
+class BestEffort(Listener):
     """A listener that a run can do without: where it cannot read or write, because a disk is full or gone, the run goes on."""
 
     def __init__(self, listener: Listener) -> None:
@@ -143,9 +143,9 @@ class Dispensable(Listener):
     def restore(self, state: dict[str, Any]) -> None:
         self.listener.restore(state)
 
-    def _try(self, run: Run, tell: Callable[..., object], *arguments: object) -> None:
+    def _try(self, run: Run, report: Callable[..., object], *arguments: object) -> None:
         try:
-            tell(*arguments)
+            report(*arguments)
         except OSError as problem:
             if not self._has_warned:
                 self._has_warned = True
@@ -193,7 +193,7 @@ class LossLog(Listener):
             self._log_point(run, report)
         if report.epoch_ended:
             minutes = self.epoch.seconds / 60
-            run.tell(
+            run.report(
                 "epoch",
                 step=report.step,
                 epoch=report.epoch,
@@ -207,7 +207,7 @@ class LossLog(Listener):
 
     def _log_point(self, run: Run, report: StepReport) -> None:
         average, memory = self.since_log, run.memory_bytes()
-        run.tell(
+        run.report(
             "loss",
             step=report.step,
             epoch=report.epoch,
@@ -300,7 +300,7 @@ class ProgressBar(Listener):
             self._bar.close()
 
 
-class PictureTable(Listener):
+class ImageTable(Listener):
     """Mean loss and count of each picture over an epoch: `losses/ep<N>.json`, highest first, the worst twenty apart."""
 
     name = "picture_table"
@@ -311,8 +311,8 @@ class PictureTable(Listener):
 
     def __call__(self, run: Run, report: StepReport) -> None:
         losses = report.losses
-        for picture, loss, path in zip(losses.pictures, losses.losses, losses.paths, strict=True):
-            row = self._rows.setdefault(run.dataset.key(picture), [0.0, 0, path])
+        for image, loss, path in zip(losses.images, losses.losses, losses.paths, strict=True):
+            row = self._rows.setdefault(run.dataset.key(image), [0.0, 0, path])
             row[0] += loss
             row[1] += 1
         if report.epoch_ended:

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from everydream_kit.data.plan import plan_epoch
+from everydream_kit.data.epoch_plan import plan_epoch
 from everydream_kit.errors import CheckpointError
-from everydream_kit.training.optimizers import innermost
-from everydream_kit.training.pictures import foretell_steps
+from everydream_kit.training.optimizers import unwrap_optimizers
 from everydream_kit.training.position import Position
 from everydream_kit.training.reports import Averages
+from everydream_kit.training.training_images import estimate_steps
 
 if TYPE_CHECKING:
     from everydream_kit.data.dataset import Dataset
-    from everydream_kit.data.plan import EpochPlan
+    from everydream_kit.data.epoch_plan import EpochPlan
     from everydream_kit.training.run import Run
 
 RATE_JUMP = 0.05
@@ -68,7 +68,7 @@ def refuse_other_training(run: Run, state: dict[str, Any]) -> None:
     )
 
 
-def settle_position(run: Run, state: dict[str, Any], tensors: dict[str, Any]) -> None:
+def resolve_position(run: Run, state: dict[str, Any], tensors: dict[str, Any]) -> None:
     """Put the run where it continues. What is different from when it was saved is a warning.
 
     An epoch whose batches are others now begins anew: which of its images were seen cannot be told by counting steps.
@@ -86,7 +86,7 @@ def settle_position(run: Run, state: dict[str, Any], tensors: dict[str, Any]) ->
         run.position = position = replace(position, step_in_epoch=0)
         state["listeners"].pop("picture_table", None)
         state["listeners"].get("loss_log", {})["epoch"] = vars(Averages())
-    run.settle_steps(position.step + _steps_left(run, position))
+    run.resolve_steps(position.step + _steps_left(run, position))
     return position
 
 
@@ -107,7 +107,7 @@ def warn_of_rates(run: Run, state: dict[str, Any]) -> None:
 
 def _trained(run: Run) -> dict[str, dict[str, str]]:
     """For each part its optimizer's class, and a digest of the names and shapes of its parameters."""
-    classes = {g["name"]: type(one).__name__ for one in innermost(run.optimizer) for g in one.param_groups}
+    classes = {g["name"]: type(one).__name__ for one in unwrap_optimizers(run.optimizer) for g in one.param_groups}
     facts = {}
     for part in run.parts:
         names = "\n".join(f"{name} {tuple(parameter.shape)}" for name, parameter in part.parameters)
@@ -127,7 +127,7 @@ def _plan_digest(run: Run) -> str:
 def _digest_plan(dataset: Dataset, plan: EpochPlan) -> str:
     digest = hashlib.blake2b(digest_size=16)
     sizes = np.array(plan.buckets)[plan.batch_bucket] if plan.num_batches else np.zeros((0, 2))
-    columns = (dataset.key_hashes[plan.pictures], plan.repeats, plan.batch_starts, plan.step_starts, sizes)
+    columns = (dataset.key_hashes[plan.images], plan.repeats, plan.batch_starts, plan.step_starts, sizes)
     for column in columns:
         digest.update(np.ascontiguousarray(column).astype("<u8").tobytes())
     return digest.hexdigest()
@@ -164,4 +164,4 @@ def _steps_left(run: Run, position: Position) -> int:
     max_steps = None if run.config.max_steps is None else max(0, run.config.max_steps - position.step)
     if num_epochs <= 0 or max_steps == 0:
         return 0
-    return foretell_steps(run.dataset, run.plan_settings, run.config.max_epochs, max_steps, start=position.epoch)
+    return estimate_steps(run.dataset, run.plan_settings, run.config.max_epochs, max_steps, start=position.epoch)

@@ -24,8 +24,8 @@ from everydream_kit.training.noise import make_noise
 from everydream_kit.training.offload import IdleModels
 from everydream_kit.training.position import Position
 from everydream_kit.training.resuming import image_keys, resume_facts
+from everydream_kit.training.run_snapshot import Snapshot, clone_to_host, count_bytes
 from everydream_kit.training.sharding import Sharding, as_whole, gather
-from everydream_kit.training.snapshots import Snapshot, clone_to_host, count_bytes
 from everydream_kit.training.summary import library_versions
 
 if TYPE_CHECKING:
@@ -34,22 +34,22 @@ if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
     from everydream_kit.data.cache import LatentCache
     from everydream_kit.data.dataset import Dataset
-    from everydream_kit.data.plan import PlanSettings
+    from everydream_kit.data.epoch_plan import PlanSettings
     from everydream_kit.data.records import Batch, StepBatches
     from everydream_kit.data.text_cache import TextCache
     from everydream_kit.models.family import Conditioning, Model
     from everydream_kit.training.ema import Ema
+    from everydream_kit.training.file_hashes import OpenFile
+    from everydream_kit.training.held_out_images import ValidationSet
     from everydream_kit.training.journal import Journal
-    from everydream_kit.training.losses import PictureLosses
+    from everydream_kit.training.losses import ImageLosses
     from everydream_kit.training.noise import NoiseSettings
     from everydream_kit.training.objectives import Objective
     from everydream_kit.training.parameters import TrainedPart
     from everydream_kit.training.precision import Precision
     from everydream_kit.training.ranks import Ranks
-    from everydream_kit.training.receipts import OpenFile
     from everydream_kit.training.reports import Listener
     from everydream_kit.training.validation_config import ValidationConfig
-    from everydream_kit.training.validation_sets import ValidationSet
     from everydream_kit.workspace import RunFolder
 
 NOTHING, WEIGHTS, EVERYTHING = range(3)
@@ -98,10 +98,10 @@ class Run:
     has_dropout: bool = field(init=False)  # an adapter's, or the base model's own
 
     def __post_init__(self) -> None:
-        self.settle_steps(self.num_steps)
+        self.resolve_steps(self.num_steps)
         self.has_dropout = any(_drops_out(m) for m in [self.model.unet, *self.model.text_encoders])
 
-    def settle_steps(self, num_steps: int) -> None:
+    def resolve_steps(self, num_steps: int) -> None:
         """Say how many steps the run has; schedules that end with it follow."""
         self.num_steps = num_steps
         self.schedules = self.make_schedules(num_steps)
@@ -122,14 +122,14 @@ class Run:
             pin_memory=self.ranks.device.type == "cuda",
             **self.loader_options,
         )
-        num_told = 0
+        num_reported = 0
         try:
             for work in loader:
                 for problem in loader.problems[
-                    num_told:
+                    num_reported:
                 ]:  # the loader has logged them; here they reach the run's events
-                    self.tell("warning", message=str(problem))
-                num_told = len(loader.problems)
+                    self.report("warning", message=str(problem))
+                num_reported = len(loader.problems)
                 yield work
                 if self.position.step_in_epoch == 0 and work.num_empty_after:
                     self.journal.note(_passed_over(work))
@@ -159,11 +159,11 @@ class Run:
         """One generator for each picture of the batch, by its address."""
         planned = batch.planned
         return [
-            torch_generator(self.seed, purpose, planned.epoch, self.dataset.key(draw.picture), draw.repeat)
+            torch_generator(self.seed, purpose, planned.epoch, self.dataset.key(draw.image), draw.repeat)
             for draw in planned.draws
         ]
 
-    def encode_pictures(self, batch: Batch, *, mean_only: bool = False) -> torch.Tensor:
+    def encode_images(self, batch: Batch, *, mean_only: bool = False) -> torch.Tensor:
         """(B, 4, H/8, W/8) scaled latents, drawn from the VAE's posterior at each picture's address, or its mean."""
         device = self.ranks.device
         with torch.no_grad():
@@ -209,7 +209,7 @@ class Run:
             loss = loss * self.ranks.num_ranks  # FSDP takes the mean over the processes where we want the sum
         return self.precision.scale(loss)
 
-    def gather(self, losses: PictureLosses) -> PictureLosses:
+    def gather(self, losses: ImageLosses) -> ImageLosses:
         return self.ranks.gather(losses)
 
     def update_weights(self, step: int) -> float | None:
@@ -235,7 +235,7 @@ class Run:
         if self.ema is not None and step % self.ema_update_interval == 0:
             self.ema.update(step // self.ema_update_interval)
 
-    def rejoin(self, stop_asked: bool = False) -> bool:
+    def sync_ranks(self, stop_requested: bool = False) -> bool:
         """Bring the processes together again after the listeners, which only the main one has.
 
         The others give what it asks for meanwhile, and learn what its listeners decided: the rate's factor, an early end.
@@ -245,7 +245,7 @@ class Run:
         """
         while True:
             factor = self.lr_factor if self.ranks.is_main else 0.0
-            asked, stop, ended, factor = self.ranks.largest(NOTHING, stop_asked, self.ended_early, factor)
+            asked, stop, ended, factor = self.ranks.largest(NOTHING, stop_requested, self.ended_early, factor)
             if asked == NOTHING:
                 self.lr_factor, self.ended_early = factor, bool(ended)
                 return bool(stop)
@@ -262,8 +262,8 @@ class Run:
         """Whether gradients flow into a text encoder."""
         return any(p.requires_grad for encoder in self.model.text_encoders for p in encoder.parameters())
 
-    def tell(self, kind: str, **facts: Any) -> None:
-        self.journal.tell(kind, **facts)
+    def report(self, kind: str, **facts: Any) -> None:
+        self.journal.report(kind, **facts)
 
     def warn(self, message: str) -> None:
         self.journal.warn(message)
@@ -271,8 +271,8 @@ class Run:
     def scalar(self, tag: str, value: float, step: int) -> None:
         self.journal.scalar(tag, value, step)
 
-    def picture(self, tag: str, picture: Image.Image, step: int) -> None:
-        self.journal.picture(tag, picture, step)
+    def image(self, tag: str, image: Image.Image, step: int) -> None:
+        self.journal.image(tag, image, step)
 
     def set_state(self, state: str, **facts: Any) -> None:
         self.journal.set_state(state, **facts)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from everydream_kit.errors import ConfigError
-from everydream_kit.training.optimizers import innermost, plain_name
+from everydream_kit.training.optimizers import plain_name, unwrap_optimizers
 from everydream_kit.training.parameters import TrainedPart
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def divide_optimizer_state(optimizer: Any, state: dict[str, Any]) -> dict[str, A
     if "optimizers" in state:
         inner = zip(optimizer.optimizers, state["optimizers"], strict=True)
         return {**state, "optimizers": [divide_optimizer_state(*one) for one in inner]}
-    (torch_optimizer,) = innermost(optimizer)
+    (torch_optimizer,) = unwrap_optimizers(optimizer)
     parameters = [p for group in torch_optimizer.param_groups for p in group["params"]]
     divided = {}
     for index, entries in state["state"].items():

@@ -14,7 +14,7 @@ import torch
 
 from everydream_kit.draws import torch_generator
 from everydream_kit.models.family import Conditioning
-from everydream_kit.training.losses import PictureLosses, refuse_non_finite
+from everydream_kit.training.losses import ImageLosses, refuse_non_finite
 from everydream_kit.training.noise import make_noise, perturb_embeddings, perturb_input
 from everydream_kit.training.timesteps import draw_timesteps
 
@@ -29,7 +29,7 @@ def backward(run: Run, batch: Batch, work: StepBatches) -> torch.Tensor:
     Returns:
         (B,) float32 losses, detached, before `loss_scale`.
     """
-    losses = picture_losses(run, batch, work)
+    losses = image_losses(run, batch, work)
     if run.updates_in_backward:  # weights change inside backward(), so it is now or never
         refuse_non_finite(_single(batch, losses), run.position.step)
     run.scale_loss(share_of_step(losses, batch.loss_scale, work.loss_divisor)).backward()
@@ -47,10 +47,10 @@ def share_of_step(losses: torch.Tensor, loss_scale: torch.Tensor, loss_divisor: 
     return (losses * loss_scale.to(losses.device)).sum() / loss_divisor
 
 
-def picture_losses(run: Run, batch: Batch, work: StepBatches) -> torch.Tensor:
+def image_losses(run: Run, batch: Batch, work: StepBatches) -> torch.Tensor:
     """(B,) float32: the objective's loss for each picture of a micro-batch."""
     settings = run.noise_settings
-    latents = run.encode_pictures(batch)  # (B, 4, H/8, W/8), scaled
+    latents = run.encode_images(batch)  # (B, 4, H/8, W/8), scaled
     noise = make_noise(
         tuple(latents.shape[1:]),
         run.generators(batch, "noise"),
@@ -73,8 +73,8 @@ def picture_losses(run: Run, batch: Batch, work: StepBatches) -> torch.Tensor:
     return run.objective.loss(model_pred, target, timesteps, mask)
 
 
-def _single(batch: Batch, losses: torch.Tensor) -> PictureLosses:
-    single = PictureLosses()
+def _single(batch: Batch, losses: torch.Tensor) -> ImageLosses:
+    single = ImageLosses()
     single.add(batch, losses.detach())
     return single
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from everydream_kit.data.contents import digest_pictures
 from everydream_kit.data.duplicates import find_duplicates
+from everydream_kit.data.image_digests import digest_images
 from everydream_kit.draws import derive_seed, torch_generator
 from everydream_kit.errors import ConfigError
 from everydream_kit.training.noise import make_noise
@@ -46,7 +46,7 @@ def content_groups(dataset: Dataset) -> list[str]:
 
     Every picture is decoded once, at a small scale. Pictures that cannot be read are groups of their own.
     """
-    digests = digest_pictures(((dataset.path(index), None) for index in range(len(dataset))), len(dataset))
+    digests = digest_images(((dataset.path(index), None) for index in range(len(dataset))), len(dataset))
     names = [digest.tobytes().hex() if digest.any() else dataset.key(index) for index, digest in enumerate(digests)]
     for alike in find_duplicates(dataset, max_distance=ALIKE_BITS).near:
         name = min(names[index] for index in alike)
@@ -112,12 +112,12 @@ class ValidationLoss:
     Attributes:
         mean: over pictures, each counted once and alike, and over timesteps.
         by_timestep: mean over pictures for each timestep of the grid.
-        num_pictures: how many.
+        num_images: how many.
     """
 
     mean: float
     by_timestep: dict[int, float]
-    num_pictures: int
+    num_images: int
 
 
 def validate(
@@ -147,7 +147,7 @@ def validate(
         ConfigError: there are no pictures.
     """
     sums = torch.zeros(len(timesteps), dtype=torch.float64)
-    num_pictures = 0
+    num_images = 0
     with torch.no_grad(), _EvaluationMode(modules):
         for batch in batches:
             counts = torch.tensor([not draw.filler for draw in batch.planned.draws])
@@ -165,11 +165,11 @@ def validate(
                     seed=seed,
                 )
                 sums[row] += losses.double().cpu()[counts].sum()
-            num_pictures += int(counts.sum())
-    if not num_pictures:
+            num_images += int(counts.sum())
+    if not num_images:
         raise ConfigError("validation_config: there are no pictures to validate with")
-    means = (sums / num_pictures).tolist()
-    return ValidationLoss(sum(means) / len(means), dict(zip(timesteps, means, strict=True)), num_pictures)
+    means = (sums / num_images).tolist()
+    return ValidationLoss(sum(means) / len(means), dict(zip(timesteps, means, strict=True)), num_images)
 
 
 def _losses_at(

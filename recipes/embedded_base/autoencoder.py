@@ -27,7 +27,7 @@ KL_WEIGHT = 1e-5  # of the mean over latent elements: keeps latents in a friendl
 CHOSEN_SHARE = 0.6  # of each batch from the pictures the U-Net will learn from
 
 
-def load_pictures(dataset: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def load_images(dataset: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Pictures (N, H, W, 3) as bytes, and the indices of the chosen subjects' 3d ones."""
     archive = np.load(dataset / "vae.npz")
     chosen = {f"{subject['code']} 3d" for subject in json.loads((dataset / "subjects.json").read_text("utf-8"))}
@@ -36,21 +36,21 @@ def load_pictures(dataset: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def draw_batch(
-    pictures: torch.Tensor, chosen: torch.Tensor, size: int, side: int, generator: torch.Generator
+    images: torch.Tensor, chosen: torch.Tensor, size: int, side: int, generator: torch.Generator
 ) -> torch.Tensor:
     """A batch in -1..1, (size, 3, side, side): crops, some with colours swapped or inverted, for colour."""
     count = round(size * CHOSEN_SHARE)
     indices = torch.cat(
         [
             chosen[torch.randint(len(chosen), (count,), generator=generator)],
-            torch.randint(len(pictures), (size - count,), generator=generator),
+            torch.randint(len(images), (size - count,), generator=generator),
         ]
     )
-    last = pictures.shape[1] - side
+    last = images.shape[1] - side
     batch = []
     for index in indices.tolist():
         top, left = torch.randint(last + 1, (2,), generator=generator).tolist()
-        crop = pictures[index, top : top + side, left : left + side].permute(2, 0, 1).float() / 127.5 - 1
+        crop = images[index, top : top + side, left : left + side].permute(2, 0, 1).float() / 127.5 - 1
         chance = torch.rand((), generator=generator).item()
         if chance < 0.12:
             crop = crop[torch.randperm(3, generator=generator)]
@@ -86,9 +86,9 @@ def train(dataset: Path, folder: Path, minutes: float, peers: Peers) -> None:
     """Train for `minutes`, going on from the last checkpoint if there is one."""
     torch.manual_seed(1)
     vae = architecture.build_vae().to(memory_format=torch.channels_last)
-    pictures, chosen = load_pictures(dataset)
+    images, chosen = load_images(dataset)
     held = chosen[:: max(1, len(chosen) // 24)][:24]
-    held_pictures = pictures[held].permute(0, 3, 1, 2).float() / 127.5 - 1
+    held_images = images[held].permute(0, 3, 1, 2).float() / 127.5 - 1
 
     optimizers = build_optimizers(vae, peers)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
@@ -109,8 +109,8 @@ def train(dataset: Path, folder: Path, minutes: float, peers: Peers) -> None:
     seen = 0.0
     while stage.progress < 1:
         whole = stage.progress > WHOLE_FROM
-        size, side = (WHOLE_BATCH, pictures.shape[1]) if whole else (CROP_BATCH, CROP_PIXELS)
-        batch = draw_batch(pictures, chosen, size // peers.count, side, generator)
+        size, side = (WHOLE_BATCH, images.shape[1]) if whole else (CROP_BATCH, CROP_PIXELS)
+        batch = draw_batch(images, chosen, size // peers.count, side, generator)
         factor = min(1.0, (stage.step + 1) / 50) * max(0.005, 1 - stage.progress)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * factor
@@ -136,16 +136,16 @@ def train(dataset: Path, folder: Path, minutes: float, peers: Peers) -> None:
             stage.log(loss=round(seen, 5), lr=round(peaks[0] * factor, 5), std=round(posterior.mean.std().item(), 3))
         if stage.is_save_due():
             stage.save(payload_now())
-            stage.log(psnr=round(psnr(ema, held_pictures), 2))
+            stage.log(psnr=round(psnr(ema, held_images), 2))
     if peers.is_first:
         stage.save(payload_now())
-        stage.log(psnr=round(psnr(ema, held_pictures), 2))
+        stage.log(psnr=round(psnr(ema, held_images), 2))
 
 
 @torch.no_grad()
-def psnr(ema: Ema, pictures: torch.Tensor) -> float:
+def psnr(ema: Ema, images: torch.Tensor) -> float:
     """Decibels of the averaged weights' reconstruction of whole pictures (peak to peak 2)."""
     vae = architecture.build_vae()
     vae.load_state_dict(ema.weights)
-    error = (vae.decode(vae.encode(pictures).latent_dist.mean).sample.clamp(-1, 1) - pictures).square().mean()
+    error = (vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1) - images).square().mean()
     return float(10 * torch.log10(4 / error))

@@ -53,9 +53,9 @@ class Stage:
 
     def save(self, payload: dict[str, Any]) -> None:
         """Write beside, then rename, so that a stop in the middle leaves the checkpoint before."""
-        beside = self.path.with_suffix(".writing")
-        torch.save({"payload": payload, "spent_seconds": self.spent_seconds, "step": self.step}, beside)
-        os.replace(beside, self.path)
+        alongside = self.path.with_suffix(".writing")
+        torch.save({"payload": payload, "spent_seconds": self.spent_seconds, "step": self.step}, alongside)
+        os.replace(alongside, self.path)
         self.saved = time.monotonic()
 
     def log(self, **values: float | str) -> None:

@@ -46,12 +46,12 @@ def load_vae(folder: Path) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def encode_all(pictures: list[Path], vae: torch.nn.Module, cache: Path) -> dict[tuple[int, int], torch.Tensor]:
+def encode_all(images: list[Path], vae: torch.nn.Module, cache: Path) -> dict[tuple[int, int], torch.Tensor]:
     """Mean latents of every picture on a sheet of every shape, {(width, height): (N, 4, height/8, width/8)}.
 
     Kept in the file `cache`; delete it when the autoencoder has changed.
     """
-    names = [path.name for path in pictures]
+    names = [path.name for path in images]
     if cache.is_file():
         kept = torch.load(cache, weights_only=True)
         if set(names) <= set(kept["names"]):
@@ -61,11 +61,11 @@ def encode_all(pictures: list[Path], vae: torch.nn.Module, cache: Path) -> dict[
     for width, height in SHAPES:
         side = min(width, height)
         encoded = []
-        for path in pictures:
-            picture = Image.open(path).convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
-            sheet = Image.new("RGB", (width, height), "white")
-            sheet.paste(picture, ((width - side) // 2, (height - side) // 2))
-            pixels = torch.from_numpy(np.asarray(sheet).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        for path in images:
+            image = Image.open(path).convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+            grid = Image.new("RGB", (width, height), "white")
+            grid.paste(image, ((width - side) // 2, (height - side) // 2))
+            pixels = torch.from_numpy(np.asarray(grid).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
             encoded.append(vae.encode(pixels).latent_dist.mean)
         latents[width, height] = torch.cat(encoded)
     if os.environ.get("RANK", "0") == "0":

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from everydream_kit.demo import pictures_path
+from everydream_kit.demo import images_path
 from everydream_kit.demo.score import FEATURES_FILE, SIDE_PIXELS, STYLES, FeatureNet, to_pixels
 
 BATCH, STEPS, SHARPNESS = 64, 700, 16.0
@@ -42,8 +42,8 @@ def train(data: Path, steps: int = STEPS) -> None:
     labels = {entry["code"]: entry["label"] for entry in json.loads((data / "subjects.json").read_text("utf-8"))}
     keys = [str(name).split() for name in archive["names"]]
     codes = sorted(labels)
-    pictures = torch.from_numpy(archive["pictures"]).permute(0, 3, 1, 2)
-    small = functional.interpolate(pictures.float(), (SIDE_PIXELS, SIDE_PIXELS), mode="area").round().byte()
+    images = torch.from_numpy(archive["pictures"]).permute(0, 3, 1, 2)
+    small = functional.interpolate(images.float(), (SIDE_PIXELS, SIDE_PIXELS), mode="area").round().byte()
     # The other emoji teach styles only: -100 is what cross_entropy leaves out.
     subjects = torch.tensor([codes.index(code) if code in labels else -100 for code, _ in keys])
     styles = torch.tensor([STYLES.index(style) for _, style in keys])
@@ -90,7 +90,7 @@ def train(data: Path, steps: int = STEPS) -> None:
 @torch.no_grad()
 def write(net: FeatureNet, pixels: torch.Tensor, subjects: list[str], styles: list[int]) -> None:
     """Store the network and the vectors of its references: `pixels` and the demo's own pictures."""
-    taught = sorted(pictures_path().glob("*.webp"))
+    taught = sorted(images_path().glob("*.webp"))
     pixels = torch.cat([pixels, torch.stack([to_pixels(Image.open(path)) for path in taught])])
     subjects = subjects + [path.with_suffix(".txt").read_text("utf-8").split(",")[0] for path in taught]
     styles = styles + [STYLES.index("taught")] * len(taught)

@@ -22,24 +22,24 @@ MORE_PROMPTS = tuple(name.strip() for name in _MORE_SUBJECTS.split(","))  # none
 STEPS, GUIDANCE = 30, 4.0
 
 
-def draw_sheet(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str] | None, columns: int) -> Image.Image:
+def draw_grid(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str] | None, columns: int) -> Image.Image:
     """Cells in reading order; each cell stacks the pictures of one item (one from each of `rows`), label below."""
     side = rows[0][0].width
     label_height = 14 if labels else 0
     cell = side * len(rows) + label_height
     count = len(rows[0])
-    sheet = Image.new("RGB", (columns * (side + 4), -(-count // columns) * (cell + 4)), "white")
-    pen = ImageDraw.Draw(sheet)
+    grid = Image.new("RGB", (columns * (side + 4), -(-count // columns) * (cell + 4)), "white")
+    pen = ImageDraw.Draw(grid)
     for index in range(count):
         left, top = index % columns * (side + 4) + 2, index // columns * (cell + 4) + 2
         for row_number, row in enumerate(rows):
-            sheet.paste(row[index], (left, top + row_number * side))
+            grid.paste(row[index], (left, top + row_number * side))
         if labels:
             pen.text((left + 2, top + side * len(rows) + 1), labels[index], fill="black")
-    return sheet
+    return grid
 
 
-def to_picture(pixels: torch.Tensor) -> Image.Image:
+def to_image(pixels: torch.Tensor) -> Image.Image:
     array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     return Image.fromarray(array)
 
@@ -51,8 +51,8 @@ def reconstructions(vae: torch.nn.Module, paths: Sequence[Path], side: int = 128
     made = []
     for original in originals:
         pixels = torch.from_numpy(np.asarray(original).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-        made.append(to_picture(vae.decode(vae.encode(pixels).latent_dist.mean).sample[0]))
-    return draw_sheet([originals, made], None, columns=12)
+        made.append(to_image(vae.decode(vae.encode(pixels).latent_dist.mean).sample[0]))
+    return draw_grid([originals, made], None, columns=12)
 
 
 def samples(

@@ -114,9 +114,9 @@ def run_all(page, address):
 
 
 def test_the_training_panel_lives_in_notebook_6(classic, page, tmp_path):
-    pictures = tmp_path / "ws" / "jets" / "input"
-    pictures.mkdir(parents=True)
-    Image.new("RGB", (64, 64)).save(pictures / "a jet.png")
+    images = tmp_path / "ws" / "jets" / "input"
+    images.mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(images / "a jet.png")
     double = Path(__file__).parents[1] / "fakes" / "trainer_double.py"
     run_all(page, classic(CELL.format(double=str(double))))
     panel = page.locator(".edk").first

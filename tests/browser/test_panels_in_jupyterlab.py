@@ -12,7 +12,7 @@ from playwright.sync_api import expect
 pytestmark = pytest.mark.timeout(1800)  # a net below the waits, which end when nothing moves any more
 
 
-def newest_run(project):
+def latest_run(project):
     return sorted((project / "logs").glob("*-*"))[-1]
 
 
@@ -70,7 +70,7 @@ def test_train_stop_reload_resume_and_finish(lab, driver, page):
     driver.wait_for_text(panel, ".edk-facts", re.compile(r"[1-9]\d* / 14"))
     panel.get_by_role("button", name="Stop", exact=False).first.click()
     driver.wait_for_text(panel, ".edk-badge", "stopped")
-    run = newest_run(project)
+    run = latest_run(project)
     assert list((run / "ckpts").glob("*/model_index.json"))
     assert json.loads((run / "config.json").read_text())["resolution"] == 64
     stopped_at = json.loads((run / "status.json").read_text())["step"]
@@ -101,7 +101,7 @@ def test_a_run_outlives_its_kernel_and_the_reopened_panel_shows_it(lab, driver, 
     page.get_by_role("menuitem", name="Kernel", exact=True).click()
     page.get_by_role("menuitem", name=re.compile("^Restart Kernel…")).click()
     page.get_by_role("dialog").get_by_role("button", name="Confirm Kernel Restart").click()
-    status = newest_run(project) / "status.json"
+    status = latest_run(project) / "status.json"
     wait_for_run(status)
     driver.open(address)
     driver.run_all()
@@ -110,7 +110,7 @@ def test_a_run_outlives_its_kernel_and_the_reopened_panel_shows_it(lab, driver, 
     expect(panel.locator(".edk-facts")).to_contain_text("8 / 8")
 
 
-def test_captions_are_edited_in_place_and_pictures_uploaded(lab, driver, page, tmp_path):
+def test_captions_are_edited_in_place_and_images_uploaded(lab, driver, page, tmp_path):
     project = lab.project("drawings")
     (project / "input" / "broken.jpg").write_bytes(b"no picture")
     driver.open(lab.copy("01_prepare_dataset", PROJECT="drawings"))

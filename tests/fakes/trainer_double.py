@@ -105,9 +105,9 @@ class Trainer:
             "eta_seconds": (self.options.steps - step) * self.options.seconds_a_step,
             "message": message,
         }
-        beside = self.run / ".status.tmp"
-        beside.write_text(json.dumps(record))
-        beside.replace(self.run / "status.json")
+        alongside = self.run / ".status.tmp"
+        alongside.write_text(json.dumps(record))
+        alongside.replace(self.run / "status.json")
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ from everydream_kit.workspace import RunFolder, list_runs
 SECONDS_TO_START = 120
 
 
-def settings(model: Path, pictures: Path, logdir: Path) -> dict[str, object]:
+def settings(model: Path, images: Path, logdir: Path) -> dict[str, object]:
     return {
         "resume_ckpt": str(model),
-        "data_root": str(pictures),
+        "data_root": str(images),
         "project_name": "kill",
         "resolution": 64,
         "batch_size": 4,
@@ -66,9 +66,9 @@ def steps_done(run: RunFolder) -> int:
     return max((event["step"] for event in run.events("loss")), default=0)
 
 
-def train_whole(tmp_path: Path, model: Path, pictures: Path) -> RunFolder:
+def train_whole(tmp_path: Path, model: Path, images: Path) -> RunFolder:
     config = tmp_path / "whole.json"
-    config.write_text(json.dumps(settings(model, pictures, tmp_path / "whole")), "utf-8")
+    config.write_text(json.dumps(settings(model, images, tmp_path / "whole")), "utf-8")
     process = start("train", "--config", config)
     errors = finish(process)
     assert process.returncode == 0, errors
@@ -102,12 +102,10 @@ def no_checkpoint_only_looks_whole(run: RunFolder) -> None:
             verify_checkpoint(checkpoint.folder)
 
 
-def kill_and_resume(
-    tmp_path: Path, model: Path, pictures: Path, moments: list[str], chance: random.Random
-) -> RunFolder:
+def kill_and_resume(tmp_path: Path, model: Path, images: Path, moments: list[str], chance: random.Random) -> RunFolder:
     logdir = tmp_path / "killed"
     config = tmp_path / "killed.json"
-    config.write_text(json.dumps(settings(model, pictures, logdir)), "utf-8")
+    config.write_text(json.dumps(settings(model, images, logdir)), "utf-8")
 
     def run_of() -> RunFolder | None:
         runs = list_runs(logdir)
@@ -145,20 +143,20 @@ def assert_same_weights(whole: RunFolder, killed: RunFolder) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_five_kills_change_no_byte(tmp_path: Path, tiny_model_folder: Path, picture_folder: Path) -> None:
-    whole = train_whole(tmp_path, tiny_model_folder, picture_folder)
+def test_five_kills_change_no_byte(tmp_path: Path, tiny_model_folder: Path, image_folder: Path) -> None:
+    whole = train_whole(tmp_path, tiny_model_folder, image_folder)
     moments = ["step", "save", "step", "save", "step"]
-    killed = kill_and_resume(tmp_path, tiny_model_folder, picture_folder, moments, random.Random(1))
+    killed = kill_and_resume(tmp_path, tiny_model_folder, image_folder, moments, random.Random(1))
     assert_same_weights(whole, killed)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_thirty_kills_change_no_byte(tmp_path: Path, tiny_model_folder: Path, picture_folder: Path) -> None:
-    whole = train_whole(tmp_path, tiny_model_folder, picture_folder)
+def test_thirty_kills_change_no_byte(tmp_path: Path, tiny_model_folder: Path, image_folder: Path) -> None:
+    whole = train_whole(tmp_path, tiny_model_folder, image_folder)
     for number in range(6):
         chance = random.Random(100 + number)
         moments = [chance.choice(["step", "save"]) for _ in range(5)]
         folder = tmp_path / str(number)
         folder.mkdir()
-        assert_same_weights(whole, kill_and_resume(folder, tiny_model_folder, picture_folder, moments, chance))
+        assert_same_weights(whole, kill_and_resume(folder, tiny_model_folder, image_folder, moments, chance))

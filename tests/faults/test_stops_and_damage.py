@@ -24,17 +24,17 @@ from everydream_kit.config import TrainConfig
 from everydream_kit.errors import CheckpointError, ConfigError, DiskSpaceError, JobError
 from everydream_kit.locks import hold, is_held
 from everydream_kit.sessions import RUN_FOLDER_VARIABLE, resume, train
-from everydream_kit.training import saving
+from everydream_kit.training import checkpoint_saving
 from everydream_kit.training.checkpoints import sweep, verify_checkpoint, write_checkpoint
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.run import Run
 from everydream_kit.workspace import RunFolder, list_runs, run_lock_path
 
 
-def settings_in(folder: Path, tiny_model_folder: Path, picture_folder: Path) -> dict[str, Any]:
+def settings_in(folder: Path, tiny_model_folder: Path, image_folder: Path) -> dict[str, Any]:
     return {
         "resume_ckpt": str(tiny_model_folder),
-        "data_root": str(picture_folder),
+        "data_root": str(image_folder),
         "project_name": "stop",
         "resolution": 64,
         "batch_size": 4,
@@ -49,14 +49,14 @@ def settings_in(folder: Path, tiny_model_folder: Path, picture_folder: Path) -> 
 
 
 @pytest.fixture
-def settings(tmp_path: Path, tiny_model_folder: Path, picture_folder: Path) -> dict[str, Any]:
-    return settings_in(tmp_path, tiny_model_folder, picture_folder)
+def settings(tmp_path: Path, tiny_model_folder: Path, image_folder: Path) -> dict[str, Any]:
+    return settings_in(tmp_path, tiny_model_folder, image_folder)
 
 
 @pytest.fixture(scope="module")
-def saved_twice(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, picture_folder: Path) -> RunFolder:
+def saved_twice(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, image_folder: Path) -> RunFolder:
     """A whole run with a checkpoint of step 3 and one of its end. Tests damage copies of it."""
-    settings = settings_in(tmp_path_factory.mktemp("saved"), tiny_model_folder, picture_folder)
+    settings = settings_in(tmp_path_factory.mktemp("saved"), tiny_model_folder, image_folder)
     return train(TrainConfig(**{**settings, "max_epochs": 1, "save_every_n_steps": 3}))
 
 
@@ -165,8 +165,8 @@ def test_a_stop_ends_a_drawing_saves_at_once_and_the_drawing_is_made_up_for(
 ) -> None:
     prompts = tmp_path / "p.json"
     prompts.write_text('{"cfgs": [1.0], "num_inference_steps": 2, "samples": [{"prompt": "red"}]}', "utf-8")
-    drawing = {**settings, "sample_steps": 2, "max_steps": 5, "sample_prompts": str(prompts)}
-    run = train(drawing, listeners=[AskingToStop(1)])
+    sampling = {**settings, "sample_steps": 2, "max_steps": 5, "sample_prompts": str(prompts)}
+    run = train(sampling, listeners=[AskingToStop(1)])
     assert (run.status()["state"], run.status()["step"], run.status()["progress"]) == ("stopped", 2, None)
     assert [checkpoint.step for checkpoint in run.checkpoints()] == [2]
     assert steps_of(run, "sample") == []
@@ -197,7 +197,7 @@ def test_a_stop_ends_the_encoding_before_the_first_step_and_keeps_what_is_encode
     assert status["message"] == "Stopped before training began; nothing was saved."
     assert f"everydream train --config {run.config_path}" in capsys.readouterr().out
     assert not run.checkpoints()
-    assert run.waiting_action() is None
+    assert run.pending_action() is None
     assert list((tmp_path / "logs" / ".edk_cache" / "latents").rglob("*.safetensors"))
     assert main(["train", "--config", str(run.config_path)]) == 0
     assert list_runs(tmp_path / "logs")[-1].status()["state"] == "finished"
@@ -205,11 +205,11 @@ def test_a_stop_ends_the_encoding_before_the_first_step_and_keeps_what_is_encode
 
 @pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "resume/optimizer.safetensors"])
 def test_a_truncated_checkpoint_is_refused_by_name_and_the_one_before_taken(run: RunFolder, name: str) -> None:
-    newest, before = run.checkpoints()[-1], run.checkpoints()[-2]
-    damaged = newest.folder / name
+    latest, before = run.checkpoints()[-1], run.checkpoints()[-2]
+    damaged = latest.folder / name
     os.truncate(damaged, damaged.stat().st_size // 2)
     with pytest.raises(CheckpointError, match=Path(name).name):
-        verify_checkpoint(newest.folder)
+        verify_checkpoint(latest.folder)
     shutil.move(run.folder / "events.jsonl", run.folder / "events-before.jsonl")
     again = resume(run.folder)
     warnings = [event["message"] for event in again.events("warning")]
@@ -300,7 +300,7 @@ class FillingTheDisk(Listener):
 def test_a_real_full_disk_warns_and_training_goes_on(
     settings: dict[str, Any], small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving, "ROOM_PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(checkpoint_saving, "ROOM_PATIENCE_SECONDS", 0)
     with pytest.raises(DiskSpaceError):
         train(TrainConfig(**{**settings, "logdir": str(small_disk), "save_every_n_steps": 2}))
     run = list_runs(small_disk)[-1]
@@ -315,7 +315,7 @@ def test_a_disk_without_a_free_byte_ends_no_training_and_the_end_waits_for_room(
     settings: dict[str, Any], small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filling = FillingTheDisk(small_disk, 2)
-    monkeypatch.setattr(saving, "time", SimpleNamespace(sleep=lambda seconds: filling.file.unlink()))
+    monkeypatch.setattr(checkpoint_saving, "time", SimpleNamespace(sleep=lambda seconds: filling.file.unlink()))
     changes = {"logdir": str(small_disk), "max_steps": 8, "sample_steps": 3, "write_schedule": True, "max_epochs": 4}
     run = train({**settings, **changes}, listeners=[filling])
     assert run.status()["state"] == "finished"
@@ -331,7 +331,7 @@ def test_a_disk_without_a_free_byte_ends_no_training_and_the_end_waits_for_room(
 def test_a_stopped_run_that_cannot_be_saved_says_so(
     settings: dict[str, Any], small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saving, "ROOM_PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(checkpoint_saving, "ROOM_PATIENCE_SECONDS", 0)
     listeners = [AskingToStop(2), FillingTheDisk(small_disk, 2)]
     with pytest.raises(DiskSpaceError, match="Free some disk"):
         train(
@@ -394,7 +394,7 @@ def test_a_first_signal_ends_the_waiting_for_room(
         waited.append(seconds)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(saving, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(checkpoint_saving, "time", SimpleNamespace(sleep=sleep))
     with pytest.raises(DiskSpaceError):
         train({**settings, "logdir": str(small_disk), "max_epochs": 1}, listeners=[FillingTheDisk(small_disk, 2)])
     assert len(waited) == 1

@@ -19,10 +19,10 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture
-def settings(tmp_path, picture_folder):
+def settings(tmp_path, image_folder):
     return {
         "resume_ckpt": "embedded",
-        "data_root": str(picture_folder),
+        "data_root": str(image_folder),
         "logdir": str(tmp_path / "logs"),
         "resolution": 64,
         "batch_size": "auto",
@@ -41,7 +41,7 @@ def bytes_under(folder):
 
 
 def test_the_number_is_chosen_once_and_a_resumed_run_takes_the_same(settings, monkeypatch):
-    monkeypatch.setattr("everydream_kit.preflight.automatic.LARGEST_BATCH_ON_CPU", 3)
+    monkeypatch.setattr("everydream_kit.preflight.auto_batch_size.LARGEST_BATCH_ON_CPU", 3)
     run = train(TrainConfig(**settings))
     assert json.loads(run.config_path.read_text("utf-8"))["batch_size"] == 3
     (chosen,) = run.events("batch size")
@@ -53,14 +53,14 @@ def test_the_number_is_chosen_once_and_a_resumed_run_takes_the_same(settings, mo
     assert timed["seconds_left"] == pytest.approx(timed["seconds_per_step"], abs=0.2)
     assert "s a step: about" in timed["line"]
 
-    foretold = plan(run)  # the disk is filled as foretold, and the time is the run's own
-    (checkpoints, files) = foretold.disk.items
+    estimated = plan(run)  # the disk is filled as foretold, and the time is the run's own
+    (checkpoints, files) = estimated.disk.items
     assert checkpoints.last_bytes == pytest.approx(bytes_under(run.checkpoints_folder), rel=0.05)
     assert files.last_bytes == pytest.approx(bytes_under(Path(settings["save_ckpt_dir"])), rel=0.05)
-    assert (foretold.step.basis, foretold.step.source) == ("measured here", f"run {run.name}")
-    assert foretold.seconds_left == 0
+    assert (estimated.step.basis, estimated.step.source) == ("measured here", f"run {run.name}")
+    assert estimated.seconds_left == 0
 
-    monkeypatch.setattr("everydream_kit.preflight.automatic.LARGEST_BATCH_ON_CPU", 1)
+    monkeypatch.setattr("everydream_kit.preflight.auto_batch_size.LARGEST_BATCH_ON_CPU", 1)
     resume(run.folder, changes={"max_steps": 12})
     assert json.loads(run.config_path.read_text("utf-8"))["batch_size"] == 3
     assert len(list(run.events("batch size"))) == 1
@@ -68,8 +68,8 @@ def test_the_number_is_chosen_once_and_a_resumed_run_takes_the_same(settings, mo
 
 
 def test_a_run_that_cannot_fit_fails_before_its_model_is_loaded(settings, monkeypatch):
-    monkeypatch.setattr("everydream_kit.preflight.automatic.cpu_room", lambda: 1000)
-    monkeypatch.setattr("everydream_kit.preflight.automatic.memory_model", lambda config: LinearMemory())
+    monkeypatch.setattr("everydream_kit.preflight.auto_batch_size.cpu_room", lambda: 1000)
+    monkeypatch.setattr("everydream_kit.preflight.auto_batch_size.memory_model", lambda config: LinearMemory())
     with pytest.raises(MemoryLimitError, match="batch_size: not even one picture fits"):
         train(TrainConfig(**{**settings, "resume_ckpt": "absent"}))
     (run,) = list_runs(settings["logdir"])

@@ -20,8 +20,8 @@ def broken(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_run_needs_none_of_them(kind, broken, tmp_path, tiny_model_folder, picture_folder):
-    flags = {"resume_ckpt": tiny_model_folder, "data_root": picture_folder, "training_kind": kind, "max_steps": 1}
+def test_a_run_needs_none_of_them(kind, broken, tmp_path, tiny_model_folder, image_folder):
+    flags = {"resume_ckpt": tiny_model_folder, "data_root": image_folder, "training_kind": kind, "max_steps": 1}
     flags |= {"resolution": 64, "batch_size": 1, "max_epochs": 1, "save_ckpt_dir": tmp_path}
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
     ran = python("-m", "everydream_kit", "train", *words, packages=broken, cwd=tmp_path)

@@ -46,7 +46,7 @@ def captions(folder):
     return {path.stem: path.read_text() for path in folder.glob("*.txt")}
 
 
-def test_pictures_without_captions_get_them_with_prompt_and_prefix(folder, tiny_blip):
+def test_images_without_captions_get_them_with_prompt_and_prefix(folder, tiny_blip):
     done = []
     report = auto_caption(
         folder,
@@ -85,7 +85,7 @@ def test_a_dry_run_loads_no_model(folder):
     assert captions(folder) == {"two": "mine"}
 
 
-def test_a_broken_picture_is_named_and_the_others_are_captioned(folder, tiny_blip, monkeypatch):
+def test_a_broken_image_is_named_and_the_others_are_captioned(folder, tiny_blip, monkeypatch):
     from everydream_kit.data import captioning
 
     scan = captioning.scan_dataset

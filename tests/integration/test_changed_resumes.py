@@ -47,10 +47,10 @@ def settings(folder: Path, model: Path, images: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, picture_folder: Path) -> RunFolder:
+def stopped(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, image_folder: Path) -> RunFolder:
     """Three steps of the seven that the first epoch has."""
     folder = tmp_path_factory.mktemp("stopped")
-    run = train(TrainConfig(**settings(folder, tiny_model_folder, picture_folder)), listeners=[StopAfter(2)])
+    run = train(TrainConfig(**settings(folder, tiny_model_folder, image_folder)), listeners=[StopAfter(2)])
     assert (run.status()["state"], run.status()["step"]) == ("stopped", 3)
     return run
 
@@ -62,9 +62,9 @@ def run(stopped: RunFolder, tmp_path: Path) -> RunFolder:
 
 
 @pytest.fixture
-def images(picture_folder: Path, tmp_path: Path) -> Path:
+def images(image_folder: Path, tmp_path: Path) -> Path:
     """The same images in another place."""
-    return shutil.copytree(picture_folder, tmp_path / "images")
+    return shutil.copytree(image_folder, tmp_path / "images")
 
 
 def warnings_of(run: RunFolder) -> str:
@@ -114,12 +114,12 @@ def test_images_that_were_exchanged_in_equal_number_are_said(run: RunFolder, ima
     ids=str,
 )
 def test_other_batches_in_the_middle_of_an_epoch_begin_it_anew_and_skip_nothing(
-    run: RunFolder, picture_folder: Path, change: dict[str, Any], words: str, num_left: int | None
+    run: RunFolder, image_folder: Path, change: dict[str, Any], words: str, num_left: int | None
 ) -> None:
     resume(run.folder, changes={**change, "max_epochs": 1})
     assert "Epoch 1 begins anew" in warnings_of(run)
     assert words in warnings_of(run)
-    assert uses_in_first_epoch(run) == dict.fromkeys(names_of(picture_folder), 1)
+    assert uses_in_first_epoch(run) == dict.fromkeys(names_of(image_folder), 1)
     status = run.status()
     assert (status["state"], status["step"]) == ("finished", status["num_steps"])
     if num_left is not None:
@@ -142,9 +142,9 @@ def test_another_training_is_refused_before_it_begins(run: RunFolder, change: di
 
 
 def test_a_learning_rate_that_jumps_is_said_beforehand(
-    tmp_path: Path, tiny_model_folder: Path, picture_folder: Path
+    tmp_path: Path, tiny_model_folder: Path, image_folder: Path
 ) -> None:
-    plain = {**settings(tmp_path, tiny_model_folder, picture_folder), "batch_size": 4, "lr_scheduler": "cosine"}
+    plain = {**settings(tmp_path, tiny_model_folder, image_folder), "batch_size": 4, "lr_scheduler": "cosine"}
     run = train(TrainConfig(**{**plain, "max_epochs": 1, "lr_warmup_steps": 0}))
     assert run.status()["state"] == "finished"
     last = [event["lr"]["unet"] for event in run.events("loss")][-1]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from everydream_kit.demo import base_model_path, pictures_path
+from everydream_kit.demo import base_model_path, images_path
 
 MAX_BYTES = 16_000_000
 KNOWN = ("red apple", "penguin", "guitar", "rocket", "pizza", "sunflower", "mouse face", "automobile")
@@ -98,24 +98,24 @@ def test_the_noise_schedule_is_stable_diffusion_1s():
     }
 
 
-def test_the_demo_pictures_are_captioned_small_and_of_four_shapes_or_more():
-    folder = pictures_path()
-    pictures = sorted(folder.glob("*.webp"))
-    assert 24 <= len(pictures) <= 40
+def test_the_demo_images_are_captioned_small_and_of_four_shapes_or_more():
+    folder = images_path()
+    images = sorted(folder.glob("*.webp"))
+    assert 24 <= len(images) <= 40
     assert sum(path.stat().st_size for path in folder.iterdir()) < 2_000_000
     shapes = set()
-    for path in pictures:
+    for path in images:
         assert path.with_suffix(".txt").read_text("utf-8").strip().endswith(", ink drawing")
-        with Image.open(path) as picture:
-            shapes.add(round(picture.width / picture.height, 2))
+        with Image.open(path) as image:
+            shapes.add(round(image.width / image.height, 2))
     assert len(shapes) >= 4
     assert (folder / "SOURCE.md").is_file()
 
 
-def test_the_score_knows_real_ink_drawings_from_others_and_names_their_subjects():
+def test_the_score_knows_real_ink_samples_from_others_and_names_their_subjects():
     from everydream_kit.demo.score import score
 
-    paths = sorted(pictures_path().glob("*.webp"))
+    paths = sorted(images_path().glob("*.webp"))
     subjects = [path.with_suffix(".txt").read_text("utf-8").split(",")[0] for path in paths]
     found = score([Image.open(path) for path in paths], subjects)
     assert min(found.styles) > 0
@@ -125,15 +125,15 @@ def test_the_score_knows_real_ink_drawings_from_others_and_names_their_subjects(
 def test_the_score_refuses_what_it_cannot_judge():
     from everydream_kit.demo.score import score
 
-    picture = Image.new("RGB", (128, 128))
+    image = Image.new("RGB", (128, 128))
     with pytest.raises(ValueError, match="1 pictures and 2 subjects"):
-        score([picture], ["red apple", "guitar"])
+        score([image], ["red apple", "guitar"])
     with pytest.raises(ValueError, match="no reference for a grand idea"):
-        score([picture], ["a grand idea"])
+        score([image], ["a grand idea"])
 
 
 @pytest.mark.parametrize("seed", [0, 100, 200])
-def test_the_base_draws_the_subjects_it_is_asked_for_as_3d_pictures(pipeline, seed):
+def test_the_base_draws_the_subjects_it_is_asked_for_as_3d_images(pipeline, seed):
     from everydream_kit.demo.score import score
 
     found = score(draw(pipeline, [f"{subject}, 3d" for subject in KNOWN], seed), KNOWN)
@@ -144,32 +144,32 @@ def test_the_base_draws_the_subjects_it_is_asked_for_as_3d_pictures(pipeline, se
 def teach(folder: Path, seed: int, **changes) -> list[Image.Image]:
     """Fine-tune the base on the demo's pictures with the demo's settings, and draw its subjects as ink drawings."""
     import everydream_kit as edk
-    from everydream_kit.demo.main import TRAINING, draw_subjects
-    from everydream_kit.drawing import open_for_drawing
+    from everydream_kit.demo.main import TRAINING, generate_subjects
+    from everydream_kit.generation import open_for_sampling
 
     config = edk.TrainConfig(
         **{
             **TRAINING,
             "resume_ckpt": "embedded",
-            "data_root": str(pictures_path()),
+            "data_root": str(images_path()),
             "project_name": "taught",
             "logdir": str(folder),
             "seed": seed,
             **changes,
         }
     )
-    return draw_subjects(open_for_drawing(edk.train(config)), seed)
+    return generate_subjects(open_for_sampling(edk.train(config)), seed)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_the_demo_teaches_the_base_to_draw_in_ink(tmp_path, seed):
-    from everydream_kit.demo.main import SUBJECTS, draw_subjects
+    from everydream_kit.demo.main import SUBJECTS, generate_subjects
     from everydream_kit.demo.score import score
-    from everydream_kit.drawing import open_for_drawing
+    from everydream_kit.generation import open_for_sampling
 
-    before = score(draw_subjects(open_for_drawing("embedded"), seed), SUBJECTS)
+    before = score(generate_subjects(open_for_sampling("embedded"), seed), SUBJECTS)
     after = score(teach(tmp_path, seed), SUBJECTS)
     assert before.style < 0
     assert after.style > 0.3

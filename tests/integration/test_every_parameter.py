@@ -29,7 +29,7 @@ MEMORY = f"{TRAINING}::test_measures_that_save_memory_leave_the_losses_as_they_a
 HUB_MODEL = f"{DATA}::test_a_hub_model_is_asked_for_with_its_revision_folder_and_variant"
 FOLDER_MODEL = f"{DATA}::test_subfolder_and_variant_choose_the_files_of_a_folder"
 SAID_MODEL = f"{DATA}::test_family_and_prediction_type_win_over_what_the_files_say"
-CACHE = f"{DATA}::test_the_cache_keeps_so_many_crops_where_it_is_told_to"
+CACHE = f"{DATA}::test_the_cache_keeps_so_many_crops_where_it_is_reported_to"
 RATED = f"{DATA}::test_ratings_leave_out_the_asked_share_by_the_last_epoch"
 TAGS = f"{DATA}::test_tags_are_shuffled_behind_those_that_are_kept"
 AVERAGED = f"{SAVING}::test_averaged_weights_are_saved_drawn_with_and_taken_up_again"
@@ -42,7 +42,7 @@ PUSH = f"{SAVING}::test_checkpoints_are_pushed_while_training_as_often_as_asked"
 WANDB = f"{SAVING}::test_wandb_gets_the_points_under_the_runs_name"
 
 TEST_OF = {
-    "resume_ckpt": f"{DATA}::test_findlast_is_the_newest_checkpoint_of_the_project",
+    "resume_ckpt": f"{DATA}::test_findlast_is_the_latest_checkpoint_of_the_project",
     "base_revision": HUB_MODEL,
     "base_subfolder": FOLDER_MODEL,
     "base_variant": FOLDER_MODEL,
@@ -51,10 +51,10 @@ TEST_OF = {
     "clip_skip": LOSS,
     "data_root": f"{DATA}::test_the_dataset_may_be_several_folders",
     "resolution": f"{DATA}::test_every_resolution_has_its_batches",
-    "batch_size": f"{DATA}::test_batch_size_is_the_pictures_that_go_together_and_auto_is_refused_in_words",
-    "flip_p": f"{DATA}::test_pictures_are_mirrored_with_their_probability",
+    "batch_size": f"{DATA}::test_batch_size_is_the_images_that_go_together_and_auto_is_refused_in_words",
+    "flip_p": f"{DATA}::test_images_are_mirrored_with_their_probability",
     "crop_jitter": f"{DATA}::test_crop_jitter_trims_more_than_the_bucket_asks_for",
-    "background": f"{DATA}::test_transparent_pictures_stand_on_the_background",
+    "background": f"{DATA}::test_transparent_images_stand_on_the_background",
     "loss_mask": f"{DATA}::test_the_loss_is_weighed_by_the_mask_that_is_named",
     "num_workers": f"{LAWS}::test_the_number_of_loader_processes_changes_nothing",
     "cache_latents": f"{LAWS}::test_cached_latents_give_the_losses_of_encoding_each_time",
@@ -62,20 +62,20 @@ TEST_OF = {
     "latent_cache_dir": CACHE,
     "rated_dataset": RATED,
     "rated_dataset_target_dropout_percent": RATED,
-    "write_schedule": f"{COMMAND}::test_the_schedule_names_the_pictures_that_were_trained:schedule",
+    "write_schedule": f"{COMMAND}::test_the_schedule_names_the_images_that_were_trained:schedule",
     "cond_dropout": f"{DATA}::test_dropped_captions_are_empty",
     "shuffle_tags": TAGS,
     "keep_tags": TAGS,
     "caption_lines": f"{DATA}::test_lines_of_a_caption_file_are_one_caption_or_one_each",
     "max_epochs": f"{TRAINING}::test_a_run_ends_with_its_epochs_or_its_steps_whichever_come_first",
     "max_steps": f"{TRAINING}::test_a_run_ends_with_its_epochs_or_its_steps_whichever_come_first",
-    "grad_accum": f"{TRAINING}::test_pictures_of_one_step_are_batch_size_times_grad_accum",
+    "grad_accum": f"{TRAINING}::test_images_of_one_step_are_batch_size_times_grad_accum",
     "lr": RATES,
     "lr_scheduler": RATES,
     "lr_warmup_steps": RATES,
     "lr_decay_steps": RATES,
     "scale_lr": RATES,
-    "seed": f"{TRAINING}::test_the_seed_decides_all_draws_and_minus_one_is_a_new_one_that_is_told",
+    "seed": f"{TRAINING}::test_the_seed_decides_all_draws_and_minus_one_is_a_new_one_that_is_reported",
     "optimizer": f"{TRAINING}::test_the_optimizer_is_the_one_that_is_named",
     "optimizer_config": f"{TRAINING}::test_the_optimizer_config_sets_the_text_encoders_rate_and_freezes_layers",
     "clip_grad_norm": f"{TRAINING}::test_clipping_bounds_the_gradient_that_is_applied",
@@ -112,7 +112,7 @@ TEST_OF = {
     ),
     "gradient_checkpointing": MEMORY,
     "fused_backward": f"{TRAINING}::test_a_fused_backward_keeps_no_gradient_and_gives_the_same_losses",
-    "offload_idle_models": f"{SAVING}::test_idle_models_are_at_work_for_new_pictures_and_captions_and_for_sampling_only",
+    "offload_idle_models": f"{SAVING}::test_idle_models_are_at_work_for_new_images_and_captions_and_for_sampling_only",
     "channels_last": MEMORY,
     "torch_compile": f"{TRAINING}::test_the_unets_transformer_blocks_are_compiled",
     "attn_type": MEMORY,

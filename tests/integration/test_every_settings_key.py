@@ -8,7 +8,7 @@ import pytest
 from named_tests import check_named_test
 from pydantic import BaseModel
 
-from everydream_kit.data.settings import _READERS, ONE_VALUE_FILES
+from everydream_kit.data.image_settings import _READERS, ONE_VALUE_FILES
 from everydream_kit.training.live import LiveSettings
 from everydream_kit.training.optimizer_config import OptimizerConfig
 from everydream_kit.training.prompt_file import SampleSettings
@@ -35,7 +35,7 @@ FORK = "unit/test_everydream2.py::test_its_validation_files_load"
 DATA = "unit/data/test_settings_keys.py::test_each_key_has_its_effect_wherever_it_stands"
 CAPTION = "unit/data/test_settings_keys.py::test_a_caption_of_a_settings_file_is_trained"
 INDEX = "unit/data/test_settings_keys.py::test_an_index_has_the_images_that_it_names_and_no_other"
-ONE_VALUE = "unit/data/test_files.py::test_one_value_files_hold_for_their_folder_only:file"
+ONE_VALUE = "unit/data/test_scanning.py::test_one_value_files_hold_for_their_folder_only:file"
 
 SECTIONS = ("base", "unet_overrides", "text_encoder_overrides")
 OF_A_SECTION = (

@@ -13,23 +13,23 @@ import torch
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.models.loading import load_model
-from everydream_kit.models.saving import save_model
+from everydream_kit.models.model_saving import save_model
 from everydream_kit.preflight.skeleton import build_skeleton, read_architecture
 from everydream_kit.training.base import choose_formats
 from everydream_kit.training.precision import choose_precision
-from tests.support.rehearsals import plain_settings, prepared, rehearse, square_pictures
+from tests.support.rehearsals import plain_settings, prepared, rehearse, square_images
 from tests.support.tiny_models import tiny_folder
 
 MATRICES = (torch.nn.Linear, torch.nn.Conv2d)
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return square_pictures(tmp_path_factory.mktemp("frozen") / "pictures", 2)
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return square_images(tmp_path_factory.mktemp("frozen") / "pictures", 2)
 
 
-def settings_of(folder: Path, pictures: Path, family: str, **changes: Any) -> dict[str, Any]:
-    plain = plain_settings(folder, tiny_folder(family), pictures)
+def settings_of(folder: Path, images: Path, family: str, **changes: Any) -> dict[str, Any]:
+    plain = plain_settings(folder, tiny_folder(family), images)
     return {**plain, "batch_size": 2, "max_steps": 3, "max_epochs": 3, "lr": 1e-3, **changes}
 
 
@@ -46,9 +46,9 @@ def dtypes_of(module: torch.nn.Module) -> dict[str, torch.dtype]:
     ],
 )
 def test_a_base_in_half_precision_gives_the_same_losses_as_in_float32(
-    family: str, frozen: str, amp: str, changes: dict[str, Any], tmp_path: Path, pictures: Path
+    family: str, frozen: str, amp: str, changes: dict[str, Any], tmp_path: Path, images: Path
 ) -> None:
-    lora = settings_of(tmp_path, pictures, family, training_kind="lora", lora_rank=4, amp_dtype=amp, **changes)
+    lora = settings_of(tmp_path, images, family, training_kind="lora", lora_rank=4, amp_dtype=amp, **changes)
     whole = rehearse(**lora, frozen_dtype="float32")
     half = rehearse(**{**lora, "amp_dtype": "auto"}, frozen_dtype=frozen)
     assert half.losses == whole.losses
@@ -63,10 +63,8 @@ def test_a_base_in_half_precision_gives_the_same_losses_as_in_float32(
     assert {p.dtype for p in half.run.model.vae.parameters()} == {torch.float32}
 
 
-def test_new_words_and_a_trained_text_encoder_learn_over_a_base_in_half_precision(
-    tmp_path: Path, pictures: Path
-) -> None:
-    common = settings_of(tmp_path, pictures, "sd1", amp_dtype="bf16")
+def test_new_words_and_a_trained_text_encoder_learn_over_a_base_in_half_precision(tmp_path: Path, images: Path) -> None:
+    common = settings_of(tmp_path, images, "sd1", amp_dtype="bf16")
     for changes in (
         {"training_kind": "textual_inversion", "new_tokens": {"<red>": "red"}},
         {"disable_unet_training": True},
@@ -77,15 +75,15 @@ def test_new_words_and_a_trained_text_encoder_learn_over_a_base_in_half_precisio
         assert {p.dtype for p in half.run.parameters()} == {torch.float32}
 
 
-def test_doras_magnitudes_are_measured_in_float32(tmp_path: Path, pictures: Path) -> None:
-    dora = settings_of(tmp_path, pictures, "sd1", training_kind="lora", lora_dora=True, amp_dtype="bf16", max_steps=1)
+def test_doras_magnitudes_are_measured_in_float32(tmp_path: Path, images: Path) -> None:
+    dora = settings_of(tmp_path, images, "sd1", training_kind="lora", lora_dora=True, amp_dtype="bf16", max_steps=1)
     whole, half = (rehearse(**dora, frozen_dtype=dtype) for dtype in ("float32", "bfloat16"))
     assert half.losses == pytest.approx(whole.losses, rel=1e-2)
     assert {p.dtype for p in half.run.parameters()} == {torch.float32}
 
 
-def test_an_adapter_goes_on_over_a_base_in_half_precision(tmp_path: Path, pictures: Path) -> None:
-    lora = settings_of(tmp_path, pictures, "sd1", training_kind="lora", lora_rank=4, frozen_dtype="bfloat16")
+def test_an_adapter_goes_on_over_a_base_in_half_precision(tmp_path: Path, images: Path) -> None:
+    lora = settings_of(tmp_path, images, "sd1", training_kind="lora", lora_rank=4, frozen_dtype="bfloat16")
     first = rehearse(**lora)
     save_model(first.run.model, tmp_path / "adapter")
     with prepared(**{**lora, "resume_ckpt": str(tmp_path / "adapter")}) as resumed:
@@ -144,11 +142,11 @@ HOST = """
 import json, re, sys
 from pathlib import Path
 import torch
-from everydream_kit.export.single_file import export_checkpoint
-from everydream_kit.models.formats import Formats
+from everydream_kit.export.single_file_export import export_checkpoint
+from everydream_kit.models.number_formats import Formats
 from everydream_kit.models.loading import load_model
 from everydream_kit.models.lora import add_lora
-from everydream_kit.models.saving import save_model
+from everydream_kit.models.model_saving import save_model
 
 def kilobytes(name):
     return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
@@ -173,12 +171,12 @@ print(json.dumps({"final": final, "growth": (kilobytes("VmHWM") - before) * 1024
 
 @pytest.fixture(scope="module")
 def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from everydream_kit.models import scratch
+    from everydream_kit.models import random_models
 
-    tiny = {key: value for key, value in scratch._TINY["sdxl"].items() if key != "unet"}
-    wide = {**scratch._TINY_SDXL_UNET, **WIDE}
+    tiny = {key: value for key, value in random_models._TINY["sdxl"].items() if key != "unet"}
+    wide = {**random_models._TINY_SDXL_UNET, **WIDE}
     folder = tmp_path_factory.mktemp("wide") / "base"
-    save_model(scratch.build_model("sdxl", vae=scratch._TINY_VAE, unet=wide, **tiny), folder)
+    save_model(random_models.build_model("sdxl", vae=random_models._TINY_VAE, unet=wide, **tiny), folder)
     return folder
 
 
@@ -195,7 +193,7 @@ def host_memory(large: Path, saves: Path | str = "") -> float:
 def test_loading_takes_little_more_host_memory_than_the_model_in_its_final_format(
     layout: str, wide_folder: Path, tmp_path: Path
 ) -> None:
-    from everydream_kit.export.single_file import export_checkpoint
+    from everydream_kit.export.single_file_export import export_checkpoint
 
     large = wide_folder
     if layout != "folder":

@@ -97,21 +97,21 @@ def test_thirty_megabytes_in_several_files_arrive_as_one_commit(
     assert not naps
 
 
-def test_a_pushed_model_comes_back_and_draws_the_same_picture(
+def test_a_pushed_model_comes_back_and_draws_the_same_image(
     hub: HubStandIn, tmp_path: Path, tiny_model_folder: Path, transfer: str
 ) -> None:
     import numpy as np
     from huggingface_hub import snapshot_download
 
     from everydream_kit.models.loading import load_model
-    from everydream_kit.models.sampling import SamplePrompt, sample_pictures
+    from everydream_kit.models.sampling import SamplePrompt, sample_images
 
     push(hub, tiny_model_folder)
     pulled = snapshot_download("me/jets", endpoint=hub.url, token=TOKEN, cache_dir=tmp_path / "cache")
 
     def draw(folder: str | Path) -> np.ndarray:
         prompt = SamplePrompt("a red square", seed=3, width=64, height=64)
-        return np.asarray(sample_pictures(load_model(str(folder)), [prompt], num_inference_steps=2)[0])
+        return np.asarray(sample_images(load_model(str(folder)), [prompt], num_inference_steps=2)[0])
 
     np.testing.assert_array_equal(draw(pulled), draw(tiny_model_folder))
 
@@ -249,7 +249,7 @@ def test_what_stays_wrong_is_one_error_with_the_next_step_and_pushing_again_work
     assert len(hub.titles("me/jets")) == 2
 
 
-def test_a_refusal_behind_xet_is_told_as_one(
+def test_a_refusal_behind_xet_is_reported_as_one(
     hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, naps: list[float]
 ) -> None:
     # Xet raises the built-in ConnectionError, with the status in its text alone. (A 500 it retries for minutes.)
@@ -300,14 +300,14 @@ def test_the_kit_bounds_every_wait_but_leaves_a_users_own_client_alone(hub: HubS
     assert get_session().timeout.read == 77
 
 
-def test_a_hub_that_cannot_be_reached_is_told_as_such(tmp_path: Path, naps: list[float]) -> None:
+def test_a_hub_that_cannot_be_reached_is_reported_as_such(tmp_path: Path, naps: list[float]) -> None:
     with HubStandIn(tmp_path / "hub") as gone:
         pass
     with pytest.raises(HubError, match=r"\(tried 3 times\): the Hub cannot be reached. Check the internet"):
         push(gone, make_run(tmp_path))
 
 
-def test_offline_mode_is_told_as_such(hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_is_reported_as_such(hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -36,7 +36,7 @@ def hub(tmp_path: Path) -> Iterator[HubStandIn]:
         yield server
 
 
-class Told(list[tuple[str, int, str]]):
+class StatusWriter(list[tuple[str, int, str]]):
     def __call__(self, kind: str, step: int, message: str) -> None:
         self.append((kind, step, message))
 
@@ -44,8 +44,10 @@ class Told(list[tuple[str, int, str]]):
         return [(kind, step) for kind, step, _ in self]
 
 
-def uploader(hub: HubStandIn, told: Told, every: int | None = 1) -> HubUploader:
-    return HubUploader("me/jets", every, report=told, token=TOKEN, license="openrail", api=_api(hub), sleep=time.sleep)
+def uploader(hub: HubStandIn, reported: StatusWriter, every: int | None = 1) -> HubUploader:
+    return HubUploader(
+        "me/jets", every, report=reported, token=TOKEN, license="openrail", api=_api(hub), sleep=time.sleep
+    )
 
 
 def fetch(hub: HubStandIn, target: Path, reference: str = "hf://me/jets", **options: Any) -> Path:
@@ -61,8 +63,8 @@ def _api(hub: HubStandIn) -> Any:
 def test_every_second_checkpoint_and_the_last_are_uploaded_with_their_resume_state(
     hub: HubStandIn, tmp_path: Path
 ) -> None:
-    run, told = make_run(tmp_path), Told()
-    uploads = uploader(hub, told, every=2)
+    run, reported = make_run(tmp_path), StatusWriter()
+    uploads = uploader(hub, reported, every=2)
     sent = []
     for step in (40, 60, 80):
         sent.append(uploads.submit(write_checkpoint(run, step, seed=step), step))
@@ -70,7 +72,7 @@ def test_every_second_checkpoint_and_the_last_are_uploaded_with_their_resume_sta
     assert sent == [False, True, False]
     assert uploads.submit(run.last_checkpoint, 80, last=True)
     uploads.close()
-    assert told.kinds() == [("uploading", 60), ("uploaded", 60), ("uploading", 80), ("uploaded", 80)]
+    assert reported.kinds() == [("uploading", 60), ("uploaded", 60), ("uploading", 80), ("uploaded", 80)]
     titles = ["initial commit", "Step 60 (jets-ep01-gs00060)", "Step 80 (jets-ep01-gs00080)"]
     assert hub.titles("me/jets") == titles
     there = {path: hub.sha256_of("me/jets", path) for path in hub.files("me/jets")}
@@ -79,63 +81,63 @@ def test_every_second_checkpoint_and_the_last_are_uploaded_with_their_resume_sta
 
 
 def test_only_the_last_is_uploaded_by_default(hub: HubStandIn, tmp_path: Path) -> None:
-    run, told = make_run(tmp_path), Told()
-    uploads = uploader(hub, told, every=None)
+    run, reported = make_run(tmp_path), StatusWriter()
+    uploads = uploader(hub, reported, every=None)
     assert not uploads.submit(run.last_checkpoint, 20)
     assert hub.requests == []
     assert uploads.submit(run.last_checkpoint, 20, last=True)
     assert uploads.close(timeout_seconds=60)
-    assert told.kinds() == [("uploading", 20), ("uploaded", 20)]
+    assert reported.kinds() == [("uploading", 20), ("uploaded", 20)]
 
 
 def test_a_checkpoint_that_is_pruned_on_its_way_arrives_all_the_same(hub: HubStandIn, tmp_path: Path) -> None:
-    run, told = make_run(tmp_path), Told()
+    run, reported = make_run(tmp_path), StatusWriter()
     wanted = hashes(run.last_checkpoint)
     hub.fail("GET", "whoami", stall_seconds=0.5)
-    uploads = uploader(hub, told)
+    uploads = uploader(hub, reported)
     uploads.submit(run.last_checkpoint, 20)
     shutil.rmtree(run.last_checkpoint)
     uploads.close()
-    assert told.kinds() == [("uploading", 20), ("uploaded", 20)]
+    assert reported.kinds() == [("uploading", 20), ("uploaded", 20)]
     assert wanted.items() <= {path: hub.sha256_of("me/jets", path) for path in hub.files("me/jets")}.items()
 
 
-def test_a_slow_line_skips_to_the_newest_checkpoint(hub: HubStandIn, tmp_path: Path) -> None:
-    run, told = make_run(tmp_path), Told()
+def test_a_slow_line_skips_to_the_latest_checkpoint(hub: HubStandIn, tmp_path: Path) -> None:
+    run, reported = make_run(tmp_path), StatusWriter()
     hub.fail("GET", "whoami", stall_seconds=1)
-    uploads = uploader(hub, told)
+    uploads = uploader(hub, reported)
     for step in (40, 60, 80):
         uploads.submit(write_checkpoint(run, step, seed=step), step)
         deadline = time.monotonic() + 60
-        while ("uploading", 40) not in told.kinds() and time.monotonic() < deadline:
+        while ("uploading", 40) not in reported.kinds() and time.monotonic() < deadline:
             threading.Event().wait(0.01)
     uploads.close()
-    assert [entry for entry in told.kinds() if entry[0] == "uploaded"] == [("uploaded", 40), ("uploaded", 80)]
-    assert ("warning", 60) in told.kinds()
+    assert [entry for entry in reported.kinds() if entry[0] == "uploaded"] == [("uploaded", 40), ("uploaded", 80)]
+    assert ("warning", 60) in reported.kinds()
 
 
 def test_a_hub_that_fails_is_a_warning_and_the_next_checkpoint_is_tried_anew(hub: HubStandIn, tmp_path: Path) -> None:
-    run, told = make_run(tmp_path), Told()
-    uploads = uploader(hub, told)
+    run, reported = make_run(tmp_path), StatusWriter()
+    uploads = uploader(hub, reported)
     hub.fail("POST", "/commit/", status=500, times=3)
     uploads.submit(run.last_checkpoint, 20)
     uploads.close()
     uploads.submit(write_checkpoint(run, 40, seed=40), 40)
     uploads.close()
-    assert told.kinds() == [("uploading", 20), ("warning", 20), ("uploading", 40), ("uploaded", 40)]
-    assert "Upload of step 20 failed, training goes on. Could not commit to me/jets (tried 3 times)" in told[1][2]
-    assert TOKEN not in "".join(message for _, _, message in told)
+    assert reported.kinds() == [("uploading", 20), ("warning", 20), ("uploading", 40), ("uploaded", 40)]
+    assert "Upload of step 20 failed, training goes on. Could not commit to me/jets (tried 3 times)" in reported[1][2]
+    assert TOKEN not in "".join(message for _, _, message in reported)
 
 
 def test_training_does_not_wait_for_an_upload_longer_than_it_says(hub: HubStandIn, tmp_path: Path) -> None:
-    run, told = make_run(tmp_path), Told()
+    run, reported = make_run(tmp_path), StatusWriter()
     hub.fail("GET", "whoami", stall_seconds=2)
-    uploads = uploader(hub, told)
+    uploads = uploader(hub, reported)
     started = time.monotonic()
     uploads.submit(run.last_checkpoint, 20)
     assert time.monotonic() - started < 1
     assert not uploads.close(timeout_seconds=0.05)
-    assert "everydream push RUN me/jets" in told[-1][2]
+    assert "everydream push RUN me/jets" in reported[-1][2]
     assert uploads.close()
 
 
@@ -145,7 +147,7 @@ def test_training_does_not_wait_for_an_upload_longer_than_it_says(hub: HubStandI
 @pytest.fixture
 def uploaded(hub: HubStandIn, tmp_path: Path) -> RunFolder:
     run = make_run(tmp_path / "here")
-    uploads = uploader(hub, Told())
+    uploads = uploader(hub, StatusWriter())
     uploads.submit(run.last_checkpoint, 20)
     uploads.close()
     return run
@@ -176,7 +178,7 @@ def test_fetching_again_fetches_nothing_and_a_newer_checkpoint_joins_the_run(
     assert fetch(hub, tmp_path / "there") == folder
     assert hub.count("GET", "/resolve/") == before + 1  # only the name of the run
 
-    uploads = uploader(hub, Told())
+    uploads = uploader(hub, StatusWriter())
     uploads.submit(write_checkpoint(uploaded, 40, seed=40), 40)
     uploads.close()
     assert fetch(hub, tmp_path / "there") == folder

@@ -8,15 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from everydream_kit.data import cache_room, encoding
+from everydream_kit.data import cache_room, latent_encoding
 from everydream_kit.data.cache import CacheSettings, DiskCache, MemoryCache
-from everydream_kit.data.cache_room import choose_cache_mode, foretell_bytes
-from everydream_kit.data.contents import digest_pictures
-from everydream_kit.data.files import scan_dataset
+from everydream_kit.data.cache_room import choose_cache_mode, estimate_bytes
+from everydream_kit.data.epoch_plan import PlanSettings
+from everydream_kit.data.image_digests import digest_images
 from everydream_kit.data.latents import DiskStore, Entry
 from everydream_kit.data.loader import make_loader
 from everydream_kit.data.pixels import load_pixels
-from everydream_kit.data.plan import PlanSettings
+from everydream_kit.data.scanning import scan_dataset
 from everydream_kit.data.text_cache import TextCache, captions_vary
 from everydream_kit.errors import ConfigError, DataError, DiskSpaceError
 
@@ -38,7 +38,7 @@ class CountingEncoder:
         return torch.cat([means, means, means[:, :2]], 1)
 
 
-def write_pictures(folder, count=3, size=(96, 80)):
+def write_images(folder, count=3, size=(96, 80)):
     folder.mkdir(exist_ok=True)
     for number in range(count):
         rng = np.random.default_rng(number)
@@ -48,7 +48,7 @@ def write_pictures(folder, count=3, size=(96, 80)):
 
 @pytest.fixture
 def folder(tmp_path):
-    return write_pictures(tmp_path / "pictures")
+    return write_images(tmp_path / "pictures")
 
 
 def build(dataset, folder, encoder=None, identity="vae", *, batch_size=4, **settings):
@@ -80,12 +80,12 @@ def test_memory_and_disk_hold_the_moments_of_the_reported_crops(folder, tmp_path
         assert first.moments.shape == (len(first.paths), 8, 8, 8)
         assert all(torch.equal(first.moments, other.moments) for other in others)
         for row, draw in enumerate(first.planned.draws):
-            picture = dataset.picture(draw.picture)
-            address = (first.planned.epoch, dataset.key(draw.picture), draw.repeat)
-            crop = caches[0].draw_crop(draw.picture, picture, (64, 64), seed=1, address=address)
-            pixels = torch.from_numpy(load_pixels(picture.path, (64, 64), crop).pixels.copy()).permute(2, 0, 1)[None]
+            image = dataset.image(draw.image)
+            address = (first.planned.epoch, dataset.key(draw.image), draw.repeat)
+            crop = caches[0].draw_crop(draw.image, image, (64, 64), seed=1, address=address)
+            pixels = torch.from_numpy(load_pixels(image.path, (64, 64), crop).pixels.copy()).permute(2, 0, 1)[None]
             assert torch.equal(first.moments[row], CountingEncoder()(pixels)[0].half().float())
-            seen.add((draw.picture, crop))
+            seen.add((draw.image, crop))
     assert len({crop.flip for _, crop in seen}) == 2
     assert len({(index, crop.left, crop.top) for index, crop in seen}) > 2 * 3  # jitter survives
 
@@ -114,16 +114,16 @@ def test_fewer_variants_and_fixed_crops_are_found_among_more(folder, tmp_path):
     assert run(dataset, cache, fixed=True, num_epochs=1)[1] == []
 
 
-def test_a_renamed_picture_is_found_and_a_changed_one_is_not(folder, tmp_path):
+def test_a_renamed_image_is_found_and_a_changed_one_is_not(folder, tmp_path):
     place = tmp_path / "cache"
-    per_picture = build(scan_dataset(folder), place)[1].count / 3
+    per_image = build(scan_dataset(folder), place)[1].count / 3
     (folder / "0.png").rename(folder / "zero.png")
     assert build(scan_dataset(folder), place)[1].count == 0
     stat = (folder / "1.png").stat()
     Image.effect_noise((96, 80), 99).convert("RGB").save(folder / "1.png")
     os.utime(folder / "1.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as some sync tools do
     changed = build(scan_dataset(folder), place)[1].count
-    assert 0 < changed <= 2 * per_picture
+    assert 0 < changed <= 2 * per_image
 
 
 @pytest.mark.parametrize("change", [{"identity": "other vae"}, {"background": "#000000"}])
@@ -162,7 +162,7 @@ def test_a_damaged_shard_is_encoded_again(folder, tmp_path, caplog):
     assert "damaged" in caplog.text
 
 
-def test_a_picture_that_cannot_be_encoded_has_no_weight(folder, tmp_path):
+def test_a_image_that_cannot_be_encoded_has_no_weight(folder, tmp_path):
     dataset = scan_dataset(folder)
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:3000])
     cache, _ = build(dataset, tmp_path / "cache")
@@ -198,14 +198,14 @@ def test_values_that_are_not_finite_are_refused_by_name(folder, tmp_path):
         run(scan_dataset(folder), cache)
 
 
-def test_the_room_is_foretold_and_checked_before_anything_is_encoded(folder, tmp_path, monkeypatch):
+def test_the_room_is_estimated_and_checked_before_anything_is_encoded(folder, tmp_path, monkeypatch):
     dataset = scan_dataset(folder, flip_p=0.5)
-    foretold = foretell_bytes(dataset, PLAN, variants=4)
+    estimated = estimate_bytes(dataset, PLAN, variants=4)
     # 3 pictures x 4 crops x 2 mirrorings x (8 channels x 8 x 8 cells x 2 bytes + a line in the header)
-    assert foretold == 24 * (1024 + 128)
+    assert estimated == 24 * (1024 + 128)
     build(dataset, tmp_path / "cache")
     (shard,) = (tmp_path / "cache").rglob("*.safetensors")
-    assert foretold / 2 < shard.stat().st_size <= foretold
+    assert estimated / 2 < shard.stat().st_size <= estimated
     monkeypatch.setattr(cache_room, "free_disk", lambda folder: 5000)
     encoder = CountingEncoder()
     with pytest.raises(DiskSpaceError, match="Lower cache_variants, set latent_cache_dir"):
@@ -246,31 +246,33 @@ def test_many_new_crops_are_decoded_by_other_processes_with_the_same_result(fold
     dataset = scan_dataset(folder, flip_p=0.5)
     alone, _ = run(dataset, in_memory(dataset)[0])
     decoded_here = []
-    load = encoding.pixels.load_pixels
-    monkeypatch.setattr(encoding.pixels, "load_pixels", lambda *a, **k: decoded_here.append(a) or load(*a, **k))
-    monkeypatch.setattr(encoding, "WORTH_PROCESSES", 3)
+    load = latent_encoding.pixels.load_pixels
+    monkeypatch.setattr(latent_encoding.pixels, "load_pixels", lambda *a, **k: decoded_here.append(a) or load(*a, **k))
+    monkeypatch.setattr(latent_encoding, "WORTH_PROCESSES", 3)
     cache, encoder = in_memory(dataset, num_workers=2)
-    beside, _ = run(dataset, cache)
-    assert all(torch.equal(one.moments, two.moments) for one, two in zip(alone, beside, strict=True))
+    alongside, _ = run(dataset, cache)
+    assert all(torch.equal(one.moments, two.moments) for one, two in zip(alone, alongside, strict=True))
     assert encoder.count == len(cache) > len(decoded_here)
 
 
 def test_what_was_not_announced_is_encoded_all_the_same(folder):
     dataset = scan_dataset(folder)
     cache, encoder = in_memory(dataset)
-    crop = cache.draw_crop(2, dataset.picture(2), (64, 64), seed=1, address=(0, "2.png", 0))
-    assert cache.find(2, dataset.picture(2), (64, 64), crop).moments.shape == (8, 8, 8)
+    crop = cache.draw_crop(2, dataset.image(2), (64, 64), seed=1, address=(0, "2.png", 0))
+    assert cache.find(2, dataset.image(2), (64, 64), crop).moments.shape == (8, 8, 8)
     assert encoder.count == 1
 
 
-def test_in_memory_a_broken_picture_is_tried_once_and_has_no_weight(folder, monkeypatch):
+def test_in_memory_a_broken_image_is_tried_once_and_has_no_weight(folder, monkeypatch):
     (folder / "gone.png").write_bytes((folder / "2.png").read_bytes())
     dataset = scan_dataset(folder)
     (folder / "gone.png").unlink()
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:3000])
-    decoded, load = [], encoding.pixels.load_pixels
+    decoded, load = [], latent_encoding.pixels.load_pixels
     monkeypatch.setattr(
-        encoding.pixels, "load_pixels", lambda path, *a, **k: decoded.append(Path(path).name) or load(path, *a, **k)
+        latent_encoding.pixels,
+        "load_pixels",
+        lambda path, *a, **k: decoded.append(Path(path).name) or load(path, *a, **k),
     )
     cache, encoder = in_memory(dataset, fixed=True)
     batches, problems = run(dataset, cache, num_epochs=3, fixed=True)
@@ -294,7 +296,7 @@ def test_a_cache_is_refused_where_it_would_give_something_else(folder):
     dataset = scan_dataset(folder)
     cache, _ = in_memory(dataset)
     with pytest.raises(ConfigError, match="cache_latents, plugins"):
-        make_loader(dataset, PLAN, seed=1, latent_cache=cache, picture_transform=Image.Image.copy)
+        make_loader(dataset, PLAN, seed=1, latent_cache=cache, image_transform=Image.Image.copy)
     with pytest.raises(ConfigError, match="built for 3 pictures"):
         make_loader(dataset.subset([0, 1]), PLAN, seed=1, latent_cache=cache)
     with pytest.raises(ConfigError, match="fixed=False"):
@@ -302,21 +304,21 @@ def test_a_cache_is_refused_where_it_would_give_something_else(folder):
 
 
 def test_digests_are_remembered_until_a_file_changes(folder, tmp_path, monkeypatch):
-    from everydream_kit.data import contents
+    from everydream_kit.data import image_digests
 
     pairs = [(str(path), None) for path in sorted(folder.glob("*.png"))]
     memo = tmp_path / "contents.bin"
-    first = digest_pictures(pairs, 3, memo_file=memo)
+    first = digest_images(pairs, 3, memo_file=memo)
     assert len({row.tobytes() for row in first}) == 3
     read = []
-    whole = contents.digest_file
-    monkeypatch.setattr(contents, "digest_file", lambda path: read.append(path) or whole(path))
+    whole = image_digests.digest_file
+    monkeypatch.setattr(image_digests, "digest_file", lambda path: read.append(path) or whole(path))
     with memo.open("ab") as file:
         file.write(b"torn record")
-    assert np.array_equal(digest_pictures(pairs, 3, memo_file=memo), first)
+    assert np.array_equal(digest_images(pairs, 3, memo_file=memo), first)
     assert read == []
     (folder / "1.png").touch()
-    assert np.array_equal(digest_pictures(pairs, 3, memo_file=memo), first)
+    assert np.array_equal(digest_images(pairs, 3, memo_file=memo), first)
     assert read == [str(folder / "1.png")]
 
 
@@ -347,6 +349,6 @@ def test_captions_are_encoded_once_as_long_as_there_is_room():
     ("text", "shuffle", "vary"), [("a, b, c", True, True), ("a, b, c", False, False), ("a cat", True, False)]
 )
 def test_captions_vary_only_where_something_is_drawn(tmp_path, text, shuffle, vary):
-    write_pictures(tmp_path / "p", count=1)
+    write_images(tmp_path / "p", count=1)
     (tmp_path / "p" / "0.txt").write_text(text)
     assert captions_vary(scan_dataset(tmp_path / "p", shuffle_tags=shuffle)) == vary

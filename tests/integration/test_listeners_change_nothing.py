@@ -22,10 +22,10 @@ MIXED = {"amp_dtype": "bf16", "disable_textenc_training": True}
 
 
 @pytest.fixture
-def settings(tmp_path: Path, tiny_model_folder: Path, picture_folder: Path) -> dict[str, Any]:
+def settings(tmp_path: Path, tiny_model_folder: Path, image_folder: Path) -> dict[str, Any]:
     return {
         "resume_ckpt": str(tiny_model_folder),
-        "data_root": str(picture_folder),
+        "data_root": str(image_folder),
         "resolution": 64,
         "batch_size": 4,
         "max_epochs": 2,

@@ -12,16 +12,16 @@ import torch
 from PIL import Image
 
 from everydream_kit.data.batches import BatchRequest, LoadSettings, load_batch
-from everydream_kit.data.files import scan_dataset
+from everydream_kit.data.epoch_plan import PlanSettings, plan_epoch
 from everydream_kit.data.loader import make_loader
-from everydream_kit.data.plan import PlanSettings, plan_epoch
+from everydream_kit.data.scanning import scan_dataset
 
 PLAN = PlanSettings(batch_size=2, grad_accum=2, resolutions=(64,), seed=7)
 
 
 @pytest.fixture
-def dataset(picture_folder):
-    return scan_dataset(picture_folder, flip_p=0.5, shuffle_tags=True, cond_dropout=0.2)
+def dataset(image_folder):
+    return scan_dataset(image_folder, flip_p=0.5, shuffle_tags=True, cond_dropout=0.2)
 
 
 def run(dataset, settings=PLAN, **options):
@@ -68,7 +68,7 @@ def test_batches_are_what_the_plan_says(dataset):
             assert batch.pixels.shape == (len(batch.planned.draws), 3, height, width)
             assert batch.pixels.dtype == torch.uint8
             assert batch.moments is None
-            assert batch.paths == [dataset.path(draw.picture) for draw in batch.planned.draws]
+            assert batch.paths == [dataset.path(draw.image) for draw in batch.planned.draws]
             assert batch.loss_scale.tolist() == [1.0] * len(batch.paths)
             assert batch.mask is None
 
@@ -111,11 +111,11 @@ def test_nothing_is_drawn_where_all_is_fixed(dataset):
     first, second = (run(dataset, num_epochs=1, fixed=True, seed=seed) for seed in (1, 2))
     assert facts(first) == facts(second)
     captions = {caption for step in first for batch in step.batches for caption in batch.captions}
-    assert captions == {dataset.picture(i).caption.text for i in range(len(dataset))}
+    assert captions == {dataset.image(i).caption.text for i in range(len(dataset))}
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_picture_that_breaks_later_loses_its_weight_and_not_the_run(tmp_path, num_workers, caplog):
+def test_a_image_that_breaks_later_loses_its_weight_and_not_the_run(tmp_path, num_workers, caplog):
     for number in range(4):
         Image.effect_noise((96, 96), 80).save(tmp_path / f"{number}.png")
     dataset = scan_dataset(tmp_path)
@@ -172,8 +172,8 @@ def shout(caption):
 def test_what_goes_to_a_worker_can_be_pickled_and_gives_the_same(dataset):
     """Where processes are spawned (macOS, Windows) requests and settings travel by pickle."""
     planned = plan_epoch(dataset, PLAN, 0).step(0)[0]
-    indices = [draw.picture for draw in planned.draws]
-    request = BatchRequest(planned, tuple(map(dataset.picture, indices)), tuple(map(dataset.key, indices)))
+    indices = [draw.image for draw in planned.draws]
+    request = BatchRequest(planned, tuple(map(dataset.image, indices)), tuple(map(dataset.key, indices)))
     settings = LoadSettings(seed=1, caption_transform=shout)
     again = pickle.loads(pickle.dumps((request, settings)))
     first, second = load_batch(request, settings).batch, load_batch(*again).batch
@@ -184,9 +184,9 @@ def test_what_goes_to_a_worker_can_be_pickled_and_gives_the_same(dataset):
 
 EPOCH_OF_ONE_FOLDER = """
 import resource, sys
-from everydream_kit.data.files import scan_dataset
+from everydream_kit.data.scanning import scan_dataset
 from everydream_kit.data.loader import make_loader
-from everydream_kit.data.plan import PlanSettings
+from everydream_kit.data.epoch_plan import PlanSettings
 
 def run(folder):
     dataset = scan_dataset(folder)

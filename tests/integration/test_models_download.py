@@ -96,5 +96,5 @@ def test_one_set_of_weights_is_chosen():
         ("a/b/c", False),
     ],
 )
-def test_hub_ids_are_told_from_paths(source, expected):
+def test_hub_ids_are_reported_from_paths(source, expected):
     assert is_hub_id(source) == expected

@@ -11,14 +11,14 @@ import yaml
 from tiny_models import FAMILY_NAMES, draw, tiny_folder
 
 from everydream_kit.errors import ConfigError, DiskSpaceError, ExportError, ModelError
-from everydream_kit.export.single_file import export_checkpoint
+from everydream_kit.export.single_file_export import export_checkpoint
 from everydream_kit.models import families
 from everydream_kit.models.encoding import Sizes, encode_captions, encode_moments, latents_from_moments
 from everydream_kit.models.family import text_tower
 from everydream_kit.models.loading import load_model, open_model
-from everydream_kit.models.sampling import SamplePrompt, guide, sample_pictures
-from everydream_kit.models.saving import save_model, write_folder
-from everydream_kit.models.scratch import build_tiny_model
+from everydream_kit.models.model_saving import save_model, write_folder
+from everydream_kit.models.random_models import build_tiny_model
+from everydream_kit.models.sampling import SamplePrompt, guide, sample_images
 from everydream_kit.models.sdxl import time_ids
 from everydream_kit.models.tensors import open_safetensors
 
@@ -64,7 +64,7 @@ def test_diffusers_to_single_file_to_diffusers_is_bit_equal(family, tmp_path, su
     assert_same_files(open_model(tiny_folder(family)), open_model(tmp_path / "folder"))
 
 
-def test_diffusers_reads_our_folder_and_single_file_and_draws_our_picture(family, tmp_path):
+def test_diffusers_reads_our_folder_and_single_file_and_draws_our_image(family, tmp_path):
     import diffusers
 
     single = export_checkpoint(tiny_folder(family), tmp_path / "model.safetensors", precision="fp32")
@@ -169,16 +169,16 @@ def test_a_long_prompt_is_read_to_its_end():
     assert not np.array_equal(draw(model, words + "cat"), draw(model, words + "dog"))
 
 
-def test_a_picture_does_not_depend_on_its_batch_and_all_scales_start_from_one_noise():
+def test_a_image_does_not_depend_on_its_batch_and_all_scales_start_from_one_noise():
     model = load_model(tiny_folder("sd1"))
     prompts = [
         SamplePrompt("a", "b", 1, 64, 64, (1.0, 5.0)),
         SamplePrompt("c " * 90, "", 2, 64, 64, (3.0,)),
         SamplePrompt("d", "", 3, 128, 64, (3.0,)),
     ]
-    together = sample_pictures(model, prompts, scheduler="euler_a", num_inference_steps=3, batch_size=8)
-    alone = sample_pictures(model, prompts, scheduler="euler_a", num_inference_steps=3, batch_size=1)
-    assert [picture.size for picture in together] == [(64, 64), (64, 64), (64, 64), (128, 64)]
+    together = sample_images(model, prompts, scheduler="euler_a", num_inference_steps=3, batch_size=8)
+    alone = sample_images(model, prompts, scheduler="euler_a", num_inference_steps=3, batch_size=1)
+    assert [image.size for image in together] == [(64, 64), (64, 64), (64, 64), (128, 64)]
     for one, other in zip(together, alone, strict=True):
         assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
     assert "CFG scale: 5, Seed: 1, Size: 64x64" in together[1].info["parameters"]
@@ -196,12 +196,12 @@ def test_sampling_leaves_the_modes_and_the_global_generator_alone():
     model.unet.train()
     model.unet.mid_block.eval()
     before = torch.random.get_rng_state()
-    told = []
-    draw(model, scheduler="euler_a", progress=lambda done, total: told.append((done, total)))
+    reported = []
+    draw(model, scheduler="euler_a", progress=lambda done, total: reported.append((done, total)))
     assert model.unet.training
     assert not model.unet.mid_block.training
     assert torch.equal(before, torch.random.get_rng_state())
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert reported == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_an_unknown_scheduler_and_a_crooked_size_are_refused():
@@ -209,7 +209,7 @@ def test_an_unknown_scheduler_and_a_crooked_size_are_refused():
     with pytest.raises(ConfigError, match=r"'eular' is unknown; did you mean euler\? Known are ddim"):
         draw(model, scheduler="eular")
     with pytest.raises(ConfigError, match="multiples of 8"):
-        sample_pictures(model, [SamplePrompt("a", width=65, height=64)])
+        sample_images(model, [SamplePrompt("a", width=65, height=64)])
 
 
 def test_guidance_rescale_gives_the_guided_prediction_the_spread_of_the_conditional_one():
@@ -258,7 +258,7 @@ def test_sd1_single_files_need_no_yaml_and_carry_no_v_marker(tmp_path):
     assert "v_pred" not in open_safetensors(single)[0]
 
 
-def test_ema_weights_come_from_the_folder_beside(tmp_path):
+def test_ema_weights_come_from_the_folder_next_to(tmp_path):
     shutil.copytree(tiny_folder("sd1"), tmp_path / "ck")
     with pytest.raises(ExportError, match="no EMA weights"):
         export_checkpoint(tmp_path / "ck", tmp_path / "out.safetensors", ema=True)

@@ -14,10 +14,10 @@ import zlib
 import pytest
 import torch
 
-from everydream_kit.export.single_file import export_checkpoint
+from everydream_kit.export.single_file_export import export_checkpoint
 from everydream_kit.models.loading import open_model
-from everydream_kit.models.saving import files_of, write_folder
-from everydream_kit.models.scratch import build_model
+from everydream_kit.models.model_saving import files_of, write_folder
+from everydream_kit.models.random_models import build_model
 from everydream_kit.models.tensors import LazyTensor
 
 pytestmark = [pytest.mark.full_size, pytest.mark.timeout(1800)]
@@ -88,5 +88,5 @@ def test_stable_diffusion_cpp_loads_a_full_size_file_and_draws(full_size, tmp_pa
         [sys.executable, "-c", DRAW, str(single), str(out)], capture_output=True, text=True, timeout=1500, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    with Image.open(out) as picture:
-        assert picture.size == (256, 256)
+    with Image.open(out) as image:
+        assert image.size == (256, 256)

@@ -8,13 +8,13 @@ from tiny_models import FAMILY_NAMES, draw, tiny_folder
 from everydream_kit.demo import base_model_path
 from everydream_kit.errors import ConfigError, ModelError
 from everydream_kit.export.lora_files import export_token
-from everydream_kit.export.single_file import export_checkpoint
+from everydream_kit.export.single_file_export import export_checkpoint
 from everydream_kit.models.encoding import encode_captions
 from everydream_kit.models.family import text_tower
 from everydream_kit.models.loading import assemble, load_model, open_model
 from everydream_kit.models.lora import add_lora, lora_of, lora_parameters
 from everydream_kit.models.lora_formats import apply_lora, read_lora, write_lora
-from everydream_kit.models.saving import save_model
+from everydream_kit.models.model_saving import save_model
 from everydream_kit.models.tensors import open_safetensors
 from everydream_kit.models.tokens import add_tokens
 
@@ -39,8 +39,8 @@ def distance(one, other):
 @pytest.mark.parametrize("dora", [False, True])
 def test_an_adapter_survives_saving_merging_and_export(family, dora, tmp_path):
     model = with_learnt_lora(family, dora=dora)
-    picture = draw(model)
-    assert distance(picture, draw(load_model(tiny_folder(family)))) > 10
+    image = draw(model)
+    assert distance(image, draw(load_model(tiny_folder(family)))) > 10
     save_model(model, tmp_path / "checkpoint")
     size = sum(path.stat().st_size for path in (tmp_path / "checkpoint").iterdir())
     assert size < 1_000_000  # the adapter alone, not its base
@@ -48,12 +48,12 @@ def test_an_adapter_survives_saving_merging_and_export(family, dora, tmp_path):
     pairs = zip(lora_parameters(model), lora_parameters(live), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
     assert live.lora == model.lora
-    assert np.array_equal(draw(live), picture)
+    assert np.array_equal(draw(live), image)
     merged = assemble(open_model(tmp_path / "checkpoint"))
     assert merged.lora is None
-    assert distance(draw(merged), picture) <= 1
+    assert distance(draw(merged), image) <= 1
     single = export_checkpoint(tmp_path / "checkpoint", tmp_path / "merged.safetensors", "fp32")
-    assert distance(draw(load_model(single)), picture) <= 1
+    assert distance(draw(load_model(single)), image) <= 1
 
 
 def test_a_fresh_adapter_changes_nothing_and_trains_alone(family):
@@ -90,7 +90,7 @@ def test_kohya_files_have_the_names_that_uis_know(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
-def test_diffusers_loads_our_lora_files_to_the_same_picture(family, layout, tmp_path):
+def test_diffusers_loads_our_lora_files_to_the_same_image(family, layout, tmp_path):
     import diffusers
 
     model = with_learnt_lora(family)

@@ -11,8 +11,8 @@ from everydream_kit.export.merge import merge_checkpoints, merge_lora
 from everydream_kit.models.loading import load_model, open_model
 from everydream_kit.models.lora import add_lora, lora_of
 from everydream_kit.models.lora_formats import delta, read_lora
-from everydream_kit.models.saving import save_model
-from everydream_kit.models.scratch import build_tiny_model, write_model
+from everydream_kit.models.model_saving import save_model
+from everydream_kit.models.random_models import build_tiny_model, write_model
 from everydream_kit.models.tensors import open_safetensors
 
 
@@ -26,12 +26,12 @@ def lora_checkpoint(family, folder):
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_a_lora_goes_out_as_a_file_and_merges_back_to_its_picture(family, tmp_path):
-    picture = lora_checkpoint(family, tmp_path / "checkpoint")
+def test_a_lora_goes_out_as_a_file_and_merges_back_to_its_image(family, tmp_path):
+    image = lora_checkpoint(family, tmp_path / "checkpoint")
     lora = export_lora(tmp_path / "checkpoint", tmp_path / "lora.safetensors")
     for out in ("merged.safetensors", "merged"):
         merged = merge_lora(tiny_folder(family), lora, tmp_path / out, precision="fp32")
-        assert np.abs(draw(load_model(merged)) - picture).max() <= 1
+        assert np.abs(draw(load_model(merged)) - image).max() <= 1
     half = merge_lora(tiny_folder(family), lora, tmp_path / "none.safetensors", strength=0.0, precision="fp32")
     assert np.array_equal(draw(load_model(half)), draw(load_model(tiny_folder(family))))
 
@@ -49,7 +49,7 @@ def test_a_mix_is_the_weighted_mean(tmp_path):
 
 
 def test_an_extracted_lora_restores_what_a_lora_of_its_rank_had_changed(tmp_path):
-    picture = lora_checkpoint("sd1", tmp_path / "checkpoint")
+    image = lora_checkpoint("sd1", tmp_path / "checkpoint")
     tuned = merge_lora(
         tiny_folder("sd1"),
         tmp_path / "checkpoint" / "pytorch_lora_weights.safetensors",
@@ -58,7 +58,7 @@ def test_an_extracted_lora_restores_what_a_lora_of_its_rank_had_changed(tmp_path
     )
     lora = extract_lora(tuned, tiny_folder("sd1"), tmp_path / "extracted.safetensors", rank=4)
     again = merge_lora(tiny_folder("sd1"), lora, tmp_path / "again", precision="fp32")
-    assert np.abs(draw(load_model(again)) - picture).max() <= 2
+    assert np.abs(draw(load_model(again)) - image).max() <= 2
     assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.alpha" in open_safetensors(lora)[0]
     with pytest.raises(ExportError, match="nothing to extract"):
         extract_lora(tiny_folder("sd1"), tiny_folder("sd1"), tmp_path / "none.safetensors")

@@ -5,9 +5,9 @@ import torch
 from odd_loras import LAYOUTS, write_lora_layout
 from tiny_models import tiny_folder
 
-from everydream_kit.drawing import open_for_drawing
 from everydream_kit.errors import ModelError
 from everydream_kit.export.merge import merge_lora
+from everydream_kit.generation import open_for_sampling
 from everydream_kit.models.family import text_tower
 from everydream_kit.models.loading import open_model
 from everydream_kit.models.lora_changes import Change
@@ -57,7 +57,7 @@ def test_what_cannot_be_trained_on_says_so(kind, tmp_path):
 
 def test_a_bundled_word_is_learnt_by_the_model_and_written_next_to_a_merge(tmp_path):
     path, made = write_lora_layout("bundled embedding", tmp_path)
-    model = open_for_drawing(tiny_folder("sd1"), lora=path)
+    model = open_for_sampling(tiny_folder("sd1"), lora=path)
     assert model.new_tokens == {"mytoken": ["mytoken", "mytoken_1"]}
     table = text_tower(model.text_encoders[0]).embeddings.token_embedding
     assert torch.equal(table.new, made.embeddings["mytoken"])

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rehearsals import plain_settings, prepared, rehearse, square_pictures
+from rehearsals import plain_settings, prepared, rehearse, square_images
 
 from everydream_kit.config import TrainConfig
-from everydream_kit.data.plan import plan_epoch
+from everydream_kit.data.epoch_plan import plan_epoch
 from everydream_kit.data.records import Batch
 from everydream_kit.errors import ConfigError, ModelError
 from everydream_kit.training.base import find_base
@@ -21,8 +21,8 @@ from everydream_kit.training.base import find_base
 
 @pytest.fixture
 def settings(tmp_path: Path, tiny_model_folder: Path) -> dict[str, Any]:
-    pictures = square_pictures(tmp_path / "pictures")
-    return {**plain_settings(tmp_path, tiny_model_folder, pictures), "cache_latents": "off"}
+    images = square_images(tmp_path / "pictures")
+    return {**plain_settings(tmp_path, tiny_model_folder, images), "cache_latents": "off"}
 
 
 def batches_of(num_steps: int = 1, **settings: Any) -> list[Batch]:
@@ -42,7 +42,7 @@ def by_path(batch: Batch) -> dict[str, Any]:
 # Base model -----------------------------------------------------------------------------------------------------------
 
 
-def test_findlast_is_the_newest_checkpoint_of_the_project(tmp_path: Path) -> None:
+def test_findlast_is_the_latest_checkpoint_of_the_project(tmp_path: Path) -> None:
     for run in ("cats-20260101-000000", "cats-20260102-000000", "dogs-20260103-000000"):
         for step in (5, 10):
             checkpoint = tmp_path / run / "ckpts" / f"x-ep01-gs{step:05}"
@@ -101,7 +101,7 @@ def test_family_and_prediction_type_win_over_what_the_files_say(settings: dict[s
 
 
 def test_the_dataset_may_be_several_folders(settings: dict[str, Any], tmp_path: Path) -> None:
-    other = square_pictures(tmp_path / "others", 3)
+    other = square_images(tmp_path / "others", 3)
     with prepared(**{**settings, "data_root": [settings["data_root"], str(other)]}) as rehearsal:
         event = next(iter(rehearsal.folder.events("dataset")))
     assert event["pictures"] == 7
@@ -118,7 +118,7 @@ def test_every_resolution_has_its_batches(settings: dict[str, Any]) -> None:
     assert {tuple(batch.pixels.shape) for batch in loaded} == {(4, 3, 64, 64), (4, 3, 80, 80)}
 
 
-def test_batch_size_is_the_pictures_that_go_together_and_auto_is_refused_in_words(settings: dict[str, Any]) -> None:
+def test_batch_size_is_the_images_that_go_together_and_auto_is_refused_in_words(settings: dict[str, Any]) -> None:
     assert [len(batch.captions) for batch in batches_of(2, **{**settings, "batch_size": 2})] == [2, 2]
     with (
         pytest.raises(ConfigError, match="batch_size: auto: becomes a number when a run starts"),
@@ -127,7 +127,7 @@ def test_batch_size_is_the_pictures_that_go_together_and_auto_is_refused_in_word
         pass
 
 
-def test_pictures_are_mirrored_with_their_probability(settings: dict[str, Any]) -> None:
+def test_images_are_mirrored_with_their_probability(settings: dict[str, Any]) -> None:
     [never], [always] = (batches_of(**{**settings, "flip_p": p}) for p in (0.0, 1.0))
     straight, mirrored = by_path(never), by_path(always)
     assert straight.keys() == mirrored.keys()
@@ -141,7 +141,7 @@ def test_crop_jitter_trims_more_than_the_bucket_asks_for(settings: dict[str, Any
     assert len(set(jittered.crop_top_lefts)) > 1
 
 
-def test_transparent_pictures_stand_on_the_background(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_transparent_images_stand_on_the_background(settings: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "clear").mkdir()
     Image.new("RGBA", (80, 80), (255, 0, 0, 0)).save(tmp_path / "clear" / "a.png")
     clear = {**settings, "data_root": str(tmp_path / "clear")}
@@ -151,14 +151,14 @@ def test_transparent_pictures_stand_on_the_background(settings: dict[str, Any], 
 
 
 def test_the_loss_is_weighed_by_the_mask_that_is_named(settings: dict[str, Any], tmp_path: Path) -> None:
-    pictures = square_pictures(tmp_path / "masked", 4, "RGBA")
-    for picture in list(pictures.glob("?.png")):
+    images = square_images(tmp_path / "masked", 4, "RGBA")
+    for image in list(images.glob("?.png")):
         half = np.zeros((80, 80), np.uint8)
         half[:, 40:] = 255
-        Image.fromarray(half).save(picture.with_suffix(".mask.png"))
+        Image.fromarray(half).save(image.with_suffix(".mask.png"))
     losses = {}
     for kind in ("off", "file", "alpha"):
-        masked = {**settings, "data_root": str(pictures), "loss_mask": kind, "max_steps": 1}
+        masked = {**settings, "data_root": str(images), "loss_mask": kind, "max_steps": 1}
         [batch] = batches_of(**masked)
         assert (batch.mask is None) is (kind == "off")
         if kind == "file":
@@ -167,14 +167,14 @@ def test_the_loss_is_weighed_by_the_mask_that_is_named(settings: dict[str, Any],
     assert len(set(losses.values())) == 3
 
 
-def test_the_cache_keeps_so_many_crops_where_it_is_told_to(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_the_cache_keeps_so_many_crops_where_it_is_reported_to(settings: dict[str, Any], tmp_path: Path) -> None:
     place = tmp_path / "elsewhere"
     counts = []
     for variants in (1, 3):
         cached = {"cache_latents": "disk", "cache_variants": variants, "latent_cache_dir": str(place)}
         with prepared(**{**settings, "crop_jitter": 0.25, **cached}) as rehearsal:
-            cache, picture = rehearsal.run.latent_cache, rehearsal.run.dataset.picture(0)
-            crops = [cache.draw_crop(0, picture, (64, 64), seed=1, address=("use", use)) for use in range(30)]
+            cache, image = rehearsal.run.latent_cache, rehearsal.run.dataset.image(0)
+            crops = [cache.draw_crop(0, image, (64, 64), seed=1, address=("use", use)) for use in range(30)]
             counts.append(len(set(crops)))
     assert counts == [1, 3]
     assert any(place.rglob("*.safetensors"))
@@ -187,8 +187,8 @@ def test_crops_vary_in_the_cache_where_only_the_trim_leaves_room(settings: dict[
     Image.fromarray(pixels).save(tmp_path / "wide" / "a.png")
     wide = {"data_root": str(tmp_path / "wide"), "cache_latents": "memory", "cache_variants": 4, "crop_jitter": 0.0}
     with prepared(**{**settings, **wide}) as rehearsal:
-        cache, picture = rehearsal.run.latent_cache, rehearsal.run.dataset.picture(0)
-        crops = {cache.draw_crop(0, picture, (64, 64), seed=1, address=("use", use)) for use in range(30)}
+        cache, image = rehearsal.run.latent_cache, rehearsal.run.dataset.image(0)
+        crops = {cache.draw_crop(0, image, (64, 64), seed=1, address=("use", use)) for use in range(30)}
     assert len(crops) > 1
 
 
@@ -203,7 +203,7 @@ def test_ratings_leave_out_the_asked_share_by_the_last_epoch(
         assert plan_epoch(run.dataset, run.plan_settings, 9).num_images == expected
 
 
-def test_a_picture_that_breaks_while_training_is_told_once(settings: dict[str, Any]) -> None:
+def test_a_image_that_breaks_while_training_is_reported_once(settings: dict[str, Any]) -> None:
     broken = Path(settings["data_root"]) / "2.png"
     with prepared(**{**settings, "max_steps": 3}) as rehearsal:
         broken.write_bytes(broken.read_bytes()[:2000])

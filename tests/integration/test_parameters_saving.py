@@ -13,17 +13,17 @@ import pytest
 import torch
 from hub_runs import TOKEN
 from hub_stand_in import HubStandIn
-from rehearsals import NotingPlugin, plain_settings, prepared, rehearse, square_pictures
+from rehearsals import NotingPlugin, plain_settings, prepared, rehearse, square_images
 from safetensors.torch import load_file
 
 from everydream_kit.errors import ConfigError, HubError
 from everydream_kit.sessions import train
-from everydream_kit.training import runs
+from everydream_kit.training import run_builder
 from everydream_kit.training.base import choose_idle_modules
+from everydream_kit.training.checkpoint_saving import Saver
 from everydream_kit.training.offload import IdleModels
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.run import Run
-from everydream_kit.training.saving import Saver
 from everydream_kit.workspace import RunFolder
 
 DRAW_FAST = {"cfgs": [1.0], "num_inference_steps": 1}
@@ -33,8 +33,8 @@ DRAW_FAST = {"cfgs": [1.0], "num_inference_steps": 1}
 def settings(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """One step an epoch; the working folder is the test's own."""
     monkeypatch.chdir(tmp_path)
-    pictures = square_pictures(tmp_path / "pictures")
-    return {**plain_settings(tmp_path, tiny_model_folder, pictures), "project_name": "t"}
+    images = square_images(tmp_path / "pictures")
+    return {**plain_settings(tmp_path, tiny_model_folder, images), "project_name": "t"}
 
 
 def names(run: RunFolder) -> list[str]:
@@ -161,7 +161,7 @@ def test_the_averaged_weights_are_validated_next_to_the_live_ones(settings: dict
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-def test_idle_models_are_at_work_for_new_pictures_and_captions_and_for_sampling_only(
+def test_idle_models_are_at_work_for_new_images_and_captions_and_for_sampling_only(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU nothing waits, so the waiting list of a GPU is put in place, and who is called to work is noted."""
@@ -186,8 +186,8 @@ def test_idle_models_are_at_work_for_new_pictures_and_captions_and_for_sampling_
             nonlocal step
             step = report.step
 
-    monkeypatch.setattr(runs, "choose_idle_modules", as_on_a_gpu)
-    monkeypatch.setattr(runs, "IdleModels", Noting)
+    monkeypatch.setattr(run_builder, "choose_idle_modules", as_on_a_gpu)
+    monkeypatch.setattr(run_builder, "IdleModels", Noting)
     (tmp_path / "p.json").write_text(json.dumps({**DRAW_FAST, "samples": [{"prompt": "x"}]}), "utf-8")
     drawn = {"sample_steps": 3, "sample_prompts": str(tmp_path / "p.json"), "disable_textenc_training": True}
     changes = {**drawn, "offload_idle_models": True, "max_steps": 3}
@@ -203,12 +203,12 @@ def test_idle_models_are_at_work_for_new_pictures_and_captions_and_for_sampling_
 def test_in_memory_only_what_is_drawn_is_encoded_and_said(settings: dict[str, Any]) -> None:
     rehearsal = rehearse(**{**settings, "cache_latents": "memory", "cache_variants": 8, "crop_jitter": 0.2})
     assert 4 < len(rehearsal.run.latent_cache) <= 8  # two epochs of four pictures
-    [told] = rehearsal.folder.events("latent cache")
-    assert (told["mode"], told["variants"]) == ("memory", 8)
+    [reported] = rehearsal.folder.events("latent cache")
+    assert (reported["mode"], reported["variants"]) == ("memory", 8)
     assert [report.encoding_seconds > 0 for report in rehearsal.reports] == [True, True]
 
 
-def test_speed_and_time_left_are_of_training_alone_and_encoding_is_told_beside(settings: dict[str, Any]) -> None:
+def test_speed_and_time_left_are_of_training_alone_and_encoding_is_reported_next_to(settings: dict[str, Any]) -> None:
     class SlowVae(Listener):
         """Says of every step that it encoded for an hour: what is then left of the step's time is less than nothing."""
 
@@ -310,7 +310,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(settings: dict[str, Any]
 
 
 @pytest.mark.parametrize(("seconds_of_a_copy", "warnings"), [(20.0, 1), (4.0, 0)])
-def test_checkpoints_that_training_waits_for_a_tenth_of_its_time_are_told_once(
+def test_checkpoints_that_training_waits_for_a_tenth_of_its_time_are_reported_once(
     settings: dict[str, Any], seconds_of_a_copy: float, warnings: int
 ) -> None:
     now = [0.0]
@@ -359,7 +359,9 @@ def test_checkpoints_are_pushed_while_training_as_often_as_asked(settings: dict[
     assert len(hub.titles("me/t")) == 1 + 2  # the first is the repository's own
 
 
-def test_a_repository_that_cannot_be_written_is_told_before_training(settings: dict[str, Any], hub: HubStandIn) -> None:
+def test_a_repository_that_cannot_be_written_is_reported_before_training(
+    settings: dict[str, Any], hub: HubStandIn
+) -> None:
     hub.tokens[TOKEN]["role"] = "read"
     with pytest.raises(HubError, match="may only read"):
         train({**settings, "push_to": "t"})
@@ -413,15 +415,15 @@ def test_live_settings_are_read_at_each_epochs_start_and_a_broken_file_changes_n
 
 def test_wandb_gets_the_points_under_the_runs_name(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     points: list[str] = []
-    told: dict[str, Any] = {}
+    reported: dict[str, Any] = {}
 
     def start(**facts: Any) -> SimpleNamespace:
-        told.update(facts)
+        reported.update(facts)
         return SimpleNamespace(log=lambda values, step: points.extend(values), finish=lambda: points.append("end"))
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=start))
     train({**settings, "max_steps": 1, "wandb": True, "run_name": "my run", "disable_unet_training": True})
-    assert (told["project"], told["name"], told["config"]["lr"]) == ("t", "my run", 1e-4)
+    assert (reported["project"], reported["name"], reported["config"]["lr"]) == ("t", "my run", 1e-4)
     assert "loss/log_step" in points and points[-1] == "end"
 
 

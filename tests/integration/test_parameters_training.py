@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from rehearsals import Rehearsal, plain_settings, prepared, rehearse, square_pictures
+from rehearsals import Rehearsal, plain_settings, prepared, rehearse, square_images
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ConfigError
@@ -20,7 +20,7 @@ from everydream_kit.workspace import RunFolder
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("training")
-    return plain_settings(folder, tiny_model_folder, square_pictures(folder / "pictures"))
+    return plain_settings(folder, tiny_model_folder, square_images(folder / "pictures"))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_a_run_ends_with_its_epochs_or_its_steps_whichever_come_first(
     assert (len(by_epochs.losses), by_epochs.run.num_steps) == (1, 1)
 
 
-def test_pictures_of_one_step_are_batch_size_times_grad_accum(settings: dict[str, Any], plain: Rehearsal) -> None:
+def test_images_of_one_step_are_batch_size_times_grad_accum(settings: dict[str, Any], plain: Rehearsal) -> None:
     accumulated = rehearse(**{**settings, "batch_size": 1, "grad_accum": 2, "max_steps": 1})
     assert (plain.reports[0].num_images, accumulated.reports[0].num_images) == (4, 2)
 
@@ -68,15 +68,15 @@ def test_the_rate_of_each_step(settings: dict[str, Any], changes: dict[str, Any]
     assert groups == {rates[-1]}
 
 
-def test_the_seed_decides_all_draws_and_minus_one_is_a_new_one_that_is_told(
+def test_the_seed_decides_all_draws_and_minus_one_is_a_new_one_that_is_reported(
     settings: dict[str, Any], plain: Rehearsal
 ) -> None:
     assert rehearse(**settings).losses == plain.losses
     first, second = (rehearse(**{**settings, "seed": -1, "max_steps": 1}) for _ in range(2))
     assert first.losses != second.losses != plain.losses[:1]
-    told = [next(iter(r.folder.events("dataset")))["seed"] for r in (plain, first, second)]
-    assert told == [7, first.run.seed, second.run.seed]
-    assert rehearse(**{**settings, "seed": told[1], "max_steps": 1}).losses == first.losses
+    reported = [next(iter(r.folder.events("dataset")))["seed"] for r in (plain, first, second)]
+    assert reported == [7, first.run.seed, second.run.seed]
+    assert rehearse(**{**settings, "seed": reported[1], "max_steps": 1}).losses == first.losses
 
 
 # Optimizer and what is trained ----------------------------------------------------------------------------------------

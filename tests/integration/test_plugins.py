@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from PIL import Image
-from rehearsals import plain_settings, square_pictures
+from rehearsals import plain_settings, square_images
 
 from everydream_kit.errors import ConfigError
 from everydream_kit.sessions import train
-from everydream_kit.training.plugins import caption_transform, has_hook, load_plugins, picture_transform
+from everydream_kit.training.plugins import caption_transform, has_hook, image_transform, load_plugins
 
 HERE = Path(__file__).parent
 
@@ -117,8 +117,8 @@ class InheritsWork(Array):
 def settings(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.syspath_prepend(str(HERE))
     monkeypatch.chdir(tmp_path)
-    pictures = square_pictures(tmp_path / "pictures")
-    return {**plain_settings(tmp_path, tiny_model_folder, pictures), "project_name": "t", "disable_unet_training": True}
+    images = square_images(tmp_path / "pictures")
+    return {**plain_settings(tmp_path, tiny_model_folder, images), "project_name": "t", "disable_unet_training": True}
 
 
 def plugins(*names: str) -> list[str]:
@@ -177,7 +177,7 @@ def test_a_plugin_that_fails_is_named(settings, name, message):
 def test_a_hook_that_does_nothing_is_no_hook(settings):
     old, array = load_plugins(plugins("Recording", "InheritsWork"))
     assert caption_transform([old, array]) is None
-    assert picture_transform([old]) is None
+    assert image_transform([old]) is None
     assert not has_hook(old, "transform_pil_image")
     assert has_hook(array, "transform_pil_image")  # inherited, and it does something
     with pytest.raises(ConfigError, match="is no plug-in"):
@@ -185,7 +185,7 @@ def test_a_hook_that_does_nothing_is_no_hook(settings):
 
 
 def test_an_array_that_comes_back_is_an_image(settings):
-    transform = picture_transform(load_plugins(plugins("Array")))
+    transform = image_transform(load_plugins(plugins("Array")))
     assert transform is not None
     image = transform(Image.new("RGB", (8, 8), (255, 0, 100)))
     assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (8, 8), (0, 255, 155))

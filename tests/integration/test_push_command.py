@@ -153,7 +153,7 @@ def test_each_misuse_is_one_clear_error(
     assert hub.requests == []
 
 
-def test_a_source_that_is_none_and_a_missing_token_are_told(
+def test_a_source_that_is_none_and_a_missing_token_are_reported(
     hub: HubStandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub
@@ -173,7 +173,7 @@ def test_learnt_words_go_with_a_card_whose_lines_load_them(family: str, tmp_path
     from everydream_kit.export.hub import preview_push
     from everydream_kit.models.encoding import encode_captions
     from everydream_kit.models.loading import load_model
-    from everydream_kit.models.saving import save_model
+    from everydream_kit.models.model_saving import save_model
     from everydream_kit.models.tokens import add_tokens
 
     model = load_model(tiny_folder(family))

@@ -27,10 +27,10 @@ SCRIPT = Path(__file__).parents[1] / "support" / "two_ranks.py"
 WEIGHTS = ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
 
 
-def settings(folder: Path, model: Path, pictures: Path) -> dict[str, Any]:
+def settings(folder: Path, model: Path, images: Path) -> dict[str, Any]:
     return {
         "resume_ckpt": str(model),
-        "data_root": str(pictures),
+        "data_root": str(images),
         "project_name": "ranks",
         "logdir": str(folder / "logs"),
         "resolution": 64,
@@ -51,10 +51,10 @@ def settings(folder: Path, model: Path, pictures: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, picture_folder: Path) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, image_folder: Path) -> Path:
     """Where two processes have trained: `ddp` with half the batch each, `fsdp2` with slices of the model as well."""
     folder = tmp_path_factory.mktemp("ranks")
-    config = json.dumps(settings(folder, tiny_model_folder, picture_folder))
+    config = json.dumps(settings(folder, tiny_model_folder, image_folder))
     (folder / "config.json").write_text(config, "utf-8")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
@@ -70,9 +70,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, pi
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, picture_folder: Path) -> RunFolder:
+def alone(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, image_folder: Path) -> RunFolder:
     """The run of one process with the whole batch."""
-    return train(settings(tmp_path_factory.mktemp("alone"), tiny_model_folder, picture_folder))
+    return train(settings(tmp_path_factory.mktemp("alone"), tiny_model_folder, image_folder))
 
 
 def losses_of(run: RunFolder) -> list[float]:

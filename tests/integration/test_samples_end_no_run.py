@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rehearsals import plain_settings, prepared, square_pictures
+from rehearsals import plain_settings, prepared, square_images
 from tiny_models import draw, tiny_folder
 
 from everydream_kit.models.loading import load_model
-from everydream_kit.models.saving import save_model
+from everydream_kit.models.model_saving import save_model
 from everydream_kit.sessions import train
 from everydream_kit.training.control import StopSignal
 from everydream_kit.training.listeners import build_sampler
@@ -24,7 +24,7 @@ from everydream_kit.workspace import RunFolder
 
 
 def settings(folder: Path, model: Path) -> dict[str, Any]:
-    plain = plain_settings(folder, model, square_pictures(folder / "pictures"))
+    plain = plain_settings(folder, model, square_images(folder / "pictures"))
     return {**plain, "disable_unet_training": True, "sample_steps": 1, "sample_prompts": str(folder / "p.json")}
 
 
@@ -76,7 +76,7 @@ def warnings_of(run: RunFolder) -> list[str]:
     return [event["message"] for event in run.events("warning")]
 
 
-def test_the_run_ends_well_with_every_sheet_that_can_be_made(run: RunFolder) -> None:
+def test_the_run_ends_well_with_every_grid_that_can_be_made(run: RunFolder) -> None:
     assert run.status()["state"] == "finished"
     assert [(event["step"], event["prompt"]) for event in run.events("sample")] == [
         (1, "龍" * 100),
@@ -87,8 +87,8 @@ def test_the_run_ends_well_with_every_sheet_that_can_be_made(run: RunFolder) -> 
     assert names == [f"gs00001-000-{'龍' * 40}.jpg", "gs00001-001-red.jpg", "gs00003-000-blue.jpg"]
     widths = []
     for path in run.samples():
-        with Image.open(path) as sheet:
-            widths.append(sheet.width)
+        with Image.open(path) as grid:
+            widths.append(grid.width)
     assert widths[0] < widths[1] - 60  # two guidance scales, and three
 
 
@@ -105,7 +105,7 @@ def test_mistakes_are_named_before_the_first_step(run: RunFolder) -> None:
         assert sum(words in message for message in early) == 1, words
 
 
-def test_a_sheet_that_fails_is_a_warning_about_that_sheet(run: RunFolder) -> None:
+def test_a_grid_that_fails_is_a_warning_about_that_grid(run: RunFolder) -> None:
     failed = [message for message in warnings_of(run) if "failed" in message]
     assert failed == [
         "Sample 2 ('wide', 128 x 64) of step 1 failed: out of memory (OutOfMemoryError: CUDA out of memory. Tried to "

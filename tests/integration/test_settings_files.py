@@ -12,23 +12,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rehearsals import Rehearsal, plain_settings, prepared, square_pictures
+from rehearsals import Rehearsal, plain_settings, prepared, square_images
 
 from everydream_kit.config import TrainConfig
-from everydream_kit.data.files import scan_dataset
+from everydream_kit.data.scanning import scan_dataset
 from everydream_kit.sessions import train
 from everydream_kit.training.base import select_trained
 from everydream_kit.training.control import StopSignal
+from everydream_kit.training.held_out_images import split_dataset
 from everydream_kit.training.listeners import build_sampler
 from everydream_kit.training.optimizer_config import load_optimizer_config
-from everydream_kit.training.optimizers import build_optimizer_for_parts, innermost
+from everydream_kit.training.optimizers import build_optimizer_for_parts, unwrap_optimizers
 from everydream_kit.training.parameters import TrainedPart
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.run import Run
-from everydream_kit.training.runs import make_schedule, settle_part
-from everydream_kit.training.validating import measure_loss
+from everydream_kit.training.run_builder import make_schedule, resolve_part
 from everydream_kit.training.validation_config import load_validation_config
-from everydream_kit.training.validation_sets import split_dataset
+from everydream_kit.training.validation_listener import measure_loss
 
 FAST = {"cfgs": [1.0], "num_inference_steps": 1}
 
@@ -36,14 +36,14 @@ FAST = {"cfgs": [1.0], "num_inference_steps": 1}
 @pytest.fixture
 def settings(tmp_path: Path, tiny_model_folder: Path) -> dict[str, Any]:
     """One step an epoch."""
-    return plain_settings(tmp_path, tiny_model_folder, square_pictures(tmp_path / "pictures"))
+    return plain_settings(tmp_path, tiny_model_folder, square_images(tmp_path / "pictures"))
 
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Rehearsal]:
     """A run at its beginning, which the tests of this module only look at and sample with."""
     folder = tmp_path_factory.mktemp("rehearsal")
-    plain = plain_settings(folder, tiny_model_folder, square_pictures(folder / "pictures"))
+    plain = plain_settings(folder, tiny_model_folder, square_images(folder / "pictures"))
     with prepared(**{**plain, "sample_prompts": str(folder / "p.json")}) as rehearsal:
         yield rehearsal
 
@@ -51,18 +51,18 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path)
 # optimizer.json -------------------------------------------------------------------------------------------------------
 
 
-def settled(file: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def resolved(file: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """For each part: its optimizer, the settings of its group, and its rate in the steps of a run of ten."""
     config = TrainConfig(resume_ckpt="m", data_root="d")
     optimizer_config = load_optimizer_config(file)
     parts = [TrainedPart(name, [("w", torch.nn.Parameter(torch.zeros(2)))]) for name in ("unet", "text encoder")]
-    hows = [settle_part(part.name, config, optimizer_config, "cpu") for part in parts]
+    hows = [resolve_part(part.name, config, optimizer_config, "cpu") for part in parts]
     optimizer = build_optimizer_for_parts(parts, hows)
     seen = {}
     for how in hows:
         [(kind, group)] = [
             (type(one).__name__, group)
-            for one in innermost(optimizer)
+            for one in unwrap_optimizers(optimizer)
             for group in one.param_groups
             if group["name"] == how.part
         ]
@@ -96,8 +96,8 @@ def settled(file: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def test_every_setting_of_a_section_reaches_its_parts_and_no_other(
     section: str, parts: list[str], base: dict[str, Any], values: dict[str, Any], name: str, expected: Any
 ) -> None:
-    before = settled({"base": base})
-    after = settled({"base": {**base, **values}} if section == "base" else {"base": base, section: values})
+    before = resolved({"base": base})
+    after = resolved({"base": {**base, **values}} if section == "base" else {"base": base, section: values})
     for part in ("unet", "text encoder"):
         assert before[part][name] != expected
         assert after[part][name] == (pytest.approx(expected) if part in parts else before[part][name])
@@ -146,7 +146,7 @@ def test_keys_without_an_effect_are_warned_about_in_the_run(settings: dict[str, 
 def twelve(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve images, and three others in a folder next to them."""
     root = tmp_path_factory.mktemp("validation")
-    folder = square_pictures(root / "pictures", 12)
+    folder = square_images(root / "pictures", 12)
     (root / "others").mkdir()
     for number in range(9, 12):
         for path in folder.glob(f"{number}.*"):
@@ -225,13 +225,13 @@ def sampled(rehearsal: Rehearsal, file: dict[str, Any]) -> dict[str, Any]:
     with hook:
         build_sampler(run, StopSignal()).draw(run)
     events = list(rehearsal.folder.events("sample"))[before:]
-    sheets = [np.asarray(Image.open(event["path"])) for event in events]
+    grids = [np.asarray(Image.open(event["path"])) for event in events]
     return {
         "prompts": [event["prompt"] for event in events],
         "seeds": [event["seed"] for event in events],
         "calls": [(batch, height, width) for batch, _, height, width in calls],
-        "columns": [round(sheet.shape[1] / 64) for sheet in sheets],
-        "sheets": sheets,
+        "columns": [round(grid.shape[1] / 64) for grid in grids],
+        "sheets": grids,
     }
 
 

@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rehearsals import plain_settings, prepared, square_pictures
+from rehearsals import plain_settings, prepared, square_images
 from tiny_models import tiny_folder
 
 from everydream_kit.errors import ConfigError
 from everydream_kit.models.encoding import encode_captions, tokenize
 from everydream_kit.models.loading import load_model
-from everydream_kit.models.samplers import build_scheduler
-from everydream_kit.models.sampling import SamplePrompt, sample_pictures
+from everydream_kit.models.sampling import SamplePrompt, sample_images
+from everydream_kit.models.sampling_schedulers import build_scheduler
 from everydream_kit.models.tokens import add_tokens, expand_tokens
 from everydream_kit.sessions import train
 
 
 @pytest.fixture
 def settings(tmp_path: Path, tiny_model_folder: Path) -> dict[str, Any]:
-    return {**plain_settings(tmp_path, tiny_model_folder, square_pictures(tmp_path / "pictures")), "max_steps": 1}
+    return {**plain_settings(tmp_path, tiny_model_folder, square_images(tmp_path / "pictures")), "max_steps": 1}
 
 
 # New tokens -----------------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def test_sdxl_without_a_negative_prompt_samples_what_diffusers_does(prediction_t
     pipe.set_progress_bar_config(disable=True)
     for negative in (None, "blue"):
         prompt = SamplePrompt("a red square", negative or "", 4, 64, 64, (5.0,))
-        [ours] = sample_pictures(model, [prompt], num_inference_steps=3)
+        [ours] = sample_images(model, [prompt], num_inference_steps=3)
         generator = torch.Generator("cpu").manual_seed(4)
         size = {"width": 64, "height": 64, "num_inference_steps": 3, "guidance_scale": 5.0, "generator": generator}
         theirs = pipe("a red square", negative_prompt=negative, **size).images[0]

@@ -85,7 +85,7 @@ def test_after_every_command_nothing_holds_the_token(
     hub: HubStandIn,
     tmp_path: Path,
     tiny_model_folder: Path,
-    picture_folder: Path,
+    image_folder: Path,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -94,7 +94,7 @@ def test_after_every_command_nothing_holds_the_token(
     caplog.set_level(logging.DEBUG, "everydream_kit")
     make_run(tmp_path / "logs", secret=TOKEN)
     config = tmp_path / "logs" / "jets-20261122-120000" / "config.json"
-    setting = (tmp_path, tiny_model_folder, picture_folder)
+    setting = (tmp_path, tiny_model_folder, image_folder)
     order = ["push", *(name for name in COMMANDS if name != "push")]
     for token in (TOKEN, REFUSED):
         monkeypatch.setenv("HF_TOKEN", token)

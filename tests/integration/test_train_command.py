@@ -57,13 +57,13 @@ def everydream(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, picture_folder: Path) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, image_folder: Path) -> Path:
     """A working folder in which the command ran; its logs are in L and its single files in S."""
     folder = tmp_path_factory.mktemp("train")
     (folder / "sample_prompts.txt").write_text("a red square\n\na blue square\n", "utf-8")
     done = everydream(
         "train", *FLAGS, "--logdir", "L", "--save_ckpt_dir", "S", "--resume_ckpt", tiny_model_folder,
-        "--data_root", picture_folder, cwd=folder,
+        "--data_root", image_folder, cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "finished: L/t-" in done.stdout
@@ -91,11 +91,11 @@ def test_the_logged_rate_follows_the_cosine_with_warm_up_and_scaling(run: RunFol
     assert [entry["lr"]["text encoder"] for entry in losses] == pytest.approx(expected)
 
 
-def test_the_schedule_names_the_pictures_that_were_trained(run: RunFolder, picture_folder: Path) -> None:
+def test_the_schedule_names_the_images_that_were_trained(run: RunFolder, image_folder: Path) -> None:
     for epoch in range(EPOCHS):
         lines = (run.folder / f"ep{epoch}_batch_schedule.txt").read_text("utf-8").splitlines()
         planned = sorted(Path(line.split("path:")[1]).name for line in lines)
-        assert planned == sorted(path.name for path in picture_folder.iterdir() if path.suffix != ".txt")
+        assert planned == sorted(path.name for path in image_folder.iterdir() if path.suffix != ".txt")
         table = json.loads((run.folder / "losses" / f"ep{epoch}.json").read_text("utf-8"))
         assert sorted(Path(row["path"]).name for row in table["pictures"]) == planned
         for line in lines:

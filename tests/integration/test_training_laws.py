@@ -21,10 +21,10 @@ Weights = dict[str, torch.Tensor]
 
 
 @pytest.fixture
-def settings(tmp_path: Path, tiny_model_folder: Path, picture_folder: Path) -> dict[str, Any]:
+def settings(tmp_path: Path, tiny_model_folder: Path, image_folder: Path) -> dict[str, Any]:
     return {
         "resume_ckpt": str(tiny_model_folder),
-        "data_root": str(picture_folder),
+        "data_root": str(image_folder),
         "resolution": 64,
         "batch_size": 4,
         "max_epochs": 2,
@@ -99,7 +99,7 @@ def test_stopping_and_resuming_equals_never_having_stopped_to_the_bit(
     assert list(by_step.values()) == losses_of(whole)
 
 
-def test_one_picture_accumulated_four_times_equals_four_pictures(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_one_image_accumulated_four_times_equals_four_images(settings: dict[str, Any], tmp_path: Path) -> None:
     # Plain gradient descent: Adam would divide by the rounding errors of weights whose gradient is almost zero.
     common = {**settings, "data_root": square_folder(tmp_path), "optimizer": "sgd", "lr": 1e-2}
     four = train(TrainConfig(**{**common, "batch_size": 4, "grad_accum": 1}))
@@ -191,8 +191,8 @@ def test_cached_latents_give_the_losses_of_encoding_each_time(settings: dict[str
         assert losses_of(cached) == pytest.approx(losses_of(encoded), rel=2e-3)  # moments are kept in float16
 
 
-def test_training_lowers_the_loss_on_fixed_noise_and_timesteps(settings: dict[str, Any], picture_folder: Path) -> None:
-    validation = {"val_split_mode": "manual", "manual_data_root": str(picture_folder), "every_n_epochs": 12}
+def test_training_lowers_the_loss_on_fixed_noise_and_timesteps(settings: dict[str, Any], image_folder: Path) -> None:
+    validation = {"val_split_mode": "manual", "manual_data_root": str(image_folder), "every_n_epochs": 12}
     run = train(TrainConfig(**{**settings, "max_epochs": 12, "lr": 1e-3, "validation_config": validation}))
     first, last = (event["loss"] for event in run.events("validation"))
     assert last < 0.97 * first

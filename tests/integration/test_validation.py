@@ -8,17 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from everydream_kit.data.files import scan_dataset
+from everydream_kit.data.epoch_plan import PlanSettings
 from everydream_kit.data.loader import make_loader
-from everydream_kit.data.plan import PlanSettings
+from everydream_kit.data.scanning import scan_dataset
 from everydream_kit.errors import ConfigError
 from everydream_kit.models.encoding import encode_captions, encode_moments, latents_from_moments
 from everydream_kit.models.family import Sizes
 from everydream_kit.models.loading import load_model
+from everydream_kit.training.held_out_images import split_dataset
 from everydream_kit.training.objectives import build_objective
 from everydream_kit.training.validation import content_groups, once_each, split_indices, validate
 from everydream_kit.training.validation_config import ValidationConfig
-from everydream_kit.training.validation_sets import split_dataset
 
 TIMESTEPS = [250, 750]
 
@@ -29,8 +29,8 @@ def model(tiny_model_folder):
 
 
 @pytest.fixture(scope="module")
-def dataset(picture_folder):
-    return once_each(scan_dataset(picture_folder))
+def dataset(image_folder):
+    return once_each(scan_dataset(image_folder))
 
 
 def measure(model, dataset, *, batch_size=4, seed=555, num_ranks=1, rank=0, timesteps=TIMESTEPS, objective=None):
@@ -48,7 +48,7 @@ def measure(model, dataset, *, batch_size=4, seed=555, num_ranks=1, rank=0, time
     with make_loader(dataset, settings, seed=seed, rank=rank, fixed=True) as loader:
         return validate(
             (batch for work in loader for batch in work.batches),
-            keys=lambda batch: [dataset.key(draw.picture) for draw in batch.planned.draws],
+            keys=lambda batch: [dataset.key(draw.image) for draw in batch.planned.draws],
             encode=encode,
             predict=predict,
             objective=objective or build_objective(model.noise_scheduler, "epsilon"),
@@ -66,7 +66,7 @@ def test_two_passes_give_the_same_number_and_leave_no_trace(model, dataset):
     state = torch.get_rng_state()
     second = measure(model, dataset)
     assert first == second
-    assert first.num_pictures == 12
+    assert first.num_images == 12
     assert list(first.by_timestep) == TIMESTEPS
     assert first.mean == pytest.approx(sum(first.by_timestep.values()) / 2)
     assert torch.equal(torch.get_rng_state(), state)
@@ -77,7 +77,7 @@ def test_two_passes_give_the_same_number_and_leave_no_trace(model, dataset):
 
 def test_the_batch_size_changes_nothing(model, dataset):
     whole, single = measure(model, dataset), measure(model, dataset, batch_size=1)
-    assert whole.num_pictures == single.num_pictures == 12
+    assert whole.num_images == single.num_images == 12
     assert whole.mean == pytest.approx(single.mean, rel=1e-5)
 
 
@@ -85,12 +85,12 @@ def test_two_ranks_measure_what_one_measures_and_fillers_do_not_count(model, dat
     some = dataset.subset([0, 4, 8])  # one bucket, three pictures: the second rank gets a filler
     whole = measure(model, some, batch_size=2)
     parts = [measure(model, some, batch_size=1, num_ranks=2, rank=rank) for rank in (0, 1)]
-    assert sorted(part.num_pictures for part in parts) == [1, 2]
-    together = sum(part.mean * part.num_pictures for part in parts) / 3
+    assert sorted(part.num_images for part in parts) == [1, 2]
+    together = sum(part.mean * part.num_images for part in parts) / 3
     assert together == pytest.approx(whole.mean, rel=1e-5)
 
 
-def test_every_picture_weighs_alike_whatever_its_batch(model, dataset):
+def test_every_image_weighs_alike_whatever_its_batch(model, dataset):
     singles = [measure(model, dataset.subset([index])).mean for index in range(5)]
     together = measure(model, dataset.subset(range(5)), batch_size=3)
     assert together.mean == pytest.approx(sum(singles) / 5, rel=1e-5)
@@ -117,7 +117,7 @@ def test_modes_come_back_after_an_error(model, dataset):
     assert model.unet.training
 
 
-def test_without_pictures_there_is_nothing_to_measure(model):
+def test_without_images_there_is_nothing_to_measure(model):
     with pytest.raises(ConfigError, match="no pictures to validate with"):
         validate(
             [],
@@ -130,7 +130,7 @@ def test_without_pictures_there_is_nothing_to_measure(model):
         )
 
 
-def draw_pictures(folder, count):
+def draw_images(folder, count):
     """Pictures that do not look alike: coarse coloured noise, enlarged smoothly."""
     folder.mkdir()
     for number in range(count):
@@ -141,13 +141,13 @@ def draw_pictures(folder, count):
 
 
 def test_a_copy_that_was_resized_and_compressed_again_is_never_on_the_other_side(tmp_path):
-    pictures = draw_pictures(tmp_path / "pictures", 12)
-    for path in sorted(pictures.glob("*.png")):
-        with Image.open(path) as picture:
-            picture.resize((112, 112)).save(pictures / f"copy of {path.stem}.jpg", quality=70)
+    images = draw_images(tmp_path / "pictures", 12)
+    for path in sorted(images.glob("*.png")):
+        with Image.open(path) as image:
+            image.resize((112, 112)).save(images / f"copy of {path.stem}.jpg", quality=70)
     config = ValidationConfig(auto_split_proportion=0.25)
     for seed in range(5):
-        dataset = scan_dataset(pictures)
+        dataset = scan_dataset(images)
         training, (held_out,) = split_dataset(dataset, config.model_copy(update={"seed": seed}), scan_dataset)
         numbers = [
             {Path(path).stem[-2:] for path in map(side.path, range(len(side)))} for side in (training, held_out.dataset)
@@ -157,9 +157,9 @@ def test_a_copy_that_was_resized_and_compressed_again_is_never_on_the_other_side
         assert numbers[0] | numbers[1] == {f"{number:02}" for number in range(12)}
 
 
-def test_the_same_picture_in_two_folders_is_never_on_both_sides(tmp_path):
-    pictures = draw_pictures(tmp_path / "first", 12)
-    shutil.copytree(pictures, tmp_path / "second")
+def test_the_same_image_in_two_folders_is_never_on_both_sides(tmp_path):
+    images = draw_images(tmp_path / "first", 12)
+    shutil.copytree(images, tmp_path / "second")
     renamed = tmp_path / "second" / "00.png"
     renamed.rename(renamed.with_name("another name.png"))
     dataset = scan_dataset(tmp_path)
@@ -173,10 +173,10 @@ def test_the_same_picture_in_two_folders_is_never_on_both_sides(tmp_path):
         assert not contents[0] & contents[1]
 
 
-def test_a_multiplied_picture_is_measured_once(picture_folder, tmp_path):
-    shutil.copytree(picture_folder, tmp_path / "pictures")
+def test_a_multiplied_image_is_measured_once(image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "pictures")
     (tmp_path / "pictures" / "multiply.txt").write_text("3", encoding="utf-8")
     dataset = scan_dataset(tmp_path)
-    assert dataset.picture(0).multiply == 3.0
-    assert once_each(dataset).picture(0).multiply == 1.0
-    assert dataset.picture(0).multiply == 3.0  # the training's own stays
+    assert dataset.image(0).multiply == 3.0
+    assert once_each(dataset).image(0).multiply == 1.0
+    assert dataset.image(0).multiply == 3.0  # the training's own stays

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rehearsals import plain_settings, prepared, square_pictures
+from rehearsals import plain_settings, prepared, square_images
 
 from everydream_kit.cli import main
 from everydream_kit.sessions import resume, train
@@ -21,8 +21,8 @@ from everydream_kit.workspace import RunFolder, list_runs
 def settings(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """One step an epoch, words only; the working folder is the test's own."""
     monkeypatch.chdir(tmp_path)
-    pictures = square_pictures(tmp_path / "pictures")
-    plain = plain_settings(tmp_path, tiny_model_folder, pictures)
+    images = square_images(tmp_path / "pictures")
+    plain = plain_settings(tmp_path, tiny_model_folder, images)
     return {**plain, "project_name": "t", "disable_unet_training": True}
 
 
@@ -71,29 +71,29 @@ def test_requests_are_obeyed_within_a_step_and_a_broken_prompt_file_is_a_warning
 def test_a_drawing_tells_how_far_it_is(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = []
+    reported = []
     write = RunFolder.write_status
     monkeypatch.setattr(
-        RunFolder, "write_status", lambda folder, status: (told.append(dict(status)), write(folder, status))
+        RunFolder, "write_status", lambda folder, status: (reported.append(dict(status)), write(folder, status))
     )
     prompts = tmp_path / "p.json"
     drawn = {"cfgs": [1.0], "num_inference_steps": 4, "samples": [{"prompt": "red"}, {"prompt": "blue"}]}
     prompts.write_text(json.dumps(drawn), "utf-8")
     train({**settings, "max_steps": 1, "sample_prompts": str(prompts), "sample_steps": 1})
-    shares = [status["progress"] for status in told if status["state"] == "sampling"]
+    shares = [status["progress"] for status in reported if status["state"] == "sampling"]
     assert shares == sorted(shares)
     assert shares[0] == 0 and shares[1] == 1 / 4 and shares[-1] == 1  # both are drawn together, in four steps
-    assert all(status["progress"] is None for status in told if status["state"] != "sampling")
+    assert all(status["progress"] is None for status in reported if status["state"] != "sampling")
 
 
 class Inverting:
     """A plug-in that changes pictures."""
 
-    def transform_pil_image(self, picture: Any) -> Any:
-        return picture.point(lambda value: 255 - value)
+    def transform_pil_image(self, image: Any) -> Any:
+        return image.point(lambda value: 255 - value)
 
 
-def test_a_plugin_changes_pictures_and_switches_the_latent_cache_off(
+def test_a_plugin_changes_images_and_switches_the_latent_cache_off(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
@@ -125,7 +125,7 @@ def test_chained_configs_are_trained_in_turn_and_a_change_on_resume_is_spelled_o
     capsys.readouterr()
 
 
-def test_a_checkpoint_names_the_versions_it_was_made_with_and_others_are_told(settings: dict[str, Any]) -> None:
+def test_a_checkpoint_names_the_versions_it_was_made_with_and_others_are_reported(settings: dict[str, Any]) -> None:
     run = train({**settings, "max_steps": 1})
     path = run.last_checkpoint / "resume" / "state.json"
     state = json.loads(path.read_text("utf-8"))

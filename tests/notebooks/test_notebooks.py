@@ -85,7 +85,7 @@ def test_without_the_kit_and_its_address_the_set_up_says_what_to_do(run_setup):
     assert lines == [] and "between the quotes of REPOSITORY" in message
 
 
-def test_the_set_up_fetches_the_kit_from_its_address_or_from_beside(run_setup, tmp_path, monkeypatch):
+def test_the_set_up_fetches_the_kit_from_its_address_or_from_next_to(run_setup, tmp_path, monkeypatch):
     lines, message = run_setup("https://example.org/kit")
     assert [line.split()[0] for line in lines] == ["git", "bash"] and "$ADDRESS" in lines[0]
     assert "lines above say why" in message  # nothing was fetched in this test

@@ -65,9 +65,9 @@ def make_run(logdir: Path, *, step: int = 20, unet_bytes: int = 200 * KILOBYTE, 
     events.append({"kind": "warning", "message": f"a plugin said {secret}"})
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     for number, prompt in enumerate(("a red jet", "a <b>blue</b> jet: *fast* | loud")):
-        picture = folder / "samples" / f"gs{step:05}-{number:03}-a jet.jpg"
-        Image.new("RGB", (64, 64), (200, 40 * number, 60)).save(picture)
-        picture.with_suffix(".txt").write_text(f"{prompt}\nnegative prompt: blurry\nseed: 1\n")
+        image = folder / "samples" / f"gs{step:05}-{number:03}-a jet.jpg"
+        Image.new("RGB", (64, 64), (200, 40 * number, 60)).save(image)
+        image.with_suffix(".txt").write_text(f"{prompt}\nnegative prompt: blurry\nseed: 1\n")
     run = RunFolder(folder)
     write_checkpoint(run, step, seed=step, unet_bytes=unet_bytes)
     return run

@@ -25,7 +25,7 @@ from PIL import Image
 REPOSITORY = Path(__file__).parents[2]
 SHOTS = REPOSITORY / "docs" / "images"
 VIEWPORT = {"width": 1180, "height": 1000}
-TALLEST_PICTURE = 1250
+TALLEST_IMAGE = 1250
 CHROMIUM_ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -204,7 +204,7 @@ class Driver:
 
         self.wait_while_moving(is_there)
 
-    def photograph(self, locator, name, *, tallest=TALLEST_PICTURE):
+    def photograph(self, locator, name, *, tallest=TALLEST_IMAGE):
         """A panel's picture for the documentation: 256 colours are enough, and small."""
         SHOTS.mkdir(parents=True, exist_ok=True)
         self.page.mouse.move(0, 0)
@@ -216,7 +216,7 @@ class Driver:
         box["height"] = min(box["height"], tallest)
         path = SHOTS / f"panel-{name}.png"
         self.page.screenshot(path=path, clip=box)
-        with Image.open(path) as picture:
-            small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        with Image.open(path) as image:
+            small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
         small.save(path, optimize=True)
         self.page.set_viewport_size(VIEWPORT)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import tiny_folder
 
-from everydream_kit.export.single_file import export_checkpoint
+from everydream_kit.export.single_file_export import export_checkpoint
 
 SAME, CLOSE = "same", "close"
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."

@@ -38,7 +38,7 @@ def png_of_claimed_size(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", head) + png_chunk(b"IDAT", rows) + png_chunk(b"IEND", b"")
 
 
-def long_remarks() -> dict[str, bytes]:
+def long_notes() -> dict[str, bytes]:
     """Whole PNGs with more text or profile than Pillow reads by default, before and after the pixels."""
     long = "node " * 400_000
     plain = encode(make_image(), "PNG")

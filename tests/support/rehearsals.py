@@ -11,11 +11,11 @@ from everydream_kit.config import TrainConfig
 from everydream_kit.workspace import RunFolder
 
 
-def plain_settings(folder: Path, model: Path, pictures: Path) -> dict[str, Any]:
+def plain_settings(folder: Path, model: Path, images: Path) -> dict[str, Any]:
     """The settings that a test changes one of: nothing is drawn but noise, timesteps and the order."""
     return {
         "resume_ckpt": str(model),
-        "data_root": str(pictures),
+        "data_root": str(images),
         "resolution": 64,
         "batch_size": 4,
         "lr": 1e-4,
@@ -33,7 +33,7 @@ def plain_settings(folder: Path, model: Path, pictures: Path) -> dict[str, Any]:
     }
 
 
-def square_pictures(folder: Path, count: int = 4, mode: str = "RGB") -> Path:
+def square_images(folder: Path, count: int = 4, mode: str = "RGB") -> Path:
     """A folder of square noise pictures, each with tags: one bucket, so that batches are full."""
     import numpy as np
     from PIL import Image
@@ -67,7 +67,7 @@ def prepared(**settings: Any):
     from everydream_kit.config import config_warnings
     from everydream_kit.training.journal import Journal
     from everydream_kit.training.ranks import Ranks
-    from everydream_kit.training.runs import build_run
+    from everydream_kit.training.run_builder import build_run
 
     config = TrainConfig(**settings)
     folder = RunFolder.create(config.logdir, config.project_name)

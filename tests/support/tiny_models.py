@@ -19,7 +19,7 @@ def _root():
 @cache
 def tiny_folder(family):
     """A diffusers folder of a family with random weights. Do not change it: tests share it."""
-    from everydream_kit.models.scratch import build_tiny_model, write_model
+    from everydream_kit.models.random_models import build_tiny_model, write_model
 
     return write_model(build_tiny_model(family, seed=0), _root() / family)
 
@@ -28,8 +28,8 @@ def draw(model, prompt="a red square", **settings):
     """One 64-pixel picture as an int array; few steps."""
     import numpy as np
 
-    from everydream_kit.models.sampling import SamplePrompt, sample_pictures
+    from everydream_kit.models.sampling import SamplePrompt, sample_images
 
     wanted = SamplePrompt(prompt, seed=4, width=64, height=64, cfgs=(3.0,))
-    picture = sample_pictures(model, [wanted], **{"num_inference_steps": 3, **settings})[0]
-    return np.asarray(picture).astype(int)
+    image = sample_images(model, [wanted], **{"num_inference_steps": 3, **settings})[0]
+    return np.asarray(image).astype(int)

@@ -56,7 +56,7 @@ def text_encoders(folder: Path) -> None:
     import torch
 
     from everydream_kit.models.encoding import encode_captions
-    from everydream_kit.models.scratch import build_tiny_model
+    from everydream_kit.models.random_models import build_tiny_model
     from everydream_kit.training.parameters import TrainedPart
     from everydream_kit.training.ranks import Ranks
     from everydream_kit.training.sharding import Sharding, as_whole

@@ -103,14 +103,14 @@ def test_a_data_folder_that_is_missing_or_empty_is_one_clear_error(
 
 
 def test_a_base_model_that_is_not_there_is_one_clear_error(
-    tmp_path: Path, picture_folder: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [
         "train",
         "--resume_ckpt",
         str(tmp_path / "no_model"),
         "--data_root",
-        str(picture_folder),
+        str(image_folder),
         "--resolution",
         "64",
     ]

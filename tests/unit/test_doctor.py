@@ -71,7 +71,7 @@ def test_a_gpu_that_torch_has_no_code_for_is_an_error():
     assert (check.status, check.cure) == ("error", "Install the build for CUDA 12.6")
 
 
-def test_a_cpu_with_an_nvidia_driver_is_told_why_torch_cannot_use_it():
+def test_a_cpu_with_an_nvidia_driver_is_reported_why_torch_cannot_use_it():
     built_without = diagnose("runs", healthy_machine(device=lambda: CPU))["device"]
     assert "built without CUDA" in built_without.cure
     other_driver = Device("cpu", "x86_64", torch_cuda="13.0")

@@ -229,7 +229,7 @@ def test_control_files_events_and_statuses(place: Path, status: bytes, control: 
     run = RunFolder(folder)
     answers(run.status)
     answers(lambda: Job(folder).status())
-    answers(run.waiting_action)
+    answers(run.pending_action)
     answers(lambda: list(run.events()))
     answers(lambda: list(run.events("loss")))
     answers(run.take_request)

@@ -230,7 +230,7 @@ def test_attach_refuses_a_folder_that_is_no_run(tmp_path):
         jobs.attach(tmp_path)
 
 
-def test_of_a_progress_bar_the_log_shows_only_the_newest_state(tmp_path):
+def test_of_a_progress_bar_the_log_shows_only_the_latest_state(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "train.log").write_bytes(b"begin\n10%\r20%\r30%\nend\n")
     assert jobs.attach(tmp_path).log_tail() == ["begin", "30%", "end"]

@@ -167,7 +167,7 @@ def test_a_second_call_asks_pip_for_nothing(pretended):
     assert len(pretended.pip) == before
 
 
-def test_the_kit_is_compiled_once_where_python_is_told_not_to(pretended, tmp_path, monkeypatch):
+def test_the_kit_is_compiled_once_where_python_is_reported_not_to(pretended, tmp_path, monkeypatch):
     pretended.set(**COLAB)
     for _ in range(2):
         set_up.set_up(pretended.target(), [])

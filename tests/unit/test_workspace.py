@@ -45,7 +45,7 @@ def test_a_run_is_named_by_project_and_time_and_never_shares_a_folder(tmp_path: 
     assert [run.name for run in list_runs(tmp_path)] == [first.name, second.name]
 
 
-def test_the_newest_run_is_by_the_time_in_its_name(tmp_path: Path) -> None:
+def test_the_latest_run_is_by_the_time_in_its_name(tmp_path: Path) -> None:
     late = make_run(tmp_path, now=datetime(2026, 3, 1))
     make_run(tmp_path, now=datetime(2026, 2, 1))
     make_run(tmp_path, "other", now=datetime(2026, 4, 1))
@@ -134,7 +134,7 @@ def test_bad_lines_of_the_events_are_skipped_and_counted(tmp_path):
 def test_a_malformed_request_is_an_unknown_action_in_words(tmp_path, text, action):
     run = RunFolder(tmp_path)
     (tmp_path / "control.json").write_text(text)
-    assert run.waiting_action() in (None, "stop")
+    assert run.pending_action() in (None, "stop")
     request = run.take_request()
     assert request["action"] == action
     assert isinstance(request.get("id"), str | None)

@@ -120,7 +120,7 @@ class HubConnection:
             library_version=__version__,
         )
         self.sleep = sleep
-        _limit_waiting()
+        _limit_retry_wait()
 
     @property
     def endpoint(self) -> str:
@@ -283,7 +283,7 @@ def _hub_errors() -> tuple[type[BaseException], ...]:
     return (_http().HTTPError, OSError, RuntimeError, ValueError)
 
 
-def _limit_waiting() -> None:
+def _limit_retry_wait() -> None:
     """Give the client's shared session timeouts, unless the user's own factory did: by default it waits for ever."""
     from huggingface_hub import get_session, set_client_factory
     from huggingface_hub.utils import _http as client_module

@@ -25,8 +25,8 @@ from everydream_kit.atomic import write_atomic
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import CheckpointError, ConfigError, HubError
 from everydream_kit.export.hub.connection import HubConnection, quiet_client
-from everydream_kit.export.hub.contents import RUN_FACTS
 from everydream_kit.export.hub.fetched_events import write_clean_events
+from everydream_kit.export.hub.repository_contents import RUN_FACTS
 from everydream_kit.export.hub.upload import Progress, heartbeat, size_words, tell_nobody
 from everydream_kit.foreign import (
     FOLLOWS,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from everydream_kit.export.curves import draw_curves
 from everydream_kit.export.hub.access import base_licence, open_repo
 from everydream_kit.export.hub.connection import HubConnection, quiet_client, redact
-from everydream_kit.export.hub.contents import (
+from everydream_kit.export.hub.repository_contents import (
     DEFAULT_WHAT,
     Source,
     UploadFile,
@@ -29,7 +29,7 @@ from everydream_kit.export.hub.contents import (
 )
 from everydream_kit.export.hub.upload import Progress, Target, Upload, size_words
 from everydream_kit.export.licence import local_licence
-from everydream_kit.export.model_card import CardFacts, make_card, read_base, read_pipeline_class
+from everydream_kit.export.model_card import CardFacts, make_model_card, read_base, read_pipeline_class
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -175,7 +175,7 @@ def push_to_hub(
         base = base_model or read_base(source.config)
         on_disk = _licence_on_disk(source, base_model)
         licence = {"license": license} if license else on_disk or base_licence(connection, base)
-        scratch = stack.enter_context(_scratch_beside(source.place)) if _writes_single_file(source, wish) else None
+        scratch = stack.enter_context(_scratch_next_to(source.place)) if _writes_single_file(source, wish) else None
         files, _ = _collect(source, wish, licence=licence, token=connection.token, scratch=scratch, precision=precision)
         target = Target(
             repo_id=wish.repo_id,
@@ -241,7 +241,7 @@ def _collect(
         files += [config] if config else []
     if curves is not None:
         files.append(UploadFile.of("training/curves.png", curves))
-    card = make_card(
+    card = make_model_card(
         CardFacts(
             title=source.title,
             repo_id=wish.repo_id,
@@ -284,13 +284,13 @@ def _single_file(source: Source, scratch: Path | None, precision: str) -> Upload
     if scratch is None:
         weights = sum(path.stat().st_size for path in source.checkpoint.glob("*/*.safetensors"))
         return UploadFile(name, source.checkpoint, weights)
-    from everydream_kit.export.single_file import export_checkpoint
+    from everydream_kit.export.single_file_export import export_checkpoint
 
     return UploadFile.of(name, Path(export_checkpoint(source.checkpoint, scratch / name, precision=precision)))
 
 
 @contextmanager
-def _scratch_beside(place: Path) -> Iterator[Path]:
+def _scratch_next_to(place: Path) -> Iterator[Path]:
     """A folder on the checkpoint's own disk, for a single file on its way up."""
     with tempfile.TemporaryDirectory(prefix=".push-", dir=place.resolve().parent) as folder:
         yield Path(folder)

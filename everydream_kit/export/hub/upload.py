@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from everydream_kit.export.hub.connection import HubConnection
-from everydream_kit.export.hub.contents import UploadFile
+from everydream_kit.export.hub.repository_contents import UploadFile
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete

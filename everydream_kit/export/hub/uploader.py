@@ -34,7 +34,7 @@ Report = Callable[[Kind, int, str], None]
 
 
 @dataclass(frozen=True)
-class _Waiting:
+class _Pending:
     folder: Path
     step: int
     held: Path | None
@@ -59,7 +59,7 @@ class HubUploader:
         self.report = report if report is not None else _log_report
         self.options = {"private": private, **options}
         self._lock = threading.Lock()
-        self._waiting: _Waiting | None = None
+        self._waiting: _Pending | None = None
         self._thread: threading.Thread | None = None
         self._num_submitted = 0
         self._uploaded_step = -1
@@ -78,7 +78,7 @@ class HubUploader:
         self._num_submitted += 1
         if not last and (self.every is None or self._num_submitted % self.every):
             return False
-        waiting = _Waiting(Path(folder), step, _hold(Path(folder)))
+        waiting = _Pending(Path(folder), step, _hold(Path(folder)))
         with self._lock:
             skipped, self._waiting = self._waiting, waiting
             if self._thread is None or not self._thread.is_alive():
@@ -125,7 +125,7 @@ class HubUploader:
             finally:
                 _release(job)
 
-    def _upload(self, job: _Waiting) -> None:
+    def _upload(self, job: _Pending) -> None:
         started = time.monotonic()
         self.report("uploading", job.step, self.repo_id)
         try:
@@ -138,7 +138,7 @@ class HubUploader:
         logger.info("Uploaded step %d to %s in %.0f s.", job.step, url, time.monotonic() - started)
         self.report("uploaded", job.step, url)
 
-    def _push(self, job: _Waiting) -> str:
+    def _push(self, job: _Pending) -> str:
         folder = job.held or job.folder
         resumable = (folder / CHECKPOINT_MANIFEST).is_file()
         parts = ("diffusers", "samples", "training", *(("resume",) if resumable else ()))
@@ -164,6 +164,6 @@ def _hold(folder: Path) -> Path | None:
     return held
 
 
-def _release(job: _Waiting) -> None:
+def _release(job: _Pending) -> None:
     if job.held is not None:
         shutil.rmtree(job.held, ignore_errors=True)

@@ -83,7 +83,7 @@ def test_chosen_buckets_at_512(size, expected):
     assert assign_bucket(*size, bucket_table(512)) == expected
 
 
-def test_many_pictures_at_once_are_assigned_as_one_by_one():
+def test_many_images_at_once_are_assigned_as_one_by_one():
     rng = np.random.default_rng(0)
     widths, heights = rng.integers(1, 3000, (2, 500))
     table = bucket_table(512)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from odd_images import make_image
 
-from everydream_kit.data.files import scan_dataset
+from everydream_kit.data.scanning import scan_dataset
 from everydream_kit.data.sources import unpack_archive
 from everydream_kit.data.textfiles import TextError, parse_json
 
@@ -46,7 +46,7 @@ def test_western_text_is_read_without_a_note(tmp_path, text):
     make_image().save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes(text.encode("cp1252"))
     dataset = scan_dataset(tmp_path)
-    assert (dataset.picture(0).caption.text, dataset.problems) == (text, [])
+    assert (dataset.image(0).caption.text, dataset.problems) == (text, [])
 
 
 def zip_with_name(path: Path, name: bytes) -> Path:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from everydream_kit.data.headers import PictureError, read_header
+from everydream_kit.data.headers import ImageHeaderError, read_header
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (160, 120), (1000, 17), (17, 1001)])
@@ -32,14 +32,14 @@ def test_an_animated_webp_is_remarked_on(tmp_path):
     frames = [Image.new("RGB", (32, 24), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:])
     header = read_header(str(tmp_path / "a.webp"))
-    assert (header.width, header.height, header.remark) == (32, 24, "animated: only its first frame is trained on")
+    assert (header.width, header.height, header.note) == (32, 24, "animated: only its first frame is trained on")
 
 
 def test_a_webp_of_impossible_size_is_refused(tmp_path):
     body = b"VP8X" + (10).to_bytes(4, "little") + bytes(4) + b"\xff\xff\xff" * 2
     data = b"RIFF" + (len(body) + 4).to_bytes(4, "little") + b"WEBP" + body
     (tmp_path / "a.webp").write_bytes(data)
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(ImageHeaderError) as caught:
         read_header(str(tmp_path / "a.webp"))
     assert caught.value.cause == "claims to have more than 178 million pixels or 65,535 on a side"
 

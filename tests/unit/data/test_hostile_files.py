@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from everydream_kit.data.files import scan_dataset
+from everydream_kit.data.scanning import scan_dataset
 from everydream_kit.data.textfiles import TextError, parse_yaml, read_text
 
 
@@ -55,7 +55,7 @@ def scan_bytes(root: Path, files: dict[str, bytes]):
         ("BMP", "a.bmp", {}),
     ],
 )
-def test_a_picture_cut_off_at_any_kilobyte_is_named(tmp_path, kind, name, options):
+def test_a_image_cut_off_at_any_kilobyte_is_named(tmp_path, kind, name, options):
     data = encode(noise(), kind, **options)
     cuts = [*range(0, len(data), 1024), len(data) - 1]
     assert len(cuts) > 8
@@ -66,14 +66,14 @@ def test_a_picture_cut_off_at_any_kilobyte_is_named(tmp_path, kind, name, option
     assert all(p.skipped and p.cause and p.cure.endswith(".") for p in problems.values())
 
 
-def test_a_cut_off_picture_says_so(tmp_path):
+def test_a_cut_off_image_says_so(tmp_path):
     data = encode(noise(), "JPEG", quality=95)
     _, problems = scan_bytes(tmp_path, {"a.jpg": data[: len(data) // 2]})
     assert problems["a.jpg"].cause == "the file is cut off: its end is missing"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
-def test_a_wrong_extension_is_a_remark(tmp_path, kind):
+def test_a_wrong_extension_is_a_note(tmp_path, kind):
     name = "a.jpg" if kind != "JPEG" else "a.png"
     used, problems = scan_bytes(tmp_path, {name: encode(noise(), kind)})
     assert used == [name]
@@ -81,7 +81,7 @@ def test_a_wrong_extension_is_a_remark(tmp_path, kind):
     assert not problems[name].skipped
 
 
-def test_pictures_with_something_after_their_end_are_used(tmp_path):
+def test_images_with_something_after_their_end_are_used(tmp_path):
     """Phones append films to JPEGs, editors leave padding, and some sites add their mark."""
     tail = bytes(range(256)) * 40
     files = {
@@ -111,13 +111,13 @@ def _png(width: int, height: int) -> bytes:
         (_png(0, 10), ""),
     ],
 )
-def test_what_is_no_picture_is_named_with_its_cause(tmp_path, data, cause):
+def test_what_is_no_image_is_named_with_its_cause(tmp_path, data, cause):
     used, problems = scan_bytes(tmp_path, {"a.png": data})
     assert used == []
     assert problems["a.png"].cause.startswith(cause)
 
 
-def test_a_large_picture_below_the_limit_is_used_without_a_warning(tmp_path):
+def test_a_large_image_below_the_limit_is_used_without_a_warning(tmp_path):
     used, problems = scan_bytes(tmp_path, {"a.png": _png(12_000, 12_000)})  # 144 million, Pillow warns from 89
     assert (used, problems) == (["a.png"], {})
 
@@ -135,7 +135,7 @@ def test_every_kind_of_pixel_is_accepted(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["WEBP", "PNG", "GIF"])
-def test_animations_are_used_with_a_remark(tmp_path, kind):
+def test_animations_are_used_with_a_note(tmp_path, kind):
     frames = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
     name = {"WEBP": "a.webp"}.get(kind, "a.png")
     used, problems = scan_bytes(tmp_path, {name: encode(frames[0], kind, save_all=True, append_images=frames[1:])})
@@ -229,7 +229,7 @@ def test_captions_are_read_in_every_common_encoding(tmp_path, encoding):
         (b"a" * (1 << 20) + b"b", "larger than 1 MiB"),
     ],
 )
-def test_a_caption_that_is_no_text_takes_its_picture_out(tmp_path, data, cause):
+def test_a_caption_that_is_no_text_takes_its_image_out(tmp_path, data, cause):
     used, problems = scan_bytes(tmp_path, {"a.txt": data, "a.png": encode(noise(), "PNG")})
     assert used == []
     assert cause in problems["a.txt"].cause
@@ -271,12 +271,12 @@ MERGES = "a: &a {k: v}\n" + "".join(
     ],
 )
 def test_settings_that_cannot_be_understood_are_named_and_take_out_what_they_govern(tmp_path, text, cause):
-    picture = encode(Image.new("RGB", (32, 32)), "PNG")
+    image = encode(Image.new("RGB", (32, 32)), "PNG")
     files = {
         "sub/a.yaml": text.encode(),
-        "sub/a.png": picture,
+        "sub/a.png": image,
         "other/local.yaml": text.encode(),
-        "other/b.png": picture,
+        "other/b.png": image,
     }
     used, problems = scan_bytes(tmp_path, files)
     assert used == []
@@ -286,8 +286,8 @@ def test_settings_that_cannot_be_understood_are_named_and_take_out_what_they_gov
 
 
 def test_a_broken_global_file_takes_out_all_below_and_counts_them(tmp_path):
-    picture = encode(Image.new("RGB", (32, 32)), "PNG")
-    files = {"s/global.yaml": b"multiply: x", **{f"s/{name}.png": picture for name in ("a", "d/b", "d/e/c")}}
+    image = encode(Image.new("RGB", (32, 32)), "PNG")
+    files = {"s/global.yaml": b"multiply: x", **{f"s/{name}.png": image for name in ("a", "d/b", "d/e/c")}}
     used, problems = scan_bytes(tmp_path, files)
     assert used == []
     assert "its 3 pictures are left out" in problems["global.yaml"].cure
@@ -316,7 +316,7 @@ def test_of_several_merged_mappings_the_first_wins():
     assert (merged["flip_p"], merged["rating"], merged["multiply"]) == ("1", "2", "3")
 
 
-def test_unknown_settings_are_remarks_that_name_the_nearest(tmp_path):
+def test_unknown_settings_are_notes_that_name_the_nearest(tmp_path):
     files = {"a.yaml": b"flip: 0.5\nfoo_bar_baz: 1", "a.png": encode(Image.new("RGB", (32, 32)), "PNG")}
     Image.new("RGB", (48, 32)).save(tmp_path / "good.png")
     for name, data in files.items():
@@ -345,7 +345,7 @@ def test_unknown_settings_are_remarks_that_name_the_nearest(tmp_path):
         '{"\\ud800": 1, "flip_p": 2}',
     ],
 )
-def test_broken_json_beside_a_picture_is_named(tmp_path, content):
+def test_broken_json_next_to_a_image_is_named(tmp_path, content):
     files = {"a.json": content.encode(), "a.png": encode(Image.new("RGB", (32, 32)), "PNG")}
     used, problems = scan_bytes(tmp_path, files)
     assert used == []
@@ -372,7 +372,7 @@ def test_any_bytes_are_text_or_refused(tmp_path, data):
         assert str(error)
 
 
-def test_dead_links_folders_with_picture_names_and_unreadable_files_are_handled(tmp_path):
+def test_dead_links_folders_with_image_names_and_unreadable_files_are_handled(tmp_path):
     (tmp_path / "dead.png").symlink_to(tmp_path / "gone.png")
     (tmp_path / "folder.png").mkdir()
     os.mkfifo(tmp_path / "pipe.jpg")

@@ -14,7 +14,7 @@ import pytest
 from odd_images import (
     POSTSCRIPT,
     encode,
-    long_remarks,
+    long_notes,
     make_image,
     mp4_box,
     png_of_claimed_size,
@@ -25,12 +25,12 @@ from PIL import Image, features
 
 from everydream_kit.data import image_files
 from everydream_kit.data.dataset import Problem
-from everydream_kit.data.files import scan_dataset
 from everydream_kit.data.image_files import IMAGE_ERRORS, MAX_SIDE, UNREAD_EXTENSIONS, open_image
 from everydream_kit.data.pixels import centre_crop, load_pixels
-from everydream_kit.data.prep import companions_of
+from everydream_kit.data.scanning import scan_dataset
+from everydream_kit.data.tidying import companions_of
 from everydream_kit.errors import DataError
-from everydream_kit.panels.shots import thumbnail
+from everydream_kit.panels.thumbnails import thumbnail
 
 GREY_TILE = Image.new("RGB", (32, 32), "#c8ccd0")
 HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None
@@ -75,9 +75,9 @@ def test_postscript_is_never_run_whatever_it_is_called(tmp_path, ghostscript):
     assert not ghostscript.exists()
 
 
-@pytest.mark.parametrize("name", long_remarks())
-def test_a_png_with_long_remarks_is_used_and_its_pixels_are_right(tmp_path, name):
-    (tmp_path / name).write_bytes(long_remarks()[name])
+@pytest.mark.parametrize("name", long_notes())
+def test_a_png_with_long_notes_is_used_and_its_pixels_are_right(tmp_path, name):
+    (tmp_path / name).write_bytes(long_notes()[name])
     used, problems = scan(tmp_path)
     assert (used, problems) == ([name], {})
     loaded = load_pixels(tmp_path / name, (96, 96), centre_crop(96, 96, (96, 96)))
@@ -85,7 +85,7 @@ def test_a_png_with_long_remarks_is_used_and_its_pixels_are_right(tmp_path, name
     assert Image.open(io.BytesIO(thumbnail(tmp_path / name, 32))).getpixel((0, 0)) != (200, 204, 208)
 
 
-def test_short_remarks_and_profiles_are_kept(tmp_path):
+def test_short_notes_and_profiles_are_kept(tmp_path):
     profile = bytes(range(256)) * 8
     make_image().save(tmp_path / "a.png", icc_profile=profile)
     with open_image(tmp_path / "a.png") as image:
@@ -138,7 +138,7 @@ def test_every_format_that_pillow_and_its_plugins_read_is_used(tmp_path, name, k
     (tmp_path / "a.txt").write_text("a gradient")
     dataset = scan_dataset(tmp_path)
     assert dataset.problems == []
-    assert (dataset.picture(0).caption.text, dataset.picture(0).width) == ("a gradient", 96)
+    assert (dataset.image(0).caption.text, dataset.image(0).width) == ("a gradient", 96)
     loaded = load_pixels(tmp_path / name, (96, 96), centre_crop(96, 96, (96, 96)))
     assert np.abs(loaded.pixels.astype(int) - np.asarray(make_image(), int)).mean() < 40  # lossy, GIF by 256 colors
     (tmp_path / name).write_bytes(data[: len(data) * 2 // 3])
@@ -193,9 +193,9 @@ def test_captions_are_found_whatever_their_case_unicode_form_or_full_name(tmp_pa
     (tmp_path / "MULTIPLY.TXT").write_text("3")
     dataset = scan_dataset(tmp_path)
     assert dataset.problems == []
-    found = {Path(dataset.path(i)).name: dataset.picture(i) for i in range(len(dataset))}
-    assert {name: picture.caption.text for name, picture in found.items()} == expected
-    assert {(picture.flip_p, picture.multiply) for picture in found.values()} == {(0.5, 3.0)}
+    found = {Path(dataset.path(i)).name: dataset.image(i) for i in range(len(dataset))}
+    assert {name: image.caption.text for name, image in found.items()} == expected
+    assert {(image.flip_p, image.multiply) for image in found.values()} == {(0.5, 3.0)}
     for name in expected:  # what moves an image takes its caption along
         assert len(companions_of(tmp_path / name)) == 1
 
@@ -209,7 +209,7 @@ def test_a_caption_goes_to_the_image_that_it_fits_to_the_letter(tmp_path):
     (tmp_path / "b.txt").write_text("both")
     (tmp_path / "b.png.txt").write_text("only where nothing else is")
     dataset = scan_dataset(tmp_path)
-    captions = {dataset.paths[i]: dataset.picture(i).caption.text for i in range(len(dataset))}
+    captions = {dataset.paths[i]: dataset.image(i).caption.text for i in range(len(dataset))}
     assert captions == {"A.png": "A", "a.png": "small", "b.jpg": "both", "b.png": "both"}
 
 
@@ -256,8 +256,8 @@ def test_captions_from_the_names_of_cameras_and_downloads_are_counted(tmp_path, 
 def test_a_name_that_is_no_utf8_gives_a_caption_and_a_note(tmp_path):
     put_name_that_is_no_utf8(tmp_path)
     dataset = scan_dataset(tmp_path)
-    assert dataset.picture(0).caption.text == "ein bär"
-    dataset.picture(0).caption.text.encode()  # as a tokenizer does
+    assert dataset.image(0).caption.text == "ein bär"
+    dataset.image(0).caption.text.encode()  # as a tokenizer does
     assert [problem.cause for problem in dataset.problems] == [
         "its name is not UTF-8; the caption from it is read as Windows-1252: 'ein bär'"
     ]

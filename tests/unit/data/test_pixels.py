@@ -50,7 +50,7 @@ def test_a_crop_lies_inside_and_has_the_buckets_aspect_ratio(width, height, buck
 
 
 @given(SIDES, SIDES, BUCKETS, st.integers(0, 10**6))
-def test_jitter_takes_at_most_its_share_and_nothing_from_small_pictures(width, height, bucket, epoch):
+def test_jitter_takes_at_most_its_share_and_nothing_from_small_images(width, height, bucket, epoch):
     crop = draw(width, height, bucket, address=(epoch, "a.jpg", 0))
     widest = centre_crop(width, height, bucket)
     lost = max(widest.width - crop.width, widest.height - crop.height)
@@ -92,35 +92,35 @@ def test_mirroring_has_its_probability():
 @given(st.integers(60, 300), st.integers(60, 300), st.sampled_from([(64, 64), (96, 48)]), st.integers(0, 10**6))
 def test_the_reported_crop_reproduces_the_pixels(tmp_path_factory, width, height, bucket, epoch):
     path = tmp_path_factory.getbasetemp() / "crop.png"
-    picture = photograph(width, height)
-    picture.save(path)
+    source = photograph(width, height)
+    source.save(path)
     crop = draw(width, height, bucket, address=(epoch, "crop.png", 0))
     loaded = load_pixels(path, bucket, crop)
     method = Image.Resampling.LANCZOS if crop.width >= bucket[0] else Image.Resampling.BICUBIC
     box = (crop.left, crop.top, min(crop.left + crop.width, width), min(crop.top + crop.height, height))
-    again = picture.resize(bucket, method, box=box)
+    again = source.resize(bucket, method, box=box)
     assert np.array_equal(loaded.pixels, ImageOps.mirror(again) if crop.flip else again)
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_the_reported_corner_is_where_the_bucket_lies_in_the_scaled_picture(tmp_path, flip):
+def test_the_reported_corner_is_where_the_bucket_lies_in_the_scaled_image(tmp_path, flip):
     # of 400 x 200, 160 x 160 becomes 64 x 64, scale 0.4; 100 px (40) are cut on one side, 140 (56) on the other
-    picture = photograph(400, 200)
-    picture.save(tmp_path / "a.png")
+    source = photograph(400, 200)
+    source.save(tmp_path / "a.png")
     crop = Crop(100, 20, 160.0, 160.0, flip)
     assert crop.top_left_in_bucket(400, (64, 64)) == ((56, 8) if flip else (40, 8))
-    whole = picture.resize((160, 80), Image.Resampling.LANCZOS)
+    whole = source.resize((160, 80), Image.Resampling.LANCZOS)
     whole = ImageOps.mirror(whole) if flip else whole
     left, top = crop.top_left_in_bucket(400, (64, 64))
     expected = whole.crop((left, top, left + 64, top + 64))
     assert psnr(load_pixels(tmp_path / "a.png", (64, 64), crop).pixels, expected) > 38  # the borders see less context
 
 
-def test_a_picture_of_its_buckets_size_is_not_touched(tmp_path):
-    picture = photograph(96, 64)
-    picture.save(tmp_path / "a.png")
+def test_a_image_of_its_buckets_size_is_not_touched(tmp_path):
+    source = photograph(96, 64)
+    source.save(tmp_path / "a.png")
     crop = draw(96, 64, (96, 64), flip_p=0.0)
-    assert np.array_equal(load_pixels(tmp_path / "a.png", (96, 64), crop).pixels, picture)
+    assert np.array_equal(load_pixels(tmp_path / "a.png", (96, 64), crop).pixels, source)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -148,12 +148,12 @@ def test_a_reduced_jpeg_decode_stays_within_60_db(name, subsampling):
     """Measured before the rounding to 8 bits, which alone is worth 56 to 59 dB: `docs/data-pixels.md`."""
     size, bucket = (3584, 2784), (576, 448)
     if name == "generated":
-        picture = photograph(size[0] // 2, size[1] // 2).resize(size, Image.Resampling.LANCZOS)
+        source = photograph(size[0] // 2, size[1] // 2).resize(size, Image.Resampling.LANCZOS)
     else:
         folder = Path(pytest.importorskip("skimage.data", reason="scikit-image has the photographs").__file__).parent
-        picture = Image.open(folder / name).convert("RGB").resize(size, Image.Resampling.LANCZOS)
+        source = Image.open(folder / name).convert("RGB").resize(size, Image.Resampling.LANCZOS)
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=92, subsampling=subsampling)
+    source.save(file, "JPEG", quality=92, subsampling=subsampling)
     crop = Crop(10, 6, 576 * 6.2, 448 * 6.2)
     results = []
     for draft in (False, True):
@@ -192,9 +192,9 @@ def load(path, **options):
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "LA", "RGBA"])
 def test_every_colour_mode_becomes_rgb(tmp_path, mode):
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
-    picture = photograph(64, 64).convert(mode)
-    picture.save(path)
-    expected = picture.convert("RGB")
+    source = photograph(64, 64).convert(mode)
+    source.save(path)
+    expected = source.convert("RGB")
     assert psnr(load(path).pixels, expected) > (30 if mode == "CMYK" else 60)
 
 
@@ -225,10 +225,10 @@ def test_transparency_shows_the_background_and_not_hidden_colours(tmp_path):
 
 
 def test_palette_transparency_counts_too(tmp_path):
-    picture = Image.new("P", (64, 64), 1)
-    picture.putpalette([255, 0, 0, 0, 255, 0])
-    picture.paste(0, (0, 0, 64, 32))
-    picture.save(tmp_path / "a.png", transparency=1)
+    source = Image.new("P", (64, 64), 1)
+    source.putpalette([255, 0, 0, 0, 255, 0])
+    source.paste(0, (0, 0, 64, 32))
+    source.save(tmp_path / "a.png", transparency=1)
     loaded = load(tmp_path / "a.png", background="#102030").pixels
     assert loaded[0, 0].tolist() == [255, 0, 0]
     assert loaded[63, 0].tolist() == [16, 32, 48]
@@ -265,7 +265,7 @@ def test_damaged_exif_is_as_good_as_none(tmp_path):
 # --- masks and plug-ins --------------------------------------------------------------------------------------------
 
 
-def test_a_mask_file_is_cut_and_averaged_with_its_picture(tmp_path):
+def test_a_mask_file_is_cut_and_averaged_with_its_image(tmp_path):
     photograph(128, 64).save(tmp_path / "a.png")
     mask = Image.new("L", (256, 128))  # twice the picture's size
     mask.paste(255, (128, 0, 256, 128))  # the right half counts
@@ -282,10 +282,10 @@ def test_a_mask_file_is_cut_and_averaged_with_its_picture(tmp_path):
 
 
 def test_transparency_can_be_the_mask(tmp_path):
-    picture = photograph(64, 64).convert("RGBA")
-    picture.putalpha(Image.linear_gradient("L").resize((64, 64)))
+    source = photograph(64, 64).convert("RGBA")
+    source.putalpha(Image.linear_gradient("L").resize((64, 64)))
     path = tmp_path / "a.png"
-    picture.save(path)
+    source.save(path)
     mask = load(path, mask_path=path).mask
     assert mask[0].max() < 0.1
     assert mask[7].min() > 0.9
@@ -293,7 +293,7 @@ def test_transparency_can_be_the_mask(tmp_path):
     assert load(path, mask_path=path).mask.min() == 1
 
 
-def test_a_plug_in_sees_the_cropped_picture_before_it_is_mirrored(tmp_path):
+def test_a_plug_in_sees_the_cropped_image_before_it_is_mirrored(tmp_path):
     photograph(64, 64).save(tmp_path / "a.png")
     loaded = load_pixels(tmp_path / "a.png", (64, 64), Crop(0, 0, 64.0, 64.0, True), transform=ImageOps.invert)
     assert np.array_equal(loaded.pixels, ImageOps.mirror(ImageOps.invert(photograph(64, 64))))

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image, ImageFilter
 
 from everydream_kit.data.duplicates import find_duplicates
-from everydream_kit.data.files import scan_dataset
-from everydream_kit.data.plan import PlanSettings
+from everydream_kit.data.epoch_plan import PlanSettings
 from everydream_kit.data.preparation import prepare_dataset
 from everydream_kit.data.report import cut_text, make_report, write_undersized
+from everydream_kit.data.scanning import scan_dataset
 from everydream_kit.errors import DataError
 
 
@@ -41,7 +41,7 @@ def words(text: str) -> int:
     return len(text.split())
 
 
-def test_exact_and_near_duplicates_are_told_apart(folder):
+def test_exact_and_near_duplicates_are_reported_apart(folder):
     shutil.copy(folder / "s0_x.png", folder / "copy of s0.png")
     scene(1).save(folder / "s1 again.jpg", quality=60)
     scene(2).resize((80, 64)).save(folder / "s2 small.png")
@@ -57,7 +57,7 @@ def test_exact_and_near_duplicates_are_told_apart(folder):
     assert find_duplicates(dataset, near=False).near == ()
 
 
-def test_flat_pictures_of_different_colours_are_not_alike(tmp_path):
+def test_flat_images_of_different_colours_are_not_alike(tmp_path):
     for name in ("black", "red", "blue", "white", "gray"):
         Image.new("RGB", (64, 64), name).save(tmp_path / f"{name}.png")
     assert find_duplicates(scan_dataset(tmp_path)).near == ()
@@ -81,10 +81,10 @@ def test_buckets_are_counted_with_their_fullness(folder):
         ((128, 128), 1, 1, 1 / 4),
         ((144, 112), 6, 2, 6 / 8),
     ]
-    assert (report.num_pictures, report.num_images, report.num_steps) == (7, 7, 3)
+    assert (report.dataset_size, report.num_images, report.num_steps) == (7, 7, 3)
 
 
-def test_undersized_pictures_are_listed_with_what_they_need(folder, tmp_path):
+def test_undersized_images_are_listed_with_what_they_need(folder, tmp_path):
     dataset = scan_dataset(folder)
     settings = PlanSettings(2, resolutions=(256, 512))
     report = make_report(dataset, settings, near_duplicates=False)
@@ -138,7 +138,7 @@ def test_the_report_is_text_for_people_and_json_for_programs(folder):
     ):
         assert part in report.text
     plain = json.loads(json.dumps(report.to_json()))
-    assert plain["num_pictures"] == 7
+    assert plain["dataset_size"] == 7
     assert plain["skipped"][0]["path"] == str(folder / "broken.png")
     assert plain["buckets"] == [{"size": [144, 112], "num_images": 7, "num_batches": 2, "fullness": 7 / 8}]
 
@@ -159,7 +159,7 @@ def test_an_empty_or_switched_off_dataset_has_a_report_and_a_plot_too(folder):
     assert prepared.plot().size[0] == 1000
 
 
-def test_the_plot_shows_bars_and_pictures(folder, tmp_path):
+def test_the_plot_shows_bars_and_images(folder, tmp_path):
     (folder / "later broken.jpg").write_bytes((folder / "s1_x.png").read_bytes())
     prepared = prepare_dataset(folder, resolution=128)
     (folder / "later broken.jpg").write_bytes(b"gone")

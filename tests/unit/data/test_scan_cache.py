@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from everydream_kit.data import pictures
-from everydream_kit.data.files import scan_dataset
+from everydream_kit.data import dataset_images
 from everydream_kit.data.headers import read_header
+from everydream_kit.data.scanning import scan_dataset
 
 
 @pytest.fixture
@@ -33,13 +33,13 @@ def headers_read(monkeypatch):
         names.append(os.path.basename(path))
         return read_header(path)
 
-    monkeypatch.setattr(pictures, "read_header", read_and_note)
+    monkeypatch.setattr(dataset_images, "read_header", read_and_note)
     return names
 
 
 def same(one, other) -> bool:
     numbers = all(np.array_equal(one.numbers[name], other.numbers[name], equal_nan=True) for name in one.numbers)
-    return numbers and [one.picture(i) for i in range(len(one))] == [other.picture(i) for i in range(len(other))]
+    return numbers and [one.image(i) for i in range(len(one))] == [other.image(i) for i in range(len(other))]
 
 
 def test_an_unchanged_folder_is_not_read_again(folder, tmp_path, headers_read):
@@ -77,14 +77,14 @@ def test_after_any_change_the_scan_is_what_a_fresh_one_would_be(folder, tmp_path
     assert again.problems == fresh.problems
 
 
-def test_another_picture_of_the_same_length_is_read(tmp_path):
+def test_another_image_of_the_same_length_is_read(tmp_path):
     (tmp_path / "data").mkdir()
     path = tmp_path / "data/a.bmp"
     for size in ((48, 32), (32, 48)):
         Image.new("RGB", size).save(path)
         os.utime(path, (1, size[0]))  # within one tick of the clock they could be told apart by nothing
         dataset = scan_dataset(tmp_path / "data", cache_dir=tmp_path / "cache")
-        assert (dataset.picture(0).width, dataset.picture(0).height) == size
+        assert (dataset.image(0).width, dataset.image(0).height) == size
 
 
 def test_other_run_settings_use_the_same_memory_and_other_caption_rules_do_not(folder, tmp_path):
@@ -93,10 +93,10 @@ def test_other_run_settings_use_the_same_memory_and_other_caption_rules_do_not(f
     again = scan_dataset(folder, cache_dir=tmp_path / "cache", caption_lines="choose", flip_p=0.5)
     assert same(again, scan_dataset(folder, caption_lines="choose", flip_p=0.5))
     assert len(again.caption(0).choices) == 2
-    assert again.picture(0).flip_p == 0.5
+    assert again.image(0).flip_p == 0.5
 
 
-def test_problems_and_remarks_come_again_every_time(folder, tmp_path):
+def test_problems_and_notes_come_again_every_time(folder, tmp_path):
     (folder / "broken.png").write_bytes(b"rubbish")
     (folder / "b.yaml").write_text("flop: 1")
     Image.new("RGB", (9, 9)).save(folder / "wrong.jpg", "PNG")
@@ -117,7 +117,7 @@ def test_an_index_is_remembered_in_its_own_order(folder, tmp_path, headers_read)
     second = scan_dataset(index, cache_dir=tmp_path / "cache")
     assert headers_read == []
     assert same(first, second)
-    assert [second.picture(i).batch_id for i in range(4)] == ["s", "a", "s", "b"]
+    assert [second.image(i).batch_id for i in range(4)] == ["s", "a", "s", "b"]
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: b"no zip", lambda data: data[: len(data) // 2]])
@@ -135,12 +135,12 @@ def test_a_cache_folder_that_cannot_be_made_costs_the_cache_only(folder, tmp_pat
     assert "the scan could not be remembered" in caplog.text
 
 
-def test_a_folder_of_many_pictures_is_found_again_by_bisection(tmp_path, headers_read):
+def test_a_folder_of_many_images_is_found_again_by_bisection(tmp_path, headers_read):
     (tmp_path / "data/x").mkdir(parents=True)
-    picture = tmp_path / "one.bmp"
-    Image.new("RGB", (8, 8)).save(picture)
+    image = tmp_path / "one.bmp"
+    Image.new("RGB", (8, 8)).save(image)
     for number in range(700):
-        os.link(picture, tmp_path / f"data/x/{number}.bmp")
+        os.link(image, tmp_path / f"data/x/{number}.bmp")
     scan_dataset(tmp_path / "data", cache_dir=tmp_path / "cache")
     (tmp_path / "data/x/300.bmp").unlink()
     headers_read.clear()

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from everydream_kit.data.files import scan_dataset
+from everydream_kit.data.epoch_plan import PlanSettings
 from everydream_kit.data.loader import make_loader
-from everydream_kit.data.plan import PlanSettings
+from everydream_kit.data.scanning import scan_dataset
 
 CAPTION = "a cat, red, small, striped"
 NUM_EPOCHS = 8

@@ -12,8 +12,8 @@ from hub_runs import make_run
 
 from everydream_kit.export.curves import draw_curves, read_curves, running_mean
 from everydream_kit.export.hub import preview_push
-from everydream_kit.export.hub.contents import without_folders
-from everydream_kit.export.model_card import CardFacts, make_card, read_base, settings_table
+from everydream_kit.export.hub.repository_contents import without_folders
+from everydream_kit.export.model_card import CardFacts, make_model_card, read_base, settings_table
 
 
 def metadata(card: str) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def test_a_lora_is_an_adapter_that_is_loaded_over_its_base(tmp_path: Path) -> No
 
 
 def test_a_card_of_a_bare_checkpoint_says_only_what_is_known() -> None:
-    card = make_card(CardFacts("jets", "me/jets"))
+    card = make_model_card(CardFacts("jets", "me/jets"))
     assert "base_model" not in metadata(card) and "license" not in metadata(card)
     assert "## Training settings" not in card and "## Results" not in card and "<Gallery" not in card
 
@@ -89,7 +89,7 @@ def test_the_table_holds_main_settings_and_changed_ones_but_no_wiring() -> None:
     assert table.splitlines()[2:] == ["| lr | 1e-06 |", "| crop_jitter | 0.1 |"]
 
 
-def test_curves_are_read_from_events_and_drawn_as_a_picture() -> None:
+def test_curves_are_read_from_events_and_drawn_as_a_image() -> None:
     from PIL import Image
 
     events = [{"kind": "loss", "step": n, "loss": 1 / n, "lr": {"unet": n * 1e-6}} for n in range(1, 50)]
@@ -98,9 +98,9 @@ def test_curves_are_read_from_events_and_drawn_as_a_picture() -> None:
     curves = read_curves(events)
     assert len(curves["loss"]) == 49 and curves["validation loss"] == [(25.0, 0.3)]
     assert curves["lr"][1] == (2.0, 2e-6)
-    picture = Image.open(io.BytesIO(draw_curves(events) or b""))
-    assert picture.size == (720, 440)
-    assert len(picture.getcolors(1 << 20) or []) > 3
+    image = Image.open(io.BytesIO(draw_curves(events) or b""))
+    assert image.size == (720, 440)
+    assert len(image.getcolors(1 << 20) or []) > 3
     assert draw_curves(events[:1]) is None
 
 
@@ -128,7 +128,7 @@ def test_names_that_come_from_files_do_nothing_in_the_card() -> None:
         learnt_tokens={HOSTILE: 1},
         samples=[("samples/1.jpg", HOSTILE, HOSTILE)],
     )
-    _, front, text = make_card(facts).split("---\n", 2)
+    _, front, text = make_model_card(facts).split("---\n", 2)
     assert yaml.safe_load(front)["widget"][0]["text"] == HOSTILE
     body = re.sub(r"```python\n.*?\n```", "", text, flags=re.DOTALL)  # there names stand in Python's own quotes
     assert "<img" not in body

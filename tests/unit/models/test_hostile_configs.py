@@ -13,9 +13,9 @@ import torch
 
 from everydream_kit.errors import ModelError
 from everydream_kit.models.components import build_text_encoder, build_unet, build_vae
-from everydream_kit.models.files import open_folder
 from everydream_kit.models.loading import load_model, training_scheduler
 from everydream_kit.models.lora_settings import LoraSettings
+from everydream_kit.models.model_files import open_folder
 from everydream_kit.models.tokenizer import load_tokenizer, read_vocabulary
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 100}

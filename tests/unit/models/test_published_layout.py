@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from everydream_kit.models.convert import to_single_file
-from everydream_kit.models.saving import files_of
-from everydream_kit.models.scratch import build_model
+from everydream_kit.models.model_saving import files_of
+from everydream_kit.models.random_models import build_model
 
 PUBLISHED = Path(__file__).parent / "published"
 

@@ -5,7 +5,7 @@ import torch
 
 from everydream_kit.models import encoding
 from everydream_kit.models.encoding import decode_latents, encode_moments
-from everydream_kit.models.scratch import build_tiny_model
+from everydream_kit.models.random_models import build_tiny_model
 from everydream_kit.training.base import tile_large_images
 from everydream_kit.training.caching import weights_identity
 from everydream_kit.training.precision import Precision, choose_precision
@@ -29,21 +29,21 @@ def seen(model):
         hook.remove()
 
 
-def test_pictures_go_through_the_vae_a_few_at_a_time(model, seen, monkeypatch):
+def test_images_go_through_the_vae_a_few_at_a_time(model, seen, monkeypatch):
     pixels = torch.randint(0, 256, (5, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     moments = encode_moments(model, pixels)
-    pictures = decode_latents(model, moments[:, :4])
+    images = decode_latents(model, moments[:, :4])
     assert seen == [5, 5]
 
     monkeypatch.setattr(encoding, "PIXELS_TOGETHER", 2 * 64 * 96)
     moments_in_pieces = encode_moments(model, pixels)
-    pictures_in_pieces = decode_latents(model, moments[:, :4])
+    images_in_pieces = decode_latents(model, moments[:, :4])
     assert seen[2:] == [2, 2, 1, 2, 2, 1]
     torch.testing.assert_close(moments_in_pieces, moments, rtol=0, atol=1e-4)
-    assert (pictures_in_pieces.int() - pictures.int()).abs().max() <= 1
+    assert (images_in_pieces.int() - images.int()).abs().max() <= 1
 
 
-def test_a_picture_larger_than_that_goes_alone(model, seen, monkeypatch):
+def test_a_image_larger_than_that_goes_alone(model, seen, monkeypatch):
     monkeypatch.setattr(encoding, "PIXELS_TOGETHER", 100)
     encode_moments(model, torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
     assert seen == [1, 1]

@@ -17,7 +17,7 @@ import torch
 from tiny_models import draw, tiny_folder
 
 from everydream_kit.errors import ModelError
-from everydream_kit.export.single_file import export_checkpoint
+from everydream_kit.export.single_file_export import export_checkpoint
 from everydream_kit.models.loading import load_model
 from everydream_kit.models.weight_files import open_pickle
 
@@ -105,15 +105,15 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("beside_lightning", [False, True])
+@pytest.mark.parametrize("alongside_lightning", [False, True])
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
-def test_a_pickle_with_code_is_refused_and_nothing_in_it_runs(tmp_path, monkeypatch, call, zipped, beside_lightning):
+def test_a_pickle_with_code_is_refused_and_nothing_in_it_runs(tmp_path, monkeypatch, call, zipped, alongside_lightning):
     monkeypatch.chdir(tmp_path)
     content = {"state_dict": {"a": torch.ones(1)}, "x": Call(*call)}
-    if beside_lightning:
-        for beside in lightning_content():
-            torch.save({**beside, **content}, "evil.ckpt", _use_new_zipfile_serialization=zipped)
+    if alongside_lightning:
+        for alongside in lightning_content():
+            torch.save({**alongside, **content}, "evil.ckpt", _use_new_zipfile_serialization=zipped)
     else:
         torch.save(content, "evil.ckpt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(ModelError, match=r"evil\.ckpt: refused\. .*nothing in it was run"):

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from everydream_kit.data.album import Album
 from everydream_kit.data.textfiles import read_text
 from everydream_kit.errors import DataError
-from everydream_kit.panels.album import Album
-from everydream_kit.panels.pictures import DatasetPanel
+from everydream_kit.panels.dataset_panel import DatasetPanel
 
 
 def image(path, size=(64, 48)):
@@ -159,7 +159,7 @@ def test_a_date_that_does_not_exist_in_a_yaml_does_not_keep_the_album_from_openi
     assert panel.album.source(index).locked == ""
     panel.album.set_for_images([index], "multiply", 3)
     assert (root / "b.yaml").read_text() == "date: 2024-13-45  # of the scan\nmultiply: 3\n"
-    assert panel.album.dataset.picture(find(panel.album, "b.png")).multiply == 3
+    assert panel.album.dataset.image(find(panel.album, "b.png")).multiply == 3
     panel.album.undo()
     assert (root / "b.yaml").read_text() == text
 
@@ -173,7 +173,7 @@ def test_a_settings_file_that_cannot_be_edited_by_line_is_named_and_left_alone(r
     assert (root / "night" / "b.yaml").read_text() == text
 
 
-def test_settings_in_a_json_win_so_a_yaml_beside_them_is_not_written(root):
+def test_settings_in_a_json_win_so_a_yaml_next_to_them_is_not_written(root):
     (root / "b.json").write_text(json.dumps({"multiply": 2}))
     album = Album(root)
     assert "wins" in album.set_for_images([find(album, "b.png")], "multiply", 3).problems[0].cause

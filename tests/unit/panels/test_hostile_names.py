@@ -44,7 +44,7 @@ def use(name, panel):
         for check in panel.checks.values():
             check.value = True
         panel.comparison = panel.asked()
-        panel._draw(force=True)
+        panel._render(force=True)
     if name == "share":
         panel.repo.value = SCRIPT
         panel.preview_button.click()

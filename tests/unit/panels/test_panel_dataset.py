@@ -9,13 +9,13 @@ import ipywidgets as widgets
 import pytest
 from PIL import Image
 
+from everydream_kit.data.album import Album
 from everydream_kit.errors import DataError
-from everydream_kit.panels.album import Album
-from everydream_kit.panels.pictures import DatasetPanel
-from everydream_kit.panels.upload import Receiver, safe_name
+from everydream_kit.panels.dataset_panel import DatasetPanel
+from everydream_kit.panels.upload_area import Receiver, safe_name
 
 
-def picture(path, size=(64, 48), colour=(200, 80, 40)):
+def image(path, size=(64, 48), colour=(200, 80, 40)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)
 
@@ -24,9 +24,9 @@ def picture(path, size=(64, 48), colour=(200, 80, 40)):
 def project(tmp_path):
     folder = tmp_path / "jets"
     for number in range(15):
-        picture(folder / "input" / f"a jet_{number:02}.png")
+        image(folder / "input" / f"a jet_{number:02}.png")
     for number in range(3):
-        picture(folder / "input" / "night" / f"{number}.jpg", size=(48, 64))
+        image(folder / "input" / "night" / f"{number}.jpg", size=(48, 64))
         (folder / "input" / "night" / f"{number}.txt").write_text("a jet at night, sky, dark")
     return folder
 
@@ -40,7 +40,7 @@ def find(album, name):
     return next(index for index in range(len(album)) if album.name(index) == name)
 
 
-def test_captions_come_from_the_file_beside_or_the_name(album):
+def test_captions_come_from_the_file_next_to_or_the_name(album):
     assert len(album) == 18
     assert album.caption(find(album, "night/0.jpg")) == "a jet at night, sky, dark"
     assert album.caption(find(album, "a jet_00.png")) == "a jet"
@@ -88,21 +88,21 @@ def test_a_caption_in_a_settings_file_is_shown_and_not_edited(album, project):
         album.set_caption(index, "x")
 
 
-def test_settings_for_a_folder_and_for_pictures_reach_the_data_engine(album):
+def test_settings_for_a_folder_and_for_images_reach_the_data_engine(album):
     album.set_for_folder("night", "multiply", 2.5)
-    assert album.dataset.picture(find(album, "night/1.jpg")).multiply == 2.5
+    assert album.dataset.image(find(album, "night/1.jpg")).multiply == 2.5
     index = find(album, "a jet_00.png")
     album.set_for_images([index], "loss_scale", 0.5)
-    assert album.dataset.picture(find(album, "a jet_00.png")).loss_scale == 0.5
+    assert album.dataset.image(find(album, "a jet_00.png")).loss_scale == 0.5
     assert album.caption(find(album, "a jet_00.png")) == "a jet"
     album.undo()
     album.undo()
-    assert album.dataset.picture(find(album, "night/1.jpg")).multiply == 1.0
+    assert album.dataset.image(find(album, "night/1.jpg")).multiply == 1.0
     with pytest.raises(DataError, match="from 0 to 1"):
         album.set_for_folder("night", "flip_p", 3)
 
 
-def test_set_aside_moves_a_picture_with_its_caption_and_undo_brings_it_back(album):
+def test_set_aside_moves_a_image_with_its_caption_and_undo_brings_it_back(album):
     path = album.root / "night" / "0.jpg"
     assert [change.what for change in album.exclude([path]).changes] == ["excluded", "went with them"]
     assert not path.exists() and not path.with_suffix(".txt").exists()
@@ -163,11 +163,11 @@ def tick(panel, name):
 def test_the_selection_keeps_its_images_when_positions_move(project, change):
     before = project / "input" / "a broken.png"
     if change != "undo":
-        picture(before)
+        image(before)
     panel = DatasetPanel(project)
     if change == "undo":
         panel.album.set_caption(0, "x")
-        picture(before)
+        image(before)
     tick(panel, "a jet_03.png")
     if change == "problems":
         panel._exclude([before])
@@ -177,24 +177,24 @@ def test_the_selection_keeps_its_images_when_positions_move(project, change):
         before.unlink()
         panel.reload_button.click()
     else:
-        picture(project / "input" / "a a.png")
+        image(project / "input" / "a a.png")
         panel.receiver.received.append("a a.png")
         panel._received()
     ticked = [card.index for card in panel.gallery.cards if card.check.value]
     assert [panel.album.name(index) for index in ticked] == ["a jet_03.png"]
-    panel.aside_button.click()
+    panel.exclude_button.click()
     assert not (project / "input" / "a jet_03.png").exists()
     assert sum(path.name.startswith("a jet_") for path in (project / "input").iterdir()) == 14
 
 
 def test_another_folder_starts_with_nothing_selected_and_actions_say_what_they_touch(project, tmp_path):
     for name in ("a jet_00.png", "new.png"):
-        picture(tmp_path / "other" / name)
+        image(tmp_path / "other" / name)
     panel = DatasetPanel(project)
     panel.gallery.choose_found.click()
     assert f"18 images selected in {project / 'input'}" in panel.gallery.selection.value
     assert panel.add_tag_button.description == "Add to selected (18)"
-    assert panel.aside_button.tooltip.endswith(f"18 images in {project / 'input'}")
+    assert panel.exclude_button.tooltip.endswith(f"18 images in {project / 'input'}")
     panel.source.value = str(tmp_path / "other")
     panel.source_button.click()
     assert not any(card.check.value for card in panel.gallery.cards)
@@ -205,7 +205,7 @@ def test_another_folder_starts_with_nothing_selected_and_actions_say_what_they_t
     assert f"2 captions changed in {tmp_path / 'other'}" in panel.message.value
 
 
-def finding_lines(panel, kind):
+def issue_lines(panel, kind):
     """(HTML, button) of each line of a kind, and its button for all of them."""
     box = next(box for box in panel.problems.lines.children if f">{kind} (" in box.children[0].value)
     rows = [row.children for row in box.children[1:] if isinstance(row, widgets.HBox)]
@@ -215,15 +215,15 @@ def finding_lines(panel, kind):
 def look_through(panel):
     """What the page's clock does, until the search for duplicates has ended."""
     panel.refresh()
-    assert panel.looking.job is not None
-    panel.looking.job.watch(interval_seconds=0.05)
+    assert panel.inspecting.job is not None
+    panel.inspecting.job.watch(interval_seconds=0.05)
     panel.refresh()
 
 
 def test_problems_are_listed_with_their_cure_and_set_aside(project):
     (project / "input" / "broken.jpg").write_bytes(b"no picture at all")
     panel = DatasetPanel(project)
-    ((line, button),), _ = finding_lines(panel, "Cannot be used")
+    ((line, button),), _ = issue_lines(panel, "Cannot be used")
     assert "broken.jpg" in line
     button.click()
     assert not (project / "input" / "broken.jpg").exists()
@@ -232,9 +232,9 @@ def test_problems_are_listed_with_their_cure_and_set_aside(project):
     assert (project / "input" / "broken.jpg").exists()
 
 
-def test_pictures_that_are_too_small_are_named_for_the_projects_resolution(project):
+def test_images_that_are_too_small_are_named_for_the_projects_resolution(project):
     panel = DatasetPanel(project)
-    lines, every = finding_lines(panel, "Smaller than their bucket")
+    lines, every = issue_lines(panel, "Smaller than their bucket")
     assert len(lines) == 8 and "enlarged" in lines[0][0] and "(18 files)" in every.description
     (project / "settings.json").write_text('{"resolution": 64}')
     panel = DatasetPanel(project)
@@ -242,7 +242,7 @@ def test_pictures_that_are_too_small_are_named_for_the_projects_resolution(proje
 
 
 @pytest.mark.beside
-def test_duplicates_are_found_beside_and_the_copies_set_aside(project):
+def test_duplicates_are_found_next_to_and_the_copies_set_aside(project):
     one, other = (Image.effect_noise((8, 6), 90).resize((400, 300), Image.Resampling.BICUBIC) for _ in range(2))
     one.save(project / "input" / "one.png")
     one.resize((200, 150)).save(project / "input" / "one small.png")
@@ -257,27 +257,27 @@ def test_duplicates_are_found_beside_and_the_copies_set_aside(project):
     panel = DatasetPanel(project)
     look_through(panel)
     assert panel.tabs.titles[3].description == "Problems (3)"
-    ((twice, button),), _ = finding_lines(panel, "There twice")
+    ((twice, button),), _ = issue_lines(panel, "There twice")
     assert "other.png" in twice and "other copy.png" in twice and twice.count("data:image") == 2
     button.click()
     assert (project / "input" / "other.png").exists() != (project / "input" / "other copy.png").exists()
-    ((alike, button),), _ = finding_lines(panel, "Look alike")
+    ((alike, button),), _ = issue_lines(panel, "Look alike")
     assert "400 × 300, 200 × 150" in alike
     button.click()
     assert (project / "input" / "one.png").exists() and not (project / "input" / "one small.png").exists()
-    ((torn, button),), _ = finding_lines(panel, "Cannot be used")
+    ((torn, button),), _ = issue_lines(panel, "Cannot be used")
     assert "cannot be decoded" in torn
     button.click()
     assert "No problems" in panel.problems.lines.children[0].value
     panel.refresh()
-    assert panel.looking.job is None, "nothing has come, so nothing is looked for again"
+    assert panel.inspecting.job is None, "nothing has come, so nothing is looked for again"
     for _ in range(3):
         panel.undo_button.click()
     assert panel.tabs.titles[3].description == "Problems (3)"
     again = DatasetPanel(project)
     assert again.tabs.titles[3].description == "Problems (3)"
     again.refresh()
-    assert again.looking.job is None
+    assert again.inspecting.job is None
 
 
 @pytest.mark.beside
@@ -301,7 +301,7 @@ def test_the_report_counts_as_the_trainer_does(project):
 
 
 def test_another_folder_becomes_the_dataset_and_stays_so(project, tmp_path):
-    picture(tmp_path / "other" / "x.png")
+    image(tmp_path / "other" / "x.png")
     panel = DatasetPanel(project)
     panel.source.value = str(tmp_path / "other")
     panel.source_button.click()
@@ -313,7 +313,7 @@ def test_a_dataset_of_five_thousand_stays_usable(tmp_path, monkeypatch):
     from everydream_kit.panels import gallery
 
     folder = tmp_path / "big" / "input"
-    picture(folder / "p0000.png")
+    image(folder / "p0000.png")
     data = (folder / "p0000.png").read_bytes()
     for number in range(1, 5000):
         (folder / f"p{number:04}.png").write_bytes(data)
@@ -370,7 +370,7 @@ def test_a_file_arrives_in_pieces_and_appears_whole(tmp_path):
     assert (tmp_path / "sub" / "a.png").read_bytes() == data
 
 
-def test_a_message_that_comes_twice_is_carried_out_once_and_a_missing_one_is_told(tmp_path):
+def test_a_message_that_comes_twice_is_carried_out_once_and_a_missing_one_is_reported(tmp_path):
     receiver = Receiver(tmp_path)
     ask(receiver, "begin", id="1", name="a.png", size=4)
     for at, piece in ((2, b"cd"), (0, b"ab"), (0, b"ab")):
@@ -448,11 +448,11 @@ def unpack(panel):
 
 
 @pytest.mark.beside
-def test_an_archive_is_unpacked_beside_and_not_kept(project):
+def test_an_archive_is_unpacked_next_to_and_not_kept(project):
     panel = DatasetPanel(project)
-    picture = (project / "input" / "a jet_00.png").read_bytes()
+    image = (project / "input" / "a jet_00.png").read_bytes()
     for _ in range(2):
-        assert send(panel.receiver, "set.zip", zipped(x__png=picture, x__txt=b"hello"), piece=100) == []
+        assert send(panel.receiver, "set.zip", zipped(x__png=image, x__txt=b"hello"), piece=100) == []
     assert not (project / "input" / "set").exists(), "the callback only takes the file"
     unpack(panel)
     assert "2 files unpacked" in panel.message.value

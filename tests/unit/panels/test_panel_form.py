@@ -7,10 +7,10 @@ import re
 import ipywidgets as widgets
 import pytest
 
+from everydream_kit.actions.presets import PRESETS
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ConfigError
 from everydream_kit.panels.form import SettingsForm
-from everydream_kit.panels.presets import PRESETS
 from everydream_kit.params import parameters
 
 
@@ -49,7 +49,7 @@ def test_a_folded_group_is_made_when_it_is_opened(form):
     assert not fold.is_open
 
 
-def test_an_invalid_learning_rate_is_named_beside_its_field_and_in_words(form):
+def test_an_invalid_learning_rate_is_named_next_to_its_field_and_in_words(form):
     form.field("lr").control.value = "fast"
     assert form.errors == {"lr": "must be a number (got 'fast')"}
     assert "must be a number" in texts(form.field("lr").box)

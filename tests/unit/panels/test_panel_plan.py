@@ -6,23 +6,23 @@ import time
 import pytest
 from PIL import Image
 
-from everydream_kit.panels import outlook
-from everydream_kit.panels.errand import Errand
-from everydream_kit.panels.outlook import PlanBox
-from everydream_kit.panels.project import Project
+from everydream_kit.actions.background_task import BackgroundTask
+from everydream_kit.actions.project import Project
+from everydream_kit.panels import plan_box
+from everydream_kit.panels.plan_box import PlanBox
 
 
 @pytest.fixture
 def project(tmp_path):
     project = Project.open(tmp_path / "jets")
     for number in range(6):
-        Image.new("RGB", (64, 64)).save(project.pictures_folder / f"a jet_{number}.png")
+        Image.new("RGB", (64, 64)).save(project.images_folder / f"a jet_{number}.png")
     return project
 
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
-    monkeypatch.setattr(outlook, "REST_SECONDS", 0.0)
+    monkeypatch.setattr(plan_box, "REST_SECONDS", 0.0)
 
 
 TOO_LARGE = {
@@ -38,20 +38,20 @@ TOO_LARGE = {
 }
 
 
-class Answering(Errand):
+class Answering(BackgroundTask):
     """Stands for the process: one answer for every wish, at the next look."""
 
     def __init__(self, folder, answer):
         super().__init__(folder)
-        self.answer, self.told, self.wishes = answer, 0, []
+        self.answer, self.reported, self.wishes = answer, 0, []
 
-    def begin(self, chore, *arguments):
+    def begin(self, task, *arguments):
         self.wishes.append(json.loads(arguments[1]))
 
     def poll(self):
-        if self.told == len(self.wishes):
+        if self.reported == len(self.wishes):
             return None
-        self.told += 1
+        self.reported += 1
         self.folder.mkdir(exist_ok=True)
         (self.folder / "plan.json").write_text(json.dumps({**self.answer, "key": self.wishes[-1]["key"]}))
         return {"alive": False, "state": "finished"}
@@ -64,13 +64,13 @@ def plan_for(box, config):
 
 
 def test_what_is_cheap_is_said_at_once_and_the_rest_when_it_is_known(project):
-    errand = Answering(project.folder / "plan", TOO_LARGE)
-    box = PlanBox(project, lambda values: None, lambda *words: None, errand=errand)
+    task = Answering(project.folder / "plan", TOO_LARGE)
+    box = PlanBox(project, lambda values: None, lambda *words: None, task=task)
     config = project.config(batch_size=4, max_epochs=10)
     box.take(config)
     assert "6 pictures × 10 epochs → 20 steps" in box.line.value and "memory" not in box.line.value
     box.refresh(may_start=False)
-    assert errand.wishes == [], "a run in progress needs the machine"
+    assert task.wishes == [], "a run in progress needs the machine"
     plan_for(box, config)
     assert "6 pictures × 10 epochs → 20 steps · about 1 h 01 min on T4" in box.line.value
     assert (
@@ -81,21 +81,21 @@ def test_what_is_cheap_is_said_at_once_and_the_rest_when_it_is_known(project):
     assert "plan  does not fit" in box.report.value
     plan_for(box, project.config(batch_size=2))
     plan_for(box, config)
-    assert len(errand.wishes) == 2, "what was planned once is remembered"
+    assert len(task.wishes) == 2, "what was planned once is remembered"
 
 
 def test_settings_that_are_still_being_typed_are_not_planned(project, monkeypatch):
-    monkeypatch.setattr(outlook, "REST_SECONDS", 3600.0)
-    errand = Answering(project.folder / "plan", TOO_LARGE)
-    box = PlanBox(project, lambda values: None, lambda *words: None, errand=errand)
+    monkeypatch.setattr(plan_box, "REST_SECONDS", 3600.0)
+    task = Answering(project.folder / "plan", TOO_LARGE)
+    box = PlanBox(project, lambda values: None, lambda *words: None, task=task)
     plan_for(box, project.config())
-    assert errand.wishes == []
+    assert task.wishes == []
 
 
 def test_make_it_fit_takes_over_what_is_advised(project):
     applied, said = [], []
-    errand = Answering(project.folder / "plan", TOO_LARGE)
-    box = PlanBox(project, applied.append, lambda *words: said.append(words), errand=errand)
+    task = Answering(project.folder / "plan", TOO_LARGE)
+    box = PlanBox(project, applied.append, lambda *words: said.append(words), task=task)
     box.take(project.config())
     assert box.fit_button.layout.display == "none"
     plan_for(box, project.config())
@@ -106,15 +106,15 @@ def test_make_it_fit_takes_over_what_is_advised(project):
 
 
 def test_another_card_and_a_price_are_planned_for(project):
-    errand = Answering(project.folder / "plan", TOO_LARGE)
-    box = PlanBox(project, lambda values: None, lambda *words: None, errand=errand)
+    task = Answering(project.folder / "plan", TOO_LARGE)
+    box = PlanBox(project, lambda values: None, lambda *words: None, task=task)
     plan_for(box, project.config())
-    box.card.value, box.price.value = "T4", "0.35"
+    box.gpu.value, box.price.value = "T4", "0.35"
     plan_for(box, project.config())
-    assert [(wish["gpu"], wish["price"]) for wish in errand.wishes] == [(None, None), ("T4", 0.35)]
+    assert [(wish["gpu"], wish["price"]) for wish in task.wishes] == [(None, None), ("T4", 0.35)]
     box.price.value = "cheap"
     plan_for(box, project.config())
-    assert len(errand.wishes) == 2 and "must be a number (got &#x27;cheap&#x27;)" in box.report.value
+    assert len(task.wishes) == 2 and "must be a number (got &#x27;cheap&#x27;)" in box.report.value
 
 
 @pytest.mark.beside
@@ -122,12 +122,12 @@ def test_a_plan_in_the_making_gives_way_to_a_run_and_is_made_after_it(project):
     box = PlanBox(project, lambda values: None, lambda *words: None)
     box.take(project.config())
     box.refresh(may_start=True)
-    making = box._errand.job
+    making = box._task.job
     assert making.is_alive()
     box.refresh(may_start=False)
-    assert not making.is_alive() and box._errand.job is None
+    assert not making.is_alive() and box._task.job is None
     box.refresh(may_start=True)
-    assert box._errand.job is not None
+    assert box._task.job is not None
     box.refresh(may_start=False)
 
 

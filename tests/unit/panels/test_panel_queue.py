@@ -9,7 +9,7 @@ from PIL import Image
 
 from everydream_kit import jobs
 from everydream_kit.hosts import Host
-from everydream_kit.panels.training import TrainPanel
+from everydream_kit.panels.train_panel import TrainPanel
 
 DOUBLE = str(Path(__file__).parents[2] / "fakes" / "trainer_double.py")
 
@@ -107,7 +107,7 @@ def test_a_stopped_queue_keeps_what_waits(panel):
 @pytest.mark.beside
 def test_a_cell_that_keeps_colab_awake_stays_with_the_whole_queue(panel, monkeypatch):
     monkeypatch.setattr(panel, "show", lambda: None)
-    monkeypatch.setattr("everydream_kit.panels.training.detect_host", lambda: Host("colab", "Google Colab"))
+    monkeypatch.setattr("everydream_kit.panels.train_panel.detect_host", lambda: Host("colab", "Google Colab"))
     add(panel, max_epochs=1)
     add(panel, max_epochs=2)
     panel.waiting.start_button.click()

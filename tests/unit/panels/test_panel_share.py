@@ -11,14 +11,14 @@ from hub_runs import make_run, write_checkpoint
 from PIL import Image
 
 from everydream_kit import panels
+from everydream_kit.actions.comparison import Comparison
+from everydream_kit.actions.project import Project
 from everydream_kit.doctor import Check, Diagnosis
 from everydream_kit.errors import ConfigError, ExportError
-from everydream_kit.panels.comparison import Comparison
-from everydream_kit.panels.formats import count_weights, foretell_bytes, formats_of, write_as
-from everydream_kit.panels.machine import SetupPanel
-from everydream_kit.panels.project import Project
-from everydream_kit.panels.sharing import SharePanel
-from everydream_kit.panels.side_by_side import ComparePanel
+from everydream_kit.export.checkpoint_formats import count_weights, estimate_bytes, formats_of, write_as
+from everydream_kit.panels.compare_panel import ComparePanel
+from everydream_kit.panels.setup_panel import SetupPanel
+from everydream_kit.panels.share_panel import SharePanel
 from everydream_kit.workspace import RunFolder
 
 SEEN = Diagnosis((Check("Python", "ok", "3.11"), Check("device", "warning", "CPU", "Use a GPU <b>")))
@@ -112,7 +112,7 @@ def test_a_panel_shows_itself_as_the_last_line_of_a_cell(project, monkeypatch):
     assert "Run this cell again." in note["text/html"] and len(output["text/plain"]) < 100
 
 
-def test_an_error_at_a_beat_of_the_clock_is_told_and_the_clock_goes_on(project, monkeypatch):
+def test_an_error_at_a_beat_of_the_clock_is_reported_and_the_clock_goes_on(project, monkeypatch):
     panel = panels.dataset(project)
 
     def fail():
@@ -132,12 +132,12 @@ def test_setup_lists_what_is_wrong_with_the_cure(tmp_path):
 
 def test_a_refused_token_is_one_sentence_without_the_token(tmp_path, monkeypatch):
     from everydream_kit.errors import HubError
-    from everydream_kit.panels import machine
+    from everydream_kit.panels import setup_panel
 
     def refuse(token):
         raise HubError("The Hub refused this token.")
 
-    monkeypatch.setattr(machine, "log_in", refuse)
+    monkeypatch.setattr(setup_panel, "log_in", refuse)
     panel = SetupPanel(tmp_path / "jets", diagnosis=SEEN)
     panel._take_token("hf_secret")
     assert "refused" in panel.message.value
@@ -145,10 +145,10 @@ def test_a_refused_token_is_one_sentence_without_the_token(tmp_path, monkeypatch
     assert "hf_secret" not in states
 
 
-def make_pictures(comparison):
+def make_images(comparison):
     for checkpoint in comparison.checkpoints:
         for prompt, cfg in comparison.missing(checkpoint):
-            path = comparison.picture_path(checkpoint, prompt, cfg)
+            path = comparison.image_path(checkpoint, prompt, cfg)
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (64, 64), (90, 90, 200)).save(path)
 
@@ -159,9 +159,9 @@ def test_compare_offers_the_base_and_the_checkpoints_and_shows_what_is_drawn(pro
     assert panel.prompts.value == "a jet"
     panel.cfgs.value, panel.size.value = "1, 4.5", 64
     asked = panel.asked()
-    assert (len(asked.checkpoints), asked.cfgs, asked.num_pictures) == (2, (1.0, 4.5), 4)
-    make_pictures(asked)
-    panel.draw_button.click()
+    assert (len(asked.checkpoints), asked.cfgs, asked.num_images) == (2, (1.0, 4.5), 4)
+    make_images(asked)
+    panel.generate_button.click()
     assert panel.job is None  # everything is there already
     assert panel.grid.value.count("data:image/jpeg") == 4
     assert panel.pair.value.count("data:image/jpeg") == 2
@@ -173,8 +173,8 @@ def test_compare_offers_the_base_and_the_checkpoints_and_shows_what_is_drawn(pro
 def test_a_checkpoint_that_came_after_the_last_comparison_is_ticked(project):
     run = next((project / "logs").iterdir())
     first = ComparePanel(project)
-    make_pictures(first.asked())
-    first.draw_button.click()
+    make_images(first.asked())
+    first.generate_button.click()
     shutil.copytree(run / "ckpts" / "jets-ep01-gs00020", run / "ckpts" / "jets-ep02-gs00040")
     assert [label for label, check in ComparePanel(project).checks.items() if check.value] == [
         "base: embedded",
@@ -186,22 +186,22 @@ def test_a_checkpoint_that_came_after_the_last_comparison_is_ticked(project):
 def test_compare_says_what_cannot_be_drawn(project):
     panel = ComparePanel(project)
     panel.cfgs.value = "much"
-    panel.draw_button.click()
+    panel.generate_button.click()
     assert "numbers with commas between" in panel.message.value
     with pytest.raises(ConfigError, match="multiple of 8"):
         Comparison(str(project), ("embedded",), ("a",), size=100)
 
 
-def test_a_picture_depends_on_everything_that_it_is_drawn_from(project):
+def test_a_image_depends_on_everything_that_it_is_drawn_from(project):
     one = Comparison(str(project), ("embedded",), ("a jet",), seed=1)
-    paths = {one.picture_path("embedded", "a jet", 7.0), one.picture_path("embedded", "a jet", 4.0)}
+    paths = {one.image_path("embedded", "a jet", 7.0), one.image_path("embedded", "a jet", 4.0)}
     for changes in ({"seed": 2}, {"size": 256}, {"num_inference_steps": 5}, {"clip_skip": 2}):
         other = Comparison(**{**one.__dict__, **changes})
-        paths.add(other.picture_path("embedded", "a jet", 7.0))
+        paths.add(other.image_path("embedded", "a jet", 7.0))
     checkpoint = next((project / "logs").glob("*/ckpts/*"))
-    before = one.picture_path(str(checkpoint), "a jet", 7.0)
+    before = one.image_path(str(checkpoint), "a jet", 7.0)
     os.utime(checkpoint / "model_index.json", (1, 1))
-    assert one.picture_path(str(checkpoint), "a jet", 7.0) != before
+    assert one.image_path(str(checkpoint), "a jet", 7.0) != before
     assert len(paths) == 6
     assert Comparison.load(one.save()) == one
 
@@ -220,13 +220,13 @@ def pretend(project, kind, **facts):
 
 def test_a_press_that_starts_nothing_keeps_the_last_comparison(project):
     panel = ComparePanel(project)
-    make_pictures(panel.asked())
-    panel.draw_button.click()
+    make_images(panel.asked())
+    panel.generate_button.click()
     saved = project / "compare" / "comparison.json"
     before = saved.read_text()
     pretend(project, ComparePanel)  # another panel has started in between
     panel.prompts.value = "something else"
-    panel.draw_button.click()
+    panel.generate_button.click()
     assert "still at work" in panel.message.value
     assert saved.read_text() == before and not list(saved.parent.glob("request-*"))
     assert panel.comparison.prompts == ("a jet",)
@@ -238,7 +238,7 @@ def test_a_panel_that_is_made_again_follows_its_task_to_the_end(project, kind):
     panel = kind(project)
     panel.refresh()
     assert "3 of 8 images." in panel.message.value and panel.bar.layout.visibility == "visible"
-    button = panel.draw_button if kind is ComparePanel else panel.push_button
+    button = panel.generate_button if kind is ComparePanel else panel.push_button
     assert button.disabled
     pretend(project, kind, state="finished", message="All is there.", url="https://hub.example/me/jets")
     panel.refresh()
@@ -296,7 +296,7 @@ def test_the_comparison_waits_for_the_end_of_training_and_then_begins(project):
     run.write_status({**ELSEWHERE, "state": "stopped", "step": 6, "num_steps": 20})
     panel.refresh()
     assert "has not finished (stopped)" in panel.message.value and panel.comparison is None
-    make_pictures(panel.asked())
+    make_images(panel.asked())
     run.write_status({**ELSEWHERE, "state": "finished", "step": 20, "num_steps": 20})
     panel.refresh()
     assert panel.pair.value.count("data:image/jpeg") == 2
@@ -310,7 +310,7 @@ def test_the_winner_is_first_when_sharing(project):
     assert SharePanel(project).checkpoint.value == str(winner)
 
 
-def test_share_foretells_previews_and_names_what_is_missing(project):
+def test_share_estimates_previews_and_names_what_is_missing(project):
     panel = SharePanel(project)
     panel.preview_button.click()
     assert "Give the repository" in panel.message.value
@@ -331,7 +331,7 @@ def lora_project(tmp_path, monkeypatch):
 
     from everydream_kit.models.loading import load_model
     from everydream_kit.models.lora import add_lora, lora_parameters
-    from everydream_kit.models.saving import save_model
+    from everydream_kit.models.model_saving import save_model
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     model = load_model(tiny_folder("sd1"))
@@ -416,7 +416,7 @@ def test_learnt_words_are_one_small_file(tmp_path):
     write_adapter_file(checkpoint, {"source": "someone/base"})
     (checkpoint / TOKENS_FILE).write_bytes(b"12345")
     (form,) = formats_of(checkpoint)
-    assert (form.name, foretell_bytes(checkpoint, form, "fp16")) == ("words", 5.0)
+    assert (form.name, estimate_bytes(checkpoint, form, "fp16")) == ("words", 5.0)
     out = write_as(checkpoint, tmp_path / "out" / "w.safetensors", form="words", precision="fp16", strength=1.0)
     assert out.read_bytes() == b"12345"
 
@@ -456,20 +456,20 @@ def test_a_repository_that_the_hub_would_refuse_is_refused_at_once(project, name
 
 
 def test_an_unexpected_error_of_a_background_task_is_said_and_raised_on(tmp_path, monkeypatch):
-    from everydream_kit.panels import chores
+    from everydream_kit.actions import background
 
-    def fail(told, folder):
+    def fail(reported, folder):
         raise RecursionError("too deep")
 
-    monkeypatch.setitem(chores.CHORES, "fetch", fail)
+    monkeypatch.setitem(background.TASKS, "fetch", fail)
     with pytest.raises(RecursionError):
-        chores.main(["fetch", str(tmp_path)])
+        background.main(["fetch", str(tmp_path)])
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["state"] == "failed" and "fetch failed: RecursionError: too deep." in status["message"]
 
 
 def test_chores_tell_their_failure_in_words(tmp_path):
-    from everydream_kit.panels.chores import main
+    from everydream_kit.actions.background import main
 
     assert main(["fetch", str(tmp_path / "work"), str(tmp_path / "no.thing")]) == 1
     status = json.loads((tmp_path / "work" / "status.json").read_text())
@@ -495,18 +495,18 @@ def test_tensorboard_is_started_reached_and_ended(project):
     import urllib.request
 
     panel = panels.train(project)
-    panel.board_button.click()
+    panel.tensorboard_button.click()
     try:
-        assert panel.board_button.description == "Stop TensorBoard"
-        address = panel.board_words.value.split('href="')[1].split('"')[0]
+        assert panel.tensorboard_button.description == "Stop TensorBoard"
+        address = panel.tensorboard_words.value.split('href="')[1].split('"')[0]
         end = time.monotonic() + 60
         while True:
             try:
                 assert urllib.request.urlopen(address, timeout=5).status == 200
                 break
             except OSError:
-                assert time.monotonic() < end, panel.board_words.value
+                assert time.monotonic() < end, panel.tensorboard_words.value
                 time.sleep(0.3)
     finally:
-        panel.board_button.click()
-    assert not panel.board.is_running and "href" not in panel.board_words.value
+        panel.tensorboard_button.click()
+    assert not panel.board.is_running and "href" not in panel.tensorboard_words.value

@@ -13,9 +13,9 @@ from PIL import Image
 from everydream_kit import jobs
 from everydream_kit.foreign import Origin, write_origin
 from everydream_kit.hosts import Host
-from everydream_kit.panels.pictures import DatasetPanel
-from everydream_kit.panels.side_by_side import ComparePanel
-from everydream_kit.panels.training import TrainPanel
+from everydream_kit.panels.compare_panel import ComparePanel
+from everydream_kit.panels.dataset_panel import DatasetPanel
+from everydream_kit.panels.train_panel import TrainPanel
 from everydream_kit.workspace import RunFolder
 
 DOUBLE = str(Path(__file__).parents[2] / "fakes" / "trainer_double.py")
@@ -44,7 +44,7 @@ def wait_until(panel, condition, seconds=90.0):
         panel.refresh()
 
 
-def test_the_plan_line_says_pictures_epochs_steps_and_disk(project):
+def test_the_plan_line_says_images_epochs_steps_and_disk(project):
     panel = TrainPanel(project)
     panel.form.set_values({"batch_size": 4, "max_epochs": 10})
     assert "6 pictures × 10 epochs → 20 steps" in panel.plan.line.value
@@ -59,7 +59,7 @@ def test_the_plan_line_counts_steps_as_the_trainer_does(project):
     assert "9 pictures × 1 epochs → 3 steps" in panel.plan.line.value
 
 
-def test_an_empty_dataset_is_told_before_anything_starts(tmp_path):
+def test_an_empty_dataset_is_reported_before_anything_starts(tmp_path):
     panel = TrainPanel(tmp_path / "empty")
     assert "No images in the dataset yet" in panel.plan.line.value
     panel.start_button.click()
@@ -103,39 +103,39 @@ ELSEWHERE = {"host": "elsewhere", "pid": 4242, "place": "another boot", "started
 def test_a_drawing_shows_how_far_it_is_and_other_messages_stay(project):
     run = empty_run(project)
 
-    def tell(**facts):  # a run on another machine that shares the disk: it lives as long as its heart beats
+    def report(**facts):  # a run on another machine that shares the disk: it lives as long as its heart beats
         run.write_status({**ELSEWHERE, "step": 4, "num_steps": 9, **facts})
 
-    tell(state="starting", progress=0.125, message="Encoding the pictures once.")
+    report(state="starting", progress=0.125, message="Encoding the pictures once.")
     panel = TrainPanel(project)
     panel.refresh()
     assert "Encoding the pictures once: 12%." in panel.message.value
-    tell(state="sampling", progress=0.25)
+    report(state="sampling", progress=0.25)
     panel.refresh()
     assert "Drawing samples: 25%." in panel.message.value
-    tell(state="sampling", progress=0.5)
+    report(state="sampling", progress=0.5)
     panel.refresh()
     assert "Drawing samples: 50%." in panel.message.value
     panel.say("The queue stops.", "busy")
-    tell(state="sampling", progress=0.75)
+    report(state="sampling", progress=0.75)
     panel.refresh()
     assert "The queue stops." in panel.message.value
-    tell(state="running", progress=None)
+    report(state="running", progress=None)
     panel.refresh()
     assert "Training." in panel.message.value
-    tell(state="stopped")
+    report(state="stopped")
     panel.refresh()
     assert "Resume goes on" in panel.message.value
 
 
-def test_a_full_disk_is_told_by_the_panel_since_the_trainer_cannot_write_it_down(project, monkeypatch):
+def test_a_full_disk_is_reported_by_the_panel_since_the_trainer_cannot_write_it_down(project, monkeypatch):
     run = empty_run(project)
     run.write_status({**ELSEWHERE, "state": "running"})
     panel = TrainPanel(project)
     panel.refresh()
     assert "Training." in panel.message.value
     with monkeypatch.context() as patch:
-        patch.setattr("everydream_kit.panels.training.shutil.disk_usage", lambda path: SimpleNamespace(free=4096))
+        patch.setattr("everydream_kit.panels.train_panel.shutil.disk_usage", lambda path: SimpleNamespace(free=4096))
         panel.refresh()
         assert "full: free some" in panel.message.value
     panel.refresh()
@@ -323,7 +323,7 @@ def test_a_double_click_on_start_starts_one_run_without_an_error(project):
 
 @pytest.mark.parametrize("host", ["plain", "colab"])
 def test_only_on_colab_a_cell_stays_with_the_run(project, shown, monkeypatch, host):
-    monkeypatch.setattr("everydream_kit.panels.training.detect_host", lambda: Host(host, host))
+    monkeypatch.setattr("everydream_kit.panels.train_panel.detect_host", lambda: Host(host, host))
     panel = TrainPanel(project, command=command("--steps", 30, "--seconds-a-step", 0.05))
     panel.keep_awake()
     assert ("Nothing is training" if host == "colab" else "only Colab ends sessions") in panel.message.value

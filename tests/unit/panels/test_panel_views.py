@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from everydream_kit.jobs import Job
-from everydream_kit.panels.chart import bar_chart, line_chart, log_ticks, nice_ticks
 from everydream_kit.panels.curves import CurveBox
-from everydream_kit.panels.live import RunView, smooth, thin
 from everydream_kit.panels.monitor import RunMonitor, latest_samples
-from everydream_kit.panels.shots import picture_tag
+from everydream_kit.panels.run_view import RunView, smooth, thin
+from everydream_kit.panels.svg_charts import bar_chart, line_chart, log_ticks, nice_ticks
+from everydream_kit.panels.thumbnails import image_tag
 from everydream_kit.panels.viewer import answer
-from everydream_kit.panels.words import duration, size
+from everydream_kit.preflight.units import duration, size
 
 
 def write(folder, *events, end="\n"):
@@ -83,18 +83,18 @@ def test_one_prompt_is_followed_through_all_steps(tmp_path):
     monitor = RunMonitor()
     monitor.attach(Job(tmp_path))
     monitor.show(Job(tmp_path).status())
-    assert monitor.strip.value == "" and monitor.step_picture.value.count("<img") == 2
+    assert monitor.strip.value == "" and monitor.step_image.value.count("<img") == 2
     monitor.prompt_choice.value = "a boat"
     monitor.step_slider.value = 1
-    assert monitor.strip.value.count("<img") == 3 and monitor.step_picture.value.count("<img") == 1
-    assert "a boat, step 40" in monitor.step_picture.value
+    assert monitor.strip.value.count("<img") == 3 and monitor.step_image.value.count("<img") == 1
+    assert "a boat, step 40" in monitor.step_image.value
     assert re.findall(r'edk-current".*?<figcaption>(\d+)<', monitor.strip.value) == ["40"]
 
 
 def test_the_page_gets_images_that_were_shown_and_no_others(tmp_path):
     path = tmp_path / "a.png"
     Image.new("RGB", (3000, 1500)).save(path)
-    (key,) = re.findall('data-edk-image="([^"]+)"', picture_tag(path, 64))
+    (key,) = re.findall('data-edk-image="([^"]+)"', image_tag(path, 64))
     reply, (data,) = answer({"kind": "image", "key": key, "number": "1"})
     with Image.open(io.BytesIO(data)) as image:
         assert (image.size, reply["number"]) == ((1600, 800), "1")

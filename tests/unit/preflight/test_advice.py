@@ -8,13 +8,13 @@ from memory_stand_in import GIB, LinearMemory
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import MemoryLimitError
 from everydream_kit.preflight.advice import MARGIN, fits, largest_batch, largest_resolution, make_it_fit, room
-from everydream_kit.preflight.cards import find_card
-from everydream_kit.training.memory import measures_left
+from everydream_kit.preflight.gpus import find_gpu
+from everydream_kit.training.memory_measures import measures_left
 
 
-def card(gib, name="A40"):
+def gpu_spec(gib, name="A40"):
     """A card with a context of nothing, and room for so much once the margin is off."""
-    return replace(find_card(name), memory_bytes=int(gib * GIB / (1 - MARGIN)) + 1, context_bytes=0)
+    return replace(find_gpu(name), memory_bytes=int(gib * GIB / (1 - MARGIN)) + 1, context_bytes=0)
 
 
 def config(**settings):
@@ -23,13 +23,13 @@ def config(**settings):
 
 def test_what_fits_is_left_alone_and_asked_about_once():
     memory = LinearMemory()
-    advice = make_it_fit(config(), card(12.1), estimate=memory)
+    advice = make_it_fit(config(), gpu_spec(12.1), estimate=memory)
     assert (advice.changes, advice.reasons, advice.fits) == ({}, (), True)
     assert len(memory.asked) == 1
 
 
 def test_the_margin_stays_free():
-    exactly = replace(find_card("A40"), memory_bytes=12 * GIB, context_bytes=0)
+    exactly = replace(find_gpu("A40"), memory_bytes=12 * GIB, context_bytes=0)
     assert room(exactly) == int(12 * GIB * 0.93)
     assert not fits(LinearMemory()(config()), exactly)  # 12 GiB to the byte
     assert fits(LinearMemory()(config()), exactly, margin=0)
@@ -37,7 +37,7 @@ def test_the_margin_stays_free():
 
 def test_the_context_of_the_card_counts():
     memory = LinearMemory()
-    make_it_fit(config(), find_card("T4"), estimate=memory)
+    make_it_fit(config(), find_gpu("T4"), estimate=memory)
     assert memory.options[0] == {
         "device": "cuda",
         "has_bf16": False,
@@ -62,9 +62,9 @@ def test_the_context_of_the_card_counts():
 )
 def test_the_cheapest_change_in_speed_that_is_enough_is_taken(gib, changes):
     memory = LinearMemory()
-    advice = make_it_fit(config(), card(gib), estimate=memory)
+    advice = make_it_fit(config(), gpu_spec(gib), estimate=memory)
     assert advice.changes == changes
-    assert advice.fits and fits(advice.estimate, card(gib))
+    assert advice.fits and fits(advice.estimate, gpu_spec(gib))
     assert advice.config == config().replace(**changes)
     assert [reason.split(":")[0] for reason in advice.reasons] == list(
         dict.fromkeys(name_of(name) for name in order(changes))
@@ -84,36 +84,36 @@ def order(changes):
 
 def test_bfloat16_weights_are_not_advised_on_a_card_without_it():
     for name, advised in (("T4", False), ("A40", True)):
-        advice = make_it_fit(config(), card(5.5, name), estimate=LinearMemory())
+        advice = make_it_fit(config(), gpu_spec(5.5, name), estimate=LinearMemory())
         assert ("weight_dtype" in advice.changes) == advised
 
 
 def test_what_never_fits_is_said_with_the_least_that_was_tried():
-    advice = make_it_fit(config(), card(1.0), estimate=LinearMemory())
+    advice = make_it_fit(config(), gpu_spec(1.0), estimate=LinearMemory())
     assert not advice.fits
     assert advice.changes["training_kind"] == "lora" and advice.changes["resolution"] == 256
     assert advice.reasons[0].startswith("offload_idle_models")
 
 
 def test_slicing_attention_is_not_tried_since_paper_does_not_show_it():
-    advice = make_it_fit(config(), card(1.0), estimate=LinearMemory())
+    advice = make_it_fit(config(), gpu_spec(1.0), estimate=LinearMemory())
     assert "attn_type" not in advice.changes
 
 
 @pytest.mark.parametrize(
     ("gib", "batch"), [(8.4, 0), (8.5, 1), (9.0, 2), (11.9, 7), (12.0, 8), (15.9, 15), (16.0, 16), (80, 16)]
 )
-def test_the_largest_batch_is_found_to_the_picture_with_few_questions(gib, batch):
+def test_the_largest_batch_is_found_to_the_image_with_few_questions(gib, batch):
     memory = LinearMemory()
     if batch:
-        found, estimate = largest_batch(config(), card(gib), estimate=memory)
+        found, estimate = largest_batch(config(), gpu_spec(gib), estimate=memory)
         assert found == batch
         assert estimate == LinearMemory()(config(batch_size=batch), device="cuda")
     else:
         with pytest.raises(
             MemoryLimitError, match=r"not even one picture fits: it would take 8.5 GiB, and there is room for 8.4"
         ):
-            largest_batch(config(), card(gib), estimate=memory)
+            largest_batch(config(), gpu_spec(gib), estimate=memory)
     assert len(memory.asked) <= 5
 
 
@@ -128,23 +128,23 @@ def test_the_largest_batch_is_found_where_the_line_is_bent_too():
             return replace(estimate, phases=(replace(estimate.phases[0], peak_bytes=peak),))
 
     memory = Bent()
-    assert largest_batch(config(), card(15.05), estimate=memory)[0] == 14
+    assert largest_batch(config(), gpu_spec(15.05), estimate=memory)[0] == 14
     assert len(memory.asked) <= 8
 
 
 def test_a_given_room_wins_over_the_cards():
-    assert largest_batch(config(), card(80), estimate=LinearMemory(), limit_bytes=10 * GIB)[0] == 4
+    assert largest_batch(config(), gpu_spec(80), estimate=LinearMemory(), limit_bytes=10 * GIB)[0] == 4
     assert largest_batch(config(), None, estimate=LinearMemory(), limit_bytes=10 * GIB, largest=3)[0] == 3
 
 
 def test_the_largest_resolution_is_found():
     memory = LinearMemory()
-    found, _ = largest_resolution(config(batch_size=1), card(9.2), estimate=memory)
+    found, _ = largest_resolution(config(batch_size=1), gpu_spec(9.2), estimate=memory)
     assert found == 768  # 0.5 × 2.25 = 1.125; 832 px would take 1.32
     assert len(memory.asked) <= 8
-    assert largest_resolution(config(), card(3), estimate=LinearMemory()) is None
+    assert largest_resolution(config(), gpu_spec(3), estimate=LinearMemory()) is None
 
 
 def test_auto_begins_at_the_largest_batch():
-    advice = make_it_fit(config(batch_size="auto"), card(8.5), estimate=LinearMemory())
+    advice = make_it_fit(config(batch_size="auto"), gpu_spec(8.5), estimate=LinearMemory())
     assert isinstance(advice.config.batch_size, int) and advice.fits

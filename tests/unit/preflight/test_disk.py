@@ -6,7 +6,7 @@ import pytest
 from memory_stand_in import LinearMemory
 
 from everydream_kit.config import TrainConfig
-from everydream_kit.preflight.disk import foretell_disk, num_drawings, save_steps
+from everydream_kit.preflight.disk import estimate_disk, num_samples, save_steps
 
 GB = 10**9
 WEIGHTS, STATE, FILE = 4 * GB, 2 * GB, 2.132 * GB  # of the stand-in: 1.066e9 parameters in half precision
@@ -19,7 +19,7 @@ def config(**settings):
 def use(num_steps=1000, seconds=None, free=None, **settings):
     settings = config(logdir="runs", **settings)
     free = free or {Path("runs"): 10**15, Path("."): 10**15, Path("models"): 10**15}
-    return foretell_disk(
+    return estimate_disk(
         settings, LinearMemory()(settings), num_steps=num_steps, steps_per_epoch=100, seconds=seconds, free=free
     )
 
@@ -46,7 +46,7 @@ def test_one_save_is_weights_and_state():
     assert (disk.most_bytes, disk.last_bytes) == (WEIGHTS + STATE, WEIGHTS + STATE)
 
 
-def test_the_two_newest_stay_resumable_and_a_third_is_there_while_it_is_written():
+def test_the_two_latest_stay_resumable_and_a_third_is_there_while_it_is_written():
     disk = use(save_every_n_steps=250)  # four saves
     assert disk.last_bytes == 4 * WEIGHTS + 2 * STATE
     assert disk.most_bytes == 4 * WEIGHTS + 3 * STATE
@@ -63,7 +63,7 @@ def test_pruning_bounds_the_disk_whatever_the_length():
     assert short.most_bytes == long.most_bytes == 3 * (WEIGHTS + STATE)
 
 
-def test_the_best_stays_beside_them():
+def test_the_best_stays_next_to_them():
     assert use(validation_config={}).last_bytes == 2 * WEIGHTS + STATE
 
 
@@ -78,17 +78,17 @@ def test_single_files_are_never_pruned():
     assert averaged.items[1].last_bytes == pytest.approx(2 * FILE)
 
 
-def test_samples_are_counted_by_their_drawings():
+def test_samples_are_counted_by_their_samples():
     settings = config(sample_steps=300, sample_before_training=True)
-    assert num_drawings(settings, 1000) == 5  # before, 300, 600, 900, the end
-    assert num_drawings(config(sample_steps=250), 1000) == 4
-    disk = foretell_disk(
+    assert num_samples(settings, 1000) == 5  # before, 300, 600, 900, the end
+    assert num_samples(config(sample_steps=250), 1000) == 4
+    disk = estimate_disk(
         config(sample_steps=250, logdir="runs"),
         LinearMemory()(settings),
         num_steps=1000,
         steps_per_epoch=100,
         seconds=None,
-        sheet_pixels=1_000_000,
+        grid_pixels=1_000_000,
         free={Path("runs"): 0},
     )
     assert disk.items[-1].most_bytes == 4 * 2_000_000
@@ -106,7 +106,7 @@ def test_what_will_not_fit_is_said_with_the_cure():
 
 def test_folders_on_one_file_system_share_its_room(tmp_path):
     settings = config(logdir=str(tmp_path / "a" / "runs"), save_ckpt_dir=str(tmp_path / "b"), no_save_ckpt=False)
-    disk = foretell_disk(settings, LinearMemory()(settings), num_steps=10, steps_per_epoch=10, seconds=None)
+    disk = estimate_disk(settings, LinearMemory()(settings), num_steps=10, steps_per_epoch=10, seconds=None)
     (place,) = disk.places
     assert place.needed_bytes == disk.most_bytes == WEIGHTS + STATE + 2 * LinearMemory()(settings).num_parameters
     assert place.free_bytes > 0

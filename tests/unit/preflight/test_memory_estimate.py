@@ -8,9 +8,9 @@ from small_architecture import SMALL, small_architecture
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ConfigError
-from everydream_kit.models.scratch import build_model
-from everydream_kit.preflight import memory
-from everydream_kit.preflight.memory import MemoryEstimate, Phase, estimate_memory
+from everydream_kit.models.random_models import build_model
+from everydream_kit.preflight import memory_estimate
+from everydream_kit.preflight.memory_estimate import MemoryEstimate, Phase, estimate_memory
 
 MIB = 2**20
 
@@ -98,12 +98,12 @@ def test_lora_trains_what_the_real_adapter_holds(estimate):
 
 def test_an_average_lives_where_the_setting_says(estimate):
     on_host = estimate(ema_decay_rate=0.99)
-    on_card = estimate(ema_decay_rate=0.99, ema_device="cuda")
+    on_gpu = estimate(ema_decay_rate=0.99, ema_device="cuda")
     trained = 4 * on_host.num_trained_parameters
     assert "EMA" not in phase(on_host).by_category
-    assert phase(on_card).by_category["EMA"] == pytest.approx(trained, rel=0.02)
-    assert on_host.host_bytes - on_card.host_bytes == pytest.approx(trained, rel=0.02)
-    assert on_card.weight_bytes_written == 2 * estimate().weight_bytes_written
+    assert phase(on_gpu).by_category["EMA"] == pytest.approx(trained, rel=0.02)
+    assert on_host.host_bytes - on_gpu.host_bytes == pytest.approx(trained, rel=0.02)
+    assert on_gpu.weight_bytes_written == 2 * estimate().weight_bytes_written
 
 
 def test_a_fused_backward_never_holds_all_gradients(estimate):
@@ -167,16 +167,16 @@ def test_an_allowance_is_added_for_the_card_and_the_process_on_a_cpu(kept):
 
 def test_asking_again_reads_what_is_kept(monkeypatch, kept, estimate):
     first = estimate(batch_size=1)
-    monkeypatch.setattr(memory, "_conclude", lambda *_: pytest.fail("went through the run again"))
+    monkeypatch.setattr(memory_estimate, "_conclude", lambda *_: pytest.fail("went through the run again"))
     assert estimate(batch_size=1, lr=1e-3, project_name="another", max_epochs=7) == first
 
 
 def test_a_kept_answer_that_is_damaged_is_made_anew(tmp_path, estimate):
     config = TrainConfig(resume_ckpt="none", resolution=64, batch_size=1, sample_steps=None, optimizer="adamw")
     how = {"architecture": small_architecture(), "cache_folder": tmp_path}
-    assert not memory.is_kept(config, **how)
+    assert not memory_estimate.is_kept(config, **how)
     first = estimate_memory(config, **how)
-    assert memory.is_kept(config, **how)
+    assert memory_estimate.is_kept(config, **how)
     (file,) = tmp_path.glob("*.json")
     file.write_text("{")
     assert estimate_memory(config, **how) == first
@@ -213,4 +213,4 @@ def test_more_batch_more_resolution_or_less_checkpointing_never_need_less(estima
 
 
 def test_settings_that_are_left_out_of_the_key_are_settings():
-    assert set(TrainConfig.model_fields) >= memory.WITHOUT_EFFECT
+    assert set(TrainConfig.model_fields) >= memory_estimate.WITHOUT_EFFECT

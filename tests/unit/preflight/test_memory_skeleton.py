@@ -6,7 +6,7 @@ import pytest
 from tiny_models import tiny_folder
 
 from everydream_kit.errors import ModelError
-from everydream_kit.models.files import open_folder
+from everydream_kit.models.model_files import open_folder
 from everydream_kit.preflight.skeleton import build_skeleton, read_architecture, shipped_architecture
 
 
@@ -40,7 +40,7 @@ def test_a_folder_without_weights_gives_the_shapes_of_the_whole_one(family, tmp_
 
 
 def test_a_single_file_gives_the_architecture_that_it_carries(tmp_path):
-    from everydream_kit.export.single_file import export_checkpoint
+    from everydream_kit.export.single_file_export import export_checkpoint
 
     file = export_checkpoint(tiny_folder("sd1"), tmp_path / "tiny.safetensors")
     found = read_architecture(file).identity()["configs"]["unet"]
@@ -51,7 +51,7 @@ def test_a_single_file_gives_the_architecture_that_it_carries(tmp_path):
 
 def test_the_embedded_base_is_read_by_its_name():
     from everydream_kit.config import TrainConfig
-    from everydream_kit.preflight.memory import architecture_of
+    from everydream_kit.preflight.memory_estimate import architecture_of
 
     assert architecture_of(TrainConfig(resume_ckpt="embedded")).files.family.name == "sd1"
 

@@ -15,11 +15,11 @@ from everydream_kit.preflight.planning import corrected, plan
 
 
 @pytest.fixture
-def settings(tmp_path, picture_folder):
+def settings(tmp_path, image_folder):
     """Twelve pictures of four buckets at 512 px, forty epochs."""
     return {
         "resume_ckpt": "base",
-        "data_root": str(picture_folder),
+        "data_root": str(image_folder),
         "logdir": str(tmp_path / "logs"),
         "save_ckpt_dir": str(tmp_path / "models"),
         "sample_prompts": str(tmp_path / "none.txt"),
@@ -46,7 +46,7 @@ def test_the_line_says_steps_time_memory_disk_and_money(settings):
 def test_steps_are_the_trainers_own(settings):
     """Twelve pictures of four shapes make four batches of three each, and not three of four."""
     made = planned(settings)
-    assert (made.steps.num_pictures, made.steps.per_epoch, made.steps.num_steps) == (12, 4, 160)
+    assert (made.steps.num_images, made.steps.per_epoch, made.steps.num_steps) == (12, 4, 160)
     assert made.steps.basis == "planned"
     assert planned({**settings, "max_steps": 50}).steps.num_steps == 50
 
@@ -82,14 +82,14 @@ def test_the_report_says_what_is_computed_published_and_assumed(settings):
 
 
 def test_the_json_holds_all_of_it(settings):
-    told = json.loads(json.dumps(planned(settings, price=0.35, advise=True).to_json()))
-    assert told["steps"]["num_steps"] == 160
-    assert told["fits"] is True and told["device"] == "T4"
-    assert told["cost_usd"] > 0 and told["idle_usd_per_hour"] == 0.35
-    assert told["memory"]["peak_bytes"] < told["room_bytes"] < told["device_bytes"]
-    assert told["offer"] == {"batch_size": 16, "resolution": 1536}
-    assert told["disk"]["places"][0]["free_bytes"] > 0
-    assert TrainConfig(**told["config"]).batch_size == 4
+    reported = json.loads(json.dumps(planned(settings, price=0.35, advise=True).to_json()))
+    assert reported["steps"]["num_steps"] == 160
+    assert reported["fits"] is True and reported["device"] == "T4"
+    assert reported["cost_usd"] > 0 and reported["idle_usd_per_hour"] == 0.35
+    assert reported["memory"]["peak_bytes"] < reported["room_bytes"] < reported["device_bytes"]
+    assert reported["offer"] == {"batch_size": 16, "resolution": 1536}
+    assert reported["disk"]["places"][0]["free_bytes"] > 0
+    assert TrainConfig(**reported["config"]).batch_size == 4
 
 
 def test_what_does_not_fit_is_said_first_and_how_it_would(settings):
@@ -149,9 +149,9 @@ def test_a_price_without_a_date_is_said_to_be_entered_and_none_where_none_is_kno
 
 
 def test_without_a_gpu_it_is_this_cpu(settings, monkeypatch):
-    monkeypatch.setattr("everydream_kit.preflight.planning.this_card", lambda device: None)
+    monkeypatch.setattr("everydream_kit.preflight.planning.this_gpu", lambda device: None)
     made = planned(settings, gpu=None)
-    assert made.card is None and made.price is None
+    assert made.gpu_spec is None and made.price is None
     assert "on this CPU" in made.line
     assert made.step.basis == "computed"
 
@@ -199,13 +199,13 @@ def run_plan(capsys, *words):
 
 
 @pytest.fixture
-def embedded(tmp_path, picture_folder, monkeypatch):
+def embedded(tmp_path, image_folder, monkeypatch):
     """A settings file for the model that ships with the kit; what was foretold before is not kept."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "jets.json"
     values = {
         "resume_ckpt": "embedded",
-        "data_root": str(picture_folder),
+        "data_root": str(image_folder),
         "resolution": 64,
         "batch_size": 2,
         "max_epochs": 3,
@@ -221,17 +221,17 @@ def test_the_command_plans_the_embedded_model_for_a_card_and_keeps_the_answer(em
     status, out = run_plan(capsys, embedded, "--gpu", "T4", "--price", "0.35", "--json")
     assert status == 0
     assert logging.getLogger("everydream_kit").level == level  # else a run in this process would write no log
-    told = json.loads(out.out)
-    assert told["fits"] and told["steps"]["num_steps"] == 3 * told["steps"]["per_epoch"]
-    assert 4e6 < told["memory"]["num_parameters"] < 12e6
-    assert told["step_seconds"]["basis"] == "computed"
+    reported = json.loads(out.out)
+    assert reported["fits"] and reported["steps"]["num_steps"] == 3 * reported["steps"]["per_epoch"]
+    assert 4e6 < reported["memory"]["num_parameters"] < 12e6
+    assert reported["step_seconds"]["basis"] == "computed"
     kept = list((embedded.parent / "logs" / ".edk_cache" / "preflight").glob("*.json"))
     assert len(kept) == 1
     again = public_plan(embedded, gpu="T4", price=0.35)
-    assert again.memory.peak_bytes == told["memory"]["peak_bytes"]
+    assert again.memory.peak_bytes == reported["memory"]["peak_bytes"]
     status, out = run_plan(capsys, embedded, "--gpu", "T4", "--max_epochs", "6")
     assert status == 0
-    assert out.out.startswith(f"plan     6 epochs → {2 * told['steps']['num_steps']} steps → about")
+    assert out.out.startswith(f"plan     6 epochs → {2 * reported['steps']['num_steps']} steps → about")
     assert len(list(kept[0].parent.glob("*.json"))) == 1
 
 

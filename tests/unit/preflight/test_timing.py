@@ -15,7 +15,7 @@ def run(tmp_path):
     """What the listener asks of a run: its folder, its journal, and how many steps it has."""
     folder = RunFolder.create(tmp_path, "jets")
     journal = Journal(folder)
-    yield SimpleNamespace(folder=folder, journal=journal, num_steps=110, tell=journal.tell)
+    yield SimpleNamespace(folder=folder, journal=journal, num_steps=110, report=journal.report)
     journal.close()
 
 
@@ -26,7 +26,7 @@ def take_steps(run, seconds):
     return list(run.folder.events("plan"))
 
 
-def test_it_is_told_once_by_the_median_and_without_the_warming_up(run, caplog):
+def test_it_is_reported_once_by_the_median_and_without_the_warming_up(run, caplog):
     with caplog.at_level("INFO", "everydream_kit"):
         events = take_steps(run, [60.0, 30.0, *[2.0] * 7, 50.0, *[9.0] * 30])
     (event,) = events
@@ -43,7 +43,7 @@ def test_a_plan_in_the_folder_gives_price_and_comparison(run):
         event["line"]
         == "2.00 s a step: about 3 min 20 s of training left, about 0.10 USD (foretold were 1.50 s a step)"
     )
-    assert (event["cost_left_usd"], event["foretold_seconds_per_step"]) == (0.1, 1.5)
+    assert (event["cost_left_usd"], event["estimated_seconds_per_step"]) == (0.1, 1.5)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"price": null}'])

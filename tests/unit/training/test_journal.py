@@ -66,20 +66,20 @@ def test_a_full_disk_does_not_end_the_heartbeat(tmp_path: Path, monkeypatch: pyt
 def test_an_event_that_the_disk_takes_half_of_is_completed_later(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, "jets")
     journal = Journal(folder)
-    journal.tell("loss", step=1)
+    journal.report("loss", step=1)
     size = folder.events_path.stat().st_size
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, hard))  # stands for a disk with twenty bytes left
     try:
-        journal.tell("loss", step=2)
-        journal.tell("loss", step=3)
+        journal.report("loss", step=2)
+        journal.report("loss", step=3)
         assert folder.events_path.stat().st_size == size + 20
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
     assert [event["step"] for event in folder.events()] == [1]
-    journal.tell("loss", step=4)
+    journal.report("loss", step=4)
     assert [event["step"] for event in folder.events()] == [1, 2, 3, 4]
     journal.close()
 
@@ -117,6 +117,6 @@ def test_a_line_that_a_kill_cut_off_is_ended_before_the_next_event(tmp_path: Pat
     run = RunFolder(tmp_path)
     run.events_path.write_text('{"kind": "loss", "step": 1}\n{"kind": "loss", "st')
     journal = Journal(run)
-    journal.tell("loss", step=2)
+    journal.report("loss", step=2)
     journal.close()
     assert [event["step"] for event in run.events("loss")] == [1, 2]

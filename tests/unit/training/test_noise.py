@@ -12,7 +12,7 @@ OPTIONS = [{}, {"offset": 0.1}, {"pyramid_discount": 0.5}, {"offset": 0.1, "pyra
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_a_pictures_noise_does_not_depend_on_the_batch_around_it(options):
+def test_a_images_noise_does_not_depend_on_the_batch_around_it(options):
     together = make_noise(SHAPE, [11, 22, 33], **options)
     assert together.shape == (3, *SHAPE)
     for row, seed in enumerate([11, 22, 33]):
@@ -48,7 +48,7 @@ def test_offset_and_pyramid_leave_each_others_numbers_alone():
     assert torch.allclose(added_to_pyramid, added_to_plain, atol=1e-6)
 
 
-def test_pyramid_noise_keeps_the_spread_of_each_picture_and_has_more_coarse_structure():
+def test_pyramid_noise_keeps_the_spread_of_each_image_and_has_more_coarse_structure():
     sources = list(range(200))
     plain, pyramid = make_noise((4, 32, 32), sources), make_noise((4, 32, 32), sources, pyramid_discount=0.7)
     assert torch.allclose(pyramid.std(dim=(1, 2, 3)), torch.ones(200), atol=1e-5)
@@ -61,8 +61,8 @@ def test_each_coarser_level_weighs_a_further_factor_of_the_discount():
     """The mean of a picture comes from the coarsest levels. With weights d, d², d³ ... its variance is about 0.001 for
     d = 0.3, a quarter of it from the base noise (1/4096); if every level weighed d it would be above 0.1.
     """
-    pictures = make_noise((4, 64, 64), list(range(200)), pyramid_discount=0.3)
-    assert 0.0003 < pictures.mean(dim=(2, 3)).var() < 0.003
+    images = make_noise((4, 64, 64), list(range(200)), pyramid_discount=0.3)
+    assert 0.0003 < images.mean(dim=(2, 3)).var() < 0.003
 
 
 def test_a_small_pyramid_discount_changes_little():

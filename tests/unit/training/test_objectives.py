@@ -134,7 +134,7 @@ def test_debiased_estimation_is_bounded():
     assert weights.max().item() == pytest.approx(14.6, abs=0.1)  # 1 / sqrt(0.00468)
 
 
-def test_a_mask_weighs_the_cells_and_keeps_the_pictures_weight():
+def test_a_mask_weighs_the_cells_and_keeps_the_images_weight():
     prediction = torch.zeros(2, 4, 2, 2)
     prediction[:, :, 0, 0] = 2.0  # squared error 4 in one cell of four
     mask = torch.zeros(2, 1, 2, 2)
@@ -151,7 +151,7 @@ def test_a_full_mask_is_no_mask_and_an_empty_one_costs_nothing():
     assert objective().loss(prediction, target, BOTH, torch.zeros(2, 1, 3, 2)).tolist() == [0.0, 0.0]
 
 
-def test_four_pictures_at_once_give_the_gradients_of_two_and_two():
+def test_four_images_at_once_give_the_gradients_of_two_and_two():
     one = build_objective(stable_diffusion_scheduler(), "epsilon", min_snr_gamma=5.0)
     x, n, timesteps = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8), torch.tensor([3, 200, 700, 999])
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from everydream_kit.data.files import scan_dataset
+from everydream_kit.data.scanning import scan_dataset
 from everydream_kit.training.offload import IdleModels, idle_modules
 
 
@@ -52,8 +52,8 @@ def test_it_goes_back_after_an_error():
         ({"shuffle_tags": True}, ["vae"]),
     ],
 )
-def test_only_what_the_steps_do_without_waits(picture_folder, facts, expected):
+def test_only_what_the_steps_do_without_waits(image_folder, facts, expected):
     facts = {"latents_cached": True, "trains_text": False, "transforms_captions": False, **facts}
-    dataset = scan_dataset(picture_folder, shuffle_tags=facts.pop("shuffle_tags", False))
+    dataset = scan_dataset(image_folder, shuffle_tags=facts.pop("shuffle_tags", False))
     model = SimpleNamespace(vae="vae", text_encoders=["text"])
     assert idle_modules(model, dataset, **facts) == expected

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from everydream_kit.errors import ConfigError
-from everydream_kit.models.samplers import sampler_by_name
+from everydream_kit.models.sampling_schedulers import sampler_by_name
 from everydream_kit.training.prompt_file import MOST_SAMPLES, PromptFile, SampleSettings, read_prompt_file
-from everydream_kit.training.samples import clean_for_file_name
+from everydream_kit.training.sampling_listener import clean_for_file_name
 
 EVERYDREAM_2 = """{
   "batch_size": 3,    # lower this if memory is short

@@ -2,11 +2,11 @@
 
 from PIL import Image
 
-from everydream_kit.data.files import scan_dataset
+from everydream_kit.data.scanning import scan_dataset
 from everydream_kit.training.summary import summarise_captions
 
 
-def test_captions_are_counted_and_none_is_told(tmp_path):
+def test_captions_are_counted_and_none_is_reported(tmp_path):
     for name, caption in {"a": "one two", "b": "one two", "c": "a b c d, tag", "d": ""}.items():
         Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(caption, encoding="utf-8")

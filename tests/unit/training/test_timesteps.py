@@ -8,7 +8,7 @@ from everydream_kit.training.timesteps import draw_timesteps
 
 
 @pytest.mark.parametrize("how", ["uniform", "logit_normal"])
-def test_a_pictures_timestep_does_not_depend_on_the_batch_around_it(how):
+def test_a_images_timestep_does_not_depend_on_the_batch_around_it(how):
     together = draw_timesteps([1, 2, 3], 0, 1000, how)
     assert together.dtype == torch.int64
     assert together.tolist() == [draw_timesteps([seed], 0, 1000, how).item() for seed in (1, 2, 3)]
@@ -37,7 +37,7 @@ def test_logit_normal_timesteps_favour_the_middle():
 
 
 @pytest.mark.parametrize("step", range(5))
-def test_a_stratified_step_has_one_picture_in_each_part_of_the_range(step):
+def test_a_stratified_step_has_one_image_in_each_part_of_the_range(step):
     drawn = draw_timesteps(range(8), 0, 1000, "stratified", positions=range(8), num_images=8, step_generator=step)
     assert sorted((drawn // 125).tolist()) == [0, 1, 2, 3, 4, 5, 6, 7]
 
@@ -52,7 +52,7 @@ def test_a_stratified_step_is_the_same_in_one_batch_in_two_and_on_two_ranks():
     assert draw([0, 1, 2, 3]) == [draw([position])[0] for position in range(4)]
 
 
-def test_positions_do_not_tie_pictures_to_a_noise_level():
+def test_positions_do_not_tie_images_to_a_noise_level():
     def first(step):
         return draw_timesteps([0], 0, 1000, "stratified", positions=[0], num_images=4, step_generator=step).item()
 
@@ -61,7 +61,7 @@ def test_positions_do_not_tie_pictures_to_a_noise_level():
     assert (counts - 500).abs().max() < 80  # 4 standard deviations
 
 
-def test_a_filler_past_the_last_picture_gets_some_timestep():
+def test_a_filler_past_the_last_image_gets_some_timestep():
     drawn = draw_timesteps([0], 0, 1000, "stratified", positions=[5], num_images=3, step_generator=1)
     assert 0 <= drawn.item() < 1000
 

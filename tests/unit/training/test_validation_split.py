@@ -14,13 +14,13 @@ def test_the_two_sides_are_everything_and_share_nothing():
     assert len(taken) == 15
 
 
-@pytest.mark.parametrize(("num_pictures", "expected"), [(2, 1), (7, 2), (10, 2), (20, 3), (100, 15)])
-def test_the_share_is_rounded_up_and_at_least_one(num_pictures, expected):
-    assert len(split_indices([str(n) for n in range(num_pictures)], 0.15, seed=1)[1]) == expected
+@pytest.mark.parametrize(("num_images", "expected"), [(2, 1), (7, 2), (10, 2), (20, 3), (100, 15)])
+def test_the_share_is_rounded_up_and_at_least_one(num_images, expected):
+    assert len(split_indices([str(n) for n in range(num_images)], 0.15, seed=1)[1]) == expected
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_copies_of_a_picture_stay_together(seed):
+def test_copies_of_a_image_stay_together(seed):
     groups = [str(n // 4) for n in range(40)]  # ten pictures, four copies of each
     stays, taken = split_indices(groups, 0.15, seed)
     assert len(taken) == 8  # six are wanted, groups are whole
@@ -35,7 +35,7 @@ def test_the_seed_decides_and_the_order_of_the_files_does_not():
     assert taken != {groups[index] for index in split_indices(groups, 0.2, 2)[1]}
 
 
-def test_a_new_picture_moves_one_other_at_most():
+def test_a_new_image_moves_one_other_at_most():
     groups = [str(n) for n in range(100)]
     before = {groups[index] for index in split_indices(groups, 0.2, 1)[1]}
     more = [*groups, "new"]

@@ -1,0 +1,179 @@
+"""Long work that a panel starts and watches, a process each: fetching, unpacking and looking
+through a dataset, planning, drawing, exporting, pushing.
+
+`python -m everydream_kit.actions.background CHORE FOLDER ...` does one chore and tells about it in FOLDER/status.json as the
+trainer does, so that `jobs` can watch it. No widgets here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from everydream_kit.atomic import write_atomic
+from everydream_kit.errors import KitError
+from everydream_kit.identity import this_process
+from everydream_kit.workspace import RunFolder
+
+INSPECTION_FILE, PLAN_FILE = "report.json", "plan.json"
+POLITE, POLITENESS = ("look", "foretell"), 10
+"""Work that nobody waits for at this moment leaves the processors to training and sampling."""
+REPORT_SECONDS = 0.5
+"""Between two words about progress."""
+
+
+class StatusWriter:
+    """A chore's side of `status.json`."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run = RunFolder(folder)
+        self._facts: dict[str, Any] = this_process().to_json()
+
+    def report(self, state: str, **facts: Any) -> None:
+        self._facts.update(facts, state=state)
+        self._run.write_status(self._facts)
+
+
+def fetch(status: StatusWriter, folder: Path, source: str) -> dict[str, Any]:
+    """Unpack an archive or download a Hub dataset below the folder."""
+    from everydream_kit.data.sources import open_source
+
+    status.report("running", message=f"Fetching {source} …")
+    found = open_source(source, folder)
+    return {"folder": str(found), "message": f"{source} is in {found}."}
+
+
+def unpack(status: StatusWriter, folder: Path, archive: str, target: str) -> dict[str, Any]:
+    """Unpack an uploaded archive as a folder of the dataset; the archive goes away."""
+    from everydream_kit.actions.unpacking import count_entries, unpack_upload
+
+    path = Path(archive)
+    total = count_entries(path)
+    try:
+        with ThreadPoolExecutor(1) as worker:
+            unpacking = worker.submit(unpack_upload, path, Path(target))
+            while not unpacking.done():
+                done = sum(len(names) for place in path.parent.glob(".unpacking-*") for _, _, names in os.walk(place))
+                status.report("running", step=done, num_steps=total, message=f"Unpacking: {done:,} of {total:,} files")
+                wait([unpacking], timeout=REPORT_SECONDS)
+            unpacked = unpacking.result()
+    finally:
+        path.unlink(missing_ok=True)
+    count = sum(1 for file in unpacked.rglob("*") if file.is_file())
+    return {"step": total, "count": count, "folder": str(unpacked), "message": f"{count:,} files unpacked."}
+
+
+def inspect_folder(status: StatusWriter, folder: Path, source: str, options: str) -> dict[str, Any]:
+    """Look through all pictures of a dataset for duplicates, broken ones, and captions that are too long."""
+    from everydream_kit.actions.dataset_issues import inspect_dataset
+    from everydream_kit.data.epoch_plan import PlanSettings
+    from everydream_kit.data.scanning import scan_dataset
+
+    values = json.loads(options)
+    base = values.pop("base")
+    dataset = scan_dataset(source)
+    last = 0.0
+
+    def progress(done: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= REPORT_SECONDS:
+            last = time.monotonic()
+            status.report("running", step=done, num_steps=len(dataset))
+
+    settings = PlanSettings(**{**values, "resolutions": tuple(values["resolutions"])})
+    inspect_dataset(dataset, settings, base, folder / INSPECTION_FILE, progress)
+    return {"step": len(dataset), "num_steps": len(dataset), "message": f"{len(dataset):,} pictures looked through."}
+
+
+def estimate(status: StatusWriter, folder: Path, config: str, wish: str) -> dict[str, Any]:
+    """Make the plan of a run: memory, time, disk, money, and what to change so that it fits."""
+    from everydream_kit.preflight.planning import plan
+    from everydream_kit.settings import load_config
+
+    wanted = json.loads(wish)
+    values = json.loads(config)
+    settings = load_config(None, {name: values[name] for name in values["given"]})[0]
+    status.report("running", message="Foretelling memory, time and cost …")
+    made = plan(settings, wanted["gpu"], wanted["price"])
+    write_atomic(folder / PLAN_FILE, json.dumps({**made.to_json(), "text": made.text, "key": wanted["key"]}))
+    return {"message": made.line}
+
+
+def generate_comparison(status: StatusWriter, folder: Path, plan: str) -> dict[str, Any]:
+    """Sample the images of a comparison that are not there yet. The file of the request goes away."""
+    from everydream_kit.actions.comparison import Comparison, generate_missing
+
+    request = Path(plan)
+    comparison = Comparison.load(request)
+    request.unlink()
+    count = generate_missing(comparison, lambda done, total: status.report("running", step=done, num_steps=total))
+    return {"message": f"{count} images generated."}
+
+
+def export(status: StatusWriter, folder: Path, checkpoint: str, out: str, options: str) -> dict[str, Any]:
+    """Write a checkpoint as a file."""
+    from everydream_kit.export.checkpoint_formats import write_as
+    from everydream_kit.preflight.units import size
+
+    status.report("running", message=f"Writing {Path(out).name} …")
+    begin = time.monotonic()
+    path = write_as(Path(checkpoint), Path(out), **json.loads(options))
+    took = f"{size(path.stat().st_size)} in {time.monotonic() - begin:.0f} s"
+    return {"path": str(path), "message": f"{path} is written: {took}."}
+
+
+def push(status: StatusWriter, folder: Path, source: str, repo_id: str, options: str) -> dict[str, Any]:
+    """Upload a run or checkpoint to the Hub."""
+    from everydream_kit.export.hub import push_to_hub
+    from everydream_kit.preflight.units import size
+
+    status.report("running", message=f"Uploading to {repo_id} …")
+
+    def progress(done: int, total: int, doing: str) -> None:
+        status.report("running", step=done, num_steps=total, message=f"{doing} · {size(done)} of {size(total)}")
+
+    url = push_to_hub(source, repo_id, progress=progress, **json.loads(options))
+    return {"url": str(url), "message": f"Pushed to {url}"}
+
+
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "fetch": fetch,
+    "unpack": unpack,
+    "look": inspect_folder,
+    "foretell": estimate,
+    "draw": generate_comparison,
+    "export": export,
+    "push": push,
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Do one chore; its error goes to the status in words, the traceback of an unexpected one to the log as well."""
+    name, folder, *rest = arguments
+    status = StatusWriter(Path(folder))
+    if name in POLITE and hasattr(os, "nice"):
+        os.nice(POLITENESS)
+    status.report("starting", message="Starting …")
+    try:
+        facts = TASKS[name](status, Path(folder), *rest)
+    except KitError as error:
+        status.report("failed", message=str(error))
+        return 1
+    except Exception as error:  # a bug, or what a library raises: said in the panel, and raised on into the log
+        status.report(
+            "failed", message=f"{name} failed: {type(error).__name__}: {error}. The log is {folder}/train.log."
+        )
+        raise
+    status.report("finished", **facts)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

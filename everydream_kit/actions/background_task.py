@@ -1,0 +1,60 @@
+"""A chore that a panel has sent for: started, asked how it stands at each beat of the clock, gone when it has ended."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from everydream_kit import jobs
+from everydream_kit.errors import JobError
+
+
+class BackgroundTask:
+    """One chore at a time, in a process of its own. No widgets here.
+
+    Attributes:
+        folder: its log and status; a chore of its own kind has a folder of its own.
+        job: the process, while its end has not been told; also one that another panel has started.
+    """
+
+    def __init__(self, folder: Path, environment: dict[str, str] | None = None) -> None:
+        self.folder = folder
+        self._environment = environment
+        self.job: jobs.Job | None = None
+        self.attach()
+
+    def attach(self) -> bool:
+        """Follow the folder's chore if one is at work, whoever started it. Returns whether one is."""
+        job = jobs.Job(self.folder)
+        if self.job is None and job.is_alive():
+            self.job = job
+        return self.job is not None
+
+    def begin(self, task: str, *arguments: str) -> None:
+        """Start a chore.
+
+        Raises:
+            JobError: the last one is still at work, or the process cannot be started.
+        """
+        self.job = jobs.start_module(
+            self.folder,
+            "everydream_kit.actions.background",
+            [task, str(self.folder), *arguments],
+            environment=self._environment,
+        )
+
+    def stop(self) -> None:
+        """End the chore; what it has written stays."""
+        if self.job is not None:
+            with contextlib.suppress(JobError):  # it ended at this very moment
+                self.job.kill()
+
+    def poll(self) -> dict[str, Any] | None:
+        """How it stands; None where nothing is under way. The status with `alive` false comes once."""
+        if self.job is None:
+            return None
+        status = self.job.status()
+        if not status["alive"]:
+            self.job = None
+        return status

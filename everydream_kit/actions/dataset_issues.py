@@ -1,0 +1,178 @@
+"""What is worth a person's look in a dataset: files that cannot be used, pictures that are there twice, are too small, or
+have captions that are too long. Gathered from the library's report; no widgets here.
+
+What is quick is found at once. What decodes every picture (duplicates, broken ones) or reads every caption is found by a
+process of its own (`chores.look`), whose result is a file; it holds as long as no picture has come since.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from everydream_kit.actions.estimate import GUESSED_BATCH_SIZE
+from everydream_kit.atomic import write_atomic
+from everydream_kit.config import TrainConfig
+from everydream_kit.data.dataset import Dataset
+from everydream_kit.data.epoch_plan import PlanSettings
+from everydream_kit.data.report import find_undersized, make_report
+from everydream_kit.errors import KitError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of finding.
+
+    Attributes:
+        title: heading above its findings.
+        advice: what it means and what to do.
+        button: the words that set all of them aside; empty: nothing is set aside.
+    """
+
+    title: str
+    advice: str
+    button: str = ""
+
+
+UNUSABLE = Kind("Cannot be used", "These files are left out of training.", "Set all of them aside")
+DUPLICATE = Kind(
+    "There twice", "Equal files: each counts once more than you think. One of each stays.", "Set the copies aside"
+)
+ALIKE = Kind(
+    "Look alike",
+    "The same picture in another size or compression, or nearly the same. Look before you press: the largest stays.",
+    "Keep the largest of each",
+)
+SMALL = Kind(
+    "Smaller than their bucket",
+    "They are enlarged, which teaches blur. Use larger originals, a lower resolution, or leave them out.",
+    "Set all of them aside",
+)
+LONG = Kind("Captions that are too long", "The text encoder does not read what is named here. Shorten them.")
+NOTE = Kind("Used, with a remark", "These files are used in another way than they seem to ask for.")
+
+
+@dataclass(frozen=True)
+class Issue:
+    """One line of the list.
+
+    Attributes:
+        kind: what it is.
+        shown: pictures that belong to it, the best first.
+        exclude: files that are set aside when the person wants that.
+        text: what was found; names are relative to the dataset folder.
+        cure: what the person can do, where the kind's advice does not say it.
+    """
+
+    kind: Kind
+    shown: tuple[str, ...]
+    exclude: tuple[str, ...]
+    text: str
+    cure: str = ""
+
+
+def report_settings(config: TrainConfig | None) -> PlanSettings:
+    """What the report is made for: the project's resolution and batch, or the defaults where its settings are wrong."""
+    if config is None:
+        return PlanSettings(batch_size=GUESSED_BATCH_SIZE)
+    batch_size = config.batch_size if isinstance(config.batch_size, int) else GUESSED_BATCH_SIZE
+    return PlanSettings(batch_size=batch_size, grad_accum=config.grad_accum, resolutions=config.resolutions)
+
+
+def list_issues(dataset: Dataset, settings: PlanSettings, inspection: Mapping[str, Any]) -> list[Issue]:
+    """Everything worth a look, the worst kind first.
+
+    Args:
+        dataset: the pictures as they are now.
+        settings: resolution that pictures must be large enough for.
+        inspection: the result of `inspect_dataset`, or nothing.
+    """
+    here = {dataset.path(index): index for index in range(len(dataset))}
+    found = [
+        Issue(UNUSABLE if p.skipped else NOTE, (), (p.path,) if p.skipped else (), p.cause, p.cure)
+        for p in dataset.problems
+    ]
+    known = {problem.path for problem in dataset.problems}
+    found += [
+        Issue(UNUSABLE, (), (p["path"],), p["cause"], p["cure"])
+        for p in inspection.get("skipped", ())
+        if p["path"] in here and p["path"] not in known
+    ]
+    for kind, name in ((DUPLICATE, "exact_duplicates"), (ALIKE, "near_duplicates")):
+        found += [_group(kind, members, dataset, here) for members in _present(inspection.get(name, ()), here)]
+    found += [
+        Issue(SMALL, (u.path,), (u.path,), f"{_size(u.size)}, enlarged {u.upscale:.2f} × for {_size(u.bucket)}")
+        for u in find_undersized(dataset, settings)
+    ]
+    found += [
+        Issue(LONG, (c["path"],), (), f"{c['num_tokens']} tokens; never read: …{c['cut']}")
+        for c in inspection.get("long_captions") or ()
+        if c["path"] in here
+    ]
+    order = [UNUSABLE, DUPLICATE, ALIKE, SMALL, LONG, NOTE]
+    return sorted(found, key=lambda issue: order.index(issue.kind))
+
+
+def is_fresh(dataset: Dataset, inspection: Mapping[str, Any]) -> bool:
+    """Whether no picture has come or changed since `inspect_dataset`."""
+    return set(_signature(dataset)) <= set(inspection.get("pictures", ()))
+
+
+def inspect_dataset(
+    dataset: Dataset, settings: PlanSettings, base: str, out: Path, progress: Callable[[int], None]
+) -> None:
+    """Write the library's report, and of which pictures it speaks, for `list_issues`.
+
+    Args:
+        base: `resume_ckpt`; its tokenizer counts the captions where it lies on this disk.
+        progress: called with the number of pictures decoded so far.
+    """
+    report = make_report(dataset, settings, count_tokens=_token_counter(base), progress=progress)
+    write_atomic(out, json.dumps({**report.to_json(), "pictures": _signature(dataset)}))
+
+
+def _token_counter(base: str) -> Callable[[str], int] | None:
+    from everydream_kit.generation import token_counter
+
+    if base != "embedded" and not (Path(base) / "tokenizer").is_dir():
+        return None
+    try:
+        return token_counter(base)
+    except (KitError, OSError):  # the trainer says what is wrong with the base
+        return None
+
+
+def _signature(dataset: Dataset) -> list[str]:
+    sizes = dataset.numbers["file_bytes"].tolist()
+    return [f"{num_bytes} {name}" for num_bytes, name in zip(sizes, dataset.paths, strict=True)]
+
+
+def _present(groups: Sequence[Sequence[str]], here: Mapping[str, int]) -> Iterator[list[str]]:
+    """Groups of which two or more are still there."""
+    for group in groups:
+        members = [path for path in group if path in here]
+        if len(members) > 1:
+            yield members
+
+
+def _group(kind: Kind, members: Sequence[str], dataset: Dataset, here: Mapping[str, int]) -> Issue:
+    numbers = dataset.numbers
+
+    def worth(path: str) -> tuple[int, bool, int]:
+        index = here[path]
+        captioned = any(Path(path).with_suffix(suffix).is_file() for suffix in (".txt", ".caption", ".yaml"))
+        pixels = int(numbers["width"][index]) * int(numbers["height"][index])
+        return pixels, captioned, int(numbers["file_bytes"][index])
+
+    best_first = sorted(members, key=worth, reverse=True)
+    sizes = ", ".join(
+        _size((int(numbers["width"][here[path]]), int(numbers["height"][here[path]]))) for path in best_first[:4]
+    )
+    return Issue(kind, tuple(best_first), tuple(best_first[1:]), sizes)
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]} × {size[1]}"

@@ -1,0 +1,78 @@
+"""Commands that say how things stand: runs, doctor, parameters."""
+
+from __future__ import annotations
+
+import argparse
+
+from everydream_kit.cli.command import EXIT_PROBLEM, Command, no_flags
+
+
+def _add_runs_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--logdir", default="logs")
+
+
+def _run_runs(options: argparse.Namespace) -> None:
+    from everydream_kit.workspace import list_runs
+
+    for run in list_runs(options.logdir):
+        status = run.status()
+        print(f"{status.get('state', 'unknown'):<10} step {status.get('step', 0):>7}  {run.folder}")
+
+
+def _add_doctor_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for an issue; it holds no token")
+
+
+def _run_doctor(options: argparse.Namespace) -> int:
+    from everydream_kit.doctor import diagnose
+    from everydream_kit.preflight.gpus import describe_gpus
+
+    diagnosis = diagnose()
+    if options.json:
+        import json
+        from dataclasses import asdict
+
+        from everydream_kit import __version__
+
+        facts = {
+            "everydream_kit": __version__,
+            "status": diagnosis.status,
+            "checks": list(map(asdict, diagnosis.checks)),
+        }
+        print(json.dumps(facts, indent=2))
+        return EXIT_PROBLEM if diagnosis.status == "error" else 0
+    for check in diagnosis.checks:
+        print(f"{check.status:<8} {check.name}: {check.text}")
+        if check.cure:
+            print(f"{'':<8} {check.cure}")
+    print(f"{'ok':<8} cards that `everydream plan --gpu NAME` knows: {describe_gpus()}")
+    return EXIT_PROBLEM if any(check.status == "error" for check in diagnosis.checks) else 0
+
+
+def _run_parameters(options: argparse.Namespace) -> None:
+    from everydream_kit.params import reference_page
+
+    print(reference_page(), end="")
+
+
+def _add_notebooks_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", default="notebooks", help="where they go; files that are there stay")
+
+
+def _run_notebooks(options: argparse.Namespace) -> None:
+    from everydream_kit.notebook_files import copy_notebooks
+
+    copied, kept = copy_notebooks(options.folder)
+    for path in kept:
+        print(f"kept     {path} (it is there already)")
+    for path in copied:
+        print(f"copied   {path}")
+    print(f"Open them with: jupyter lab {options.folder}")
+
+
+COMMANDS = {
+    "runs": Command("list runs and how they stand", _add_runs_flags, _run_runs),
+    "doctor": Command("say what is installed, which device is used, what is missing", _add_doctor_flags, _run_doctor),
+    "parameters": Command("print the reference page of all parameters", no_flags, _run_parameters),
+    "notebooks": Command("copy the notebooks into a folder", _add_notebooks_flags, _run_notebooks),
+}

@@ -1,0 +1,302 @@
+"""Reading what belongs to a number of pictures: their headers, captions and masks.
+
+A `Job` is some pictures of one folder (or of a `.json` index); `read_job` runs in a worker thread and gives rows for
+the dataset. Pictures that the last scan knows, and whose files are as they were, are copied from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
+
+from everydream_kit.data.captions import (
+    Caption,
+    caption_from_file_name,
+    combine_captions,
+    encode_caption,
+    parse_caption_lines,
+    readable,
+)
+from everydream_kit.data.dataset import (
+    FROM_FILE_NAME,
+    FROM_JSON,
+    FROM_LINES,
+    FROM_TEXT,
+    MASK_SUFFIX,
+    Dataset,
+    DatasetBuilder,
+    Defaults,
+    Problem,
+    printable,
+)
+from everydream_kit.data.folders import SETTINGS_FILES, SIDECAR_EXTENSIONS, Companions, match_key, report_notes
+from everydream_kit.data.headers import Header, ImageHeaderError, read_header
+from everydream_kit.data.image_settings import ImageSettings, caption_of, merge_tags, parse_settings, settings_from_text
+from everydream_kit.data.scan_cache import NEVER, Remembered
+from everydream_kit.data.textfiles import TextError, read_mapping, read_text_and_doubt
+
+T = TypeVar("T")
+
+
+class Entry(NamedTuple):
+    """One picture to read.
+
+    Attributes:
+        path: absolute path of the file.
+        relative: as the dataset keeps it, with `/`.
+        companions: absolute paths of the files that speak about it, in the order in which they are read.
+        mask: its loss mask, or None.
+        settings: what its folder, or its entry in an index, says.
+        settings_word: the same as `hash_settings` gives it, for the stamp; made once for each folder.
+    """
+
+    path: str
+    relative: str
+    companions: Sequence[str]
+    mask: str | None
+    settings: ImageSettings
+    settings_word: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Pictures that one worker reads in one go.
+
+    Attributes:
+        entries: the pictures.
+        choose_lines: each line of a caption file is a caption of its own.
+    """
+
+    entries: tuple[Entry, ...]
+    choose_lines: bool
+
+
+def entries_of_folder(
+    path: str, relative: str, names: Sequence[str], companions: Companions, settings: ImageSettings
+) -> tuple[Entry, ...]:
+    """The pictures of a folder, each with the files that lie beside it."""
+    prefix = f"{relative}/" if relative else ""
+    place = os.path.join(path, "")
+    settings_word = hash_settings(settings)
+    entries = []
+    for name in names:
+        mask = name[: name.rfind(".")] + MASK_SUFFIX
+        found = (companions.find(name, end) for end in SIDECAR_EXTENSIONS)
+        entries.append(
+            Entry(
+                path=place + name,
+                relative=prefix + name,
+                companions=[
+                    place + file for file in found if file is not None and match_key(file) not in SETTINGS_FILES
+                ],
+                # masks were taken out of the pictures, so they are among the companions
+                mask=place + mask if mask in companions.names else None,
+                settings=settings,
+                settings_word=settings_word,
+            )
+        )
+    return tuple(entries)
+
+
+def read_job(job: Job, remembered: Remembered) -> Dataset:
+    """Read the pictures of a job into a small dataset with one root, problems included."""
+    builder = DatasetBuilder([""])
+    rows = remembered.look_up([entry.relative for entry in job.entries])
+    unchanged: list[int] = []
+    for entry in job.entries:
+        try:
+            stamp = _stamp(entry, job.choose_lines)
+        except OSError as error:
+            builder.problems.append(_problem(entry.path, f"cannot be read: {error.strerror}", "Is it still there?"))
+            continue
+        row = rows.get(entry.relative)
+        if row is not None and remembered.stamps[row] == stamp.files:
+            unchanged.append(row)
+            continue
+        _copy_rows(builder, unchanged, remembered)
+        known = None if row is None else remembered.header(row, stamp.file_bytes, stamp.mtime_ns)
+        _read_entry(builder, entry, job.choose_lines, stamp, known)
+    _copy_rows(builder, unchanged, remembered)
+    return builder.build(Defaults())
+
+
+def _copy_rows(builder: DatasetBuilder, rows: list[int], remembered: Remembered) -> None:
+    """Append remembered rows, and empty the list."""
+    if rows:
+        builder.extend(remembered.rows(rows), root=0)
+        rows.clear()
+
+
+class _Stamp(NamedTuple):
+    files: int  # a hash over the state of all files that the row depends on
+    file_bytes: int
+    mtime_ns: int
+
+
+def _stamp(entry: Entry, choose_lines: bool) -> _Stamp:
+    """The state of a picture's files.
+
+    Raises:
+        OSError: the picture, or a file beside it, has gone.
+    """
+    own = os.stat(entry.path)
+    words = [own.st_size, own.st_mtime_ns, choose_lines, entry.mask is None, entry.settings_word]
+    for path in entry.companions:
+        stat = os.stat(path)
+        words += (ord(path[-2]), stat.st_size, stat.st_mtime_ns)  # the letter tells text, yaml and json apart
+    # Python's hash of a tuple of integers is 64 bits, not salted, and ten times faster than a digest. Should another
+    # Python compute it otherwise, the folder is read again.
+    return _Stamp(hash(tuple(words)), own.st_size, own.st_mtime_ns)
+
+
+def hash_settings(settings: ImageSettings) -> int:
+    """A word for the stamp, equal in every process."""
+    return int.from_bytes(hashlib.blake2b(repr(settings).encode(), digest_size=7).digest(), "little")
+
+
+def _read_entry(
+    builder: DatasetBuilder, entry: Entry, choose_lines: bool, stamp: _Stamp, header: Header | None
+) -> None:
+    """Read one picture and append its row, or its problem."""
+    num_problems = len(builder.problems)
+    try:
+        header = header or read_header(entry.path)
+    except ImageHeaderError as error:
+        builder.problems.append(_problem(entry.path, error.cause, error.cure))
+        return
+    if header.note:
+        builder.problems.append(Problem(printable(entry.path), header.note, _NOTE_CURE, skipped=False))
+    try:
+        settings, kind, text = _read_words(entry, choose_lines, builder)
+        if kind == FROM_FILE_NAME:
+            _note_odd_name(entry, builder)
+    except _CompanionError as error:
+        builder.problems.append(_problem(*error.args))
+        return
+    if len(builder.problems) > num_problems:
+        stamp = stamp._replace(files=NEVER)  # read it again next time, so that the remark is made again
+    _append(builder, entry, header, settings, caption=(kind, text), stamp=stamp)
+
+
+def _read_words(entry: Entry, choose_lines: bool, builder: DatasetBuilder) -> tuple[ImageSettings, int, str]:
+    """All that is said about a picture, and its caption as the dataset keeps it.
+
+    Raises:
+        _CompanionError: a file cannot be understood.
+    """
+    settings = entry.settings
+    folder_has_words = settings.main_prompt is not None or bool(settings.tags)
+    if not folder_has_words and len(entry.companions) == 1 and _is_caption(entry.companions[0]):
+        text = _read_caption(entry.companions[0], builder).strip()
+        return settings, (FROM_LINES if choose_lines and "\n" in text else FROM_TEXT), text
+    for path in entry.companions:
+        if _is_caption(path):
+            text = _read_caption(path, builder)
+            said = _settings_from_lines(text) if choose_lines else settings_from_text(text)
+        else:
+            said = _read(path, lambda file: parse_settings(read_mapping(file)))
+            report_notes(said, path, builder.problems.append)
+        settings = settings.updated(said)
+    return settings, *_caption_column(entry, settings)
+
+
+class _CompanionError(Exception):
+    """Of a file beside a picture. Args: path, cause, cure."""
+
+
+def _read(path: str, reader: Callable[[str], T]) -> T:
+    try:
+        return reader(path)
+    except TextError as error:
+        cure = "Mend the file or delete it; until then its picture is left out."
+        raise _CompanionError(path, str(error), cure) from error
+    except OSError as error:
+        raise _CompanionError(path, f"cannot be read: {error.strerror}", "Check its permissions.") from error
+
+
+def _read_caption(path: str, builder: DatasetBuilder) -> str:
+    """A caption file's text; a doubt about its encoding is reported."""
+    text, doubt = _read(path, read_text_and_doubt)
+    if doubt:
+        cure = "Save it as UTF-8: its letters are wrong as it is."
+        builder.problems.append(Problem(printable(path), doubt, cure, skipped=False))
+    return text
+
+
+def _is_caption(path: str) -> bool:
+    return path.lower().endswith((".txt", ".caption"))
+
+
+def _note_odd_name(entry: Entry, builder: DatasetBuilder) -> None:
+    """Say how a name that is no UTF-8 is read where it is the caption."""
+    name = entry.relative.rpartition("/")[2]
+    if readable(name) != name:
+        caption = caption_from_file_name(name).text
+        cause = f"its name is not UTF-8; the caption from it is read as Windows-1252: {caption!r}"
+        cure = "Rename the file, or give it a caption file, if that is wrong."
+        builder.problems.append(Problem(printable(entry.path), cause, cure, skipped=False))
+
+
+_NOTE_CURE = "Nothing needs to be done, unless you meant another file."
+
+
+def _settings_from_lines(text: str) -> ImageSettings:
+    caption = parse_caption_lines(text)
+    return ImageSettings(main_prompt=caption.main_prompt, tags=caption.tags, alternatives=caption.alternatives)
+
+
+def _caption_column(entry: Entry, settings: ImageSettings) -> tuple[int, str]:
+    """The caption as the dataset keeps it: as short as it goes."""
+    if settings.main_prompt is None and not settings.tags:
+        return FROM_FILE_NAME, ""
+    caption, needs_json = caption_of(settings, caption_from_file_name(entry.relative))
+    if needs_json:
+        return FROM_JSON, encode_caption(_with_shared_tags(caption, entry.settings))
+    return FROM_TEXT, caption.text
+
+
+def _with_shared_tags(caption: Caption, shared: ImageSettings) -> Caption:
+    """Alternatives get the folder's tags, too, as the first caption did."""
+    others = [
+        replace(other, tags=merge_tags(other.tags, shared.tags, shared.weighted)) for other in caption.alternatives
+    ]
+    return combine_captions([replace(caption, alternatives=()), *others])
+
+
+def _append(
+    builder: DatasetBuilder,
+    entry: Entry,
+    header: Header,
+    settings: ImageSettings,
+    *,
+    caption: tuple[int, str],
+    stamp: _Stamp,
+) -> None:
+    builder.add(
+        entry.relative,
+        width=header.width,
+        height=header.height,
+        caption=caption[1],
+        caption_kind=caption[0],
+        batch_id=settings.batch_id or None,
+        stamp=stamp.files,
+        file_bytes=stamp.file_bytes,
+        mtime_ns=stamp.mtime_ns,
+        max_caption_length=settings.max_caption_length,
+        multiply=settings.multiply,
+        cond_dropout=settings.cond_dropout,
+        flip_p=settings.flip_p,
+        shuffle_tags=settings.shuffle_tags,
+        keep_tags=settings.keep_tags,
+        loss_scale=settings.loss_scale,
+        rating=settings.rating,
+        mask=entry.mask is not None,
+        alpha=header.has_alpha,
+    )
+
+
+def _problem(path: str, cause: str, cure: str) -> Problem:
+    return Problem(printable(path), cause, cure)

@@ -1,0 +1,137 @@
+"""What is in a picture file, as a 16-byte digest: the same picture has the same digest under any name.
+
+Reading every file costs what the disk gives, so digests are remembered by the file's identity: path, size, times of
+change (of contents and of inode: the second cannot be set back by a program) and inode number. The memo is a file of
+32-byte records, only ever appended to: a torn last record is cut off by its length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+DIGEST_BYTES = 16
+_CHUNK_BYTES = 2**20
+_MAX_WAITING = 256
+"""Files that are read ahead of the one that is asked for."""
+
+PathPair = tuple[str, str | None]
+"""A picture, and its mask file if it has one (the picture's own path where its transparency is the mask)."""
+
+_Memo = dict[bytes, bytes]
+"""Stamp of a file -> digest of its contents."""
+
+
+def digest_file(path: str) -> bytes:
+    """BLAKE2b of a file's bytes, 16 bytes.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    state = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            state.update(chunk)
+    return state.digest()
+
+
+def digest_images(
+    pairs: Iterable[PathPair],
+    count: int,
+    *,
+    memo_file: Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Digest pictures with their masks.
+
+    Args:
+        pairs: `count` pictures with their masks.
+        count: how many.
+        memo_file: where digests are remembered between runs, or None.
+        progress: called with the number of pictures done.
+
+    Returns:
+        (count, 16) uint8; zeros for a file that cannot be read.
+    """
+    digests = np.zeros((count, DIGEST_BYTES), np.uint8)
+    memo = _read_memo(memo_file)
+    learnt: _Memo = {}
+    try:
+        with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
+            for index, (digest, new) in enumerate(_in_order(pool, pairs, memo)):
+                digests[index] = np.frombuffer(digest, np.uint8)
+                learnt |= new
+                if progress is not None:
+                    progress(index + 1)
+    finally:  # interrupted: what was read is still known next time
+        _append_memo(memo_file, learnt)
+    return digests
+
+
+def digest_image(path: str, mask_path: str | None = None) -> bytes:
+    """Digest one picture with its mask, as `digest_images` does; zeros for a file that cannot be read."""
+    return _digest_pair((path, mask_path), {})[0]
+
+
+def _read_memo(path: Path | None) -> _Memo:
+    data = path.read_bytes() if path is not None and path.is_file() else b""
+    size = 2 * DIGEST_BYTES
+    starts = range(0, len(data) // size * size, size)
+    return {data[i : i + DIGEST_BYTES]: data[i + DIGEST_BYTES : i + size] for i in starts}
+
+
+def _append_memo(path: Path | None, learnt: _Memo) -> None:
+    if path is None or not learnt:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        torn = file.tell() % (2 * DIGEST_BYTES)
+        file.truncate(file.tell() - torn)
+        file.write(b"".join(stamp + digest for stamp, digest in learnt.items()))
+
+
+def _in_order(pool: ThreadPoolExecutor, pairs: Iterable[PathPair], memo: _Memo) -> Iterator[tuple[bytes, _Memo]]:
+    """Digest ahead, by a bounded number of files, and give the results in order."""
+    waiting: deque[Future[tuple[bytes, _Memo]]] = deque()
+    for pair in pairs:
+        waiting.append(pool.submit(_digest_pair, pair, memo))
+        if len(waiting) >= _MAX_WAITING:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _digest_pair(pair: PathPair, memo: _Memo) -> tuple[bytes, _Memo]:
+    """The digest of picture and mask together, and what was newly learnt of single files."""
+    path, mask = pair
+    learnt: _Memo = {}
+    try:
+        state = hashlib.blake2b(_digest_known(path, memo, learnt), digest_size=DIGEST_BYTES)
+        if mask is not None:
+            state.update(b"alpha" if mask == path else b"mask" + _digest_known(mask, memo, learnt))
+    except OSError:
+        return bytes(DIGEST_BYTES), learnt
+    return state.digest(), learnt
+
+
+def _digest_known(path: str, memo: _Memo, learnt: _Memo) -> bytes:
+    stamp = stamp_file(path)
+    digest = memo.get(stamp)
+    if digest is None:
+        digest = digest_file(path)
+        if stamp_file(path) == stamp:  # it did not change while it was read
+            learnt[stamp] = digest
+    return digest
+
+
+def stamp_file(path: str) -> bytes:
+    """What tells one state of a file from another, without reading it; 16 bytes."""
+    stat = os.stat(path)
+    text = f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}\0{stat.st_ino}"
+    return hashlib.blake2b(os.fsencode(text), digest_size=DIGEST_BYTES).digest()

@@ -1,0 +1,255 @@
+"""Finding pictures and what is said about them: folders, `.json` indexes, and several roots at once.
+
+`scan_dataset` walks every root, reads each picture's header and the small files beside it in parallel, and gives a
+`Dataset`. Only headers are read. A file that cannot be used is left out and named in `Dataset.problems` with its cause
+and cure; one file never ends the scan. A settings or caption file that cannot be understood takes out what it governs:
+training a picture under the wrong words would be worse than leaving it out.
+
+Walking is done by one thread and reading by many, with a bounded number of pictures in flight, so memory follows the
+number of pictures only. The scan is remembered (`scan_cache`), and what did not change is not read again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from everydream_kit.data.captions import caption_from_file_name, is_camera_name
+from everydream_kit.data.dataset import (
+    FROM_FILE_NAME,
+    MASK_SUFFIX,
+    Dataset,
+    DatasetBuilder,
+    Defaults,
+    MaskMode,
+    Problem,
+    printable,
+)
+from everydream_kit.data.dataset_images import Entry, Job, entries_of_folder, hash_settings, read_job
+from everydream_kit.data.folders import SIDECAR_EXTENSIONS, Report, report_notes, walk_folders
+from everydream_kit.data.image_settings import parse_settings
+from everydream_kit.data.scan_cache import Remembered, load_remembered, save_remembered
+from everydream_kit.data.textfiles import TextError, kind_of, parse_json, require_text
+from everydream_kit.errors import DataError
+
+DataRoot = str | Path | list[Any] | dict[str, Any]
+
+JOB_SIZE = 256
+"""Pictures that a worker reads in one go: enough to make the hand-over cheap, few enough to keep threads busy."""
+
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def scan_dataset(
+    data_root: DataRoot,
+    *,
+    cond_dropout: float = 0.04,
+    flip_p: float = 0.0,
+    shuffle_tags: bool = False,
+    keep_tags: int = 0,
+    caption_lines: Literal["join", "choose"] = "join",
+    loss_mask: MaskMode = "off",
+    cache_dir: str | Path | None = None,
+    num_threads: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Dataset:
+    """Find all pictures of a dataset.
+
+    Args:
+        data_root: a folder, a `.json` index, an archive, a Hub dataset id, a list of these, or EveryDream 2's
+            `{"resolver": ...}` form.
+        cond_dropout, flip_p, shuffle_tags, keep_tags: hold where neither picture nor folder says otherwise.
+        caption_lines: what several lines in a caption file mean: one caption ("join"), or one each ("choose").
+        loss_mask: where loss masks come from.
+        cache_dir: folder that remembers the scan; None remembers nothing.
+        num_threads: readers; by default four for each core, at most 32, since most of their time is waiting for disks.
+        progress: called with the number of pictures looked at so far, from the calling thread.
+
+    Raises:
+        DataError: a root is not there, or is of no kind that is known. What is wrong with single files is in
+            `Dataset.problems` instead.
+    """
+    cache = None if cache_dir is None else Path(cache_dir)
+    roots = [_locate(spec, cache) for spec in _flatten(data_root)]
+    bases = [str(path.parent if path.is_file() else path) for path in roots]
+    defaults = Defaults(cond_dropout, flip_p, shuffle_tags, keep_tags, loss_mask)
+    scanner = _Scanner(caption_lines == "choose", num_threads, progress)
+    if len(roots) == 1:
+        return replace(scanner.scan(roots[0], bases[0], cache), defaults=defaults)
+    builder = DatasetBuilder(bases)
+    for number, (path, base) in enumerate(zip(roots, bases, strict=True)):
+        builder.extend(scanner.scan(path, base, cache), root=number)
+    return builder.build(defaults)
+
+
+def _flatten(data_root: Any) -> list[str]:
+    """The single roots that a data_root names."""
+    if isinstance(data_root, (str, Path)):
+        return [str(data_root)]
+    if isinstance(data_root, list):
+        if not data_root:
+            raise DataError("data_root: the list is empty; name at least one folder.")
+        return [spec for item in data_root for spec in _flatten(item)]
+    if isinstance(data_root, dict):
+        resolver = data_root.get("resolver")
+        if resolver == "multi" and isinstance(data_root.get("resolvers"), list):
+            return _flatten(data_root["resolvers"])
+        if resolver in ("directory", "json") and isinstance(data_root.get("path"), str):
+            return [data_root["path"]]
+        raise DataError(
+            f"data_root: an object names a resolver: directory or json with a path, or multi with a list of resolvers "
+            f"(got resolver {resolver!r} with {', '.join(map(str, data_root)) or 'nothing'})."
+        )
+    raise DataError(f"data_root: a folder is expected, found a {kind_of(data_root)}.")
+
+
+def _locate(spec: str, cache: Path | None) -> Path:
+    """The folder or index file that a root stands for, absolute; archives and Hub datasets are fetched."""
+    path = Path(spec).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix.lower() == ".json"):
+        return path.absolute()
+    is_archive = path.is_file() and path.name.lower().endswith(ARCHIVES)
+    if is_archive or spec.startswith("hf://") or (_HUB_ID.fullmatch(spec) and not path.exists()):
+        from everydream_kit.data.sources import open_source
+
+        work_dir = cache or (path.parent if is_archive else Path.home() / ".cache" / "everydream_kit")
+        return Path(open_source(spec, work_dir)).absolute()
+    if path.exists():
+        raise DataError(f"{spec}: not a folder, a .json index or an archive ({', '.join(ARCHIVES)}).")
+    raise DataError(f"{spec}: there is no such folder or file. Give the folder that holds your pictures as data_root.")
+
+
+class _Scanner:
+    """Reads roots one after another with one setting; counts over all of them."""
+
+    def __init__(self, choose_lines: bool, num_threads: int | None, progress: Callable[[int], None] | None) -> None:
+        self._choose_lines = choose_lines
+        self._num_threads = num_threads or min(32, 4 * (os.cpu_count() or 1))
+        self._progress = progress
+        self._num_seen = 0
+
+    def scan(self, path: Path, base: str, cache: Path | None) -> Dataset:
+        """One root, as a dataset with a single root."""
+        remembered = load_remembered(cache, str(path), in_folder_order=path.is_dir())
+        builder = DatasetBuilder([base])
+        jobs = self._jobs(path, base, builder.problems.append)
+        with warnings.catch_warnings(), ThreadPoolExecutor(self._num_threads, "scan") as pool:
+            # of damaged EXIF, and of pictures half as large as what we (and it) refuse
+            warnings.filterwarnings("ignore", module=r"PIL\b")
+            for part in self._in_order(pool, jobs, remembered):
+                builder.extend(part, root=0)
+        dataset = builder.build(Defaults())
+        _note_camera_names(dataset, base)
+        if cache is not None and not remembered.is_all_of(dataset):
+            save_remembered(cache, str(path), dataset)
+        return dataset
+
+    def _in_order(self, pool: ThreadPoolExecutor, jobs: Iterator[Job], remembered: Remembered) -> Iterator[Dataset]:
+        """Results in the order of the jobs, with a bounded number in flight."""
+        waiting: deque[tuple[int, Future[Dataset]]] = deque()
+        for job in jobs:
+            waiting.append((len(job.entries), pool.submit(read_job, job, remembered)))
+            while len(waiting) > 2 * self._num_threads:
+                yield self._finish(*waiting.popleft())
+        while waiting:
+            yield self._finish(*waiting.popleft())
+
+    def _finish(self, num_images: int, result: Future[Dataset]) -> Dataset:
+        part = result.result()
+        self._num_seen += num_images
+        if self._progress is not None:
+            self._progress(self._num_seen)
+        return part
+
+    def _jobs(self, path: Path, base: str, report: Report) -> Iterator[Job]:
+        if path.is_file():
+            entries = tuple(_read_index(path, base, report))
+            yield from (Job(entries[i : i + JOB_SIZE], self._choose_lines) for i in range(0, len(entries), JOB_SIZE))
+            return
+        for folder in walk_folders(base, report):
+            for start in range(0, len(folder.images), JOB_SIZE):
+                names = folder.images[start : start + JOB_SIZE]
+                entries = entries_of_folder(folder.path, folder.relative, names, folder.companions, folder.settings)
+                yield Job(entries, self._choose_lines)
+
+
+def _note_camera_names(dataset: Dataset, base: str) -> None:
+    """Report captions that come from file names which say nothing."""
+    rows = np.flatnonzero(dataset.numbers["caption_kind"] == FROM_FILE_NAME).tolist()
+    captions = [caption_from_file_name(dataset.paths[row]).text for row in rows]
+    empty = [text for text in captions if is_camera_name(text)]
+    if empty:
+        examples = ", ".join(repr(text) for text in list(dict.fromkeys(empty))[:3])
+        cause = (
+            f"{len(rows)} captions come from file names, and {len(empty)} of them look like names from a camera or a "
+            f"download: {examples}"
+        )
+        cure = "Put a caption file next to each image (cat.txt for cat.jpg), or rename the images."
+        dataset.problems.append(Problem(printable(base), cause, cure, skipped=False))
+
+
+def _read_index(path: Path, base: str, report: Report) -> Iterator[Entry]:
+    """The pictures that a `.json` index lists. Relative paths start at the index's own folder.
+
+    Raises:
+        DataError: the index is no JSON list of objects.
+    """
+    try:
+        items = parse_json(path.read_text(encoding="utf-8-sig"))
+    except (TextError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}: {error}. A dataset index is a JSON list of objects with image and caption."
+        ) from error
+    if not isinstance(items, list):
+        raise DataError(
+            f'{path}: holds a {kind_of(items)}, but an index is a list: [{{"image": "a.jpg", "caption": "a cat"}}].'
+        )
+    seen: set[str] = set()
+    for number, item in enumerate(items):
+        try:
+            entry = _index_entry(item, base, path, report)
+        except TextError as error:
+            report(
+                Problem(f"{path}, entry {number}", str(error), "Mend the entry; until then its picture is left out.")
+            )
+            continue
+        if entry.path in seen:
+            report(
+                Problem(
+                    printable(entry.path), f"listed again in entry {number}", "Used as often as it is listed.", False
+                )
+            )
+        seen.add(entry.path)
+        yield entry
+
+
+def _index_entry(item: Any, base: str, index: Path, report: Report) -> Entry:
+    if not isinstance(item, Mapping):
+        raise TextError(f"an object with an image is expected, found a {kind_of(item)}")
+    image = item.get("image")
+    if not isinstance(image, str) or not image.strip():
+        raise TextError("there is no image in it")
+    settings = parse_settings(item)
+    report_notes(settings, str(index), report)
+    relative = require_text(image.strip()).replace("\\", "/")
+    path = os.path.normpath(os.path.join(base, relative))
+    stem = os.path.splitext(path)[0]
+    settings = replace(settings, unknown=(), notes=())
+    # an entry with a caption speaks for itself; others may have one beside the picture
+    alongside = (
+        ()
+        if settings.main_prompt is not None
+        else tuple(file for file in (stem + extension for extension in SIDECAR_EXTENSIONS) if os.path.isfile(file))
+    )
+    mask = stem + MASK_SUFFIX
+    return Entry(path, relative, alongside, mask if os.path.isfile(mask) else None, settings, hash_settings(settings))

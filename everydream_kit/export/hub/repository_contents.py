@@ -1,0 +1,242 @@
+"""What a push consists of: which files of a run or checkpoint go where in the repository.
+
+    README.md                   the model card
+    model_index.json  unet/ ..  the checkpoint at the root, so that `from_pretrained("me/jets")` loads it
+    resume/                     its optimizer and position (background uploads only, unless asked for)
+    <project>.safetensors       the single file, where asked for
+    pytorch_lora_weights...     a LoRA, where the run trained one
+    samples/                    newest sample pictures
+    training/                   config.json, curves.png; with resume/ also events.jsonl and run.json
+
+What is copied into text files is cleaned: tokens are cut out, and folders of this machine too, except where a resume
+needs them. Nothing here talks to the network.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any, Literal, cast, get_args
+
+from everydream_kit.errors import ExportError
+from everydream_kit.export.hub.connection import redact
+from everydream_kit.strict_json import read_json
+from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder, is_checkpoint
+
+What = Literal["diffusers", "lora", "single_file", "samples", "training", "resume"]
+DEFAULT_WHAT: tuple[What, ...] = ("diffusers", "samples", "training")
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+TOKENS_FILE = "learned_embeds.safetensors"
+SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
+SAMPLE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+MAX_SAMPLES = 12
+RUN_FACTS = "training/run.json"
+
+
+@dataclass(frozen=True)
+class UploadFile:
+    """One file of a push: its place in the repository, and where its bytes are."""
+
+    path: str
+    source: Path | bytes
+    num_bytes: int
+
+    @classmethod
+    def of(cls, path: str, source: Path | bytes) -> UploadFile:
+        return cls(path, source, len(source) if isinstance(source, bytes) else source.stat().st_size)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample picture with the text it was drawn from."""
+
+    path: Path
+    path_in_repo: str
+    prompt: str
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a person wants to push, found on disk.
+
+    Attributes:
+        run: the run folder, where there is one around the checkpoint.
+        checkpoint: a model folder (diffusers or LoRA), or None where a single file was given.
+        single_file: a `.safetensors` or `.ckpt` that was given instead.
+    """
+
+    run: RunFolder | None
+    checkpoint: Path | None
+    single_file: Path | None = None
+
+    @property
+    def place(self) -> Path:
+        """What to name in messages: it is still there after a push that failed."""
+        place = self.checkpoint or self.single_file
+        assert place is not None
+        return place
+
+    @property
+    def is_lora(self) -> bool:
+        """The checkpoint holds LoRA weights and no model of its own."""
+        folder = self.checkpoint
+        return folder is not None and any((folder / n).is_file() for n in LORA_FILES) and not (folder / "unet").is_dir()
+
+    @property
+    def learnt_tokens(self) -> dict[str, int]:
+        """Learnt tokens in the checkpoint, each with the number of text encoders that know it."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.checkpoint / TOKENS_FILE if self.checkpoint else None
+        if path is None or not path.is_file():
+            return {}
+        try:
+            with safe_open(path, framework="np") as file:
+                names = list(file.keys())
+        except (OSError, SafetensorError) as error:
+            raise ExportError(f"{path}: damaged: {error}. Push another checkpoint.") from error
+        tokens = [name for name in names if "|" not in name]
+        return {token: sum(name.partition("|")[0] == token for name in names) for token in tokens}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The run's settings; empty without a run."""
+        if self.run is None:
+            return {}
+        try:
+            return dict(read_json(self.run.config_path, error=ExportError))
+        except ExportError as error:
+            raise ExportError(f"{error} The settings are damaged: fix them, or push the checkpoint alone.") from error
+
+    @property
+    def title(self) -> str:
+        """The project's name, else the folder's or file's."""
+        return str(self.config.get("project_name") or self.place.stem)
+
+
+def find_source(given: Any) -> Source:
+    """Find out what was given: a run, a checkpoint, a single file, or an object with a `.folder`.
+
+    Raises:
+        ExportError: nothing there can be pushed.
+        CheckpointError: the run holds no whole checkpoint yet.
+    """
+    path = Path(getattr(given, "folder", given)).expanduser()
+    if path.is_file() and path.suffix in SINGLE_FILE_SUFFIXES:
+        return Source(None, None, path)
+    if is_checkpoint(path) or any((path / name).is_file() for name in LORA_FILES):
+        around = path.resolve().parent.parent
+        return Source(RunFolder(around) if _is_run(around) else None, path)
+    if _is_run(path):
+        run = RunFolder(path)
+        return Source(run, run.last_checkpoint)
+    found = "is not there" if not path.exists() else "is neither a run folder, a checkpoint, nor a .safetensors file"
+    raise ExportError(f"{path}: {found}. Give a run folder (it has a config.json), or a checkpoint under its ckpts/.")
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and (folder / "ckpts").is_dir()
+
+
+def check_what(what: Iterable[str], source: Source) -> tuple[What, ...]:
+    """The parts to push, checked against what there is.
+
+    Raises:
+        ExportError: an unknown part, or one that this source does not have.
+    """
+    parts = (what,) if isinstance(what, str) else tuple(what)
+    known = get_args(What)
+    for part in parts:
+        if part not in known:
+            raise ExportError(f"what: {part!r} is unknown; it may hold {', '.join(known)}.")
+    if source.single_file is not None:
+        return ("single_file",)
+    if source.is_lora:
+        parts = tuple("lora" if part == "diffusers" else part for part in parts)
+    elif "lora" in parts:
+        raise ExportError(f"what: {source.place} holds no LoRA ({' or '.join(LORA_FILES)}). Leave `lora` out.")
+    assert source.checkpoint is not None
+    if "resume" in parts and not (source.checkpoint / CHECKPOINT_MANIFEST).is_file():
+        raise ExportError(
+            f"what: {source.checkpoint} holds no resume state; only the newest checkpoints of a run do. "
+            "Push a newer one, or leave `resume` out."
+        )
+    return cast("tuple[What, ...]", parts)
+
+
+def checkpoint_files(folder: Path) -> list[UploadFile]:
+    """The model's own files, at the repository's root: everything but `resume/`, hidden files and a card."""
+    return [
+        UploadFile.of(path.relative_to(folder).as_posix(), path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.relative_to(folder).parts[0] not in ("resume", "README.md")
+    ]
+
+
+def resume_files(source: Source, token: str | None) -> list[UploadFile]:
+    """Resume state, and what a run folder on another machine is rebuilt from."""
+    assert source.checkpoint is not None
+    folder = source.checkpoint
+    files = [
+        UploadFile.of(path.relative_to(folder).as_posix(), path)
+        for path in sorted((folder / "resume").rglob("*"))
+        if path.is_file()
+    ]
+    run_name = source.run.name if source.run else folder.resolve().name
+    facts = {"version": 1, "run": run_name, "checkpoint": folder.resolve().name}
+    files.append(UploadFile.of(RUN_FACTS, _json(facts)))
+    if source.run is not None and source.run.events_path.is_file():
+        events = source.run.events_path.read_text("utf-8")
+        events = events[: events.rfind("\n") + 1]  # a last line may still be being written
+        files.append(UploadFile.of("training/events.jsonl", redact(events, token).encode()))
+    return files
+
+
+def config_file(source: Source, token: str | None, *, keep_paths: bool) -> UploadFile | None:
+    """The run's settings, loadable as `--config`; folders of this machine are cut to their names unless kept."""
+    if source.run is None:
+        return None
+    config = source.config if keep_paths else without_folders(source.config)
+    return UploadFile.of("training/config.json", redact(_json(config).decode(), token).encode())
+
+
+def without_folders(value: Any) -> Any:
+    """A JSON value in which every absolute path is cut to its last part: whose machine it was is nobody's business."""
+    if isinstance(value, dict):
+        return {key: without_folders(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_folders(each) for each in value]
+    if isinstance(value, str) and re.match(r"([/~]|[A-Za-z]:[\\/]|\\\\)", value):
+        return PureWindowsPath(value).name or "/"  # splits at both kinds of slash
+    return value
+
+
+def find_samples(run: RunFolder | None) -> list[Sample]:
+    """The newest sheet of each prompt, newest step only, at most `MAX_SAMPLES`; live weights before averaged ones."""
+    if run is None or not run.samples_folder.is_dir():
+        return []
+    images = [path for path in run.samples_folder.iterdir() if path.suffix.lower() in SAMPLE_SUFFIXES]
+    steps = {path: int(match[1]) for path in images if (match := re.match(r"gs(\d+)", path.name))}
+    latest = max(steps.values(), default=None)
+    chosen = sorted(path for path in images if steps.get(path) == latest)[:MAX_SAMPLES]
+    return [_sample(number, path) for number, path in enumerate(chosen)]
+
+
+def _sample(number: int, path: Path) -> Sample:
+    name = re.match(r"gs\d+", path.name)
+    place = f"samples/{name[0] if name else 'sample'}-{number:03}{path.suffix.lower()}"
+    notes = path.with_suffix(".txt")
+    lines = notes.read_text("utf-8", errors="replace").splitlines() if notes.is_file() else []
+    marker = next((n for n, line in enumerate(lines) if line.startswith("negative prompt:")), len(lines))
+    negative = lines[marker].partition(":")[2].strip() if marker < len(lines) else ""
+    return Sample(path, place, " ".join(lines[:marker]).strip() or path.stem, negative)
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,213 @@
+"""`sample`: draw pictures with any model or checkpoint, and write them with their settings inside.
+
+The drawing itself is in `models/sampling.py`; here is finding the model that a person means, and naming the files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from everydream_kit.errors import ConfigError
+from everydream_kit.workspace import RunFolder
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from everydream_kit.models.family import Model
+    from everydream_kit.models.sampling import SamplePrompt
+
+    Checkpoint = str | Path | RunFolder | Model
+
+
+def sample(
+    checkpoint: Checkpoint | Sequence[Checkpoint],
+    prompts: str | Sequence[str],
+    *,
+    negative_prompt: str = "",
+    cfgs: Sequence[float] = (7.0,),
+    scheduler: str = "ddim",
+    num_inference_steps: int = 30,
+    seed: int = 555,
+    num_images: int = 1,
+    width: int | None = None,
+    height: int | None = None,
+    clip_skip: int = 0,
+    lora: str | Path | None = None,
+    out: str | Path = "samples",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Path]:
+    """Draw pictures and write them as PNG files that carry their settings, with a labelled sheet of all.
+
+    Args:
+        checkpoint: a diffusers folder, a single file, a Hub id, a run (its last checkpoint), `embedded`, or a loaded model;
+            or several of them, which are loaded one after the other and stand side by side on the sheet.
+        prompts: one or several.
+        cfgs: guidance scales; each prompt is drawn at each, from the same noise.
+        num_images: pictures of each prompt, with seeds counting up from `seed`.
+        width, height: in pixels; by default the model's own size.
+        lora: a LoRA file or checkpoint to draw with.
+        out: folder for the pictures; made if it is not there.
+        progress: called with (denoising steps done, in all).
+
+    Returns:
+        The picture files, by checkpoint, then in order of prompt, seed and cfg; last the sheet, where there is more than
+        one picture.
+
+    Raises:
+        ModelError: a checkpoint cannot be used.
+        ConfigError: no prompt, no checkpoint, an unknown scheduler, or a size that is no multiple of 8.
+    """
+    from everydream_kit.models.sampling import SamplePrompt, sample_images
+
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    checkpoints = list(checkpoint) if isinstance(checkpoint, (list, tuple)) else [checkpoint]
+    if not texts or not checkpoints:
+        raise ConfigError(f"{'prompt' if checkpoints else 'checkpoint'}: give at least one")
+    wanted: list[SamplePrompt] = []
+    drawn = []
+    for number, each in enumerate(checkpoints):
+        model = open_for_sampling(each, lora=lora)
+        side = native_size(model)
+        wanted = [
+            SamplePrompt(text, negative_prompt, seed + index, width or side, height or side, tuple(cfgs))
+            for text in texts
+            for index in range(num_images)
+        ]
+        images = sample_images(
+            model,
+            wanted,
+            scheduler=scheduler,
+            num_inference_steps=num_inference_steps,
+            clip_skip=clip_skip,
+            progress=_part_of(progress, number, len(checkpoints)),
+        )
+        drawn.append((_label(each), images))
+        del model  # before the next one is loaded
+    return _write_images(Path(out), wanted, drawn)
+
+
+def _part_of(progress: Callable[[int, int], None] | None, number: int, count: int) -> Callable[[int, int], None] | None:
+    """Progress of one of several checkpoints, told as that of all."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(number * total + done, count * total)
+
+
+def _write_images(
+    folder: Path, wanted: Sequence[SamplePrompt], drawn: Sequence[tuple[str, Sequence[Image]]]
+) -> list[Path]:
+    """A file for each picture, and the sheet: prompts and seeds downwards, checkpoints and guidance scales across."""
+    from everydream_kit.models.sampling import label_grid, save_image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    several = len(drawn) > 1
+    names = [(prompt, cfg) for prompt in wanted for cfg in prompt.cfgs]
+    paths = []
+    for label, images in drawn:
+        start = f"{_as_file_name(label)}-" if several else ""
+        for (prompt, cfg), image in zip(names, images, strict=True):
+            stem = f"{start}{_as_file_name(prompt.prompt)}-seed{prompt.seed}-cfg{cfg:g}"
+            paths.append(_free_name(folder, stem))
+            save_image(image, paths[-1])
+    if len(paths) > 1:
+        cfgs = wanted[0].cfgs
+        rows = [
+            [image for _, images in drawn for image in images[row * len(cfgs) : (row + 1) * len(cfgs)]]
+            for row in range(len(wanted))
+        ]
+        columns = [f"{label}, cfg {cfg:g}" if several else f"cfg {cfg:g}" for label, _ in drawn for cfg in cfgs]
+        labels = [f"{prompt.prompt} (seed {prompt.seed})" for prompt in wanted]
+        paths.append(_free_name(folder, "sheet"))
+        save_image(label_grid(rows, column_labels=columns, row_labels=labels), paths[-1])
+    return paths
+
+
+def _label(checkpoint: Checkpoint) -> str:
+    """What a checkpoint is called on the sheet: the last part of its name."""
+    from everydream_kit.models.family import Model
+
+    source = checkpoint.source if isinstance(checkpoint, Model) else str(checkpoint)
+    if not isinstance(checkpoint, Model) and source != "embedded":
+        source = str(resolve_checkpoint(checkpoint))
+    return Path(source).name
+
+
+def open_for_sampling(checkpoint: Checkpoint, *, lora: str | Path | None = None) -> Model:
+    """Load the model that is meant, on the device there is, with a LoRA merged into it if one is given.
+
+    Raises:
+        ModelError: the checkpoint or the LoRA cannot be used, or do not belong together.
+        ConfigError: a LoRA for a model that is loaded already.
+    """
+    import torch
+
+    from everydream_kit.models.family import Model
+    from everydream_kit.models.loading import assemble, load_model, open_model
+
+    if isinstance(checkpoint, Model):
+        if lora is not None:
+            raise ConfigError("lora: give the checkpoint's path, so that the LoRA can be merged while it is loaded")
+        return checkpoint
+    source = resolve_checkpoint(checkpoint)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    if lora is None:
+        return load_model(source, dtype=dtype, device=device)
+    from everydream_kit.models.lora_formats import apply_lora, read_lora_file
+    from everydream_kit.models.tokens import put_tokens
+
+    files = open_model(source)
+    read = read_lora_file(Path(lora), files)
+    model = assemble(apply_lora(files, read), dtype=dtype, device=device)
+    if read.embeddings:
+        put_tokens(model, read.embeddings, str(lora))
+    return model
+
+
+def resolve_checkpoint(checkpoint: str | Path | RunFolder) -> str | Path:
+    """What a person means: a run's last checkpoint, the embedded model's folder, or what was given."""
+    if isinstance(checkpoint, RunFolder):
+        return checkpoint.last_checkpoint
+    if str(checkpoint) == "embedded":
+        from everydream_kit.demo import base_model_path
+
+        return base_model_path()
+    if (Path(checkpoint) / "ckpts").is_dir():
+        return RunFolder(Path(checkpoint)).last_checkpoint
+    return checkpoint
+
+
+def native_size(model: Model) -> int:
+    """Side in pixels that a model draws best: its UNet's sample size times the VAE's factor."""
+    cells = model.unet.config["sample_size"]
+    return int(cells if isinstance(cells, int) else cells[0]) * model.vae_scale_factor
+
+
+def token_counter(model: str | Path) -> Callable[[str], int]:
+    """How many tokens a caption has for a model's first tokenizer, begin and end left out: what a report counts by."""
+    from everydream_kit.models.tokenizer import load_tokenizer
+
+    if str(model) == "embedded":
+        from everydream_kit.demo import base_model_path
+
+        model = base_model_path()
+    tokenizer = load_tokenizer(Path(model) / "tokenizer")
+    return lambda caption: len(tokenizer(caption, add_special_tokens=False)["input_ids"])
+
+
+def _as_file_name(prompt: str) -> str:
+    """At most 60 characters and 90 bytes: two of them and the settings stay below the 255 bytes of a name."""
+    name = re.sub(r"[^\w\-]+", "-", prompt).strip("-")[:60]
+    return name.encode(errors="ignore")[:90].decode(errors="ignore").strip("-") or "empty"
+
+
+def _free_name(folder: Path, stem: str) -> Path:
+    """A PNG name that is not taken: earlier pictures are never overwritten."""
+    path, number = folder / f"{stem}.png", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{stem}-{number}.png"
+    return path

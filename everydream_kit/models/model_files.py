@@ -1,0 +1,223 @@
+"""A model on disk, opened and understood, but not read: `ModelFiles`.
+
+This is where every way in meets (diffusers folder here, single file in `single_file.py`, a live model in `saving.py`),
+and where every way out starts (`loading.py` builds modules, `saving.py` writes folders, `export/` writes single files).
+Weights are lazy, so conversions need no model in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from everydream_kit import strict_json
+from everydream_kit.errors import ModelError
+from everydream_kit.models.families import FAMILIES, family_by_name
+from everydream_kit.models.family import Config, Family
+from everydream_kit.models.number_formats import widest
+from everydream_kit.models.part_configs import scheduler_values
+from everydream_kit.models.tensors import Tensors
+from everydream_kit.models.tokenizer import Vocabulary
+from everydream_kit.models.weight_files import open_weights
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHT_NAMES = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+}
+"""Stem of a component's weight file; text encoders use `model` (or `pytorch_model.bin`)."""
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass
+class ModelFiles:
+    """A model's parts, by the names of their folders in the diffusers layout.
+
+    Attributes:
+        configs: "unet", "vae", "text_encoder", ... -> its `config.json`.
+        tensors: the same names -> weights by diffusers' names.
+        tokenizers: "tokenizer", ... -> its folder, a vocabulary of its own, or None for the shipped one.
+        scheduler_config: the model's own sampler, as found.
+        extra_embeddings: folder of learnt tokens, if the model carries any.
+    """
+
+    family: Family
+    source: str
+    configs: dict[str, Config]
+    tensors: dict[str, Tensors]
+    tokenizers: dict[str, Path | Vocabulary | None]
+    scheduler_config: dict[str, Any]
+    prediction_type: str
+    zero_terminal_snr: bool
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def num_elements(self) -> int:
+        """How many numbers all weights hold together."""
+        return sum(math.prod(tensor.shape) for part in self.tensors.values() for tensor in part.values())
+
+    def stored_dtype(self, component: str) -> torch.dtype | None:
+        """The format that holds all weights of a component as its file does; None where no weights were opened."""
+        return widest([tensor.dtype for tensor in self.tensors.get(component, {}).values()])
+
+    def num_bytes(self) -> int:
+        """Size of all weights as they are stored."""
+        lazy = [tensor for part in self.tensors.values() for tensor in part.values()]
+        return sum(tensor.dtype.itemsize * math.prod(tensor.shape) for tensor in lazy)
+
+
+def open_folder(
+    folder: Path, *, family: str | None = None, prediction_type: str | None = None, variant: str | None = None
+) -> ModelFiles:
+    """Open a diffusers folder.
+
+    Args:
+        family, prediction_type: overrides of what the files say.
+        variant: of the weight files, such as `fp16`; a component without it is taken plain.
+
+    Raises:
+        ModelError: a part is missing, damaged, or of a kind that the kit does not train.
+    """
+    _check_is_model(folder)
+    configs = {
+        path.parent.name: read_json(path)
+        for path in sorted(folder.glob("*/config.json"))
+        if path.parent.name in ("unet", "vae") or path.parent.name.startswith("text_encoder")
+    }
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    refuse_unsupported(str(folder), configs, index)
+    found = family_by_name(family) if family else recognise_configs(str(folder), configs)
+    wanted = ["unet", "vae", *(slot.folder for slot in found.text_encoders)]
+    for name in wanted:
+        if name not in configs:
+            raise ModelError(f"{folder}: {name}/config.json is missing, and {found.title} needs it.")
+    scheduler = _read_scheduler(folder)
+    return ModelFiles(
+        family=found,
+        source=str(folder),
+        configs={name: configs[name] for name in wanted},
+        tensors={name: open_component(folder / name, variant) for name in wanted},
+        tokenizers={slot.tokenizer_folder: folder / slot.tokenizer_folder for slot in found.text_encoders},
+        scheduler_config=scheduler,
+        prediction_type=prediction_type or prediction_type_of(scheduler, str(folder)),
+        zero_terminal_snr=has_zero_terminal_snr(scheduler),
+    )
+
+
+def _check_is_model(folder: Path) -> None:
+    if (folder / "unet" / "config.json").is_file():
+        return
+    if not any(folder.iterdir()):
+        raise ModelError(f"{folder}: the folder is empty, so there is no model to load. Was the download cut short?")
+    if (folder / "transformer" / "config.json").is_file():
+        raise ModelError(
+            f"{folder}: this model is a diffusion transformer (SD 3, Flux or later), which the kit does not train."
+        )
+    raise ModelError(
+        f"{folder}: no diffusers model here (unet/config.json is missing). Give the folder that holds "
+        "model_index.json, or a .safetensors file."
+    )
+
+
+def refuse_unsupported(where: str, configs: Mapping[str, Config], index: Config) -> None:
+    """Name models that look like ours and are not.
+
+    Raises:
+        ModelError: inpainting, depth, upscaler, instruct and refiner models.
+    """
+    pipeline = str(index.get("_class_name", ""))
+    channels = configs.get("unet", {}).get("in_channels", 4)
+    kinds = {9: "an inpainting model", 5: "a depth-to-image model", 7: "an upscaler", 8: "an InstructPix2Pix model"}
+    if channels != 4 or "Inpaint" in pipeline:
+        kind = "an inpainting model" if "Inpaint" in pipeline else kinds.get(channels, "of an unknown kind")
+        raise ModelError(
+            f"{where}: this is {kind} (its UNet takes {channels} channels, not 4), which this version cannot train. "
+            "Take the ordinary model of the same family."
+        )
+    if "text_encoder_2" in configs and "text_encoder" not in configs:
+        raise ModelError(
+            f"{where}: this is an SDXL refiner, which this version cannot train. Take the SDXL base model."
+        )
+
+
+def recognise_configs(where: str, configs: Mapping[str, Config]) -> Family:
+    """The family whose table these configs fit."""
+    for family in FAMILIES.values():
+        if family.matches_configs(configs):
+            return family
+    raise ModelError(
+        f"{where}: the model fits none of the families {', '.join(FAMILIES)} (it has {', '.join(sorted(configs))}). "
+        "If it is one of them all the same, say which with `family`."
+    )
+
+
+def open_component(folder: Path, variant: str | None = None) -> Tensors:
+    """Weights of one component's folder: safetensors before pickles, whole before sharded.
+
+    Raises:
+        ModelError: no weights, or damaged ones.
+    """
+    stem = WEIGHT_NAMES.get(folder.name, "model")
+    pickle_stem = stem if folder.name in WEIGHT_NAMES else "pytorch_model"
+    suffixes = [f".{variant}", ""] if variant else [""]
+    for suffix in suffixes:
+        for name in (f"{stem}{suffix}.safetensors", f"{pickle_stem}{suffix}.bin"):
+            if (folder / name).is_file():
+                return open_weights(folder / name)[0]
+            shards = sorted(folder.glob(f"{stem}.safetensors.index{suffix}.json")) + sorted(
+                folder.glob(f"{name}.index.json")
+            )
+            if shards:
+                return _open_shards(shards[0])
+    raise ModelError(
+        f"{folder}: no weights here ({stem}.safetensors or {pickle_stem}.bin). The model folder is incomplete"
+        + (f", or has no variant {variant!r}." if variant else ".")
+    )
+
+
+def _open_shards(index_file: Path) -> Tensors:
+    weight_map = read_json(index_file).get("weight_map", {})
+    tensors: Tensors = {}
+    for name in sorted(set(map(str, weight_map.values()))):
+        shard = index_file.parent / Path(name).name
+        if not shard.is_file():
+            raise ModelError(f"{index_file}: names the file {name}, which is not there. The download is incomplete.")
+        tensors.update(open_weights(shard)[0])
+    return tensors
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises: ModelError if there is none."""
+    try:
+        return dict(strict_json.read_json(path, error=ModelError))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: is missing.") from None
+
+
+def _read_scheduler(folder: Path) -> dict[str, Any]:
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder}: scheduler/scheduler_config.json is missing, so the noise schedule is not known.")
+    return scheduler_values(read_json(path), str(folder))
+
+
+def prediction_type_of(scheduler_config: Config, where: str) -> str:
+    """What the UNet predicts, as the scheduler's config says."""
+    name = str(scheduler_config.get("prediction_type", "epsilon"))
+    if name not in PREDICTION_TYPES:
+        raise ModelError(f"{where}: the prediction type {name!r} is unknown; known are {', '.join(PREDICTION_TYPES)}.")
+    return name
+
+
+def has_zero_terminal_snr(scheduler_config: Config) -> bool:
+    """Whether the schedule ends in pure noise: by its flag, or by betas that were rescaled already (EveryDream 2 saves
+    those)."""
+    if scheduler_config.get("rescale_betas_zero_snr"):
+        return True
+    betas = scheduler_config.get("trained_betas")
+    return bool(betas) and math.prod(1 - float(beta) for beta in betas) < 1e-6

@@ -1,0 +1,131 @@
+"""Fresh models with random weights: for training from scratch, for tests, and for measuring without a download.
+
+`build_model` takes the family's shipped configs and changes what it is told; `build_tiny_model` is the smallest thing
+that has every part of the real one, and trains in seconds on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everydream_kit.draws import derive_seed
+from everydream_kit.models.components import build_text_encoder, build_unet, build_vae
+from everydream_kit.models.families import family_by_name
+from everydream_kit.models.family import Model, configs_folder
+from everydream_kit.models.loading import training_scheduler
+from everydream_kit.models.model_files import read_json
+from everydream_kit.models.model_saving import save_model
+from everydream_kit.models.tokenizer import build_tokenizer
+
+_TINY_TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 3,
+    "projection_dim": 32,
+}
+_TINY_UNET = {
+    "block_out_channels": [32, 32, 64, 64],
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+    "cross_attention_dim": 32,
+    "norm_num_groups": 8,
+    "sample_size": 8,
+}
+_TINY_SDXL_UNET = {
+    **_TINY_UNET,
+    "block_out_channels": [32, 32, 64],
+    "attention_head_dim": [2, 2, 4],
+    "cross_attention_dim": 80,
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 96,  # 6 sizes x 8 + the pooled text's 48
+    "transformer_layers_per_block": [1, 1, 2],
+}
+_TINY_VAE = {"block_out_channels": [16, 16, 32, 32], "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 64}
+_TINY: dict[str, dict[str, Any]] = {
+    "sd1": {"unet": _TINY_UNET, "text_encoders": [_TINY_TEXT]},
+    "sd2": {
+        "unet": {**_TINY_UNET, "attention_head_dim": [2, 2, 4, 4]},
+        "text_encoders": [_TINY_TEXT],
+        "prediction_type": "v_prediction",
+    },
+    "sdxl": {
+        "unet": _TINY_SDXL_UNET,
+        "text_encoders": [_TINY_TEXT, {**_TINY_TEXT, "hidden_size": 48, "projection_dim": 48}],
+    },
+}
+
+
+def build_model(
+    family: str,
+    *,
+    unet: Mapping[str, Any] | None = None,
+    vae: Mapping[str, Any] | None = None,
+    text_encoders: Sequence[Mapping[str, Any]] | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+    prediction_type: str | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Model:
+    """Build a model with random weights, each layer initialised as its library does by default.
+
+    Args:
+        unet, vae, scheduler: changes to the family's shipped config.
+        text_encoders: changes to each text encoder's.
+        prediction_type: by default what the shipped scheduler says.
+        seed: of the weights. The same seed gives the same weights on the same version of torch.
+        device: "meta" for names and shapes without memory.
+
+    Raises:
+        ModelError: unknown family, or a config that cannot be built.
+    """
+    table = family_by_name(family)
+    folder = configs_folder(table)
+    changes = text_encoders or [{}] * len(table.text_encoders)
+    scheduler_config = {**read_json(folder / "scheduler" / "scheduler_config.json"), **(scheduler or {})}
+    prediction_type = prediction_type or scheduler_config["prediction_type"]
+    scheduler_config["prediction_type"] = prediction_type
+    zero_terminal_snr = bool(scheduler_config.get("rescale_betas_zero_snr"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "weights", family))
+        modules = {
+            "unet": build_unet({**read_json(folder / "unet" / "config.json"), **(unet or {})}, device),
+            "vae": build_vae({**read_json(folder / "vae" / "config.json"), **(vae or {})}, device),
+        }
+        for slot, change in zip(table.text_encoders, changes, strict=True):
+            config = {**read_json(folder / slot.folder / "config.json"), **change}
+            modules[slot.folder] = build_text_encoder(config, slot.class_name, device)
+    return Model(
+        family=table,
+        unet=modules["unet"].eval(),
+        vae=modules["vae"].eval().requires_grad_(False),
+        text_encoders=[modules[slot.folder].eval() for slot in table.text_encoders],
+        tokenizers=[build_tokenizer(_pad_token(folder / slot.tokenizer_folder)) for slot in table.text_encoders],
+        noise_scheduler=training_scheduler(scheduler_config, prediction_type, zero_terminal_snr),
+        scheduler_config=scheduler_config,
+        prediction_type=prediction_type,
+        zero_terminal_snr=zero_terminal_snr,
+        source=f"random weights ({family}, seed {seed})",
+    )
+
+
+def build_tiny_model(family: str, seed: int = 0) -> Model:
+    """The smallest model of a family that has every part: about 2 M weights, 64-pixel pictures, the real vocabulary.
+
+    SD 2 comes with v-prediction, the others with epsilon.
+    """
+    return build_model(family, vae=_TINY_VAE, seed=seed, **_TINY[family_by_name(family).name])
+
+
+def write_model(model: Model, folder: str | Path) -> Path:
+    """Save a model as a diffusers folder and return the folder: `write_model(build_tiny_model("sd1"), path)`."""
+    save_model(model, folder)
+    return Path(folder)
+
+
+def _pad_token(folder: Path) -> str:
+    return str(read_json(folder / "tokenizer_config.json")["pad_token"])

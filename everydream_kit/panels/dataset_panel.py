@@ -1,0 +1,414 @@
+"""The dataset panel: add pictures, look through them, edit captions and settings, report, set problems aside."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+
+from everydream_kit.actions.background import INSPECTION_FILE
+from everydream_kit.actions.background_task import BackgroundTask
+from everydream_kit.actions.dataset_issues import UNUSABLE, is_fresh, list_issues, report_settings
+from everydream_kit.actions.project import Project
+from everydream_kit.data.album import SETTINGS, Album
+from everydream_kit.data.changes import PrepReport
+from everydream_kit.data.epoch_plan import PlanSettings
+from everydream_kit.data.report import fill_buckets
+from everydream_kit.data.sources import kind_of_source
+from everydream_kit.errors import ConfigError, DataError
+from everydream_kit.panels import style
+from everydream_kit.panels.clock import make_clock
+from everydream_kit.panels.gallery import Gallery, count_images, count_things
+from everydream_kit.panels.issues_box import ProblemsBox
+from everydream_kit.panels.login import token_environment
+from everydream_kit.panels.pages import Pages
+from everydream_kit.panels.panel import Panel, set_html
+from everydream_kit.panels.svg_charts import bar_chart
+from everydream_kit.panels.upload_area import Receiver, make_drop_zone
+
+SHOWN_TAGS = 16
+
+
+class DatasetPanel(Panel):
+    """`edk.panels.dataset(project)`. Every change is written at once, and can be undone.
+
+    Attributes:
+        project: the project folder.
+        album: the pictures and what can be done with them.
+        gallery: the page of pictures.
+    """
+
+    def __init__(self, folder: str | Path, *, demo: bool = False) -> None:
+        """Open the project's dataset: its own folder, or the one its settings name.
+
+        Args:
+            folder: the project's name or folder.
+            demo: put the kit's demo pictures into the project if it has none.
+        """
+        super().__init__()
+        self.project = Project.open(folder)
+        if demo:
+            self.project.add_demo_images()
+        self.fetching = BackgroundTask(self.project.folder / "fetch", token_environment())
+        self.unpacking = BackgroundTask(self.project.folder / "unpack")
+        self.inspecting = BackgroundTask(self.project.folder / "look")
+        self.album = Album(self._dataset_folder())
+        self._inspection: dict[str, Any] = read_report(self.inspecting.folder)
+        self.bar = style.progress_bar()
+        self._inspection_failed = False
+        self.head, self.figures, self.report = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.undo_button = style.button("Undo", icon="undo")
+        self.reload_button = style.button("Look again", icon="refresh", hint="Scan the folder again")
+        self.add_tag_button, self.remove_tag_button = style.button(""), style.button("")
+        self.exclude_button = style.button("", icon="archive")
+        self.gallery = Gallery(self.album, self.say, self._render)
+        self.gallery.on_select = self._name_actions
+        self.on_press(self.undo_button, self.undo)
+        self.on_press(self.reload_button, self.reload)
+        self.tabs = Pages(
+            {
+                "Add pictures": self._build_add(),
+                "Pictures": self._build_edit(),
+                "Report": style.column(self.report),
+                "Problems": self._build_problems(),
+            }
+        )
+        self.clock = make_clock(self.on_beat)
+        self.box = style.panel_box(
+            [
+                self.head,
+                self.figures,
+                style.actions(self.undo_button, self.reload_button, message=self.message),
+                self.bar,
+                self.tabs.box,
+                self.clock,
+            ]
+        )
+        self._render()
+        self._name_actions()
+        self.tabs.selected_index = 1 if len(self.album) else 0
+
+    def _dataset_folder(self) -> Path:
+        root = self.project.settings()["data_root"]
+        return Path(root) if isinstance(root, str) and Path(root).is_dir() else self.project.images_folder
+
+    # The tabs
+
+    def _build_add(self) -> widgets.Widget:
+        self.receiver = Receiver(self.album.root, self.album.excluded)
+        zone = make_drop_zone(self.receiver, self._received)
+        where = html.escape(str(self.album.root))
+        self.source = widgets.Text(
+            placeholder="/data/jets, pictures.zip, or owner/dataset on the Hub",
+            description="Or use",
+            style={"description_width": "60px"},
+            layout=widgets.Layout(width="520px"),
+        )
+        self.source_button = style.button("Use it")
+        self.on_press(self.source_button, self.use_source)
+        hint = f'<div class="edk-hint">Files can also be copied into <code>{where}</code>; then press Look again.</div>'
+        return style.column(*([zone] if zone else []), style.row(self.source, self.source_button), widgets.HTML(hint))
+
+    def _build_edit(self) -> widgets.Widget:
+        self.tag = widgets.Text(
+            description="Tags", placeholder="red hair, smile", style={"description_width": "36px"},
+            layout=widgets.Layout(width="260px"),
+        )  # fmt: skip
+        self.setting = widgets.Dropdown(
+            options=list(SETTINGS), description="Set", style={"description_width": "36px"},
+            layout=widgets.Layout(width="200px"),
+        )  # fmt: skip
+        self.setting_value = widgets.Text(
+            description="to", placeholder="empty: take it away", style={"description_width": "20px"},
+            layout=widgets.Layout(width="190px"),
+        )  # fmt: skip
+        self.setting_where = widgets.Dropdown(
+            description="for", style={"description_width": "26px"}, layout=widgets.Layout(width="260px")
+        )
+        self.setting_button = style.button("Apply")
+        self.on_press(self.add_tag_button, lambda: self._change_tags(add=True))
+        self.on_press(self.remove_tag_button, lambda: self._change_tags(add=False))
+        self.on_press(self.setting_button, self.apply_setting)
+        self.on_press(self.exclude_button, self.exclude_selected)
+        self.gallery.tools.children = (
+            style.row(self.tag, self.add_tag_button, self.remove_tag_button, self.exclude_button),
+            style.row(self.setting, self.setting_value, self.setting_where, self.setting_button),
+        )
+        return self.gallery.box
+
+    def _build_problems(self) -> widgets.Widget:
+        self.problems = ProblemsBox(lambda: self.album.root, lambda files: self._press(lambda: self._exclude(files)))
+        return self.problems.box
+
+    # What the buttons do
+
+    def undo(self) -> None:
+        """Take the last change back."""
+        title = self.album.last_change
+        report = self.album.undo()
+        self._rerender()
+        left = "" if report is None else _left_alone(report)
+        words = f"Undone: {title}." if report is not None else "There is nothing to undo."
+        self.say(words + left, "warn" if left else "plain")
+
+    def reload(self) -> None:
+        """Scan the folder again."""
+        self.album.reload()
+        self._rerender()
+        self.refresh()
+
+    def use_source(self) -> None:
+        """Take another folder as the dataset, or fetch an archive or a Hub dataset in a process of its own."""
+        text = self.source.value.strip()
+        if not text:
+            raise DataError("Type the path of a folder or an archive, or the id of a Hub dataset.")
+        if kind_of_source(text) == "folder":
+            self._use_folder(Path(text).expanduser())
+            return
+        self.fetching.begin("fetch", text)
+        self.say(f"Fetching {text} …", "busy")
+
+    def apply_setting(self) -> None:
+        """Write a setting for a folder or for the selected pictures."""
+        text, name = self.setting_value.value.strip(), self.setting.value
+        try:
+            value = float(text) if text else None
+        except ValueError as error:
+            raise DataError(f"{name}: must be a number (got {text!r})") from error
+        if self.setting_where.value == "":
+            self._require_selection()
+            report = self.album.set_for_images(self.gallery.chosen_indices, name, value)
+        else:
+            report = self.album.set_for_folder(self.setting_where.value, name, value)
+        self._report(report, f"Written: {report.title}." if report.changes else "Nothing to change.")
+
+    def exclude_selected(self) -> None:
+        """Move the selected pictures out of the dataset."""
+        self._require_selection()
+        self._exclude([self.album.path(index) for index in self.gallery.chosen_indices])
+
+    def refresh(self) -> None:
+        """Look after what is under way: fetching, unpacking, looking through the pictures."""
+        if self._dataset_folder().resolve() != self.album.root:  # the training panel has chosen another
+            self._use_folder(self._dataset_folder())
+        self._follow_fetching()
+        self._follow_unpacking()
+        self._follow_inspection()
+
+    def _follow_fetching(self) -> None:
+        status = self.fetching.poll()
+        if status is None:
+            return
+        if status["alive"]:
+            self.say(status.get("message") or "Fetching …", "busy")
+        elif status["state"] == "finished":
+            self._use_folder(Path(status["folder"]))
+        else:
+            self.say(status.get("message") or "The dataset could not be fetched.", "bad")
+
+    def _follow_unpacking(self) -> None:
+        status = self.unpacking.poll()
+        if status is not None:
+            style.show_progress(self.bar, status if status["alive"] else None)
+            if status["alive"]:
+                self.say(status.get("message") or "Unpacking …", "busy")
+                return
+            good = status["state"] == "finished"
+            if good and (unpacked := Path(status["folder"])).is_relative_to(self.album.root):
+                self.album.record_moves(
+                    f"{unpacked.name} unpacked", [(self.receiver.place_outside(unpacked.name), unpacked)]
+                )
+            else:
+                self.album.reload()
+            self._rerender()
+            self.say(status.get("message") or "The archive could not be unpacked.", "good" if good else "bad")
+        if self.receiver.archives and not self.unpacking.attach():
+            archive, target = self.receiver.archives.pop(0)
+            if not archive.is_file():  # another panel has unpacked it
+                return
+            self.unpacking.begin("unpack", str(archive), str(target))
+            self.say(f"Unpacking {archive.name.partition('-')[2]} …", "busy")
+
+    def _follow_inspection(self) -> None:
+        status = self.inspecting.poll()
+        if status is not None and not status["alive"]:
+            self._inspection = read_report(self.inspecting.folder)
+            self._inspection_failed = status["state"] != "finished"
+            self.problems.report(
+                f"Duplicates could not be looked for: {status.get('message')}" if self._inspection_failed else ""
+            )
+            self._render()
+        elif status is not None:
+            done, total = status.get("step") or 0, len(self.album)
+            self.problems.report(f"Looking for duplicates and broken pictures: {done:,} of {total:,} …")
+        elif self._needs_inspection() and not self.inspecting.attach():
+            settings = {**asdict(self._report_settings()), "base": str(self.project.settings()["resume_ckpt"])}
+            self.inspecting.begin("look", str(self.album.root), json.dumps(settings))
+
+    def _needs_inspection(self) -> bool:
+        idle = self.unpacking.job is None and self.fetching.job is None and not self._inspection_failed
+        return idle and len(self.album) > 0 and not self._fresh
+
+    def _report_settings(self) -> PlanSettings:
+        try:
+            return report_settings(self.project.config())
+        except ConfigError:
+            return report_settings(None)
+
+    def _use_folder(self, folder: Path) -> None:
+        self.album = Album(folder)
+        self.receiver.folder, self.receiver.excluded = self.album.root, self.album.excluded
+        self.project.save_settings({"data_root": str(folder.resolve())})
+        self.gallery.use(self.album)
+        self._rerender()
+        self.say(f"The dataset is now {self.album.root}.", "good")
+
+    def _received(self) -> None:
+        count, moves = len(self.receiver.received), list(self.receiver.moves)
+        self.receiver.received.clear()
+        self.receiver.moves.clear()
+        if count:
+            words = count_things(count, "file")
+            self.album.record_moves(f"upload of {words}", moves)
+            self._inspection_failed = False
+            self._rerender()
+            replaced = len(moves) - count
+            more = f" {replaced:,} replaced; what was there is in {self.album.excluded}." if replaced else ""
+            self.say(f"{words} received.{more} Undo takes them back.", "good")
+        self.refresh()
+
+    def _change_tags(self, *, add: bool) -> None:
+        self._require_selection()
+        change = self.album.add_tags if add else self.album.remove_tags
+        report = change(self.gallery.chosen_indices, self.tag.value)
+        self._report(report, f"{count_things(len(report.changes), 'caption')} changed in {self.album.root}.")
+
+    def _exclude(self, paths: Sequence[str | Path]) -> None:
+        report = self.album.exclude([path for path in paths if Path(path).is_file()])
+        moved = count_things(len(report.changes), "file")
+        self._report(report, f"{moved} moved to {self.album.excluded}. Undo moves them back.")
+
+    def _report(self, report: PrepReport, words: str) -> None:
+        """Show a step's result, and what it left alone."""
+        self._rerender()
+        left = _left_alone(report)
+        self.say(words + left, "warn" if left else "good")
+
+    def _name_actions(self) -> None:
+        """Every action on the selection says how many images it will touch before it is pressed."""
+        number = len(self.gallery.chosen)
+        end = f" ({number:,})" if number else ""
+        self.add_tag_button.description = f"Add to selected{end}"
+        self.remove_tag_button.description = f"Remove from selected{end}"
+        self.exclude_button.description = f"Exclude selected{end}"
+        for control in (self.add_tag_button, self.remove_tag_button, self.exclude_button):
+            control.tooltip = f"{control.description}: {count_images(number)} in {self.album.root}"
+
+    def _require_selection(self) -> None:
+        if not self.gallery.chosen:
+            raise DataError("Select pictures first: tick them, or press Select page.")
+
+    # Showing
+
+    def _rerender(self) -> None:
+        self.gallery.update()
+        self._render()
+
+    def _render(self) -> None:
+        album = self.album
+        self._fresh = is_fresh(album.dataset, self._inspection)
+        issues = list_issues(album.dataset, self._report_settings(), self._inspection)
+        set_html(self.head, style.heading("Dataset", str(album.root)))
+        worst = sum(issue.kind == UNUSABLE for issue in issues)
+        named, missing = album.count_captions()
+        entries = [
+            ("images", f"{len(album):,}"),
+            ("folders", f"{len(album.folders()):,}"),
+            ("captions from file names", f"{named:,}"),
+            ("without a caption", f"{missing:,}"),
+            ("cannot be used", f"{worst:,}"),
+            ("notes", f"{len(issues) - worst:,}"),
+        ]
+        set_html(self.figures, style.facts(entries))
+        self.undo_button.disabled = not album.last_change
+        self.undo_button.tooltip = f"Undo: {album.last_change}" if album.last_change else "Nothing to undo"
+        chosen = self.setting_where.value
+        options = [("the selected pictures", ""), *((f"folder {name}", name) for name in album.folders())]
+        if tuple(options) != tuple(self.setting_where.options):
+            self.setting_where.options = options
+            self.setting_where.value = chosen if chosen in [value for _, value in options] else ""
+        for index, title in enumerate(("Add pictures", "Pictures", "Report", f"Problems ({len(issues):,})")):
+            self.tabs.set_title(index, title)
+        self._render_report()
+        self.problems.show(issues)
+
+    def _render_report(self) -> None:
+        if not len(self.album):
+            set_html(self.report, '<div class="edk-empty">The report begins with the first pictures.</div>')
+            return
+        settings = self._report_settings()
+        fills, num_images, num_steps = fill_buckets(self.album.dataset, settings)
+        bars = [
+            (f"{fill.size[0]} × {fill.size[1]}", fill.num_images, f"{fill.num_images:,} · {fill.fullness:.0%} full")
+            for fill in fills
+        ]
+        lead = f"{num_images:,} images make {num_steps:,} steps in the first epoch, at batch size {settings.batch_size}"
+        resolution = ", ".join(map(str, settings.resolutions))
+        parts = [
+            f'<p class="edk-lead">{lead}.</p>',
+            bar_chart(bars, title=f"Images in each bucket at resolution {resolution}"),
+            self._tags_chart(),
+        ]
+        set_html(self.report, '<div class="edk-apart">' + "</div><div class=edk-apart>".join(parts) + "</div>")
+
+    def _tags_chart(self) -> str:
+        counts = self.album.count_tags(most=len(self.album) * 40)
+        several = [(tag, float(count), f"{count:,}") for tag, count in counts if count > 1]
+        rest = len(counts) - len(several)
+        chart = bar_chart(several[:SHOWN_TAGS], title="Most frequent caption parts", label_width=300)
+        words = f"{rest:,} other parts stand in one caption each." if rest else ""
+        return chart + f'<div class="edk-hint">{words}{self._caption_words()}</div>'
+
+    def _caption_words(self) -> str:
+        """Where captions come from, as the last look through the pictures counted it."""
+        counts = self._inspection.get("captions")
+        if not counts:
+            return ""
+        named, empty, shared = counts["from_file_name"], counts["empty"], len(counts["repeated"])
+        return (
+            f"<br>{named:,} captions come from file names, {empty:,} are empty, "
+            f"{shared:,} are shared by several pictures."
+        )
+
+    def show_image(self, path: Path) -> None:
+        """Bring one image to the front, with its caption to edit."""
+        self.tabs.selected_index = 1
+        self.gallery.search.value = path.resolve().relative_to(self.album.root).as_posix()
+
+    def show_tab(self, title: str) -> None:
+        """Bring a tab to the front, by the beginning of its title."""
+        titles: list[Any] = ["Add pictures", "Pictures", "Report", "Problems"]
+        self.tabs.selected_index = titles.index(title)
+
+
+SHOWN_PROBLEMS = 3
+
+
+def _left_alone(report: PrepReport) -> str:
+    """What a step left alone, as further lines of a message."""
+    if not report.problems:
+        return ""
+    lines = [f"{Path(problem.path).name}: {problem.cause} {problem.cure}" for problem in report.problems]
+    more = [f"and {len(lines) - SHOWN_PROBLEMS:,} more"] if len(lines) > SHOWN_PROBLEMS else []
+    return "\n".join([f" {len(lines):,} left alone:", *lines[:SHOWN_PROBLEMS], *more])
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """What the last look through the pictures found; nothing where there was none."""
+    path = folder / INSPECTION_FILE
+    return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}

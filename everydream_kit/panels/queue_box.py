@@ -1,0 +1,172 @@
+"""The queue of the training panel: settings that are trained one after the other, with their order and their state.
+
+The queue itself is a file and a process (`jobs.Queue`); here it is shown and edited. A line is drawn anew only when an
+entry has changed.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+
+from everydream_kit import jobs
+from everydream_kit.config import TrainConfig
+from everydream_kit.errors import KitError
+from everydream_kit.panels import style
+from everydream_kit.panels.monitor import STATE_TONES
+from everydream_kit.panels.panel import set_html
+from everydream_kit.params import format_value
+
+HINT = (
+    "Settings that are trained one after the other, also while this tab is closed. Set the form, add it, change the "
+    "form, add it again; then start the queue. A run that fails does not hold up the next."
+)
+ALWAYS_SHOWN = ("lr", "max_epochs", "batch_size", "resolution")
+NEVER_SHOWN = frozenset(
+    {"version", "given", "resume_ckpt", "data_root", "project_name", "logdir", "save_ckpt_dir", "sample_prompts"}
+)
+MAX_SHOWN = 6
+
+
+class QueueBox:
+    """A project's queue. `box` is what is shown.
+
+    Attributes:
+        queue: the file and process behind it.
+        lines: the box that holds a line for each entry.
+    """
+
+    def __init__(
+        self,
+        queue: jobs.Queue,
+        settings: Callable[[], TrainConfig],
+        say: Callable[[str, style.Tone], None],
+        *,
+        command: Sequence[str] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Show a queue.
+
+        Args:
+            queue: what is shown.
+            settings: gives the config that is added; raises what is wrong with it.
+            say: takes messages.
+            command, environment: as `jobs.start`.
+        """
+        self.queue = queue
+        self._settings, self._say = settings, say
+        self._command, self._environment = command, environment
+        self._shown: object = None
+        self.add_button = style.button("Add these settings", icon="plus", hint="Put the form's settings at the end")
+        self.start_button = style.button("Start queue", tone="primary", icon="play", hint="Train what waits, in order")
+        self.stop_button = style.button("Stop queue", icon="stop", hint="Stop the run in progress, which saves")
+        self.clear_button = style.button("Clear ended", hint="Take out what has ended; its runs stay on disk")
+        self.lines, self.hint = widgets.VBox(), widgets.HTML(f'<p class="edk-lead">{HINT}</p>')
+        for control, action in (
+            (self.add_button, self.add),
+            (self.start_button, self.start),
+            (self.stop_button, self.stop),
+            (self.clear_button, self.clear),
+        ):
+            self._on_press(control, action)
+        buttons = style.row(self.add_button, self.start_button, self.stop_button, self.clear_button)
+        self.box = style.column(self.hint, buttons, self.lines)
+        self.refresh()
+
+    @property
+    def num_queued(self) -> int:
+        return self._num_queued
+
+    def add(self) -> None:
+        """Put the form's settings at the end of the queue."""
+        self.queue.add(self._settings())
+        self._say("Added to the queue.", "good")
+
+    def start(self) -> None:
+        """Train what waits."""
+        self.queue.start(command=self._command, environment=self._environment)
+        self._say("The queue is at work. Closing this tab does not stop it.", "busy")
+
+    def stop(self) -> None:
+        """Stop the run in progress and start no further one."""
+        self.queue.stop()
+        self._say("The queue stops: the run in progress saves and ends, what waits stays here.", "busy")
+
+    def clear(self) -> None:
+        """Take entries out that have ended."""
+        for entry in self.queue.entries:
+            if entry["state"] in jobs.FINAL_STATES:
+                self.queue.remove(entry["id"])
+
+    def running_job(self) -> jobs.Job | None:
+        """The run that the queue works on."""
+        runs = [entry["run"] for entry in self._entries if entry["state"] == "running" and entry["run"]]
+        return jobs.Job(Path(runs[0])) if runs and self._alive else None
+
+    def refresh(self) -> None:
+        """Show the entries as they are now."""
+        self._entries, self._alive = self.queue.entries, self.queue.is_alive()
+        self._num_queued = sum(entry["state"] == "waiting" for entry in self._entries)
+        self.start_button.disabled = self._alive or not self._num_queued
+        self.stop_button.disabled = not self._alive
+        self.clear_button.disabled = not any(entry["state"] in jobs.FINAL_STATES for entry in self._entries)
+        state = [(entry["id"], entry["state"], entry["run"], entry["message"]) for entry in self._entries]
+        if state != self._shown:
+            self._shown = state
+            self.lines.children = tuple(self._line(entry) for entry in self._entries) or (
+                widgets.HTML('<div class="edk-empty">The queue is empty.</div>'),
+            )
+
+    def _line(self, entry: Mapping[str, Any]) -> widgets.Widget:
+        state = entry["state"]
+        text = (
+            style.badge(state, STATE_TONES.get(state, "plain"))
+            + f" {html.escape(report_settings(entry, self._entries))}"
+        )
+        if entry["run"]:
+            text += f'<div class="edk-hint">{html.escape(Path(entry["run"]).name)}</div>'
+        if entry["message"] and state == "failed":
+            text += f'<div class="edk-hint">{html.escape(entry["message"])}</div>'
+        words = widgets.HTML(layout=widgets.Layout(flex="1 1 400px", width="auto"))
+        set_html(words, text)
+        controls: list[widgets.Widget] = [words]
+        if state == "waiting":
+            controls += [
+                self._small_button("Earlier", "arrow-up", lambda: self.queue.move(entry["id"], -1)),
+                self._small_button("Later", "arrow-down", lambda: self.queue.move(entry["id"], 1)),
+            ]
+        if state not in ("starting", "running"):
+            controls.append(self._small_button("Remove", "times", lambda: self.queue.remove(entry["id"])))
+        line = style.row(*controls)
+        line.add_class("edk-line")
+        return line
+
+    def _small_button(self, text: str, icon: str, action: Callable[[], object]) -> widgets.Button:
+        control = style.button(text, icon=icon)
+        self._on_press(control, action)
+        return control
+
+    def _on_press(self, control: widgets.Button, action: Callable[[], object]) -> None:
+        def press(_: widgets.Button) -> None:
+            try:
+                action()
+            except (KitError, OSError) as error:
+                self._say(str(error), "bad")
+            self.refresh()
+
+        control.on_click(press)
+
+
+def report_settings(entry: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
+    """The settings of an entry in a line: first what tells it from the others, then the usual ones and what was set."""
+    given, settings = jobs.entry_settings(entry), entry["settings"]
+    others = [other["settings"] for other in entries]
+    differing = [name for name in settings if any(name in o and o[name] != settings[name] for o in others)]
+    names = list(dict.fromkeys([*differing, *ALWAYS_SHOWN, *given]))
+    names = [name for name in names if name in settings and name not in NEVER_SHOWN]
+    reported = " · ".join(f"{name} {format_value(settings[name])}" for name in names[:MAX_SHOWN])
+    return reported + (" …" if len(names) > MAX_SHOWN else "")

@@ -1,0 +1,298 @@
+"""The export and share panel: a file for image apps, and the model on the Hub with its card."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+
+from everydream_kit import jobs
+from everydream_kit.actions.background_task import BackgroundTask
+from everydream_kit.actions.project import Project
+from everydream_kit.errors import CheckpointError, ExportError, ModelError
+from everydream_kit.export.checkpoint_formats import Format, estimate_bytes, formats_of
+from everydream_kit.panels import style
+from everydream_kit.panels.checkpoint_list import CheckpointList
+from everydream_kit.panels.clock import has_clock, make_clock
+from everydream_kit.panels.login import token_environment
+from everydream_kit.panels.panel import Panel, set_html
+from everydream_kit.panels.question import Question
+
+PRECISIONS = {"half (fp16): what apps expect": "fp16", "bfloat16": "bf16", "full (fp32): to train on": "fp32"}
+SHOWN_FILES = 8
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/(?=.{1,96}$)[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
+"""As the Hub takes it (`huggingface_hub.utils.validate_repo_id`), always with an owner."""
+NOTHING_YET = "This project has no checkpoint yet. Train first; each appears here as soon as it is saved."
+READY = "Choose a checkpoint; export it as a file, or push it to the Hub."
+
+
+class SharePanel(Panel):
+    """`edk.panels.share(project)`: export a checkpoint as one file, push it to the Hub.
+
+    Attributes:
+        project: the project folder.
+        sending: the background task that exports or uploads, whichever panel started it.
+    """
+
+    def __init__(self, folder: str | Path, *, environment: dict[str, str] | None = None) -> None:
+        """Build the panel on the project's checkpoints; the winner is chosen first."""
+        super().__init__()
+        self.project = Project.open(folder)
+        self.sending = BackgroundTask(self._work, {**token_environment(), **(environment or {})})
+        self.checkpoints = CheckpointList(self.project)
+        self._shown_winner: Path | None = None
+        self._has_chosen = self._quiet = False
+        self._state_words = ""  # what the message line says while nothing has happened
+        self._build()
+        self._offer_checkpoints()
+        self._render()
+
+    @property
+    def job(self) -> jobs.Job | None:
+        """The export or upload in progress, or None."""
+        return self.sending.job
+
+    def _build(self) -> None:
+        self.checkpoint = widgets.Dropdown(description="Checkpoint", **_wide())
+        self.form = widgets.Dropdown(description="Form", **_wide())
+        self.file_name = widgets.Text(description="File", **_wide())
+        self.precision = widgets.Dropdown(options=list(PRECISIONS.items()), description="Precision", **_wide())
+        self.strength = widgets.FloatSlider(
+            value=1.0, min=0.0, max=1.5, step=0.05, description="Strength", readout_format=".2f",
+            continuous_update=False, **_wide(),
+        )  # fmt: skip
+        self.size = widgets.HTML()
+        self.question = Question(self._press)
+        self.export_button = style.button("Export", tone="primary", icon="file", hint="Write the file")
+        self.repo = widgets.Text(placeholder="me/jets", description="Repository", **_wide())
+        self.private = widgets.Checkbox(value=True, description="private", **_wide())
+        self.licence = widgets.Text(placeholder="of the base model", description="Licence", **_wide())
+        self.what = {
+            name: widgets.Checkbox(
+                value=name != "single_file", description=text, indent=False, layout={"width": "auto"}
+            )
+            for name, text in (
+                ("diffusers", "diffusers folder"),
+                ("single_file", "single file"),
+                ("samples", "samples"),
+                ("training", "settings and curves"),
+            )
+        }
+        self.preview_button = style.button(
+            "Preview", icon="search", hint="Say what would be uploaded, and show the card"
+        )
+        self.push_button = style.button("Push to the Hub", tone="primary", icon="cloud-upload")
+        self.refresh_button = style.button("Refresh", icon="refresh")
+        self.refresh_button.layout.display = "none" if has_clock() else ""
+        self.on_press(self.export_button, self.export)
+        self.on_press(self.preview_button, self.preview)
+        self.on_press(self.push_button, self.push)
+        self.on_press(self.refresh_button, self.refresh)
+        self.checkpoint.observe(lambda _: self._choose_checkpoint(), "value")
+        self.form.observe(lambda _: self._choose_form(), "value")
+        self.precision.observe(lambda _: self._estimate(), "value")
+        self.head, self.preview_text, self.result = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.bar = style.progress_bar()
+        self.clock = make_clock(self.on_beat)
+        self.box = style.panel_box(
+            [
+                self.head,
+                self.checkpoint,
+                self.message,
+                self.bar,
+                self.result,
+                style.section("A file on this machine"),
+                self.form,
+                self.precision,
+                self.strength,
+                self.file_name,
+                style.row(self.export_button, self.size, self.refresh_button),
+                self.question.box,
+                style.section("On the Hugging Face Hub"),
+                self.repo,
+                self.licence,
+                self.private,
+                style.row(*self.what.values(), gap="4px 22px"),
+                style.row(self.preview_button, self.push_button),
+                self.preview_text,
+                self.clock,
+            ]
+        )
+
+    # What the buttons do
+
+    def export(self) -> None:
+        """Write the chosen checkpoint as a file, in a process of its own."""
+        name, form = self.file_name.value.strip(), self._form
+        endings = (".safetensors", ".ckpt") if form.has_precision else (".safetensors",)
+        if Path(name).suffix not in endings:
+            raise ExportError(f"{name or 'the file'}: the name must end in {' or '.join(endings)}")
+        given = Path(name).expanduser()
+        out = given if given.is_absolute() else self.project.exports_folder / given
+        options = json.dumps({"form": form.name, "precision": self.precision.value, "strength": self.strength.value})
+        arguments = [self._chosen(), str(out), options]
+
+        def begin() -> None:
+            self._begin("export", arguments, f"Writing {out} …")
+
+        if not out.exists():
+            begin()
+        elif out.is_dir():
+            raise ExportError(f"{out}: is a folder; give the file another name")
+        else:
+            self.question.ask(f"{out} exists already and will be replaced.", {"Replace it": begin})
+
+    def preview(self) -> None:
+        """Show what a push would upload, and the model card."""
+        from everydream_kit.export.hub import preview_push
+
+        preview = preview_push(self._source(), self._repo_id(), what=self._what(), license=self.licence.value or None)
+        files = sorted(preview.files, key=lambda file: -file.num_bytes)
+        rows = [(file.path, style.size(file.num_bytes)) for file in files[:SHOWN_FILES]]
+        if rest := files[SHOWN_FILES:]:
+            rows.append((f"and {len(rest)} small files", style.size(sum(file.num_bytes for file in rest))))
+        text = style.table(("file", "size"), rows)
+        card = style.document(preview.card, "Model card")
+        text += f'<div class="edk-section">README.md</div>{card}'
+        set_html(self.preview_text, text)
+        self.say(f"{len(files)} files, {style.size(preview.num_bytes)}; nothing is uploaded yet.")
+
+    def push(self) -> None:
+        """Upload, in a process of its own; after an error, pressing again goes on where it stopped."""
+        options = {"private": self.private.value, "what": self._what(), "license": self.licence.value or None}
+        arguments = [str(self._source()), self._repo_id(), json.dumps(options)]
+        self._begin("push", arguments, f"Uploading to {self._repo_id()} …")
+
+    @property
+    def _work(self) -> Path:
+        return self.project.folder / "share"
+
+    def _begin(self, task: str, arguments: list[str], words: str) -> None:
+        self.sending.begin(task, *arguments)
+        set_html(self.result, "")
+        self.say(words, "busy")
+        self._render()
+
+    def _chosen(self) -> str:
+        if not self.checkpoint.value:
+            raise CheckpointError(NOTHING_YET)
+        return str(self.checkpoint.value)
+
+    def _source(self) -> Path:
+        """The run, where its newest checkpoint is chosen (its samples and curves go along), else the checkpoint."""
+        chosen = Path(self._chosen())
+        run = chosen.parent.parent
+        latest = next((point for point in self.project.checkpoints() if point.parent.parent == run), None)
+        return run if latest == chosen else chosen
+
+    def _repo_id(self) -> str:
+        name = self.repo.value.strip()
+        if not name:
+            raise ExportError("Give the repository, such as me/jets: your Hub name, a slash, the model's name.")
+        if not REPOSITORY.fullmatch(name) or "--" in name or ".." in name:
+            raise ExportError(
+                f"{name}: not a repository's name. It is your Hub name, a slash, the model's name, of letters, digits, "
+                "`-`, `_` and `.`, such as me/jets."
+            )
+        return str(name)
+
+    def _what(self) -> list[Any]:
+        return [name for name, check in self.what.items() if check.value]
+
+    # Showing
+
+    def refresh(self) -> None:
+        """Show checkpoints that have come, and how the export or upload stands, whichever panel has started it."""
+        if self.checkpoints.update() or self.project.winner != self._shown_winner:
+            self._offer_checkpoints()
+        self.sending.attach()
+        status = self.sending.poll()
+        if status is not None:
+            style.show_progress(self.bar, status)
+            if status["alive"]:
+                self.say(status.get("message") or "Running …", "busy")
+            else:
+                good = status["state"] == "finished"
+                self.say(status.get("message") or status["state"], "good" if good else "bad")
+                set_html(self.result, self._link(status) if good else "")
+        self._render()
+
+    @staticmethod
+    def _link(status: dict[str, Any]) -> str:
+        url = status.get("url")
+        if not url:
+            return ""
+        safe = html.escape(url, quote=True)
+        return f'<p><a href="{safe}" target="_blank" rel="noopener">Open {safe}</a></p>'
+
+    @property
+    def _form(self) -> Format:
+        return next(form for form in formats_of(Path(self._chosen())) if form.name == self.form.value)
+
+    def _offer_checkpoints(self) -> None:
+        """Fill the list with what can be shared now: a person's choice stays, else the winner, else the latest."""
+        winner = self._shown_winner = self.project.winner
+        known = self.checkpoints.known
+        options = [(f"{p.name} · {p.parent.parent.name}" + (" · winner" if p == winner else ""), str(p)) for p in known]
+        before = self.checkpoint.value
+        chosen = before if self._has_chosen else str(winner)
+        values = [value for _, value in options]
+        self._quiet = True
+        if options != list(self.checkpoint.options):
+            self.checkpoint.options = options
+        self.checkpoint.value = chosen if chosen in values else next(iter(values), None)
+        self._quiet = False
+        if self.checkpoint.value != before:
+            self._offer_forms()
+
+    def _choose_checkpoint(self) -> None:
+        if not self._quiet:
+            self._has_chosen = True
+            self._offer_forms()
+
+    def _offer_forms(self) -> None:
+        """What the chosen checkpoint can become."""
+        if self.checkpoint.value:
+            options = [(form.title, form.name) for form in formats_of(Path(self.checkpoint.value))]
+            if list(self.form.options) != options:
+                self.form.options = options
+                self.form.value = options[0][1]
+        self._choose_form()
+
+    def _choose_form(self) -> None:
+        if not self.checkpoint.value or not self.form.value:
+            return
+        form = self._form
+        self.precision.layout.display = "" if form.has_precision else "none"
+        self.strength.layout.display = "" if form.has_strength else "none"
+        self.file_name.value = f"{self.project.name}{form.end}.safetensors"
+        self._estimate()
+
+    def _estimate(self) -> None:
+        """How large the file will be."""
+        if not self.checkpoint.value:
+            return
+        try:
+            num_bytes = estimate_bytes(Path(self.checkpoint.value), self._form, self.precision.value)
+            words = f"about {style.size(num_bytes)}" if num_bytes else "as large as its base"
+        except (ExportError, ModelError) as error:
+            words = str(error)
+        set_html(self.size, f'<span class="edk-hint">{html.escape(words)}</span>')
+
+    def _render(self) -> None:
+        set_html(self.head, style.heading("Export and share", self.project.name))
+        none = not self.checkpoint.options
+        for control in (self.export_button, self.preview_button, self.push_button):
+            control.disabled = none or self.job is not None
+        if not self.message.value or self.message.value == self._state_words:
+            self.say(*((NOTHING_YET, "warn") if none else (READY, "plain")))
+            self._state_words = self.message.value
+
+
+def _wide() -> dict[str, Any]:
+    """Options of a control that stands in a line of its own. A layout of its own each: some are hidden."""
+    return {"style": {"description_width": "110px"}, "layout": widgets.Layout(width="560px", max_width="100%")}

@@ -1,0 +1,471 @@
+"""The training panel: settings, the plan line, Start / Stop / Resume / Sample now / Save now, and the live view.
+
+The panel reads the run folder and writes requests into it; it knows nothing that is not on disk, so it can be closed
+and made again at any time. All callbacks return at once: training is a process of its own (`jobs`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as widgets
+
+from everydream_kit import jobs
+from everydream_kit.actions.presets import PRESETS
+from everydream_kit.actions.project import Project
+from everydream_kit.actions.tensorboard import TensorBoard
+from everydream_kit.config import TrainConfig
+from everydream_kit.errors import ConfigError
+from everydream_kit.foreign import read_origin
+from everydream_kit.hosts import detect_host
+from everydream_kit.panels import style
+from everydream_kit.panels.clock import has_clock, make_clock
+from everydream_kit.panels.form import SettingsForm
+from everydream_kit.panels.hardest_box import HardestBox
+from everydream_kit.panels.login import token_environment
+from everydream_kit.panels.monitor import STATE_TONES, RunMonitor
+from everydream_kit.panels.pages import Pages
+from everydream_kit.panels.panel import Panel, display_widget, set_html
+from everydream_kit.panels.plan_box import PlanBox
+from everydream_kit.panels.prompts import prompt_lines, read_prompts, write_prompts
+from everydream_kit.panels.queue_box import QueueBox
+from everydream_kit.workspace import RunFolder, read_small_object
+
+if TYPE_CHECKING:
+    from everydream_kit.panels.dataset_panel import DatasetPanel
+
+IDLE_WORDS = {
+    "": "Nothing has been trained in this project yet. Look through the settings, then press Start training.",
+    "starting": "Starting: the model is loaded and the dataset is looked through.",
+    "running": "Training. Closing this tab or restarting the kernel does not stop it.",
+    "saving": "Saving a checkpoint.",
+    "sampling": "Drawing samples.",
+    "validating": "Measuring the loss on the pictures that are kept for validation.",
+    "finished": "Finished. Compare the checkpoints in the next notebook, or export the last one.",
+    "stopped": "Stopped, and saved. Resume goes on exactly where it ended.",
+    "failed": "It failed; the log says why.",
+    "died": "The process ended without a word. Resume goes on from the newest checkpoint.",
+}
+"""What the message line says while there is nothing newer to say."""
+SETTINGS, PROGRESS, SAMPLES, HARDEST, LOG, QUEUE = range(6)
+"""Numbers of the panel's pages."""
+FULL_DISK = (
+    "The disk of the run folder is full: free some. Training goes on meanwhile, and is saved as soon as there is room."
+)
+NO_ROOM_BYTES = 1_000_000
+"""Free disk below which the trainer cannot be trusted to tell anything."""
+
+
+def has_no_room(folder: Path) -> bool:
+    """Whether a folder's disk is full, which the trainer cannot write down for us."""
+    try:
+        return shutil.disk_usage(folder).free < NO_ROOM_BYTES
+    except OSError:  # the folder is gone: other parts of the panel say so
+        return False
+
+
+def as_in_a_file(values: dict[str, Any]) -> dict[str, Any]:
+    """Values as JSON gives them back: a tuple becomes a list."""
+    return dict(json.loads(json.dumps(values)))
+
+
+class TrainPanel(Panel):
+    """`edk.panels.train(project)`. `box` is what is shown; it follows the run by the page's clock.
+
+    Attributes:
+        project: the project folder.
+        job: the run that is shown: the one in progress, else the newest, or None.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        command: Sequence[str] | None = None,
+        environment: dict[str, str] | None = None,
+        preset: str | None = None,
+        settings: dict[str, Any] | None = None,
+        demo: bool = False,
+    ) -> None:
+        """Build the panel, and attach it to the project's run in progress, if there is one.
+
+        Args:
+            folder: the project folder; it is made if it does not exist.
+            command: what to run instead of the kit's trainer; see `jobs.start`.
+            environment: variables for the training process.
+            preset: name of a preset that the form begins with.
+            settings: further settings that it begins with.
+            demo: put the kit's demo images into the project if it has none.
+        """
+        super().__init__()
+        self.project = Project.open(folder)
+        if demo:
+            self.project.add_demo_images()
+        self._command, self._environment = command, {**token_environment(), **(environment or {})}
+        self.job: jobs.Job | None = None
+        self.dataset: DatasetPanel | None = None  # opened from the table of the hardest images
+        self._state: str | None = None
+        self._state_words = ""  # what the message line says of the state; anything else stays until the next one
+        self._build()
+        self._list_runs()
+        self._attach(self.project.running_job() or next(iter(self.project.jobs()), None))
+        self._given = {**(PRESETS[preset].settings if preset else {}), **(settings or {})}
+        if self._given:
+            self.form.set_values(self._given)
+        self._report_plan()
+        if self.job is not None and self.job.is_alive():
+            self.tabs.selected_index = PROGRESS
+
+    # Building
+
+    def _build(self) -> None:
+        self._settings_stamp = self._stamp_settings()
+        self.form = SettingsForm(self.project.settings(), self._settings_changed)
+        self._saved = as_in_a_file(self.form.values)
+        self.monitor = RunMonitor()
+        self.waiting = QueueBox(
+            jobs.Queue(self.project.folder / "queue.json"), self._checked_config, self.say,
+            command=self._command, environment=self._environment,
+        )  # fmt: skip
+        self.head, self.plan = widgets.HTML(), PlanBox(self.project, self.form.set_values, self.say)
+        self.start_button = style.button(
+            "Start training", tone="primary", icon="play", hint="Train with these settings"
+        )
+        self.stop_button = style.button("Stop", icon="stop", hint="Finish the step, save a checkpoint, and end")
+        self.resume_button = style.button("Resume", icon="forward", hint="Go on from the newest checkpoint of this run")
+        self.sample_button = style.button("Sample now", icon="picture-o", hint="Draw the sample prompts now")
+        self.save_button = style.button("Save now", icon="save", hint="Save a checkpoint now")
+        self.kill_button = style.button("End without saving", hint="End the process at once; unsaved steps are lost")
+        self.refresh_button = style.button("Refresh", icon="refresh")
+        for control, action in (
+            (self.start_button, self.start),
+            (self.stop_button, self.stop),
+            (self.resume_button, self.resume),
+            (self.sample_button, lambda: self._ask("sample")),
+            (self.save_button, lambda: self._ask("save")),
+            (self.kill_button, self.kill),
+            (self.refresh_button, self.refresh),
+        ):
+            self.on_press(control, action)
+        self.refresh_button.layout.display = "none" if has_clock() else ""
+        self.runs = widgets.Dropdown(
+            description="Run", style={"description_width": "40px"}, layout=widgets.Layout(width="360px")
+        )
+        self.runs.observe(self._choose_run, "value")
+        self.clock = make_clock(self.on_beat)
+        self.box = style.panel_box(
+            [
+                self.head,
+                self.plan.box,
+                style.row(self.start_button, self.stop_button, self.resume_button, self.sample_button, self.save_button,
+                         self.kill_button, self.refresh_button),
+                self.monitor.bar,
+                self.monitor.figures,
+                self.message,
+                self._build_tabs(),
+                self.clock,
+            ]
+        )  # fmt: skip
+
+    def _build_tabs(self) -> widgets.Widget:
+        progress = style.column(self.runs, self.monitor.latest, self.monitor.curves.box)
+        self.prompts = widgets.Textarea(
+            value="\n".join(prompt_lines(read_prompts(self.project.prompts_path))),
+            placeholder="one a line; read anew at every sampling. Empty: captions of your images",
+            description="Prompts",
+            continuous_update=False,
+            style={"description_width": "70px"},
+            layout=widgets.Layout(width="auto", height="76px"),
+        )
+        self.prompts.observe(lambda change: self._write_prompts(change["new"]), "value")
+        samples = style.column(self.prompts, self.monitor.samples)
+        self.board = TensorBoard(self.project.logdir, self.project.folder / "tensorboard")
+        self.tensorboard_button, self.tensorboard_words = style.button("TensorBoard", icon="line-chart"), widgets.HTML()
+        self.on_press(self.tensorboard_button, self.switch_tensorboard)
+        self.hardest = HardestBox(self._open_image)
+        log = style.column(self.monitor.log, style.row(self.tensorboard_button, self.tensorboard_words))
+        self._render_tensorboard()
+        pages = {
+            "Settings": self.form.box,
+            "Progress": progress,
+            "Samples": samples,
+            "Hardest images": self.hardest.box,
+        }
+        self.tabs = Pages({**pages, "Log": log, "Queue": self.waiting.box})
+        return self.tabs.box
+
+    # What the buttons do
+
+    def start(self) -> None:
+        """Start training with the form's settings.
+
+        Raises:
+            ConfigError, JobError: as `jobs.start`; also where the dataset is empty or the disk is full.
+        """
+        if self.job is not None and self.job.is_alive():  # a double click
+            self.tabs.selected_index = PROGRESS
+            return
+        self._attach(jobs.start(self._checked_config(), command=self._command, environment=self._environment))
+        self._list_runs()
+        self.tabs.selected_index = PROGRESS
+
+    def _checked_config(self) -> TrainConfig:
+        config = self.form.config()
+        if problem := self.plan.problem:
+            raise ConfigError(problem)
+        self._save_settings()
+        return config
+
+    def stop(self) -> None:
+        """Ask the run to save and end."""
+        self._require_job().stop()
+        self.say("Stopping after this step; a checkpoint is saved first.", "busy")
+
+    def resume(self) -> None:
+        """Continue the shown run. What a fetched run asks for again is taken from the form.
+
+        Raises:
+            ConfigError: a setting that the run asks for stands at its default in the form.
+        """
+        job = self._require_job()
+        origin = read_origin(job.folder)
+        asked = origin.asked if origin is not None else {}
+        changes = {name: value for name, value in self.form.changed_values().items() if name in asked}
+        resumed = jobs.resume(job.folder, changes=changes, command=self._command, environment=self._environment)
+        self._attach(resumed)
+        self.tabs.selected_index = PROGRESS
+        if changes:
+            self.say(f"Resuming with {', '.join(sorted(changes))} from Settings.", "busy")
+
+    def kill(self) -> None:
+        """End the run at once, without saving."""
+        self._require_job().kill()
+        self.refresh()
+
+    def switch_tensorboard(self) -> None:
+        """Start TensorBoard, or end it."""
+        (self.board.stop if self.board.is_running else self.board.start)()
+        self._render_tensorboard()
+
+    def _render_tensorboard(self) -> None:
+        self.tensorboard_button.description = "Stop TensorBoard" if self.board.is_running else "TensorBoard"
+        set_html(self.tensorboard_words, self.board.words())
+
+    def watch(self) -> None:
+        """Show the run. Returns at once: the page's clock follows it. A script that wants to wait has `job.wait()`."""
+        self.tabs.selected_index = PROGRESS
+        self.show()
+        self.on_beat()
+
+    def run(self) -> None:
+        """Continue the project's run, or start one, and show it. Returns at once.
+
+        A run in progress is shown, one that was stopped is resumed, a finished one stays as it is. Where there is none yet, or
+        its settings are not those that this panel was made with, a new one starts.
+        """
+        self._press(self._continue)
+        self.tabs.selected_index = PROGRESS if self.job is not None else SETTINGS
+        self.show()
+
+    def keep_awake(self) -> None:
+        """On Colab: show the run from the cell until it ends, since Colab ends sessions in which no cell runs. Elsewhere: a note.
+
+        Other buttons of the notebook answer when this has ended; an interrupt ends it, and not the run.
+        """
+        if detect_host().name != "colab":
+            text = "Nothing to do here: only Colab ends sessions in which no cell runs. Training continues by itself."
+        elif self.job is None or not self._is_busy():
+            text = "Nothing is training. Press Start training above, then run this cell again."
+        else:
+            text = ""
+        if text:
+            self.say(text)
+            display_widget(style.panel_box([self.message]))
+            return
+        self.watch()
+        while self._is_busy():
+            time.sleep(0.5)
+            self.on_beat()
+
+    def _is_busy(self) -> bool:
+        """Whether the shown run or the queue is in progress."""
+        return (self.job is not None and self.job.is_alive()) or self.waiting.queue.is_alive()
+
+    def _continue(self) -> None:
+        if self._is_busy():
+            return
+        if self.job is None or not self._was_started_with(self.job, self._given):
+            self.start()
+            return
+        if self.job.status()["state"] == "finished":
+            return
+        if RunFolder(self.job.folder).checkpoints():
+            self.resume()
+        else:  # it saved nothing, so there is nothing to continue
+            self.start()
+
+    @staticmethod
+    def _was_started_with(job: jobs.Job, settings: dict[str, Any]) -> bool:
+        held = read_small_object(job.folder / "config.json")
+        return all(held.get(name, value) == value for name, value in as_in_a_file(settings).items())
+
+    def _ask(self, action: Any) -> None:
+        self._require_job().request(action)
+        words = {"sample": "Samples are drawn after this step.", "save": "A checkpoint is saved after this step."}
+        self.say(words[action], "busy")
+
+    def _require_job(self) -> jobs.Job:
+        if self.job is None:
+            raise ConfigError("There is no run yet. Press Start training.")
+        return self.job
+
+    def _write_prompts(self, text: str) -> None:
+        """Keep the prompts in the project's file."""
+        try:
+            write_prompts(self.project.prompts_path, [line.strip() for line in text.splitlines() if line.strip()])
+        except (ConfigError, OSError) as error:  # callbacks of controls have nobody to raise to
+            self.say(str(error), "bad")
+
+    # Settings and the plan line
+
+    def _settings_changed(self) -> None:
+        if not self.form.errors:
+            try:
+                self._save_settings()
+            except (ConfigError, OSError) as error:  # callbacks of controls have nobody to raise to
+                self.say(str(error), "bad")
+        self._report_plan()
+        self._render_buttons()
+
+    def _save_settings(self) -> None:
+        """Write what was changed here, key by key: the other panels write theirs into the same file."""
+        values = as_in_a_file(self.form.values)
+        self.project.save_settings({name: value for name, value in values.items() if value != self._saved.get(name)})
+        self._saved = values
+
+    def _stamp_settings(self) -> tuple[int, int] | None:
+        """What tells one state of the settings file from another."""
+        path = self.project.settings_path
+        held = path.stat() if path.is_file() else None
+        return (held.st_mtime_ns, held.st_size) if held is not None else None
+
+    def _follow_settings(self) -> None:
+        """Show what another panel has written into the settings file since."""
+        if (stamp := self._stamp_settings()) == self._settings_stamp:
+            return
+        self._settings_stamp = stamp
+        written = self.project.settings()
+        news = {name: value for name, value in written.items() if value != self._saved.get(name)}
+        if news:
+            self._saved.update(news)
+            self.form.set_values(news)
+            self.say(f"Changed by another panel: {', '.join(sorted(news))}.")
+
+    def _report_plan(self) -> None:
+        errors = self.form.errors
+        if errors:
+            first = "; ".join(f"{name} {message}" for name, message in list(errors.items())[:3])
+            what = "1 setting" if len(errors) == 1 else f"{len(errors)} settings"
+            self.plan.take_errors(f"{what} to mend before training can start: {first}")
+            return
+        self.plan.take(self.form.config())
+
+    # Showing a run
+
+    def _attach(self, job: jobs.Job | None) -> None:
+        self.job = job
+        self.monitor.attach(job)
+        self.hardest.attach(job.folder if job is not None else None)
+        self._state = None
+        self.refresh()
+
+    def _open_image(self, path: Path) -> None:
+        """Show an image in a dataset panel, above the table: this notebook may have no other."""
+        from everydream_kit.panels.dataset_panel import DatasetPanel
+
+        if self.dataset is None:
+            self.dataset = DatasetPanel(self.project.folder)
+            self.hardest.slot.children = (self.dataset.box,)
+        try:
+            self.dataset.show_image(path)
+        except ValueError:
+            self.say(f"{path} is not in the project's dataset folder any more.", "warn")
+
+    def _list_runs(self) -> None:
+        names = [(job.name, str(job.folder)) for job in self.project.jobs()]
+        chosen = str(self.job.folder) if self.job else None
+        self.runs.unobserve(self._choose_run, "value")
+        if names != list(self.runs.options):
+            self.runs.options = names
+        if chosen in [value for _, value in names] and self.runs.value != chosen:
+            self.runs.value = chosen
+        self.runs.observe(self._choose_run, "value")
+        self.runs.layout.display = "" if len(names) > 1 else "none"
+
+    def _choose_run(self, change: dict[str, Any]) -> None:
+        if change["new"] and (self.job is None or change["new"] != str(self.job.folder)):
+            self._attach(jobs.attach(change["new"]))
+
+    def refresh(self) -> None:
+        """Show what is new in the run folder. Cheap where nothing is."""
+        self._follow_settings()
+        self.waiting.refresh()
+        self.tabs.set_title(QUEUE, f"Queue ({self.waiting.num_queued})" if self.waiting.num_queued else "Queue")
+        status = self._status()
+        if not status["alive"] and (begun := self.waiting.running_job()) not in (None, self.job):
+            self._attach(begun)
+            self._list_runs()
+            return
+        self.plan.refresh(may_start=not status["alive"])
+        self._render_head(status)
+        self._render_buttons(status)
+        self.monitor.show(status)
+        if self.tabs.selected_index == HARDEST:
+            self.hardest.refresh()
+        if status["state"] != self._state:
+            self._begin_state(status)
+        elif self.message.value in ("", self._state_words):
+            self._say_state(status)
+
+    def _status(self) -> dict[str, Any]:
+        return self.job.status() if self.job is not None else {"state": "", "alive": False}
+
+    def _begin_state(self, status: dict[str, Any]) -> None:
+        self._state = status["state"]
+        self._list_runs()
+        if status["state"] in jobs.FINAL_STATES:
+            self._report_plan()
+        self._say_state(status)
+
+    def _say_state(self, status: dict[str, Any]) -> None:
+        state = status["state"]
+        words = IDLE_WORDS.get(state, state)
+        if state == "starting":
+            words = status.get("message") or words
+        if status["alive"] and status.get("progress") is not None:
+            words = f"{words.rstrip('.')}: {status['progress']:.0%}."
+        if state in ("stopped", "failed", "died"):
+            words = status.get("message") or words
+        tone = STATE_TONES.get(state, "plain")
+        if status["alive"] and self.job is not None and has_no_room(self.job.folder):
+            words, tone = FULL_DISK, "bad"
+        self.say(words, tone)
+        self._state_words = self.message.value
+
+    def _render_head(self, status: dict[str, Any]) -> None:
+        state = status["state"]
+        mark = style.badge(state, STATE_TONES.get(state, "plain")) if state else style.badge("no run yet")
+        set_html(self.head, style.heading("Training", str(self.project.name), badge=mark))
+
+    def _render_buttons(self, status: dict[str, Any] | None = None) -> None:
+        status = status or self._status()
+        alive = status["alive"]
+        self.start_button.disabled = alive or bool(self.form.errors) or self.plan.blocked
+        self.resume_button.disabled = alive or status["state"] not in ("stopped", "died", "failed")
+        for control in (self.stop_button, self.sample_button, self.save_button, self.kill_button):
+            control.disabled = not alive

@@ -1,0 +1,102 @@
+"""`batch_size: auto`, settled before the run writes its settings down, so that a resumed run takes the same number.
+
+The largest batch whose foretold memory fits what is free right now, on the GPU, or in host memory on a CPU; the search is
+`advice.largest_batch`. On a GPU two real steps then prove it, and where they run out of memory a smaller one is tried. Of several
+processes the main one decides for all, and nothing is proved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from everydream_kit.errors import MemoryLimitError
+from everydream_kit.preflight.advice import LARGEST_BATCH, MARGIN, Estimate, largest_batch
+from everydream_kit.preflight.gpus import GIB, GpuSpec, this_gpu
+from everydream_kit.preflight.planning import LARGEST_BATCH_ON_CPU, cpu_room, memory_model
+
+if TYPE_CHECKING:
+    from everydream_kit.config import TrainConfig
+    from everydream_kit.preflight.probe import Probe
+    from everydream_kit.training.journal import Journal
+    from everydream_kit.training.ranks import Ranks
+
+
+def resolve_batch_size(
+    config: TrainConfig,
+    ranks: Ranks,
+    journal: Journal,
+    *,
+    estimate: Estimate | None = None,
+    measure: Callable[[TrainConfig], Probe] | None = None,
+) -> TrainConfig:
+    """The config with a number in the place of `auto`; told in the log and as an event `batch size`.
+
+    Args:
+        estimate: the memory model.
+        measure: makes two real steps; by default `probe.probe` on the GPU of a single process, and nothing elsewhere.
+
+    Raises:
+        MemoryLimitError: not even one picture fits.
+    """
+    if config.batch_size != "auto":
+        return config
+    chosen = 0
+    if ranks.is_main:
+        journal.set_state("starting", message="choosing the batch size")
+        chosen = _choose(config, ranks, journal, estimate or memory_model(config))
+        if measure is None and ranks.device.type == "cuda" and ranks.num_ranks == 1:
+            from everydream_kit.preflight.probe import probe as measure
+        if measure is not None:
+            chosen = _prove(config, chosen, journal, measure)
+        journal.set_state("starting", message=None)
+    return config.replace(batch_size=ranks.share(chosen))
+
+
+def _choose(config: TrainConfig, ranks: Ranks, journal: Journal, estimate: Estimate) -> int:
+    gpu_spec, free_bytes = _device(ranks)
+    largest = LARGEST_BATCH if gpu_spec is not None else LARGEST_BATCH_ON_CPU
+    chosen, found = largest_batch(config, gpu_spec, estimate=estimate, limit_bytes=free_bytes, largest=largest)
+    where = gpu_spec.name if gpu_spec is not None else "this CPU"
+    message = (
+        f"batch_size auto: {chosen}, the largest up to {largest} that fits {where}: {found.peak_bytes / GIB:.1f} GiB foretold, "
+        f"{free_bytes / GIB:.1f} GiB there"
+    )
+    journal.note(message)
+    journal.report(
+        "batch size",
+        batch_size=chosen,
+        estimated_bytes=found.peak_bytes,
+        room_bytes=free_bytes,
+        largest=largest,
+        device=where,
+    )
+    return chosen
+
+
+def _prove(config: TrainConfig, chosen: int, journal: Journal, measure: Callable[[TrainConfig], Probe]) -> int:
+    """Make two real steps; a quarter less, and at least one picture, where they run out of memory."""
+    while chosen:
+        found = measure(config.replace(batch_size=chosen))
+        journal.note(f"batch_size {chosen}: {found.reason}")
+        journal.report("batch size measured", batch_size=chosen, fits=found.fits, reason=found.reason)
+        if found.fits is not False:
+            return chosen
+        chosen = min(chosen - 1, chosen * 3 // 4)
+    raise MemoryLimitError(
+        "batch_size: not even one picture fits: two real steps ran out of memory. `everydream plan` says what to lower."
+    )
+
+
+def _device(ranks: Ranks) -> tuple[GpuSpec | None, int]:
+    """The card, or None for a CPU, and what a run may foretell there: of what is free, less the margin."""
+    if ranks.device.type != "cuda":
+        return None, cpu_room()
+    import torch
+
+    gpu_spec = this_gpu(ranks.device.index or 0)
+    assert gpu_spec is not None
+    free, _ = torch.cuda.mem_get_info(ranks.device)
+    return gpu_spec, int(
+        (free + gpu_spec.context_bytes) * (1 - MARGIN)
+    )  # the context is there already, and in the estimate as well

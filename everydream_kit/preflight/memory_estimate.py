@@ -1,0 +1,424 @@
+"""How much memory a run needs, foretold without a GPU and without weights.
+
+`estimate_memory` lets the trainer go through its phases on tensors without values (`rehearsal`), takes each phase's worst moment,
+and adds a stated allowance for what no tensor stands for: the driver's context and the allocator's gaps, or on a CPU the process.
+The answer is kept on disk by everything that it depends on, so asking again costs nothing.
+
+A number here is a prediction. `benchmarks/memory_model.py` shows how near it is on a CPU; `probe` measures on a real GPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from everydream_kit.atomic import write_atomic
+from everydream_kit.data.records import Size
+from everydream_kit.errors import ConfigError, KitError
+from everydream_kit.strict_json import read_json
+
+if TYPE_CHECKING:
+    from everydream_kit.config import TrainConfig
+    from everydream_kit.data.cache_room import CacheMode
+    from everydream_kit.data.dataset import Dataset
+    from everydream_kit.preflight.rehearsal import Rehearsal, SampleShape
+    from everydream_kit.preflight.skeleton import Architecture
+    from everydream_kit.training.optimizer_config import OptimizerConfig
+
+VERSION = 5
+"""Of the method: raised where the same settings would now give other numbers."""
+
+DEFAULT_CONTEXT_BYTES = 600 * 2**20
+"""CUDA's context with torch's kernels loaded, and the workspaces of cuBLAS and cuDNN: 300 to 800 MiB are seen on common cards."""
+DEFAULT_FRAGMENTATION = 0.05
+"""Share of what is allocated that lies in gaps of the caching allocator at the worst moment."""
+
+PROCESS_BYTES = 600 * 2**20
+"""On a CPU: Python with torch and diffusers loaded, and what their kernels keep for the next time: 440 to 570 MB beside the
+tensors were measured (docs/experiments.md)."""
+
+CATEGORIES = ("weights", "gradients", "optimizer states", "activations", "EMA", "other")
+SAMPLED_TOGETHER = 4
+"""Pictures that `sample_images` draws together."""
+DEFAULT_SAMPLES = 12
+"""Four captions of the dataset at three guidance scales: what is drawn where there is no prompt file."""
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes", "pytorch_optimizer", "everydream-kit")
+
+WITHOUT_EFFECT = frozenset(
+    {
+        *("resume_ckpt", "base_revision", "base_subfolder", "base_variant", "family", "prediction_type"),
+        *(
+            "data_root",
+            "flip_p",
+            "crop_jitter",
+            "background",
+            "loss_mask",
+            "num_workers",
+            "cache_variants",
+            "latent_cache_dir",
+        ),
+        *("rated_dataset", "rated_dataset_target_dropout_percent", "write_schedule", "cond_dropout", "caption_lines"),
+        *("max_epochs", "max_steps", "lr", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps", "scale_lr", "seed"),
+        *("timestep_start", "timestep_end", "timestep_sampling", "train_sampler", "gpuid", "ema_decay_rate"),
+        *("ema_strength_target", "ema_update_interval", "ema_resume_model", "sample_prompts", "sample_steps"),
+        *("sample_before_training", "early_stopping_patience", "project_name", "run_name", "logdir", "save_ckpt_dir"),
+        *(
+            "ckpt_every_n_minutes",
+            "save_every_n_epochs",
+            "save_every_n_steps",
+            "save_ckpts_from_n_epochs",
+            "keep_last_n",
+        ),
+        *(
+            "save_full_precision",
+            "save_optimizer",
+            "no_save_ckpt",
+            "no_prepend_last",
+            "push_to",
+            "push_every",
+            "log_step",
+        ),
+        *("wandb", "load_settings_every_epoch", "lora_alpha", "optimizer_config", "validation_config", "resolution"),
+    }
+)
+"""Settings whose value changes no number here, or that stand in the key in another form."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a run at its worst moment.
+
+    Attributes:
+        name: "latent caching", "training step", "validation", "sampling" or "saving".
+        peak_bytes: alive on the device at that moment.
+        by_category: of these, by `CATEGORIES`.
+    """
+
+    name: str
+    peak_bytes: int
+    by_category: dict[str, int]
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What a run needs.
+
+    Attributes:
+        phases: in the order in which a run meets them.
+        allowance_bytes: context and fragmentation of the card; on a CPU the process itself.
+        step_flops: floating-point operations of one optimizer step, all of its micro-batches.
+        num_trained_parameters, num_parameters: numbers, not tensors.
+        weight_bytes_written: the weights of one checkpoint, the averaged ones of an EMA included.
+        state_bytes_written: its resume state.
+        host_bytes: host memory that the run takes beside a GPU's: paged states, averages and modules that wait there, and the
+            copy that is written in the background. On a CPU only the copy, which is made where there is room for it.
+    """
+
+    phases: tuple[Phase, ...]
+    allowance_bytes: int
+    step_flops: int
+    num_trained_parameters: int
+    num_parameters: int
+    weight_bytes_written: int
+    state_bytes_written: int
+    host_bytes: int = 0
+
+    @property
+    def worst(self) -> Phase:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: phase.peak_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """What the device must have: the greatest phase and the allowance."""
+        return self.worst.peak_bytes + self.allowance_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "phases": [asdict(phase) for phase in self.phases], "peak_bytes": self.peak_bytes}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> MemoryEstimate:
+        kept = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        return cls(**{**kept, "phases": tuple(Phase(**phase) for phase in values["phases"])})
+
+
+def estimate_memory(
+    config: TrainConfig,
+    *,
+    device: str = "cuda",
+    has_bf16: bool = True,
+    context_bytes: int | None = None,
+    fragmentation: float | None = None,
+    cache_folder: Path | None = None,
+    bucket: Size | None = None,
+    dataset: Dataset | None = None,
+    architecture: Architecture | None = None,
+) -> MemoryEstimate:
+    """Foretell the memory of a run.
+
+    Full-size models take 15 to 60 s of a processor's time when they are asked for the first time.
+
+    Args:
+        config: of the run; `batch_size` is a number.
+        device: "cuda" or "cpu".
+        has_bf16: whether the card computes in bfloat16 (compute capability 8.0 on).
+        context_bytes, fragmentation: of the card; by default the cautious values above. Without effect on a CPU, whose
+            allowance is the process.
+        cache_folder: where answers are kept; by default `.edk_cache/preflight` beside the run folders.
+        bucket: (width, height) of the pictures; by default the largest of the resolution.
+        dataset: says whether captions vary, which decides what may wait in host memory; by default the settings say it.
+        architecture: of the base, where it has been read already.
+
+    Raises:
+        ConfigError: batch_size is "auto", or a side file is wrong.
+        ModelError: the base is not there, or of a kind that the kit does not train.
+    """
+    if not isinstance(config.batch_size, int):
+        raise ConfigError(
+            "batch_size: memory can be foretold for a number only; give one, or ask the advice for the largest"
+        )
+    question = _Question.of(config, device, has_bf16, bucket, dataset, architecture)
+    folder = cache_folder or Path(config.logdir) / ".edk_cache" / "preflight"
+    kept = folder / f"{question.key()}.json"
+    estimate = _read_kept(kept)
+    if estimate is None:
+        estimate = question.answer()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(kept, json.dumps(estimate.to_json(), indent=1))
+    return replace(estimate, allowance_bytes=allowance(estimate, device, context_bytes, fragmentation))
+
+
+def is_kept(
+    config: TrainConfig,
+    *,
+    device: str = "cuda",
+    has_bf16: bool = True,
+    cache_folder: Path | None = None,
+    architecture: Architecture | None = None,
+) -> bool:
+    """Whether `estimate_memory` has answered this before, and so answers at once. Arguments and errors as it has them."""
+    question = _Question.of(config, device, has_bf16, None, None, architecture)
+    folder = cache_folder or Path(config.logdir) / ".edk_cache" / "preflight"
+    return _read_kept(folder / f"{question.key()}.json") is not None
+
+
+def allowance(
+    estimate: MemoryEstimate, device: str, context_bytes: int | None = None, fragmentation: float | None = None
+) -> int:
+    """Bytes that a card, or the process on a CPU, takes beside the tensors."""
+    if device == "cpu":
+        return PROCESS_BYTES
+    context = DEFAULT_CONTEXT_BYTES if context_bytes is None else context_bytes
+    share = DEFAULT_FRAGMENTATION if fragmentation is None else fragmentation
+    return context + int(share * estimate.worst.peak_bytes)
+
+
+def _read_kept(path: Path) -> MemoryEstimate | None:
+    """An earlier answer, or None where there is none that can be read."""
+    try:
+        return MemoryEstimate.from_json(read_json(path))
+    except (OSError, KitError, KeyError, TypeError):
+        return None
+
+
+@dataclass(frozen=True)
+class _Question:
+    """Everything that an estimate depends on."""
+
+    config: TrainConfig
+    architecture: Architecture
+    device: str
+    has_bf16: bool
+    bucket: Size
+    captions_vary: bool
+    optimizer_config: OptimizerConfig
+    validates: int | None
+    samples: SampleShape | None
+    dataset: Dataset | None
+
+    @classmethod
+    def of(  # noqa: PLR0917 - what `estimate_memory` was asked, in its order
+        cls,
+        config: TrainConfig,
+        device: str,
+        has_bf16: bool,
+        bucket: Size | None,
+        dataset: Dataset | None,
+        architecture: Architecture | None,
+    ) -> _Question:
+        from everydream_kit.data.text_cache import captions_vary
+        from everydream_kit.preflight.rehearsal import largest_bucket
+        from everydream_kit.training.optimizer_config import load_optimizer_config
+
+        return cls(
+            config=config,
+            architecture=architecture or architecture_of(config),
+            device=device,
+            has_bf16=has_bf16,
+            bucket=bucket or largest_bucket(config.resolutions),
+            captions_vary=config.shuffle_tags if dataset is None else captions_vary(dataset),
+            optimizer_config=load_optimizer_config(config.optimizer_config),
+            validates=validated_together(config),
+            samples=sampled_together(config, dataset),
+            dataset=dataset,
+        )
+
+    def key(self) -> str:
+        """A hash of all of it, and of the libraries that decide what is allocated."""
+        settings = self.config.model_dump(mode="json")
+        facts = {
+            "version": VERSION,
+            "settings": {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT},
+            "has_ema": has_ema(self.config),
+            "grad_accum": min(2, self.config.grad_accum),
+            "architecture": self.architecture.identity(),
+            "device": [self.device, self.has_bf16],
+            "bucket": self.bucket,
+            "captions_vary": self.captions_vary,
+            "optimizer_config": self.optimizer_config.model_dump(mode="json"),
+            "validates": self.validates,
+            "samples": None if self.samples is None else asdict(self.samples),
+            "libraries": [_version(name) for name in LIBRARIES],
+        }
+        return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def answer(self) -> MemoryEstimate:
+        """Go through the run."""
+        from everydream_kit.preflight.rehearsal import rehearse
+
+        rehearsal = rehearse(
+            self.config,
+            self.architecture,
+            device_type=self.device,
+            has_bf16=self.has_bf16,
+            optimizer_config=self.optimizer_config,
+            bucket=self.bucket,
+            latents=estimate_latent_mode(self.config),
+            validates=self.validates,
+            samples=self.samples,
+            dataset=self.dataset,
+        )
+        return _conclude(self.config, rehearsal, self.device)
+
+
+def estimate_latent_mode(config: TrainConfig) -> CacheMode:
+    """Where latents are kept, as far as the settings say it: `auto` takes memory unless there are very many pictures."""
+    if config.plugins:  # one of them may change pictures
+        return "off"
+    return "memory" if config.cache_latents == "auto" else config.cache_latents
+
+
+def architecture_of(config: TrainConfig) -> Architecture:
+    """What the config's base model is made of. Raises: ModelError, CheckpointError."""
+    from everydream_kit.preflight.skeleton import read_architecture
+    from everydream_kit.training.base import find_base
+
+    return read_architecture(
+        find_base(config),
+        revision=config.base_revision,
+        subfolder=config.base_subfolder,
+        variant=config.base_variant,
+        family=config.family,
+        prediction_type=config.prediction_type,
+    )
+
+
+def has_ema(config: TrainConfig) -> bool:
+    """Whether an average of the weights is kept."""
+    return config.ema_decay_rate is not None or config.ema_strength_target is not None
+
+
+def _version(name: str) -> str:
+    try:
+        return f"{name} {metadata.version(name)}"
+    except metadata.PackageNotFoundError:
+        return f"{name} none"
+
+
+def validated_together(config: TrainConfig) -> int | None:
+    """Pictures whose loss is measured together, or None without validation."""
+    if config.validation_config is None:
+        return None
+    from everydream_kit.training.validation_config import load_validation_config
+
+    own = load_validation_config(config.validation_config).batch_size
+    assert isinstance(config.batch_size, int)
+    return own or config.batch_size
+
+
+def sampled_together(config: TrainConfig, dataset: Dataset | None = None) -> SampleShape | None:
+    """The largest batch of sample pictures that the prompt file, or the lack of one, leads to."""
+    if config.sample_steps is None:
+        return None
+    from everydream_kit.preflight.rehearsal import SampleShape
+    from everydream_kit.training.prompt_file import read_prompt_file
+    from everydream_kit.training.sampling_listener import NUM_RANDOM_CAPTIONS, plan_prompts
+
+    path = Path(config.sample_prompts)
+    side = max(config.resolutions)
+    usual = SampleShape(min(SAMPLED_TOGETHER, DEFAULT_SAMPLES), (side, side))
+    if not path.is_file():
+        return usual
+    try:
+        settings = read_prompt_file(path).settings
+    except ConfigError:  # a warning when it is read in training, where it may have been mended
+        return usual
+    written = [entry.model_copy(update={"random_caption": False}) for entry in settings.samples]
+    if written:
+        read = settings.model_copy(update={"samples": written})
+        planned = plan_prompts(read, dataset, seed=0, resolution=side, step=0)
+        images = [((one.width, one.height), len(one.cfgs)) for one in planned]
+    else:
+        images = [((settings.resolution or side,) * 2, len(settings.cfgs))] * NUM_RANDOM_CAPTIONS
+    counts: dict[tuple[int, int], int] = {}
+    for size, number in images:
+        counts[size] = counts.get(size, 0) + number
+    together = settings.batch_size or SAMPLED_TOGETHER
+    size = max(counts, key=lambda size: min(together, counts[size]) * size[0] * size[1])
+    return SampleShape(min(together, counts[size]), size)
+
+
+def _conclude(config: TrainConfig, rehearsal: Rehearsal, device: str) -> MemoryEstimate:
+    """Phases from a trace."""
+    from everydream_kit.preflight.rehearsal import EMA, GRADIENTS, HOST, IDLE, IDLE_VAE, STATES
+
+    lives, phases = rehearsal.lives, []
+    for stretch in lives.stretches:
+        caching = stretch.name == "latent caching"
+        before_run = caching and estimate_latent_mode(config) == "disk"
+        never = [HOST, *([EMA, GRADIENTS] if before_run else [IDLE] if caching else [])]
+        if stretch.name == "training step":
+            never += [IDLE, IDLE_VAE]
+        peak = lives.peak(stretch, always=() if before_run else (STATES,), never=never)
+        if before_run:
+            peak.num_bytes -= peak.by_category.pop(STATES, 0)
+        phases.append(_phase(stretch.name, peak.by_category))
+    standing = {name: rehearsal.standing.get(name, 0) for name in ("weights", STATES, EMA)}
+    swapped = rehearsal.ema_bytes if rehearsal.ema_on_device or (device == "cpu" and rehearsal.ema_bytes) else 0
+    phases.append(_phase("saving", {**standing, "other": swapped}))
+    training = lives.named("training step")
+    host = sum(rehearsal.standing.get(name, 0) for name in (HOST, IDLE, IDLE_VAE)) + rehearsal.snapshot_bytes
+    return MemoryEstimate(
+        phases=tuple(phases),
+        allowance_bytes=0,
+        step_flops=training.flops * config.grad_accum // rehearsal.num_micro_batches,
+        num_trained_parameters=rehearsal.num_trained_parameters,
+        num_parameters=rehearsal.num_parameters,
+        weight_bytes_written=rehearsal.checkpoint_bytes + rehearsal.averaged_bytes,
+        state_bytes_written=rehearsal.state_bytes,
+        host_bytes=host,
+    )
+
+
+def _phase(name: str, by_category: dict[str, int]) -> Phase:
+    """A phase under the public categories: what waited and came back is weights again."""
+    from everydream_kit.preflight.rehearsal import IDLE, IDLE_VAE
+
+    named = dict.fromkeys(CATEGORIES, 0)
+    for category, num_bytes in by_category.items():
+        named["weights" if category in {IDLE, IDLE_VAE} else category] += num_bytes
+    return Phase(name, sum(named.values()), {key: value for key, value in named.items() if value})

@@ -1,0 +1,219 @@
+"""How long a step takes, and with what right that is said: measured here, measured by somebody and published, or computed.
+
+The order is that of trust: a run on the same card with the same settings; a published figure that matches in every point
+(`speeds.json`, with its source); else the work of a step over what the card can do. The formula's constants were fitted to
+nine published figures, each of which it meets to within a tenth, and one that was kept back (SDXL LoRA on an RTX 3090 Ti, 1.12 s)
+to within 11 %. They come from three cards and other people's trainers, so a computed time is right to about a third. A trainer
+tuned throughout, such as MosaicML's, is 2.5 times as fast as the formula says.
+
+Not here: what else a run spends time on (`planning`).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from everydream_kit.preflight.gpus import GpuSpec, recognise
+from everydream_kit.workspace import RunFolder, list_runs, read_small_object
+
+if TYPE_CHECKING:
+    from everydream_kit.config import TrainConfig
+    from everydream_kit.preflight.memory_estimate import MemoryEstimate
+
+Basis = Literal["measured here", "published", "computed"]
+
+PEAK_SHARE = 0.31
+"""Of a card's peak that matrix products and convolutions reach."""
+FLOPS_PER_BYTE = 26.0
+"""Operations of a step in half precision for each byte that it moves; half as many in float32."""
+BYTES_PER_PARAMETER = 50.0
+"""Moved in one optimizer step for each trained parameter: the update itself, casting, unscaling, zeroing."""
+LAUNCH_SECONDS = 0.3
+"""Of each micro-batch that depend on no size: Python and the launching of some ten thousand kernels."""
+CPU_SHARE = 0.35
+"""Of the speed of a large matrix product that a training step reaches on a CPU (tiny SD 1.x at 128 px, two cores)."""
+
+SPEED_SETTINGS = (
+    *("resume_ckpt", "resolution", "training_kind", "gradient_checkpointing", "amp", "disable_amp", "amp_dtype"),
+    *(
+        "weight_dtype",
+        "frozen_dtype",
+        "optimizer",
+        "disable_unet_training",
+        "disable_textenc_training",
+        "cache_latents",
+        "lora_rank",
+    ),
+    *("fused_backward", "torch_compile", "channels_last", "attn_type", "offload_idle_models", "clip_skip"),
+)
+"""Settings that two runs must share for one's pictures a second to be the other's."""
+FULL_SIZE_PARAMETERS = {"sd1": 1_066_000_000, "sd2": 1_290_000_000, "sdxl": 3_470_000_000}
+"""UNet, VAE and text encoders together. Published figures are about these; smaller models of a family are other models."""
+RUNS_LOOKED_AT = 20
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """The time of one optimizer step.
+
+    Attributes:
+        seconds: of one step, all micro-batches together.
+        basis: where the figure is from.
+        source: in words: the run, who published it and where, or how it was computed.
+    """
+
+    seconds: float
+    basis: Basis
+    source: str
+
+
+def estimate_step(
+    config: TrainConfig,
+    gpu_spec: GpuSpec | None,
+    estimate: MemoryEstimate | None,
+    *,
+    cpu_flops: float | None = None,
+) -> StepSeconds | None:
+    """The best that is known about a step's time, or None where nothing is.
+
+    Args:
+        config: settings with a number as batch size.
+        gpu_spec: that will train; None for a CPU.
+        estimate: the step's work; without it nothing can be computed.
+        cpu_flops: operations a second of this CPU; measured if it is needed and not given.
+    """
+    found = measured_here(config, gpu_spec)
+    if found is None and gpu_spec is not None and estimate is not None:
+        found = published(config, gpu_spec, estimate.num_parameters) or compute(config, gpu_spec, estimate)
+    if found is None and gpu_spec is None and estimate is not None:
+        rate = cpu_flops or measure_cpu()
+        source = (
+            f"{estimate.step_flops / 1e9:,.0f} billion operations at {CPU_SHARE:.0%} of a matrix product's speed here"
+        )
+        found = StepSeconds(estimate.step_flops / (rate * CPU_SHARE), "computed", source)
+    return found
+
+
+def measured_here(config: TrainConfig, gpu_spec: GpuSpec | None) -> StepSeconds | None:
+    """From the newest run in `logdir` on the same card with the same settings; another batch size is scaled by pictures."""
+    wanted = {name: config.model_dump(mode="json")[name] for name in SPEED_SETTINGS}
+    for run in reversed(list_runs(config.logdir)[-RUNS_LOOKED_AT:]):
+        settings, facts = _read(run.config_path), _read(run.folder / "environment.json")
+        if {name: settings.get(name) for name in SPEED_SETTINGS} != wanted or not _same_device(facts, gpu_spec):
+            continue
+        images_per_second = _images_per_second(run)
+        if images_per_second:
+            per_step = _whole(config.batch_size) * config.grad_accum
+            return StepSeconds(per_step / images_per_second, "measured here", f"run {run.name}")
+    return None
+
+
+def published(config: TrainConfig, gpu_spec: GpuSpec, num_parameters: int) -> StepSeconds | None:
+    """A published figure for just this: card, model, resolution, batch, precision, optimizer, what is trained."""
+    model = next((m for m, n in FULL_SIZE_PARAMETERS.items() if abs(num_parameters - n) < 0.06 * n), None)
+    mixed, lora = config.amp and not config.disable_amp, config.training_kind == "lora"
+    ours = {
+        "card": gpu_spec.name,
+        "model": model,
+        "kind": config.training_kind,
+        "resolution": config.resolutions[0] if len(config.resolutions) == 1 else None,
+        "batch_size": config.batch_size,
+        "grad_accum": config.grad_accum,
+        "precision": "fp32" if not mixed else half_precision(config, gpu_spec),
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "optimizer": config.optimizer or "adamw8bit",
+        "trains_text": config.lora_text_encoder if lora else not config.disable_textenc_training,
+        "lora_rank": config.lora_rank if lora else None,
+        "latents_cached": config.cache_latents != "off",
+    }
+    for entry in published_speeds():
+        if all(entry.get(name) == value for name, value in ours.items()):
+            return StepSeconds(entry["seconds"], "published", f"{entry['by']} ({entry['source']})")
+    return None
+
+
+def compute(config: TrainConfig, gpu_spec: GpuSpec, estimate: MemoryEstimate) -> StepSeconds | None:
+    """Work over speed: operations at a share of the peak, bytes at the bandwidth, and a fixed part; None for an unknown card."""
+    if not gpu_spec.bandwidth_bytes:
+        return None
+    mixed = config.amp and not config.disable_amp
+    seconds = work_seconds(gpu_spec, estimate.step_flops, mixed=mixed)
+    seconds += estimate.num_trained_parameters * BYTES_PER_PARAMETER / gpu_spec.bandwidth_bytes
+    seconds += LAUNCH_SECONDS * config.grad_accum
+    precision = half_precision(config, gpu_spec) if mixed else "fp32"
+    source = (
+        f"{estimate.step_flops / 1e12:.1f} teraflops in {precision} at {PEAK_SHARE:.0%} of the {gpu_spec.name}'s peak, "
+        f"{gpu_spec.bandwidth_bytes / 1e9:.0f} GB/s, {LAUNCH_SECONDS} s a micro-batch"
+    )
+    return StepSeconds(seconds, "computed", source)
+
+
+def work_seconds(gpu_spec: GpuSpec, flops: float, *, mixed: bool = True) -> float:
+    """Seconds for so many operations of such a model, without what is fixed."""
+    peak = gpu_spec.half_tflops if mixed else gpu_spec.fp32_tflops
+    bytes_moved = flops / FLOPS_PER_BYTE * (1 if mixed else 2)
+    return flops / (peak * 1e12 * PEAK_SHARE) + bytes_moved / gpu_spec.bandwidth_bytes
+
+
+def half_precision(config: TrainConfig, gpu_spec: GpuSpec) -> str:
+    """The format that mixed precision means here: `bf16` or `fp16`."""
+    return config.amp_dtype if config.amp_dtype != "auto" else "bf16" if gpu_spec.has_bf16 else "fp16"
+
+
+@lru_cache(maxsize=1)
+def published_speeds() -> tuple[dict[str, Any], ...]:
+    """The entries of `speeds.json`."""
+    text = (Path(__file__).parent / "speeds.json").read_text(encoding="utf-8")
+    return tuple(json.loads(text)["measurements"])
+
+
+@lru_cache(maxsize=1)
+def measure_cpu(size: int = 768, repeats: int = 4) -> float:
+    """Operations a second of a square float32 matrix product on this CPU, the best of a few; under a tenth of a second each."""
+    import torch
+
+    left = torch.ones(size, size)
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        left @ left
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def _same_device(facts: dict[str, Any], gpu_spec: GpuSpec | None) -> bool:
+    """Whether a run's `environment.json` names this card, or a CPU where there is none."""
+    device = str(facts.get("device", ""))
+    if gpu_spec is None:
+        return device.startswith("cpu")
+    return device == gpu_spec.name or recognise(device, gpu_spec.memory_bytes).name == gpu_spec.name
+
+
+def _images_per_second(run: RunFolder) -> float | None:
+    """Median over a run's log points but the first, which pays for warming up; its status where it has logged one only."""
+    points = [float(event["images_per_second"]) for event in _loss_events(run)]
+    points = [speed for speed in points[1:] or points if speed]
+    if points:
+        return statistics.median(points)
+    speed = _read(run.folder / "status.json").get("images_per_second")
+    return float(speed) if speed else None
+
+
+def _loss_events(run: RunFolder) -> Iterator[dict[str, Any]]:
+    return (event for event in run.events("loss") if "images_per_second" in event)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_small_object(path)
+
+
+def _whole(batch_size: int | str) -> int:
+    assert isinstance(batch_size, int), "the batch size is settled before a step's time is asked for"
+    return batch_size

@@ -1,0 +1,373 @@
+"""From settings to a run: the one place where a config meets the components.
+
+`build_run` checks what is cheap first (settings, dataset, optimizer file), so that a mistake costs seconds and no GPU; then it
+loads the model and hands both to `assemble_run`, which builds the rest. What a run trains on is in `pictures.py`, the model it
+starts from in `base.py`; starting, resuming and ending a run are in `sessions.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from everydream_kit.config import TrainConfig
+from everydream_kit.data.cache import CacheSettings
+from everydream_kit.data.dataset import Dataset
+from everydream_kit.errors import CheckpointError, ConfigError
+from everydream_kit.models.adapters import is_adapter_folder
+from everydream_kit.models.components import renamed_for
+from everydream_kit.models.family import Model
+from everydream_kit.models.loading import load_model, open_model
+from everydream_kit.models.model_saving import save_model
+from everydream_kit.models.tensors import LazyTensor, Tensors
+from everydream_kit.training import schedules
+from everydream_kit.training.base import (
+    TEXT_ENCODER,
+    choose_idle_modules,
+    load_base,
+    precision_of,
+    prepare_modules,
+    select_trained,
+    shards,
+    tile_large_images,
+)
+from everydream_kit.training.caching import build_latent_cache, build_text_cache, choose_latent_mode, latent_folder
+from everydream_kit.training.ema import Ema, decay_from_strength_target
+from everydream_kit.training.file_hashes import OpenFile
+from everydream_kit.training.held_out_images import ValidationSet, split_dataset
+from everydream_kit.training.journal import Journal
+from everydream_kit.training.noise import NoiseSettings
+from everydream_kit.training.objectives import build_objective
+from everydream_kit.training.offload import IdleModels
+from everydream_kit.training.optimizer_config import OptimizerConfig, PartSettings, load_optimizer_config, part_settings
+from everydream_kit.training.optimizers import build_optimizer_for_parts, default_optimizer_name
+from everydream_kit.training.parameters import TrainedPart
+from everydream_kit.training.plugins import caption_transform, image_transform, load_plugins
+from everydream_kit.training.precision import Precision
+from everydream_kit.training.ranks import Ranks
+from everydream_kit.training.run import Run
+from everydream_kit.training.sharding import Sharding, refuse_unshardable
+from everydream_kit.training.summary import summarise_captions
+from everydream_kit.training.training_images import (
+    choose_num_workers,
+    estimate_steps,
+    make_plan_settings,
+    read_dataset,
+    resolve_seed,
+    scan,
+)
+from everydream_kit.training.validation_config import ValidationConfig, load_validation_config
+from everydream_kit.workspace import RunFolder, find_last_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+    from everydream_kit.training.control import StopSignal
+
+PASSED_TO_OPTIMIZER = ("optimizer", "lr", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps")
+"""Settings that win over `optimizer_config`'s base where a person gave them."""
+
+
+def build_run(
+    config: TrainConfig,
+    folder: RunFolder,
+    journal: Journal,
+    ranks: Ranks,
+    *,
+    seed: int | None = None,
+    weights_from: Path | None = None,
+    stop: StopSignal | None = None,
+) -> Run:
+    """Build everything that a run consists of, standing at its beginning; listeners are added by the caller.
+
+    Args:
+        seed: of a run that goes on; by default the config's, where -1 draws one.
+        weights_from: checkpoint of a run that goes on; by default `resume_ckpt`.
+        stop: ends what takes long here.
+
+    Raises:
+        StopRequested: by `stop`.
+        KitError: something cannot be used; the message names it and the cure.
+    """
+    seed = resolve_seed(config.seed) if seed is None else seed
+    optimizer_config = load_optimizer_config(config.optimizer_config)
+    for warning in optimizer_config.warnings:
+        journal.warn(warning)
+    validation_config = None if config.validation_config is None else load_validation_config(config.validation_config)
+    if config.fused_backward and ranks.num_ranks > 1:
+        raise ConfigError(
+            "fused_backward: works on one process only, since gradients must be summed over all of them first"
+        )
+    if config.parallel == "fsdp2" and ranks.num_ranks == 1:
+        journal.warn("parallel fsdp2: has no effect on one process; start several with accelerate launch or torchrun.")
+    plugins = load_plugins(config.plugins)
+    dataset, validation_sets = read_dataset(config, journal), []
+    if validation_config is not None:
+        for warning in validation_config.warnings:
+            journal.warn(warning)
+        dataset, validation_sets = split_dataset(dataset, validation_config, partial(scan, config))
+    model = load_base(config, weights_from, ranks)
+    return assemble_run(
+        config,
+        folder,
+        journal,
+        ranks,
+        model=model,
+        dataset=dataset,
+        seed=seed,
+        optimizer_config=optimizer_config,
+        validation_config=validation_config,
+        validation_sets=validation_sets,
+        plugins=plugins,
+        resumes=weights_from is not None,
+        stop=stop if ranks.num_ranks == 1 else None,  # alone: the others would wait for a process that has left
+    )
+
+
+def assemble_run(
+    config: TrainConfig,
+    folder: RunFolder,
+    journal: Journal,
+    ranks: Ranks,
+    *,
+    model: Model,
+    dataset: Dataset,
+    seed: int,
+    optimizer_config: OptimizerConfig,
+    validation_config: ValidationConfig | None = None,
+    validation_sets: Sequence[ValidationSet] = (),
+    plugins: Sequence[Any] = (),
+    resumes: bool = False,
+    device_type: str | None = None,
+    stop: StopSignal | None = None,
+) -> Run:
+    """Build a run around a model and a dataset that are there already.
+
+    Args:
+        resumes: the model's weights are those of this very run, so an EMA model is not loaded over them.
+        device_type: what optimizer and precision are chosen for, where that is not the device that the tensors are on: the
+            pre-flight foretells a GPU's memory without one.
+        stop: ends the encoding of pictures with a `StopRequested`.
+    """
+    device_type = device_type or ranks.device.type
+    plan_settings = make_plan_settings(config, seed, ranks.num_ranks)
+    num_steps = estimate_steps(dataset, plan_settings, config.max_epochs, config.max_steps)
+    journal.report(
+        "dataset",
+        pictures=len(dataset),
+        problems=len(dataset.problems),
+        num_steps=num_steps,
+        seed=seed,
+        captions=summarise_captions(dataset),
+    )
+    parts = select_trained(model, config, optimizer_config, seed)
+    settings = [resolve_part(part.name, config, optimizer_config, device_type) for part in parts]
+    for how in settings:
+        announce_schedule(how, make_schedule(how, config, num_steps, ranks.num_ranks), num_steps, journal)
+    tweaks = optimizer_config.apply_grad_scaler_step_tweaks is not False
+    precision = precision_of(config, device_type, tune_scaler=tweaks)
+    tile_large_images(model, precision)
+    optimizers = [how.optimizer for how in settings]
+    sharding = build_sharding(model, parts, optimizers, precision, ranks) if shards(config, ranks) else None
+    num_workers = choose_num_workers(config.num_workers)
+    latent_mode = choose_latent_mode(
+        config.cache_latents,
+        dataset,
+        plan_settings,
+        variants=config.cache_variants,
+        folder=latent_folder(config),
+        transforms_images=image_transform(plugins) is not None,
+    )
+    idle = choose_idle_modules(
+        config,
+        model,
+        dataset,
+        journal,
+        device_type=ranks.device.type,
+        latents_cached=latent_mode != "off",
+        transforms_captions=caption_transform(plugins) is not None,
+    )
+    idle_models = IdleModels(idle, ranks.device)
+    latent_cache = build_latent_cache(
+        model,
+        dataset,
+        plan_settings,
+        journal,
+        idle_models,
+        mode=latent_mode,
+        settings=CacheSettings(config.cache_variants, config.crop_jitter, config.background),
+        folder=latent_folder(config),
+        num_workers=num_workers,
+        stop=stop,
+    )
+    prepare_modules(model, config)
+    return Run(
+        config=config,
+        folder=folder,
+        journal=journal,
+        ranks=ranks,
+        seed=seed,
+        dataset=dataset,
+        plan_settings=plan_settings,
+        num_steps=num_steps,
+        model=model,
+        parts=parts,
+        optimizer=build_optimizer_for_parts(
+            parts,
+            settings,
+            device_type=device_type,
+            rounding_seed=seed if config.weight_dtype == "bfloat16" else None,
+            fused_backward=config.fused_backward,
+        ),
+        make_schedules=lambda steps: {how.part: make_schedule(how, config, steps, ranks.num_ranks) for how in settings},
+        objective=build_objective(
+            model.noise_scheduler,
+            model.prediction_type,
+            loss_type=config.loss_type,
+            min_snr_gamma=config.min_snr_gamma,
+            debiased_estimation=config.debiased_estimation,
+        ),
+        noise_settings=NoiseSettings(**{field.name: getattr(config, field.name) for field in fields(NoiseSettings)}),
+        precision=precision,
+        write_model=partial(_write_model, model),
+        ema=build_ema(config, model, parts, num_steps, resumes=resumes),
+        ema_update_interval=config.ema_update_interval,
+        latent_cache=latent_cache,
+        text_cache=build_text_cache(model, config.clip_skip, trains_text=any(p.name == TEXT_ENCODER for p in parts)),
+        loader_options={
+            "num_workers": num_workers,
+            "crop_jitter": config.crop_jitter,
+            "background": config.background,
+            "caption_transform": caption_transform(plugins),
+            "image_transform": image_transform(plugins),
+        },
+        updates_in_backward=config.fused_backward,
+        validation_sets=list(validation_sets),
+        validation_config=validation_config,
+        plugins=list(plugins),
+        idle_models=idle_models,
+        wants_gradient_norm=lambda step: step % config.log_step == 0,
+        sharding=sharding,
+    )
+
+
+def build_sharding(
+    model: Model, parts: list[TrainedPart], optimizers: list[str], precision: Precision, ranks: Ranks
+) -> Sharding:
+    """Divide the model among the processes; the parts have the divided parameters then."""
+    refuse_unshardable(precision, optimizers)
+    return Sharding(model, parts, ranks, precision.dtype)
+
+
+def resolve_part(name: str, config: TrainConfig, optimizer_config: OptimizerConfig, device_type: str) -> PartSettings:
+    """How one part is trained, from the settings that were given and the optimizer file."""
+    given = {key: getattr(config, key) for key in PASSED_TO_OPTIMIZER if key in config.model_fields_set}
+    return part_settings(
+        optimizer_config,
+        name,
+        given=given,
+        default_optimizer="adamw" if config.parallel == "fsdp2" else default_optimizer_name(device_type),
+        default_lr=config.lr,
+        default_lr_scheduler=config.lr_scheduler,
+    )
+
+
+def make_schedule(how: PartSettings, config: TrainConfig, num_steps: int, num_ranks: int) -> partial[float]:
+    """The learning rate of one part as a function of the optimizer step.
+
+    Raises:
+        ConfigError: the decay would end before the warm-up does.
+    """
+    peak = how.lr
+    if config.scale_lr:
+        assert isinstance(config.batch_size, int)
+        peak = schedules.scaled_lr(peak, config.batch_size * num_ranks, config.grad_accum)
+    decay_steps = schedules.default_decay_steps(num_steps) if how.lr_decay_steps is None else how.lr_decay_steps
+    warmup_steps = how.lr_warmup_steps
+    if warmup_steps is None:
+        warmup_steps = schedules.default_warmup_steps(decay_steps, how.lr_scheduler)
+    schedules.check_lengths(how.lr_scheduler, warmup_steps, decay_steps)
+    return partial(
+        schedules.learning_rate,
+        peak=peak,
+        kind=how.lr_scheduler,
+        warmup_steps=warmup_steps,
+        decay_steps=decay_steps,
+    )
+
+
+def announce_schedule(how: PartSettings, schedule: partial[float], num_steps: int, journal: Journal) -> None:
+    """Log the rate that is used and its course; warn of a warm-up that is longer than the run."""
+    peak, warmup_steps = schedule.keywords["peak"], schedule.keywords["warmup_steps"]
+    scaled = "" if peak == how.lr else f" (scale_lr: {how.lr:g} times {peak / how.lr:.4g})"
+    decay = "" if how.lr_scheduler == "constant" else f", zero at step {schedule.keywords['decay_steps']}"
+    journal.note(
+        f"Learning rate of the {how.part}: {peak:.6g}{scaled}, {how.lr_scheduler}, warm-up {warmup_steps} steps{decay}."
+    )
+    if warmup_steps > num_steps:
+        journal.warn(
+            f"lr_warmup_steps: the warm-up of the {how.part} takes {warmup_steps} steps and the run {num_steps}, so its "
+            f"rate never reaches lr; lower lr_warmup_steps."
+        )
+
+
+def build_ema(
+    config: TrainConfig, model: Model, parts: list[TrainedPart], num_steps: int, *, resumes: bool
+) -> Ema | None:
+    """The average of the trained weights, or None where it is off."""
+    parameters = [parameter for part in parts for _, parameter in part.parameters]
+    device = None if config.ema_device == "cuda" else config.ema_device
+    if config.ema_strength_target is not None:
+        decay = decay_from_strength_target(config.ema_strength_target, num_steps, config.ema_update_interval)
+        ema = Ema(parameters, decay, device)
+    elif config.ema_decay_rate is not None:
+        ema = Ema(parameters, config.ema_decay_rate, device)
+    else:
+        return None
+    if config.ema_resume_model is not None and not resumes:
+        ema.load_averages(averages_of(config, model, parameters))
+    return ema
+
+
+def averages_of(config: TrainConfig, model: Model, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """The weights of the checkpoint that `ema_resume_model` names, in the order of the trained parameters.
+
+    Raises:
+        CheckpointError, ModelError: it is not there, or is another model's.
+    """
+    import torch
+
+    source = config.ema_resume_model
+    if source == "findlast":
+        source = str(find_last_checkpoint(config.logdir, config.project_name, averaged=True))
+    other = _weights_of(str(source), model)
+    places = {id(p): (name, key) for name, module in model.modules().items() for key, p in module.named_parameters()}
+    averages = []
+    for parameter in parameters:
+        name, key = places[id(parameter)]
+        found = other.get(name, {}).get(key)
+        if found is None or found.shape != tuple(parameter.shape):
+            raise CheckpointError(
+                f"ema_resume_model {source}: has no {name}.{key} of the shape {tuple(parameter.shape)}."
+            )
+        averages.append(found.load(torch.float32))
+    return averages
+
+
+def _weights_of(source: str, model: Model) -> dict[str, Tensors]:
+    """A checkpoint's weights by this model's names, unread; an adapter's checkpoint is loaded with its base."""
+    if is_adapter_folder(Path(source)):
+        modules = load_model(source).modules()
+        return {
+            name: {key: LazyTensor.of(value) for key, value in module.state_dict().items()}
+            for name, module in modules.items()
+        }
+    files = open_model(source)
+    return {name: renamed_for(module, files.tensors.get(name, {})) for name, module in model.modules().items()}
+
+
+def _write_model(model: Model, folder: Path, weights: dict[str, dict[str, Any]], open_file: OpenFile) -> None:
+    save_model(model, folder, weights=weights, open_file=open_file)

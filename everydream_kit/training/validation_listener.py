@@ -1,0 +1,141 @@
+"""The validation listener: when pictures are measured, and what follows (best checkpoint, warning, early stopping).
+
+Which pictures is decided in `validation_sets`, the measurement itself is in `validation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from everydream_kit.data.loader import make_loader
+from everydream_kit.training.reports import Listener, StepReport
+from everydream_kit.training.validation import (
+    LossCurve,
+    once_each,
+    timestep_grid,
+    validate,
+)
+from everydream_kit.training.validation_config import ValidationConfig, validation_steps
+
+if TYPE_CHECKING:
+    from everydream_kit.data.dataset import Dataset
+    from everydream_kit.data.records import Batch
+    from everydream_kit.models.family import Conditioning
+    from everydream_kit.training.held_out_images import ValidationSet
+    from everydream_kit.training.run import Run
+
+
+class Validator(Listener):
+    """Measures every set when it is due, and before the first step.
+
+    Args:
+        config: the validation config.
+        sets: what is measured.
+        save_best: called when the deciding set's loss is the lowest so far.
+        patience: measurements without improvement after which the run ends; None: never.
+    """
+
+    name = "validator"
+
+    def __init__(
+        self,
+        config: ValidationConfig,
+        sets: list[ValidationSet],
+        *,
+        save_best: Callable[[Run], None],
+        patience: int | None = None,
+    ) -> None:
+        self.config = config
+        self.sets = sets
+        self.save_best = save_best
+        self.patience = patience
+        self.curves = {entry.tag: LossCurve() for entry in sets}
+
+    def on_start(self, run: Run) -> None:
+        if run.position.step == 0:
+            self.measure(run, is_start=True)
+
+    def __call__(self, run: Run, report: StepReport) -> None:
+        due = validation_steps(self.config.every_n_epochs, report.epoch, report.num_steps_in_epoch)
+        if report.step_in_epoch in due:
+            self.measure(run)
+
+    def measure(self, run: Run, *, is_start: bool = False) -> None:
+        """Measure every set now."""
+        run.set_state("validating")
+        for entry in self.sets:
+            loss = measure_loss(run, entry.dataset, self.config)
+            curve = self.curves[entry.tag]
+            is_best = curve.add(run.position.step, loss)
+            run.scalar(entry.tag, loss, run.position.step)
+            averaged = {}
+            if run.ema is not None:
+                averaged["ema_loss"] = measure_loss(run, entry.dataset, self.config, averaged=True)
+                run.scalar(f"{entry.tag}_ema", averaged["ema_loss"], run.position.step)
+            run.report("validation", step=run.position.step, set=entry.tag, loss=loss, best=is_best, **averaged)
+            if entry.decides:
+                self._follow(run, curve, is_best=is_best and not is_start)
+        run.set_state("running")
+
+    def _follow(self, run: Run, curve: LossCurve, *, is_best: bool) -> None:
+        if is_best:
+            self.save_best(run)
+        if curve.is_rising():
+            run.warn(
+                f"step {run.position.step}: the validation loss has been rising; the best was {curve.best_loss:.5f} at step "
+                f"{curve.best_step}. The model is probably overfitting; ckpts/best holds its best weights."
+            )
+        if curve.should_stop(self.patience):
+            run.ended_early = True
+            run.report("stopping early", step=run.position.step, best_step=curve.best_step, best_loss=curve.best_loss)
+
+    def state(self) -> dict[str, Any]:
+        return {tag: curve.state() for tag, curve in self.curves.items()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for tag in self.curves.keys() & state.keys():
+            self.curves[tag] = LossCurve.restore(state[tag])
+
+
+def measure_loss(run: Run, dataset: Dataset, config: ValidationConfig, *, averaged: bool = False) -> float:
+    """The mean loss of a dataset on the fixed grid of timesteps, with the run's live weights, or the averaged (EMA) ones.
+
+    Plain settings: centre crops, captions as written, no extra noise; the training's own objective.
+    """
+    settings = replace(
+        run.plan_settings,
+        batch_size=config.batch_size or run.plan_settings.batch_size,
+        grad_accum=1,
+        num_ranks=1,
+        resolutions=run.plan_settings.resolutions[:1],
+        rated_dropout_percent=None,
+    )
+    dataset = once_each(dataset)
+    loader = make_loader(
+        dataset, settings, seed=config.seed, fixed=True, background=run.config.background, num_workers=0
+    )
+
+    def encode(batch: Batch) -> tuple[torch.Tensor, Conditioning]:
+        return run.encode_images(batch, mean_only=True), run.encode_captions(batch.captions)
+
+    def predict(
+        batch: Batch, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> torch.Tensor:
+        with run.precision.autocast():
+            return run.predict(batch, noisy_latents, timesteps, conditioning)
+
+    with loader, run.whole_model(), run.sampling_weights(averaged=averaged):
+        return validate(
+            (batch for work in loader for batch in work.batches),
+            keys=lambda batch: [dataset.key(draw.image) for draw in batch.planned.draws],
+            encode=encode,
+            predict=predict,
+            objective=run.objective,
+            timesteps=timestep_grid(run.config.timestep_start, run.config.timestep_end),
+            seed=config.seed,
+            modules=[run.model.unet, *run.model.text_encoders],
+        ).mean

@@ -1,0 +1,144 @@
+"""`sample`: pictures in files that carry their settings, from whatever a person names."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageChops
+
+from everydream_kit.cli import main
+from everydream_kit.errors import ConfigError
+from everydream_kit.generation import sample
+
+SMALL = {"num_inference_steps": 2, "width": 64, "height": 64}
+
+
+def test_each_prompt_seed_and_cfg_is_a_file_with_its_settings_and_there_is_a_grid(
+    tmp_path: Path, tiny_model_folder: Path
+) -> None:
+    paths = sample(tiny_model_folder, ["a cat", "a dog"], cfgs=[1.0, 3.0], num_images=2, out=tmp_path, **SMALL)
+    assert len(paths) == 2 * 2 * 2 + 1
+    with Image.open(paths[3]) as image:
+        assert image.size == (64, 64)
+        assert "Seed: 556" in image.info["parameters"]
+        assert "CFG scale: 3" in image.info["parameters"]
+    assert paths[-1].name == "sheet.png"
+
+
+def test_several_checkpoints_stand_side_by_side(
+    tmp_path: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--prompt", "a cat", "--prompt", "a dog", "--cfg", "1", "3", "--num_inference_steps", "2"]
+    size = ["--width", "64", "--height", "64", "--out", str(tmp_path)]
+    assert main(["sample", str(tiny_model_folder), "embedded", *words, *size]) == 0
+    paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(paths) == 2 * 2 * 2 + 1
+    assert [path.name.partition("-")[0] for path in paths[:-1]] == [tiny_model_folder.name] * 4 + ["embedded"] * 4
+    alone = sample("embedded", ["a cat", "a dog"], cfgs=[1.0, 3.0], out=tmp_path / "alone", **SMALL)
+    with Image.open(paths[5]) as alongside, Image.open(alone[1]) as single, Image.open(paths[-1]) as grid:
+        assert ImageChops.difference(alongside, single).getbbox() is None
+        assert grid.width > 4 * 64 and grid.height > 2 * 64
+        wanted = alongside.copy()
+        found = [
+            (x, y)
+            for x in range(grid.width - 63)
+            for y in range(grid.height - 63)
+            if grid.getpixel((x, y)) == wanted.getpixel((0, 0))
+            and ImageChops.difference(grid.crop((x, y, x + 64, y + 64)).convert("RGB"), wanted).getbbox() is None
+        ]
+    assert len(found) == 1  # first prompt, last column
+    assert found[0][0] > grid.width - 2 * 64 - 40 and found[0][1] < grid.height // 2
+
+
+def test_progress_of_several_checkpoints_is_reported_as_one(tmp_path: Path, tiny_model_folder: Path) -> None:
+    reported: list[tuple[int, int]] = []
+    sample([tiny_model_folder] * 2, "a cat", out=tmp_path, progress=lambda *at: reported.append(at), **SMALL)
+    assert [done for done, _ in reported] == sorted(done for done, _ in reported)
+    assert reported[-1][0] == reported[-1][1] and len({total for _, total in reported}) == 1
+
+
+def test_earlier_images_are_never_overwritten(tmp_path: Path, tiny_model_folder: Path) -> None:
+    first = sample(tiny_model_folder, "a cat", out=tmp_path, **SMALL)
+    second = sample(tiny_model_folder, "a cat", out=tmp_path, **SMALL)
+    assert first != second
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_names_in_any_script_are_short_enough_for_a_file(tmp_path: Path, tiny_model_folder: Path) -> None:
+    model = tmp_path / ("龍" * 60)
+    model.symlink_to(tiny_model_folder)
+    paths = sample([model, model], "龍" * 100, out=tmp_path / "out", **SMALL)
+    assert paths[0].name == f"{'龍' * 30}-{'龍' * 30}-seed555-cfg7.png"
+
+
+def test_a_lora_changes_the_image(tmp_path: Path, tiny_model_folder: Path) -> None:
+    import torch
+
+    from everydream_kit.models.loading import load_model
+    from everydream_kit.models.lora import add_lora
+    from everydream_kit.models.model_saving import save_model
+
+    model = load_model(tiny_model_folder)
+    for parameter in add_lora(model, 2):
+        torch.nn.init.constant_(parameter, 0.3)
+    save_model(model, tmp_path / "lora")
+    plain = sample(tiny_model_folder, "a cat", out=tmp_path / "plain", **SMALL)
+    adapted = sample(
+        tiny_model_folder,
+        "a cat",
+        lora=tmp_path / "lora" / "pytorch_lora_weights.safetensors",
+        out=tmp_path / "a",
+        **SMALL,
+    )
+    with Image.open(plain[0]) as first, Image.open(adapted[0]) as second:
+        assert ImageChops.difference(first, second).getbbox() is not None
+
+
+def test_no_prompt_is_refused(tmp_path: Path, tiny_model_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="prompt: give at least one"):
+        sample(tiny_model_folder, [], out=tmp_path)
+    with pytest.raises(ConfigError, match="checkpoint: give at least one"):
+        sample([], "a cat", out=tmp_path)
+
+
+ONE_CAT = ["--prompt", "a cat", *("--num_inference_steps", "2"), *("--width", "64"), *("--height", "64")]
+
+
+def test_a_terminal_shows_how_far_the_drawing_is(tmp_path: Path, tiny_model_folder: Path) -> None:
+    terminal, stderr = pty.openpty()
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [
+        sys.executable,
+        "-m",
+        "everydream_kit",
+        "sample",
+        str(tiny_model_folder),
+        *ONE_CAT,
+        "--out",
+        str(tmp_path),
+    ]
+    drawn = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    shown = os.read(terminal, 100_000).decode()
+    os.close(stderr)
+    os.close(terminal)
+    assert "drawing   0%" in shown and ("drawing  50%" in shown or "drawing 100%" in shown)
+    assert drawn.stdout.count("\n") == 1 and Path(drawn.stdout.strip()).is_file()
+
+
+def test_the_sample_and_export_commands_name_what_they_wrote(
+    tmp_path: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sample", str(tiny_model_folder), *ONE_CAT, "--out", str(tmp_path)]) == 0
+    assert Path(capsys.readouterr().out.strip()).is_file()
+    assert main(["export", str(tiny_model_folder), str(tmp_path / "x.safetensors"), "--precision", "bf16"]) == 0
+    assert Path(capsys.readouterr().out.strip()) == tmp_path / "x.safetensors"
+    assert main(["export", str(tiny_model_folder), str(tmp_path / "x.txt")]) == 1
+    assert ".safetensors or .ckpt" in capsys.readouterr().err

@@ -1,0 +1,117 @@
+"""Out of memory: recognised, and answered with what to lower."""
+
+import pytest
+import torch
+
+from everydream_kit.config import TrainConfig
+from everydream_kit.errors import MemoryLimitError
+from everydream_kit.training.memory_measures import explain_out_of_memory, is_out_of_memory, measures_left
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+    ],
+)
+def test_running_out_of_memory_is_recognised(error):
+    assert is_out_of_memory(error)
+
+
+def test_torchs_own_failure_to_allocate_is_recognised():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), ValueError("out of memory"), KeyboardInterrupt()])
+def test_other_errors_are_not(error):
+    assert not is_out_of_memory(error)
+
+
+def explain(**settings):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nlong advice")
+    return explain_out_of_memory(error, TrainConfig(resume_ckpt="base", **settings))
+
+
+def test_the_message_lists_what_to_lower_in_order():
+    explained = explain(batch_size=4, optimizer="adamw")
+    assert isinstance(explained, MemoryLimitError)
+    lines = str(explained).splitlines()
+    assert lines[0].startswith("The device ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.).")
+    names = [line.split(". ", 1)[1].split(":")[0] for line in lines[1:]]
+    assert [line.split(".")[0].strip() for line in lines[1:]] == [str(n) for n in range(1, len(names) + 1)]
+    assert names == [
+        "offload_idle_models",
+        "gradient_checkpointing",
+        "batch_size, grad_accum",
+        "attn_type",
+        "optimizer",
+        "fused_backward",
+        "disable_textenc_training",
+        "weight_dtype",
+        "resolution",
+        "training_kind",
+    ]
+
+
+def test_the_values_are_the_runs_own():
+    text = str(explain(batch_size=6, grad_accum=2, resolution=768, optimizer="lion"))
+    assert "batch_size, grad_accum: 3 and 4 instead of 6 and 2" in text
+    assert "resolution: 640 instead of 768" in text
+    assert "adamw8bit instead of lion" in text
+    assert "fused_backward" not in text  # needs grad_accum 1
+
+
+def test_what_is_lowered_already_is_not_named():
+    text = str(
+        explain(
+            batch_size=1,
+            gradient_checkpointing=True,
+            offload_idle_models=True,
+            fused_backward=True,
+            disable_textenc_training=True,
+            weight_dtype="bfloat16",
+            attn_type="slice",
+            resolution=256,
+            training_kind="lora",
+        )
+    )
+    assert "Everything that could be lowered is" in text
+
+
+def test_settings_that_cost_memory_are_named_when_on():
+    text = str(explain(disable_amp=True, cache_latents="off", ema_decay_rate=0.99, ema_device="cuda"))
+    for name in ("amp: switch it on", "cache_latents: auto", "ema_device: cpu instead of cuda"):
+        assert name in text
+
+
+def test_every_measure_can_be_taken_until_none_is_left():
+    """Each leads to settings that are allowed, and is not offered again; so trying them one after the other ends."""
+    config = TrainConfig(
+        resume_ckpt="base",
+        batch_size=8,
+        optimizer="adamw",
+        resolution=[512, 768],
+        cache_latents="off",
+        ema_decay_rate=0.9,
+    )
+    taken = []
+    while left := list(measures_left(config)):
+        taken.append(left[0].name)
+        config = config.replace(**left[0].changes)
+    assert taken[:2] == ["cache_latents", "offload_idle_models"]
+    assert taken.count("batch_size, grad_accum") == 3
+    assert (config.batch_size, config.grad_accum, config.resolutions) == (1, 8, (256,))
+    assert taken[-1] == "training_kind"
+
+
+def test_a_smaller_batch_next_to_fused_backward_is_not_accumulated():
+    config = TrainConfig(resume_ckpt="base", batch_size=4, fused_backward=True)
+    (measure,) = [m for m in measures_left(config) if "batch_size" in m.name]
+    assert measure.changes == {"batch_size": 2}
+    assert config.replace(**measure.changes).batch_size == 2
