@@ -1,4 +1,4 @@
-"""What is installed, which device, how much memory and disk, what is missing and how to mend it.
+"""What is installed, which device, how much memory and disk, what is missing and how to fix it.
 
 Here: the checks, as records that every face can show. Nothing prints, nothing is changed, the network is not used, and
 no check raises: a broken installation is just what this is asked about. Not here: whether a particular model fits into
@@ -34,7 +34,7 @@ DISK_NEEDED_BYTES = 2 * GIB
 MEMORY_WANTED_BYTES = 8 * GIB
 """Host memory: loading a full-size model passes through it."""
 GPU_WANTED_BYTES = 10 * GIB
-"""SD 1.x, UNet and text encoder, 512 px, batch 1, 8-bit AdamW, gradient checkpointing: foretold as 9.2 GiB."""
+"""SD 1.x, UNet and text encoder, 512 px, batch 1, 8-bit AdamW, gradient checkpointing: estimated as 9.2 GiB."""
 SHARED_MEMORY_WANTED_BYTES = GIB // 2
 """Loader processes hand batches over through /dev/shm; Docker gives 64 MB unless told otherwise."""
 COLAB_WIDGETS_MAJOR = 7
@@ -144,7 +144,7 @@ def _own_requirements() -> list[str] | None:
 def _import_problem(name: str) -> str:
     """Why a module cannot be imported; empty if it can.
 
-    Native packages raise whatever their loader meets, so OSError and RuntimeError are expected beside ImportError.
+    Native packages raise whatever their loader meets, so OSError and RuntimeError are expected next to ImportError.
     """
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # bitsandbytes warns of optional kernels, as if something were wrong
@@ -171,7 +171,7 @@ def _find_device() -> Device | None:
             torch.cuda.get_device_name(),
             total,
             free,
-            has_bf16=capability[0] >= 8,  # Ampere and later; older cards emulate it slowly
+            has_bf16=capability[0] >= 8,  # Ampere and later; older GPUs emulate it slowly
             torch_cuda=torch.version.cuda,
             unsupported=describe_unsupported(
                 torch.cuda.get_device_name(), capability, torch.cuda.get_arch_list(), torch.__version__

@@ -29,7 +29,7 @@ def derive_seed(seed: int, purpose: str, *address: Address) -> int:
     Args:
         seed: the run's seed.
         purpose: what the draw is for ("noise", "crop", "tags", ...); keeps different draws independent.
-        *address: where the draw stands: epoch, picture, repeat, step ...; integers or strings.
+        *address: of the draw: epoch, image, repeat, step ...; integers or strings.
     """
     text = "\x1f".join([str(seed), purpose, *map(str, address)])
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()

@@ -20,7 +20,7 @@ import errno
 
 
 class KitError(Exception):
-    """Base of everything below: a problem that the user can mend. Faces print it without a traceback."""
+    """Base of everything below: a problem that the user can fix. Faces print it without a traceback."""
 
 
 class ConfigError(KitError):

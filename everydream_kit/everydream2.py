@@ -173,7 +173,7 @@ OPTIMIZER_FIRST = ("lr_scheduler", "lr_warmup_steps", "lr_decay_steps")
 
 
 def is_comment(name: str) -> bool:
-    """Whether a key of a settings file is a remark for people, as EveryDream 2's and its fork's files carry them."""
+    """Whether a key of a settings file is a note for people, as EveryDream 2's and its fork's files carry them."""
     return name.startswith("_") or name.lower() in ("comment", "comments", "doc", "documentation")
 
 

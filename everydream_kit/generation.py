@@ -1,6 +1,6 @@
-"""`sample`: draw pictures with any model or checkpoint, and write them with their settings inside.
+"""`sample`: generate images with any model or checkpoint, and write them with their settings inside.
 
-The drawing itself is in `models/sampling.py`; here is finding the model that a person means, and naming the files.
+The sampling itself is in `models/sampling.py`; here is finding the model that a person means, and naming the files.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ def sample(
     out: str | Path = "samples",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
-    """Draw pictures and write them as PNG files that carry their settings, with a labelled sheet of all.
+    """Generate images and write them as PNG files that carry their settings, with a labelled grid of all.
 
     Args:
-        checkpoint: a diffusers folder, a single file, a Hub id, a run (its last checkpoint), `embedded`, or a loaded model;
-            or several of them, which are loaded one after the other and stand side by side on the sheet.
+        checkpoint: a diffusers folder, a single file, a Hub id, a run (its last checkpoint), `embedded`, or a loaded
+            model; or several of them, which are loaded one after the other and stand side by side on the grid.
         prompts: one or several.
-        cfgs: guidance scales; each prompt is drawn at each, from the same noise.
-        num_images: pictures of each prompt, with seeds counting up from `seed`.
+        cfgs: guidance scales; each prompt is generated at each, from the same noise.
+        num_images: images of each prompt, with seeds counting up from `seed`.
         width, height: in pixels; by default the model's own size.
-        lora: a LoRA file or checkpoint to draw with.
-        out: folder for the pictures; made if it is not there.
+        lora: a LoRA file or checkpoint to generate with.
+        out: folder for the images; made if it is not there.
         progress: called with (denoising steps done, in all).
 
     Returns:
-        The picture files, by checkpoint, then in order of prompt, seed and cfg; last the sheet, where there is more than
-        one picture.
+        The image files, by checkpoint, then in order of prompt, seed and cfg; last the grid, where there is more than
+        one image.
 
     Raises:
         ModelError: a checkpoint cannot be used.
@@ -99,7 +99,7 @@ def _part_of(progress: Callable[[int, int], None] | None, number: int, count: in
 def _write_images(
     folder: Path, wanted: Sequence[SamplePrompt], drawn: Sequence[tuple[str, Sequence[Image]]]
 ) -> list[Path]:
-    """A file for each picture, and the sheet: prompts and seeds downwards, checkpoints and guidance scales across."""
+    """A file for each image, and the grid: prompts and seeds downwards, checkpoints and guidance scales across."""
     from everydream_kit.models.sampling import label_grid, save_image
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def _write_images(
 
 
 def _label(checkpoint: Checkpoint) -> str:
-    """What a checkpoint is called on the sheet: the last part of its name."""
+    """What a checkpoint is called on the grid: the last part of its name."""
     from everydream_kit.models.family import Model
 
     source = checkpoint.source if isinstance(checkpoint, Model) else str(checkpoint)
@@ -181,13 +181,13 @@ def resolve_checkpoint(checkpoint: str | Path | RunFolder) -> str | Path:
 
 
 def native_size(model: Model) -> int:
-    """Side in pixels that a model draws best: its UNet's sample size times the VAE's factor."""
+    """Side in pixels that a model generates best: its UNet's sample size times the VAE's factor."""
     cells = model.unet.config["sample_size"]
     return int(cells if isinstance(cells, int) else cells[0]) * model.vae_scale_factor
 
 
 def token_counter(model: str | Path) -> Callable[[str], int]:
-    """How many tokens a caption has for a model's first tokenizer, begin and end left out: what a report counts by."""
+    """How many tokens a caption has for a model's first tokenizer, begin and end skipped: what a report counts by."""
     from everydream_kit.models.tokenizer import load_tokenizer
 
     if str(model) == "embedded":
@@ -205,7 +205,7 @@ def _as_file_name(prompt: str) -> str:
 
 
 def _free_name(folder: Path, stem: str) -> Path:
-    """A PNG name that is not taken: earlier pictures are never overwritten."""
+    """A PNG name that is not taken: earlier images are never overwritten."""
     path, number = folder / f"{stem}.png", 1
     while path.exists():
         number += 1

@@ -111,7 +111,7 @@ class GoogleColab:
         except (ValueError, self._module("errors").Error) as error:  # what drive.mount raises, by its source
             raise HostError(
                 f"Google Drive was not mounted at {mountpoint}: {error}. Run the cell again and allow the access, or "
-                "go on without Drive: then download your results before the session ends."
+                "continue without Drive: then download your results before the session ends."
             ) from error
 
     def read_secret(self, name: str) -> str | None:

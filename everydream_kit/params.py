@@ -36,7 +36,7 @@ class Parameter:
         optional: None is allowed and means off, or "by itself".
         minimum, maximum: bounds, or None. `exclusive_minimum`, `exclusive_maximum`: the bound itself is not allowed.
         multiple_of: the value must be a multiple of this.
-        choices: allowed words; for a number these are words allowed beside numbers, such as `auto`.
+        choices: allowed words; for a number these are words allowed next to numbers, such as `auto`.
         many: a list of such values is accepted as well.
         help: its effect, in words.
         group: title of its group.

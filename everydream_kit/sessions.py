@@ -75,10 +75,11 @@ def train(
     Args:
         config: settings, or the path of a settings file.
         listeners: told after every step, after the kit's own.
-        resume_from: go on with this run instead of starting a new one.
+        resume_from: continue with this run instead of starting a new one.
 
     Raises:
-        KitError: a setting, the dataset or the model cannot be used, or training had to end; the message says how to go on.
+        KitError: a setting, the dataset or the model cannot be used, or training had to end; the message says how to
+            continue.
     """
     if resume_from is not None:
         return resume(resume_from.folder if isinstance(resume_from, RunFolder) else resume_from, listeners=listeners)
@@ -96,13 +97,14 @@ def resume(
     changes: dict[str, Any] | None = None,
     listeners: Sequence[Listener] = (),
 ) -> RunFolder:
-    """Go on with a run from its newest whole checkpoint, as if it had never stopped.
+    """Continue a run from its latest complete checkpoint, as if it had never stopped.
 
     Args:
         run: a run folder, its name, a checkpoint inside it, `hf://me/jets` for a run that was pushed while training, or
-            None for the newest run in `logdir`.
-        changes: settings that are different from here on. They are logged; the file before is kept as `config-<step>.json`.
-            For a fetched run also those that have to be given again on this machine (docs/hub.md).
+            None for the latest run in `logdir`.
+        changes: settings that are different from here on. They are logged; the file before is kept as
+            `config-<step>.json`. For a fetched run also those that have to be given again on this machine
+            (docs/hub.md).
 
     Raises:
         JobError: there is no such run.
@@ -188,7 +190,7 @@ def _session(
                 _write_facts(config, folder)
             if config.batch_size == "auto":
                 config = resolve_batch_size(config, ranks, journal)
-                if ranks.is_main:  # the number: a run that goes on takes the same
+                if ranks.is_main:  # the number: a run that continues takes the same
                     write_atomic(folder.config_path, config.to_json())
             run = build_run(config, folder, journal, ranks, seed=state.get("seed"), weights_from=checkpoint, stop=stop)
             run.listeners = [*build_listeners(run, stop), *([MeasuredPlan()] if ranks.is_main else []), *listeners]
@@ -310,7 +312,7 @@ def _changed(
     fixed = sorted(CANNOT_CHANGE & changes.keys())
     if fixed:
         raise CheckpointError(
-            f"{', '.join(fixed)}: cannot change when a run goes on. Start a new run from its weights with --resume_ckpt "
+            f"{', '.join(fixed)}: cannot change when a run continues. Start a new run from its weights with --resume_ckpt "
             f"{folder.last_checkpoint}."
         )
     changed = config.replace(**changes)
@@ -358,7 +360,7 @@ def _write_facts(config: TrainConfig, folder: RunFolder) -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """`train.log`. On a full disk lines are left out; the log on the terminal still has them."""
+    """`train.log`. On a full disk lines are skipped; the log on the terminal still has them."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         if not isinstance(sys.exc_info()[1], OSError):
@@ -382,11 +384,11 @@ def _log_to(folder: RunFolder) -> logging.Handler:
 
 
 def _record_early_stop(journal: Journal, stop: StopSignal, state: dict[str, Any]) -> None:
-    """The run was stopped before it began or went on: there is nothing to save."""
-    journal.folder.take_request()  # it is obeyed here, and must not stop whoever goes on
+    """The run was stopped before it began or continued: there is nothing to save."""
+    journal.folder.take_request()  # it is obeyed here, and must not stop whoever continues
     reason = stop.reason or "request"
     step = state["position"]["step"] if state else 0
-    saved = "the checkpoint that it goes on from is as it was" if state else "nothing was saved"
+    saved = "the checkpoint that it continues from is as it was" if state else "nothing was saved"
     journal.report("stopped", step=step, reason=reason)
     journal.set_state("stopped", step=step, stopped_by=reason, message=f"Stopped before training began; {saved}.")
 

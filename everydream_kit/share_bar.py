@@ -1,4 +1,4 @@
-"""A bar on the terminal for work that takes a while inside one call, such as drawing pictures."""
+"""A bar on the terminal for work that takes a while inside one call, such as sampling."""
 
 from __future__ import annotations
 

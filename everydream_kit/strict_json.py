@@ -35,7 +35,7 @@ _CURES = (
     ("Invalid \\escape", 'Write each backslash twice ("R:\\\\images"), or use "/".'),
     ("Invalid control character", "A line break inside a text is written \\n."),
     ("Illegal trailing comma", "Remove the comma before the closing bracket."),
-    ("Expecting property name", "Names stand in double quotes, and no comma stands after the last one."),
+    ("Expecting property name", "Names are in double quotes, and no comma stands after the last one."),
     ("Expecting value", "Is there a comma too many, or a text without double quotes?"),
     ("Expecting ',' delimiter", "Is a comma or a closing bracket missing before this place?"),
     ("Unterminated string", "A closing double quote is missing."),

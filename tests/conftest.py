@@ -1,4 +1,4 @@
-"""Fixtures that many tests share: a tiny real model, a folder of real captioned pictures."""
+"""Fixtures that many tests share: a tiny real model, a folder of real captioned images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve pictures of four aspect ratios, each with tags in a .txt beside it."""
+    """Twelve images of four aspect ratios, each with tags in a .txt next to it."""
     import numpy as np
     from PIL import Image
 

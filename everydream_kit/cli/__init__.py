@@ -3,7 +3,7 @@
 A command is a row of the table `COMMANDS` in one of the files here, which group them by subject: its flags and the one
 library function that it calls. A new file's table is added to `COMMANDS` below, in the order of the help page.
 
-Only what the chosen command needs is imported, so `everydream --help` answers at once. Problems that the user can mend
+Only what the chosen command needs is imported, so `everydream --help` answers at once. Problems that the user can fix
 are printed as one clear message; anything else is a bug and keeps its traceback.
 """
 

@@ -26,7 +26,7 @@ def _add_prepare_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resolution", type=int, nargs="+", default=[512])
     parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("--plot", metavar="FILE", help="draw bucket chart and contact sheet into a picture file")
+    parser.add_argument("--plot", metavar="FILE", help="draw bucket chart and contact sheet into an image file")
     parser.add_argument(
         "--tokenizer", default="embedded", help="model whose tokenizer counts captions (a diffusers folder)"
     )
@@ -88,5 +88,5 @@ def _run_tidy(options: argparse.Namespace) -> None:
 
 COMMANDS = {
     "prepare": Command("check a dataset and report", _add_prepare_flags, _run_prepare),
-    "tidy": Command("prepare pictures: resize, convert, duplicates, tags, captions ...", _add_tidy_flags, _run_tidy),
+    "tidy": Command("prepare images: resize, convert, duplicates, tags, captions ...", _add_tidy_flags, _run_tidy),
 }

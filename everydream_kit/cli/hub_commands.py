@@ -14,7 +14,7 @@ from everydream_kit.errors import ConfigError
 def _add_push_flags(parser: argparse.ArgumentParser) -> None:
     from everydream_kit.export.hub.repository_contents import DEFAULT_WHAT, What
 
-    parser.add_argument("source", help="run folder (its newest checkpoint goes), checkpoint folder, or single file")
+    parser.add_argument("source", help="run folder (its latest checkpoint goes), checkpoint folder, or single file")
     parser.add_argument("repo_id", help="me/jets; created if it does not exist")
     parser.add_argument(
         "--what",
@@ -23,7 +23,7 @@ def _add_push_flags(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_WHAT,
         metavar="PART",
         help=f"of {', '.join(get_args(What))} (default {' '.join(DEFAULT_WHAT)}); `diffusers` of a LoRA run is the LoRA, "
-        "`training` the settings and curves, `resume` what another machine needs to go on; the model card always goes",
+        "`training` the settings and curves, `resume` what another machine needs to continue; the model card always goes",
     )
     visibility = parser.add_mutually_exclusive_group()
     visibility.add_argument("--private", action="store_true", help="a repository that is created is private (default)")

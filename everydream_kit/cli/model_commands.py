@@ -1,4 +1,4 @@
-"""Commands that make pictures and files out of models: sample, export, merge, extract."""
+"""Commands that make images and files out of models: sample, export, merge, extract."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _add_sample_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
         nargs="+",
-        help="diffusers folder, single file, Hub id, run folder, or `embedded`; several stand side by side on the sheet",
+        help="diffusers folder, single file, Hub id, run folder, or `embedded`; several stand side by side on the grid",
     )
     parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
     parser.add_argument("--negative_prompt", default="")
@@ -22,19 +22,19 @@ def _add_sample_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scheduler", default="ddim")
     parser.add_argument("--num_inference_steps", type=int, default=30)
     parser.add_argument("--seed", type=int, default=555)
-    parser.add_argument("--num_images", type=int, default=1, help="pictures of each prompt, with seeds counting up")
+    parser.add_argument("--num_images", type=int, default=1, help="images of each prompt, with seeds counting up")
     parser.add_argument("--width", type=int)
     parser.add_argument("--height", type=int)
     parser.add_argument("--clip_skip", type=int, default=0)
-    parser.add_argument("--lora", help="LoRA file or checkpoint to draw with")
-    parser.add_argument("--out", default="samples", help="folder for the pictures (default samples)")
+    parser.add_argument("--lora", help="LoRA file or checkpoint to generate with")
+    parser.add_argument("--out", default="samples", help="folder for the images (default samples)")
 
 
 def _run_sample(options: argparse.Namespace) -> None:
     from everydream_kit.generation import sample
     from everydream_kit.share_bar import ShareBar
 
-    with ShareBar("drawing") as bar:
+    with ShareBar("sampling") as bar:
         paths = sample(
             options.checkpoint,
             options.prompt,
@@ -162,7 +162,7 @@ def _run_extract(options: argparse.Namespace) -> None:
 
 
 COMMANDS = {
-    "sample": Command("draw pictures with a checkpoint", _add_sample_flags, _run_sample),
+    "sample": Command("generate images with a checkpoint", _add_sample_flags, _run_sample),
     "export": Command(
         "write a checkpoint as one file that every image app loads, as a folder, or a LoRA alone",
         _add_export_flags,

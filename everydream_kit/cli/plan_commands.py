@@ -1,4 +1,4 @@
-"""The command that says what a run will take: plan."""
+"""The command that estimates a run: plan."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
         "settings", nargs="?", metavar="CONFIG", help="settings file, or a run folder; flags win over it"
     )
     parser.add_argument(
-        "--gpu", metavar="NAME", help="card to plan for, such as T4 (default: this machine's, or its CPU)"
+        "--gpu", metavar="NAME", help="GPU to plan for, such as T4 (default: this machine's, or its CPU)"
     )
-    parser.add_argument("--price", type=float, metavar="USD", help="price of the card, US dollars an hour")
+    parser.add_argument("--price", type=float, metavar="USD", help="price of the GPU, US dollars an hour")
     parser.add_argument("--advise", action="store_true", help="say the largest batch and resolution that fit, too")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     add_train_flags(parser)
@@ -54,7 +54,7 @@ def _read_settings(options: argparse.Namespace) -> Any:
 
 COMMANDS = {
     "plan": Command(
-        "say what a run will take before it starts: memory, time, disk, money; and what would fit",
+        "estimate a run before it starts: memory, time, disk, cost; and what would fit",
         _add_plan_flags,
         _run_plan,
         usage="everydream plan [CONFIG] [--gpu T4] [--price 0.35] [--advise] [--json] [--name value ...]",

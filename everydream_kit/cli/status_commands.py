@@ -1,4 +1,4 @@
-"""Commands that say how things stand: runs, doctor, parameters."""
+"""Commands that report the status: runs, doctor, parameters."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _run_doctor(options: argparse.Namespace) -> int:
         print(f"{check.status:<8} {check.name}: {check.text}")
         if check.cure:
             print(f"{'':<8} {check.cure}")
-    print(f"{'ok':<8} cards that `everydream plan --gpu NAME` knows: {describe_gpus()}")
+    print(f"{'ok':<8} GPUs that `everydream plan --gpu NAME` knows: {describe_gpus()}")
     return EXIT_PROBLEM if any(check.status == "error" for check in diagnosis.checks) else 0
 
 
@@ -71,7 +71,7 @@ def _run_notebooks(options: argparse.Namespace) -> None:
 
 
 COMMANDS = {
-    "runs": Command("list runs and how they stand", _add_runs_flags, _run_runs),
+    "runs": Command("list runs and their status", _add_runs_flags, _run_runs),
     "doctor": Command("say what is installed, which device is used, what is missing", _add_doctor_flags, _run_doctor),
     "parameters": Command("print the reference page of all parameters", no_flags, _run_parameters),
     "notebooks": Command("copy the notebooks into a folder", _add_notebooks_flags, _run_notebooks),

@@ -108,7 +108,7 @@ def _run_train(options: argparse.Namespace) -> int:
 
 
 def _add_resume_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", nargs="?", help="run folder, its name, or hf://me/repo; by default the newest run")
+    parser.add_argument("run", nargs="?", help="run folder, its name, or hf://me/repo; by default the latest run")
     parser.add_argument("--logdir", default="logs", help="where runs are looked for (default logs)")
     parser.add_argument(
         "--set",
@@ -169,7 +169,7 @@ def _report_outcome(run: Any) -> int:
     if run.samples():
         print(f"samples: {run.samples_folder}")
     if status["state"] == "stopped" and checkpoints:
-        print(f"go on with: everydream resume {run.folder}")
+        print(f"continue with: everydream resume {run.folder}")
     elif status["state"] == "stopped":
         print(f"nothing is trained yet; begin again with: everydream train --config {run.config_path}")
     return EXIT_STOPPED.get(status.get("stopped_by", ""), 0)
@@ -193,9 +193,9 @@ def _run_demo(options: argparse.Namespace) -> None:
 
 
 COMMANDS = {
-    "demo": Command("train the embedded model on the demo pictures; show before and after", _add_demo_flags, _run_demo),
+    "demo": Command("train the embedded model on the demo images; show before and after", _add_demo_flags, _run_demo),
     "train": Command(
-        "fine-tune a model on your pictures",
+        "fine-tune a model on your images",
         add_train_flags,
         _run_train,
         usage="everydream train [--config FILE] [--name value ...]",

@@ -1,4 +1,4 @@
-"""Everything between a folder of pictures and a batch: files, captions, buckets, plan, pixels, caches, loader, report.
+"""Everything between a folder of images and a batch: files, captions, buckets, plan, pixels, caches, loader, report.
 
 Importing the package loads none of its rooms.
 """

@@ -1,9 +1,9 @@
 """From a planned micro-batch to tensors: pixels decoded from files or moments from the latent cache, captions, weights.
 
-This runs in the loader's workers and needs no dataset: a request carries what is known of its pictures. Every draw is
-addressed by (seed, purpose, epoch, picture key, repeat). Not here: order and processes (`loader`).
+This runs in the loader's workers and needs no dataset: a request carries what is known of its images. Every draw is
+addressed by (seed, purpose, epoch, image key, repeat). Not here: order and processes (`loader`).
 
-A picture that breaks while it is decoded becomes grey with weight 0, so that shapes stay as planned.
+An image that breaks while it is decoded becomes grey with weight 0, so that shapes stay as planned.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ NEUTRAL_GREY = 128
 
 @dataclass(frozen=True, slots=True)
 class LoadSettings:
-    """What the decoding of a micro-batch depends on, beside its addresses.
+    """What the decoding of a micro-batch depends on, next to its addresses.
 
     Attributes:
         seed: of the run.
         crop_jitter: largest share of the shorter side that a random crop takes from each side.
-        background: "#rrggbb" behind transparent pictures.
+        background: "#rrggbb" behind transparent images.
         fixed: nothing is drawn: centre crop, no mirroring, no dropout, tags as written. For validation.
         caption_transform, image_transform: plug-ins; they must be picklable where workers are spawned.
     """
@@ -54,20 +54,20 @@ class LoadSettings:
 
 @dataclass(frozen=True, slots=True)
 class BatchRequest:
-    """A micro-batch and what a worker must know of its pictures, row by row."""
+    """A micro-batch and what a worker must know of its images, row by row."""
 
     planned: MicroBatch
     images: tuple[DatasetImage, ...]
     keys: tuple[str, ...]
 
     def address(self, row: int) -> tuple[int | str, ...]:
-        """Of all that is drawn for one row: epoch, picture key, repeat."""
+        """Of all that is drawn for one row: epoch, image key, repeat."""
         return (self.planned.epoch, self.keys[row], self.planned.draws[row].repeat)
 
 
 @dataclass(slots=True)
 class LoadedBatch:
-    """What a worker returns: the batch, and the pictures that could not be decoded."""
+    """What a worker returns: the batch, and the images that could not be decoded."""
 
     batch: Batch
     problems: list[Problem] = field(default_factory=list)
@@ -157,7 +157,7 @@ def _assemble_pixels(
 
 
 def _load_moments(request: BatchRequest, settings: LoadSettings, cache: LatentCache) -> LoadedBatch:
-    """Look every row up in the latent cache. A picture that could not be encoded has weight 0."""
+    """Look every row up in the latent cache. An image that could not be encoded has weight 0."""
     width, height = request.planned.bucket
     stacked = torch.zeros(
         len(request.images), 8, height // pixels.LATENT_CELL_PIXELS, width // pixels.LATENT_CELL_PIXELS
@@ -208,7 +208,7 @@ def _assemble(
 
 
 def _stack_masks(masks: list[np.ndarray | None], bucket: Size) -> torch.Tensor | None:
-    """(B, 1, H/8, W/8) float32; pictures without a mask count everywhere. None where no picture has one."""
+    """(B, 1, H/8, W/8) float32; images without a mask count everywhere. None where no image has one."""
     if all(mask is None for mask in masks):
         return None
     shape = (len(masks), 1, bucket[1] // pixels.LATENT_CELL_PIXELS, bucket[0] // pixels.LATENT_CELL_PIXELS)

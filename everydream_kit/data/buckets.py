@@ -1,4 +1,4 @@
-"""Buckets: the picture sizes that are trained at, and which picture goes into which.
+"""Buckets: the image sizes that are trained at, and which image goes into which.
 
 Every bucket of a resolution holds about resolution² pixels at its own aspect ratio, so batches of different buckets
 cost about the same. Tables are computed by one rule for every resolution. EveryDream 2 kept lists written by hand,
@@ -18,7 +18,7 @@ from everydream_kit.data.records import Size
 from everydream_kit.errors import ConfigError
 
 MAX_ASPECT = 4.5
-"""Longest bucket. Narrower pictures go into the longest one and lose their ends; EveryDream 2's tables end there
+"""Longest bucket. Narrower images go into the longest one and lose their ends; EveryDream 2's tables end there
 too."""
 
 
@@ -63,7 +63,7 @@ def assign_bucket(width: int, height: int, buckets: Sequence[Size]) -> Size:
     """Choose the bucket whose aspect ratio is nearest, in log ratio, so wide and tall err alike.
 
     Args:
-        width, height: picture size in pixels, after EXIF rotation.
+        width, height: image size in pixels, after EXIF rotation.
         buckets: candidate sizes in pixels; must not be empty. `bucket_table` gives them.
 
     Raises:
@@ -73,7 +73,7 @@ def assign_bucket(width: int, height: int, buckets: Sequence[Size]) -> Size:
 
 
 def assign_buckets(widths: np.ndarray, heights: np.ndarray, buckets: Sequence[Size]) -> np.ndarray:
-    """`assign_bucket` for many pictures at once.
+    """`assign_bucket` for many images at once.
 
     Of two equally near ones the one nearer to the square is taken, of two with the same aspect ratio the larger.
 
@@ -98,7 +98,7 @@ def assign_buckets(widths: np.ndarray, heights: np.ndarray, buckets: Sequence[Si
     ratios = np.log([float(aspect) for aspect in sorted(best)])
     middles = (ratios[1:] + ratios[:-1]) / 2
     aspects = np.log(np.maximum(widths, 1) / np.maximum(heights, 1))
-    # A picture exactly on a border between two wide buckets belongs to the lower ratio, between two tall ones to the
+    # An image exactly on a border between two wide buckets belongs to the lower ratio, between two tall ones to the
     # upper: searchsorted's left side does the first, and mirroring does the second.
     wide = np.searchsorted(middles, aspects, side="left")
     tall = np.searchsorted(middles, aspects, side="right")
@@ -108,5 +108,5 @@ def assign_buckets(widths: np.ndarray, heights: np.ndarray, buckets: Sequence[Si
 def upscale_needed(
     widths: np.ndarray, heights: np.ndarray, bucket_widths: np.ndarray, bucket_heights: np.ndarray
 ) -> np.ndarray:
-    """How much each picture must be enlarged to cover its bucket; 1 or less means that it is large enough."""
+    """How much each image must be enlarged to cover its bucket; 1 or less means that it is large enough."""
     return np.maximum(bucket_widths / np.maximum(widths, 1), bucket_heights / np.maximum(heights, 1))

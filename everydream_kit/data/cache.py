@@ -1,17 +1,17 @@
-"""The latent cache: pictures are encoded once, and crop jitter and mirroring survive.
+"""The latent cache: images are encoded once, and crop jitter and mirroring survive.
 
-For every picture (and bucket) K crops are fixed by the picture's contents, each also mirrored where the picture may be;
-every use of the picture draws one of them by its own address. What is kept are the moments of the VAE's posterior, so
+For every image (and bucket) K crops are fixed by the image's contents, each also mirrored where the image may be;
+every use of the image draws one of them by its own address. What is kept are the moments of the VAE's posterior, so
 the sampling noise is drawn anew at every use too.
 
-On disk (`DiskCache`) every crop that can be drawn is encoded before the run: later runs find it, and the loader's processes
-only read. In memory (`MemoryCache`) a crop is encoded when it is drawn for the first time: the first step starts at once, and
-what no epoch draws is never encoded.
+On disk (`DiskCache`) every crop that can be drawn is encoded before the run: later runs find it, and the loader's
+processes only read. In memory (`MemoryCache`) a crop is encoded when it is drawn for the first time: the first step
+starts at once, and what no epoch draws is never encoded.
 
 A wrong hit is impossible: an entry is named by the hash of file contents (mask included), bucket, crop and mirroring,
-and on disk lives in a folder named by the hash of VAE weights and pixel settings. So a changed picture, model or setting is
-simply not found and encoded; a renamed picture is found. Not here: how entries are stored (`latents`) and made (`encoding`),
-and how much room they take (`cache_room`).
+and on disk lives in a folder named by the hash of VAE weights and pixel settings. So a changed image, model or setting
+is simply not found and encoded; a renamed image is found. Not here: how entries are stored (`latents`) and made
+(`encoding`), and how much room they take (`cache_room`).
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ PIXEL_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class CacheSettings:
-    """What cached latents depend on beside the pictures and the VAE.
+    """What cached latents depend on next to the images and the VAE.
 
     Attributes:
-        variants: crops for each picture and bucket.
+        variants: crops for each image and bucket.
         crop_jitter: largest share of the shorter side that a crop takes from each side.
-        background: "#rrggbb" behind transparent pictures.
+        background: "#rrggbb" behind transparent images.
         fixed: the centre crop only, never mirrored: for validation.
     """
 
@@ -67,7 +67,7 @@ class CacheSettings:
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """One use of a picture that is to come.
+    """One use of an image that is to come.
 
     Attributes:
         index, image: of the dataset.
@@ -87,7 +87,7 @@ class LatentCache(ABC):
     Attributes:
         settings: what the latents depend on.
         num_images: of the dataset.
-        problems: of pictures that could not be encoded, by path; their weight will be 0.
+        problems: of images that could not be encoded, by path; their weight will be 0.
     """
 
     def __init__(self, settings: CacheSettings, num_images: int) -> None:
@@ -98,7 +98,7 @@ class LatentCache(ABC):
     def draw_crop(
         self, index: int, image: DatasetImage, bucket: Size, *, seed: int, address: tuple[int | str, ...]
     ) -> pixels.Crop:
-        """Which of a picture's cached crops one use of it gets."""
+        """Which of an image's cached crops one use of it gets."""
         if self.settings.fixed:
             return pixels.centre_crop(image.width, image.height, bucket)
         variant = int(draws.generator(seed, "crop", *address).integers(self.settings.variants))
@@ -107,19 +107,19 @@ class LatentCache(ABC):
 
     @abstractmethod
     def find(self, index: int, image: DatasetImage, bucket: Size, crop: pixels.Crop) -> Entry | None:
-        """The entry of a crop, or None where the picture could not be encoded; `problem` says why."""
+        """The entry of a crop, or None where the image could not be encoded; `problem` says why."""
 
     def problem(self, image: DatasetImage) -> Problem:
-        """What is wrong with a picture that `find` has no entry of."""
+        """What is wrong with an image that `find` has no entry of."""
         unknown = Problem(image.path, "it could not be encoded for the latent cache", "Replace or remove it.")
         return self.problems.get(image.path, unknown)
 
     @abstractmethod
     def _digest(self, index: int, image: DatasetImage) -> bytes:
-        """Of the picture's contents; zeros for a file that cannot be read."""
+        """Of the image's contents; zeros for a file that cannot be read."""
 
     def _variant(self, index: int, image: DatasetImage, bucket: Size, variant: int) -> pixels.Crop:
-        """A crop that depends on the picture's contents alone: on no seed, so that all runs share it."""
+        """A crop that depends on the image's contents alone: on no seed, so that all runs share it."""
         address = ("cached", self._digest(index, image).hex(), variant)
         size, jitter = (image.width, image.height), self.settings.crop_jitter
         return pixels.draw_crop(*size, bucket, crop_jitter=jitter, flip_p=0.0, seed=0, address=address)
@@ -132,7 +132,7 @@ class LatentCache(ABC):
         """Whether the file can be read; if not, that is noted."""
         if any(self._digest(index, image)):
             return True
-        unreadable = Problem(image.path, "the file cannot be read", "The run goes on without it.")
+        unreadable = Problem(image.path, "the file cannot be read", "The run continues without it.")
         self.problems.setdefault(image.path, unreadable)
         return False
 
@@ -144,7 +144,7 @@ class LatentCache(ABC):
 class MemoryCache(LatentCache):
     """Latents in this process's memory, each encoded when it is drawn for the first time.
 
-    Crops go through the VAE one by one, so a run that goes on has the latents of one that never stopped, to the bit.
+    Crops go through the VAE one by one, so a run that continues has the latents of one that never stopped, to the bit.
 
     Attributes:
         encoding_seconds: spent on encoding so far, with what was waited for decoding.
@@ -161,7 +161,7 @@ class MemoryCache(LatentCache):
         """An empty cache.
 
         Args:
-            dataset: the pictures.
+            dataset: the images.
             encode_moments: the VAE.
             settings: what the latents depend on.
             num_workers: processes that decode ahead, where an epoch has many new crops.
@@ -178,7 +178,8 @@ class MemoryCache(LatentCache):
         return len(self._entries)
 
     def expect(self, uses: Iterable[Use], seed: int) -> None:
-        """Say what will be asked for next, in that order, so that pictures are decoded ahead. Replaces what was said before."""
+        """Announce what will be requested next, in that order, so that images are decoded ahead. Replaces the last
+        announcement."""
         self._ahead = self._encoder.encode(self._new_jobs(uses, seed))
 
     def close(self) -> None:
@@ -186,7 +187,7 @@ class MemoryCache(LatentCache):
         self._ahead = iter(())
 
     def find(self, index: int, image: DatasetImage, bucket: Size, crop: pixels.Crop) -> Entry | None:
-        """The entry of a crop, encoded now if it is new; None where the picture cannot be decoded.
+        """The entry of a crop, encoded now if it is new; None where the image cannot be decoded.
 
         Raises:
             DataError: the VAE gave values that are not finite.
@@ -215,7 +216,7 @@ class MemoryCache(LatentCache):
         self._broken.update(encoded.problems)
 
     def _new_jobs(self, uses: Iterable[Use], seed: int) -> Iterator[EncodingJob]:
-        asked: set[bytes] = set()  # pictures that are in the dataset twice, uses that drew the same crop
+        asked: set[bytes] = set()  # images that are in the dataset twice, uses that drew the same crop
         for use in uses:
             if not self._is_readable(use.index, use.image):
                 continue
@@ -239,7 +240,7 @@ class DiskCache(LatentCache):
 
         Args:
             settings: what the latents depend on.
-            digests: (n, 16) uint8 of the dataset's pictures, in its order.
+            digests: (n, 16) uint8 of the dataset's images, in its order.
             store: the entries.
         """
         super().__init__(settings, len(digests))
@@ -260,10 +261,10 @@ class DiskCache(LatentCache):
         num_workers: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> DiskCache:
-        """Encode what is not in the folder yet. Interrupted and called again, it goes on where it was.
+        """Encode what is not in the folder yet. Interrupted and called again, it continues where it was.
 
         Args:
-            dataset, plan_settings: which pictures, and which buckets each can be put into.
+            dataset, plan_settings: which images, and which buckets each can be put into.
             encode_moments: the VAE.
             identity: hash of the VAE's weights.
             folder: of the cache; several models may share it.
@@ -299,7 +300,7 @@ class DiskCache(LatentCache):
         return cache
 
     def find(self, index: int, image: DatasetImage, bucket: Size, crop: pixels.Crop) -> Entry | None:
-        """The entry of a crop, or None where the picture could not be encoded."""
+        """The entry of a crop, or None where the image could not be encoded."""
         if not self._digests[index].any():
             return None
         return self._store.get(self._name(index, image, bucket, crop))
@@ -313,7 +314,7 @@ class DiskCache(LatentCache):
             self._store.put(name, entry)
 
     def _crops(self, index: int, image: DatasetImage, bucket: Size) -> list[pixels.Crop]:
-        """Every crop of a picture that `draw_crop` can give."""
+        """Every crop of an image that `draw_crop` can give."""
         if self.settings.fixed:
             return [pixels.centre_crop(image.width, image.height, bucket)]
         crops = [self._variant(index, image, bucket, variant) for variant in range(self.settings.variants)]
@@ -321,7 +322,7 @@ class DiskCache(LatentCache):
 
     def _missing(self, dataset: Dataset, plan_settings: PlanSettings) -> Iterator[EncodingJob]:
         """What is still to be encoded, bucket after bucket."""
-        asked: set[bytes] = set()  # pictures that are in the dataset twice, variants that fell on the same crop
+        asked: set[bytes] = set()  # images that are in the dataset twice, variants that fell on the same crop
         for index, bucket in sorted(possible_buckets(dataset, plan_settings), key=lambda possible: possible[1]):
             image = dataset.image(index)
             if not self._is_readable(index, image):

@@ -1,4 +1,4 @@
-"""How much room the latent cache takes, foretold before anything is encoded, and how much there is."""
+"""How much room the latent cache takes, estimated before anything is encoded, and how much there is."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def entry_bytes(bucket: Size, has_mask: bool) -> int:
 
 
 def estimate_bytes(dataset: Dataset, plan_settings: PlanSettings, *, variants: int = 4, fixed: bool = False) -> int:
-    """Most bytes that the cache of a dataset can take. Equal crops and duplicate pictures take them once only."""
+    """Most bytes that the cache of a dataset can take. Equal crops and duplicate images take them once only."""
     total = 0
     for index, bucket in possible_buckets(dataset, plan_settings):
         image = dataset.image(index)

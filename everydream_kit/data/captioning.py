@@ -20,7 +20,7 @@ DEFAULT_MODEL = "Salesforce/blip-image-captioning-base"
 """About 1 GB; a caption a second on two cores, dozens on a T4."""
 
 _LARGEST_SIDE = 1024
-"""Pictures are shown to the model at this size at most; captioning models take 224 to 980 px."""
+"""Images are shown to the model at this size at most; captioning models take 224 to 980 px."""
 
 
 def auto_caption(
@@ -38,23 +38,23 @@ def auto_caption(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> PrepReport:
-    """Caption the pictures of a folder into `.txt` files beside them.
+    """Caption the images of a folder into `.txt` files next to them.
 
-    Pictures that have a caption are left alone, so an interrupted step goes on where it was. The decoding is greedy:
-    the same picture gets the same caption.
+    Images that have a caption are left alone, so an interrupted step continues where it was. The decoding is greedy:
+    the same image gets the same caption.
 
     Args:
         folder: dataset folder.
         model: Hub id or folder of an image-to-text model.
-        batch_size: pictures that go through the model together.
+        batch_size: images that go through the model together.
         prompt: start of the caption for models such as BLIP ("a painting of"), or a question for those that chat.
         prefix, suffix: put before and after each caption, for instance a trigger word: "ohwx man, ".
         overwrite: replace captions that are there; the former ones go into the journal.
         max_new_tokens: longest caption.
         device: "cuda", "mps" or "cpu"; by default the first that is there.
-        journal: where former captions are kept; by default `<folder>-captions-undo.jsonl` beside it.
-        dry_run: only report which pictures would be captioned; the model is not loaded.
-        progress: called with pictures done and in all.
+        journal: where former captions are kept; by default `<folder>-captions-undo.jsonl` next to it.
+        dry_run: only report which images would be captioned; the model is not loaded.
+        progress: called with images done and in all.
 
     Raises:
         ModelError: the model cannot be loaded, or is not an image-to-text model.
@@ -62,7 +62,7 @@ def auto_caption(
     root = Path(folder).resolve()
     place = root.with_name(f"{root.name}-captions-undo.jsonl") if journal is None else Path(journal)
     dataset = scan_dataset(root)
-    changes = Changes(f"Caption pictures in {root} with {model}", dry_run=dry_run, journal=place, root=root)
+    changes = Changes(f"Caption images in {root} with {model}", dry_run=dry_run, journal=place, root=root)
     changes.report.problems.extend(dataset.problems)
     wanted = _files_to_write(dataset, overwrite, changes)
     captioner = None
@@ -92,7 +92,7 @@ def _files_to_write(dataset: Dataset, overwrite: bool, changes: Changes) -> dict
 
 
 def _caption(captioner: Captioner, paths: list[Path], prompt: str | None, changes: Changes) -> dict[Path, str]:
-    """Captions of those pictures that can be decoded."""
+    """Captions of those images that can be decoded."""
     shown = {path: image for path in paths if (image := _open(path, changes)) is not None}
     return dict(zip(shown, captioner(list(shown.values()), prompt), strict=True))
 
@@ -103,14 +103,14 @@ def _open(path: Path, changes: Changes) -> Image.Image | None:
             image.draft("RGB", (_LARGEST_SIDE, _LARGEST_SIDE))
             upright = ImageOps.exif_transpose(image).convert("RGB")
     except IMAGE_ERRORS as error:
-        changes.leave(path, f"cannot be decoded ({error}).", "Replace it by a whole copy, or delete it.")
+        changes.leave(path, f"cannot be decoded ({error}).", "Replace it with an intact copy, or delete it.")
         return None
     upright.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
     return upright
 
 
 class Captioner:
-    """An image-to-text model: pictures to texts."""
+    """An image-to-text model: images to texts."""
 
     def __init__(self, model: str | Path, *, device: str | None = None, max_new_tokens: int = 60) -> None:
         """Load a model.
@@ -144,7 +144,7 @@ class Captioner:
         self._max_new_tokens = max_new_tokens
 
     def __call__(self, images: list[Image.Image], prompt: str | None = None) -> list[str]:
-        """One caption for each picture, on one line. A prompt that starts the caption is part of it."""
+        """One caption for each image, on one line. A prompt that starts the caption is part of it."""
         import torch
 
         if not images:
@@ -165,7 +165,7 @@ class Captioner:
         if not self._chats:
             text = {} if prompt is None else {"text": [prompt] * len(images)}
             return self._processor(images=images, return_tensors="pt", **text)
-        question = prompt or "Describe this picture in one sentence."
+        question = prompt or "Describe this image in one sentence."
         talks = [
             [{"role": "user", "content": [{"type": "image", "image": p}, {"type": "text", "text": question}]}]
             for p in images

@@ -1,7 +1,7 @@
-"""Captions: what a picture's text is, and what of it the text encoder reads in one epoch.
+"""Captions: what an image's text is, and what of it the text encoder reads in one epoch.
 
 A caption is a main prompt (up to the first comma) and tags (the rest), each tag with a weight. `compose_caption`
-turns it into text with a generator of its own address, so every picture, epoch and repeat is shuffled differently.
+turns it into text with a generator of its own address, so every image, epoch and repeat is shuffled differently.
 Where a caption comes from (sidecar files, settings, the file name) is `files`'s and `settings`'s business;
 conditional dropout is the loader's.
 
@@ -34,7 +34,7 @@ class Caption:
     Attributes:
         main_prompt: always first, never shuffled or cut.
         tags: in the order written (heavier ones first, where weights differ).
-        max_length: in characters; whole tags that would go beyond it are left out. None: no limit.
+        max_length: in characters; whole tags that would go beyond it are skipped. None: no limit.
         alternatives: further captions; `main_prompt` and `tags` are then the first of them.
     """
 
@@ -107,15 +107,15 @@ def readable(name: str) -> str:
 
 
 def compose_caption(caption: Caption, generator: np.random.Generator, shuffle: bool = False, keep_tags: int = 0) -> str:
-    """The text that the encoder reads for one use of a picture.
+    """The text that the encoder reads for one use of an image.
 
     With alternatives, one is drawn. Then tags are shuffled: the first `keep_tags` stay in front, the others are drawn
     without replacement, heavier ones sooner (Efraimidis & Spirakis 2006, exponential keys); equal weights give every
     order the same chance. At last whole tags are dropped from the end of what would go beyond `max_length`.
 
     Args:
-        caption: of the picture.
-        generator: addressed by (seed, "caption", epoch, picture key, repeat).
+        caption: of the image.
+        generator: addressed by (seed, "caption", epoch, image key, repeat).
         shuffle: shuffle the tags.
         keep_tags: this many tags stay in place.
 

@@ -1,4 +1,4 @@
-"""What a preparation step does to files: said before (dry run), done completely or not at all, and undone on request.
+"""What a preparation step does to files: announced (dry run), done completely or not at all, and undone on request.
 
 Every step goes through `Changes`: files are written by `atomic`, an existing one is kept in the journal before it is
 replaced, a moved one is noted before it moves. `undo` plays a journal backwards, also that of a step that was interrupted.
@@ -29,7 +29,7 @@ from everydream_kit.errors import DataError
 from everydream_kit.strict_json import JsonLines, iterate_json_lines, parse_json
 
 JOURNAL_VERSION = 2
-"""Of the lines of a journal; the first one says it."""
+"""Of the lines of a journal; the first one states it."""
 MAX_JOURNAL_LINE = 64 << 20
 """Bytes of one line: the former content of a file, in base64."""
 MAX_HEAD_LINE = 1 << 16

@@ -1,8 +1,8 @@
-"""The dataset: what the scan found, a million pictures in a few arrays.
+"""The dataset: what the scan found, a million images in a few arrays.
 
 A `Dataset` is columns: one numpy array for each number and one `StringColumn` for each text, about 250 bytes a
-picture where a Python object would take two thousand. `picture(i)` makes the object when it is asked for. Values that
-a picture or its folder does not set are kept as "unset" and filled from the run's defaults at that moment, so a
+image where a Python object would take two thousand. `image(i)` makes the object when it is asked for. Values that
+an image or its folder does not set are kept as "unset" and filled from the run's defaults at that moment, so a
 cached scan serves every configuration.
 
 Not here: reading folders (`files`), choosing batches (`plan`).
@@ -39,7 +39,7 @@ FROM_FILE_NAME, FROM_TEXT, FROM_LINES, FROM_JSON = range(4)
 MASK_SUFFIX = ".mask.png"
 
 UNSET = -1
-"""In integer columns: neither the picture nor its folder says anything."""
+"""In integer columns: neither the image nor its folder says anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Problem:
         path: the file.
         cause: what is wrong with it, without a full stop.
         cure: what the person can do.
-        skipped: it is left out of the training; else it is used, and this is a remark.
+        skipped: it is excluded from training; else it is used, and this is a note.
     """
 
     path: str
@@ -64,7 +64,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class DatasetImage:
-    """Everything the scan knows of one picture, with the run's defaults filled in.
+    """Everything the scan knows of one image, with the run's defaults filled in.
 
     Attributes:
         path: absolute.
@@ -74,10 +74,10 @@ class DatasetImage:
         cond_dropout: probability of the empty prompt.
         flip_p: probability of being mirrored.
         shuffle_tags, keep_tags: how the caption is shuffled.
-        batch_id: pictures of one name share batches, or None.
+        batch_id: images of one name share batches, or None.
         loss_scale: weight in the loss.
         rating: weight in the draw of rated datasets.
-        mask_path: loss mask; the picture's own path where its transparency is the mask, or None.
+        mask_path: loss mask; the image's own path where its transparency is the mask, or None.
     """
 
     path: str
@@ -97,7 +97,7 @@ class DatasetImage:
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What holds for a picture that neither its own files nor its folder's say otherwise about."""
+    """What holds for an image that neither its own files nor its folder's say otherwise about."""
 
     cond_dropout: float = 0.04
     flip_p: float = 0.0
@@ -122,19 +122,19 @@ NUMBERS: dict[str, str] = {
     "batch": "i",  # index into Dataset.batch_names, or UNSET
     "loss_scale": "f",
     "rating": "f",
-    "mask": "b",  # 1: a mask file lies beside the picture
-    "alpha": "b",  # 1: the picture has transparency
-    "stamp": "q",  # of the picture and of all files that speak about it; the scan cache compares it
+    "mask": "b",  # 1: a mask file lies next to the image
+    "alpha": "b",  # 1: the image has transparency
+    "stamp": "q",  # of the image and of all files that speak about it; the scan cache compares it
 }
 """Number columns with their `array` type codes."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Pictures in scan order. Frozen: `subset` and `with_defaults` make another one.
+    """Images in scan order. Frozen: `subset` and `with_defaults` make another one.
 
     Attributes:
-        roots: absolute folder of each root; a picture's path is relative to its own.
+        roots: absolute folder of each root; an image's path is relative to its own.
         paths: relative, with `/` between folders.
         captions: text of each caption; `numbers["caption_kind"]` says how it is to be read.
         numbers: the columns of `NUMBERS`.
@@ -155,12 +155,12 @@ class Dataset:
         return len(self.paths)
 
     def path(self, index: int) -> str:
-        """Absolute path of a picture."""
+        """Absolute path of an image."""
         root = self.roots[int(self.numbers["root"][index])]
         return os.path.join(root, self.paths[index].replace("/", os.sep))
 
     def image(self, index: int) -> DatasetImage:
-        """One picture, with defaults filled in."""
+        """One image, with defaults filled in."""
         n = self.numbers
         path = self.path(index)
         batch = int(n["batch"][index])
@@ -183,7 +183,7 @@ class Dataset:
         )
 
     def caption(self, index: int) -> Caption:
-        """The caption of one picture."""
+        """The caption of one image."""
         kind = int(self.numbers["caption_kind"][index])
         limit = int(self.numbers["max_caption_length"][index])
         max_length = None if limit == UNSET else limit
@@ -204,10 +204,10 @@ class Dataset:
         return None
 
     def key(self, index: int) -> str:
-        """Address of a picture's random draws: its path relative to its root.
+        """Address of an image's random draws: its path relative to its root.
 
-        Equal on every machine that has the same folder, and untouched by other pictures coming or going. With several
-        roots the root's folder name stands in front; where two roots share their name too, the later one's number.
+        Equal on every machine that has the same folder, and untouched by other images coming or going. With several
+        roots the root's folder name is in front; where two roots share their name too, the later one's number.
         """
         path = printable(unicodedata.normalize("NFC", self.paths[index]))
         return self._root_prefixes[int(self.numbers["root"][index])] + path
@@ -233,7 +233,7 @@ class Dataset:
         return np.frombuffer(digests, "<u8").astype(np.uint64)
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> Dataset:
-        """The pictures at `indices`, in that order, for instance one side of a validation split.
+        """The images at `indices`, in that order, for instance one side of a validation split.
 
         Keys, and so all random draws, stay what they are.
         """
@@ -246,7 +246,7 @@ class Dataset:
         )
 
     def with_defaults(self, **changes: Any) -> Dataset:
-        """The same pictures under other run defaults (the names of `Defaults`), for instance for validation."""
+        """The same images under other run defaults (the names of `Defaults`), for instance for validation."""
         return replace(self, defaults=replace(self.defaults, **changes))
 
     @property
@@ -294,14 +294,14 @@ class DatasetBuilder:
         batch_id: str | None = None,
         **numbers: float | None,
     ) -> None:
-        """Append a picture.
+        """Append an image.
 
         Args:
             path: relative to its root, with `/`.
             width, height: pixels, after EXIF rotation.
             caption, caption_kind: as the columns have them.
             batch_id: by name.
-            **numbers: any other column of `NUMBERS`; None and what is left out are unset.
+            **numbers: any other column of `NUMBERS`; None and what is skipped are unset.
         """
         batch = UNSET if batch_id is None else self._batch_names.setdefault(batch_id, len(self._batch_names))
         values = {
@@ -318,7 +318,7 @@ class DatasetBuilder:
             column.append(_UNSET_VALUES[name] if value is None else value)
 
     def extend(self, other: Dataset, root: int) -> None:
-        """Append all pictures of another dataset, as pictures of root number `root`."""
+        """Append all images of another dataset, as images of root number `root`."""
         self._paths.extend(other.paths)
         self._captions.extend(other.captions)
         ids = [self._batch_names.setdefault(name, len(self._batch_names)) for name in other.batch_names]

@@ -1,4 +1,4 @@
-"""Drawing a dataset: how its buckets fill, and a contact sheet of its pictures. Plain Pillow, for notebooks and
+"""Charts of a dataset: how its buckets fill, and a contact sheet of its images. Plain Pillow, for notebooks and
 files."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from everydream_kit.data.report import BucketFill
 WIDTH = 1000
 CELL = 120
 NUM_CELLS = 32
-"""Pictures of a contact sheet, spread evenly over the dataset."""
+"""Images of a contact sheet, spread evenly over the dataset."""
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -45,7 +45,7 @@ def _draw_buckets(buckets: Sequence[BucketFill]) -> Image.Image:
     font = ImageFont.load_default(13)
     draw.text((_MARGIN, 8), "Images in each bucket (yellow: places left empty in short batches)", _INK, font)
     if not buckets:
-        draw.text((_MARGIN, 40), "no pictures", _PALE, font)
+        draw.text((_MARGIN, 40), "no images", _PALE, font)
         return page
     tallest = max(bucket.num_images / bucket.fullness for bucket in buckets)
     pitch = (WIDTH - 2 * _MARGIN) / len(buckets)
@@ -73,7 +73,7 @@ def _draw_upright(page: Image.Image, text: str, top: tuple[int, int], font: Font
 
 
 def _draw_contact_grid(dataset: Dataset) -> Image.Image:
-    """Up to `NUM_CELLS` pictures with the beginning of their captions."""
+    """Up to `NUM_CELLS` images with the beginning of their captions."""
     count = min(NUM_CELLS, len(dataset))
     columns = (WIDTH - _MARGIN) // CELL
     rows = -(-count // columns)

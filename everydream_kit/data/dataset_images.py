@@ -1,7 +1,7 @@
-"""Reading what belongs to a number of pictures: their headers, captions and masks.
+"""Reading what belongs to a number of images: their headers, captions and masks.
 
-A `Job` is some pictures of one folder (or of a `.json` index); `read_job` runs in a worker thread and gives rows for
-the dataset. Pictures that the last scan knows, and whose files are as they were, are copied from there.
+A `Job` is some images of one folder (or of a `.json` index); `read_job` runs in a worker thread and gives rows for
+the dataset. Images that the last scan knows, and whose files are as they were, are copied from there.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 class Entry(NamedTuple):
-    """One picture to read.
+    """One image to read.
 
     Attributes:
         path: absolute path of the file.
@@ -63,10 +63,10 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Pictures that one worker reads in one go.
+    """Images that one worker reads in one go.
 
     Attributes:
-        entries: the pictures.
+        entries: the images.
         choose_lines: each line of a caption file is a caption of its own.
     """
 
@@ -77,7 +77,7 @@ class Job:
 def entries_of_folder(
     path: str, relative: str, names: Sequence[str], companions: Companions, settings: ImageSettings
 ) -> tuple[Entry, ...]:
-    """The pictures of a folder, each with the files that lie beside it."""
+    """The images of a folder, each with the files that lie next to it."""
     prefix = f"{relative}/" if relative else ""
     place = os.path.join(path, "")
     settings_word = hash_settings(settings)
@@ -92,7 +92,7 @@ def entries_of_folder(
                 companions=[
                     place + file for file in found if file is not None and match_key(file) not in SETTINGS_FILES
                 ],
-                # masks were taken out of the pictures, so they are among the companions
+                # masks were taken out of the images, so they are among the companions
                 mask=place + mask if mask in companions.names else None,
                 settings=settings,
                 settings_word=settings_word,
@@ -102,7 +102,7 @@ def entries_of_folder(
 
 
 def read_job(job: Job, remembered: Remembered) -> Dataset:
-    """Read the pictures of a job into a small dataset with one root, problems included."""
+    """Read the images of a job into a small dataset with one root, problems included."""
     builder = DatasetBuilder([""])
     rows = remembered.look_up([entry.relative for entry in job.entries])
     unchanged: list[int] = []
@@ -137,10 +137,10 @@ class _Stamp(NamedTuple):
 
 
 def _stamp(entry: Entry, choose_lines: bool) -> _Stamp:
-    """The state of a picture's files.
+    """The state of an image's files.
 
     Raises:
-        OSError: the picture, or a file beside it, has gone.
+        OSError: the image, or a file next to it, has gone.
     """
     own = os.stat(entry.path)
     words = [own.st_size, own.st_mtime_ns, choose_lines, entry.mask is None, entry.settings_word]
@@ -160,7 +160,7 @@ def hash_settings(settings: ImageSettings) -> int:
 def _read_entry(
     builder: DatasetBuilder, entry: Entry, choose_lines: bool, stamp: _Stamp, header: Header | None
 ) -> None:
-    """Read one picture and append its row, or its problem."""
+    """Read one image and append its row, or its problem."""
     num_problems = len(builder.problems)
     try:
         header = header or read_header(entry.path)
@@ -177,12 +177,12 @@ def _read_entry(
         builder.problems.append(_problem(*error.args))
         return
     if len(builder.problems) > num_problems:
-        stamp = stamp._replace(files=NEVER)  # read it again next time, so that the remark is made again
+        stamp = stamp._replace(files=NEVER)  # read it again next time, so that the note is made again
     _append(builder, entry, header, settings, caption=(kind, text), stamp=stamp)
 
 
 def _read_words(entry: Entry, choose_lines: bool, builder: DatasetBuilder) -> tuple[ImageSettings, int, str]:
-    """All that is said about a picture, and its caption as the dataset keeps it.
+    """All settings of an image, and its caption as the dataset keeps it.
 
     Raises:
         _CompanionError: a file cannot be understood.
@@ -204,14 +204,14 @@ def _read_words(entry: Entry, choose_lines: bool, builder: DatasetBuilder) -> tu
 
 
 class _CompanionError(Exception):
-    """Of a file beside a picture. Args: path, cause, cure."""
+    """Of a file next to an image. Args: path, cause, cure."""
 
 
 def _read(path: str, reader: Callable[[str], T]) -> T:
     try:
         return reader(path)
     except TextError as error:
-        cure = "Mend the file or delete it; until then its picture is left out."
+        cure = "Fix the file or delete it; until then its image is skipped."
         raise _CompanionError(path, str(error), cure) from error
     except OSError as error:
         raise _CompanionError(path, f"cannot be read: {error.strerror}", "Check its permissions.") from error

@@ -1,9 +1,9 @@
-"""Finding pictures that are there twice: byte for byte, or looking alike.
+"""Finding images that are exact duplicates: byte for byte, or looking alike.
 
 Exact duplicates share their bytes; only files of equal length are read. Near duplicates (another size, another
-compression, a light retouch) share their perceptual hash (ImageHash's pHash, 64 bits) to within a few bits (`MAX_DISTANCE`),
-and their colours; every picture is decoded for that, at a small scale where the format allows. Crops and mirrored
-copies are not found.
+compression, a light retouch) share their perceptual hash (ImageHash's pHash, 64 bits) to within a few bits
+(`MAX_DISTANCE`), and their colours; every image is decoded for that, at a small scale where the format allows. Crops
+and mirrored copies are not found.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ MAX_DISTANCE = 4
 
 MAX_COLOR_DIFFERENCE = 12
 """Mean difference of the 8 x 8 thumbnails' colours, of 255. pHash sees brightness only, and nothing in flat
-pictures."""
+images."""
 
 _HASH_SIDE = 128
-"""Pictures are hashed at about this size."""
+"""Images are hashed at about this size."""
 
 _THUMBNAIL = (8, 8)
 
@@ -41,8 +41,8 @@ class Duplicates:
 
     Attributes:
         exact: files with the same bytes.
-        near: pictures that look alike. Exact duplicates are in here too, if another picture looks like them.
-        unreadable: pictures that turned out to be broken when they were decoded.
+        near: images that look alike. Exact duplicates are in here too, if another image looks like them.
+        unreadable: images that turned out to be broken when they were decoded.
     """
 
     exact: tuple[tuple[int, ...], ...]
@@ -61,11 +61,11 @@ def find_duplicates(
     """Find duplicates in a dataset.
 
     Args:
-        dataset: the pictures.
-        near: look for near duplicates as well, which decodes every picture.
+        dataset: the images.
+        near: look for near duplicates as well, which decodes every image.
         max_distance: bits in which the hashes of near duplicates may differ.
         num_threads: readers; by default one for each core.
-        progress: called with the number of pictures decoded so far.
+        progress: called with the number of images decoded so far.
     """
     exact = _exact_groups(dataset)
     if not near or not len(dataset):
@@ -74,12 +74,12 @@ def find_duplicates(
     thumbnails = np.zeros((len(dataset), *_THUMBNAIL, 3), np.int16)
     unreadable = []
     with warnings.catch_warnings(), ThreadPoolExecutor(num_threads or os.cpu_count() or 1) as pool:
-        warnings.filterwarnings("ignore", module=r"PIL\b")  # of damaged EXIF and of large pictures
+        warnings.filterwarnings("ignore", module=r"PIL\b")  # of damaged EXIF and of large images
         found = pool.map(_read_thumbnail, (dataset.path(index) for index in range(len(dataset))))
         for index, look in enumerate(found):
             if isinstance(look, Problem):
                 unreadable.append(look)
-                hashes[index] = np.uint64(index)  # no picture: its thumbnail keeps it apart
+                hashes[index] = np.uint64(index)  # no image: its thumbnail keeps it apart
                 thumbnails[index] = -1000 * (index + 1) % 32_000
             else:
                 hashes[index], thumbnails[index] = look
@@ -107,7 +107,7 @@ def _exact_groups(dataset: Dataset) -> tuple[tuple[int, ...], ...]:
 
 
 def _read_thumbnail(path: str) -> tuple[np.uint64, np.ndarray] | Problem:
-    """Perceptual hash and small thumbnail of a picture."""
+    """Perceptual hash and small thumbnail of an image."""
     import imagehash
 
     try:
@@ -124,9 +124,9 @@ def _read_thumbnail(path: str) -> tuple[np.uint64, np.ndarray] | Problem:
 
 
 def _near_groups(hashes: np.ndarray, thumbnails: np.ndarray, max_distance: int) -> tuple[tuple[int, ...], ...]:
-    """Connected groups of pictures that are alike pair by pair.
+    """Connected groups of images that are alike pair by pair.
 
-    Two hashes that differ in at most d bits agree wholly in one of d + 1 bands of bits, so only pictures that share a
+    Two hashes that differ in at most d bits agree wholly in one of d + 1 bands of bits, so only images that share a
     band are compared.
     """
     parent = list(range(len(hashes)))

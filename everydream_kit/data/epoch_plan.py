@@ -1,11 +1,11 @@
-"""The epoch plan: which pictures form which batch, before anything is loaded.
+"""The epoch plan: which images form which batch, before anything is loaded.
 
-`plan_epoch` is a pure function of (dataset, settings, epoch). Every choice about a picture is drawn at that picture's
-own address (a 64-bit hash of seed, purpose, epoch, picture key and repeat), so adding or removing a picture changes
+`plan_epoch` is a pure function of (dataset, settings, epoch). Every choice about an image is drawn at that image's
+own address (a 64-bit hash of seed, purpose, epoch, image key and repeat), so adding or removing an image changes
 neither the others' order nor, unless its multiplier is a fraction, their uses. All of it is numpy on whole columns: a
-million pictures take about a second.
+million images take about a second.
 
-An epoch is made in five moves: how often each picture is used (`multiply`, ratings), the bucket of each use, a random
+An epoch is made in five moves: how often each image is used (`multiply`, ratings), the bucket of each use, a random
 order, batches of one bucket (and one `batch_id`), and accumulation windows of batches (of one `batch_id`). Nothing is
 duplicated to fill a batch, and nothing dropped: what is left over forms short batches.
 
@@ -34,16 +34,16 @@ ROUNDING_ALLOWANCE = 2**28
 
 @dataclass(frozen=True, slots=True)
 class PlanSettings:
-    """What an epoch's plan depends on beside the dataset and the epoch.
+    """What an epoch's plan depends on next to the dataset and the epoch.
 
     Attributes:
-        batch_size: pictures of one micro-batch on one rank.
+        batch_size: images of one micro-batch on one rank.
         grad_accum: micro-batches of one optimizer step.
-        resolutions: area classes; with several, each picture is used once in every class it is big enough for.
+        resolutions: area classes; with several, each image is used once in every class it is big enough for.
         seed: of the run.
         num_ranks: processes that share each micro-batch; the batch over all of them is `batch_size * num_ranks`.
-        rated_dropout_percent: share of the uses left out in the last epoch, by rating; None: ratings play no part.
-        max_epochs: over which the share left out grows.
+        rated_dropout_percent: share of the uses skipped in the last epoch, by rating; None: ratings play no part.
+        max_epochs: over which the share skipped grows.
         bucket_step: grid of the buckets in pixels, or None for the resolution's own.
     """
 
@@ -74,7 +74,7 @@ class EpochPlan:
         epoch: from 0.
         settings: that made it.
         buckets: sizes that `batch_bucket` points into.
-        images, repeats: (num_images,) which picture, and its how-manieth use; batches lie one after another.
+        images, repeats: (num_images,) which image, and its repeat index; batches lie one after another.
         batch_starts: (num_batches + 1,) where each batch begins in them.
         batch_bucket: (num_batches,) index into `buckets`.
         step_starts: (num_steps + 1,) where each step begins in the batches.
@@ -97,7 +97,7 @@ class EpochPlan:
 
     @property
     def num_images(self) -> int:
-        """Pictures seen in this epoch, repeats counted, fillers not."""
+        """Images seen in this epoch, repeats counted, fillers not."""
         return len(self.images)
 
     @property
@@ -133,7 +133,7 @@ class EpochPlan:
         return tuple(self._micro_batch(step, first, batch, rank) for batch in range(first, last))
 
     def _micro_batch(self, step: int, first: int, batch: int, rank: int) -> MicroBatch:
-        """A rank's contiguous share of a batch; shares differ by one picture at most."""
+        """A rank's contiguous share of a batch; shares differ by one image at most."""
         start, end = int(self.batch_starts[batch]), int(self.batch_starts[batch + 1])
         num_ranks = self.settings.num_ranks
         low = start + (end - start) * rank // num_ranks
@@ -151,7 +151,7 @@ class EpochPlan:
         )
 
     def num_uses(self) -> np.ndarray:
-        """(number of pictures,) how often each picture of the dataset is used in this epoch."""
+        """(number of images,) how often each image of the dataset is used in this epoch."""
         return np.bincount(self.images, minlength=self.dataset_size)
 
     def write_schedule(self, path: str | Path, dataset: Dataset) -> None:
@@ -169,7 +169,7 @@ class EpochPlan:
                 file.writelines(f"{head}{printable(dataset.path(i))}\n" for i in self.images[start:end].tolist())
 
     def write_ledger(self, path: str | Path, dataset: Dataset) -> None:
-        """Write how often each picture is used in this epoch: `uses<TAB>path`, every picture of the dataset."""
+        """Write how often each image is used in this epoch: `uses<TAB>path`, every image of the dataset."""
         with Path(path).open("w", encoding="utf-8") as file:
             file.writelines(
                 f"{uses}\t{printable(dataset.path(i))}\n" for i, uses in enumerate(self.num_uses().tolist())
@@ -180,7 +180,7 @@ def plan_epoch(dataset: Dataset, settings: PlanSettings, epoch: int) -> EpochPla
     """Plan one epoch.
 
     Args:
-        dataset: the pictures.
+        dataset: the images.
         settings: batch size, resolutions and so on.
         epoch: from 0.
 
@@ -213,7 +213,7 @@ def plan_epoch(dataset: Dataset, settings: PlanSettings, epoch: int) -> EpochPla
 
 
 def possible_buckets(dataset: Dataset, settings: PlanSettings) -> list[tuple[int, Size]]:
-    """Every (picture, bucket) that can occur in any epoch, so what a latent cache must hold."""
+    """Every (image, bucket) that can occur in any epoch, so what a latent cache must hold."""
     buckets = tuple(dict.fromkeys(b for r in settings.resolutions for b in bucket_table(r, settings.bucket_step)))
     used = np.flatnonzero(dataset.numbers["multiply"] > 0)
     images, _, bucket = _spread_over_classes(dataset, settings, buckets, used, np.zeros_like(used))
@@ -234,16 +234,16 @@ def _is_ever_used(dataset: Dataset) -> bool:
 def _nothing_left(dataset: Dataset) -> str:
     roots = ", ".join(dataset.roots)
     if not len(dataset):
-        return f"{roots}: no picture that can be used. The dataset's problems say why each file was left out."
-    return f"{roots}: all {len(dataset)} pictures are switched off, by multiply 0 or by too small a fraction."
+        return f"{roots}: no image that can be used. The dataset's problems say why each file was skipped."
+    return f"{roots}: all {len(dataset)} images are switched off, by multiply 0 or by too small a fraction."
 
 
 def _choose_uses(dataset: Dataset, settings: PlanSettings, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which pictures are used, and the how-manieth use each is, after multipliers and ratings.
+    """Which images are used, and the repeat index of each use, after multipliers and ratings.
 
     A multiplier's whole part is exact in every epoch. Its fraction takes turns, see `_extra_uses`.
 
-    The share that ratings leave out grows evenly from nothing in the first epoch to the whole of it in the last.
+    The share that ratings skip grows evenly from nothing in the first epoch to all of it in the last.
     """
     multiply = dataset.numbers["multiply"]
     whole = np.floor(multiply)
@@ -328,10 +328,10 @@ def _draw_by_rating(
 def _spread_over_classes(
     dataset: Dataset, settings: PlanSettings, buckets: tuple[Size, ...], images: np.ndarray, rounds: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One use for each resolution class that the picture is big enough for, at least the smallest.
+    """One use for each resolution class that the image is big enough for, at least the smallest.
 
     Returns:
-        Picture, repeat (numbered through over rounds and classes) and bucket of each use.
+        Image, repeat (numbered through over rounds and classes) and bucket of each use.
     """
     index_of = {size: index for index, size in enumerate(buckets)}
     widths, heights = dataset.numbers["width"], dataset.numbers["height"]
@@ -361,7 +361,7 @@ def _form_batches(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut the uses, which are in random order, into batches of one bucket and one `batch_id`.
 
-    What does not fill a batch of its `batch_id` joins the pictures without one, as in EveryDream 2.
+    What does not fill a batch of its `batch_id` joins the images without one, as in EveryDream 2.
 
     Returns:
         Order of the uses, batch after batch; size of each batch; its group (named group × buckets + bucket).
@@ -468,7 +468,7 @@ def _count_within(counts: np.ndarray) -> np.ndarray:
 def _hash(
     dataset: Dataset, address: tuple[int, str, int], images: np.ndarray, repeats: np.ndarray | None = None
 ) -> np.ndarray:
-    """(n,) uint64 random words at the addresses (seed, purpose, epoch, picture key, repeat)."""
+    """(n,) uint64 random words at the addresses (seed, purpose, epoch, image key, repeat)."""
     words = _mix(dataset.key_hashes[images] ^ np.uint64(derive_seed(*address)))
     if repeats is None:
         return words

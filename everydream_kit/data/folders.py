@@ -1,6 +1,6 @@
 """Walking a folder tree, and what its settings files say.
 
-`walk_folders` gives every folder that may hold pictures, in an order that is the same on every file system, with the
+`walk_folders` gives every folder that may hold images, in an order that is the same on every file system, with the
 names in it and the settings that hold there: `global.yaml` for the folder and all below it, `local.yaml` and the
 one-value files for the folder alone.
 """
@@ -39,7 +39,7 @@ LOCAL_FILES = (
 
 SETTINGS_FILES = frozenset((*GLOBAL_FILES, *LOCAL_FILES))
 SIDECAR_EXTENSIONS = (".txt", ".caption", ".yml", ".yaml", ".json")
-"""Of files beside a picture that speak about it, in the order in which they are read."""
+"""Of files next to an image that speak about it, in the order in which they are read."""
 
 
 class Companions:
@@ -122,7 +122,7 @@ class Folder:
     Attributes:
         path: absolute.
         relative: to the root, with `/`; "" for the root itself.
-        images: names of the picture files, sorted.
+        images: names of the image files, sorted.
         companions: the other files, which may speak about an image: captions, settings, masks.
         settings: of the folder and those above it.
     """
@@ -139,7 +139,7 @@ Report = Callable[[Problem], None]
 
 @dataclass(slots=True)
 class _Blocked:
-    """A settings file that cannot be understood, and the pictures that wait for it."""
+    """A settings file that cannot be parsed, and the images that depend on it."""
 
     path: str
     cause: str
@@ -149,12 +149,12 @@ class _Blocked:
         return Problem(
             self.path,
             self.cause,
-            f"Mend the file or delete it; until then its {self.num_images} pictures are left out.",
+            f"Fix the file or delete it; until then its {self.num_images} images are skipped.",
         )
 
 
 def walk_folders(root: str, report: Report) -> Iterator[Folder]:
-    """Every folder with usable pictures under `root`, parents first, by name.
+    """Every folder with usable images under `root`, parents first, by name.
 
     Names that begin with a dot are passed over. Links to folders are followed, unless they lead back up.
 
@@ -182,7 +182,7 @@ def _walk(
     if real in above:
         report(
             Problem(
-                printable(path), "a link back to a folder above it", "Nothing to do: its pictures are read once.", False
+                printable(path), "a link back to a folder above it", "Nothing to do: its images are read once.", False
             )
         )
         return
@@ -220,12 +220,12 @@ def _list(path: str, report: Report) -> tuple[list[str], list[str]]:
                 files.append(entry.name)
             elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
                 cause = "the link leads nowhere" if entry.is_symlink() else "not a regular file"
-                report(Problem(printable(entry.path), cause, "Put the picture itself there, or delete the entry."))
+                report(Problem(printable(entry.path), cause, "Put the image itself there, or delete the entry."))
     return sorted(files), sorted(folders)
 
 
 def _images_of(files: list[str], names: frozenset[str]) -> tuple[str, ...]:
-    """Names of pictures. The loss mask of a picture is none, whether masks are used or not."""
+    """Names of images. The loss mask of an image is none, whether masks are used or not."""
     images = [name for name in files if name[name.rfind(".") :].lower() in EXTENSIONS]
     stems: set[str] | None = None
     kept = []

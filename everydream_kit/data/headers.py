@@ -1,6 +1,6 @@
-"""Reading picture headers: size, orientation, and whether the file is whole, without decoding it.
+"""Reading image headers: size, orientation, and whether the file is complete, without decoding it.
 
-Pillow reads the header. Whether the end of the file is there is told from the format's own end mark; only a JPEG
+Pillow reads the header. Whether the file is complete shows in the format's own end mark; only a JPEG
 whose end mark is not where it should be (a phone may append a film) is decoded, at an eighth of its size. What only a
 full decode can find is found by the loader.
 """
@@ -27,11 +27,11 @@ from everydream_kit.data.webp import is_webp, read_webp_header
 
 ORIENTATION = 0x0112
 LYING = (5, 6, 7, 8)
-"""The EXIF tag of orientation, and its values for pictures that lie on their side."""
+"""The EXIF tag of orientation, and its values for images that lie on their side."""
 
 
 class ImageHeaderError(Exception):
-    """The picture cannot be trained on.
+    """The image cannot be trained on.
 
     Args:
         cause: what is wrong.
@@ -46,7 +46,7 @@ class ImageHeaderError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Size in pixels after EXIF rotation, whether there is transparency, and a remark for the person or ""."""
+    """Size in pixels after EXIF rotation, whether there is transparency, and a note for the person or ""."""
 
     width: int
     height: int
@@ -55,10 +55,10 @@ class Header:
 
 
 def read_header(path: str) -> Header:
-    """Read a picture's header.
+    """Read an image's header.
 
     Raises:
-        ImageHeaderError: empty, no picture, cut off, or of an impossible size.
+        ImageHeaderError: empty, no image, cut off, or of an impossible size.
     """
     try:
         with open(path, "rb") as file:
@@ -69,13 +69,13 @@ def read_header(path: str) -> Header:
     except Image.DecompressionBombError:
         raise ImageHeaderError(
             f"claims to have more than {describe_limits()}",
-            "If it is a real picture, make a smaller copy; else delete it: files like this are made to fill memory.",
+            "If it is a real image, make a smaller copy; else delete it: files like this are made to fill memory.",
         ) from None
     except UnidentifiedImageError:
         if os.path.splitext(path)[1].lower() in (".heic", ".heif", ".avif") and _plugin_is_missing(path):
             raise ImageHeaderError("the plug-in that reads this format is not installed", HEIF_CURE) from None
         raise ImageHeaderError(
-            "not a picture in a format that is read, or its beginning is damaged",
+            "not an image in a format that is read, or its beginning is damaged",
             "Save it again as .jpg, .png or .webp.",
         ) from None
     except IMAGE_ERRORS as error:
@@ -127,13 +127,13 @@ def _inspect_webp(file: BinaryIO, size: int, extension: str) -> Header:
 
 
 def _is_turned(image: Image.Image) -> bool:
-    """Whether EXIF says that the picture lies on its side. Asked only where there is EXIF: PNG decodes to look for it."""
+    """Whether EXIF says that the image lies on its side. Asked only where there is EXIF: PNG decodes to look for it."""
     if not any(name in image.info for name in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")):
         return False
     try:
         return image.getexif().get(ORIENTATION) in LYING
     except IMAGE_ERRORS:
-        return False  # damaged EXIF: viewers show the picture unturned
+        return False  # damaged EXIF: viewers show the image unturned
 
 
 def _note(image: Image.Image, extension: str) -> str:

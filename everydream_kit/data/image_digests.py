@@ -1,4 +1,4 @@
-"""What is in a picture file, as a 16-byte digest: the same picture has the same digest under any name.
+"""What is in an image file, as a 16-byte digest: the same image has the same digest under any name.
 
 Reading every file costs what the disk gives, so digests are remembered by the file's identity: path, size, times of
 change (of contents and of inode: the second cannot be set back by a program) and inode number. The memo is a file of
@@ -22,7 +22,7 @@ _MAX_WAITING = 256
 """Files that are read ahead of the one that is asked for."""
 
 PathPair = tuple[str, str | None]
-"""A picture, and its mask file if it has one (the picture's own path where its transparency is the mask)."""
+"""An image, and its mask file if it has one (the image's own path where its transparency is the mask)."""
 
 _Memo = dict[bytes, bytes]
 """Stamp of a file -> digest of its contents."""
@@ -48,13 +48,13 @@ def digest_images(
     memo_file: Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Digest pictures with their masks.
+    """Digest images with their masks.
 
     Args:
-        pairs: `count` pictures with their masks.
+        pairs: `count` images with their masks.
         count: how many.
         memo_file: where digests are remembered between runs, or None.
-        progress: called with the number of pictures done.
+        progress: called with the number of images done.
 
     Returns:
         (count, 16) uint8; zeros for a file that cannot be read.
@@ -75,7 +75,7 @@ def digest_images(
 
 
 def digest_image(path: str, mask_path: str | None = None) -> bytes:
-    """Digest one picture with its mask, as `digest_images` does; zeros for a file that cannot be read."""
+    """Digest one image with its mask, as `digest_images` does; zeros for a file that cannot be read."""
     return _digest_pair((path, mask_path), {})[0]
 
 
@@ -108,7 +108,7 @@ def _in_order(pool: ThreadPoolExecutor, pairs: Iterable[PathPair], memo: _Memo) 
 
 
 def _digest_pair(pair: PathPair, memo: _Memo) -> tuple[bytes, _Memo]:
-    """The digest of picture and mask together, and what was newly learnt of single files."""
+    """The digest of image and mask together, and what was newly learnt of single files."""
     path, mask = pair
     learnt: _Memo = {}
     try:

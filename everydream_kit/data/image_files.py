@@ -114,7 +114,7 @@ IMAGE_ERRORS = (
 
 _MAX_CHUNK_BYTES = 1 << 20
 _MAX_TEXT_BYTES = 16 << 20
-"""What PNG's remarks may decompress to, each and together, so that Pillow reads them; larger ones are passed over."""
+"""What PNG's notes may decompress to, each and together, so that Pillow reads them; larger ones are passed over."""
 
 
 @cache

@@ -1,7 +1,7 @@
-"""Settings that lie beside pictures: what a folder's or a picture's own files say.
+"""Settings that lie next to images: what the files of a folder or an image set.
 
-One vocabulary for all of them: `local.yaml`, `global.yaml`, `.yaml` and `.json` beside a picture, entries of a
-`.json` index, and the one-value files (`multiply.txt` ...). An `ImageSettings` holds what was said; what was not
+One vocabulary for all of them: `local.yaml`, `global.yaml`, `.yaml` and `.json` next to an image, entries of a
+`.json` index, and the one-value files (`multiply.txt` ...). An `ImageSettings` holds what was set; what was not
 stays None, so "off" in a folder can win over "on" above it. Later words win; tags add up. Null and an empty value in
 YAML and JSON mean "not given" everywhere: the next source holds.
 """
@@ -279,7 +279,7 @@ def read_flag(value: Any) -> bool:
 
 
 MAX_MULTIPLY = 10_000
-"""Uses of one picture per epoch; beyond it a slip of the keyboard is likelier than a wish."""
+"""Uses of one image per epoch; beyond it a slip of the keyboard is likelier than a wish."""
 
 MIN_LOSS_SCALE = -1.0
 """Negative values drive the model away from an image, without any limit to where; never faster than it learns others."""
@@ -328,7 +328,7 @@ def caption_of(settings: ImageSettings, fallback: Caption) -> tuple[Caption, boo
     Tags are put in order of weight, heavy first, where weights differ.
 
     Args:
-        settings: all that was said, folder and picture.
+        settings: all that was set, for folder and image.
         fallback: from the file name, for where nobody gave a main prompt.
 
     Returns:

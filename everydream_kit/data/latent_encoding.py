@@ -1,7 +1,8 @@
-"""From crops to latents: decoded from their files, in processes beside this one where there are many, and encoded here.
+"""From crops to latents: decoded from their files, in processes next to this one where there are many, and encoded
+here.
 
-Whoever keeps the results (`cache`) says which crops, in which order; they come back in that order. The VAE comes in as a
-function.
+Whoever keeps the results (`cache`) says which crops, in which order; they come back in that order. The VAE comes in as
+a function.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class EncodingJob:
 
 @dataclass(slots=True)
 class EncodedCrops:
-    """What became of some jobs: entries by name, and the names of those whose picture could not be decoded, with why."""
+    """What became of some jobs: entries by name, and the names of those whose image could not be decoded, with why."""
 
     entries: dict[bytes, Entry] = field(default_factory=dict)
     problems: dict[bytes, Problem] = field(default_factory=dict)
@@ -53,10 +54,10 @@ class CropEncoder:
 
     Attributes:
         encode_moments: the VAE.
-        background: "#rrggbb" behind transparent pictures.
+        background: "#rrggbb" behind transparent images.
         num_workers: decoding processes, where there are enough crops.
-        batch_size: neighbours of one bucket that go through the VAE together. With 1, an entry's last digits depend on no
-            other crop.
+        batch_size: neighbours of one bucket that go through the VAE together. With 1, an entry's last digits depend on
+            no other crop.
     """
 
     encode_moments: EncodeMoments
@@ -150,7 +151,7 @@ def _entry(job: EncodingJob, moments: torch.Tensor, mask: np.ndarray | None) -> 
     if not torch.isfinite(moments).all():
         raise DataError(
             f"{job.image.path}: the VAE encodes it to values that are not finite. Run the VAE in float32 or bfloat16 "
-            f"(some overflow in float16), or set cache_latents to off and look at the picture."
+            f"(some overflow in float16), or set cache_latents to off and look at the image."
         )
     kept = None if mask is None else torch.from_numpy(np.round(mask * 255).astype(np.uint8))
     # A copy: a row of a batch would keep the whole batch alive.

@@ -1,12 +1,12 @@
 """Encoded latents, and where they are kept on disk: in safetensors shards.
 
-The store maps a 16-byte name to an `Entry`. A name is a hash of everything that determines the entry, so the store never
-needs to be invalidated: what changed has another name. Not here: what the names are made of and what is encoded
+The store maps a 16-byte name to an `Entry`. A name is a hash of everything that determines the entry, so the store
+never needs to be invalidated: what changed has another name. Not here: what the names are made of and what is encoded
 (`cache`).
 
-A shard is written beside its final name and renamed when whole, so an interrupted build leaves only whole shards, and
-the next one goes on from them. Shards are memory-mapped: what is read often stays in the system's page cache, and many
-processes share it.
+A shard is written next to its final name and renamed when whole, so an interrupted build leaves only whole shards, and
+the next one continues from them. Shards are memory-mapped: what is read often stays in the system's page cache, and
+many processes share it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Entry:
 
     Attributes:
         moments: (8, H/8, W/8) float16, mean and log-variance of the VAE's posterior, unscaled.
-        mask: (H/8, W/8) uint8 loss mask, 255 counts fully; None where the picture has none.
+        mask: (H/8, W/8) uint8 loss mask, 255 counts fully; None where the image has none.
     """
 
     moments: torch.Tensor
@@ -76,7 +76,7 @@ class DiskStore:
         return name in self._shard_of or name in self._pending
 
     def get(self, name: bytes) -> Entry | None:
-        """The entry of this name, from what waits to be written or from its shard; None if there is none."""
+        """The entry of this name, from the pending writes or from its shard; None if there is none."""
         if name in self._pending:
             return self._pending[name]
         shard = self._shard_of.get(name)

@@ -1,17 +1,17 @@
 """The torch loader: from planned micro-batches to tensors, ahead of the trainer, over the whole run.
 
 One torch `DataLoader` lives as long as the run. Its sampler walks the epochs' plans in the main process (one plan in
-memory at a time) and sends each micro-batch to a worker together with what is known of its pictures, so a worker needs
+memory at a time) and sends each micro-batch to a worker together with what is known of its images, so a worker needs
 no dataset of its own: it starts quickly, also where processes are spawned, and stays small. Workers return uint8; the
 conversion to float is the device's.
 
-Every draw is addressed by (seed, purpose, epoch, picture key, repeat), so neither the number of workers nor the step
-at which a run starts changes anything, and no global generator is read. Latents kept in memory are looked up in the main
-process; the sampler announces each epoch's uses to their cache, which encodes what is new in that order.
+Every draw is addressed by (seed, purpose, epoch, image key, repeat), so neither the number of workers nor the step
+at which a run starts changes anything, and no global generator is read. Latents kept in memory are looked up in the
+main process; the sampler announces each epoch's uses to their cache, which encodes what is new in that order.
 
-A picture that breaks while it is decoded does not end the run: its row becomes grey with weight 0, shapes and the
+An image that breaks while it is decoded does not end the run: its row becomes grey with weight 0, shapes and the
 loss's divisor stay as planned (so all ranks agree and a resumed run equals an uninterrupted one), and it is listed
-once in `Loader.problems`. What such a picture would have contributed is then zero.
+once in `Loader.problems`. What such an image would have contributed is then zero.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def make_loader(
     """Make the iterator over a run's steps.
 
     Args:
-        dataset: the pictures.
+        dataset: the images.
         plan_settings: how epochs are planned.
         seed: of the run: address of crops, mirroring and captions.
         start_epoch, start_step: where the run (re)starts. Nothing before it is planned or loaded.
@@ -89,10 +89,10 @@ def make_loader(
         rank: which share of each micro-batch.
         num_workers: decoding processes; 0 decodes in this one. Changes no result.
         crop_jitter: largest share of the shorter side that a random crop takes from each side.
-        background: "#rrggbb" behind transparent pictures.
+        background: "#rrggbb" behind transparent images.
         latent_cache: moments come from here instead of pixels from the files.
         caption_transform: changes each composed caption (not the empty ones that dropout makes).
-        image_transform: changes each cropped picture.
+        image_transform: changes each cropped image.
         pin_memory: page-locked memory, where there is a GPU.
         fixed: nothing is drawn, for validation: centre crop, no mirroring, no dropout, tags as written.
     """
@@ -110,12 +110,10 @@ def make_loader(
 def _check_cache(cache: LatentCache, dataset: Dataset, fixed: bool, image_transform: ImageTransform | None) -> None:
     """Refuse combinations in which the cache would silently give something else than what was asked for."""
     if image_transform is not None:
-        raise ConfigError(
-            "cache_latents, plugins: a plug-in changes pictures, cached latents would not: switch one off."
-        )
+        raise ConfigError("cache_latents, plugins: a plug-in changes images, cached latents would not: switch one off.")
     if cache.settings.fixed != fixed or cache.num_images != len(dataset):
         raise ConfigError(
-            f"latent_cache: built for {cache.num_images} pictures with fixed={cache.settings.fixed}, "
+            f"latent_cache: built for {cache.num_images} images with fixed={cache.settings.fixed}, "
             f"used for {len(dataset)} with fixed={fixed}; build one for this dataset."
         )
 
@@ -124,7 +122,7 @@ class Loader(Iterator[StepBatches]):
     """Iterates over the steps of a run. `close()` ends its workers; so does the end of the run.
 
     Attributes:
-        problems: pictures that broke while they were decoded, each once.
+        problems: images that broke while they were decoded, each once.
     """
 
     def __init__(
@@ -212,7 +210,7 @@ class _RunSampler(Sampler[BatchRequest]):
 
     Attributes:
         heads: of the steps whose batches have been asked for, and which nobody has taken yet.
-        announce: told at each epoch's beginning which uses it will ask for, in their order.
+        announce: called at each epoch's beginning with the uses that it will request, in their order.
     """
 
     def __init__(
@@ -245,7 +243,7 @@ class _RunSampler(Sampler[BatchRequest]):
                     yield self._request(planned)
 
     def _uses(self, plan: EpochPlan, first: int) -> Iterator[Use]:
-        """Every use of a picture from a step on, drawn as it is asked for."""
+        """Every use of an image from a step on, drawn as it is asked for."""
         for step in range(first, plan.num_steps):
             for request in map(self._request, plan.step(step, self._rank)):
                 for row, draw in enumerate(request.planned.draws):

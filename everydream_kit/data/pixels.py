@@ -1,13 +1,13 @@
 """From a file and a crop to uint8 pixels of one bucket's size.
 
 Here: choosing a crop (`draw_crop`, `centre_crop`: pure geometry), reading it (`load_pixels`), and the loss mask that
-goes with it. Not here: which picture goes into which bucket (`buckets`), and tensors (`loader`).
+goes with it. Not here: which image goes into which bucket (`buckets`), and tensors (`loader`).
 
 The trade-off: one resampling, never two. A crop is a box in the source's own pixels, possibly of fractional size, and
 the box is resampled straight to the bucket (Lanczos down, bicubic up). JPEGs are decoded at the smallest of libjpeg's
 scales (1, 1/2, 1/4, 1/8) that still has three times the pixels wanted in each direction: before the rounding to 8 bits
-photographs at 512 px came out 60 dB or more from the full decode, in under half of the time and a quarter of the memory.
-Twice the pixels, which is often advised, gave 52 to 58 dB (docs/data-pixels.md has the numbers).
+photographs at 512 px came out 60 dB or more from the full decode, in under half of the time and a quarter of the
+memory. Twice the pixels, which is often advised, gave 52 to 58 dB (docs/data-pixels.md has the numbers).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Box = tuple[float, float, float, float]
 """(left, top, right, bottom) in pixels."""
 
 ImageTransform = Callable[[Image.Image], Image.Image]
-"""A plug-in's change to the cropped picture: takes and returns an RGB picture of the bucket's size."""
+"""A plug-in's change to the cropped image: takes and returns an RGB image of the bucket's size."""
 
 DRAFT_FACTOR = 3
 """JPEGs are decoded with at least this many times the pixels wanted, in each direction."""
@@ -37,7 +37,7 @@ DRAFT_FACTOR = 3
 LATENT_CELL_PIXELS = 8
 """Pixels per latent cell, in each direction: loss masks have one value per cell."""
 
-_TRANSPOSE = {  # EXIF orientation -> what turns the stored picture into the displayed one (EXIF 2.32, tag 0x0112)
+_TRANSPOSE = {  # EXIF orientation -> what turns the stored image into the displayed one (EXIF 2.32, tag 0x0112)
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -51,10 +51,10 @@ _ORIENTATION_TAG = 0x0112
 
 @dataclass(frozen=True, slots=True)
 class Crop:
-    """What is cut from a picture, in pixels of the displayed (EXIF-rotated) file, before mirroring.
+    """What is cut from an image, in pixels of the displayed (EXIF-rotated) file, before mirroring.
 
     The size may be fractional, so that the crop has the bucket's aspect ratio exactly; the corner is a whole pixel, so
-    that a picture which needs no scaling is not blurred.
+    that an image which needs no scaling is not blurred.
     """
 
     left: int
@@ -80,7 +80,7 @@ class LoadedPixels:
 
     Attributes:
         pixels: (H, W, 3) uint8, RGB.
-        mask: (H/8, W/8) float32 in 0..1, or None where the picture has no loss mask.
+        mask: (H/8, W/8) float32 in 0..1, or None where the image has no loss mask.
     """
 
     pixels: np.ndarray
@@ -97,18 +97,18 @@ def draw_crop(
     seed: int,
     address: tuple[int | str, ...],
 ) -> Crop:
-    """Draw crop and mirroring for one use of a picture, from its address alone.
+    """Draw crop and mirroring for one use of an image, from its address alone.
 
-    Where the picture is larger than its bucket, each side loses up to `crop_jitter` of the shorter side at random; the
+    Where the image is larger than its bucket, each side loses up to `crop_jitter` of the shorter side at random; the
     rest is trimmed to the bucket's aspect ratio at an offset drawn from a triangular distribution, so mostly near the
     middle (the rule of EveryDream 2, whose draws came from a global generator).
 
     Args:
-        width, height: size of the picture in pixels, after EXIF rotation.
+        width, height: size of the image in pixels, after EXIF rotation.
         bucket: wanted size in pixels.
         crop_jitter: largest share of the shorter side that each side may lose.
         flip_p: probability of mirroring left to right.
-        seed, address: where the draw stands, normally (epoch, picture key, repeat).
+        seed, address: of the draw, normally (epoch, image key, repeat).
     """
     rng = draws.generator(seed, "crop", *address)
     room = min((width - bucket[0]) / bucket[0], (height - bucket[1]) / bucket[1])
@@ -119,7 +119,7 @@ def draw_crop(
 
 
 def draw_flip(flip_p: float, *, seed: int, address: tuple[int | str, ...]) -> bool:
-    """Draw whether one use of a picture is mirrored left to right."""
+    """Draw whether one use of an image is mirrored left to right."""
     return flip_p > 0 and bool(draws.generator(seed, "flip", *address).random() < flip_p)
 
 
@@ -156,16 +156,16 @@ def load_pixels(
     transform: ImageTransform | None = None,
     draft: bool = True,
 ) -> LoadedPixels:
-    """Decode one crop of one picture at its bucket's size.
+    """Decode one crop of one image at its bucket's size.
 
     Args:
-        path: picture file. Palette, grey, 16-bit grey and CMYK become RGB; of an animation the first frame counts.
+        path: image file. Palette, grey, 16-bit grey and CMYK become RGB; of an animation the first frame counts.
         bucket: (width, height) in pixels, both divisible by 8.
-        crop: what to cut, in pixels of the displayed picture.
+        crop: what to cut, in pixels of the displayed image.
         size: (width, height) that the crop was chosen for; a file that has changed since is refused.
-        background: "#rrggbb" put behind transparent pictures.
-        mask_path: loss mask (white counts, black does not); equal to `path` it means the picture's own transparency.
-        transform: a plug-in's change to the picture, after cropping and before mirroring.
+        background: "#rrggbb" put behind transparent images.
+        mask_path: loss mask (white counts, black does not); equal to `path` it means the image's own transparency.
+        transform: a plug-in's change to the image, after cropping and before mirroring.
         draft: decode JPEGs at a reduced scale where enough pixels remain.
 
     Raises:
@@ -176,12 +176,14 @@ def load_pixels(
             rgb, alpha = _read_crop(image, bucket, crop, size=size, background=background, draft=draft)
         mask = _read_mask(path, mask_path, bucket, crop, alpha=alpha, size=size)
     except IMAGE_ERRORS as error:
-        raise DataError(f"{path}: cannot be decoded ({error}). Replace it by a whole copy, or delete it.") from error
+        raise DataError(
+            f"{path}: cannot be decoded ({error}). Replace it with an intact copy, or delete it."
+        ) from error
     if transform is not None:
         rgb = transform(rgb)
         if rgb.size != bucket or rgb.mode != "RGB":
             raise DataError(
-                f"{path}: the plug-in returned a {rgb.mode} picture of {rgb.size}; RGB of {bucket} is needed."
+                f"{path}: the plug-in returned a {rgb.mode} image of {rgb.size}; RGB of {bucket} is needed."
             )
     pixels = np.asarray(rgb)
     return LoadedPixels(pixels[:, ::-1] if crop.flip else pixels, mask)
@@ -200,7 +202,7 @@ def _orientation(image: Image.Image) -> int:
 def _read_crop(
     image: Image.Image, bucket: Size, crop: Crop, *, size: Size | None, background: str, draft: bool
 ) -> tuple[Image.Image, Image.Image | None]:
-    """Decode and resample: an RGB picture of the bucket's size, not mirrored, and the alpha of the same crop if any."""
+    """Decode and resample: an RGB image of the bucket's size, not mirrored, and the alpha of the same crop if any."""
     orientation = _orientation(image)
     stored = image.size
     displayed = (stored[1], stored[0]) if orientation in (5, 6, 7, 8) else stored
@@ -234,7 +236,7 @@ def _draft(image: Image.Image, wanted: Size, box: Box) -> int:
 
 
 def _stored_box(box: Box, orientation: int, stored: Size) -> Box:
-    """A box of the displayed picture in coordinates of the stored one."""
+    """A box of the displayed image in coordinates of the stored one."""
     left, top, right, bottom = box
     width, height = stored
     return {
@@ -254,14 +256,14 @@ def _to_rgb_or_premultiplied(image: Image.Image) -> Image.Image:
         grey = np.asarray(image).astype(np.uint32).clip(0, 65535)
         return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("floating-point pictures have no agreed range; save it as 8-bit PNG")
+        raise ValueError("floating-point images have no agreed range; save it as 8-bit PNG")
     if image.has_transparency_data:
         return image.convert("RGBA").convert("RGBa")
     return image.convert("RGB")
 
 
 def _composite(premultiplied: Image.Image, background: str) -> Image.Image:
-    """Put a colour behind a picture whose colours are multiplied by alpha."""
+    """Put a colour behind an image whose colours are multiplied by alpha."""
     colour = np.array([int(background[i : i + 2], 16) for i in (1, 3, 5)], np.uint16)
     values = np.asarray(premultiplied).astype(np.uint16)
     behind = ((255 - values[..., 3:]) * colour + 127) // 255
@@ -292,7 +294,7 @@ def _read_mask(
 
 
 def _read_mask_file(mask_path: str | Path, cells: Size, crop: Crop, size: Size | None) -> Image.Image:
-    """Cut the same part from a mask file, which may be of another size than its picture."""
+    """Cut the same part from a mask file, which may be of another size than its image."""
     with open_image(mask_path) as image:
         orientation = _orientation(image)
         grey = image.convert("L")

@@ -58,7 +58,7 @@ def prepare_dataset(
     cache_dir: str | Path | None = None,
     **scan_settings: Any,
 ) -> PreparedDataset:
-    """Find all pictures of a dataset and check their headers.
+    """Find all images of a dataset and check their headers.
 
     Args:
         data_root: a folder, a `.json` index, an archive, a Hub dataset id, or a list of these.

@@ -1,6 +1,6 @@
 """The records that pass between the rooms of `data`, and from there to the trainer.
 
-An `DatasetImage` is what the scan knows of one file. A `Draw` is one use of a picture in one epoch: the address of every
+An `DatasetImage` is what the scan knows of one file. A `Draw` is one use of an image in one epoch: the address of every
 random choice made for it. A `MicroBatch` is a planned batch (addresses only), a `Batch` a loaded one (tensors).
 """
 
@@ -18,10 +18,10 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One use of one picture in one epoch.
+    """One use of one image in one epoch.
 
     `(epoch, picture, repeat)` is unique in a run and is the address of its crop, flip, caption, noise and timestep.
-    A `filler` stands in where a rank would otherwise have nothing to do: it is loaded, and counts for nothing.
+    A `filler` is in where a rank would otherwise have nothing to do: it is loaded, and counts for nothing.
     """
 
     image: int  # index into the Dataset
@@ -31,14 +31,14 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Pictures of one bucket that go through the model together (one rank's share of them)."""
+    """Images of one bucket that go through the model together (one rank's share of them)."""
 
     epoch: int
     step: int  # optimizer step within the epoch, from 0
     index: int  # position within the accumulation window, from 0
     bucket: Size
     draws: tuple[Draw, ...]
-    position: int = 0  # pictures of this step that stand before this batch, over all ranks and micro-batches
+    position: int = 0  # images of this step before this batch, over all ranks and micro-batches
 
 
 @dataclass(slots=True)
@@ -48,13 +48,13 @@ class Batch:
     Attributes:
         planned: the addresses that this batch came from; `planned.draws[i]` belongs to row i of everything below.
         captions: what the text encoder reads, after tag shuffling and conditional dropout.
-        loss_scale: (B,) float32, weight of each picture in the loss; 0 for fillers.
+        loss_scale: (B,) float32, weight of each image in the loss; 0 for fillers.
         pixels: (B, 3, H, W) uint8.
         moments: (B, 8, H/8, W/8) mean and log-variance of the VAE's posterior, from the latent cache, unscaled.
-        mask: (B, 1, H/8, W/8) float32 in 0..1, or None where no picture of the batch has a loss mask.
+        mask: (B, 1, H/8, W/8) float32 in 0..1, or None where no image of the batch has a loss mask.
         original_sizes: (width, height) of each file after EXIF rotation.
-        crop_top_lefts: (left, top) pixels cut away at the bucket's scale, of each picture (SDXL's conditioning).
-        paths: file of each picture, for messages.
+        crop_top_lefts: (left, top) pixels cut away at the bucket's scale, of each image (SDXL's conditioning).
+        paths: file of each image, for messages.
     """
 
     planned: MicroBatch

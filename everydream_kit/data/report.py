@@ -37,7 +37,7 @@ class BucketFill:
 
     Attributes:
         size: (width, height) in pixels.
-        num_images: uses of pictures.
+        num_images: uses of images.
         num_batches: of them, how many batches.
         fullness: num_images over what those batches could hold.
     """
@@ -50,7 +50,7 @@ class BucketFill:
 
 @dataclass(frozen=True)
 class Undersized:
-    """A picture that must be enlarged to fill its bucket."""
+    """An image that must be enlarged to fill its bucket."""
 
     path: str
     size: Size
@@ -69,12 +69,12 @@ class LongCaption:
 
 @dataclass(frozen=True)
 class CaptionCounts:
-    """How many pictures take their caption from where.
+    """How many images take their caption from where.
 
     Attributes:
         from_file_name: nobody gave a caption.
         empty: the caption is the empty text.
-        repeated: captions that several pictures share, with how many; the commonest first.
+        repeated: captions that several images share, with how many; the commonest first.
     """
 
     from_file_name: int
@@ -94,12 +94,12 @@ class DatasetReport:
         batch_size: over all ranks, that `buckets` were counted at.
         buckets: by width over height.
         undersized: the worst first.
-        skipped: files that are left out.
+        skipped: files that are skipped.
         notes: files that are used in another way than they seem to ask for.
         exact_duplicates, near_duplicates: groups of paths.
         captions: counts.
         long_captions: the longest first; None: nobody counted.
-        tags: the most frequent, with the number of pictures.
+        tags: the most frequent, with the number of images.
     """
 
     roots: tuple[str, ...]
@@ -140,10 +140,10 @@ def make_report(
     """Look through a dataset.
 
     Args:
-        dataset: the pictures. settings: batch size and resolutions that it will be trained at. near_duplicates: look
-        for pictures that look alike, which decodes every one, and so finds broken ones, too. count_tokens: the number
+        dataset: the images. settings: batch size and resolutions that it will be trained at. near_duplicates: look
+        for images that look alike, which decodes every one, and so finds broken ones, too. count_tokens: the number
         of tokens of a text, without start and end mark; None: long captions are not looked for. max_tokens: the text
-        encoder's window. progress: called with the number of pictures decoded so far.
+        encoder's window. progress: called with the number of images decoded so far.
     """
     duplicates = find_duplicates(dataset, near=near_duplicates, progress=progress)
     buckets, num_images, num_steps = fill_buckets(dataset, settings)
@@ -171,7 +171,7 @@ def make_report(
 
 
 def fill_buckets(dataset: Dataset, settings: PlanSettings) -> tuple[tuple[BucketFill, ...], int, int]:
-    """Buckets, images and steps of the first epoch; nothing where no picture is left."""
+    """Buckets, images and steps of the first epoch; nothing where no image is left."""
     if not np.any(dataset.numbers["multiply"] > 0):
         return (), 0, 0
     plan = plan_epoch(dataset, settings, 0)
@@ -187,7 +187,7 @@ def fill_buckets(dataset: Dataset, settings: PlanSettings) -> tuple[tuple[Bucket
 
 
 def find_undersized(dataset: Dataset, settings: PlanSettings) -> tuple[Undersized, ...]:
-    """Pictures that are enlarged even for the smallest resolution, the worst first."""
+    """Images that are enlarged even for the smallest resolution, the worst first."""
     table = bucket_table(min(settings.resolutions), settings.bucket_step)
     widths, heights = dataset.numbers["width"], dataset.numbers["height"]
     buckets = np.array(table)[assign_buckets(widths, heights, table)]
@@ -205,7 +205,7 @@ def find_undersized(dataset: Dataset, settings: PlanSettings) -> tuple[Undersize
 
 
 def write_undersized(path: str | Path, dataset: Dataset, settings: PlanSettings) -> int:
-    """Write `undersized_images.txt`: one line for each picture that must be enlarged, the worst first.
+    """Write `undersized_images.txt`: one line for each image that must be enlarged, the worst first.
 
     Returns:
         Their number; nothing is written where there is none.
@@ -274,7 +274,7 @@ def _size(size: Size) -> str:
 
 def _lines(report: DatasetReport) -> list[str]:
     r = report
-    lines = [f"{r.dataset_size} pictures in {', '.join(r.roots)}"]
+    lines = [f"{r.dataset_size} images in {', '.join(r.roots)}"]
     lines.append(f"{r.num_images} images and {r.num_steps} optimizer steps in the first epoch")
     lines += ["", f"Buckets at batch size {r.batch_size}:"]
     lines += [
@@ -282,15 +282,15 @@ def _lines(report: DatasetReport) -> list[str]:
         for b in r.buckets
     ]
     lines += _section("Left out", [str(problem) for problem in r.skipped])
-    lines += _section("Used, with a remark", [str(problem) for problem in r.notes])
+    lines += _section("Used, with a note", [str(problem) for problem in r.notes])
     lines += _section("Smaller than their bucket", [_undersized_line(item) for item in r.undersized])
     lines += _section("Groups of identical files", [", ".join(group) for group in r.exact_duplicates])
-    lines += _section("Groups of pictures that look alike", [", ".join(group) for group in r.near_duplicates])
+    lines += _section("Groups of images that look alike", [", ".join(group) for group in r.near_duplicates])
     if r.long_captions is not None:
         long = [f"{c.num_tokens} tokens, never read: ...{c.cut} ({c.path})" for c in r.long_captions]
         lines += _section("Captions longer than the text encoder reads", long)
     lines += ["", f"Captions from file names: {r.captions.from_file_name}; empty captions: {r.captions.empty}"]
-    lines += _section("Captions shared by several pictures", [f"{n} x {text}" for text, n in r.captions.repeated])
+    lines += _section("Captions shared by several images", [f"{n} x {text}" for text, n in r.captions.repeated])
     if r.tags:
         lines += ["", "Tags: " + ", ".join(f"{text} ({count})" for text, count in r.tags[: 2 * NUM_LINES])]
     return lines

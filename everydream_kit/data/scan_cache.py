@@ -1,7 +1,7 @@
 """Remembering a scan, so that the second start of an unchanged folder need not read it again.
 
-One `.npz` file for each root holds the columns as they are. A picture is taken from it if the stamp of its files is
-the same: size and time of the picture and of everything beside it, and the settings that hold there. If only a
+One `.npz` file for each root holds the columns as they are. An image is taken from it if the stamp of its files is
+the same: size and time of the image and of everything next to it, and the settings that hold there. If only a
 caption changed, the header is still not read again. A file that is damaged or of another version is as good as none.
 """
 
@@ -36,7 +36,7 @@ NEVER = 0
 
 
 class Remembered:
-    """The last scan of a root, asked by picture. Empty if there was none.
+    """The last scan of a root, asked by image. Empty if there was none.
 
     Attributes:
         stamps: (n,) of the rows.
@@ -45,7 +45,7 @@ class Remembered:
     def __init__(self, dataset: Dataset | None = None, in_folder_order: bool = True) -> None:
         """
         Args:
-            dataset: what was remembered. in_folder_order: pictures of a folder lie together, sorted by name. Then a
+            dataset: what was remembered. in_folder_order: images of a folder lie together, sorted by name. Then a
             few of them are found by bisection,
                 and no table of all names is needed.
         """
@@ -78,7 +78,7 @@ class Remembered:
         return {names[row]: row for row in range(first, end)}
 
     def header(self, row: int, file_bytes: int, mtime_ns: int) -> Header | None:
-        """The header of a picture whose own file is as it was, or None."""
+        """The header of an image whose own file is as it was, or None."""
         assert self._dataset is not None  # rows come from look_up
         n = self._dataset.numbers
         if n["file_bytes"][row] != file_bytes or n["mtime_ns"][row] != mtime_ns or n["stamp"][row] == NEVER:
@@ -138,7 +138,7 @@ def _from_arrays(meta: dict[str, Any], file: np.lib.npyio.NpzFile) -> Dataset:
 
 
 def save_remembered(cache_dir: Path, root: str, dataset: Dataset) -> None:
-    """Remember the scan of one root, whole or not at all. A folder that cannot be written to only costs the cache."""
+    """Remember the scan of one root, atomically. A folder that cannot be written to only costs the cache."""
     path = cache_file(cache_dir, root)
     meta = {
         "version": VERSION,

@@ -1,12 +1,12 @@
-"""Finding pictures and what is said about them: folders, `.json` indexes, and several roots at once.
+"""Finding images and their settings: folders, `.json` indexes, and several roots at once.
 
-`scan_dataset` walks every root, reads each picture's header and the small files beside it in parallel, and gives a
-`Dataset`. Only headers are read. A file that cannot be used is left out and named in `Dataset.problems` with its cause
+`scan_dataset` walks every root, reads each image's header and the small files next to it in parallel, and gives a
+`Dataset`. Only headers are read. A file that cannot be used is skipped and named in `Dataset.problems` with its cause
 and cure; one file never ends the scan. A settings or caption file that cannot be understood takes out what it governs:
-training a picture under the wrong words would be worse than leaving it out.
+training an image under the wrong words would be worse than leaving it out.
 
-Walking is done by one thread and reading by many, with a bounded number of pictures in flight, so memory follows the
-number of pictures only. The scan is remembered (`scan_cache`), and what did not change is not read again.
+Walking is done by one thread and reading by many, with a bounded number of images in flight, so memory follows the
+number of images only. The scan is remembered (`scan_cache`), and what did not change is not read again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from everydream_kit.errors import DataError
 DataRoot = str | Path | list[Any] | dict[str, Any]
 
 JOB_SIZE = 256
-"""Pictures that a worker reads in one go: enough to make the hand-over cheap, few enough to keep threads busy."""
+"""Images that a worker reads in one go: enough to make the hand-over cheap, few enough to keep threads busy."""
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -63,17 +63,17 @@ def scan_dataset(
     num_threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Dataset:
-    """Find all pictures of a dataset.
+    """Find all images of a dataset.
 
     Args:
         data_root: a folder, a `.json` index, an archive, a Hub dataset id, a list of these, or EveryDream 2's
             `{"resolver": ...}` form.
-        cond_dropout, flip_p, shuffle_tags, keep_tags: hold where neither picture nor folder says otherwise.
+        cond_dropout, flip_p, shuffle_tags, keep_tags: hold where neither image nor folder says otherwise.
         caption_lines: what several lines in a caption file mean: one caption ("join"), or one each ("choose").
         loss_mask: where loss masks come from.
         cache_dir: folder that remembers the scan; None remembers nothing.
         num_threads: readers; by default four for each core, at most 32, since most of their time is waiting for disks.
-        progress: called with the number of pictures looked at so far, from the calling thread.
+        progress: called with the number of images looked at so far, from the calling thread.
 
     Raises:
         DataError: a root is not there, or is of no kind that is known. What is wrong with single files is in
@@ -126,7 +126,7 @@ def _locate(spec: str, cache: Path | None) -> Path:
         return Path(open_source(spec, work_dir)).absolute()
     if path.exists():
         raise DataError(f"{spec}: not a folder, a .json index or an archive ({', '.join(ARCHIVES)}).")
-    raise DataError(f"{spec}: there is no such folder or file. Give the folder that holds your pictures as data_root.")
+    raise DataError(f"{spec}: there is no such folder or file. Give the folder that holds your images as data_root.")
 
 
 class _Scanner:
@@ -144,7 +144,7 @@ class _Scanner:
         builder = DatasetBuilder([base])
         jobs = self._jobs(path, base, builder.problems.append)
         with warnings.catch_warnings(), ThreadPoolExecutor(self._num_threads, "scan") as pool:
-            # of damaged EXIF, and of pictures half as large as what we (and it) refuse
+            # of damaged EXIF, and of images half as large as what we (and it) refuse
             warnings.filterwarnings("ignore", module=r"PIL\b")
             for part in self._in_order(pool, jobs, remembered):
                 builder.extend(part, root=0)
@@ -184,7 +184,7 @@ class _Scanner:
 
 
 def _note_camera_names(dataset: Dataset, base: str) -> None:
-    """Report captions that come from file names which say nothing."""
+    """Report captions that come from file names without meaning."""
     rows = np.flatnonzero(dataset.numbers["caption_kind"] == FROM_FILE_NAME).tolist()
     captions = [caption_from_file_name(dataset.paths[row]).text for row in rows]
     empty = [text for text in captions if is_camera_name(text)]
@@ -199,7 +199,7 @@ def _note_camera_names(dataset: Dataset, base: str) -> None:
 
 
 def _read_index(path: Path, base: str, report: Report) -> Iterator[Entry]:
-    """The pictures that a `.json` index lists. Relative paths start at the index's own folder.
+    """The images that a `.json` index lists. Relative paths start at the index's own folder.
 
     Raises:
         DataError: the index is no JSON list of objects.
@@ -219,9 +219,7 @@ def _read_index(path: Path, base: str, report: Report) -> Iterator[Entry]:
         try:
             entry = _index_entry(item, base, path, report)
         except TextError as error:
-            report(
-                Problem(f"{path}, entry {number}", str(error), "Mend the entry; until then its picture is left out.")
-            )
+            report(Problem(f"{path}, entry {number}", str(error), "Fix the entry; until then its image is skipped."))
             continue
         if entry.path in seen:
             report(
@@ -245,7 +243,7 @@ def _index_entry(item: Any, base: str, index: Path, report: Report) -> Entry:
     path = os.path.normpath(os.path.join(base, relative))
     stem = os.path.splitext(path)[0]
     settings = replace(settings, unknown=(), notes=())
-    # an entry with a caption speaks for itself; others may have one beside the picture
+    # an entry with a caption speaks for itself; others may have one next to the image
     alongside = (
         ()
         if settings.main_prompt is not None

@@ -2,8 +2,8 @@
 
 An archive is untrusted: every entry is looked at before it is written, and what could reach outside of the target
 folder (`..`, absolute paths, links, devices) or fill the disk is refused with the entry's name. It is unpacked into a
-hidden folder beside the target and renamed when whole, so a refusal or an interruption leaves nothing behind, and a
-folder of the final name is complete. Not here: finding pictures in the folder (`files`).
+hidden folder next to the target and renamed when whole, so a refusal or an interruption leaves nothing behind, and a
+folder of the final name is complete. Not here: finding images in the folder (`files`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 MAX_BYTES = 200 * 2**30
 """Most that one archive may unpack to: about 50 000 large photographs."""
 MAX_ENTRIES = 5_000_000
-"""Most entries of one archive: a million pictures with captions, masks and settings."""
+"""Most entries of one archive: a million images with captions, masks and settings."""
 
 MAX_DEPTH = 64
 """Folders in each other; the system itself gives up at some thousand, with an error of its own."""
@@ -198,7 +198,7 @@ def _safe_target(archive: Path, entry: _Entry, folder: Path) -> Path:
     def refuse(cause: str) -> DataError:
         return DataError(
             f"{archive}: the entry {entry.name!r} {cause}; nothing was unpacked. "
-            f"An archive of pictures has no need of it: make it anew, or ask who made it."
+            f"An archive of images does not need it: create it again, or ask its author."
         )
 
     if entry.kind not in ("file", "folder"):
@@ -280,7 +280,7 @@ def _tar_kind(member: tarfile.TarInfo) -> str:
 
 
 def _fetch_snapshot(repo_id: str, revision: str | None) -> Path:
-    """Download a Hub dataset into the Hub's own cache, which goes on where it was interrupted."""
+    """Download a Hub dataset into the Hub's own cache, which continues where it was interrupted."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -294,13 +294,13 @@ def _fetch_snapshot(repo_id: str, revision: str | None) -> Path:
         raise DataError(
             f"{repo_id}: this dataset cannot be fetched from the Hugging Face Hub ({type(error).__name__}: {cause}). "
             f"Check the name and the network; a private or gated dataset needs a login whose token may read it. "
-            f"If a folder was meant: there is none of that name."
+            f"If you mean a folder: there is none of that name."
         ) from error
     return Path(folder)
 
 
 def _inside_snapshot(spec: str, folder: Path, inner: str | None, work_dir: Path, limits: tuple[int, int]) -> Path:
-    """The folder of pictures within a fetched dataset: the whole, a sub-folder, or its one archive."""
+    """The folder of images within a fetched dataset: all of it, a subfolder, or its one archive."""
     if inner:
         folder = folder / inner.strip("/")
         if ".." in Path(inner).parts or not folder.exists():
@@ -314,11 +314,11 @@ def _inside_snapshot(spec: str, folder: Path, inner: str | None, work_dir: Path,
         return unpack_archive(archives[0], work_dir, max_bytes=limits[0], max_entries=limits[1])
     if not images:
         raise DataError(
-            f"{spec}: this Hub dataset holds no picture files"
+            f"{spec}: this Hub dataset holds no image files"
             + (
                 f" but {len(archives)} archives; name one: {spec}/{archives[0].name}."
                 if archives
-                else ". Datasets kept as tables (parquet) must be saved as a folder of pictures first."
+                else ". Datasets kept as tables (parquet) must be saved as a folder of images first."
             )
         )
     return folder

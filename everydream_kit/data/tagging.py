@@ -1,8 +1,8 @@
 """Captions of a whole folder at once: tags added and removed, captions written from a table.
 
-Only plain text captions (`.txt`, `.caption`) are written. A picture whose caption is held by a `.yaml` or `.json` file is
-left alone and named, because rewriting such a file would lose its comments and order. Every step keeps what it replaced in
-a journal for `changes.undo`.
+Only plain text captions (`.txt`, `.caption`) are written. An image whose caption is held by a `.yaml` or `.json` file
+is left alone and named, because rewriting such a file would lose its comments and order. Every step keeps what it
+replaced in a journal for `changes.undo`.
 """
 
 from __future__ import annotations
@@ -123,15 +123,15 @@ def edit_tags(
 ) -> PrepReport:
     """Add and remove tags in every caption of a folder.
 
-    A caption is its main prompt (up to the first comma) and tags. Added tags stand right after the main prompt
-    ("start") or last ("end"), and are not added twice; the main prompt is never removed. Each line of a caption file with
-    several lines is edited. A picture captioned by its file name gets a `.txt`.
+    A caption is its main prompt (up to the first comma) and tags. Added tags go right after the main prompt
+    ("start") or last ("end"), and are not added twice; the main prompt is never removed. Each line of a caption file
+    with several lines is edited. An image captioned by its file name gets a `.txt`.
 
     Args:
         folder: dataset folder.
         add, remove: tags, compared without regard to case.
-        position: where added tags stand.
-        journal: where former captions are kept; by default `<folder>-tags-undo.jsonl` beside it.
+        position: where added tags go.
+        journal: where former captions are kept; by default `<folder>-tags-undo.jsonl` next to it.
         dry_run: only report.
     """
     added = [tag for tag in map(_tidy, add) if tag]
@@ -154,7 +154,7 @@ def change_tags(
         text: of the file.
         added: tags, tidy.
         removed: tags in lower case.
-        position: where added tags stand.
+        position: where added tags go.
     """
     return in_each_line(text, lambda line: _edit_line(line, added, removed, position))
 
@@ -185,15 +185,15 @@ def captions_from_table(
     journal: str | Path | None = None,
     dry_run: bool = False,
 ) -> PrepReport:
-    """Write captions from a table into text files beside their pictures.
+    """Write captions from a table into text files next to their images.
 
     Args:
         table: `.csv` or `.tsv` with a header, `.jsonl`, or `.json` with a list of objects or an object name -> caption.
-            The picture's column is called image, file_name, filename, file, path or name; the caption's caption,
+            The image's column is called image, file_name, filename, file, path or name; the caption's caption,
             text, prompt or description. Hugging Face's `metadata.csv` and `metadata.jsonl` are such tables.
         folder: dataset folder. Names are paths in it; a bare file name will do where it is the only one.
         overwrite: replace captions that are there.
-        journal: where former captions are kept; by default `<folder>-captions-undo.jsonl` beside it.
+        journal: where former captions are kept; by default `<folder>-captions-undo.jsonl` next to it.
         dry_run: only report.
 
     Raises:
@@ -205,7 +205,7 @@ def captions_from_table(
     for name, caption in rows:
         index = place.get(_key(name), place.get(_key(name).rpartition("/")[2]))
         if index is None:
-            changes.leave(name, "there is no such picture in the folder, or several.", "Give its path in the folder.")
+            changes.leave(name, "there is no such image in the folder, or several.", "Give its path in the folder.")
             continue
         path, source = Path(dataset.path(index)), caption_source(dataset, index, files)
         if source.locked:
@@ -218,7 +218,7 @@ def captions_from_table(
 
 
 def read_table(table: Path) -> list[tuple[str, str]]:
-    """Picture names and captions of a table.
+    """Image names and captions of a table.
 
     Raises:
         DataError: it cannot be read, or the columns are not there.
@@ -262,7 +262,7 @@ def _column(row: dict[str, Any], wanted: tuple[str, ...], table: Path) -> str:
 
 
 def _places(dataset: Dataset, root: Path) -> dict[str, int]:
-    """Index of each picture by its path in the folder, and by its bare name where that is unique."""
+    """Index of each image by its path in the folder, and by its bare name where that is unique."""
     paths = [_key(Path(dataset.path(index)).relative_to(root).as_posix()) for index in range(len(dataset))]
     bare = Counter(path.rpartition("/")[2] for path in paths)
     places = {path.rpartition("/")[2]: i for i, path in enumerate(paths) if bare[path.rpartition("/")[2]] == 1}

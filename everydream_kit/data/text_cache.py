@@ -19,7 +19,7 @@ Encoded = TypeVar("Encoded")
 """A dataclass whose fields are tensors with the captions along the first dimension, or None."""
 
 MEMORY_SHARE = 0.25
-"""Of what is free when the cache is made: the most it takes unless told otherwise."""
+"""Of what is free when the cache is made: the most it takes by default."""
 
 
 class TextCache(Generic[Encoded]):
@@ -87,6 +87,6 @@ def _tensors(row: Any) -> list[torch.Tensor]:
 
 
 def captions_vary(dataset: Dataset) -> bool:
-    """Whether some picture's caption is put together anew at every use (shuffled, or drawn from several)."""
+    """Whether some image's caption is put together anew at every use (shuffled, or drawn from several)."""
     images = map(dataset.image, range(len(dataset)))
     return any(p.caption.alternatives or (p.shuffle_tags and len(p.caption.tags) > p.keep_tags) for p in images)

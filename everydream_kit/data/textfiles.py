@@ -1,4 +1,4 @@
-"""Reading the small text files that lie beside pictures: captions, one-value files, settings in YAML and JSON.
+"""Reading the small text files that lie next to images: captions, one-value files, settings in YAML and JSON.
 
 People write them with every editor there is, and downloads leave anything at all. `read_text` copes with the encodings
 that Windows, macOS and Linux write and refuses what is no text. `read_mapping` reads settings from YAML or JSON without

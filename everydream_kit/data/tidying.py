@@ -1,7 +1,7 @@
-"""Preparation steps that a person runs on a folder of pictures: smaller copies, other formats, duplicates, a split.
+"""Preparation steps that a person runs on a folder of images: smaller copies, other formats, duplicates, a split.
 
 Each step has a dry run, reports what it did, and leaves the originals' bytes alone: copies go to a target folder, and
-what is set aside is moved whole, with its captions, and can be moved back (`changes.undo`). Captions are
+what is excluded is moved with its captions, and can be moved back (`changes.undo`). Captions are
 `tagging`'s and `captioning`'s business.
 """
 
@@ -28,7 +28,7 @@ from everydream_kit.errors import ConfigError
 __all__ = ["convert_images", "exclude_duplicates", "resize_images", "split_validation", "undo"]
 
 Progress = Callable[[int, int], None]
-"""Called with the number of pictures done, and how many there are."""
+"""Called with the number of images done, and how many there are."""
 
 FORMATS = {".jpg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
 """What can be converted to."""
@@ -45,9 +45,9 @@ def resize_images(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> PrepReport:
-    """Make smaller copies of large pictures, with captions and settings, for a dataset that loads faster.
+    """Make smaller copies of large images, with captions and settings, for a dataset that loads faster.
 
-    Pictures that are small enough are copied as they are. EXIF rotation is applied; colour profiles stay.
+    Images that are small enough are copied as they are. EXIF rotation is applied; colour profiles stay.
 
     Args:
         folder: dataset folder.
@@ -55,7 +55,7 @@ def resize_images(
         megapixels: largest area of a copy; 1.5 leaves crop jitter room at 1024 px, 0.4 at 512 px.
         quality: of JPEG and WebP copies, 1 to 100.
         dry_run: only report.
-        progress: called with pictures done and in all.
+        progress: called with images done and in all.
     """
     if megapixels <= 0:
         raise ConfigError(f"megapixels: must be greater than 0 (got {megapixels})")
@@ -71,7 +71,7 @@ def resize_images(
             resample = Image.Resampling.BOX if smaller.mode.startswith(("I", "1")) else Image.Resampling.LANCZOS
             return _encode(smaller.resize(size, resample), image, copy.suffix, quality)
 
-    return _rewrite("Resize pictures", folder, target, resize, None, "resized", dry_run, progress)
+    return _rewrite("Resize images", folder, target, resize, None, "resized", dry_run, progress)
 
 
 def convert_images(
@@ -91,9 +91,9 @@ def convert_images(
         target: new folder, of the same tree. What is there already is left alone.
         suffix: ".jpg", ".png" (lossless) or ".webp".
         quality: of JPEG and WebP, 1 to 100.
-        background: "#rrggbb" behind transparent pictures that become JPEGs.
+        background: "#rrggbb" behind transparent images that become JPEGs.
         dry_run: only report.
-        progress: called with pictures done and in all.
+        progress: called with images done and in all.
     """
     if suffix not in FORMATS:
         raise ConfigError(f"suffix: must be one of {', '.join(FORMATS)} (got {suffix!r})")
@@ -108,7 +108,7 @@ def convert_images(
                 upright = Image.alpha_composite(behind, upright.convert("RGBA"))
             return _encode(upright, image, suffix, quality)
 
-    return _rewrite(f"Convert pictures to {suffix}", folder, target, convert, suffix, "converted", dry_run, progress)
+    return _rewrite(f"Convert images to {suffix}", folder, target, convert, suffix, "converted", dry_run, progress)
 
 
 def _rewrite(  # noqa: PLR0917
@@ -133,12 +133,12 @@ def _rewrite(  # noqa: PLR0917
         copy = target / path.relative_to(root)
         copy = copy if suffix is None else copy.with_suffix(suffix)
         if copy in taken:
-            changes.leave(path, f"another picture becomes {copy.name} too.", "Rename one of them.")
+            changes.leave(path, f"another image becomes {copy.name} too.", "Rename one of them.")
         elif not copy.exists():
             try:
                 content = make(path, copy)
             except IMAGE_ERRORS as error:
-                changes.leave(path, f"cannot be decoded ({error}).", "Replace it by a whole copy, or delete it.")
+                changes.leave(path, f"cannot be decoded ({error}).", "Replace it with an intact copy, or delete it.")
                 continue
             if content is None:
                 changes.copy(path, target / path.relative_to(root))
@@ -151,12 +151,12 @@ def _rewrite(  # noqa: PLR0917
     companions = {c for i in range(len(dataset)) for c in files.companions(Path(dataset.path(i)))}
     for path in sorted(companions | set(_folder_files(root))):
         if not (target / path.relative_to(root)).exists():
-            changes.copy(path, target / path.relative_to(root), "copied beside them")
+            changes.copy(path, target / path.relative_to(root), "copied next to them")
     return changes.report
 
 
 def _encode(image: Image.Image, original: Image.Image, suffix: str, quality: int) -> bytes:
-    """A picture as the bytes of a file; its colour profile stays."""
+    """An image as the bytes of a file; its colour profile stays."""
     suffix = suffix.lower()
     name = FORMATS.get(suffix) or EXTENSIONS.get(suffix) or "PNG"
     if name == "JPEG" and image.mode not in ("RGB", "L", "CMYK"):
@@ -186,10 +186,10 @@ def exclude_duplicates(
 
     Args:
         folder: dataset folder.
-        side_folder: by default `<folder>-duplicates` beside it. Must not lie in the dataset.
-        near: pictures that look alike count too, not only equal files.
+        side_folder: by default `<folder>-duplicates` next to it. Must not lie in the dataset.
+        near: images that look alike count too, not only equal files.
         dry_run: only report.
-        progress: called with pictures looked at and in all.
+        progress: called with images looked at and in all.
     """
     root = Path(folder).resolve()
     side = root.with_name(f"{root.name}-duplicates") if side_folder is None else Path(side_folder).resolve()
@@ -207,7 +207,7 @@ def exclude_duplicates(
             best = max(group, key=lambda index: _worth(dataset, index, files))
             leaving = [Path(dataset.path(index)) for index in group if index != best]
             name = Path(dataset.path(best)).relative_to(root)
-            move_images(changes, leaving, root, side, f"set aside (duplicate of {name})")
+            move_images(changes, leaving, root, side, f"exclude (duplicate of {name})")
     return changes.report
 
 
@@ -227,18 +227,18 @@ def split_validation(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> PrepReport:
-    """Move a share of the pictures into a validation folder, with captions and folder settings.
+    """Move a share of the images into a validation folder, with captions and folder settings.
 
-    Pictures that look alike stay together, so that validation does not ask for what was trained on. Which groups go is
-    drawn from (seed, name of the group's first picture): more pictures later change nothing about the others' draw.
+    Images that look alike stay together, so that validation does not ask for what was trained on. Which groups go is
+    drawn from (seed, name of the group's first image): more images later change nothing about the others' draw.
 
     Args:
         folder: dataset folder.
         target: validation folder; must not lie in the dataset.
-        share: of the pictures, between 0 and 1.
+        share: of the images, between 0 and 1.
         seed: of the draw.
         dry_run: only report.
-        progress: called with pictures looked at and in all.
+        progress: called with images looked at and in all.
     """
     if not 0 < share < 1:
         raise ConfigError(f"share: must lie between 0 and 1 (got {share})")
@@ -265,7 +265,7 @@ def split_validation(
             move_images(changes, paths, root, target, "moved to validation")
     for path in _folder_files(root):
         if changes.report.changes and not (target / path.relative_to(root)).exists():
-            changes.copy(path, target / path.relative_to(root), "copied beside them")
+            changes.copy(path, target / path.relative_to(root), "copied next to them")
     return changes.report
 
 
@@ -327,7 +327,7 @@ def _ending_of(name: str, image: Path) -> str:
 
 
 def companions_of(path: Path) -> list[Path]:
-    """Caption, settings and mask files of a picture."""
+    """Caption, settings and mask files of an image."""
     return FolderFiles().companions(path)
 
 

@@ -24,5 +24,5 @@ def as_is(item: Any) -> Any:
 
 
 def problem_of(path: str, error: DataError) -> Problem:
-    """What the person reads about a picture that broke while it was decoded."""
-    return Problem(path, str(error).removeprefix(f"{path}: ").removesuffix("."), "The run goes on without it.")
+    """What the person reads about an image that broke while it was decoded."""
+    return Problem(path, str(error).removeprefix(f"{path}: ").removesuffix("."), "The run continues without it.")

@@ -1,7 +1,7 @@
-"""The embedded base model, a small Stable Diffusion 1.x that draws emoji, and the demo's pictures to fine-tune it with.
+"""The embedded base model, a small Stable Diffusion 1.x that draws emoji, and the demo's images to fine-tune it with.
 
     base_model_path()   a diffusers folder: `TrainConfig(resume_ckpt=str(base_model_path()), resolution=128, ...)`
-    pictures_path()     a dataset folder: 32 ink drawings with captions, a look the base has never seen
+    images_path()       a dataset folder: 32 ink drawings with captions, a look the base has never seen
 
 Importing this costs nothing; the recipe that made both is `recipes/` in the repository.
 """

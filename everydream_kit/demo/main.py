@@ -1,7 +1,8 @@
-"""The main job in small: draw with the embedded base, fine-tune it on the demo's pictures, draw again, show both.
+"""The main job in small: draw with the embedded base, fine-tune it on the demo's images, draw again, show both.
 
-Everything goes through the same functions that a real run uses. What the demo reports does not look at the training loss
-alone: the loss is measured on fixed noise and timesteps before and after, and the samples are scored by a feature network.
+Everything goes through the same functions that a real run uses. What the demo reports does not look at the training
+loss alone: the loss is measured on fixed noise and timesteps before and after, and the samples are scored by a feature
+    network.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 TAUGHT = ("red apple", "penguin", "guitar", "rocket")
 UNTAUGHT = ("pear", "owl", "airplane", "lion")
 SUBJECTS = (*TAUGHT, *UNTAUGHT)
-"""Drawn before and after, each as "<subject>, ink drawing"; of the second four, the demo's pictures hold no ink drawing."""
+"""Drawn before and after, each as "<subject>, ink drawing"; of the second four, the demo's images hold no ink
+drawing."""
 RESOLUTION = 128
 GUIDANCE_SCALE = 3.0
 NUM_INFERENCE_STEPS = 20
@@ -48,9 +50,9 @@ class DemoOutcome:
     Attributes:
         run: the run folder.
         single_file: the checkpoint as one file.
-        before_after: the picture of samples before and after.
-        loss_before, loss_after: on the demo's pictures, with fixed noise and timesteps.
-        style_before, style_after: the feature network's score, -1 as the base draws, +1 as the new pictures.
+        before_after: the image of samples before and after.
+        loss_before, loss_after: on the demo's images, with fixed noise and timesteps.
+        style_before, style_after: the feature network's score, -1 as the base draws, +1 as the new images.
         seconds: the whole demo.
     """
 
@@ -107,7 +109,7 @@ def run_demo(out: Path, *, max_epochs: int | None = None, seed: int = 555) -> De
             "save_ckpt_dir": str(out),
             "sample_prompts": str(prompts),
             "seed": seed,
-            # validation measures the training pictures themselves: the demo shows that something was learnt
+            # validation measures the training images themselves: the demo shows that something was learnt
             "validation_config": {
                 "val_split_mode": "manual",
                 "manual_data_root": str(images_path()),
@@ -122,7 +124,7 @@ def run_demo(out: Path, *, max_epochs: int | None = None, seed: int = 555) -> De
     run = train(config)
     if run.status()["state"] != "finished":
         raise JobError(
-            f"The demo was stopped. Start it again, or go on with its training: everydream resume {run.folder}"
+            f"The demo was stopped. Start it again, or continue with its training: everydream resume {run.folder}"
         )
     after = generate_subjects(open_for_sampling(run), seed)
     path = out / "before-after.png"
@@ -143,7 +145,7 @@ def run_demo(out: Path, *, max_epochs: int | None = None, seed: int = 555) -> De
 
 
 def generate_subjects(model: object, seed: int) -> list[Image.Image]:
-    """One picture of each subject, as an ink drawing."""
+    """One image of each subject, as an ink drawing."""
     from everydream_kit.models.sampling import SamplePrompt, sample_images
 
     prompts = [
@@ -154,7 +156,7 @@ def generate_subjects(model: object, seed: int) -> list[Image.Image]:
 
 
 def before_after_grid(before: Sequence[Image.Image], after: Sequence[Image.Image]) -> Image.Image:
-    """Two rows of pictures: the base's, and the fine-tuned model's from the same noise."""
+    """Two rows of images: the base's, and the fine-tuned model's from the same noise."""
     from everydream_kit.models.sampling import label_grid
 
     return label_grid(

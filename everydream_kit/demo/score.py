@@ -1,12 +1,12 @@
 """A score for the demo that does not look at the training loss: do the samples look like what was taught?
 
-A small network, trained on the emoji sets and stored beside this file, gives every picture two unit vectors: one says
+A small network, trained on the emoji sets and stored next to this file, gives every image two unit vectors: one says
 how it is drawn (3d, flat, ink), the other what it shows. Stored with it are the vectors of a few hundred reference
-pictures. The network never saw the demo's own 32 drawings; they are references for what is shown, not for how.
+images. The network never saw the demo's own 32 drawings; they are references for what is shown, not for how.
 
     style     (d_other - d_ink) / (d_other + d_ink), where d is the distance to the nearest reference of the ink
-              drawings or of the other two styles: -1 like a 3d picture, +1 like an ink drawing. A mean over pictures.
-    subject   the share of pictures whose nearest reference shows the subject that was asked for.
+              drawings or of the other two styles: -1 like a 3d image, +1 like an ink drawing. A mean over images.
+    subject   the share of images whose nearest reference shows the subject that was asked for.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from torch.nn import functional
 SIDE_PIXELS = 64
 STYLE_SIZE, SUBJECT_SIZE = 8, 48
 WIDTHS = (24, 48, 64, 96)
-STYLES = ("3d", "flat", "ink", "taught")  # "taught": the demo's own pictures
+STYLES = ("3d", "flat", "ink", "taught")  # "taught": the demo's own images
 NEW_STYLE = "ink"
 FEATURES_FILE = Path(__file__).resolve().parent / "features.safetensors"
 
 
 @dataclass(frozen=True)
 class Score:
-    """What `score` found; `styles` and `nearest_subjects` are picture by picture."""
+    """What `score` found; `styles` and `nearest_subjects` are image by image."""
 
     style: float
     subject: float
@@ -40,11 +40,11 @@ class Score:
     nearest_subjects: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"style {self.style:+.2f} (-1 as the base draws, +1 as the new pictures), subject {self.subject:.0%}"
+        return f"style {self.style:+.2f} (-1 as the base draws, +1 as the new images), subject {self.subject:.0%}"
 
 
 class FeatureNet(nn.Module):
-    """Four strided convolutions on 64 px pictures, then one unit vector for style and one for subject."""
+    """Four strided convolutions on 64 px images, then one unit vector for style and one for subject."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,14 +58,14 @@ class FeatureNet(nn.Module):
         self.subject = nn.Linear(WIDTHS[-1] * 16, SUBJECT_SIZE)
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unit vectors (B, STYLE_SIZE) and (B, SUBJECT_SIZE) of pictures (B, 3, 64, 64) in -1..1."""
+        """Unit vectors (B, STYLE_SIZE) and (B, SUBJECT_SIZE) of images (B, 3, 64, 64) in -1..1."""
         flat = self.body(pixels).flatten(1)
         return functional.normalize(self.style(flat), dim=1), functional.normalize(self.subject(flat), dim=1)
 
 
 @dataclass(frozen=True)
 class References:
-    """The vectors of the reference pictures, with each one's style and subject."""
+    """The vectors of the reference images, with each one's style and subject."""
 
     style_vectors: torch.Tensor
     subject_vectors: torch.Tensor
@@ -96,7 +96,7 @@ def load_features() -> tuple[FeatureNet, References]:
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
-    """A picture of any shape as (3, 64, 64) in -1..1: its middle square, made small."""
+    """An image of any shape as (3, 64, 64) in -1..1: its middle square, made small."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.convert("RGB").resize(
@@ -113,11 +113,11 @@ def score(images: Sequence[Image.Image], subjects: Sequence[str]) -> Score:
         subjects: what each one should show, as in the base's captions ("red apple").
 
     Raises:
-        ValueError: no pictures, not as many subjects as pictures, or a subject that has no reference.
+        ValueError: no images, not as many subjects as images, or a subject that has no reference.
     """
     net, references = load_features()
     if not images or len(images) != len(subjects):
-        raise ValueError(f"score: {len(images)} pictures and {len(subjects)} subjects; give one subject a picture")
+        raise ValueError(f"score: {len(images)} images and {len(subjects)} subjects; give one subject an image")
     if unknown := sorted(set(subjects) - set(references.subject_names)):
         raise ValueError(f"score: no reference for {', '.join(unknown)}; take subjects of the base's captions")
     with torch.no_grad():

@@ -37,7 +37,7 @@ def export_lora(
         out_path: `.safetensors`.
         layout: `kohya` for image apps, `diffusers` for `load_lora_weights`.
         precision: fp16, bf16 or fp32.
-        ema: take the averaged weights, which lie in the folder `<checkpoint>_ema` beside the checkpoint.
+        ema: take the averaged weights, which lie in the folder `<checkpoint>_ema` next to the checkpoint.
 
     Raises:
         ExportError: the checkpoint is no LoRA, the name ends otherwise, unknown precision, or no EMA weights.
@@ -109,7 +109,7 @@ def export_token(checkpoint_folder: str | Path, out_path: str | Path, *, token: 
     Args:
         checkpoint_folder: a checkpoint of `training_kind: textual_inversion`.
         out_path: `.safetensors`. Apps call the token by the file's name.
-        token: which one; may be left out where there is only one.
+        token: which one; may be skipped where there is only one.
 
     Raises:
         ExportError: the checkpoint has no learnt token, or not this one, or several and none was named.

@@ -1,7 +1,7 @@
 """The model card: README.md with the metadata that the Hub reads, written from what a run says about itself.
 
 The card names the base and the licence, shows samples and curves, tells how to load the model, and lists the settings
-that the training ran with. It shows no training picture and no folder of the machine. Text is plain Markdown put
+that the training ran with. It shows no training image and no folder of the machine. Text is plain Markdown put
 together here: the client's own card template needs jinja2.
 """
 
@@ -58,7 +58,7 @@ class CardFacts:
         pipeline_class: diffusers class that loads it, from model_index.json.
         is_lora: LoRA weights, to be loaded over the base.
         learnt_tokens: words that were learnt, each with the number of text encoders that know it.
-        single_file: name of the single file beside it, if there is one.
+        single_file: name of the single file next to it, if there is one.
         has_folder: it can be loaded with from_pretrained.
         samples: (path in the repository, prompt, negative prompt).
         curves: path of the training curves in the repository.
@@ -160,7 +160,7 @@ def _usage_lines(facts: CardFacts) -> list[str]:
         lines.append(f"pipeline.load_lora_weights({facts.repo_id!r})")
     if facts.learnt_tokens:
         lines += _token_lines(facts)
-    return [*lines, f"picture = pipeline({prompt!r}{argument}).images[0]"]
+    return [*lines, f"image = pipeline({prompt!r}{argument}).images[0]"]
 
 
 def _token_lines(facts: CardFacts) -> list[str]:
@@ -181,14 +181,14 @@ def _token_lines(facts: CardFacts) -> list[str]:
 
 
 def dataset_summary(events: Iterable[dict[str, Any]], config: dict[str, Any]) -> str:
-    """Size of the dataset and a summary of its captions, from the run's `dataset` event. No picture, no caption."""
+    """Size of the dataset and a summary of its captions, from the run's `dataset` event. No image, no caption."""
     event = next((event for event in events if event.get("kind") == "dataset"), None)
     lines = []
     if event and isinstance(event.get("pictures"), int):
         resolution = config.get("resolution")
         sizes = resolution if isinstance(resolution, list) else [resolution]
         at = f", trained at {' and '.join(_value(size) for size in sizes)} px" if resolution else ""
-        lines.append(f"{event['pictures']} pictures{at}.")
+        lines.append(f"{event['pictures']} images{at}.")
     captions = event.get("captions") if event else None
     if isinstance(captions, dict):
         lines += [f"- {_inline(name.replace('_', ' '))}: {_value(value)}" for name, value in captions.items()]

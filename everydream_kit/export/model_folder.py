@@ -20,7 +20,7 @@ def export_folder(checkpoint: str | Path, out: str | Path, precision: str = "fp1
         checkpoint: any model that `load_model` takes; a LoRA is merged into its base.
         out: must not be there yet, or be empty.
         precision: fp16, bf16 or fp32.
-        ema: take the averaged weights, which lie in the folder `<checkpoint>_ema` beside the checkpoint.
+        ema: take the averaged weights, which lie in the folder `<checkpoint>_ema` next to the checkpoint.
 
     Raises:
         ExportError: unknown precision, a taken name, or no EMA weights.

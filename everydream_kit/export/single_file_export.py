@@ -1,7 +1,7 @@
 """Single-file checkpoints that image apps load: LDM layout, `.safetensors` by default.
 
 Weights stream from the checkpoint's files through the renaming into the output, one tensor at a time; no model is
-built. The file is written beside its final name and renamed when whole.
+built. The file is written next to its final name and renamed when whole.
 """
 
 from __future__ import annotations
@@ -45,15 +45,16 @@ def export_checkpoint(
     """Write a checkpoint as one file that image apps load.
 
     Args:
-        checkpoint_folder: a diffusers folder; a single file or a Hub id is converted, too. A LoRA is merged into its base.
+        checkpoint_folder: a diffusers folder; a single file or a Hub id is converted, too. A LoRA is merged into its
+            base.
         out_path: `.safetensors` (written tensor by tensor) or `.ckpt`. Replaced if it is there.
         precision: fp16, bf16 or fp32.
-        ema: take the averaged weights, which lie in the folder `<checkpoint>_ema` beside the checkpoint.
+        ema: take the averaged weights, which lie in the folder `<checkpoint>_ema` next to the checkpoint.
         title: for the file's metadata; by default the file's name.
         extra_metadata: more text for the file's header.
 
     Returns:
-        The file. SD 2.x gets a `.yaml` of the same name beside it, which older UIs need.
+        The file. SD 2.x gets a `.yaml` of the same name next to it, which older UIs need.
 
     Raises:
         ExportError: unknown precision or extension, or no EMA weights.
@@ -102,7 +103,7 @@ def precision_dtype(precision: str) -> torch.dtype:
 
 
 def live_or_averaged(checkpoint: str | Path, *, ema: bool) -> str | Path:
-    """What was given, or the folder of the averaged weights beside it.
+    """What was given, or the folder of the averaged weights next to it.
 
     Raises:
         ExportError: none were saved with it.
@@ -197,5 +198,5 @@ def _write_legacy_config(files: ModelFiles, out: Path) -> None:
         write_atomic(out.with_suffix(".yaml"), yaml.safe_dump(config, sort_keys=False))
     except OSError as error:
         raise ExportError(
-            f"{out.with_suffix('.yaml')}: cannot be written ({error}); the model file itself is whole."
+            f"{out.with_suffix('.yaml')}: cannot be written ({error}); the model file itself is complete."
         ) from error

@@ -122,7 +122,7 @@ class Job:
         return self._wait(timeout_seconds or 0.0)
 
     def kill(self) -> None:
-        """End the process and its children at once. What was not saved is lost; the newest checkpoint stays.
+        """End the process and its children at once. What was not saved is lost; the latest checkpoint stays.
 
         Raises:
             JobError: nothing is running, or it runs on another machine.
@@ -156,7 +156,7 @@ class Job:
     def watch(
         self, on_update: Callable[[dict[str, Any]], object] | None = None, *, interval_seconds: float = 0.5
     ) -> dict[str, Any]:
-        """Wait for the end, calling `on_update(status)` twice a second. An interrupt only detaches: the run goes on.
+        """Wait for the end, calling `on_update(status)` twice a second. An interrupt only detaches: the run continues.
 
         Returns:
             The last status.
@@ -183,7 +183,7 @@ class Job:
         return self.status()
 
     def log_tail(self, num_lines: int = 200) -> list[str]:
-        """The last lines of the log. Of a progress bar only the newest state is kept."""
+        """The last lines of the log. Of a progress bar only the latest state is kept."""
         try:
             with self.log_path.open("rb") as file:
                 file.seek(0, os.SEEK_END)
@@ -199,14 +199,14 @@ class Job:
         code = exit_code(read_small_object(self.folder / JOB_FILE))
         if read_small_object(self.folder / "control.json").get("action") == "stop":  # before it could read the request
             return {"state": "stopped", "message": "Stopped before training began; nothing was saved."}
-        cause = "The training process ended without a word"
+        cause = "The training process exited unexpectedly"
         if code is not None and code < 0:
             cause = f"The training process was ended by signal {-code}"
             if code == -signal.SIGKILL:
                 cause += " (someone killed it, or the machine was out of memory)"
         tail = self.log_tail(1)
         cause += f"; the last line of its log: {tail[-1]}" if tail else "."
-        return {"state": "died", "message": f"{cause} Resume goes on from the newest checkpoint."}
+        return {"state": "died", "message": f"{cause} Resume continues from the latest checkpoint."}
 
     def _find_process(self) -> psutil.Process | None:
         return next(filter(None, map(find_process, self._records())), None)
@@ -271,7 +271,7 @@ def resume(
     command: Sequence[str] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Job:
-    """Go on with a run that was stopped or died, detached, from its newest checkpoint.
+    """Continue a run that was stopped or died, detached, from its latest checkpoint.
 
     Args:
         folder: of the run.
@@ -280,14 +280,14 @@ def resume(
 
     Raises:
         ConfigError: a setting of a fetched run has to be given again.
-        JobError: the run is still in progress, there is no such folder, nothing was saved yet, or the process could not be
-            started.
+        JobError: the run is still in progress, there is no such folder, nothing was saved yet, or the process could not
+            be started.
     """
     folder = Path(folder).resolve()
     job = attach(folder)
     if command is None and not job.is_alive() and not RunFolder(folder).checkpoints():
         raise JobError(
-            f"{folder.name}: nothing was saved yet, so there is nothing to go on from. Start training instead."
+            f"{folder.name}: nothing was saved yet, so there is nothing to continue from. Start training instead."
         )
     left = give_again(folder, changes or {})
     if left:
@@ -314,7 +314,7 @@ def attach(folder: str | Path) -> Job:
 
 
 def find_jobs(logdir: str | Path, project_name: str | None = None) -> list[Job]:
-    """Runs below a log folder, newest first; with a project name only that project's."""
+    """Runs below a log folder, latest first; with a project name only that project's."""
     return [Job(run.folder.resolve()) for run in reversed(list_runs(logdir, project_name))]
 
 
@@ -335,7 +335,7 @@ def start_module(
     folder.mkdir(parents=True, exist_ok=True)
     job = Job(folder)
     if job.is_alive():
-        raise JobError(f"{folder}: still at work. Wait for it, or stop it.")
+        raise JobError(f"{folder}: still running. Wait for it, or stop it.")
     (folder / "status.json").unlink(missing_ok=True)
     return _launch(folder, module_command(module, arguments), environment, append=False)
 

@@ -1,8 +1,8 @@
 """A queue: several configs, trained one after the other by one detached process.
 
 The queue's file holds the settings of each entry and what became of it; `python -m everydream_kit.jobs FILE` takes the
-first waiting entry until there is none. So entries are added, moved and removed while it works, by whoever can write the
-file; a lock beside it keeps two writers apart.
+first queued entry until there is none. So entries are added, moved and removed while it works, by whoever can write
+the file; a lock next to it keeps two writers apart.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Queue:
         return may_be_running(read_small_object(self.path.with_suffix(".job.json"))) is True
 
     def add(self, config: Config) -> str:
-        """Put a config at the end; a queue at work comes to it.
+        """Put a config at the end; a running queue gets to it.
 
         Returns:
             The entry's id.
@@ -102,13 +102,13 @@ class Queue:
             environment: variables added to this process's.
 
         Raises:
-            JobError: nothing waits, or the queue is at work already.
+            JobError: nothing is queued, or the queue is running already.
         """
         with hold(
             self.path.with_suffix(".starting"), f"{self.path}: another start is under way. Try again in a moment."
         ):
             if self.is_alive():
-                raise JobError(f"{self.path}: this queue is at work already.")
+                raise JobError(f"{self.path}: this queue is running already.")
             with self._edit() as plan:
                 _resolve(plan["entries"])
                 if not any(entry["state"] == "waiting" for entry in plan["entries"]):
@@ -180,14 +180,14 @@ def start_queue(
 
     Raises:
         ConfigError: one of the settings is wrong.
-        JobError: there are none, or this queue is at work already.
+        JobError: there are none, or this queue is running already.
     """
     entries = [new_entry(as_config(config)) for config in configs]
     if not entries:
         raise JobError("An empty queue: give at least one config.")
     queue = Queue(Path(path).resolve())
     if queue.is_alive():
-        raise JobError(f"{queue.path}: this queue is at work already.")
+        raise JobError(f"{queue.path}: this queue is running already.")
     with queue._edit() as plan:
         plan["entries"] = entries
     queue.start(command=command, environment=environment)

@@ -178,7 +178,7 @@ def _place_weight(
         owner._parameters[leaf] = torch.nn.Parameter(tensor.load(dtypes(name), device))
     else:
         buffer = owner._buffers[leaf]
-        assert buffer is not None  # it stands in the state dict
+        assert buffer is not None  # it is in the state dict
         owner._buffers[leaf] = tensor.load(buffer.dtype, device)
 
 

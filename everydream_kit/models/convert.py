@@ -59,7 +59,7 @@ def to_single_file(files: ModelFiles) -> Tensors:
 
 def from_single_file(tensors: Tensors, family: Family, configs: dict[str, Config]) -> dict[str, Tensors]:
     """A single file's weights by component and diffusers' names. What is no part of the model (EMA, schedules) is
-    left out."""
+    skipped."""
     parts: dict[str, Tensors] = {
         "unet": dict(_backward(_under(tensors, UNET_PREFIX), unet_renames(configs["unet"]))),
         "vae": _vae_from_single_file(_under(tensors, VAE_PREFIX), configs["vae"]),
@@ -157,7 +157,7 @@ def vae_renames(config: Config) -> list[Rename]:
         for layer in range(num_layers):
             pairs += _vae_resnet(f"encoder.down_blocks.{block}.resnets.{layer}", f"encoder.down.{block}.block.{layer}")
         pairs.append((f"encoder.down_blocks.{block}.downsamplers.0.conv", f"encoder.down.{block}.downsample.conv"))
-        mirrored = num_blocks - 1 - block  # the single file counts the decoder's blocks from the picture's side
+        mirrored = num_blocks - 1 - block  # the single file counts the decoder's blocks from the image's side
         for layer in range(num_layers + 1):
             pairs += _vae_resnet(f"decoder.up_blocks.{block}.resnets.{layer}", f"decoder.up.{mirrored}.block.{layer}")
         pairs.append((f"decoder.up_blocks.{block}.upsamplers.0.conv", f"decoder.up.{mirrored}.upsample.conv"))

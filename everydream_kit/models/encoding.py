@@ -1,6 +1,6 @@
-"""From captions to conditioning, and between pictures and latents.
+"""From captions to conditioning, and between images and latents.
 
-Gradients flow through `encode_captions` where the text encoders train; picture encoding never needs any. The VAE runs
+Gradients flow through `encode_captions` where the text encoders train; image encoding never needs any. The VAE runs
 outside autocast: several of them overflow in float16.
 """
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["Conditioning", "Sizes", "decode_latents", "encode_captions", "encode_moments", "latents_from_moments"]
 
 PIXELS_TOGETHER = 2**20
-"""Pixels that go through the VAE at once: four pictures of 512 x 512, one of 1024 x 1024. More is hardly faster, and its
-activations in float32 (some 6 GiB at this size) would be what decides whether SDXL fits a card."""
+"""Pixels that go through the VAE at once: four images of 512 x 512, one of 1024 x 1024. More is hardly faster, and its
+activations in float32 (some 6 GiB at this size) would be what decides whether SDXL fits a GPU."""
 
 
 def encode_captions(
@@ -88,7 +88,7 @@ def count_chunks(model: Model, captions: Sequence[str]) -> int:
 
 @torch.no_grad()
 def encode_moments(model: Model, pixels: torch.Tensor) -> torch.Tensor:
-    """Encode pictures to the parameters of the VAE's posterior.
+    """Encode images to the parameters of the VAE's posterior.
 
     Args:
         pixels: (B, 3, H, W) uint8, on any device.
@@ -123,7 +123,7 @@ def latents_from_moments(model: Model, moments: torch.Tensor, noise: torch.Tenso
 
 @torch.no_grad()
 def decode_latents(model: Model, latents: torch.Tensor) -> torch.Tensor:
-    """Decode scaled latents (B, 4, h, w) to pictures (B, 3, H, W) uint8 on the CPU."""
+    """Decode scaled latents (B, 4, h, w) to images (B, 3, H, W) uint8 on the CPU."""
     vae = model.vae
     shift, scaling_factor = _shift_and_scale(model)
     device = next(vae.parameters()).device

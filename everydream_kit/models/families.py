@@ -1,4 +1,4 @@
-"""The registry of model families. A new family: one new file beside `sd1.py`, and one line here."""
+"""The registry of model families. A new family: one new file next to `sd1.py`, and one line here."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(slots=True)
 class Conditioning:
-    """What the UNet is told about the wanted picture.
+    """What conditions the UNet besides the caption.
 
     Attributes:
         encoder_hidden_states: (B, L, D), the text encoders' output; L is 77 times the number of chunks.
@@ -51,7 +51,7 @@ class Conditioning:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Where each picture of a batch comes from, for families that condition on it. All in pixels.
+    """Where each image of a batch comes from, for families that condition on it. All in pixels.
 
     Attributes:
         original_sizes: (width, height) of each file.
@@ -65,7 +65,7 @@ class Sizes:
 
     @classmethod
     def uncropped(cls, width: int, height: int, batch_size: int) -> Sizes:
-        """Sizes that ask for a whole, sharp picture: what drawing uses."""
+        """Sizes that request an uncropped, sharp image: used for sampling."""
         return cls([(width, height)] * batch_size, [(0, 0)] * batch_size, (width, height))
 
 
@@ -109,8 +109,8 @@ class Family:
         shapes are of this family. modelspec_architecture: as single-file metadata names it (stability.ai's
         modelspec). kohya_base: as kohya-style LoRA metadata names it (`ss_base_model_version`). resolution: side in
         pixels that the family was trained at, given the prediction type. legacy_config: content of the `.yaml` that
-        old UIs want beside a single file, given the prediction type, or None. zeros_for_empty: its UNet was trained with
-        zeros in place of a dropped caption's embeddings, not with the encoded empty text.
+        old UIs want next to a single file, given the prediction type, or None. zeros_for_empty: its UNet was trained
+        with zeros in place of a dropped caption's embeddings, not with the encoded empty text.
     """
 
     name: str

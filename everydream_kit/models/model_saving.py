@@ -2,7 +2,7 @@
 
 Text encoders are written with the `text_model.` prefix and tokenizers with `vocab.json` and `merges.txt`: transformers
 5 reads both forms, transformers 4 only these. The model's own sampler is saved, not the training schedule. Weights
-stream through tensor by tensor. The folder is written in place; whoever needs "whole or absent" writes beside and
+stream through tensor by tensor. The folder is written in place; whoever needs "atomic" writes next to and
 renames (checkpoints do).
 """
 
@@ -94,7 +94,7 @@ def files_of(model: Model, weights: Mapping[str, Mapping[str, torch.Tensor]] | N
 
     Args:
         weights: state dicts that stand for those of the live modules, which are not asked then: a divided module's
-            `state_dict` (FSDP) must not be called while it is at work.
+            `state_dict` (FSDP) must not be called meanwhile.
     """
     modules = model.modules()
     states = {name: (weights or {}).get(name) or module.state_dict() for name, module in modules.items()}

@@ -114,7 +114,7 @@ def build_model(
 
 
 def build_tiny_model(family: str, seed: int = 0) -> Model:
-    """The smallest model of a family that has every part: about 2 M weights, 64-pixel pictures, the real vocabulary.
+    """The smallest model of a family that has every part: about 2 M weights, 64-pixel images, the real vocabulary.
 
     SD 2 comes with v-prediction, the others with epsilon.
     """

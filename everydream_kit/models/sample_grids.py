@@ -1,4 +1,4 @@
-"""Sheets of labelled pictures, and picture files that carry their settings. Pillow only; no model is needed here."""
+"""Grids of labelled images, and image files that carry their settings. Pillow only; no model is needed here."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def label_grid(
     row_labels: Sequence[str] = (),
     title: str = "",
 ) -> Image.Image:
-    """Lay pictures out in a sheet with labels: prompt x guidance scale x checkpoint, before and after, and so on.
+    """Lay images out in a grid with labels: prompt x guidance scale x checkpoint, before and after, and so on.
 
     Args:
-        rows: pictures row by row; rows may be of unequal length, cells are as large as the largest picture.
+        rows: images row by row; rows may be of unequal length, cells are as large as the largest image.
         column_labels: above the columns.
-        row_labels: above each row's pictures, wrapped over the whole width: long prompts stay readable.
+        row_labels: above each row's images, wrapped over the whole width: long prompts stay readable.
         title: above everything, wrapped.
 
     Raises:
-        ValueError: no picture at all.
+        ValueError: no image at all.
     """
     if not any(len(row) for row in rows):
-        raise ValueError("a sheet needs at least one picture")
+        raise ValueError("a grid needs at least one image")
     cell_width = max(image.width for row in rows for image in row)
     cell_height = max(image.height for row in rows for image in row)
     num_columns = max(len(row) for row in rows)
@@ -119,7 +119,7 @@ def _font(size: int) -> Any:
 
 
 def save_image(image: Image.Image, path: str | Path, *, quality: int = 95) -> None:
-    """Save a picture with its settings where UIs look for them: a PNG's `parameters` text, a JPEG's or WebP's user
+    """Save an image with its settings where UIs look for them: a PNG's `parameters` text, a JPEG's or WebP's user
     comment.
 
     Args:

@@ -1,11 +1,11 @@
-"""Drawing pictures with a model: our own loop over diffusers' schedulers.
+"""Generating images with a model: our own loop over diffusers' schedulers.
 
-Why not a pipeline: the model is in the middle of training and must come back as it was; each picture has its own
-generator, so its noise depends on its seed alone and not on the batch or on what was drawn before; all guidance
+Why not a pipeline: the model is in the middle of training and must come back as it was; each image has its own
+generator, so its noise depends on its seed alone and not on the batch or on what was generated before; all guidance
 scales of a prompt start from the same noise; and importing pipelines costs seconds.
 
-A picture's noise comes from `torch.Generator("cpu").manual_seed(seed)`, and not from the kit's addressed draws: the
-seed that is written into a picture then gives the same picture in diffusers.
+An image's noise comes from `torch.Generator("cpu").manual_seed(seed)`, and not from the kit's addressed draws: the
+seed that is written into an image then gives the same image in diffusers.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """One wanted picture, at one or several guidance scales.
+    """One wanted image, at one or several guidance scales.
 
     Attributes:
         seed: of the starting noise, the same for every scale.
         width, height: in pixels, multiples of 8.
-        cfgs: guidance scales; one picture each.
+        cfgs: guidance scales; one image each.
     """
 
     prompt: str
@@ -54,7 +54,7 @@ class SamplePrompt:
 
 @dataclass(frozen=True)
 class _Row:
-    """One picture of a batch: a prompt at one guidance scale, and where its picture goes."""
+    """One image of a batch: a prompt at one guidance scale, and where its image goes."""
 
     position: int
     prompt: SamplePrompt
@@ -72,17 +72,17 @@ def sample_images(
     guidance_rescale: float | None = None,
     progress: Progress | None = None,
 ) -> list[Image.Image]:
-    """Draw pictures. The model comes back in the modes that it came in.
+    """Generate images. The model comes back in the modes that it came in.
 
     Args:
-        prompts: what to draw. Prompts longer than the text encoder's window are read in chunks of it.
+        prompts: what to generate. Prompts longer than the text encoder's window are read in chunks of it.
         scheduler: by name (`samplers.SAMPLERS`).
         num_inference_steps: denoising steps.
-        batch_size: pictures that go through the UNet together; does not change them beyond rounding.
+        batch_size: images that go through the UNet together; does not change them beyond rounding.
         guidance_rescale: arXiv 2305.08891, equation 16; None: 0.7 for zero-terminal-SNR models, else 0.
 
     Returns:
-        One picture for each guidance scale of each prompt, in order. `picture.info["parameters"]` holds its settings
+        One image for each guidance scale of each prompt, in order. `picture.info["parameters"]` holds its settings
         as the common UIs write them; `save_image` puts them into the file.
 
     Raises:
@@ -135,7 +135,7 @@ def settings_text(
     model_name: str = "",
     guidance_rescale: float = 0.0,
 ) -> str:
-    """A picture's settings in the form that AUTOMATIC1111, Forge, ComfyUI and InvokeAI read back from a file."""
+    """An image's settings in the form that AUTOMATIC1111, Forge, ComfyUI and InvokeAI read back from a file."""
     lines = [prompt.prompt]
     if prompt.negative_prompt:
         lines.append(f"Negative prompt: {prompt.negative_prompt}")

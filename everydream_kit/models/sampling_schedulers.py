@@ -1,4 +1,4 @@
-"""Schedulers for drawing, by the names that people know, made from a model's own noise schedule.
+"""Schedulers for sampling, by the names that people know, made from a model's own noise schedule.
 
 Each gets the settings of the model's own sampler that it understands (betas, prediction type, offsets); all others
 keep that class's defaults. A name is one line in `SAMPLERS`.
@@ -24,7 +24,7 @@ class Sampler:
     """A scheduler of diffusers.
 
     Attributes:
-        title: what UIs call it, for a picture's metadata.
+        title: what UIs call it, for an image's metadata.
         module: under `diffusers.schedulers`.
         extra: settings on top of the model's.
     """
@@ -108,7 +108,7 @@ def sampler_by_name(name: str) -> Sampler:
 
 
 def build_scheduler(model: Model, name: str) -> Any:
-    """A fresh diffusers scheduler for drawing with this model.
+    """A fresh diffusers scheduler for sampling with this model.
 
     Raises:
         ConfigError: unknown name, or one that cannot start from the pure noise of a zero-terminal-SNR schedule.

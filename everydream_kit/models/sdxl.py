@@ -1,4 +1,4 @@
-"""Stable Diffusion XL (base): CLIP ViT-L and OpenCLIP ViT-bigG side by side, pooled text, and time ids of the picture's
+"""Stable Diffusion XL (base): CLIP ViT-L and OpenCLIP ViT-bigG side by side, pooled text, and time ids of the image's
 sizes.
 
 The text is always the penultimate layer without the final norm, as SDXL was trained (arXiv 2307.01952, section 2.2);
@@ -46,7 +46,7 @@ def encode_two_encoders(model: Model, token_ids: Sequence[torch.Tensor], clip_sk
 def time_ids(sizes: Sizes, batch_size: int) -> torch.Tensor:
     """(B, 6) float32: original height, width; crop top, left; target height, width (arXiv 2307.01952, section 2.2)."""
     if not len(sizes.original_sizes) == len(sizes.crop_top_lefts) == batch_size:
-        raise ValueError(f"sizes are for {len(sizes.original_sizes)} pictures, the batch has {batch_size}")
+        raise ValueError(f"sizes are for {len(sizes.original_sizes)} images, the batch has {batch_size}")
     target_width, target_height = sizes.target_size
     rows = [
         (height, width, top, left, target_height, target_width)

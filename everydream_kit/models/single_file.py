@@ -2,7 +2,7 @@
 
 What a single file does not hold (configs, vocabulary) comes from the kit's own data, or from metadata that the kit's
 exports carry. The family is recognised by names and shapes; the prediction type by markers, metadata, the `.yaml`
-beside the file, or a statistic of the weights, in this order.
+next to the file, or a statistic of the weights, in this order.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Where a tensor's values lie in a file, and reading them piece by piece.
 
-A tensor that is written as it was read, or in another format, or next to others, needs never be whole in memory: it
-is read, converted and written a megabyte at a time, which stays in the processor's cache. That costs a quarter of the processor's
-time that whole tensors from a memory map take, and pages of a map would count as memory of this process.
+A tensor that is written as it was read, or in another format, or next to others, is never complete in memory: it
+is read, converted and written a megabyte at a time, which stays in the processor's cache. That costs a quarter of the
+processor's time that whole tensors from a memory map take, and pages of a map would count as memory of this process.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ def write_safetensors(
     *,
     open_file: OpenFile | None = None,
 ) -> None:
-    """Write a `.safetensors` file tensor by tensor: beside its final name, synced, then renamed, so it is whole or
+    """Write a `.safetensors` file tensor by tensor: next to its final name, synced, then renamed, so it is complete or
     absent.
 
     Args:

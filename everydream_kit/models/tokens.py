@@ -1,7 +1,7 @@
 """Textual inversion: new words whose embeddings are all that is trained.
 
 A new token stands for one or several vectors, as many as the word that it starts from has tokens. The new rows are a
-parameter of their own beside the frozen table, so that no optimizer can touch the old words, weight decay included.
+parameter of their own next to the frozen table, so that no optimizer can touch the old words, weight decay included.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def add_tokens(model: Model, new_tokens: Mapping[str, str]) -> list[torch.nn.Par
     """Freeze a model and give it new words to learn.
 
     Args:
-        new_tokens: each new token ("<my-cat>") with the words whose embeddings it starts from ("cat"); it gets one vector
-            for each of their tokens. A token that the model knows already goes on from where it is.
+        new_tokens: each new token ("<my-cat>") with the words whose embeddings it starts from ("cat"); it gets one
+            vector for each of their tokens. A token that the model knows already continues from where it is.
 
     Returns:
         The new rows, those of earlier calls included, one parameter for each text encoder.

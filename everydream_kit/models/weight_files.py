@@ -82,7 +82,7 @@ def open_pickle(path: Path) -> tuple[Tensors, dict[str, str]]:
         content = _load_weights_only(path)
     except pickle.UnpicklingError as error:
         raise ModelError(
-            f"{path}: refused. It holds Python objects beside weights, and reading those can run code that somebody "
+            f"{path}: refused. It holds Python objects next to weights, and reading those can run code that somebody "
             f"put there; nothing in it was run ({_first_line(error)}). Get the model as .safetensors."
         ) from error
     except DAMAGED as error:

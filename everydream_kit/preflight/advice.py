@@ -1,8 +1,9 @@
-"""What to change so that a run fits a card, and how far it could go: the largest batch and resolution.
+"""What to change so that a run fits a GPU, and how far it could go: the largest batch and resolution.
 
-A question to the memory model costs seconds, so few are asked: the measures of `training.memory`, cheapest first, form a ladder
-on which each rung takes no more memory than the one before, and the first rung that fits is found by halving; batch and
-resolution are bracketed by interpolation. A share of the memory is kept free, since the model of it is a model.
+A question to the memory model costs seconds, so few are asked: the measures of `training.memory`, cheapest first, form
+a ladder on which each rung takes no more memory than the one before, and the first rung that fits is found by halving;
+batch and resolution are bracketed by interpolation. A share of the memory is kept free, since the model of it is a
+model.
 
 Not here: the estimate itself (`memory`), which enters as a function, and the words of a plan (`planning`).
 """
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
     from everydream_kit.preflight.memory_estimate import MemoryEstimate
 
 MARGIN = 0.07
-"""Share of the card that stays free: the memory model is right to within a tenth, on both sides."""
+"""Share of the GPU that stays free: the memory model is right to within a tenth, on both sides."""
 LARGEST_BATCH = 16
 """Beyond it a step learns hardly more and takes as much longer; `auto` and the advice stop here."""
 SMALLEST_RESOLUTION, LARGEST_RESOLUTION, RESOLUTION_STEP = 256, 1536, 64
 
 
 Estimate = Callable[..., "MemoryEstimate"]
-"""`memory.estimate_memory`, or a stand-in for it: the config, and what is known of the card by name."""
+"""`memory.estimate_memory`, or a stand-in for it: the config, and what is known of the GPU by name."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Advice:
 
 
 def room(gpu_spec: GpuSpec, margin: float = MARGIN) -> int:
-    """Bytes that a run may foretell on this card."""
+    """Bytes that a run's estimate may reach on this GPU."""
     return int(gpu_spec.memory_bytes * (1 - margin))
 
 
@@ -62,7 +63,7 @@ def fits(estimate: MemoryEstimate, gpu_spec: GpuSpec, margin: float = MARGIN) ->
 
 
 def ask(config: TrainConfig, gpu_spec: GpuSpec | None, estimate: Estimate, **options: Any) -> MemoryEstimate:
-    """Ask the memory model about a card, or about this CPU where there is none.
+    """Ask the memory model about a GPU, or about this CPU where there is none.
 
     Args:
         options: passed on, such as `cache_folder`.
@@ -87,12 +88,12 @@ def make_it_fit(
     margin: float = MARGIN,
     known: MemoryEstimate | None = None,
 ) -> Advice:
-    """The fewest and cheapest changes with which a run fits a card.
+    """The fewest and cheapest changes with which a run fits a GPU.
 
     Args:
         config: as asked for; `batch_size: auto` begins at the largest batch that is advised.
         estimate: the memory model.
-        margin: share of the card that stays free.
+        margin: share of the GPU that stays free.
         known: the estimate of `config` itself, if it is there already.
     """
     questions = _Questions(gpu_spec, estimate or _estimate_memory(), margin)
@@ -129,13 +130,13 @@ def largest_batch(
 
     Args:
         gpu_spec: or None for this CPU; then `limit_bytes` must be given.
-        limit_bytes: room; by default the card's, less the margin.
+        limit_bytes: room; by default the GPU's, less the margin.
 
     Returns:
         The batch size, and its estimate.
 
     Raises:
-        MemoryLimitError: not even one picture fits.
+        MemoryLimitError: not even one image fits.
     """
     limit = _limit(gpu_spec, limit_bytes)
     estimate = estimate or _estimate_memory()
@@ -146,7 +147,7 @@ def largest_batch(
     found = _largest(range(1, largest + 1), peak, limit)
     if found is None:
         raise MemoryLimitError(
-            f"batch_size: not even one picture fits: it would take {peak(1).peak_bytes / GIB:.1f} GiB, and there is room for "
+            f"batch_size: not even one image fits: needs about {peak(1).peak_bytes / GIB:.1f} GiB; available: "
             f"{limit / GIB:.1f} GiB{f' on the {gpu_spec.name}' if gpu_spec else ''}. `everydream plan` says what to lower."
         )
     return found
@@ -218,7 +219,7 @@ def _ladder(config: TrainConfig, gpu_spec: GpuSpec) -> list[tuple[Measure, Train
 
 
 def _first_that_fits(rungs: Sequence[TrainConfig], questions: _Questions, likely: int) -> int | None:
-    """Index of the first that fits; None if none does. Asks about the likely one first, and goes on by halving."""
+    """Index of the first that fits; None if none does. Asks about the likely one first, and continues by halving."""
     low, high, middle = 0, len(rungs), likely
     while low < high:
         if questions.fits(rungs[middle]):
@@ -235,7 +236,7 @@ def _take(config: TrainConfig, measures: Sequence[Measure]) -> TrainConfig:
         changes.update(measure.changes)
     try:
         return config.replace(**changes)
-    except ConfigError:  # one of them was allowed beside one that is left out now
+    except ConfigError:  # one of them was allowed next to one that is skipped now
         return config
 
 
@@ -256,7 +257,7 @@ def _reasons(ladder: Sequence[tuple[Measure, TrainConfig]]) -> tuple[str, ...]:
 def _limit(gpu_spec: GpuSpec | None, limit_bytes: int | None) -> int:
     if limit_bytes is not None:
         return limit_bytes
-    assert gpu_spec is not None, "without a card the room must be given"
+    assert gpu_spec is not None, "without a GPU the room must be given"
     return room(gpu_spec)
 
 

@@ -1,8 +1,8 @@
 """`batch_size: auto`, settled before the run writes its settings down, so that a resumed run takes the same number.
 
-The largest batch whose foretold memory fits what is free right now, on the GPU, or in host memory on a CPU; the search is
-`advice.largest_batch`. On a GPU two real steps then prove it, and where they run out of memory a smaller one is tried. Of several
-processes the main one decides for all, and nothing is proved.
+The largest batch whose estimated memory fits what is free right now, on the GPU, or in host memory on a CPU; the search
+is `advice.largest_batch`. On a GPU two real steps then prove it, and where they run out of memory a smaller one is
+tried. Of several processes the main one decides for all, and nothing is proved.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def resolve_batch_size(
         measure: makes two real steps; by default `probe.probe` on the GPU of a single process, and nothing elsewhere.
 
     Raises:
-        MemoryLimitError: not even one picture fits.
+        MemoryLimitError: not even one image fits.
     """
     if config.batch_size != "auto":
         return config
@@ -59,8 +59,8 @@ def _choose(config: TrainConfig, ranks: Ranks, journal: Journal, estimate: Estim
     chosen, found = largest_batch(config, gpu_spec, estimate=estimate, limit_bytes=free_bytes, largest=largest)
     where = gpu_spec.name if gpu_spec is not None else "this CPU"
     message = (
-        f"batch_size auto: {chosen}, the largest up to {largest} that fits {where}: {found.peak_bytes / GIB:.1f} GiB foretold, "
-        f"{free_bytes / GIB:.1f} GiB there"
+        f"batch_size auto: {chosen}, the largest up to {largest} that fits {where}: {found.peak_bytes / GIB:.1f} GiB estimated, "
+        f"{free_bytes / GIB:.1f} GiB available"
     )
     journal.note(message)
     journal.report(
@@ -75,7 +75,7 @@ def _choose(config: TrainConfig, ranks: Ranks, journal: Journal, estimate: Estim
 
 
 def _prove(config: TrainConfig, chosen: int, journal: Journal, measure: Callable[[TrainConfig], Probe]) -> int:
-    """Make two real steps; a quarter less, and at least one picture, where they run out of memory."""
+    """Make two real steps; a quarter less, and at least one image, where they run out of memory."""
     while chosen:
         found = measure(config.replace(batch_size=chosen))
         journal.note(f"batch_size {chosen}: {found.reason}")
@@ -84,12 +84,12 @@ def _prove(config: TrainConfig, chosen: int, journal: Journal, measure: Callable
             return chosen
         chosen = min(chosen - 1, chosen * 3 // 4)
     raise MemoryLimitError(
-        "batch_size: not even one picture fits: two real steps ran out of memory. `everydream plan` says what to lower."
+        "batch_size: not even one image fits: two real steps ran out of memory. `everydream plan` says what to lower."
     )
 
 
 def _device(ranks: Ranks) -> tuple[GpuSpec | None, int]:
-    """The card, or None for a CPU, and what a run may foretell there: of what is free, less the margin."""
+    """The GPU, or None for a CPU, and what a run's estimate may reach there: of what is free, less the margin."""
     if ranks.device.type != "cuda":
         return None, cpu_room()
     import torch

@@ -1,8 +1,8 @@
-"""What an hour of a card costs: as entered, or from a dated table that can be edited.
+"""What an hour of a GPU costs: as entered, or from a dated table that can be edited.
 
-`prices.json` beside this file holds list prices that somebody published, each with its source and the day it was read. A
-`prices.json` in the folder of the runs, or up to two folders above it, is laid over it entry by entry (card and host). A card
-without an entry has no price: nothing is guessed.
+`prices.json` next to this file holds list prices that somebody published, each with its source and the day it was read.
+A `prices.json` in the folder of the runs, or up to two folders above it, is laid over it entry by entry (GPU and host).
+A GPU without an entry has no price: nothing is guessed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ FOLDERS_ABOVE = 2
 
 @dataclass(frozen=True)
 class Price:
-    """The price of one card for an hour.
+    """The price of one GPU for an hour.
 
     Attributes:
         usd_per_hour: in US dollars.
-        gpu, host: whose card where; empty for a price that was entered.
+        gpu, host: whose GPU where; empty for a price that was entered.
         read_on: day on which it was read, as `2026-11-09`; empty for a price that was entered.
         source: address of what it was read from, or who said so.
         note: which offer it is.
@@ -44,7 +44,7 @@ class Price:
         return self.usd_per_hour * seconds / 3600
 
     def describe(self) -> str:
-        """The price with its right: host, offer and date."""
+        """The price and its source: host, offer and date."""
         if not self.read_on:
             return f"{self.usd_per_hour:g} USD an hour, {self.source}"
         offer = f" ({self.note})" if self.note else ""
@@ -79,7 +79,7 @@ def read_prices(near: str | Path | None = None) -> tuple[Price, ...]:
 
 
 def find_price(gpu: str, prices: tuple[Price, ...], host: str | None = None) -> Price | None:
-    """The price of a card: that of this host where it has one, else the lowest; None without an entry.
+    """The price of a GPU: that of this host where it has one, else the lowest; None without an entry.
 
     Args:
         host: name of the machine's host in any case, such as `runpod`.

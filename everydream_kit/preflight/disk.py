@@ -1,7 +1,8 @@
-"""How much disk a run fills: checkpoints as they are saved and pruned, single files, latents, samples, on which file system.
+"""How much disk a run fills: checkpoints as they are saved and pruned, single files, latents, samples, on which file
+system.
 
-The saves are gone through one by one, in the saver's own order: a new checkpoint is whole before an older one goes, so the most
-that is there at once is more than what is left at the end. Both are told; what must fit is the most.
+The saves are gone through one by one, in the saver's own order: a new checkpoint is complete before an older one goes,
+so the most that is there at once is more than what is left at the end. Both are reported; what must fit is the peak.
 
 Not here: the size of one checkpoint (`memory`), and how long the run takes (`planning`).
 """
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from everydream_kit.preflight.memory_estimate import MemoryEstimate
 
 BYTES_PER_SAMPLE_PIXEL = 2.0
-"""A sheet is kept as a JPEG of quality 95 (about half a byte) and as a PNG for TensorBoard (about one and a half)."""
+"""A grid is kept as a JPEG of quality 95 (about half a byte) and as a PNG for TensorBoard (about one and a half)."""
 MOST_SAVES = 100_000
 """Saves that are gone through; a run with more is wrong in other ways."""
 
@@ -101,13 +102,13 @@ def estimate_disk(
     grid_pixels: int = 0,
     free: Mapping[Path, int] | None = None,
 ) -> DiskUse:
-    """Foretell what a run writes.
+    """Estimate what a run writes.
 
     Args:
         estimate: for the sizes of what is saved.
         seconds: of the whole run, for saving by the minute; None leaves that rule's saves out.
         latent_bytes: of the latent cache on disk, see `latent_cache_bytes`.
-        grid_pixels: of all sample sheets of one drawing.
+        grid_pixels: of all sample grids of one sampling.
         free: free bytes by folder, measured unless given.
     """
     saves = save_steps(config, num_steps, steps_per_epoch, seconds)
@@ -126,7 +127,7 @@ def estimate_disk(
     samples = num_samples(config, num_steps)
     if samples and grid_pixels:
         total = int(samples * grid_pixels * BYTES_PER_SAMPLE_PIXEL)
-        items.append(DiskItem("samples", run, total, total, f"drawn {samples} times"))
+        items.append(DiskItem("samples", run, total, total, f"generated {samples} times"))
     return DiskUse(tuple(items), _places(items, free))
 
 
@@ -154,7 +155,7 @@ def single_file_bytes(config: TrainConfig, estimate: MemoryEstimate) -> int:
 
 
 def num_samples(config: TrainConfig, num_steps: int) -> int:
-    """How often samples are drawn: every `sample_steps`, at the end, and before the first step where asked for."""
+    """How often samples are generated: every `sample_steps`, at the end, and before the first step where asked for."""
     if config.sample_steps is None:
         return int(config.sample_before_training)
     at_steps, rest = divmod(num_steps, config.sample_steps)
@@ -177,7 +178,8 @@ def latent_cache_bytes(config: TrainConfig, dataset: Dataset, plan_settings: Pla
 
 
 def _checkpoints(config: TrainConfig, estimate: MemoryEstimate, saves: Sequence[int], folder: Path) -> DiskItem:
-    """Go through the saves: the newest two stay resumable (or all), `keep_last_n` stay at all, and the best beside them."""
+    """Go through the saves: the latest two stay resumable (or all), `keep_last_n` stay at all, and the best next to
+    them."""
     weights = estimate.weight_bytes_written
     best = 0 if config.validation_config is None else weights // (2 if _averages(config) else 1)  # live weights only
     kept = most = 0  # the most grows with every save until pruning holds it

@@ -1,6 +1,6 @@
-"""The cards that are known: memory, speed, and how much of the memory no tensor of ours can have.
+"""The GPUs that are known: memory, speed, and how much of the memory no tensor of ours can have.
 
-The figures are in `gpus.json`, with where they come from; a card is added by a line there. A GPU that is here and not in
+The figures are in `gpus.json`, with where they come from; a GPU is added by a line there. A GPU that is here and not in
 the list is known by its memory only: whether a run fits can then be said, and how long it takes cannot.
 """
 
@@ -32,7 +32,7 @@ class GpuSpec:
         has_bf16: bfloat16 is fast on it (Ampere and later); else mixed precision means float16 and a gradient scaler.
         context_bytes: taken by the CUDA context and its libraries before the first tensor.
         fragmentation: share of the allocator's memory that is lost in gaps.
-        hosts: where such cards are found.
+        hosts: where such GPUs are found.
         aliases: other names.
     """
 
@@ -54,7 +54,7 @@ class GpuSpec:
         return self.bf16_tflops or self.fp16_tflops
 
     def describe(self) -> str:
-        """One line for a list of cards."""
+        """One line for a list of GPUs."""
         half = "bf16" if self.has_bf16 else "fp16"
         speed = f", {half} {self.half_tflops:g} TFLOPS" if self.half_tflops else ""
         where = f"; {', '.join(self.hosts)}" if self.hosts else ""
@@ -63,7 +63,7 @@ class GpuSpec:
 
 @lru_cache(maxsize=1)
 def known_gpus() -> tuple[GpuSpec, ...]:
-    """Every card of `gpus.json`, smaller before larger."""
+    """Every GPU of `gpus.json`, smaller before larger."""
     text = (Path(__file__).parent / "gpus.json").read_text(encoding="utf-8")
     return tuple(_read_gpu_spec(entry) for entry in json.loads(text)["cards"])
 
@@ -74,7 +74,7 @@ def describe_gpus() -> str:
 
 
 def find_gpu(name: str) -> GpuSpec:
-    """The card that a person means, by name or alias; case, spaces and the maker's words do not matter.
+    """The GPU that a person means, by name or alias; case, spaces and the maker's words do not matter.
 
     Raises:
         ConfigError: there is none; the nearest name is told, and all of them.
@@ -86,13 +86,13 @@ def find_gpu(name: str) -> GpuSpec:
     near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.5)
     hint = f"did you mean {names[near[0]].name}? " if near else ""
     known = ", ".join(gpu_spec.name for gpu_spec in known_gpus())
-    raise ConfigError(f"gpu: no card named {name!r} is known; {hint}Known are {known}.")
+    raise ConfigError(f"gpu: no GPU named {name!r} is known; {hint}Known are {known}.")
 
 
 def this_gpu(device: int = 0) -> GpuSpec | None:
     """The GPU that is here, with the memory that it really has, or None without one.
 
-    A card that is not in the list is told by its own name and memory, without speeds.
+    A GPU that is not in the list is described by its own name and memory, without speeds.
     """
     import torch
 
@@ -103,12 +103,12 @@ def this_gpu(device: int = 0) -> GpuSpec | None:
 
 
 def recognise(name: str, memory_bytes: int, *, has_bf16: bool = True) -> GpuSpec:
-    """The card of this name in the driver's words, with the memory that was measured.
+    """The GPU of this name in the driver's words, with the memory that was measured.
 
     Args:
         name: such as `Tesla T4` or `NVIDIA A100-SXM4-80GB`.
-        memory_bytes: measured; it tells apart cards of one name, too.
-        has_bf16: for a card that is not in the list.
+        memory_bytes: measured; it distinguishes GPUs of one name, too.
+        has_bf16: for a GPU that is not in the list.
     """
     plain = _plain(name)
     found = [c for c in known_gpus() if plain in {_plain(n) for n in (c.name, *c.aliases)}]

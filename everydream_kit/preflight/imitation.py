@@ -1,8 +1,8 @@
 """What a CUDA device does differently with the same code, imitated on tensors of the CPU.
 
-Fake tensors "on cuda" cannot be differentiated without a driver, so the pre-flight's tensors are on the CPU. Two things would
-then be other than on the GPU that is foretold, and are put right here: autocast keeps norms in float32 there (a CPU computes them
-in the low format), and the optimizers of bitsandbytes want values that do not exist.
+Fake tensors "on cuda" cannot be differentiated without a driver, so the pre-flight's tensors are on the CPU. Two things
+would then be other than on the GPU that is estimated, and are corrected here: autocast keeps norms in float32 there (a
+CPU computes them in the low format), and the optimizers of bitsandbytes want values that do not exist.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PAGED_FROM = 100_000
 
 
 class ImitatedPrecision(Precision):
-    """A run's precision as it is on the device that is foretold, on tensors of the CPU and without a gradient scaler.
+    """A run's precision as it is on the device that is estimated, on tensors of the CPU and without a gradient scaler.
 
     The scaler's memory is a few numbers, and whether it lets a step happen depends on values that do not exist here.
     """
@@ -66,11 +66,11 @@ def unwrap_optimizers(optimizer: Any) -> list[Any]:
 
 
 def replace_bitsandbytes(optimizer: Any, tracker: StorageTracker, host: str, *, device_type: str) -> None:
-    """Let the optimizers of bitsandbytes make their states by their own rule, and leave out their kernels.
+    """Let the optimizers of bitsandbytes make their states by their own rule, and skip their kernels.
 
-    The rule is `init_state` of bitsandbytes/optim/optimizer.py itself: 8-bit states are one byte a number, a float32 scale for
-    each 256 numbers; tensors under `min_8bit_size` (4096) have float32 states. Its CUDA kernels work in place; on a CPU it
-    computes in float32 copies (backends/cpu/ops.py, `_optimizer_update_8bit_blockwise_cpu`).
+    The rule is `init_state` of bitsandbytes/optim/optimizer.py itself: 8-bit states are one byte a number, a float32
+    scale for each 256 numbers; tensors under `min_8bit_size` (4096) have float32 states. Its CUDA kernels work in
+    place; on a CPU it computes in float32 copies (backends/cpu/ops.py, `_optimizer_update_8bit_blockwise_cpu`).
 
     Args:
         host: the category of paged states, which live in host memory.

@@ -1,6 +1,6 @@
-"""What kernels take for themselves while they run, beside their inputs and results: nothing in a trace shows it.
+"""What kernels take for themselves while they run, next to their inputs and results: nothing in a trace shows it.
 
-On a CPU the figures are measured (`benchmarks/memory_model.py`); on a GPU they are a part of the card's allowance.
+On a CPU the figures are measured (`benchmarks/memory_model.py`); on a GPU they are a part of the GPU's allowance.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""How much memory a run needs, foretold without a GPU and without weights.
+"""How much memory a run needs, estimated without a GPU and without weights.
 
-`estimate_memory` lets the trainer go through its phases on tensors without values (`rehearsal`), takes each phase's worst moment,
-and adds a stated allowance for what no tensor stands for: the driver's context and the allocator's gaps, or on a CPU the process.
-The answer is kept on disk by everything that it depends on, so asking again costs nothing.
+`estimate_memory` lets the trainer go through its phases on tensors without values (`rehearsal`), takes each phase's
+worst moment, and adds a stated allowance for what no tensor stands for: the driver's context and the allocator's gaps,
+or on a CPU the process. The answer is kept on disk by everything that it depends on, so asking again costs nothing.
 
-A number here is a prediction. `benchmarks/memory_model.py` shows how near it is on a CPU; `probe` measures on a real GPU.
+A number here is a prediction. `benchmarks/memory_model.py` shows how near it is on a CPU; `probe` measures on a real
+GPU.
 """
 
 from __future__ import annotations
@@ -33,17 +34,18 @@ VERSION = 5
 """Of the method: raised where the same settings would now give other numbers."""
 
 DEFAULT_CONTEXT_BYTES = 600 * 2**20
-"""CUDA's context with torch's kernels loaded, and the workspaces of cuBLAS and cuDNN: 300 to 800 MiB are seen on common cards."""
+"""CUDA's context with torch's kernels loaded, and the workspaces of cuBLAS and cuDNN: 300 to 800 MiB are seen on common
+GPUs."""
 DEFAULT_FRAGMENTATION = 0.05
 """Share of what is allocated that lies in gaps of the caching allocator at the worst moment."""
 
 PROCESS_BYTES = 600 * 2**20
-"""On a CPU: Python with torch and diffusers loaded, and what their kernels keep for the next time: 440 to 570 MB beside the
-tensors were measured (docs/experiments.md)."""
+"""On a CPU: Python with torch and diffusers loaded, and what their kernels keep for the next time: 440 to 570 MB next
+to the tensors were measured (docs/experiments.md)."""
 
 CATEGORIES = ("weights", "gradients", "optimizer states", "activations", "EMA", "other")
 SAMPLED_TOGETHER = 4
-"""Pictures that `sample_images` draws together."""
+"""Images that `sample_images` generates together."""
 DEFAULT_SAMPLES = 12
 """Four captions of the dataset at three guidance scales: what is drawn where there is no prompt file."""
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes", "pytorch_optimizer", "everydream-kit")
@@ -85,7 +87,7 @@ WITHOUT_EFFECT = frozenset(
         *("wandb", "load_settings_every_epoch", "lora_alpha", "optimizer_config", "validation_config", "resolution"),
     }
 )
-"""Settings whose value changes no number here, or that stand in the key in another form."""
+"""Settings whose value changes no number here, or that are in the key in another form."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,14 @@ class MemoryEstimate:
 
     Attributes:
         phases: in the order in which a run meets them.
-        allowance_bytes: context and fragmentation of the card; on a CPU the process itself.
+        allowance_bytes: context and fragmentation of the GPU; on a CPU the process itself.
         step_flops: floating-point operations of one optimizer step, all of its micro-batches.
         num_trained_parameters, num_parameters: numbers, not tensors.
         weight_bytes_written: the weights of one checkpoint, the averaged ones of an EMA included.
         state_bytes_written: its resume state.
-        host_bytes: host memory that the run takes beside a GPU's: paged states, averages and modules that wait there, and the
-            copy that is written in the background. On a CPU only the copy, which is made where there is room for it.
+        host_bytes: host memory that the run takes next to a GPU's: paged states, averages and modules that wait there,
+            and the copy that is written in the background. On a CPU only the copy, which is made where there is room
+            for it.
     """
 
     phases: tuple[Phase, ...]
@@ -158,18 +161,18 @@ def estimate_memory(
     dataset: Dataset | None = None,
     architecture: Architecture | None = None,
 ) -> MemoryEstimate:
-    """Foretell the memory of a run.
+    """Estimate the memory of a run.
 
     Full-size models take 15 to 60 s of a processor's time when they are asked for the first time.
 
     Args:
         config: of the run; `batch_size` is a number.
         device: "cuda" or "cpu".
-        has_bf16: whether the card computes in bfloat16 (compute capability 8.0 on).
-        context_bytes, fragmentation: of the card; by default the cautious values above. Without effect on a CPU, whose
+        has_bf16: whether the GPU computes in bfloat16 (compute capability 8.0 on).
+        context_bytes, fragmentation: of the GPU; by default the cautious values above. Without effect on a CPU, whose
             allowance is the process.
-        cache_folder: where answers are kept; by default `.edk_cache/preflight` beside the run folders.
-        bucket: (width, height) of the pictures; by default the largest of the resolution.
+        cache_folder: where answers are kept; by default `.edk_cache/preflight` next to the run folders.
+        bucket: (width, height) of the images; by default the largest of the resolution.
         dataset: says whether captions vary, which decides what may wait in host memory; by default the settings say it.
         architecture: of the base, where it has been read already.
 
@@ -179,7 +182,7 @@ def estimate_memory(
     """
     if not isinstance(config.batch_size, int):
         raise ConfigError(
-            "batch_size: memory can be foretold for a number only; give one, or ask the advice for the largest"
+            "batch_size: memory can be estimated for a number only; give one, or ask the advice for the largest"
         )
     question = _Question.of(config, device, has_bf16, bucket, dataset, architecture)
     folder = cache_folder or Path(config.logdir) / ".edk_cache" / "preflight"
@@ -209,7 +212,7 @@ def is_kept(
 def allowance(
     estimate: MemoryEstimate, device: str, context_bytes: int | None = None, fragmentation: float | None = None
 ) -> int:
-    """Bytes that a card, or the process on a CPU, takes beside the tensors."""
+    """Bytes that a GPU, or the process on a CPU, takes next to the tensors."""
     if device == "cpu":
         return PROCESS_BYTES
     context = DEFAULT_CONTEXT_BYTES if context_bytes is None else context_bytes
@@ -306,8 +309,8 @@ class _Question:
 
 
 def estimate_latent_mode(config: TrainConfig) -> CacheMode:
-    """Where latents are kept, as far as the settings say it: `auto` takes memory unless there are very many pictures."""
-    if config.plugins:  # one of them may change pictures
+    """Where latents are kept, as far as the settings say it: `auto` takes memory unless there are very many images."""
+    if config.plugins:  # one of them may change images
         return "off"
     return "memory" if config.cache_latents == "auto" else config.cache_latents
 
@@ -340,7 +343,7 @@ def _version(name: str) -> str:
 
 
 def validated_together(config: TrainConfig) -> int | None:
-    """Pictures whose loss is measured together, or None without validation."""
+    """Images whose loss is measured together, or None without validation."""
     if config.validation_config is None:
         return None
     from everydream_kit.training.validation_config import load_validation_config
@@ -351,7 +354,7 @@ def validated_together(config: TrainConfig) -> int | None:
 
 
 def sampled_together(config: TrainConfig, dataset: Dataset | None = None) -> SampleShape | None:
-    """The largest batch of sample pictures that the prompt file, or the lack of one, leads to."""
+    """The largest batch of sample images that the prompt file, or the lack of one, leads to."""
     if config.sample_steps is None:
         return None
     from everydream_kit.preflight.rehearsal import SampleShape
@@ -365,7 +368,7 @@ def sampled_together(config: TrainConfig, dataset: Dataset | None = None) -> Sam
         return usual
     try:
         settings = read_prompt_file(path).settings
-    except ConfigError:  # a warning when it is read in training, where it may have been mended
+    except ConfigError:  # a warning when it is read in training, where it may have been fixed
         return usual
     written = [entry.model_copy(update={"random_caption": False}) for entry in settings.samples]
     if written:

@@ -26,7 +26,7 @@ class StepCount:
     """How many optimizer steps a run has.
 
     Attributes:
-        num_images: usable pictures that are trained on; None where the dataset was not looked at.
+        num_images: usable images that are trained on; None where the dataset was not looked at.
         num_epochs: as asked for.
         per_epoch, num_steps: optimizer steps of an epoch and of the run; None where they are not known.
         basis: `planned` from the first epoch, `counted` from the number of files, or `unknown`.
@@ -61,8 +61,8 @@ class Plan:
         step: the time of one step, or None where nothing is known of it.
         seconds_of: seconds by part of the run: training, samples, latents.
         disk: files by kind, and the file systems that hold them.
-        price: of an hour of the card, or None.
-        latents: where encoded pictures are kept: off, memory, disk.
+        price: of an hour of the GPU, or None.
+        latents: where encoded images are kept: off, memory, disk.
         steps_done: of a run that is under way.
         advice: what to change, where it does not fit.
         offer: how far it could go, where that was asked for.
@@ -211,7 +211,7 @@ class Plan:
             return "unknown: the dataset is not on this machine"
         per_step = f"{config.batch_size} × {config.grad_accum}" if config.grad_accum > 1 else f"{config.batch_size}"
         how = "planned from the first epoch" if steps.basis == "planned" else "counted from the number of files"
-        images = f"{steps.num_images:,} pictures" if steps.num_images is not None else "pictures"
+        images = f"{steps.num_images:,} images" if steps.num_images is not None else "images"
         return f"{images}, {per_step} in a step: {steps.per_epoch:,} steps an epoch ({how})"
 
     def _time_words(self) -> str:
@@ -230,7 +230,7 @@ class Plan:
         lines.append(f"{alongside}: {self.memory.allowance_bytes / GIB:.2f} GiB (an allowance)")
         verdict = "fits" if self.fits else "does not fit"
         room, whole = self.room_bytes / GIB, self.device_bytes / GIB
-        lines.append(f"{verdict}: foretold {self.memory.peak_bytes / GIB:.2f} GiB, room {room:.2f} of {whole:.2f} GiB")
+        lines.append(f"{verdict}: estimated {self.memory.peak_bytes / GIB:.2f} GiB, room {room:.2f} of {whole:.2f} GiB")
         return lines
 
     def _disk_lines(self) -> list[str]:

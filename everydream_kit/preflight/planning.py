@@ -1,8 +1,8 @@
-"""Making a plan: memory, time, disk and money of a run, before anything is spent, without a GPU and without weights.
+"""Making a plan: memory, time, disk and cost of a run, before anything is spent, without a GPU and without weights.
 
-`plan` puts the room's parts together: steps from the trainer's own epoch plan, memory from the rehearsal, seconds from what was
-measured, published or can be computed, disk by going through the saves, money from a price that is entered or dated. Nothing is
-downloaded but the base's config files. `corrected` makes it right once real steps have been timed.
+`plan` puts the room's parts together: steps from the trainer's own epoch plan, memory from the rehearsal, seconds from
+what was measured, published or can be computed, disk by going through the saves, cost from a price that is entered or
+dated. Nothing is downloaded but the base's config files. `corrected` makes it right once real steps have been timed.
 
 Not here: how a plan is shown (`plan`), and what to change so that it fits (`advice`).
 """
@@ -51,13 +51,14 @@ logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset(EXTENSIONS)
 MOST_SCANNED = 50_000
-"""Pictures up to which a dataset is scanned for a plan; of more only the files are counted."""
+"""Images up to which a dataset is scanned for a plan; of more only the files are counted."""
 LARGEST_BATCH_ON_CPU = 4
 """Where `auto` stops on a CPU: a larger batch is no faster there."""
 FORWARDS_IN_A_STEP = {"full": 3.0, "lora": 2.0, "textual_inversion": 2.0}
-"""A training step of one picture in forward passes of the UNet; one more with gradient checkpointing."""
+"""A training step of one image in forward passes of the UNet; one more with gradient checkpointing."""
 ENCODING_IN_FORWARDS = 1.4
-"""Encoding a picture with the VAE, in forward passes of SD 1.5's UNet at the same size (1.1 to 0.8 teraflops at 512 px)."""
+"""Encoding an image with the VAE, in forward passes of SD 1.5's UNet at the same size (1.1 to 0.8 teraflops at 512
+px)."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,15 @@ def plan(
     """Say what a run will take.
 
     Args:
-        config: settings, as an object, a mapping, or the path of a settings file; or a run folder: what it takes, and what is
-            left of it.
-        gpu: name of the card to plan for, such as `T4`; by default this machine's, or its CPU.
-        price: of the card, US dollars an hour; by default from the dated table, where it has one.
+        config: settings, as an object, a mapping, or the path of a settings file; or a run folder: what it takes, and
+            what is left of it.
+        gpu: name of the GPU to plan for, such as `T4`; by default this machine's, or its CPU.
+        price: of the GPU, US dollars an hour; by default from the dated table, where it has one.
         advise: ask for the largest batch and resolution as well (some seconds for each question).
         estimate: the memory model; by default `memory.estimate_memory`.
 
     Raises:
-        ConfigError: a setting, the card's name or the price is wrong.
+        ConfigError: a setting, the GPU's name or the price is wrong.
         ModelError, CheckpointError: the base model is not there.
     """
     entered = None if price is None else entered_price(price)
@@ -101,7 +102,7 @@ def plan(
     if config.batch_size == "auto":
         config, note = resolve_for_plan(config, gpu_spec, asked, room_bytes)
         assumptions.append(note)
-    logger.info("Foretelling the memory; kept for the next time …")
+    logger.info("Estimating the memory; kept for the next time …")
     memory = ask(config, gpu_spec, asked)
     images = read_dataset(config)
     if images.note:
@@ -109,7 +110,7 @@ def plan(
     settings = make_plan_settings(config, max(0, config.seed), 1)
     steps = count_steps(config, images, settings)
     if images.count == 0:
-        warnings.append(f"data_root {config.data_root}: no picture can be used there.")
+        warnings.append(f"data_root {config.data_root}: no image can be used there.")
     warnings += [f"sample_prompts {config.sample_prompts}: {problem}" for problem in _prompt_file(config).problems]
     latents, latent_bytes = _latents(config, images, settings)
     step = estimate_step(config, gpu_spec, memory)
@@ -141,7 +142,7 @@ def plan(
 
 
 def corrected(plan: Plan, measured_seconds_per_step: float, *, steps_done: int = 0, source: str = "this run") -> Plan:
-    """The plan after real steps have been timed: their time takes the place of what was foretold.
+    """The plan after real steps have been timed: their time takes the place of what was estimated.
 
     Args:
         measured_seconds_per_step: of one optimizer step, saving and sampling not counted.
@@ -175,21 +176,21 @@ def memory_model(config: TrainConfig) -> Estimate:
 
 
 def cpu_room() -> int:
-    """Bytes of host memory that a run on this CPU may foretell."""
+    """Bytes of host memory that the estimate of a run on this CPU may reach."""
     return int(free_memory() * (1 - MARGIN))
 
 
 def resolve_for_plan(
     config: TrainConfig, gpu_spec: GpuSpec | None, estimate: Estimate, room_bytes: int
 ) -> tuple[TrainConfig, str]:
-    """`batch_size: auto` as a number, and what was chosen in words; 1 where not even one picture fits."""
+    """`batch_size: auto` as a number, and what was chosen in words; 1 where not even one image fits."""
     largest = LARGEST_BATCH if gpu_spec is not None else LARGEST_BATCH_ON_CPU
     try:
         chosen, found = largest_batch(config, gpu_spec, estimate=estimate, limit_bytes=room_bytes, largest=largest)
     except MemoryLimitError:
-        return config.replace(batch_size=1), "batch_size auto: not even one picture fits; planned with 1"
+        return config.replace(batch_size=1), "batch_size auto: not even one image fits; planned with 1"
     why = f"the largest that fits, up to {largest}"
-    peak = f"{found.peak_bytes / 2**30:.1f} GiB foretold, {room_bytes / 2**30:.1f} GiB there"
+    peak = f"{found.peak_bytes / 2**30:.1f} GiB estimated, {room_bytes / 2**30:.1f} GiB available"
     return config.replace(batch_size=chosen), f"batch_size auto: {chosen}, {why} ({peak})"
 
 
@@ -199,7 +200,7 @@ def read_dataset(config: TrainConfig) -> _Images:
         return _Images(None, None, f"data_root {config.data_root}: not looked at: it is not a folder on this machine")
     count = len(list(_image_files(config.data_root)))
     if count > MOST_SCANNED:
-        return _Images(count, None, f"{count:,} picture files were counted and not opened: all are taken as usable")
+        return _Images(count, None, f"{count:,} image files were counted and not opened: all are taken as usable")
     try:
         dataset = scan(config, config.data_root)
         if config.validation_config is not None:
@@ -207,7 +208,7 @@ def read_dataset(config: TrainConfig) -> _Images:
     except DataError as problem:
         return _Images(0, None, str(problem))
     skipped = len(dataset.problems)
-    note = f"{skipped:,} pictures or captions have problems; `everydream prepare` names them" if skipped else ""
+    note = f"{skipped:,} images or captions have problems; `everydream prepare` names them" if skipped else ""
     return _Images(len(dataset), dataset, note)
 
 
@@ -250,7 +251,7 @@ def _image_files(data_root: Any) -> Iterator[str]:
 
 
 def _training_part(config: TrainConfig, dataset: Dataset) -> Dataset:
-    """The pictures that validation leaves for training."""
+    """The images that validation leaves for training."""
     from everydream_kit.training.held_out_images import split_dataset
     from everydream_kit.training.validation_config import load_validation_config
 
@@ -267,7 +268,7 @@ def _latents(config: TrainConfig, images: _Images, settings: PlanSettings) -> tu
 def _seconds_of(config: TrainConfig, steps: StepCount, step: StepSeconds | None, latents: str) -> dict[str, float]:
     """Seconds by part of the run; nothing where the steps or their time are not known.
 
-    Drawing and encoding are told in forward passes, whose time is a share of a step's.
+    Sampling and encoding are counted in forward passes, whose time is a share of a step's.
     """
     if step is None or not steps.num_steps:
         return {}
@@ -288,7 +289,7 @@ def _seconds_of(config: TrainConfig, steps: StepCount, step: StepSeconds | None,
 
 
 def _grids(config: TrainConfig) -> tuple[int, int, int]:
-    """Pictures of one drawing, denoising steps of each, and the pixels of all of them."""
+    """Images of one sampling, denoising steps of each, and the pixels of all of them."""
     from everydream_kit.training.prompt_file import SampleEntry
     from everydream_kit.training.sampling_listener import NUM_RANDOM_CAPTIONS
 
@@ -350,12 +351,12 @@ def _too_large(made: Plan) -> str:
     assert made.memory is not None
     need, there = made.memory.peak_bytes / 2**30, made.room_bytes / 2**30
     where = f"the {made.device}" if made.gpu_spec is not None else made.device
-    return f"It does not fit {where}: {need:.1f} GiB are foretold, and there is room for {there:.1f} GiB."
+    return f"It does not fit {where}: {need:.1f} GiB are estimated; {there:.1f} GiB are available."
 
 
 def _assumptions(config: TrainConfig, gpu_spec: GpuSpec | None) -> Iterator[str]:
     where = f"a {gpu_spec.name}" if gpu_spec is not None else "a CPU"
-    yield f"memory is foretold by rehearsing the trainer's own step for {where}, with {MARGIN:.0%} of the memory kept free"
+    yield f"memory is estimated by rehearsing the trainer's own step for {where}, with {MARGIN:.0%} of the memory kept free"
     yield "time counts training, samples and encoding; not downloads, set-up, validation and loading"
     if config.max_steps is None:
         yield "every epoch has as many steps as the first"

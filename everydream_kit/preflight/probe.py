@@ -1,11 +1,13 @@
-"""Measuring on the GPU that is there, instead of foretelling: two real steps, a validation and a sample.
+"""Measuring on the GPU that is there, instead of estimating: two real steps, a validation and a sample.
 
-The probe builds the run as training does, with the base's weights, and goes through the phases with batches of grey pictures of
-the largest bucket: the first step creates the optimizer's states, the second shows the steady state. What the allocator reserved
-at most in each phase is the answer, which replaces the estimate's. Nothing is written but the run's own temporary folder.
+The probe builds the run as training does, with the base's weights, and goes through the phases with batches of grey
+images of the largest bucket: the first step creates the optimizer's states, the second shows the steady state. What the
+allocator reserved at most in each phase is the answer, which replaces the estimate's. Nothing is written but the run's
+own temporary folder.
 
-Where it cannot run (no GPU, no memory, no base on the disk) it says why and measures nothing; running out of memory is an answer,
-too. It takes the time of loading the model and a few steps, so it is done when asked for, or for `batch_size: auto`.
+Where it cannot run (no GPU, no memory, no base on the disk) it says why and measures nothing; running out of memory is
+an answer, too. It takes the time of loading the model and a few steps, so it is done when asked for, or for
+`batch_size: auto`.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from everydream_kit.training.run import Run
 
 NUM_STEPS = 2
-NO_GPU = "there is no CUDA GPU here, so memory is foretold and not measured"
+NO_GPU = "there is no CUDA GPU here, so memory is estimated and not measured"
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Probe:
     Attributes:
         phases: measured, each with everything under "measured"; empty where nothing could be measured.
         seconds_per_step: of the second step, or None.
-        fits: False: the card ran out of memory in the phase `stopped_in`; None: nothing was measured.
+        fits: False: the GPU ran out of memory in the phase `stopped_in`; None: nothing was measured.
         reason: in words: what was measured, or why nothing was.
     """
 
@@ -54,7 +56,7 @@ class Probe:
     reason: str = ""
 
     def correct(self, estimate: MemoryEstimate) -> MemoryEstimate:
-        """The estimate, with what was measured in the place of what was foretold."""
+        """The estimate, with what was measured in the place of what was estimated."""
         if not self.phases:
             return estimate
         measured = {phase.name: phase for phase in self.phases}
@@ -121,7 +123,7 @@ def probe(
 
 
 def build_on_gpu(config: TrainConfig, folder: Path) -> Run:
-    """The run that training would build, around grey pictures."""
+    """The run that training would build, around grey images."""
     from everydream_kit.preflight.rehearsal import largest_bucket, stand_in_dataset
     from everydream_kit.training.base import load_base
     from everydream_kit.training.journal import Journal
@@ -168,10 +170,10 @@ class _Session:
                 raise
             # Chained frames would hold the tensors that must go.
             error.__traceback__ = None
-            reason = f"measured: this card runs out of memory in the phase {self._now}"
+            reason = f"measured: this GPU runs out of memory in the phase {self._now}"
             return Probe(tuple(self._phases), self._seconds, False, self._now, reason)
         names = ", ".join(phase.name for phase in self._phases)
-        reason = f"measured on this GPU: {names}; {NUM_STEPS} steps of {self._config.batch_size} pictures of the largest bucket"
+        reason = f"measured on this GPU: {names}; {NUM_STEPS} steps of {self._config.batch_size} images of the largest bucket"
         return Probe(tuple(self._phases), self._seconds, True, None, reason)
 
     def close(self) -> None:

@@ -1,9 +1,10 @@
 """A run on tensors without values: every phase is gone through once, and every byte is followed.
 
-What runs is the trainer's own: `assemble_run` builds the run around a skeleton of the model, `backward` and `update_weights` make
-the step. The pictures are one batch of the largest bucket. Nothing is read but config files, nothing is written.
+What runs is the trainer's own: `assemble_run` builds the run around a skeleton of the model, `backward` and
+`update_weights` make the step. The images are one batch of the largest bucket. Nothing is read but config files,
+nothing is written.
 
-Not here: what the numbers mean for a card (`memory`).
+Not here: what the numbers mean for a GPU (`memory`).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ WEIGHTS, GRADIENTS, STATES, EMA = "weights", "gradients", "optimizer states", "E
 HOST, IDLE, IDLE_VAE = "host", "idle weights", "idle VAE"
 """What is in host memory, and what waits there while steps are made."""
 CACHED_TOGETHER = {"disk": 4, "memory": 1}
-"""Crops that are encoded together: before the run, or beside everything that it holds."""
+"""Crops that are encoded together: before the run, or next to everything that it holds."""
 CAPTION = "a photo of a cat, sitting, by the window"
 ALLOCATOR_GRANULE = 512
 """Bytes that torch's CUDA allocator rounds a tensor's size up to (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
@@ -57,7 +58,7 @@ ALLOCATOR_GRANULE = 512
 
 @dataclass(frozen=True)
 class SampleShape:
-    """The largest batch of sample pictures: how many go through the UNet together, and their size in pixels."""
+    """The largest batch of sample images: how many go through the UNet together, and their size in pixels."""
 
     num_images: int
     size: Size
@@ -71,9 +72,9 @@ class Rehearsal:
         lives: the trace; its stretches are "latent caching", "training step", "validation", "sampling".
         num_micro_batches: how many of the step's micro-batches were gone through.
         standing: bytes that are there between two steps, by category.
-        ema_on_device: the averages live beside the weights.
-        checkpoint_bytes, averaged_bytes, state_bytes, ema_bytes: of the weights that a checkpoint holds, of the averaged ones
-            beside them, of the optimizer's state and of the averages.
+        ema_on_device: the averages live next to the weights.
+        checkpoint_bytes, averaged_bytes, state_bytes, ema_bytes: of the weights that a checkpoint holds, of the
+            averaged ones next to them, of the optimizer's state and of the averages.
         snapshot_bytes: host memory that a save in the background takes while it writes.
     """
 
@@ -107,13 +108,13 @@ def rehearse(
 
     Args:
         config: `batch_size` is a number.
-        device_type: "cuda" or "cpu": what is foretold.
-        has_bf16: the card computes in bfloat16 (and has flash attention).
-        bucket: of the pictures.
-        latents: off, where the VAE encodes in every step; disk, where it does before the run; memory, where it does between
-            the steps of the first epochs.
-        validates: pictures measured together, or None.
-        samples: pictures drawn together, or None.
+        device_type: "cuda" or "cpu": what is estimated.
+        has_bf16: the GPU computes in bfloat16 (and has flash attention).
+        bucket: of the images.
+        latents: off, where the VAE encodes in every step; disk, where it does before the run; memory, where it does
+            between the steps of the first epochs.
+        validates: images measured together, or None.
+        samples: images generated together, or None.
         dataset: says whether captions vary; None: as the settings say.
     """
     tracker = StorageTracker(scratch_of(device_type), ALLOCATOR_GRANULE if device_type == "cuda" else 1)
@@ -152,14 +153,14 @@ def _as_on(device_type: str, has_bf16: bool, config: TrainConfig) -> TrainConfig
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Libraries' remarks about how the real run's modules are used: the real run makes them again."""
+    """Libraries' notes about how the real run's modules are used: the real run makes them again."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def stand_in_dataset(config: TrainConfig, bucket: Size) -> Dataset:
-    """A dataset of one picture that need not exist."""
+    """A dataset of one image that need not exist."""
     builder = DatasetBuilder(["."])
     builder.add("picture.png", width=bucket[0], height=bucket[1], caption=CAPTION, caption_kind=FROM_TEXT)
     return builder.build(Defaults(shuffle_tags=config.shuffle_tags, keep_tags=config.keep_tags))
@@ -237,7 +238,7 @@ def _idle(config: TrainConfig, run: Run, latents: CacheMode) -> list[torch.nn.Mo
 
 
 def make_batch(bucket: Size, batch_size: int, *, with_moments: bool) -> Batch:
-    """A batch of grey pictures of one bucket, or of their cached latents."""
+    """A batch of grey images of one bucket, or of their cached latents."""
     width, height = bucket
     return Batch(
         planned=MicroBatch(0, 0, 0, bucket, (Draw(0, 0),) * batch_size),

@@ -39,7 +39,7 @@ class Architecture:
     Attributes:
         files: its configs; `tensors` is empty, or lazy and unread.
         lora: the adapter that a small checkpoint carries.
-        stored: formats of the components' files, where weights are on this machine beside their configs.
+        stored: formats of the components' files, where weights are on this machine next to their configs.
     """
 
     files: ModelFiles

@@ -1,10 +1,11 @@
-"""How long a step takes, and with what right that is said: measured here, measured by somebody and published, or computed.
+"""How long a step takes, and where the number comes from: measured here, measured by somebody and published, or
+computed.
 
-The order is that of trust: a run on the same card with the same settings; a published figure that matches in every point
-(`speeds.json`, with its source); else the work of a step over what the card can do. The formula's constants were fitted to
-nine published figures, each of which it meets to within a tenth, and one that was kept back (SDXL LoRA on an RTX 3090 Ti, 1.12 s)
-to within 11 %. They come from three cards and other people's trainers, so a computed time is right to about a third. A trainer
-tuned throughout, such as MosaicML's, is 2.5 times as fast as the formula says.
+The order is that of trust: a run on the same GPU with the same settings; a published figure that matches in every point
+(`speeds.json`, with its source); else the work of a step over what the GPU can do. The formula's constants were fitted
+to nine published figures, each of which it meets to within a tenth, and one that was held out (SDXL LoRA on an RTX 3090
+Ti, 1.12 s) to within 11 %. They come from three GPUs and other people's trainers, so a computed time is right to about
+a third. A trainer tuned throughout, such as MosaicML's, is 2.5 times as fast as the formula.
 
 Not here: what else a run spends time on (`planning`).
 """
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 Basis = Literal["measured here", "published", "computed"]
 
 PEAK_SHARE = 0.31
-"""Of a card's peak that matrix products and convolutions reach."""
+"""Of a GPU's peak that matrix products and convolutions reach."""
 FLOPS_PER_BYTE = 26.0
 """Operations of a step in half precision for each byte that it moves; half as many in float32."""
 BYTES_PER_PARAMETER = 50.0
@@ -53,7 +54,7 @@ SPEED_SETTINGS = (
     ),
     *("fused_backward", "torch_compile", "channels_last", "attn_type", "offload_idle_models", "clip_skip"),
 )
-"""Settings that two runs must share for one's pictures a second to be the other's."""
+"""Settings that two runs must share for one's images a second to be the other's."""
 FULL_SIZE_PARAMETERS = {"sd1": 1_066_000_000, "sd2": 1_290_000_000, "sdxl": 3_470_000_000}
 """UNet, VAE and text encoders together. Published figures are about these; smaller models of a family are other models."""
 RUNS_LOOKED_AT = 20
@@ -102,7 +103,8 @@ def estimate_step(
 
 
 def measured_here(config: TrainConfig, gpu_spec: GpuSpec | None) -> StepSeconds | None:
-    """From the newest run in `logdir` on the same card with the same settings; another batch size is scaled by pictures."""
+    """From the latest run in `logdir` on the same GPU with the same settings; another batch size is scaled by
+    images."""
     wanted = {name: config.model_dump(mode="json")[name] for name in SPEED_SETTINGS}
     for run in reversed(list_runs(config.logdir)[-RUNS_LOOKED_AT:]):
         settings, facts = _read(run.config_path), _read(run.folder / "environment.json")
@@ -116,7 +118,7 @@ def measured_here(config: TrainConfig, gpu_spec: GpuSpec | None) -> StepSeconds 
 
 
 def published(config: TrainConfig, gpu_spec: GpuSpec, num_parameters: int) -> StepSeconds | None:
-    """A published figure for just this: card, model, resolution, batch, precision, optimizer, what is trained."""
+    """A published figure for just this: GPU, model, resolution, batch, precision, optimizer, what is trained."""
     model = next((m for m, n in FULL_SIZE_PARAMETERS.items() if abs(num_parameters - n) < 0.06 * n), None)
     mixed, lora = config.amp and not config.disable_amp, config.training_kind == "lora"
     ours = {
@@ -140,7 +142,8 @@ def published(config: TrainConfig, gpu_spec: GpuSpec, num_parameters: int) -> St
 
 
 def compute(config: TrainConfig, gpu_spec: GpuSpec, estimate: MemoryEstimate) -> StepSeconds | None:
-    """Work over speed: operations at a share of the peak, bytes at the bandwidth, and a fixed part; None for an unknown card."""
+    """Work over speed: operations at a share of the peak, bytes at the bandwidth, and a fixed part; None for an unknown
+    GPU."""
     if not gpu_spec.bandwidth_bytes:
         return None
     mixed = config.amp and not config.disable_amp
@@ -189,7 +192,7 @@ def measure_cpu(size: int = 768, repeats: int = 4) -> float:
 
 
 def _same_device(facts: dict[str, Any], gpu_spec: GpuSpec | None) -> bool:
-    """Whether a run's `environment.json` names this card, or a CPU where there is none."""
+    """Whether a run's `environment.json` names this GPU, or a CPU where there is none."""
     device = str(facts.get("device", ""))
     if gpu_spec is None:
         return device.startswith("cpu")

@@ -1,6 +1,8 @@
-"""The first measured steps of a run correct what was foretold at once: one line in the log, one event for whoever watches.
+"""The first measured steps of a run correct what was estimated at once: one line in the log, one event for whoever
+watches.
 
-Where the run folder holds a `plan.json` (whoever starts a run may put one there), it is corrected and told beside what it said.
+Where the run folder holds a `plan.json` (whoever starts a run may put one there), it is corrected and logged next to
+the estimate.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class MeasuredPlan(Listener):
         if usd is not None:
             words += f", about {cost(usd * left / 3600)}"
         if estimated is not None:
-            words += f" (foretold were {estimated:.2f} s a step)"
+            words += f" (the estimate was {estimated:.2f} s a step)"
         run.journal.note(words)
         run.report(
             "plan",

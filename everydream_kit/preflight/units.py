@@ -1,4 +1,4 @@
-"""Times, sizes and money in the words that people read."""
+"""Times, sizes and costs as people read them."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def shards(config: TrainConfig, ranks: Ranks) -> bool:
 
 
 def find_base(config: TrainConfig) -> str | Path:
-    """What `resume_ckpt` means: the embedded model, the project's newest checkpoint, or what it says."""
+    """What `resume_ckpt` means: the embedded model, the project's latest checkpoint, or the value itself."""
     if config.resume_ckpt == "embedded":
         from everydream_kit.demo import base_model_path
 
@@ -126,7 +126,7 @@ def select_trained(
 ) -> list[TrainedPart]:
     """Choose what is trained, and freeze the rest: all weights, an adapter, or new tokens.
 
-    A model that comes from such a run's checkpoint has its adapter or tokens already, and goes on with them.
+    A model that comes from such a run's checkpoint has its adapter or tokens already, and continues with them.
     """
     if config.training_kind == "full":
         unet_freezing = optimizer_config.unet_freezing

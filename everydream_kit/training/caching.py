@@ -1,4 +1,4 @@
-"""Encoding once instead of at every step: which pictures' latents and which captions are kept, and where."""
+"""Encoding once instead of at every step: which images' latents and which captions are kept, and where."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def choose_latent_mode(
     folder: Path,
     transforms_images: bool,
 ) -> CacheMode:
-    """Where the pictures' latents are kept.
+    """Where the images' latents are kept.
 
     Args:
         mode: what `cache_latents` says.
-        variants: crops kept for each picture.
+        variants: crops kept for each image.
         folder: of the disk cache.
-        transforms_images: a plug-in changes pictures at random, so that nothing can be kept.
+        transforms_images: a plug-in changes images at random, so that nothing can be kept.
     """
     if transforms_images:
         return "off"
@@ -80,14 +80,14 @@ def build_latent_cache(
     num_workers: int,
     stop: StopSignal | None = None,
 ) -> LatentCache | None:
-    """The cache of the pictures' latents: on disk filled now, in memory as crops are drawn; None where there is none.
+    """The cache of the images' latents: on disk filled now, in memory as crops are drawn; None where there is none.
 
     Args:
         idle_models: what has to be fetched before the VAE can work.
         mode: from `choose_latent_mode`.
         settings: which crops are kept.
         folder: of the disk cache.
-        num_workers: processes that decode pictures.
+        num_workers: processes that decode images.
         stop: ends filling the one on disk; what is encoded stays there.
 
     Raises:
@@ -113,7 +113,7 @@ def build_latent_cache(
             folder=folder,
             settings=settings,
             num_workers=num_workers,
-            progress=WorkProgress(journal, "starting", bar, stop=stop, message="Encoding the pictures once."),
+            progress=WorkProgress(journal, "starting", bar, stop=stop, message="Encoding the images once."),
         )
     for problem in cache.problems.values():
         journal.warn(str(problem))

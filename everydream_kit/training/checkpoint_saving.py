@@ -1,7 +1,8 @@
 """When a checkpoint is saved, under which name, and which ones stay.
 
-Saving happens in the background: the weights are copied to host memory between two steps, and a thread writes the copy while
-training goes on. Where host memory is short, or nothing follows that could go on meanwhile, it is written at once.
+Saving happens in the background: the weights are copied to host memory between two steps, and a thread writes the copy
+while training continues. Where host memory is short, or nothing follows that could continue meanwhile, it is written at
+once.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ class Saver(Listener):
             ends: nothing comes after this one, so it is waited for.
 
         Raises:
-            DiskSpaceError: only for the one at the end; before, it is a warning and training goes on.
+            DiskSpaceError: only for the one at the end; before, it is a warning and training continues.
         """
         self.wait()
         final = ends and (run.position.step >= run.num_steps or run.ended_early)
@@ -177,7 +178,7 @@ class Saver(Listener):
         try:
             write_checkpoint(folder, snapshot.write_model, expected_bytes=snapshot.model_bytes)
         except (DiskSpaceError, OSError) as problem:
-            run.warn(f"{problem} Training goes on; the best weights so far, of step {snapshot.step}, are not kept.")
+            run.warn(f"{problem} Training continues; the best weights so far, of step {snapshot.step}, are not kept.")
             return
         run.report("saved", step=snapshot.step, path=str(folder), files=[], best=True)
 
@@ -311,7 +312,7 @@ class Saver(Listener):
         )
 
     def _prune(self, run: Run) -> None:
-        """Newest last: the two newest stay resumable, `keep_last_n` stay at all."""
+        """Latest last: the two latest stay resumable, `keep_last_n` stay at all."""
         live = [c for c in run.folder.checkpoints() if not c.folder.name.endswith("_ema")]
         if not self.keep_all_resume_state:
             for checkpoint in live[:-RESUMABLE_KEPT]:
@@ -343,7 +344,7 @@ class Saver(Listener):
             return
         if fatal or not isinstance(failure, DiskSpaceError):
             raise failure
-        run.warn(f"{failure} Training goes on and saves again later.")
+        run.warn(f"{failure} Training continues and saves again later.")
 
 
 def _memory_allows(num_bytes: int) -> bool:

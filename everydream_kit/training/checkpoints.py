@@ -1,12 +1,12 @@
-"""Checkpoints on disk: whole or absent, and provably whole.
+"""Checkpoints on disk: atomic, and verifiably complete.
 
-A checkpoint is written beside its final name and renamed when every byte is on the disk, so a folder with the final name is
-complete. It is a model folder that any diffusers program loads, plus `resume/`: optimizer, gradient scaler, EMA, position
-and listeners' state, and last of all a manifest with the size and SHA-256 of every file. Resume trusts only a manifest that
-holds.
+A checkpoint is written next to its final name and renamed when every byte is on the disk, so a folder with the final
+name is complete. It is a model folder that any diffusers program loads, plus `resume/`: optimizer, gradient scaler,
+EMA, position and listeners' state, and last of all a manifest with the size and SHA-256 of every file. Resume trusts
+only a manifest that holds.
 
-`resume/` is large, so only the two newest checkpoints of a run keep theirs (unless `save_optimizer`): the newest, and one to
-fall back to if the newest turns out damaged.
+`resume/` is large, so only the two latest checkpoints of a run keep theirs (unless `save_optimizer`): the latest, and
+one to fall back to if the latest turns out damaged.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     manifest = read_json(manifest_path, error=CheckpointError, missing=None)
     if manifest is None:
         raise CheckpointError(
-            f"{folder}: holds no resume state (only the newest {RESUMABLE_KEPT} checkpoints of a run do, or all with "
+            f"{folder}: holds no resume state (only the latest {RESUMABLE_KEPT} checkpoints of a run do, or all with "
             "save_optimizer). Start a new run from its weights with --resume_ckpt."
         )
     files = _listed_files(manifest, manifest_path)
@@ -142,7 +142,7 @@ def load_resume_tensors(folder: Path) -> dict[str, Any]:
 
 
 def choose_checkpoint(run: RunFolder, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint of a run that can be resumed from, with its state.
+    """The latest checkpoint of a run that can be resumed from, with its state.
 
     A damaged one is named through `warn` and the one before is tried.
 

@@ -1,4 +1,4 @@
-"""EMA: a slowly moving average of the trained weights, kept beside them.
+"""EMA: a slowly moving average of the trained weights, kept next to them.
 
     average <- d · average + (1 - d) · weights
 
@@ -61,7 +61,7 @@ class Ema:
     def swapped(self) -> Iterator[None]:
         """While inside, the model holds the averages; afterwards its own weights again, to the bit.
 
-        The weights wait beside the averages meanwhile, which costs that device one more copy of them.
+        The weights stay next to the averages meanwhile, which costs that device one more copy of them.
         """
         waiting = [
             p.detach().to(average.device, copy=True) for p, average in zip(self.parameters, self.averages, strict=True)

@@ -1,8 +1,9 @@
 """Size and hash of a checkpoint's files, taken while they are written, and their way to the disk.
 
-A file's bytes are hashed in a thread beside the writing, and the disk is made to confirm each file in threads behind it,
-while the next is written. So a file is neither read again nor waited for alone: a save takes about as long as writing the same
-bytes (docs/experiments.md). Files that were written in other ways, which are small, are hashed from the disk.
+A file's bytes are hashed in a thread next to the writing, and the disk is made to confirm each file in threads behind
+it, while the next is written. So a file is neither read again nor waited for alone: a save takes about as long as
+writing the same bytes (docs/experiments.md). Files that were written in other ways, which are small, are hashed from
+the disk.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Sink(Protocol):
 
 
 OpenFile = Callable[[Path], AbstractContextManager[Sink]]
-"""Opens a new file. It is whole when the context ends, and durable when the receipts are."""
+"""Opens a new file. It is complete when the context ends, and durable when the receipts are."""
 
 
 class Receipts:

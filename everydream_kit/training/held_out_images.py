@@ -1,4 +1,4 @@
-"""Which pictures are measured: those that the validation config takes from the training, and sets of their own."""
+"""Which images are measured: those that the validation config takes from the training, and sets of their own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from everydream_kit.training.validation_config import ValidationConfig
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """Pictures with a curve of their own. `tag` is the curve's name; `decides` says that best and stopping follow it."""
+    """Images with a curve of their own. `tag` is the curve's name; `decides` says that best and stopping follow it."""
 
     tag: str
     dataset: Dataset
@@ -23,15 +23,15 @@ class ValidationSet:
 def split_dataset(
     dataset: Dataset, config: ValidationConfig, scan: Callable[[str], Dataset]
 ) -> tuple[Dataset, list[ValidationSet]]:
-    """Divide the pictures into those that are trained on and the sets that are measured.
+    """Divide the images into those that are trained on and the sets that are measured.
 
     Args:
-        dataset: all pictures.
+        dataset: all images.
         config: the validation config.
         scan: reads a folder (manual and extra sets).
 
     Raises:
-        DataError: a manual or extra set has no picture that can be used.
+        DataError: a manual or extra set has no image that can be used.
     """
     sets = []
     training = dataset
@@ -40,8 +40,8 @@ def split_dataset(
             kept, held_out = split_indices(content_groups(dataset), config.auto_split_proportion, config.seed)
             if not kept:
                 raise DataError(
-                    f"validation_config: the split leaves none of {len(dataset)} pictures for training; lower "
-                    "auto_split_proportion or add pictures."
+                    f"validation_config: the split leaves none of {len(dataset)} images for training; lower "
+                    "auto_split_proportion or add images."
                 )
             training, measured = dataset.subset(kept), dataset.subset(held_out)
         else:
@@ -59,5 +59,5 @@ def split_dataset(
 def _scan_some(scan: Callable[[str], Dataset], folder: str) -> Dataset:
     dataset = scan(folder)
     if not len(dataset):
-        raise DataError(f"validation_config: {folder} holds no picture that can be used.")
+        raise DataError(f"validation_config: {folder} holds no image that can be used.")
     return dataset

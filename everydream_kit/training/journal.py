@@ -1,7 +1,7 @@
-"""The run's own writing: events, status, scalars and pictures for TensorBoard, warnings.
+"""The run's own writing: events, status, scalars and images for TensorBoard, warnings.
 
 A disk that is full, or gone for a while, ends no training: what was to be told is said once it can be written, or, to
-TensorBoard, left out.
+TensorBoard, skipped.
 Only the main process has a journal that writes; the others have one that keeps silent, so that callers need not ask.
 """
 
@@ -21,7 +21,7 @@ from everydream_kit.optional_packages import keep_tensorflow_out_of_tensorboard
 from everydream_kit.workspace import RunFolder
 
 HEARTBEAT_SECONDS = 20.0
-"""The longest that `status.json` goes without a word: other machines that share the disk take a run for ended after 90 s."""
+"""The longest that `status.json` goes silently: other machines that share the disk take a run for ended after 90 s."""
 
 SECONDS_WITHOUT_TENSORBOARD = 30.0
 """Before a new file is tried where one could not be written."""
@@ -117,7 +117,8 @@ class LiveStatus:
 
 
 class TensorBoardFile:
-    """TensorBoard's event file, begun with the first point. What cannot be written is left out; later a new file is tried.
+    """TensorBoard's event file, begun with the first point. What cannot be written is skipped; later a new file is
+    tried.
 
     Attributes:
         purge_step: TensorBoard hides what an earlier session told from this step on.
@@ -130,7 +131,7 @@ class TensorBoardFile:
         self._not_before = -math.inf
 
     def add(self, write: Callable[[SummaryWriter], None]) -> None:
-        """Add a point, a picture or a text."""
+        """Add a point, an image or a text."""
         if time.monotonic() < self._not_before:
             return
         try:
@@ -153,7 +154,7 @@ class TensorBoardFile:
 
     def _give_up(self, problem: OSError) -> None:
         """The writer's thread has ended with the problem: this one will never write again."""
-        logger.warning(f"TensorBoard's file cannot be written: {problem}. Points are left out until it can.")
+        logger.warning(f"TensorBoard's file cannot be written: {problem}. Points are skipped until it can.")
         self._writer = None
         self._not_before = time.monotonic() + SECONDS_WITHOUT_TENSORBOARD
 
@@ -164,7 +165,7 @@ class Journal:
     Args:
         folder: the run's.
         writes: False on all processes but the main one.
-        wandb_run: a Weights & Biases run that scalars and pictures go to as well, or None.
+        wandb_run: a Weights & Biases run that scalars and images go to as well, or None.
         heartbeat_seconds: the longest that the status goes unwritten.
     """
 

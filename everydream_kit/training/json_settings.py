@@ -1,6 +1,6 @@
 """Reading the two side files of a run, `optimizer.json` and `validation.json`, as strictly as the main settings.
 
-Both are EveryDream 2's formats: remarks under "doc", "documentation", "comment" or "_..." are allowed, and
+Both are EveryDream 2's formats: notes under "doc", "documentation", "comment" or "_..." are allowed, and
 everything else must be known.
 """
 
@@ -60,7 +60,7 @@ def read_section(source: str | Path | dict[str, Any] | None, schema: type[Sectio
 
 
 def _without_comments(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a file and of its sections, without the remarks for people."""
+    """The settings of a file and of its sections, without the notes for people."""
     return {
         name: {key: inner for key, inner in value.items() if not is_comment(key)} if isinstance(value, dict) else value
         for name, value in values.items()

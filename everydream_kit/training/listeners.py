@@ -66,7 +66,7 @@ def build_listeners(run: Run, stop: StopSignal) -> list[Listener]:
 
 
 def build_sampler(run: Run, stop: StopSignal) -> Sampler:
-    """What draws pictures while training, with the live weights, the averaged ones, or both."""
+    """What generates samples while training, with the live weights, the averaged ones, or both."""
     config = run.config
     averaged = run.ema is not None and config.ema_sample_ema_model
     return Sampler(
@@ -100,7 +100,7 @@ def build_saver(run: Run, stop: StopSignal | None = None) -> Saver:
 
 
 def build_uploader(run: Run) -> Uploader | None:
-    """Uploads checkpoints to the Hub while training goes on; a problem there is a warning and never stops the run.
+    """Uploads checkpoints to the Hub while training continues; a problem there is a warning and never stops the run.
 
     Raises:
         HubError: the repository cannot be written to. Better known before training than after.
@@ -122,7 +122,7 @@ def build_uploader(run: Run) -> Uploader | None:
 
 
 class UndersizedList(Listener):
-    """Writes `undersized_images.txt` at the start: pictures that have to be enlarged for their bucket, and how much."""
+    """Writes `undersized_images.txt` at the start: images that have to be enlarged for their bucket, and how much."""
 
     def on_start(self, run: Run) -> None:
         write_undersized(run.folder.folder / "undersized_images.txt", run.dataset, run.plan_settings)

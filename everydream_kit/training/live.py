@@ -1,7 +1,7 @@
-"""Live settings: the few that may change while a run goes on, read from `live.json` at each epoch's start.
+"""Live settings: the few that may change while a run continues, read from `live.json` at each epoch's start.
 
-Only what changes nothing about which pictures are seen or how the arithmetic is done: the rate's factor, and when to sample
-and save. A wrong file is a warning, and the values before it stay.
+Only what changes nothing about which images are seen or how the arithmetic is done: the rate's factor, and when to
+sample and save. A wrong file is a warning, and the values before it stay.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class LiveSettings(BaseModel):
-    """What `live.json` may hold. What is left out stays as it is."""
+    """What `live.json` may hold. A setting that is absent stays as it is."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     lr_factor: Annotated[float, Field(ge=0, le=100)] | None = None

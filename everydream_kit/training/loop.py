@@ -1,6 +1,6 @@
 """The training loop, and nothing else. Read it aloud.
 
-A step is one optimizer update over the pictures of one accumulation window. What a step computes is in `step.py`, what
+A step is one optimizer update over the images of one accumulation window. What a step computes is in `step.py`, what
 it is computed with is built in `runs.py`, what is told about it is in the listeners.
 """
 

@@ -1,4 +1,4 @@
-"""One loss for each picture of a step, fetched from the device once, and the refusal of those that are no numbers."""
+"""One loss for each image of a step, fetched from the device once, and the refusal of NaN and infinite losses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class ImageLosses:
-    """The losses of one step, a number for each picture (fillers left out)."""
+    """The losses of one step, a number for each image (fillers skipped)."""
 
     images: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -42,19 +42,19 @@ class ImageLosses:
 
     @property
     def mean(self) -> float:
-        """Mean loss of the pictures, each weighed by its loss_scale, as the gradient saw it."""
+        """Mean loss of the images, each weighed by its loss_scale, as the gradient saw it."""
         if not self.losses:
             return 0.0
         return sum(loss * scale for loss, scale in zip(self.losses, self.loss_scales, strict=True)) / len(self.losses)
 
 
 def refuse_non_finite(losses: ImageLosses, step: int) -> None:
-    """Raises: NonFiniteLossError, naming the step and the pictures, if any loss is NaN or infinite."""
+    """Raises: NonFiniteLossError, naming the step and the images, if any loss is NaN or infinite."""
     losses.read()
     bad = [path for path, loss in zip(losses.paths, losses.losses, strict=True) if not math.isfinite(loss)]
     if bad:
         raise NonFiniteLossError(
-            f"step {step}: the loss is not a number any more (NaN or infinite) for {', '.join(bad[:4])}"
+            f"step {step}: loss is NaN or infinite for {', '.join(bad[:4])}"
             + (f" and {len(bad) - 4} more" if len(bad) > 4 else "")
             + ". Nothing was updated in this step. Lower lr, set clip_grad_norm 1.0, or choose amp_dtype bf16; "
             "then resume from the last checkpoint."

@@ -1,7 +1,7 @@
-"""The noise that pictures are mixed with, one generator for each picture.
+"""The noise that images are mixed with, one generator for each image.
 
-Everything is drawn on the CPU, one picture at a time: a picture's noise then depends on its address only, not on the
-batch, process or device it went through. That costs a loop over the batch: microseconds beside a model's milliseconds.
+Everything is drawn on the CPU, one image at a time: an image's noise then depends on its address only, not on the
+batch, process or device it went through. That costs a loop over the batch: microseconds next to a model's milliseconds.
 Timesteps are drawn in `timesteps`; what the noise is for is in `objectives`.
 """
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 Source = int | torch.Generator
-"""Where a picture's numbers come from: a seed, or a CPU generator (see `draws.torch_generator`)."""
+"""Where an image's numbers come from: a seed, or a CPU generator (see `draws.torch_generator`)."""
 
 MAX_PYRAMID_LEVELS = 10
 
@@ -48,9 +48,9 @@ def make_noise(
     """Draw the noise of a batch.
 
     Args:
-        shape_one: (C, h, w) of one picture's latents.
-        sources: a seed or generator for each picture.
-        offset: share r of a constant for each picture and channel that is added: noise + r·N(0, 1). Lets the model
+        shape_one: (C, h, w) of one image's latents.
+        sources: a seed or generator for each image.
+        offset: share r of a constant for each image and channel that is added: noise + r·N(0, 1). Lets the model
             learn brightness ("Diffusion with Offset Noise", N. Guttenberg 2023).
         pyramid_discount: factor d of multi-resolution noise ("Multi-Resolution Noise for Diffusion Model Training",
             J. Whitaker 2023), see `add_pyramid`. None: plain noise.
@@ -73,13 +73,13 @@ def _noise_of_one(
 
 
 def add_pyramid(noise: torch.Tensor, discount: float, generator: torch.Generator) -> torch.Tensor:
-    """Add coarser and coarser noise to one picture's, and bring the sum back to a standard deviation of 1.
+    """Add coarser and coarser noise to one image's, and bring the sum back to a standard deviation of 1.
 
     Level i is smaller than the one before by a drawn factor of 2 to 4, is enlarged bilinearly, and weighs discount^i.
     The last level is the first one with a side of 1, or the tenth.
 
     Args:
-        noise: (C, h, w), one picture's.
+        noise: (C, h, w), one image's.
     """
     height, width = noise.shape[-2:]
     total, level_height, level_width = noise, float(height), float(width)
@@ -100,7 +100,7 @@ def perturb_input(noise: torch.Tensor, gamma: float, sources: Sequence[Source]) 
     Args:
         noise: (B, C, h, w) on any device.
         gamma: strength; the paper uses 0.1.
-        sources: a seed or generator for each picture.
+        sources: a seed or generator for each image.
 
     Returns:
         A new tensor of the same shape, type and device.
@@ -114,7 +114,7 @@ def perturb_embeddings(embeddings: torch.Tensor, gamma: float, sources: Sequence
     Args:
         embeddings: (B, L, D) on any device; gradients flow through.
         gamma: strength; about 1.
-        sources: a seed or generator for each picture.
+        sources: a seed or generator for each image.
     """
     return embeddings + gamma / math.sqrt(embeddings.shape[-1]) * _standard_normal_like(embeddings, sources)
 

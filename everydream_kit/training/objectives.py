@@ -11,7 +11,7 @@ With a(t) = alphas_cumprod[t], x the latents and n the noise:
 One and the same prediction has a squared error of epsilon that is SNR times its squared error of x, and one of v that
 is SNR + 1 times it. Weightings are therefore written once, as a weight of the x error, and divided by that factor.
 
-There is one loss for each picture to the end, in float32 whatever the model runs in; averaging over pictures,
+There is one loss for each image to the end, in float32 whatever the model runs in; averaging over images,
 `loss_scale` and accumulation belong to the step.
 """
 
@@ -56,7 +56,7 @@ class Objective:
         return len(self.alphas_cumprod)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Mix latents (B, 4, h, w) with noise at each picture's timestep (B,). Returns the type of `latents`."""
+        """Mix latents (B, 4, h, w) with noise at each image's timestep (B,). Returns the type of `latents`."""
         signal, spread = self._mixing_rates(timesteps)
         return (signal * latents.float() + spread * noise.float()).to(latents.dtype)
 
@@ -76,13 +76,13 @@ class Objective:
         timesteps: torch.Tensor,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The loss of each picture, weighting included.
+        """The loss of each image, weighting included.
 
         Args:
             model_pred, target: (B, 4, h, w), any float type; computed in float32.
             timesteps: (B,) int64.
             mask: (B, 1, h, w) in 0..1, or None. The loss is the mean over the latent cells, weighed by the mask, so a
-                picture counts the same however small its masked area is; one that is masked altogether costs 0.
+                image counts the same however small its masked area is; one that is masked altogether costs 0.
 
         Returns:
             (B,) float32.

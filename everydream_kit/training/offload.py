@@ -1,9 +1,9 @@
 """Modules that wait in host memory while nobody needs them: the VAE, and text encoders that are not trained.
 
-A module may wait only where the steps themselves do without it: the VAE where latents are cached, text encoders where captions
-are remembered. Then it comes to the device for sampling, for validation, and for a picture or a caption that is met for the first
-time. Where every step would need it, it stays: moving it back and forth would cost more than it saves. On a CPU there is
-nothing to save.
+A module may be offloaded only where the steps themselves do without it: the VAE where latents are cached, text encoders where
+captions are remembered. Then it comes to the device for sampling, for validation, and for an image or a caption that is
+met for the first time. Where every step would need it, it stays: moving it back and forth would cost more than it
+saves. On a CPU there is nothing to save.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class IdleModels:
-    """Holds modules in host memory except while someone is at work with them.
+    """Holds modules in host memory except while they are in use.
 
     Args:
         modules: what waits; they are moved to host memory at once. Of none, everything here does nothing.
@@ -58,7 +58,7 @@ def idle_modules(
     """The modules that the steps do without.
 
     Args:
-        latents_cached: pictures need not be encoded at every step.
+        latents_cached: images need not be encoded at every step.
         trains_text: gradients flow into a text encoder.
         transforms_captions: a plug-in may give a new text at every use.
     """

@@ -103,7 +103,7 @@ class OptimizerConfig(Section):
     text_encoder_freezing: TextEncoderFreezing | None = None
     unet_freezing: UnetFreezing | None = None
     apply_grad_scaler_step_tweaks: bool | None = None
-    """Float16 only: raise the loss scale more and more slowly as the run goes on. On by default."""
+    """Float16 only: raise the loss scale more and more slowly as the run continues. On by default."""
     log_grad_norm: bool | None = None
     """Has no effect: the log always shows the gradient norm."""
     text_encoder_lr_scale: float | None = None

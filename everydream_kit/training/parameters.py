@@ -64,7 +64,7 @@ def select_parameters(
         unet_frozen_patterns: and none in whose name one of these is found.
 
     Returns:
-        The trained parts, UNet first; a part without trained parameters is left out.
+        The trained parts, UNet first; a part without trained parameters is skipped.
 
     Raises:
         ConfigError: nothing is left to train, or a pattern is invalid or matches nothing.

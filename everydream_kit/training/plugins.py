@@ -6,14 +6,14 @@ A plug-in is any class with some of these methods; it need not derive from anyth
     on_epoch_start(run, epoch)      on_epoch_end(run, epoch)
     on_step_start(run, step)        on_step_end(run, report)
     transform_caption(caption) -> caption
-    transform_pil_image(picture) -> picture
+    transform_pil_image(image) -> image
 
 EveryDream 2's signature works as well: a hook that takes keyword arguments (`**kwargs`) gets `epoch`, `global_step`,
-`local_step`, `epoch_length`, `project_name`, `log_folder`, `data_root`, `batch`, `ed_state`, `arg_update_callback` where it had
-them there, and `run`. What differs is in docs/differences.md.
+`local_step`, `epoch_length`, `project_name`, `log_folder`, `data_root`, `batch`, `ed_state`, `arg_update_callback`
+where it had them there, and `run`. What differs is in docs/differences.md.
 
-A plug-in that transforms images switches the latent cache off, since what it makes cannot be known in advance. A hook that
-does nothing, such as one inherited from EveryDream 2's `BasePlugin`, is no hook.
+A plug-in that transforms images switches the latent cache off, since what it makes cannot be known in advance. A hook
+that does nothing, such as one inherited from EveryDream 2's `BasePlugin`, is no hook.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _takes_keywords(method: Any) -> bool:
 
 
 def _refuse_update(name: str, value: Any) -> None:
-    raise ConfigError(f"{name}: a plug-in cannot set it to {value!r} while a run goes on; set it before the run.")
+    raise ConfigError(f"{name}: a plug-in cannot set it to {value!r} while a run continues; set it before the run.")
 
 
 class PluginListener(Listener):

@@ -19,7 +19,7 @@ class Position:
         step: optimizer steps done.
         epoch: epochs ended; those without an image count.
         step_in_epoch: optimizer steps done of the current epoch.
-        images: pictures trained on, each use counted.
+        images: images trained on, each use counted.
     """
 
     step: int = 0

@@ -102,9 +102,9 @@ def choose_precision(
         amp_dtype: "bf16", "fp16", or "auto": on a GPU bfloat16 where it has it and else float16, elsewhere float32, or
             `frozen_dtype` where that is in half precision.
         weight_dtype: "float32" or "bfloat16"; the latter computes in bfloat16 as well.
-        frozen_dtype: "float32", "float16", "bfloat16", or "auto": on a GPU the format of the arithmetic; elsewhere, and with
-            bfloat16 weights, that of the trained weights.
-        tune_scaler: raise float16's scale more slowly as the run goes on (EveryDream 2's step tweaks).
+        frozen_dtype: "float32", "float16", "bfloat16", or "auto": on a GPU the format of the arithmetic; elsewhere, and
+            with bfloat16 weights, that of the trained weights.
+        tune_scaler: raise float16's scale more slowly as the run continues (EveryDream 2's step tweaks).
         fused_backward: whether weights are updated inside the backward pass.
 
     Raises:
@@ -142,7 +142,7 @@ def _amp_dtype(device_type: str, amp_dtype: str) -> torch.dtype:
         return {"bf16": torch.bfloat16, "fp16": torch.float16}[amp_dtype]
     if device_type != "cuda":
         return torch.float32
-    # Without the argument, cards that only imitate bfloat16 (a T4) say yes, and are several times slower with it.
+    # Without the argument, GPUs that only imitate bfloat16 (a T4) say yes, and are several times slower with it.
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 

@@ -2,8 +2,9 @@
 
 Each process holds the whole model and takes its share of every batch; gradients are summed over the processes once per
 optimizer step, after accumulation, in flat buckets. That is data parallelism without a module wrapper: the losses are
-already divided by the pictures of all processes, so one process with batch B and two with batch B/2 compute the same sums.
-accelerate says which process this is and opens the process group, whether it was started by `accelerate launch` or `torchrun`.
+already divided by the images of all processes, so one process with batch B and two with batch B/2 compute the same
+sums. accelerate says which process this is and opens the process group, whether it was started by `accelerate launch`
+or `torchrun`.
 """
 
 from __future__ import annotations

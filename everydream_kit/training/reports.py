@@ -34,7 +34,7 @@ class StepReport:
         epoch: the epoch this step belonged to, from 0.
         step_in_epoch, num_steps_in_epoch: its place there, from 0.
         epoch_ended: it was the last one of its epoch.
-        losses: one loss a picture.
+        losses: one loss an image.
         learning_rates: of each trained part, as applied in this step.
         gradient_norm: L2 norm of all gradients before clipping, or None where nobody wanted it.
         num_images: images over all processes.
@@ -91,7 +91,7 @@ class StepReport:
 
 
 class Listener:
-    """Told about a run. Every method may be left out; `state` and `restore` carry what must survive a resume."""
+    """Receives the reports of a run. Every method is optional; `state` and `restore` carry what must survive a resume."""
 
     name = ""
     """Key of its state in the checkpoint; empty where it has none."""
@@ -117,7 +117,8 @@ class Listener:
 
 
 class BestEffort(Listener):
-    """A listener that a run can do without: where it cannot read or write, because a disk is full or gone, the run goes on."""
+    """A listener that a run can do without: where it cannot read or write, because a disk is full or gone, the run
+    continues."""
 
     def __init__(self, listener: Listener) -> None:
         self.listener = listener
@@ -149,7 +150,7 @@ class BestEffort(Listener):
         except OSError as problem:
             if not self._has_warned:
                 self._has_warned = True
-                run.warn(f"{type(self.listener).__name__} cannot read or write: {problem}. Training goes on without.")
+                run.warn(f"{type(self.listener).__name__} cannot read or write: {problem}. Training continues without.")
 
 
 class Averages:
@@ -234,7 +235,7 @@ class LossLog(Listener):
         average.clear()
 
     def state(self) -> dict[str, Any]:
-        # copies: the checkpoint is written in the background, while the sums go on
+        # copies: the checkpoint is written in the background, while the sums continue
         return {name: dict(vars(getattr(self, name))) for name in ("since_log", "epoch")}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -272,7 +273,7 @@ class StatusFile(Listener):
 
 
 class ProgressBar(Listener):
-    """A bar on the terminal with loss, pictures per second and the time left; plain lines where there is no terminal."""
+    """A bar on the terminal with loss, images per second and the time left; plain lines where there is no terminal."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -301,7 +302,7 @@ class ProgressBar(Listener):
 
 
 class ImageTable(Listener):
-    """Mean loss and count of each picture over an epoch: `losses/ep<N>.json`, highest first, the worst twenty apart."""
+    """Mean loss and count of each image over an epoch: `losses/ep<N>.json`, highest first, the worst twenty apart."""
 
     name = "picture_table"
 

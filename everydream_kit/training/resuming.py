@@ -30,7 +30,7 @@ RATE_JUMP = 0.05
 """Share by which the next learning rate may differ from the one that would have come, before it is a warning."""
 
 PLAN_SETTINGS = ("batch_size", "grad_accum", "resolution", "rated_dataset", "rated_dataset_target_dropout_percent")
-"""Settings that decide which images share a step, beside the dataset and the number of processes."""
+"""Settings that decide which images share a step, next to the dataset and the number of processes."""
 
 
 def resume_facts(run: Run) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Run:
     seed: int
     dataset: Dataset
     plan_settings: PlanSettings
-    num_steps: int  # foretold: with ratings or fractional multipliers, epochs differ by a few steps
+    num_steps: int  # estimated: with ratings or fractional multipliers, epochs differ by a few steps
     model: Model
     parts: list[TrainedPart]
     optimizer: torch.optim.Optimizer
@@ -156,7 +156,7 @@ class Run:
         return rates
 
     def generators(self, batch: Batch, purpose: str) -> list[torch.Generator]:
-        """One generator for each picture of the batch, by its address."""
+        """One generator for each image of the batch, by its address."""
         planned = batch.planned
         return [
             torch_generator(self.seed, purpose, planned.epoch, self.dataset.key(draw.image), draw.repeat)
@@ -164,7 +164,7 @@ class Run:
         ]
 
     def encode_images(self, batch: Batch, *, mean_only: bool = False) -> torch.Tensor:
-        """(B, 4, H/8, W/8) scaled latents, drawn from the VAE's posterior at each picture's address, or its mean."""
+        """(B, 4, H/8, W/8) scaled latents, drawn from the VAE's posterior at each image's address, or its mean."""
         device = self.ranks.device
         with torch.no_grad():
             if batch.moments is not None:

@@ -84,8 +84,8 @@ def build_run(
     """Build everything that a run consists of, standing at its beginning; listeners are added by the caller.
 
     Args:
-        seed: of a run that goes on; by default the config's, where -1 draws one.
-        weights_from: checkpoint of a run that goes on; by default `resume_ckpt`.
+        seed: of a resumed run; by default the config's, where -1 draws one.
+        weights_from: checkpoint of a resumed run; by default `resume_ckpt`.
         stop: ends what takes long here.
 
     Raises:
@@ -148,9 +148,9 @@ def assemble_run(
 
     Args:
         resumes: the model's weights are those of this very run, so an EMA model is not loaded over them.
-        device_type: what optimizer and precision are chosen for, where that is not the device that the tensors are on: the
-            pre-flight foretells a GPU's memory without one.
-        stop: ends the encoding of pictures with a `StopRequested`.
+        device_type: what optimizer and precision are chosen for, where that is not the device that the tensors are on:
+            the pre-flight estimates a GPU's memory without one.
+        stop: ends the encoding of images with a `StopRequested`.
     """
     device_type = device_type or ranks.device.type
     plan_settings = make_plan_settings(config, seed, ranks.num_ranks)

@@ -1,7 +1,7 @@
-"""A run's state at one moment, ready to be written while training goes on.
+"""A run's state at one moment, ready to be written while training continues.
 
-With `copy`, tensors are cloned to host memory, so the writer sees the moment and not what came after. Without, it refers to
-the live tensors and must be written before the next step.
+With `copy`, tensors are cloned to host memory, so the writer sees the moment and not what came after. Without, it
+refers to the live tensors and must be written before the next step.
 """
 
 from __future__ import annotations

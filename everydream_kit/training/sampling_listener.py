@@ -1,9 +1,10 @@
-"""Samples while training: when they are made, and writing their sheets. What is sampled stands in `prompt_file.py`.
+"""Samples while training: when they are made, and writing their grids. What is sampled is in `prompt_file.py`.
 
-The prompt file is read again whenever it changes, so prompts can be edited while a run trains. No mistake in it and no failure
-while sampling ends a run: each is a warning, which names the sheet that it cost; the next sheet is made, and training goes on.
+The prompt file is read again whenever it changes, so prompts can be edited while a run trains. No mistake in it and no
+failure while sampling ends a run: each is a warning, which names the grid that it cost; the next grid is made, and
+    training continues.
 
-All cfg values of a prompt start from the same noise, so the columns of a sheet differ by cfg alone.
+All cfg values of a prompt start from the same noise, so the columns of a grid differ by cfg alone.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ NUM_RANDOM_CAPTIONS = 4
 SAMPLED_TOGETHER = 4
 """Images that go through the UNet together, where the prompt file gives no `batch_size`."""
 IMAGES_OF_A_GROUP = 12
-"""Sheets of about so many images are made, and then written."""
+"""Grids of about so many images are made, and then written."""
 NAME_BYTES = 120
 """Of a prompt in a file name: with the rest of the name below the 143 of encrypted home folders; others allow 255."""
 FAILURES = (
@@ -56,7 +57,8 @@ logger = logging.getLogger("everydream_kit")
 def plan_prompts(
     settings: SampleSettings, dataset: Dataset, *, seed: int, resolution: int, step: int
 ) -> list[SamplePrompt]:
-    """Turn the file's entries into prompts with sizes and seeds; random captions are drawn from the dataset by address."""
+    """Turn the file's entries into prompts with sizes and seeds; random captions are drawn from the dataset by
+    address."""
     from everydream_kit.models.sampling import SamplePrompt
 
     entries = settings.samples or [SampleEntry(random_caption=True) for _ in range(NUM_RANDOM_CAPTIONS)]
@@ -101,7 +103,7 @@ def clean_for_file_name(prompt: str) -> str:
 
 @dataclass(frozen=True)
 class SampleSchedule:
-    """When to draw: every so many steps (None: never), and before the first one."""
+    """When to generate: every so many steps (None: never), and before the first one."""
 
     every_n_steps: int | None
     before_training: bool
@@ -113,8 +115,8 @@ class Sampler(Listener):
     Args:
         prompts_path: the prompt file.
         schedule: when, unless the prompt file says otherwise.
-        live, averaged: draw with the live weights, with the EMA weights, or both.
-        stop: ends a drawing in progress: it is saved first, and drawn when the run goes on.
+        live, averaged: generate with the live weights, with the EMA weights, or both.
+        stop: ends sampling in progress: it is saved first, and generated when the run continues.
     """
 
     name = "sampler"
@@ -160,7 +162,7 @@ class Sampler(Listener):
         settings = self._settings(run)
         if settings is None:
             run.warn(
-                f"No samples were drawn: nothing in {self.prompts_path} can be used. Fix the file to have samples."
+                f"No samples were generated: nothing in {self.prompts_path} can be used. Fix the file to have samples."
             )
             return
         self._last_step = run.position.step
@@ -169,10 +171,10 @@ class Sampler(Listener):
             self._sample_variants(run, settings)
         except StopRequested:
             self._is_owed = True
-            run.journal.note("The samples are not drawn to the end: the run stops. They are drawn when it goes on.")
+            run.journal.note("Sampling was interrupted; it will run again on resume.")
         except FAILURES as problem:
             logger.debug("sampling failed", exc_info=True)
-            run.warn(f"The samples of step {run.position.step} failed: {_in_words(problem)}. Training goes on.")
+            run.warn(f"The samples of step {run.position.step} failed: {_in_words(problem)}. Training continues.")
         run.set_state("running")
 
     def state(self) -> dict[str, Any]:
@@ -231,11 +233,11 @@ class Sampler(Listener):
 
 @dataclass
 class _Grids:
-    """The sheets of one sampling: made and written group by group; where a group fails, one by one, image by image.
+    """The grids of one sampling: made and written group by group; where a group fails, one by one, image by image.
 
     Attributes:
         prefix: of the file names, behind step and index.
-        made: indices of the sheets that are written.
+        made: indices of the grids that are written.
     """
 
     run: Run
@@ -246,7 +248,7 @@ class _Grids:
     made: set[int] = field(default_factory=set)
 
     def make(self) -> None:
-        """Make all. A sheet that fails is a warning.
+        """Make all. A grid that fails is a warning.
 
         Raises:
             StopRequested: the run should stop.
@@ -264,15 +266,15 @@ class _Grids:
                     prompt = self.prompts[index]
                     self.run.warn(
                         f"Sample {index} ({prompt.prompt[:60]!r}, {prompt.width} x {prompt.height}) of step "
-                        f"{self.run.position.step} failed: {problem}. Training goes on."
+                        f"{self.run.position.step} failed: {problem}. Training continues."
                     )
 
     def _try(self, indices: Sequence[int], progress: Callable[[int, int], None], *, together: int) -> str | None:
-        """Make and write some sheets, so many images together. Returns what went wrong, in words."""
+        """Make and write some grids, so many images together. Returns what went wrong, in words."""
         try:
             self._write(indices, progress, together)
         except FAILURES as problem:
-            logger.debug("a sheet of samples failed", exc_info=True)
+            logger.debug("a grid of samples failed", exc_info=True)
             if is_out_of_memory(problem):
                 return f"out of memory ({_in_words(problem)}); make it smaller"
             return _in_words(problem)

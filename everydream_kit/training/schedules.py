@@ -16,7 +16,7 @@ DECAY_STRETCH = 1.5
 WARMUP_SHARE = 1 / 50
 """Of the decay steps."""
 BATCH_EXPONENT = 0.55
-"""From Stable Diffusion's 1e-4 at 4096 pictures a step against 1e-6 at 1 or 2: log(100) / log(4096) = 0.554."""
+"""From Stable Diffusion's 1e-4 at 4096 images a step against 1e-6 at 1 or 2: log(100) / log(4096) = 0.554."""
 POLYNOMIAL_POWER = 2.0
 
 
@@ -79,5 +79,5 @@ def default_warmup_steps(decay_steps: int, kind: str) -> int:
 
 
 def scaled_lr(lr: float, batch_size: int, grad_accum: int) -> float:
-    """lr × (batch_size × grad_accum)^0.55: the rate for a larger step, when `lr` is meant for single pictures."""
+    """lr × (batch_size × grad_accum)^0.55: the rate for a larger step, when `lr` is meant for single images."""
     return lr * (batch_size * grad_accum) ** BATCH_EXPONENT

@@ -1,12 +1,14 @@
-"""FSDP2: a model, its gradients and its optimizer state divided among processes, for models that do not fit on one device.
+"""FSDP2: a model, its gradients and its optimizer state divided among processes, for models that do not fit on one
+device.
 
-Every trained module is divided block by block (`fully_shard`): each process keeps a slice of each weight, and the whole of a
-block exists only while it is at work. What a checkpoint holds is put together again on the main process, so it is an ordinary
-one: a run may go on with another number of processes, or with one.
+Every trained module is divided block by block (`fully_shard`): each process keeps a slice of each weight, and a full
+block exists only while it computes. What a checkpoint holds is put together again on the main process, so it is
+an ordinary one: a run may continue with another number of processes, or with one.
 
-Only the main process has listeners. What they need of the others (the whole weights, to draw, to measure or to save) it asks
-for: the others wait in `Run.rejoin` and take part in gathering. What is not divided: the VAE, and text encoders that are not
-trained. Drawing and measuring while training take one whole copy of the trained modules on the main process's device.
+Only the main process has listeners. What they need of the others (the full weights, to sample, to measure or to save) it
+requests: the others wait in `Run.rejoin` and take part in gathering. What is not divided: the VAE, and text encoders
+that are not trained. Sampling and validation while training take one full copy of the trained modules on the main
+process's device.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""The arithmetic of one optimizer step: pictures in, one loss for each, gradients out.
+"""The arithmetic of one optimizer step: images in, one loss for each, gradients out.
 
-Every random number here has the address (seed, purpose, epoch, picture, repeat), so a picture's noise does not depend
-on which batch, process or worker it came through. One loss per picture is kept to the end; weights, masks and per-picture
+Every random number here has the address (seed, purpose, epoch, image, repeat), so an image's noise does not depend
+on which batch, process or worker it came through. One loss per image is kept to the end; weights, masks and per-image
 logs need no second path. The loss of the step is the sum over all its images (accumulated micro-batches and all
-processes), divided by the images of the epoch's fullest step: a full step is a mean, a shorter one weighs by its images.
+processes), divided by the images of the epoch's fullest step: a full step is a mean, a shorter one weighs by its
+images.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def share_of_step(losses: torch.Tensor, loss_scale: torch.Tensor, loss_divisor: 
 
 
 def image_losses(run: Run, batch: Batch, work: StepBatches) -> torch.Tensor:
-    """(B,) float32: the objective's loss for each picture of a micro-batch."""
+    """(B,) float32: the objective's loss for each image of a micro-batch."""
     settings = run.noise_settings
     latents = run.encode_images(batch)  # (B, 4, H/8, W/8), scaled
     noise = make_noise(

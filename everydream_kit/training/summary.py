@@ -36,7 +36,7 @@ def library_versions() -> dict[str, str]:
 
 
 def summarise_captions(dataset: Dataset) -> dict[str, int]:
-    """Counts over the pictures' captions as written (of several alternatives the first), by words for people."""
+    """Counts over the images' captions as written (of several alternatives the first), by words for people."""
     captions = [dataset.caption(index) for index in range(len(dataset))]
     texts = [caption.text for caption in captions]
     return {

@@ -1,8 +1,8 @@
-"""Which noise level each picture is trained at.
+"""Which noise level each image is trained at.
 
-Uniform and logit-normal draws depend on the picture's own address only. Stratified draws need all pictures of an
+Uniform and logit-normal draws depend on the image's own address only. Stratified draws need all images of an
 optimizer step: each gets one of `num_images` equal parts of the range, so a step always sees high and low noise alike.
-That takes the chance out of the step's mean loss; every picture by itself is still drawn uniformly.
+That takes the chance out of the step's mean loss; every image by itself is still drawn uniformly.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ def draw_timesteps(
     num_images: int | None = None,
     step_generator: Source | None = None,
 ) -> torch.Tensor:
-    """Draw a timestep between start (inclusive) and end (exclusive) for each picture.
+    """Draw a timestep between start (inclusive) and end (exclusive) for each image.
 
     Args:
-        sources: a seed or generator for each picture.
+        sources: a seed or generator for each image.
         start, end: bounds of the timesteps.
         how: "uniform"; "logit_normal", the sigmoid of N(0, 1), which favours the middle (arXiv 2403.03206, section
             3.1); or "stratified", which needs the following three.
-        positions: each picture's position in the optimizer step, from 0, counted over micro-batches and processes.
-        num_images: pictures in the optimizer step.
+        positions: each image's position in the optimizer step, from 0, counted over micro-batches and processes.
+        num_images: images in the optimizer step.
         step_generator: seed or generator of the optimizer step, the same on every process.
 
     Returns:
@@ -70,10 +70,10 @@ _FRACTIONS = {"uniform": _uniform_fraction, "logit_normal": _logit_normal_fracti
 def _stratified_fractions(positions: Sequence[int], num_images: int, generator: torch.Generator) -> torch.Tensor:
     """Systematic sampling: (stratum + u) / n with one u for the step (as in arXiv 2107.00630, appendix I.1).
 
-    The strata are dealt out by a permutation, because a position says which bucket a picture is from.
+    The strata are dealt out by a permutation, because a position says which bucket an image is from.
     """
     offset = torch.rand((), generator=generator, dtype=torch.float64)
     strata = torch.randperm(num_images, generator=generator)
-    # A filler stands past the last picture; its timestep counts for nothing.
+    # A filler stands past the last image; its timestep counts for nothing.
     own = strata[torch.tensor(positions, dtype=torch.int64) % num_images]
     return (own + offset) / num_images

@@ -46,17 +46,17 @@ def read_dataset(config: TrainConfig, journal: Journal) -> Dataset:
     """Scan the run's dataset and report what cannot be used.
 
     Raises:
-        DataError: no picture can be used.
+        DataError: no image can be used.
     """
     dataset = scan(config, config.data_root)
     for problem in dataset.problems:
         journal.warn(str(problem))
     if not len(dataset) and not dataset.problems:
         raise DataError(
-            f"data_root {config.data_root}: holds no picture ({', '.join(EXTENSIONS)}). Give the folder that holds yours."
+            f"data_root {config.data_root}: holds no image ({', '.join(EXTENSIONS)}). Give the folder that holds yours."
         )
     if not len(dataset):
-        raise DataError(f"data_root {config.data_root}: no picture can be used; the log names each problem.")
+        raise DataError(f"data_root {config.data_root}: no image can be used; the log names each problem.")
     return dataset
 
 

@@ -1,8 +1,8 @@
-"""Validation: the loss on fixed pictures, at fixed noise levels, with fixed noise.
+"""Validation: the loss on fixed images, at fixed noise levels, with fixed noise.
 
-A training loss is mostly chance: which timestep, which noise. Here each picture is measured at the same few timesteps
+A training loss is mostly chance: which timestep, which noise. Here each image is measured at the same few timesteps
 (the middles of equal parts of the range) with noise of its own that never changes, so two values of a curve differ by
-the weights alone. That costs a forward pass for each picture and timestep, without gradients.
+the weights alone. That costs a forward pass for each image and timestep, without gradients.
 
 Here are the split, the pass, and what follows from a curve (best, trend, early stopping). When it is due is in
 `validation_config`; how the loss is drawn and logged is the listener's.
@@ -36,15 +36,15 @@ TREND_WINDOW = 5
 """Measurements that the trend is judged by, EveryDream 2's."""
 
 ALIKE_BITS = 8
-"""Bits of 64 in which perceptual hashes may differ for pictures to stay on one side: more than for the duplicates that are
-offered for deletion, since keeping two strangers together costs nothing."""
+"""Bits of 64 in which perceptual hashes may differ for images to stay on one side: more than for the duplicates that
+are offered for deletion, since keeping two strangers together costs nothing."""
 
 
 def content_groups(dataset: Dataset) -> list[str]:
-    """A name for the content of each picture: files with the same bytes have the same name, and so have pictures that look
+    """A name for the content of each image: files with the same bytes have the same name, and so have images that look
     alike (`data.duplicates`: another size, another compression, a light retouch).
 
-    Every picture is decoded once, at a small scale. Pictures that cannot be read are groups of their own.
+    Every image is decoded once, at a small scale. Images that cannot be read are groups of their own.
     """
     digests = digest_images(((dataset.path(index), None) for index in range(len(dataset))), len(dataset))
     names = [digest.tobytes().hex() if digest.any() else dataset.key(index) for index, digest in enumerate(digests)]
@@ -58,16 +58,16 @@ def content_groups(dataset: Dataset) -> list[str]:
 def split_indices(
     groups: Sequence[str], proportion: float, seed: int, purpose: str = "validation split"
 ) -> tuple[list[int], list[int]]:
-    """Take a share of the pictures out, whole groups at a time, so that no picture is on both sides.
+    """Take a share of the images out, whole groups at a time, so that no image is on both sides.
 
-    The groups are ordered by a hash of their name: a picture that is added or removed leaves the others where they are,
+    The groups are ordered by a hash of their name: an image that is added or removed leaves the others where they are,
     but for those at the edge.
 
     Args:
-        groups: content group of each picture.
-        proportion: share to take out, of the pictures: at least max(1, ceil(share · n)).
+        groups: content group of each image.
+        proportion: share to take out, of the images: at least max(1, ceil(share · n)).
         seed: of the validation config.
-        purpose: tells different splits of the same pictures apart.
+        purpose: tells different splits of the same images apart.
 
     Returns:
         Indices that stay, and indices that are taken out, both ascending.
@@ -88,14 +88,14 @@ def split_indices(
     stays = [index for index in range(len(groups)) if index not in chosen]
     if not stays:
         raise ConfigError(
-            f"validation_config: of {len(groups)} pictures ({len(members)} different ones), taking {wanted} out for "
-            "validation leaves none to train on; add pictures, lower the proportion, or set val_split_mode to none"
+            f"validation_config: of {len(groups)} images ({len(members)} different ones), taking {wanted} out for "
+            "validation leaves none to train on; add images, lower the proportion, or set val_split_mode to none"
         )
     return stays, sorted(taken)
 
 
 def once_each(dataset: Dataset) -> Dataset:
-    """The same pictures, each used exactly once in an epoch, whatever its `multiply` says."""
+    """The same images, each used exactly once in an epoch, whatever its `multiply` says."""
     ones = np.ones(len(dataset), dataset.numbers["multiply"].dtype)
     return dataclasses.replace(dataset, numbers={**dataset.numbers, "multiply": ones})
 
@@ -110,8 +110,8 @@ class ValidationLoss:
     """What a pass found.
 
     Attributes:
-        mean: over pictures, each counted once and alike, and over timesteps.
-        by_timestep: mean over pictures for each timestep of the grid.
+        mean: over images, each counted once and alike, and over timesteps.
+        by_timestep: mean over images for each timestep of the grid.
         num_images: how many.
     """
 
@@ -134,8 +134,8 @@ def validate(
     """Measure the loss.
 
     Args:
-        batches: each picture once, loaded without chance (`make_loader(..., fixed=True)`). Fillers count for nothing.
-        keys: the pictures' keys, of which their noise is a function.
+        batches: each image once, loaded without chance (`make_loader(..., fixed=True)`). Fillers count for nothing.
+        keys: the images' keys, of which their noise is a function.
         encode: latents (B, 4, h, w) and conditioning of a batch; must not draw, or draw by address.
         predict: (batch, noisy latents, timesteps (B,), conditioning) -> model_pred.
         objective: the training's own, so that both curves mean the same.
@@ -144,7 +144,7 @@ def validate(
         modules: put into evaluation mode meanwhile.
 
     Raises:
-        ConfigError: there are no pictures.
+        ConfigError: there are no images.
     """
     sums = torch.zeros(len(timesteps), dtype=torch.float64)
     num_images = 0
@@ -167,7 +167,7 @@ def validate(
                 sums[row] += losses.double().cpu()[counts].sum()
             num_images += int(counts.sum())
     if not num_images:
-        raise ConfigError("validation_config: there are no pictures to validate with")
+        raise ConfigError("validation_config: there are no images to validate with")
     means = (sums / num_images).tolist()
     return ValidationLoss(sum(means) / len(means), dict(zip(timesteps, means, strict=True)), num_images)
 
@@ -183,7 +183,7 @@ def _losses_at(
     objective: Objective,
     seed: int,
 ) -> torch.Tensor:
-    """(B,) losses at one timestep, with each picture's own noise for it."""
+    """(B,) losses at one timestep, with each image's own noise for it."""
     generators = [torch_generator(seed, "validation", key, timestep) for key in keys]
     noise = make_noise(tuple(latents.shape[1:]), generators).to(latents)
     steps = torch.full((len(latents),), timestep, device=latents.device)

@@ -1,4 +1,4 @@
-"""EveryDream 2's validation config: what is measured, how often, and on which pictures."""
+"""EveryDream 2's validation config: what is measured, how often, and on which images."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ class ValidationConfig(Section):
     """The whole file."""
 
     validate_training: bool = True
-    """Measure the loss on pictures that are not trained on: `loss/val`."""
+    """Measure the loss on images that are not trained on: `loss/val`."""
     val_split_mode: Literal["automatic", "manual", "none"] = "automatic"
     """automatic: take a share of the dataset out of training; manual: use another folder; none: neither."""
     auto_split_proportion: Proportion = 0.15
-    """Share of the pictures that are taken out."""
+    """Share of the images that are taken out."""
     manual_data_root: str | None = None
     """Dataset of the manual mode."""
     extra_manual_datasets: dict[str, str] = Field(default_factory=dict)
     """Further datasets by name, each with a curve of its own: `loss/<name>`."""
     stabilize_training_loss: bool = False
-    """Measure a share of the training pictures in the same way: `loss/train-stabilized`."""
+    """Measure a share of the training images in the same way: `loss/train-stabilized`."""
     stabilize_split_proportion: Proportion = 0.15
-    """That share; these pictures stay in training."""
+    """That share; these images stay in training."""
     every_n_epochs: Annotated[float, Field(gt=0)] = 1
     """Epochs between measurements; 0.25 measures four times in an epoch."""
     seed: Annotated[int, Field(ge=0)] = 555
     """Address of the split and of the fixed noise."""
     batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Pictures measured together; None: as many as are trained together."""
+    """Images measured together; None: as many as are trained together."""
     use_relative_loss: bool = False
     """Has no effect, as in EveryDream 2."""
 
@@ -70,7 +70,7 @@ class ValidationConfig(Section):
 
     @property
     def splits_training_set(self) -> bool:
-        """Whether pictures are taken out of training."""
+        """Whether images are taken out of training."""
         return self.validate_training and self.val_split_mode == "automatic"
 
     @property

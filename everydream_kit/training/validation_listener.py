@@ -1,6 +1,6 @@
-"""The validation listener: when pictures are measured, and what follows (best checkpoint, warning, early stopping).
+"""The validation listener: when images are measured, and what follows (best checkpoint, warning, early stopping).
 
-Which pictures is decided in `validation_sets`, the measurement itself is in `validation`.
+Which images is decided in `validation_sets`, the measurement itself is in `validation`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Stands for the trainer in tests of jobs and panels: writes a run folder as the trainer does, without torch.
 
-Called as `trainer_double.py RUN [--steps N] [--seconds-a-step S] [--die-at N] [--fail-at N]`; goes on from resume.json.
+Called as `trainer_double.py RUN [--steps N] [--seconds-a-step S] [--die-at N] [--fail-at N]`; continues from
+resume.json.
 """
 
 import argparse
@@ -44,8 +45,8 @@ class Trainer:
             if step == self.options.die_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             if step == self.options.fail_at:
-                self.event("error", message="DataError: no pictures")
-                self.status("failed", step, message="no pictures")
+                self.event("error", message="DataError: no images")
+                self.status("failed", step, message="no images")
                 raise SystemExit(1)
             self.event("loss", step=step, loss=1 / (1 + step), lr=1e-6, images_per_second=12.5, memory_bytes=1 << 30)
             if step % 5 == 0:

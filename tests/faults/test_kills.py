@@ -1,6 +1,8 @@
-"""Killed at any moment, also inside a save: the run goes on from its newest whole checkpoint and ends with the same bytes.
+"""Killed at any moment, also inside a save: the run continues from its latest whole checkpoint and ends with the same
+bytes.
 
-Several kills are dealt to one run (kill, resume, kill, ...), because starting a process costs more than the training does.
+Several kills are dealt to one run (kill, resume, kill, ...), because starting a process costs more than the training
+does.
 """
 
 from __future__ import annotations

@@ -305,7 +305,7 @@ def test_a_real_full_disk_warns_and_training_goes_on(
         train(TrainConfig(**{**settings, "logdir": str(small_disk), "save_every_n_steps": 2}))
     run = list_runs(small_disk)[-1]
     assert run.status()["state"] == "failed"
-    assert any("Training goes on and saves again later" in event["message"] for event in run.events("warning"))
+    assert any("Training continues and saves again later" in event["message"] for event in run.events("warning"))
     for checkpoint in run.checkpoints():
         verify_checkpoint(checkpoint.folder)
 
@@ -321,7 +321,7 @@ def test_a_disk_without_a_free_byte_ends_no_training_and_the_end_waits_for_room(
     assert run.status()["state"] == "finished"
     assert [event["step"] for event in run.events("loss")] == list(range(1, 9))  # what was told meanwhile came later
     warnings = "\n".join(event["message"] for event in run.events("warning"))
-    assert "of step 3 failed: [Errno 28] No space left on device. Training goes on." in warnings
+    assert "of step 3 failed: [Errno 28] No space left on device. Training continues." in warnings
     assert "What was trained waits in memory, for 30 minutes" in warnings
     verify_checkpoint(run.last_checkpoint)
     assert run.checkpoints()[-1].step == 8

@@ -1,4 +1,5 @@
-"""`batch_size: auto` from one end to the other: foretold, chosen, written down, and the same when the run goes on."""
+"""`batch_size: auto` from one end to the other: estimated, chosen, written down, and the same when the run
+continues."""
 
 import json
 from pathlib import Path
@@ -53,7 +54,7 @@ def test_the_number_is_chosen_once_and_a_resumed_run_takes_the_same(settings, mo
     assert timed["seconds_left"] == pytest.approx(timed["seconds_per_step"], abs=0.2)
     assert "s a step: about" in timed["line"]
 
-    estimated = plan(run)  # the disk is filled as foretold, and the time is the run's own
+    estimated = plan(run)  # the disk is filled as estimated, and the time is the run's own
     (checkpoints, files) = estimated.disk.items
     assert checkpoints.last_bytes == pytest.approx(bytes_under(run.checkpoints_folder), rel=0.05)
     assert files.last_bytes == pytest.approx(bytes_under(Path(settings["save_ckpt_dir"])), rel=0.05)
@@ -70,8 +71,8 @@ def test_the_number_is_chosen_once_and_a_resumed_run_takes_the_same(settings, mo
 def test_a_run_that_cannot_fit_fails_before_its_model_is_loaded(settings, monkeypatch):
     monkeypatch.setattr("everydream_kit.preflight.auto_batch_size.cpu_room", lambda: 1000)
     monkeypatch.setattr("everydream_kit.preflight.auto_batch_size.memory_model", lambda config: LinearMemory())
-    with pytest.raises(MemoryLimitError, match="batch_size: not even one picture fits"):
+    with pytest.raises(MemoryLimitError, match="batch_size: not even one image fits"):
         train(TrainConfig(**{**settings, "resume_ckpt": "absent"}))
     (run,) = list_runs(settings["logdir"])
     assert run.status()["state"] == "failed"
-    assert "not even one picture fits" in run.status()["message"]
+    assert "not even one image fits" in run.status()["message"]

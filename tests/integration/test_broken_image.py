@@ -1,4 +1,4 @@
-"""A broken picture among good ones: named, left out, and the run goes on."""
+"""A broken image among good ones: named, skipped, and the run continues."""
 
 from __future__ import annotations
 

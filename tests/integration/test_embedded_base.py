@@ -126,7 +126,7 @@ def test_the_score_refuses_what_it_cannot_judge():
     from everydream_kit.demo.score import score
 
     image = Image.new("RGB", (128, 128))
-    with pytest.raises(ValueError, match="1 pictures and 2 subjects"):
+    with pytest.raises(ValueError, match="1 images and 2 subjects"):
         score([image], ["red apple", "guitar"])
     with pytest.raises(ValueError, match="no reference for a grand idea"):
         score([image], ["a grand idea"])
@@ -142,7 +142,7 @@ def test_the_base_draws_the_subjects_it_is_asked_for_as_3d_images(pipeline, seed
 
 
 def teach(folder: Path, seed: int, **changes) -> list[Image.Image]:
-    """Fine-tune the base on the demo's pictures with the demo's settings, and draw its subjects as ink drawings."""
+    """Fine-tune the base on the demo's images with the demo's settings, and draw its subjects as ink drawings."""
     import everydream_kit as edk
     from everydream_kit.demo.main import TRAINING, generate_subjects
     from everydream_kit.generation import open_for_sampling

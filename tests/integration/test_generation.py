@@ -1,4 +1,4 @@
-"""`sample`: pictures in files that carry their settings, from whatever a person names."""
+"""`sample`: images in files that carry their settings, from whatever a person names."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_terminal_shows_how_far_the_drawing_is(tmp_path: Path, tiny_model_fold
     shown = os.read(terminal, 100_000).decode()
     os.close(stderr)
     os.close(terminal)
-    assert "drawing   0%" in shown and ("drawing  50%" in shown or "drawing 100%" in shown)
+    assert "sampling   0%" in shown and ("sampling  50%" in shown or "sampling 100%" in shown)
     assert drawn.stdout.count("\n") == 1 and Path(drawn.stdout.strip()).is_file()
 
 

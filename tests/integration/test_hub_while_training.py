@@ -1,4 +1,4 @@
-"""Uploads in the background of a training, and going on with the run on another machine."""
+"""Uploads in the background of a training, and continuing with the run on another machine."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_hub_that_fails_is_a_warning_and_the_next_checkpoint_is_tried_anew(hub
     uploads.submit(write_checkpoint(run, 40, seed=40), 40)
     uploads.close()
     assert reported.kinds() == [("uploading", 20), ("warning", 20), ("uploading", 40), ("uploaded", 40)]
-    assert "Upload of step 20 failed, training goes on. Could not commit to me/jets (tried 3 times)" in reported[1][2]
+    assert "Upload of step 20 failed, training continues. Could not commit to me/jets (tried 3 times)" in reported[1][2]
     assert TOKEN not in "".join(message for _, _, message in reported)
 
 

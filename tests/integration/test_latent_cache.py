@@ -201,7 +201,7 @@ def test_values_that_are_not_finite_are_refused_by_name(folder, tmp_path):
 def test_the_room_is_estimated_and_checked_before_anything_is_encoded(folder, tmp_path, monkeypatch):
     dataset = scan_dataset(folder, flip_p=0.5)
     estimated = estimate_bytes(dataset, PLAN, variants=4)
-    # 3 pictures x 4 crops x 2 mirrorings x (8 channels x 8 x 8 cells x 2 bytes + a line in the header)
+    # 3 images x 4 crops x 2 mirrorings x (8 channels x 8 x 8 cells x 2 bytes + a line in the header)
     assert estimated == 24 * (1024 + 128)
     build(dataset, tmp_path / "cache")
     (shard,) = (tmp_path / "cache").rglob("*.safetensors")
@@ -221,14 +221,15 @@ def test_in_memory_a_crop_is_encoded_when_it_is_drawn_and_never_again(folder):
         for step in loader:
             counts.append(encoder.count)
             assert (step.encoding_seconds > 0) is (len(counts) == 1 or counts[-1] > counts[-2])
-    assert counts[0] in {1, 2}  # the first step's pictures, and no others
+    assert counts[0] in {1, 2}  # the first step's images, and no others
     assert counts[1] == 3
     assert 3 < counts[-1] == len(cache) <= 3 * 4 * 2
     assert counts[-10] == counts[-1]
 
 
 def test_where_a_run_begins_changes_no_latent(folder):
-    """A convolution's last digits may depend on how many pictures go through it together; a resumed run must not see that."""
+    """A convolution's last digits may depend on how many images go through it together; a resumed run must not see
+    that."""
     dataset = scan_dataset(folder, flip_p=0.5)
 
     def encode(pixels):
@@ -297,7 +298,7 @@ def test_a_cache_is_refused_where_it_would_give_something_else(folder):
     cache, _ = in_memory(dataset)
     with pytest.raises(ConfigError, match="cache_latents, plugins"):
         make_loader(dataset, PLAN, seed=1, latent_cache=cache, image_transform=Image.Image.copy)
-    with pytest.raises(ConfigError, match="built for 3 pictures"):
+    with pytest.raises(ConfigError, match="built for 3 images"):
         make_loader(dataset.subset([0, 1]), PLAN, seed=1, latent_cache=cache)
     with pytest.raises(ConfigError, match="fixed=False"):
         make_loader(dataset, PLAN, seed=1, latent_cache=cache, fixed=True)

@@ -1,4 +1,4 @@
-"""The loader over whole runs: what changes nothing, and what a broken picture does."""
+"""The loader over whole runs: what changes nothing, and what a broken image does."""
 
 import pickle
 import resource

@@ -22,7 +22,7 @@ from everydream_kit.models.tokens import add_tokens
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA checkpoint that changes the picture a lot."""
+    """A LoRA checkpoint that changes the image a lot."""
     model = load_model(tiny_folder("sd1"))
     for index, parameter in enumerate(add_lora(model, 4, text_encoder=True)):
         with torch.no_grad():

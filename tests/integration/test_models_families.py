@@ -81,7 +81,7 @@ def test_diffusers_reads_our_folder_and_single_file_and_draws_our_image(family, 
         generator = torch.Generator("cpu").manual_seed(4)
         theirs = pipeline("a red square", generator=generator, **settings).images[0]
         assert np.abs(ours - np.asarray(theirs).astype(int)).max() <= 1
-    assert ours.std() > 5  # not a blank picture
+    assert ours.std() > 5  # not a blank image
 
 
 def test_text_encoders_are_saved_with_the_prefix_that_transformers_4_needs(family):

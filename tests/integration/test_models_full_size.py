@@ -26,8 +26,8 @@ DRAW = """
 import sys
 from cyllama.sd import text_to_image
 settings = {"width": 256, "height": 256, "seed": 1, "sample_steps": 1, "cfg_scale": 1.0, "n_threads": 2}
-picture = text_to_image(model_path=sys.argv[1], prompt="a cat", **settings)
-picture.save(sys.argv[2])
+image = text_to_image(model_path=sys.argv[1], prompt="a cat", **settings)
+image.save(sys.argv[2])
 """
 
 

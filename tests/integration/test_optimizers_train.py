@@ -1,4 +1,4 @@
-"""Every optimizer trains a real (tiny) UNet, and its saved state goes on as if nothing had happened."""
+"""Every optimizer trains a real (tiny) UNet, and its saved state continues as if nothing had happened."""
 
 import copy
 import io
@@ -41,7 +41,7 @@ def base():
 
 
 class Trainee:
-    """Four fixed pictures, and what is needed to learn them."""
+    """Four fixed images, and what is needed to learn them."""
 
     def __init__(self, base, names, dtype=torch.float32, **options):
         self.unet = copy.deepcopy(base).to(dtype)

@@ -1,4 +1,4 @@
-"""What the parameters of EMA, samples, validation, saving and logging leave behind in the run folder and beside it."""
+"""What the parameters of EMA, samples, validation, saving and logging leave behind in the run folder and next to it."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_idle_models_are_at_work_for_new_images_and_captions_and_for_sampling_on
 
 def test_in_memory_only_what_is_drawn_is_encoded_and_said(settings: dict[str, Any]) -> None:
     rehearsal = rehearse(**{**settings, "cache_latents": "memory", "cache_variants": 8, "crop_jitter": 0.2})
-    assert 4 < len(rehearsal.run.latent_cache) <= 8  # two epochs of four pictures
+    assert 4 < len(rehearsal.run.latent_cache) <= 8  # two epochs of four images
     [reported] = rehearsal.folder.events("latent cache")
     assert (reported["mode"], reported["variants"]) == ("memory", 8)
     assert [report.encoding_seconds > 0 for report in rehearsal.reports] == [True, True]

@@ -166,7 +166,7 @@ def test_hooks_are_called_with_either_signature(settings):
         ("CaptionOfNone", r"plugins: test_plugins\.CaptionOfNone\.transform_caption returned a NoneType"),
         ("RaisingCaption", r"plugins: test_plugins\.RaisingCaption\.transform_caption raised ZeroDivisionError: oh"),
         ("WrongArray", r"plugins: test_plugins\.WrongArray\.transform_pil_image returned an array of float32"),
-        ("Steering", r"grad_accum: a plug-in cannot set it to 4 while a run goes on"),
+        ("Steering", r"grad_accum: a plug-in cannot set it to 4 while a run continues"),
     ],
 )
 def test_a_plugin_that_fails_is_named(settings, name, message):

@@ -109,14 +109,14 @@ def test_a_grid_that_fails_is_a_warning_about_that_grid(run: RunFolder) -> None:
     failed = [message for message in warnings_of(run) if "failed" in message]
     assert failed == [
         "Sample 2 ('wide', 128 x 64) of step 1 failed: out of memory (OutOfMemoryError: CUDA out of memory. Tried to "
-        "allocate 20.00 GiB); make it smaller. Training goes on."
+        "allocate 20.00 GiB); make it smaller. Training continues."
     ]
 
 
 def test_a_file_that_is_broken_for_a_while_is_named_once_and_read_again(run: RunFolder) -> None:
     broken = [message for message in warnings_of(run) if "not valid JSON" in message]
     assert len(broken) == 1 and "p.json, line 1, column 25" in broken[0]
-    assert sum("No samples were drawn" in message for message in warnings_of(run)) == 1
+    assert sum("No samples were generated" in message for message in warnings_of(run)) == 1
 
 
 def test_a_sampler_that_cannot_start_from_pure_noise_is_replaced(tmp_path: Path) -> None:

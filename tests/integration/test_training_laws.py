@@ -150,7 +150,7 @@ def test_epochs_without_an_image_are_passed_over(settings: dict[str, Any], tmp_p
 
 
 def square_folder(tmp_path: Path) -> str:
-    """Twelve square pictures: one bucket."""
+    """Twelve square images: one bucket."""
     folder = tmp_path / "squares"
     if not folder.is_dir():
         folder.mkdir()

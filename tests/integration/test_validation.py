@@ -82,7 +82,7 @@ def test_the_batch_size_changes_nothing(model, dataset):
 
 
 def test_two_ranks_measure_what_one_measures_and_fillers_do_not_count(model, dataset):
-    some = dataset.subset([0, 4, 8])  # one bucket, three pictures: the second rank gets a filler
+    some = dataset.subset([0, 4, 8])  # one bucket, three images: the second rank gets a filler
     whole = measure(model, some, batch_size=2)
     parts = [measure(model, some, batch_size=1, num_ranks=2, rank=rank) for rank in (0, 1)]
     assert sorted(part.num_images for part in parts) == [1, 2]
@@ -118,7 +118,7 @@ def test_modes_come_back_after_an_error(model, dataset):
 
 
 def test_without_images_there_is_nothing_to_measure(model):
-    with pytest.raises(ConfigError, match="no pictures to validate with"):
+    with pytest.raises(ConfigError, match="no images to validate with"):
         validate(
             [],
             keys=list,
@@ -131,7 +131,7 @@ def test_without_images_there_is_nothing_to_measure(model):
 
 
 def draw_images(folder, count):
-    """Pictures that do not look alike: coarse coloured noise, enlarged smoothly."""
+    """Images that do not look alike: coarse coloured noise, enlarged smoothly."""
     folder.mkdir()
     for number in range(count):
         coarse = np.random.default_rng(number).integers(0, 255, (6, 6, 3), dtype=np.uint8)

@@ -64,7 +64,7 @@ def test_requests_are_obeyed_within_a_step_and_a_broken_prompt_file_is_a_warning
     assert [checkpoint.step for checkpoint in run.checkpoints()] == [2, 6]
     assert [event["step"] for event in run.events("sample")] == [3]  # at 4 the file was broken
     assert "promt" in warnings_of(run)
-    assert "No samples were drawn" in warnings_of(run)
+    assert "No samples were generated" in warnings_of(run)
     assert "control.json: unknown action 'dance'; known are stop, save, sample" in warnings_of(run)
 
 
@@ -87,7 +87,7 @@ def test_a_drawing_tells_how_far_it_is(
 
 
 class Inverting:
-    """A plug-in that changes pictures."""
+    """A plug-in that changes images."""
 
     def transform_pil_image(self, image: Any) -> Any:
         return image.point(lambda value: 255 - value)
@@ -140,7 +140,7 @@ def test_a_checkpoint_names_the_versions_it_was_made_with_and_others_are_reporte
 
 
 def made_elsewhere(run: RunFolder) -> None:
-    """Let the newest checkpoint say that it was made with another torch, its manifest agreeing."""
+    """Let the latest checkpoint say that it was made with another torch, its manifest agreeing."""
     import hashlib
 
     path, manifest_path = (run.last_checkpoint / "resume" / name for name in ("state.json", "manifest.json"))

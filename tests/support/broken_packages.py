@@ -28,7 +28,7 @@ BROKEN = {
 
 
 def write_broken_packages(folder: Path, names: list[str]) -> Path:
-    """Write stand-ins for these packages. Returns the folder that goes on PYTHONPATH."""
+    """Write stand-ins for these packages. Returns the folder that continues PYTHONPATH."""
     for name in names:
         version, program = BROKEN[name]
         package = folder / name

@@ -122,7 +122,7 @@ class HubStandIn:
             after_work: do the work first, then fail: the answer is lost and the deed is done.
             drop_after: reset the connection after this many bytes of the request's body.
             drop_reply_after: reset it after this many bytes of the answer's body.
-            stall_seconds: say nothing for so long, then go on (or fail as asked).
+            stall_seconds: say nothing for so long, then continue (or fail as asked).
         """
         fault = Fault(
             *(method, path_part, times, skip, status, error_code, message, retry_after),

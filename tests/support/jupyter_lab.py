@@ -1,6 +1,7 @@
 """A real JupyterLab and a real Chromium, and what a person does with them: for the browser tests and the benchmark.
 
-Waiting has no fixed end where something visibly goes on (`Driver.wait_while_moving`): a busy machine is slow, not broken.
+Waiting has no fixed end where something visibly continues (`Driver.wait_while_moving`): a busy machine is slow, not
+broken.
 """
 
 import contextlib
@@ -65,7 +66,7 @@ class Lab:
         return self.page(target)
 
     def project(self, name, **settings):
-        """A project with the demo's pictures and these settings, as notebooks in `root` find it by its name."""
+        """A project with the demo's images and these settings, as notebooks in `root` find it by its name."""
         folder = self.root / "workspace" / name
         shutil.copytree(REPOSITORY / "everydream_kit" / "demo" / "pictures", folder / "input")
         (folder / "input" / "SOURCE.md").unlink()
@@ -205,7 +206,7 @@ class Driver:
         self.wait_while_moving(is_there)
 
     def photograph(self, locator, name, *, tallest=TALLEST_IMAGE):
-        """A panel's picture for the documentation: 256 colours are enough, and small."""
+        """A panel's image for the documentation: 256 colours are enough, and small."""
         SHOTS.mkdir(parents=True, exist_ok=True)
         self.page.mouse.move(0, 0)
         self.page.evaluate("() => document.activeElement.blur()")

@@ -11,11 +11,11 @@ GIB = 1024**3
 
 
 class LinearMemory:
-    """Weights, gradients and states of a 1-billion model, and half a GiB of activations a picture at 512 px.
+    """Weights, gradients and states of a 1-billion model, and half a GiB of activations an image at 512 px.
 
     Attributes:
         asked: the configs, in order.
-        options: what was said about the card, in order.
+        options: what was said about the GPU, in order.
     """
 
     def __init__(self) -> None:

@@ -34,7 +34,7 @@ def plain_settings(folder: Path, model: Path, images: Path) -> dict[str, Any]:
 
 
 def square_images(folder: Path, count: int = 4, mode: str = "RGB") -> Path:
-    """A folder of square noise pictures, each with tags: one bucket, so that batches are full."""
+    """A folder of square noise images, each with tags: one bucket, so that batches are full."""
     import numpy as np
     from PIL import Image
 

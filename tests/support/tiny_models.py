@@ -25,7 +25,7 @@ def tiny_folder(family):
 
 
 def draw(model, prompt="a red square", **settings):
-    """One 64-pixel picture as an int array; few steps."""
+    """One 64-pixel image as an int array; few steps."""
     import numpy as np
 
     from everydream_kit.models.sampling import SamplePrompt, sample_images

@@ -98,7 +98,7 @@ def test_a_data_folder_that_is_missing_or_empty_is_one_clear_error(
     (tmp_path / "empty").mkdir()
     status, text = problem_of([*common, "--data_root", str(tmp_path / "empty")], capsys)
     assert status == 1
-    assert "empty: holds no picture (.jpg, .jpeg, " in text
+    assert "empty: holds no image (.jpg, .jpeg, " in text
     assert "Give the folder that holds yours." in text
 
 

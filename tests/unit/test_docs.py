@@ -20,7 +20,7 @@ PAGES = sorted([REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *DOCS.glo
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 OTHERS_FLAGS = {"no-deps", "shm-size", "help", "host", "port", "logdir", "gpus", "bind_all", "force-reinstall", "fix"}
-"""Flags of pip, docker, TensorBoard and our scripts that the pages mention beside ours."""
+"""Flags of pip, docker, TensorBoard and our scripts that the pages mention next to ours."""
 
 
 def name_of(path):

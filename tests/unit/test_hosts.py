@@ -159,7 +159,7 @@ def google_colab(tmp_path, monkeypatch):
     for name, source in FAKE_PACKAGE.items():
         (package / f"{name}.py").write_text(source)
     saved = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "google"}
-    for name in saved:  # protobuf's half of the namespace is set aside for the test
+    for name in saved:  # protobuf's half of the namespace is excluded for the test
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield GoogleColab()
@@ -174,7 +174,7 @@ def test_the_real_bridge_reads_a_shared_secret_and_none_for_the_others(google_co
 
 
 def test_a_refused_drive_says_what_to_do_instead(google_colab):
-    with pytest.raises(HostError, match=r"not mounted at /content/drive: mount failed.*go on without Drive"):
+    with pytest.raises(HostError, match=r"not mounted at /content/drive: mount failed.*continue without Drive"):
         google_colab.mount_drive(Path("/content/drive"))
     with pytest.raises(HostError, match="Leave the session open"):
         google_colab.flush_drive()

@@ -171,7 +171,7 @@ def test_a_process_that_was_killed_is_recognised_and_says_so(started):
 
 def test_a_failed_run_keeps_its_own_message(started):
     status = started("--fail-at", 2, "--seconds-a-step", 0.02).watch(interval_seconds=0.02)
-    assert (status["state"], status["message"]) == ("failed", "no pictures")
+    assert (status["state"], status["message"]) == ("failed", "no images")
 
 
 def test_a_reused_process_id_is_not_taken_for_the_job(started):
@@ -239,7 +239,7 @@ def test_of_a_progress_bar_the_log_shows_only_the_latest_state(tmp_path):
 def test_a_queue_trains_its_configs_one_after_the_other(settings, tmp_path):
     configs = [{**settings, "project_name": name} for name in ("one", "two")]
     queue = jobs.start_queue(configs, tmp_path / "queue.json", command=double("--steps", 3, "--seconds-a-step", 0.01))
-    with pytest.raises(JobError, match="at work already"):
+    with pytest.raises(JobError, match="running already"):
         jobs.start_queue(configs, tmp_path / "queue.json")
     wait_until(lambda: not queue.is_alive(), 30)
     assert [entry["state"] for entry in queue.entries] == ["finished", "finished"]

@@ -14,7 +14,7 @@ BROKEN = {
     "trailing comma": ('{\n"a": 1,\n}', "line"),
     "half": ('{"a": "b', "line 1, column 7: not valid JSON: Unterminated string"),
     "empty": ("", "line 1, column 1: not valid JSON"),
-    "Windows path": ('{"data_root":\n "R:\\pictures"}', "line 2, column 5: not valid JSON: Invalid \\escape"),
+    "Windows path": ('{"data_root":\n "R:\\images"}', "line 2, column 5: not valid JSON: Invalid \\escape"),
     "second object": ('{"a": 1}\n{"a": 2}', "line 2, column 1: not valid JSON: Extra data"),
     "6000 digits": ('{"text": "777",\n "n": ' + "7" * 6000 + "}", "line 2, column 7: a whole number of 6,000 digits"),
     "-6000 digits": ("[-" + "7" * 6000 + "]", "line 1, column 2: a whole number of 6,000 digits"),

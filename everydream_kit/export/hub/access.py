@@ -60,7 +60,7 @@ def check_hub_access(
         sleep: waits between tries.
 
     Raises:
-        HubError: something is missing; the message says what and how to mend it.
+        HubError: something is missing; the message says what and how to fix it.
     """
     return open_repo(HubConnection(token, api=api, sleep=sleep), repo_id, private=private)
 

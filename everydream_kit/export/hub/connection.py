@@ -132,7 +132,7 @@ class HubConnection:
         Args:
             doing: the step in words: "upload unet/model.safetensors".
             action: runs it; must be safe to run again.
-            advice: what to add for the user where nothing better is known: that files are safe, how to go on.
+            advice: what to add for the user where nothing better is known: that files are safe, how to continue.
             tries: how often to try.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Fetching a run from the Hub, so that `everydream resume hf://me/jets` goes on with it on another machine.
+"""Fetching a run from the Hub, so that `everydream resume hf://me/jets` continues with it on another machine.
 
 What a background upload left in the repository (`contents.py` has the layout) is put back as a run folder with one
 whole checkpoint: the files that its manifest lists. It appears under its name only when every file is there and its
@@ -299,7 +299,7 @@ class _Fetch:
     def _put_in_place(
         self, partial: Path, run: RunFolder, checkpoint: str, config: TrainConfig, origin: Origin
     ) -> None:
-        """Make a run folder of what was fetched, the checkpoint last, so that it is whole when it has its name."""
+        """Make a run folder of what was fetched, the checkpoint last, so that it is complete when it has its name."""
         shutil.rmtree(partial / ".cache", ignore_errors=True)
         run.checkpoints_folder.mkdir(parents=True, exist_ok=True)
         run.samples_folder.mkdir(exist_ok=True)

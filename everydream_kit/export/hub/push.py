@@ -119,7 +119,7 @@ def push_to_hub(
     api: HfApi | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> str:
-    """Upload a run's newest checkpoint, or a given checkpoint or file, with a model card, as one commit.
+    """Upload a run's latest checkpoint, or a given checkpoint or file, with a model card, as one commit.
 
     Args:
         run_or_checkpoint: a run folder, a checkpoint folder, a single file, or an object with a `.folder`.

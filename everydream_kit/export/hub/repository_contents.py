@@ -5,7 +5,7 @@
     resume/                     its optimizer and position (background uploads only, unless asked for)
     <project>.safetensors       the single file, where asked for
     pytorch_lora_weights...     a LoRA, where the run trained one
-    samples/                    newest sample pictures
+    samples/                    latest sample images
     training/                   config.json, curves.png; with resume/ also events.jsonl and run.json
 
 What is copied into text files is cleaned: tokens are cut out, and folders of this machine too, except where a resume
@@ -51,7 +51,7 @@ class UploadFile:
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample picture with the text it was drawn from."""
+    """A sample image with the text it was generated from."""
 
     path: Path
     path_in_repo: str
@@ -162,7 +162,7 @@ def check_what(what: Iterable[str], source: Source) -> tuple[What, ...]:
     assert source.checkpoint is not None
     if "resume" in parts and not (source.checkpoint / CHECKPOINT_MANIFEST).is_file():
         raise ExportError(
-            f"what: {source.checkpoint} holds no resume state; only the newest checkpoints of a run do. "
+            f"what: {source.checkpoint} holds no resume state; only the latest checkpoints of a run do. "
             "Push a newer one, or leave `resume` out."
         )
     return cast("tuple[What, ...]", parts)
@@ -218,7 +218,7 @@ def without_folders(value: Any) -> Any:
 
 
 def find_samples(run: RunFolder | None) -> list[Sample]:
-    """The newest sheet of each prompt, newest step only, at most `MAX_SAMPLES`; live weights before averaged ones."""
+    """The latest grid of each prompt, latest step only, at most `MAX_SAMPLES`; live weights before averaged ones."""
     if run is None or not run.samples_folder.is_dir():
         return []
     images = [path for path in run.samples_folder.iterdir() if path.suffix.lower() in SAMPLE_SUFFIXES]

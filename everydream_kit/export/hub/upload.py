@@ -63,7 +63,7 @@ class Upload:
         connection: to the Hub.
         target: where to.
         files: smallest first.
-        advice: what to tell the user after a failure: what is safe, how to go on.
+        advice: what to tell the user after a failure: what is safe, how to continue.
         progress: told of every file.
     """
 
@@ -183,7 +183,7 @@ class Upload:
 
 @contextmanager
 def heartbeat(doing: str) -> Iterator[None]:
-    """Say in the log, every half minute, that a long step still goes on: without a terminal the client is silent."""
+    """Say in the log, every half minute, that a long step still continues: without a terminal the client is silent."""
     over, started = threading.Event(), time.monotonic()
 
     def beat() -> None:

@@ -1,8 +1,8 @@
-"""Uploading checkpoints while training goes on.
+"""Uploading checkpoints while training continues.
 
 The trainer hands over each checkpoint as it is saved; a thread pushes it with its resume state, so that another machine
-can go on. Nothing here raises into the training: what goes wrong becomes a warning, and the next checkpoint is tried
-anew. Only the newest waiting checkpoint is kept: a slow line falls behind by skipping, not by queueing.
+can continue. Nothing here raises into the training: what goes wrong becomes a warning, and the next checkpoint is tried
+anew. Only the latest waiting checkpoint is kept: a slow line falls behind by skipping, not by queueing.
 
 A checkpoint may be pruned while it is on its way, so its files are held by hard links until it has arrived. Where the
 disk has no hard links (some network drives), it is uploaded in place; if it is pruned then, that upload is given up.
@@ -132,7 +132,7 @@ class HubUploader:
             url = self._push(job)
         except (KitError, OSError) as error:
             words = str(error).replace(str(job.held or job.folder), str(job.folder))
-            self.report("warning", job.step, f"Upload of step {job.step} failed, training goes on. {words}")
+            self.report("warning", job.step, f"Upload of step {job.step} failed, training continues. {words}")
             return
         self._uploaded_step = job.step
         logger.info("Uploaded step %d to %s in %.0f s.", job.step, url, time.monotonic() - started)

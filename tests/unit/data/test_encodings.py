@@ -73,4 +73,4 @@ def test_names_in_a_zip_are_read_as_utf8_where_they_are_and_reported_where_not(t
 
 def test_a_windows_path_in_json_is_answered_with_the_cure():
     with pytest.raises(TextError, match=r"Invalid .escape.*Write each backslash twice"):
-        parse_json('{"image": "R:\\pictures\\a.png"}'.replace("\\\\", "\\"))
+        parse_json('{"image": "R:\\images\\a.png"}'.replace("\\\\", "\\"))

@@ -57,7 +57,7 @@ def all_steps(plan, rank=0):
 
 
 def all_draws(plan):
-    """Every use with its bucket, over all ranks, fillers left out."""
+    """Every use with its bucket, over all ranks, fillers skipped."""
     return [
         (draw.image, draw.repeat, batch.bucket)
         for rank in range(plan.settings.num_ranks)
@@ -241,9 +241,9 @@ def test_a_fraction_takes_turns_evenly_over_the_images():
 def test_multiply_zero_switches_off_and_everything_off_is_an_error():
     dataset = make_dataset([{"width": 128, "height": 128, "multiply": m} for m in (0, 1)])
     assert plan_epoch(dataset, PlanSettings(2, 1, (128,)), 0).num_uses().tolist() == [0, 1]
-    with pytest.raises(DataError, match=r"all 3 pictures are switched off"):
+    with pytest.raises(DataError, match=r"all 3 images are switched off"):
         plan_epoch(square_dataset(3, multiply=0), PlanSettings(2), 0)
-    with pytest.raises(DataError, match="no picture that can be used"):
+    with pytest.raises(DataError, match="no image that can be used"):
         plan_epoch(make_dataset([]), PlanSettings(2), 0)
 
 
@@ -359,7 +359,7 @@ def test_equal_ratings_are_drawn_evenly():
         for seed in range(100)
     )
     assert plan_epoch(dataset, chosen, 1).num_images == 200
-    # 100 seeds * 100 pictures * 1/2 = 5000 a quarter; standard deviation about 43
+    # 100 seeds * 100 images * 1/2 = 5000 a quarter; standard deviation about 43
     assert all(abs(quarter.sum() - 5000) < 200 for quarter in np.split(uses, 4))
 
 

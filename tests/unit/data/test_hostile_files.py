@@ -20,7 +20,7 @@ from everydream_kit.data.textfiles import TextError, parse_yaml, read_text
 
 
 def noise(width: int = 160, height: int = 120, mode: str = "RGB") -> Image.Image:
-    """A picture that does not compress, so that files are several kilobytes long."""
+    """An image that does not compress, so that files are several kilobytes long."""
     bands = len(Image.new(mode, (1, 1)).getbands())
     pixels = np.random.default_rng(0).integers(0, 255, (height, width, bands), np.uint8)
     return Image.merge(mode, [Image.fromarray(pixels[:, :, band]) for band in range(bands)])
@@ -33,7 +33,7 @@ def encode(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def scan_bytes(root: Path, files: dict[str, bytes]):
-    """Scan the given files beside one good picture, which must always be found."""
+    """Scan the given files next to one good image, which must always be found."""
     Image.new("RGB", (48, 32)).save(root / "good.png")
     for name, data in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -103,10 +103,10 @@ def _png(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("data", "cause"),
     [
-        (b"hello, I am a text", "not a picture in a format that is read, or its beginning is damaged"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture in a format"),
+        (b"hello, I am a text", "not an image in a format that is read, or its beginning is damaged"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image in a format"),
         (b"\xff\xd8\xff", ""),
-        (bytes(5000), "not a picture"),
+        (bytes(5000), "not an image"),
         (_png(50_000, 50_000), "claims to have more than 178 million pixels"),
         (_png(0, 10), ""),
     ],
@@ -233,7 +233,7 @@ def test_a_caption_that_is_no_text_takes_its_image_out(tmp_path, data, cause):
     used, problems = scan_bytes(tmp_path, {"a.txt": data, "a.png": encode(noise(), "PNG")})
     assert used == []
     assert cause in problems["a.txt"].cause
-    assert "until then its picture is left out" in problems["a.txt"].cure
+    assert "until then its image is skipped" in problems["a.txt"].cure
 
 
 LAUGHS = "a: &a [lol, lol]\n" + "".join(
@@ -282,7 +282,7 @@ def test_settings_that_cannot_be_understood_are_named_and_take_out_what_they_gov
     assert used == []
     assert cause in problems["a.yaml"].cause
     assert cause in problems["local.yaml"].cause
-    assert "until then its 1 pictures are left out" in problems["local.yaml"].cure
+    assert "until then its 1 images are skipped" in problems["local.yaml"].cure
 
 
 def test_a_broken_global_file_takes_out_all_below_and_counts_them(tmp_path):
@@ -290,7 +290,7 @@ def test_a_broken_global_file_takes_out_all_below_and_counts_them(tmp_path):
     files = {"s/global.yaml": b"multiply: x", **{f"s/{name}.png": image for name in ("a", "d/b", "d/e/c")}}
     used, problems = scan_bytes(tmp_path, files)
     assert used == []
-    assert "its 3 pictures are left out" in problems["global.yaml"].cure
+    assert "its 3 images are skipped" in problems["global.yaml"].cure
 
 
 @pytest.mark.parametrize("text", [LAUGHS, MERGES, "x: !!python/object/apply:os.system [echo]", "x: &a [*a]"])

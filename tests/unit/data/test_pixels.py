@@ -19,7 +19,7 @@ BUCKETS = st.sampled_from([(64, 64), (512, 512), (768, 320), (128, 576), (48, 80
 
 
 def photograph(width, height, seed=0):
-    """A smooth picture with some detail: gradients, waves and a little noise."""
+    """A smooth image with some detail: gradients, waves and a little noise."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     waves = [120 + 60 * np.sin(x / a + y / b) + 0.02 * x for a, b in ((31, 57), (17, 23), (71, 13))]
@@ -267,7 +267,7 @@ def test_damaged_exif_is_as_good_as_none(tmp_path):
 
 def test_a_mask_file_is_cut_and_averaged_with_its_image(tmp_path):
     photograph(128, 64).save(tmp_path / "a.png")
-    mask = Image.new("L", (256, 128))  # twice the picture's size
+    mask = Image.new("L", (256, 128))  # twice the image's size
     mask.paste(255, (128, 0, 256, 128))  # the right half counts
     mask.save(tmp_path / "a.mask.png")
     crop = Crop(36, 0, 64.0, 64.0)  # 28 pixels without, 36 with
@@ -297,5 +297,5 @@ def test_a_plug_in_sees_the_cropped_image_before_it_is_mirrored(tmp_path):
     photograph(64, 64).save(tmp_path / "a.png")
     loaded = load_pixels(tmp_path / "a.png", (64, 64), Crop(0, 0, 64.0, 64.0, True), transform=ImageOps.invert)
     assert np.array_equal(loaded.pixels, ImageOps.mirror(ImageOps.invert(photograph(64, 64))))
-    with pytest.raises(DataError, match="the plug-in returned a L picture"):
+    with pytest.raises(DataError, match="the plug-in returned a L image"):
         load(tmp_path / "a.png", transform=ImageOps.grayscale)

@@ -18,7 +18,7 @@ from everydream_kit.errors import DataError
 
 
 def scene(seed: int, size: tuple[int, int] = (160, 128)) -> Image.Image:
-    """A picture with large soft shapes, as photographs have."""
+    """An image with large soft shapes, as photographs have."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 255, (6, 6, 3), np.uint8))
     return coarse.resize(size, Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(2))
@@ -125,11 +125,11 @@ def test_the_report_is_text_for_people_and_json_for_programs(folder):
     report = prepared.report(count_tokens=words, max_tokens=5)
     assert len(prepared) == 7
     for part in (
-        f"7 pictures in {folder}",
+        f"7 images in {folder}",
         "144x112",
         "Left out (1):",
-        "broken.png: not a picture in a format that is read",
-        "Used, with a remark (1):",
+        "broken.png: not an image in a format that is read",
+        "Used, with a note (1):",
         "odd.jpg: named .jpg, but is a PNG file",
         "never read: ...long tail of words that nobody reads",
         "Captions from file names: 3; empty captions: 1",
@@ -167,7 +167,7 @@ def test_the_plot_shows_bars_and_images(folder, tmp_path):
     page.save(tmp_path / "plot.png")
     colors = {color for _, color in page.getcolors(1 << 20)}
     assert (0x2F, 0x6F, 0xAB) in colors  # a bar
-    assert len(colors) > 500  # the pictures
+    assert len(colors) > 500  # the images
 
 
 def test_preparing_what_is_not_there_is_an_error(tmp_path):

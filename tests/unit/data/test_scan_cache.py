@@ -26,7 +26,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def headers_read(monkeypatch):
-    """Names of the pictures whose headers are really read."""
+    """Names of the images whose headers are really read."""
     names = []
 
     def read_and_note(path):

@@ -1,4 +1,4 @@
-"""Scanning folders, indexes and several roots: every rule of who says what about a picture."""
+"""Scanning folders, indexes and several roots: every rule of who says what about an image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from everydream_kit.errors import DataError
 
 
 def put(root: Path, name: str, content: str | None = None) -> Path:
-    """Write a text file, or a small picture where there is no content."""
+    """Write a text file, or a small image where there is no content."""
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
     if content is None:
@@ -26,7 +26,7 @@ def put(root: Path, name: str, content: str | None = None) -> Path:
 
 
 def scan(root: Path, **settings) -> dict[str, DatasetImage]:
-    """Pictures by key; there must be no problems."""
+    """Images by key; there must be no problems."""
     dataset = scan_dataset(root, **settings)
     assert dataset.problems == []
     return {dataset.key(i): dataset.image(i) for i in range(len(dataset))}
@@ -41,7 +41,7 @@ def test_every_extension_is_found_in_every_folder_but_dot_names(tmp_path):
             Image.new("RGB", (48, 32)).save(path, "JPEG")
         else:
             put(tmp_path, name)
-    put(tmp_path, "notes.md", "no picture")
+    put(tmp_path, "notes.md", "no image")
     assert sorted(scan(tmp_path)) == sorted(names)
 
 
@@ -184,7 +184,7 @@ def test_run_defaults_reach_every_image_that_says_nothing_else(tmp_path):
 def test_an_index_lists_images_relative_to_itself(tmp_path, monkeypatch):
     for name in ("pics/a_1.png", "pics/b.png", "elsewhere/c.png"):
         put(tmp_path, name)
-    put(tmp_path, "pics/b.txt", "from beside")
+    put(tmp_path, "pics/b.txt", "from next to")
     entries = [
         {"image": "pics/a_1.png", "caption": "a cat, red", "multiply": 2},
         {"image": "pics/b.png", "flip_p": 0.5},
@@ -197,7 +197,7 @@ def test_an_index_lists_images_relative_to_itself(tmp_path, monkeypatch):
     images = [dataset.image(i) for i in range(3)]
     assert [(p.caption.text, p.multiply, p.flip_p) for p in images] == [
         ("a cat, red", 2.0, 0.0),
-        ("from beside", 1.0, 0.5),
+        ("from next to", 1.0, 0.5),
         ("", 1.0, 0.0),
     ]
     assert dataset.key(0) == "pics/a_1.png"

@@ -214,7 +214,7 @@ def test_a_folder_or_an_archive_within_a_hub_dataset_can_be_meant(tmp_path):
     make_zip(snapshot / "images.zip", GOOD)
     assert contents(open_source("me/cats", tmp_path / "work", fetch=fetch)) == GOOD
     (snapshot / "images.zip").unlink()
-    with pytest.raises(DataError, match="no picture files"):
+    with pytest.raises(DataError, match="no image files"):
         open_source("me/cats", tmp_path, fetch=fetch)
 
 

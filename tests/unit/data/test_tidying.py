@@ -13,7 +13,7 @@ from everydream_kit.errors import ConfigError, DataError
 
 
 def noise(width, height, seed):
-    """Coarse coloured noise: a picture of its own for each seed, that survives being resized."""
+    """Coarse coloured noise: an image of its own for each seed, that survives being resized."""
     cells = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(cells).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -227,7 +227,7 @@ def test_converting_puts_a_background_behind_transparency_for_jpeg_only(folder):
 def test_two_images_that_would_become_one_file_are_named(folder):
     noise(100, 100, 9).save(folder / "a.png")
     report = convert_images(folder, folder.parent / "out", suffix=".webp")
-    assert ["another picture becomes a.webp too" in problem.cause for problem in report.problems] == [True]
+    assert ["another image becomes a.webp too" in problem.cause for problem in report.problems] == [True]
 
 
 def test_the_best_of_duplicates_stays_and_the_others_go_with_their_captions(folder):

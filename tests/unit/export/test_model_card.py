@@ -41,7 +41,7 @@ def test_the_metadata_is_what_the_hub_reads(tmp_path: Path) -> None:
 def test_the_card_tells_settings_data_results_and_use(tmp_path: Path) -> None:
     card = preview_push(make_run(tmp_path), "me/jets").card
     assert "| lr | 2e-06 |" in card and "| flip_p | 0.5 |" in card
-    assert "12 pictures, trained at 128 px." in card
+    assert "12 images, trained at 128 px." in card
     assert "20 optimizer steps (1 epochs); training loss at the end 0.0500." in card
     assert "![Training curves](training/curves.png)" in card
     assert "from_pretrained('me/jets'" in card and "pipeline('a red jet', clip_skip=1)" in card
@@ -130,7 +130,7 @@ def test_names_that_come_from_files_do_nothing_in_the_card() -> None:
     )
     _, front, text = make_model_card(facts).split("---\n", 2)
     assert yaml.safe_load(front)["widget"][0]["text"] == HOSTILE
-    body = re.sub(r"```python\n.*?\n```", "", text, flags=re.DOTALL)  # there names stand in Python's own quotes
+    body = re.sub(r"```python\n.*?\n```", "", text, flags=re.DOTALL)  # there names are in Python's own quotes
     assert "<img" not in body
     assert "[link]" not in body
     assert "`code`" not in body

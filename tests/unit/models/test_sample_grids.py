@@ -1,4 +1,4 @@
-"""Sheets of labelled pictures, and settings inside picture files."""
+"""Grids of labelled images, and settings inside image files."""
 
 import pytest
 from PIL import Image
@@ -44,9 +44,9 @@ def test_a_grid_holds_every_image_unscaled():
     )
     counts = {colour: count for count, colour in grid.getcolors(maxcolors=2**20)}
     assert [counts[colour] for colour in [(255, 0, 0), (0, 255, 0), (0, 0, 255)]] == [64 * 48] * 3
-    assert grid.width < 64 * 3  # a long title wraps, it does not widen the sheet
+    assert grid.width < 64 * 3  # a long title wraps, it does not widen the grid
 
 
 def test_a_grid_without_images_is_refused():
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         label_grid([[]])

@@ -1,4 +1,4 @@
-"""Large pictures go through the VAE a few at a time, and come out as they would all together."""
+"""Large images go through the VAE a few at a time, and come out as they would all together."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def model():
 
 @pytest.fixture
 def seen(model):
-    """How many pictures the VAE was given, each time."""
+    """How many images the VAE was given, each time."""
     counts = []
     hooks = [
         module.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))

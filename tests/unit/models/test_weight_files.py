@@ -1,4 +1,4 @@
-"""Pickled weights: what a trainer left beside them is passed over, and what could run is refused and never runs."""
+"""Pickled weights: what a trainer left next to them is passed over, and what could run is refused and never runs."""
 
 import builtins
 import collections
@@ -51,7 +51,7 @@ def importable(*full_names, base=object, content=None):
 
 
 def lightning_content():
-    """What PyTorch Lightning 1.4 wrote beside the weights of the first Stable Diffusion files, class by class."""
+    """What PyTorch Lightning 1.4 wrote next to the weights of the first Stable Diffusion files, class by class."""
     names = ("callbacks.model_checkpoint.ModelCheckpoint", "utilities.enums.Mode", "utilities.parsing.AttributeDict")
     full = [f"pytorch_lightning.{name}" for name in names]
     with (

@@ -106,7 +106,7 @@ def test_a_drawing_shows_how_far_it_is_and_other_messages_stay(project):
     def report(**facts):  # a run on another machine that shares the disk: it lives as long as its heart beats
         run.write_status({**ELSEWHERE, "step": 4, "num_steps": 9, **facts})
 
-    report(state="starting", progress=0.125, message="Encoding the pictures once.")
+    report(state="starting", progress=0.125, message="Encoding the images once.")
     panel = TrainPanel(project)
     panel.refresh()
     assert "Encoding the pictures once: 12%." in panel.message.value
@@ -150,7 +150,7 @@ def test_a_run_that_saved_nothing_is_not_resumed_and_keeps_its_words(project):
     panel.refresh()
     assert "before training began" in panel.message.value
     panel.resume_button.click()
-    assert "nothing to go on from. Start training instead." in panel.message.value
+    assert "nothing to continue from. Start training instead." in panel.message.value
     assert run.status()["state"] == "stopped"
 
 

@@ -13,7 +13,7 @@ from everydream_kit.training.memory_measures import measures_left
 
 
 def gpu_spec(gib, name="A40"):
-    """A card with a context of nothing, and room for so much once the margin is off."""
+    """A GPU with a context of nothing, and room for so much once the margin is off."""
     return replace(find_gpu(name), memory_bytes=int(gib * GIB / (1 - MARGIN)) + 1, context_bytes=0)
 
 
@@ -54,7 +54,7 @@ def test_the_context_of_the_card_counts():
         (8.2, {"offload_idle_models": True, "gradient_checkpointing": True}),  # 8.15
         (8.0, {"offload_idle_models": True, "gradient_checkpointing": True, "batch_size": 4, "grad_accum": 2}),  # 7.95
         (
-            7.4,  # 7.3: one picture at a time is 7.8
+            7.4,  # 7.3: one image at a time is 7.8
             {"gradient_checkpointing": True, "batch_size": 1, "grad_accum": 8, "disable_textenc_training": True}
             | {"offload_idle_models": True},
         ),
@@ -110,9 +110,7 @@ def test_the_largest_batch_is_found_to_the_image_with_few_questions(gib, batch):
         assert found == batch
         assert estimate == LinearMemory()(config(batch_size=batch), device="cuda")
     else:
-        with pytest.raises(
-            MemoryLimitError, match=r"not even one picture fits: it would take 8.5 GiB, and there is room for 8.4"
-        ):
+        with pytest.raises(MemoryLimitError, match=r"not even one image fits: needs about 8.5 GiB; available: 8.4"):
             largest_batch(config(), gpu_spec(gib), estimate=memory)
     assert len(memory.asked) <= 5
 

@@ -36,7 +36,10 @@ def test_the_largest_that_fits_host_memory_is_taken_and_reported(journal, monkey
     with caplog.at_level("INFO", "everydream_kit"):
         resolved = resolve(journal, LinearMemory())
     assert resolved.batch_size == 3
-    assert "batch_size auto: 3, the largest up to 4 that fits this CPU: 9.5 GiB foretold, 9.6 GiB there" in caplog.text
+    assert (
+        "batch_size auto: 3, the largest up to 4 that fits this CPU: 9.5 GiB estimated, 9.6 GiB available"
+        in caplog.text
+    )
     (event,) = journal.folder.events("batch size")
     assert (event["batch_size"], event["largest"], event["estimated_bytes"]) == (3, 4, int(9.5 * GIB))
     assert journal.folder.status()["message"] is None
@@ -51,7 +54,7 @@ def test_the_number_is_one_that_was_said_so_a_saved_file_keeps_it(journal, monke
 
 def test_where_not_even_one_image_fits_it_is_an_error_with_the_figures(journal, monkeypatch):
     room(monkeypatch, 8)
-    with pytest.raises(MemoryLimitError, match=r"batch_size: not even one picture fits: it would take 8\.5 GiB"):
+    with pytest.raises(MemoryLimitError, match=r"batch_size: not even one image fits: needs about 8\.5 GiB"):
         resolve(journal, LinearMemory())
 
 
@@ -62,7 +65,7 @@ def test_a_number_is_left_alone_and_nothing_is_asked(journal):
 
 
 class Measure:
-    """Real steps on a card that holds fewer pictures than was foretold."""
+    """Real steps on a GPU that holds fewer images than was estimated."""
 
     def __init__(self, largest):
         self.largest = largest

@@ -74,7 +74,7 @@ def test_ones_own_prices_win_and_the_nearest_most(tmp_path):
     [
         ({**ENTRY, "usd_per_hour": -1}, r"entry 1: usd_per_hour must be a number, 0 or more \(got -1\)"),
         ({**ENTRY, "usd_per_hour": "1"}, "usd_per_hour must be a number"),
-        ({**ENTRY, "card": "T5"}, "entry 1: gpu: no card named 'T5' is known; did you mean T4"),
+        ({**ENTRY, "card": "T5"}, "entry 1: gpu: no GPU named 'T5' is known; did you mean T4"),
         ({"card": "T4"}, "entry 1: has no host, usd_per_hour, read_on"),
         ("T4", "entry 1: has no card"),
     ],

@@ -1,4 +1,4 @@
-"""The cards that are known: found by what people call them, and by what the driver calls them."""
+"""The GPUs that are known: found by what people call them, and by what the driver calls them."""
 
 import pytest
 
@@ -51,10 +51,10 @@ def test_a_card_is_found_by_what_people_call_it(said, meant):
 
 def test_an_unknown_card_is_answered_with_the_nearest_name_and_all_of_them():
     with pytest.raises(
-        ConfigError, match=r"gpu: no card named 'RTX 3080' is known; did you mean RTX 30.0\? Known are T4, P100"
+        ConfigError, match=r"gpu: no GPU named 'RTX 3080' is known; did you mean RTX 30.0\? Known are T4, P100"
     ):
         find_gpu("RTX 3080")
-    with pytest.raises(ConfigError, match="gpu: no card named 'Voodoo' is known; Known are"):
+    with pytest.raises(ConfigError, match="gpu: no GPU named 'Voodoo' is known; Known are"):
         find_gpu("Voodoo")
 
 

@@ -1,4 +1,4 @@
-"""Foretelling memory: what is counted, what follows from a setting, and that asking again is cheap."""
+"""Estimating memory: what is counted, what follows from a setting, and that asking again is cheap."""
 
 import pytest
 import torch
@@ -189,7 +189,7 @@ def test_json_and_back_is_the_same():
 
 
 def test_an_automatic_batch_size_is_refused():
-    with pytest.raises(ConfigError, match="batch_size: memory can be foretold for a number only"):
+    with pytest.raises(ConfigError, match="batch_size: memory can be estimated for a number only"):
         estimate_memory(TrainConfig(resume_ckpt="none", batch_size="auto"), architecture=small_architecture())
 
 

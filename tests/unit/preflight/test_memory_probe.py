@@ -57,7 +57,7 @@ def config_of(**changes):
     ("cache_latents", "names"),
     [
         ("disk", ["latent caching", "training step", "validation", "sampling"]),
-        ("memory", ["training step", "latent caching", "validation", "sampling"]),  # beside the optimizer's states
+        ("memory", ["training step", "latent caching", "validation", "sampling"]),  # next to the optimizer's states
         ("off", ["training step", "validation", "sampling"]),
     ],
 )
@@ -73,7 +73,7 @@ def test_every_phase_is_gone_through_for_real_and_measured(cache_latents, names)
     assert [phase.peak_bytes for phase in found.phases] == [100, 200, 300, 400][: len(names)]
     assert found.seconds_per_step == 1.0
     assert found.fits is True
-    assert "2 steps of 1 pictures of the largest bucket" in found.reason
+    assert "2 steps of 1 images of the largest bucket" in found.reason
     steps = {float(state["step"]) for state in runs[0].optimizer.state.values()}
     assert steps == {2.0}
 

@@ -16,7 +16,7 @@ from everydream_kit.preflight.planning import corrected, plan
 
 @pytest.fixture
 def settings(tmp_path, image_folder):
-    """Twelve pictures of four buckets at 512 px, forty epochs."""
+    """Twelve images of four buckets at 512 px, forty epochs."""
     return {
         "resume_ckpt": "base",
         "data_root": str(image_folder),
@@ -44,7 +44,7 @@ def test_the_line_says_steps_time_memory_disk_and_money(settings):
 
 
 def test_steps_are_the_trainers_own(settings):
-    """Twelve pictures of four shapes make four batches of three each, and not three of four."""
+    """Twelve images of four shapes make four batches of three each, and not three of four."""
     made = planned(settings)
     assert (made.steps.num_images, made.steps.per_epoch, made.steps.num_steps) == (12, 4, 160)
     assert made.steps.basis == "planned"
@@ -55,15 +55,15 @@ def test_time_is_training_samples_and_latents(settings):
     made = planned(settings)
     assert set(made.seconds_of) == {"training", "samples", "latents"}
     assert made.seconds_of["training"] == pytest.approx(160 * made.step.seconds)
-    # one drawing of 4 prompts × 3 cfgs × 30 steps × 2 passes; a step is 4 pictures × 4 passes
+    # one drawing of 4 prompts × 3 cfgs × 30 steps × 2 passes; a step is 4 images × 4 passes
     assert made.seconds_of["samples"] == pytest.approx(720 * made.step.seconds / 16)
-    # 12 pictures with 4 crops each, at 1.4 passes; two steps of four never draw more than 8 of them
+    # 12 images with 4 crops each, at 1.4 passes; two steps of four never draw more than 8 of them
     assert made.seconds_of["latents"] == pytest.approx(48 * 1.4 * made.step.seconds / 16)
     short = {**settings, "max_steps": 2}
     assert planned(short).seconds_of["latents"] == pytest.approx(8 * 1.4 * made.step.seconds / 16)
     on_disk = planned({**short, "cache_latents": "disk"})
     assert on_disk.seconds_of["latents"] == pytest.approx(48 * 1.4 * made.step.seconds / 16)
-    changed = planned({**settings, "plugins": ["somebodys.Plugin"]})  # which may change pictures at every use
+    changed = planned({**settings, "plugins": ["somebodys.Plugin"]})  # which may change images at every use
     assert "latents" not in changed.seconds_of
     without = planned({**settings, "sample_steps": None, "cache_latents": "off"})
     assert set(without.seconds_of) == {"training"}
@@ -72,7 +72,7 @@ def test_time_is_training_samples_and_latents(settings):
 def test_the_report_says_what_is_computed_published_and_assumed(settings):
     text = planned(settings).text
     assert "s a step, computed: 9.6 teraflops in fp16 at 31% of the T4's peak" in text
-    assert "fits: foretold 8.62 GiB, room 13.54 of 14.56 GiB" in text
+    assert "fits: estimated 8.62 GiB, room 13.54 of 14.56 GiB" in text
     assert "0.196 USD an hour at Colab" in text and "read on 2022-09-30" in text
     assert "every epoch has as many steps as the first" in text
     published = planned(
@@ -98,12 +98,12 @@ def test_what_does_not_fit_is_said_first_and_how_it_would(settings):
     assert "does not fit: 16.4 of 14.6 GiB" in made.line
     assert made.advice.changes == {"gradient_checkpointing": True}
     assert "to make it fit (9.2 GiB):" in made.text
-    assert made.warnings[0].startswith("It does not fit the T4: 16.4 GiB are foretold, and there is room for 13.5 GiB.")
+    assert made.warnings[0].startswith("It does not fit the T4: 16.4 GiB are estimated; 13.5 GiB are available.")
 
 
 def test_auto_is_planned_with_the_largest_that_fits(settings):
     made = planned({**settings, "batch_size": "auto", "gradient_checkpointing": False})
-    assert made.config.batch_size == 10  # 8 + 5 of 13.5 GiB, the context of 0.4 beside
+    assert made.config.batch_size == 10  # 8 + 5 of 13.5 GiB, the context of 0.4 next to
     assert any(note.startswith("batch_size auto: 10, the largest that fits, up to 16") for note in made.assumptions)
 
 
@@ -120,13 +120,13 @@ def test_a_huge_dataset_is_counted_and_not_opened(settings, monkeypatch):
     monkeypatch.setattr("everydream_kit.preflight.planning.MOST_SCANNED", 5)
     made = planned(settings)
     assert (made.steps.per_epoch, made.steps.basis) == (3, "counted")
-    assert any("12 picture files were counted and not opened" in note for note in made.assumptions)
+    assert any("12 image files were counted and not opened" in note for note in made.assumptions)
 
 
 def test_an_empty_dataset_is_a_warning(settings, tmp_path):
     (tmp_path / "empty").mkdir()
     made = planned({**settings, "data_root": str(tmp_path / "empty")})
-    assert any("no picture can be used" in warning for warning in made.warnings)
+    assert any("no image can be used" in warning for warning in made.warnings)
 
 
 def test_measured_steps_correct_time_money_and_saves(settings):
@@ -164,7 +164,7 @@ def test_a_short_disk_is_a_warning(settings, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"gpu": "T5"}, "gpu: no card named 'T5' is known; did you mean T4"),
+        ({"gpu": "T5"}, "gpu: no GPU named 'T5' is known; did you mean T4"),
         ({"price": -1}, r"price: must be 0 or more US dollars an hour \(got -1\)"),
     ],
 )
@@ -200,7 +200,7 @@ def run_plan(capsys, *words):
 
 @pytest.fixture
 def embedded(tmp_path, image_folder, monkeypatch):
-    """A settings file for the model that ships with the kit; what was foretold before is not kept."""
+    """A settings file for the model that ships with the kit; what was estimated before is not kept."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "jets.json"
     values = {
@@ -237,7 +237,7 @@ def test_the_command_plans_the_embedded_model_for_a_card_and_keeps_the_answer(em
 
 def test_the_command_says_what_is_wrong_in_one_line(embedded, capsys):
     for words, message in [
-        ((embedded, "--gpu", "T5"), "error: gpu: no card named 'T5' is known; did you mean T4"),
+        ((embedded, "--gpu", "T5"), "error: gpu: no GPU named 'T5' is known; did you mean T4"),
         ((embedded, "--gpu", "T4", "--price", "-2"), "error: price: must be 0 or more"),
         (("absent.json",), "error: absent.json: there is no such settings file"),
         (("--gpu", "T4"), "error: resume_ckpt: required, and not given"),
@@ -250,7 +250,7 @@ def test_the_command_says_what_is_wrong_in_one_line(embedded, capsys):
 
 
 def test_the_setup_of_a_machine_is_not_changed_by_planning(settings, tmp_path):
-    """Nothing is written but the memory of what was foretold and scanned."""
+    """Nothing is written but the memory of what was estimated and scanned."""
     planned(settings)
     written = {path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("*") if path.is_file()}
     assert written <= {("logs", ".edk_cache")}

@@ -1,4 +1,5 @@
-"""The first steps of a run, timed, say once what the rest takes; beside what was foretold, where a plan is in its folder."""
+"""The first steps of a run, timed, say once what the rest takes; next to what was estimated, where a plan is in its
+folder."""
 
 import json
 from types import SimpleNamespace
@@ -41,7 +42,7 @@ def test_a_plan_in_the_folder_gives_price_and_comparison(run):
     (event,) = take_steps(run, [2.0] * 10)
     assert (
         event["line"]
-        == "2.00 s a step: about 3 min 20 s of training left, about 0.10 USD (foretold were 1.50 s a step)"
+        == "2.00 s a step: about 3 min 20 s of training left, about 0.10 USD (the estimate was 1.50 s a step)"
     )
     assert (event["cost_left_usd"], event["estimated_seconds_per_step"]) == (0.1, 1.5)
 

@@ -1,4 +1,4 @@
-"""The table of each picture's loss over an epoch."""
+"""The table of each image's loss over an epoch."""
 
 from __future__ import annotations
 

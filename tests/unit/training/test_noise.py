@@ -58,7 +58,7 @@ def test_pyramid_noise_keeps_the_spread_of_each_image_and_has_more_coarse_struct
 
 
 def test_each_coarser_level_weighs_a_further_factor_of_the_discount():
-    """The mean of a picture comes from the coarsest levels. With weights d, d², d³ ... its variance is about 0.001 for
+    """The mean of an image comes from the coarsest levels. With weights d, d², d³ ... its variance is about 0.001 for
     d = 0.3, a quarter of it from the base noise (1/4096); if every level weighed d it would be above 0.1.
     """
     images = make_noise((4, 64, 64), list(range(200)), pyramid_discount=0.3)

@@ -138,7 +138,7 @@ def test_a_mask_weighs_the_cells_and_keeps_the_images_weight():
     prediction = torch.zeros(2, 4, 2, 2)
     prediction[:, :, 0, 0] = 2.0  # squared error 4 in one cell of four
     mask = torch.zeros(2, 1, 2, 2)
-    mask[0, :, 0, :] = 1.0  # the upper row of the first picture: (4 + 0) / 2
+    mask[0, :, 0, :] = 1.0  # the upper row of the first image: (4 + 0) / 2
     mask[1, :, 0, 0] = 0.25  # a quarter of the one cell: still a mean, 4
     losses = objective().loss(prediction, torch.zeros_like(prediction), BOTH, mask)
     assert losses.tolist() == pytest.approx([2.0, 4.0])

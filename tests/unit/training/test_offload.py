@@ -29,7 +29,7 @@ def test_a_module_waits_in_host_memory_except_while_it_works():
         assert vae.moves == ["cpu", "cuda"]
         with idle.at_work([vae]):
             pass
-        assert vae.moves == ["cpu", "cuda"]  # the outer work goes on
+        assert vae.moves == ["cpu", "cuda"]  # the outer work continues
     assert vae.moves == ["cpu", "cuda", "cpu"]
     assert unet.moves == []
 

@@ -21,9 +21,9 @@ def test_the_share_is_rounded_up_and_at_least_one(num_images, expected):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_copies_of_a_image_stay_together(seed):
-    groups = [str(n // 4) for n in range(40)]  # ten pictures, four copies of each
+    groups = [str(n // 4) for n in range(40)]  # ten images, four copies of each
     stays, taken = split_indices(groups, 0.15, seed)
-    assert len(taken) == 8  # six are wanted, groups are whole
+    assert len(taken) == 8  # six are wanted, groups are complete
     assert not {groups[index] for index in stays} & {groups[index] for index in taken}
 
 
@@ -50,7 +50,7 @@ def test_two_purposes_draw_different_splits():
 
 @pytest.mark.parametrize("groups", [["a"], ["a", "a", "a"]])
 def test_a_split_that_leaves_nothing_to_train_on_is_refused(groups):
-    with pytest.raises(ConfigError, match=r"validation_config: of \d pictures \(1 different ones\).*leaves none"):
+    with pytest.raises(ConfigError, match=r"validation_config: of \d images \(1 different ones\).*leaves none"):
         split_indices(groups, 0.15, 1)
 
 
