@@ -154,7 +154,7 @@ def main() -> None:
 def write_page(*, kept_only: bool = False) -> str:
     """The whole page."""
     text = (Path(__file__).parent / "memory_page.md").read_text(encoding="utf-8")
-    return text.replace("{{cards}}", gpus_table(kept_only)).replace("{{published}}", published_table(kept_only))
+    return text.replace("{{gpus}}", gpus_table(kept_only)).replace("{{published}}", published_table(kept_only))
 
 
 def estimate(family: str, resolution: int, settings: dict[str, Any], kept_only: bool = False) -> Any:

@@ -81,7 +81,7 @@ class Objective:
         Args:
             model_pred, target: (B, 4, h, w), any float type; computed in float32.
             timesteps: (B,) int64.
-            mask: (B, 1, h, w) in 0..1, or None. The loss is the mean over the latent cells, weighed by the mask, so a
+            mask: (B, 1, h, w) in 0..1, or None. The loss is the mean over the latent cells, weighed by the mask, so an
                 image counts the same however small its masked area is; one that is masked altogether costs 0.
 
         Returns:
