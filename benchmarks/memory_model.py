@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 WIDTHS: dict[str, Any] = {
-    "unet": {"block_out_channels": [96, 192, 384, 384], "cross_attention_dim": 256},
+    "denoiser": {"block_out_channels": [96, 192, 384, 384], "cross_attention_dim": 256},
     "vae": {"block_out_channels": [32, 64, 128, 128], "layers_per_block": 1},
     "text_encoders": [
         {

@@ -35,7 +35,7 @@ def large_base(folder: Path) -> Path:
     text = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 6}
     unet = {"block_out_channels": [96, 192, 384, 384], "attention_head_dim": 8, "cross_attention_dim": 256}
     vae = {"block_out_channels": [32, 64, 64, 64]}
-    save_model(build_model("sd1", unet=unet, vae=vae, text_encoders=[{**text, "projection_dim": 256}]), folder)
+    save_model(build_model("sd1", denoiser=unet, vae=vae, text_encoders=[{**text, "projection_dim": 256}]), folder)
     return folder
 
 
