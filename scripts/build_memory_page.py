@@ -1,7 +1,7 @@
-"""Write docs/memory.md: what the pre-flight foretells for full-size models, card by card, beside what others published.
+"""Write docs/memory.md: what the pre-flight estimates for full-size models, GPU by GPU, compared with what others published.
 
     python scripts/build_memory_page.py            writes docs/memory.md
-    python scripts/build_memory_page.py --check    says whether the page is what the script would write
+    python scripts/build_memory_page.py --check    reports whether the page is what the script would write
 
 No weights and no GPU are needed. Estimates are kept in `.edk_cache`, so a second run is quick.
 """
@@ -172,7 +172,7 @@ def estimate(family: str, resolution: int, settings: dict[str, Any], kept_only: 
 
 
 def gpus_table(kept_only: bool) -> str:
-    """Settings against cards."""
+    """Settings against GPUs."""
     from everydream_kit.preflight.gpus import find_gpu
     from everydream_kit.preflight.memory_estimate import allowance
 
@@ -201,7 +201,7 @@ def gpus_table(kept_only: bool) -> str:
 
 
 def published_table(kept_only: bool) -> str:
-    """Others' figures beside ours."""
+    """Others' figures compared with ours."""
     from everydream_kit.preflight.memory_estimate import allowance
 
     lines = ["| what | published | tensors | with allowance | source |", "|---|---|---|---|---|"]
