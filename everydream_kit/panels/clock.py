@@ -28,6 +28,12 @@ def make_clock(on_beat: Callable[[], object], *, interval_milliseconds: int = IN
     return clock
 
 
+def reveal(clock: widgets.Widget) -> None:
+    """Bring the clock's panel into view, unless somebody has touched the page since it was shown."""
+    if clock.has_trait("reveal"):
+        clock.reveal += 1  # type: ignore[attr-defined]
+
+
 def has_clock() -> bool:
     """Whether panels update by themselves here."""
     return _clock_class() is not None
@@ -46,6 +52,7 @@ def _clock_class() -> Any:
             beats = traitlets.Int(0).tag(sync=True)
             interval = traitlets.Int(INTERVAL_MILLISECONDS).tag(sync=True)
             on = traitlets.Bool(True).tag(sync=True)
+            reveal = traitlets.Int(0).tag(sync=True)
 
         _cached = Clock
     return _cached

@@ -17,9 +17,9 @@ from everydream_kit.actions.project import Project
 from everydream_kit.errors import ConfigError, JobError
 from everydream_kit.panels import style
 from everydream_kit.panels.checkpoint_list import CheckpointList
-from everydream_kit.panels.clock import has_clock, make_clock
+from everydream_kit.panels.clock import has_clock, make_clock, reveal
 from everydream_kit.panels.login import token_environment
-from everydream_kit.panels.pages import Pages
+from everydream_kit.panels.pages import Fold, Pages
 from everydream_kit.panels.panel import Panel, set_html
 from everydream_kit.panels.prompts import prompt_lines, read_prompts
 from everydream_kit.panels.thumbnails import image_tag
@@ -46,7 +46,7 @@ class ComparePanel(Panel):
         self.comparison = self._last_comparison()
         self._shown: object = None
         self.checkpoints = CheckpointList(self.project)
-        self._is_due = False
+        self._is_due = self._began_by_itself = False
         self._has_chosen = self._has_picked = self._quiet = False
         self._build()
         self._render(force=True)
@@ -90,23 +90,31 @@ class ComparePanel(Panel):
         self.bar = style.progress_bar()
         self.tabs = Pages({"Before and after": self._build_pair(), "Whole grid": style.column(self.grid)})
         self.clock = make_clock(self.on_beat)
+        self.wishes = Fold("Checkpoints and prompts", self._wishes)
+        self.wishes.set_open(self.comparison is None)
+        self.winner_box = style.column(style.section("The winner"), self._build_winner())
         self.box = style.panel_box(
             [
                 self.head,
-                style.section("Checkpoints"),
-                self.check_row,
-                style.section("Prompts, one a line"),
-                self.prompts,
-                style.row(self.cfgs, self.size, self.steps, self.seed),
+                self.wishes.box,
                 style.actions(self.generate_button, self.stop_button, self.refresh_button, message=self.message),
                 self.bar,
                 self.tabs.box,
-                style.section("The winner"),
-                self._build_winner(),
+                self.winner_box,
                 self.clock,
             ]
         )
         self._offer_checkpoints()
+
+    def _wishes(self) -> Sequence[widgets.Widget]:
+        """What is compared; folded away where there is a comparison to look at."""
+        return (
+            style.section("Checkpoints"),
+            self.check_row,
+            style.section("Prompts, one a line"),
+            self.prompts,
+            style.row(self.cfgs, self.size, self.steps, self.seed),
+        )
 
     def _offer_checkpoints(self) -> None:
         """Fill the lists with what can be compared now. Ticks stay; what has come since is ticked as `_is_ticked` says."""
@@ -127,7 +135,7 @@ class ComparePanel(Panel):
             known = [source for _, source in trained]
             self.winner.value = chosen if chosen in known else (known[-1] if known else None)
             self._quiet = False
-        self.winner_button.disabled = not trained
+        self.winner_box.layout.display = "" if trained else "none"
 
     def _is_ticked(self, source: str) -> bool:
         """To begin with: what was compared last (else the base), and the latest checkpoint, which may have come since."""
@@ -252,6 +260,7 @@ class ComparePanel(Panel):
         """Show the panel, and sample as soon as the project's run has finished. Returns at once."""
         self.show()
         self._is_due = True
+        self.wishes.set_open(False)
         self.on_beat()
 
     def pick_winner(self) -> None:
@@ -280,6 +289,9 @@ class ComparePanel(Panel):
         style.show_progress(self.bar, status if status["alive"] else None)
         if not status["alive"]:
             good = status["state"] == "finished"
+            if good and self._began_by_itself:
+                self._began_by_itself = False
+                reveal(self.clock)
             self.say(status.get("message") or status["state"], "good" if good else "bad")
         elif status.get("num_steps"):
             self.say(f"{status['step']} of {status['num_steps']} images.", "busy")
@@ -289,8 +301,8 @@ class ComparePanel(Panel):
         run = self.project.running_job() or next(iter(self.project.jobs()), None)
         status = run.status() if run is not None else {"state": "", "alive": False}
         if status["state"] == "finished" and not status["alive"]:
+            self._is_due, self._began_by_itself = False, True
             self._press(self.draw)
-            self._is_due = False
         elif status["alive"]:
             done = f"Step {status['step']:,} of {status['num_steps']:,}. " if status["num_steps"] else ""
             self.say(f"{done}Before and after appears here when training ends.", "busy")
@@ -317,6 +329,8 @@ class ComparePanel(Panel):
         if state == self._shown and not force:
             return
         self._shown = state
+        for control in (self.prompt_choice, self.slider):
+            control.layout.display = "none" if here is None else ""
         if here is None:
             empty = '<div class="edk-empty">Choose checkpoints and prompts, then press Generate images.</div>'
             set_html(self.grid, empty)

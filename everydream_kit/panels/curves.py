@@ -28,7 +28,7 @@ class CurveBox:
         self._view: RunView | None = None
         self.smoothing = widgets.FloatSlider(
             value=SMOOTHING, min=0.0, max=0.99, step=0.01, description="Smoothing", continuous_update=False,
-            style={"description_width": "70px"}, layout=widgets.Layout(width="280px"),
+            style={"description_width": "80px"}, layout=widgets.Layout(width="300px"),
         )  # fmt: skip
         self.is_log = widgets.Checkbox(
             value=False, description="log scale", indent=False, layout=widgets.Layout(width="auto")

@@ -62,11 +62,11 @@ class HardestBox:
         caption = caption_text(image.path, files) if image.path.is_file() else "(the file is gone)"
         uses = f"{image.count} use{'' if image.count == 1 else 's'}"
         text = (
-            f'<div class="edk-found edk-few">{image_tag(image.path, 96, words=image.path.name, height=56)}'
+            f'<div class="edk-found edk-hard">{image_tag(image.path, 96, words=image.path.name, height=56)}'
             f"<div><b>{html.escape(image.path.name)}</b><br>{html.escape(caption)}"
             f'<div class="edk-hint">{number} · loss {image.loss:.4f} in {uses}</div></div></div>'
         )
-        words = widgets.HTML(layout=widgets.Layout(flex="1 1 420px", width="auto"))
+        words = widgets.HTML(layout=widgets.Layout(flex="1 1 260px", width="auto"))
         set_html(words, text)
         trend = widgets.HTML(sparkline(image.trend, f"Loss of {image.path.name} by epoch"))
         button = style.button(

@@ -138,6 +138,11 @@ class RunMonitor:
         set_html(self.latest, latest_samples(samples) or NO_SAMPLES)
         self._render_step()
 
+    @property
+    def latest_step(self) -> int:
+        """Step of the latest samples that are shown; 0 without any, and for those before training."""
+        return self._samples[-1].step if self._samples else 0
+
     def _steps(self) -> list[int]:
         return list(dict.fromkeys(sample.step for sample in self._samples))
 
@@ -169,8 +174,8 @@ def latest_samples(samples: list[Sample]) -> str:
         if (first := before.get((sample.index, sample.words))) is not None:
             corner = image_tag(first.path, 120, words=f"{first.words}, before training")
             images += f'<span class="edk-corner">{corner}</span>'
-        words = html.escape(sample.words)
-        figures.append(f'<figure><div class="edk-over">{images}</div><figcaption>{words}</figcaption></figure>')
+        words = "<figcaption>EMA</figcaption>" if sample.is_averaged else ""  # the sheet itself names its prompt
+        figures.append(f'<figure><div class="edk-over">{images}</div>{words}</figure>')
     title = f"Samples at step {step:,}" if step else "Samples before training"
     more = ' <span class="edk-hint">in the corner: before training</span>' if before else ""
     return f'<div class="edk-section">{title}{more}</div><div class="edk-shots edk-latest">{"".join(figures)}</div>'

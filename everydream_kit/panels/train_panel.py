@@ -24,7 +24,7 @@ from everydream_kit.errors import ConfigError
 from everydream_kit.foreign import read_origin
 from everydream_kit.hosts import detect_host
 from everydream_kit.panels import style
-from everydream_kit.panels.clock import has_clock, make_clock
+from everydream_kit.panels.clock import has_clock, make_clock, reveal
 from everydream_kit.panels.form import SettingsForm
 from everydream_kit.panels.hardest_box import HardestBox
 from everydream_kit.panels.login import token_environment
@@ -109,6 +109,7 @@ class TrainPanel(Panel):
         self._command, self._environment = command, {**token_environment(), **(environment or {})}
         self.job: jobs.Job | None = None
         self.dataset: DatasetPanel | None = None  # opened from the table of the hardest images
+        self._revealed_at: int | None = None  # a step; 0: the samples of the first are still to come into view
         self._state: str | None = None
         self._state_words = ""  # what the message line says of the state; anything else stays until the next one
         self._build()
@@ -183,7 +184,7 @@ class TrainPanel(Panel):
             layout=widgets.Layout(width="auto", height="76px"),
         )
         self.prompts.observe(lambda change: self._write_prompts(change["new"]), "value")
-        samples = style.column(self.prompts, self.monitor.samples)
+        samples = style.column(self.monitor.samples, style.section("Prompts of the next samples"), self.prompts)
         self.board = TensorBoard(self.project.logdir, self.project.folder / "tensorboard")
         self.tensorboard_button, self.tensorboard_words = style.button("TensorBoard", icon="line-chart"), widgets.HTML()
         self.on_press(self.tensorboard_button, self.switch_tensorboard)
@@ -270,6 +271,8 @@ class TrainPanel(Panel):
         """
         self._press(self._continue)
         self.tabs.selected_index = PROGRESS if self.job is not None else SETTINGS
+        self._revealed_at = 0
+        reveal(self.clock)
         self.show()
 
     def keep_awake(self) -> None:
@@ -425,6 +428,9 @@ class TrainPanel(Panel):
         self._render_head(status)
         self._render_buttons(status)
         self.monitor.show(status)
+        if self._revealed_at == 0 and self.monitor.latest_step:  # the first samples of the trained model
+            self._revealed_at = self.monitor.latest_step
+            reveal(self.clock)
         if self.tabs.selected_index == HARDEST:
             self.hardest.refresh()
         if status["state"] != self._state:

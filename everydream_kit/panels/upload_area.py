@@ -102,8 +102,7 @@ class Receiver:
         safe = {name: path for name in content["names"] if (path := self._accepted(name)) and not _is_archive(path)}
         existing = [name for name, path in safe.items() if (self.folder / path).exists()]
         stems = {_stem(safe[name]) for name in existing}
-        sent = {_stem(path) for path in safe.values()}
-        free = {stem: self._free_stem(stem, sent) for stem in stems}
+        free = self._free_stems(stems, {_stem(path) for path in safe.values()})
         keep = {
             name: free[_stem(path)] + PurePosixPath(path).suffix for name, path in safe.items() if _stem(path) in stems
         }
@@ -117,11 +116,15 @@ class Receiver:
             return None  # its own message says so when it is sent
         return path if PurePosixPath(path).suffix.lower() in ACCEPTED else None
 
-    def _free_stem(self, stem: str, sent: set[str]) -> str:
-        """`a-2`, or the first number of which no file is there or comes with this upload."""
-        parent = PurePosixPath(stem).parent
-        taken = {_stem(str(parent / path.name)) for path in (self.folder / parent).iterdir()} | sent
-        return next(free for number in itertools.count(2) if (free := f"{stem}-{number}") not in taken)
+    def _free_stems(self, stems: set[str], sent: set[str]) -> dict[str, str]:
+        """For each, `a-2`, or the first number of which no file is there or comes with this upload."""
+        taken = set(sent)
+        for parent in {PurePosixPath(stem).parent for stem in stems}:
+            taken |= {_stem(str(parent / path.name)) for path in (self.folder / parent).iterdir()}
+        return {
+            stem: next(free for number in itertools.count(2) if (free := f"{stem}-{number}") not in taken)
+            for stem in stems
+        }
 
     def _bundle(self, content: dict[str, Any], buffers: list[Any]) -> dict[str, Any]:
         """Small files, complete in one message. One that cannot be taken does not hold up the others."""

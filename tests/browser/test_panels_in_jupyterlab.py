@@ -31,14 +31,47 @@ def wait_for_run(status, stall_seconds=150):
 
 def test_the_quickstart_ends_with_before_and_after(lab, driver, page):
     (lab.root / "workspace" / "quick").mkdir(parents=True)
-    (lab.root / "workspace" / "quick" / "sample_prompts.txt").write_text("guitar, ink drawing\n")  # drawing takes most
-    driver.open(lab.copy("00_quickstart", PROJECT="quick", MAX_EPOCHS=1))
+    few = {"cfgs": [3], "num_inference_steps": 4, "samples": ["guitar, ink drawing", "penguin, ink drawing"]}
+    (lab.root / "workspace" / "quick" / "sample_prompts.json").write_text(json.dumps(few))
+    address = lab.copy("00_quickstart", PROJECT="quick", MAX_EPOCHS=6)
+    driver.open(address)
     driver.run_all()
-    driver.wait_while_moving(lambda: page.get_by_role("heading", name="Compare", exact=True).count())
-    panel = driver.panel("Compare")
-    driver.wait_for_text(panel, ".edk-note", "images generated")
-    expect(panel.get_by_text("after · last-quick", exact=False)).to_be_visible()
-    assert panel.locator(".edk-pair img").count() == 2
+    panel = driver.panel("Training")
+    driver.wait_for_text(panel, ".edk-facts", re.compile(r"[1-9]\d* / 36"))
+    assert page.locator("#jp-main-statusbar").get_by_text("| Idle").count()  # no cell stays with the run
+    expect(panel).to_be_in_viewport()  # though Run All leaves the page at the last cell
+    panel.get_by_role("button", name="Stop", exact=True).click()  # buttons answer while it trains
+    driver.wait_for_text(panel, ".edk-badge", "stopped")
+    compare = driver.panel("Compare")
+    driver.wait_for_text(compare, ".edk-note", "has not finished (stopped)")
+
+    driver.run_all()  # continues
+    driver.wait_for_text(compare, ".edk-note", "images generated")
+    expect(compare.get_by_text("after · last-quick", exact=False)).to_be_visible()
+    assert compare.locator(".edk-pair img").count() == 2
+    assert len(list((lab.root / "workspace" / "quick" / "logs").glob("quick-*"))) == 1
+
+    panel.get_by_role("button", name="Progress", exact=True).click()
+    panel.locator(".edk-latest .edk-over > img").first.press("Enter")
+    viewer = page.get_by_role("dialog", name="Image")
+    expect(viewer).to_contain_text("guitar, ink drawing, step 36")
+    page.keyboard.press("ArrowRight")
+    expect(viewer).to_contain_text("before training · 2 of 4")
+    with page.expect_download() as download:
+        viewer.get_by_role("button", name="Download").click()
+    assert download.value.suggested_filename.startswith("gs00000-000-guitar")
+    page.keyboard.press("Escape")
+    expect(viewer).to_have_count(0)
+
+    page.keyboard.press("Control+s")
+    page.wait_for_timeout(1500)
+    page.get_by_role("menuitem", name="Kernel", exact=True).click()
+    page.get_by_role("menuitem", name="Shut Down Kernel").click()
+    page.wait_for_timeout(1500)
+    page.goto(address.replace("&reset", ""))
+    expect(page.get_by_text("This panel is from an earlier session. Run this cell again.").first).to_be_visible()
+    assert page.get_by_text("Error displaying widget").filter(visible=True).count() == 0
+    assert page.evaluate("[...document.images].filter(i => i.complete && !i.naturalWidth).length") == 0
 
 
 def test_train_stop_reload_resume_and_finish(lab, driver, page):

@@ -21,16 +21,36 @@ function describe(panel) {
   state(".edk-tab", "aria-pressed", (button) => button.classList.contains("edk-current"));
   state(".edk-fold", "aria-expanded", (button) => button.querySelector(".fa-caret-down") !== null);
 }
+// Brings its panel into view when the kernel asks (`reveal`): Run All leaves the page at the last cell. A page that somebody
+// has touched since is left alone.
+const TOUCHES = ["pointerdown", "wheel", "keydown", "touchstart"], HELD_MS = 15000;
 function render({ model, el }) {
   el.style.display = "none";
+  let isTouched = false, heldUntil = 0;
+  const touch = () => { isTouched = true; };
+  for (const name of TOUCHES) window.addEventListener(name, touch, { capture: true, passive: true });
+  const hold = () => {  // panels above may still grow, so for a while it is brought back
+    const panel = el.closest(".edk");
+    if (isTouched || !panel || Date.now() > heldUntil) return;
+    const place = panel.getBoundingClientRect();
+    if (place.top < 0 || place.top > innerHeight / 4) panel.scrollIntoView({ block: "start" });
+  };
+  const reveal = () => { if (model.get("reveal")) { heldUntil = Date.now() + HELD_MS; hold(); } };
+  model.on("change:reveal", reveal);
+  reveal();
   const beat = () => {
     const panel = el.closest(".edk");
     if (panel) describe(panel);
+    hold();
     if (!model.get("on")) return;
     model.set("beats", model.get("beats") + 1);
     model.save_changes();
   };
   const timer = setInterval(beat, model.get("interval"));
-  return () => clearInterval(timer);
+  return () => {
+    clearInterval(timer);
+    model.off("change:reveal", reveal);
+    for (const name of TOUCHES) window.removeEventListener(name, touch, { capture: true });
+  };
 }
 export default { render };

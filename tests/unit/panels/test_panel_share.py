@@ -90,11 +90,11 @@ def test_no_widget_is_one_that_colab_lacks(name, project):
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_every_panel_is_built_without_anywidget(name, project, monkeypatch):
-    for module in ("clock", "upload_area", "login", "viewer"):
+    for module in ("clock", "upload", "login", "viewer"):
         import importlib
 
         loaded = importlib.import_module(f"everydream_kit.panels.{module}")
-        kind = {"clock": "clock", "upload_area": "drop_zone", "login": "token_field", "viewer": "viewer"}[module]
+        kind = {"clock": "clock", "upload": "drop_zone", "login": "token_field", "viewer": "viewer"}[module]
         monkeypatch.setattr(loaded, f"_{kind}_class", lambda: None)
     panel = BUILDERS[name](project)
     assert "edk-head" in texts(panel.box)
@@ -227,7 +227,7 @@ def test_a_press_that_starts_nothing_keeps_the_last_comparison(project):
     pretend(project, ComparePanel)  # another panel has started in between
     panel.prompts.value = "something else"
     panel.generate_button.click()
-    assert "still at work" in panel.message.value
+    assert "still running" in panel.message.value
     assert saved.read_text() == before and not list(saved.parent.glob("request-*"))
     assert panel.comparison.prompts == ("a jet",)
 

@@ -306,6 +306,19 @@ def test_a_cell_that_runs_again_continues_with_the_projects_run(project, ended_b
         assert later.job.status() == ended
 
 
+def test_a_panel_comes_into_view_at_the_start_and_with_the_first_trained_samples(project, shown):
+    run = empty_run(project)
+    run.write_status({**ELSEWHERE, "state": "running"})
+    panel = TrainPanel(project)
+    assert panel.clock.reveal == 0
+    panel.run()
+    assert panel.clock.reveal == 1
+    for step, reveals in ((0, 1), (40, 2), (80, 2)):
+        Image.new("RGB", (8, 8)).save(run.samples_folder / f"gs{step:05}-000-a jet.jpg")
+        panel.refresh()
+        assert panel.clock.reveal == reveals
+
+
 @pytest.mark.usefixtures("shown")
 def test_run_says_why_it_cannot_start(tmp_path):
     panel = TrainPanel(tmp_path / "empty")
