@@ -1,13 +1,13 @@
-"""Pictures per second from large JPEG photographs to 512 px buckets: the kit beside plain Pillow, interleaved.
+"""Images per second from large JPEG photographs to 512 px buckets: the kit next to plain Pillow, interleaved.
 
-    python benchmarks/data_pixels.py                    # makes 12-megapixel photographs of scikit-image's pictures
+    python benchmarks/data_pixels.py                    # makes 12-megapixel photographs of scikit-image's images
     python benchmarks/data_pixels.py --folder wallpapers  # your own, for instance from a Debian wallpaper package
 
 Both sides cut the same crop of the same file. Plain Pillow decodes it whole and resizes (Lanczos); the kit decodes at a
-reduced scale where three times the pixels remain. Times are processor time of this one thread, so that a busy machine does
-not decide; the ratio of each file is the median over rounds. The distance is given twice: in the 8 bits that training
-sees, where Pillow's own rounding is the floor (its column: full decode in 8 bits against itself without rounding), and
-before rounding, which is what the reduced decode itself does.
+reduced scale where three times the pixels remain. Times are processor time of this one thread, so that a busy machine
+does not decide; the ratio of each file is the median over rounds. The distance is given twice: in the 8 bits that
+training sees, where Pillow's own rounding is the floor (its column: full decode in 8 bits against itself without
+rounding), and before rounding, which is what the reduced decode itself does.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def main() -> None:
         )
         times = [measure(path, options.resolution, options.rounds) for path in paths]
     kit, plain = (sum(column) for column in zip(*times, strict=True))
-    print(f"all: {len(times) / kit:.1f} and {len(times) / plain:.1f} pictures per second, ratio {plain / kit:.2f}")
+    print(f"all: {len(times) / kit:.1f} and {len(times) / plain:.1f} images per second, ratio {plain / kit:.2f}")
 
 
 if __name__ == "__main__":

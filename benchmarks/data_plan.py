@@ -1,11 +1,11 @@
-"""Scan speed and memory, and epoch plans at 10³ to 10⁶ pictures.
+"""Scan speed and memory, and epoch plans at 10³ to 10⁶ images.
 
     python benchmarks/data_plan.py [--files 100000] [--folder DIR]
 
-Makes a folder of small pictures with captions (kept if --folder is given), scans it cold, warm, and with another
+Makes a folder of small images with captions (kept if --folder is given), scans it cold, warm, and with another
 run's cache; then plans epochs over datasets of growing size. Every measurement runs in a process of its own, so that
-memory is its own: "bytes a picture" is the rise of the peak resident size over that of a process that did the same
-with next to no pictures.
+memory is its own: "bytes an image" is the rise of the peak resident size over that of a process that did the same
+with next to no images.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ IMAGES_PER_FOLDER = 1000
 
 
 def make_files(folder: Path, count: int) -> None:
-    """Small JPEGs of four shapes, each with a caption beside it."""
+    """Small JPEGs of four shapes, each with a caption next to it."""
     shapes = [(64, 64), (96, 64), (64, 96), (128, 64)]
     rng = np.random.default_rng(0)
     samples = []
@@ -42,7 +42,7 @@ def make_files(folder: Path, count: int) -> None:
         place = folder / f"{number // IMAGES_PER_FOLDER:04}"
         place.mkdir(exist_ok=True)
         (place / f"{number:07}.jpg").write_bytes(samples[number % len(samples)])
-        (place / f"{number:07}.txt").write_text(f"a picture of thing {number % 977}, red, small, by foo, high quality")
+        (place / f"{number:07}.txt").write_text(f"an image of thing {number % 977}, red, small, by foo, high quality")
 
 
 def make_dataset(count: int) -> Dataset:
@@ -55,7 +55,7 @@ def make_dataset(count: int) -> Dataset:
             f"{number // 1000:04}/{number:07}.jpg",
             width=widths[number],
             height=heights[number],
-            caption=f"a picture of thing {number % 977}, red, small, by foo, high quality",
+            caption=f"an image of thing {number % 977}, red, small, by foo, high quality",
             caption_kind=FROM_TEXT,
             multiply=1.3 if number % 10 == 0 else 1.0,
         )
@@ -142,7 +142,7 @@ def show_plans() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=int, default=100_000)
-    parser.add_argument("--folder", type=Path, help="where the pictures are made, or lie from an earlier run")
+    parser.add_argument("--folder", type=Path, help="where the images are made, or lie from an earlier run")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch)

@@ -1,8 +1,8 @@
-"""A whole epoch, from picture files on the disk to updated weights, beside the bare loop on ready tensors.
+"""A whole epoch, from image files on the disk to updated weights, next to the bare loop on ready tensors.
 
-The bare loop has latents, captions, noise and timesteps ready and does forward, backward and fused AdamW; it is the floor of the
-epoch with cached latents. For the epoch without the cache the floor encodes the pictures with the VAE in every step as well. Each
-side runs one epoch of 96 pictures in turns.
+The bare loop has latents, captions, noise and timesteps ready and does forward, backward and fused AdamW; it is the
+floor of the epoch with cached latents. For the epoch without the cache the floor encodes the images with the VAE in
+every step as well. Each side runs one epoch of 96 images in turns.
 
     python benchmarks/epoch_throughput.py [--rounds 4]
 """

@@ -1,5 +1,5 @@
-"""Export of a full-size SD 1.5 beside writing the same bytes with safetensors: seconds, processor seconds and peak memory,
-interleaved.
+"""Export of a full-size SD 1.5 next to writing the same bytes with safetensors: seconds, processor seconds and peak
+memory, interleaved.
 
     python benchmarks/export.py [--family sd1] [--rounds 3] [--precision fp16]
 

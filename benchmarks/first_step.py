@@ -1,12 +1,13 @@
-"""How soon training begins: from the command to the first step, beside a bare script that does as much.
+"""How soon training begins: from the command to the first step, next to a bare script that does as much.
 
     python benchmarks/first_step.py              # five rounds, interleaved
     python benchmarks/first_step.py --rounds 9
 
-Ours is `everydream train` on the embedded base and the demo's pictures at 128 px, everything at its default; its clock stops
-when the first step is in `events.jsonl`; that step's own seconds before, it began. The bare script imports torch, diffusers
-and transformers, loads the same UNet, VAE, text encoder and tokenizer with `from_pretrained`, encodes four pictures and makes
-one step of AdamW: what whoever uses these libraries cannot leave out, with no checks, no run folder and no log.
+Ours is `everydream train` on the embedded base and the demo's images at 128 px, everything at its default; its clock
+stops when the first step is in `events.jsonl`; that step's own seconds before, it began. The bare script imports torch,
+diffusers and transformers, loads the same UNet, VAE, text encoder and tokenizer with `from_pretrained`, encodes four
+images and makes one step of AdamW: what whoever uses these libraries cannot skip, with no checks, no run folder and no
+    log.
 """
 
 from __future__ import annotations
@@ -37,20 +38,20 @@ from PIL import Image
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-base, pictures = sys.argv[1:]
+base, images = sys.argv[1:]
 unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=torch.float32)
 vae = AutoencoderKL.from_pretrained(base, subfolder="vae", torch_dtype=torch.float32)
 text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=torch.float32)
 tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
 scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
-paths = sorted(Path(pictures).glob("*.webp"))[:4]
+paths = sorted(Path(images).glob("*.webp"))[:4]
 loaded = [np.asarray(Image.open(path).convert("RGB").resize((128, 128))) for path in paths]
 pixels = torch.from_numpy(np.stack(loaded)).permute(0, 3, 1, 2).float() / 127.5 - 1
 with torch.no_grad():
     latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
 optimizer = torch.optim.AdamW([*unet.parameters(), *text_encoder.parameters()], lr=1e-6)
 print("begins", flush=True)
-ids = tokenizer(["a picture"] * 4, padding="max_length", return_tensors="pt").input_ids
+ids = tokenizer(["an image"] * 4, padding="max_length", return_tensors="pt").input_ids
 noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (4,))
 noisy = scheduler.add_noise(latents, noise, timesteps)
 predicted = unet(noisy, timesteps, text_encoder(ids).last_hidden_state).sample

@@ -1,12 +1,12 @@
-"""Foretold against measured peak memory, on the CPU: a fresh process for each configuration, within 10 % wanted.
+"""Estimated against measured peak memory, on the CPU: a fresh process for each configuration, within 10 % wanted.
 
     python benchmarks/memory_model.py                 every case, as a table
     python benchmarks/memory_model.py --only lora     cases whose name holds a word
 
-The model is an SD 1.x of a third of the usual width (about 100 M weights), so that the interpreter's own memory does not
-matter. What is measured is the process's resident memory at its highest (VmHWM, reset by /proc/self/clear_refs before the
-phase) less what was resident before the model was built, after everything was imported and a tiny model had trained, drawn and
-encoded. glibc gives freed memory back at once (MALLOC_ settings below). Linux only.
+The model is an SD 1.x of a third of the usual width (about 100 M weights), so that the interpreter's own memory does
+not matter. What is measured is the process's resident memory at its highest (VmHWM, reset by /proc/self/clear_refs
+before the phase) less what was resident before the model was built, after everything was imported and a tiny model had
+trained, sampled and encoded. glibc gives freed memory back at once (MALLOC_ settings below). Linux only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 WIDTHS: dict[str, Any] = {
-    "unet": {"block_out_channels": [96, 192, 384, 384], "cross_attention_dim": 256},
+    "denoiser": {"block_out_channels": [96, 192, 384, 384], "cross_attention_dim": 256},
     "vae": {"block_out_channels": [32, 64, 128, 128], "layers_per_block": 1},
     "text_encoders": [
         {
@@ -78,7 +78,7 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(json.loads(arguments.measure))))
         return
-    print(f"{'case':40} {'foretold':>9} {'measured':>9} {'ratio':>7}   seconds")
+    print(f"{'case':40} {'estimated':>9} {'measured':>9} {'ratio':>7}   seconds")
     ratios = []
     for name, changes in CASES.items():
         if not any(word in name for word in arguments.only.split("|")):

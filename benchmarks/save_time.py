@@ -1,9 +1,9 @@
-"""Saving a checkpoint beside writing the same bytes with safetensors.
+"""Saving a checkpoint next to writing the same bytes with safetensors.
 
-A checkpoint is a model folder in float32, optimizer state, hashes of every file, and everything confirmed by the disk before
-the rename. The floor writes as many bytes into as many safetensors files and makes the disk confirm each. Three things in turns:
-the floor; a save at once, as at the end of a run; a save in the background, which first copies everything to host memory. That
-copy is what training waits for; the rest happens while it goes on.
+A checkpoint is a model folder in float32, optimizer state, hashes of every file, and everything confirmed by the disk
+before the rename. The floor writes as many bytes into as many safetensors files and makes the disk confirm each. Three
+things in turns: the floor; a save at once, as at the end of a run; a save in the background, which first copies
+everything to host memory. That copy is what training waits for; the rest happens while it continues.
 
     python benchmarks/save_time.py [--rounds 8] [--large]
 """
@@ -35,7 +35,7 @@ def large_base(folder: Path) -> Path:
     text = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 6}
     unet = {"block_out_channels": [96, 192, 384, 384], "attention_head_dim": 8, "cross_attention_dim": 256}
     vae = {"block_out_channels": [32, 64, 64, 64]}
-    save_model(build_model("sd1", unet=unet, vae=vae, text_encoders=[{**text, "projection_dim": 256}]), folder)
+    save_model(build_model("sd1", denoiser=unet, vae=vae, text_encoders=[{**text, "projection_dim": 256}]), folder)
     return folder
 
 

@@ -1,10 +1,10 @@
-"""The trainer's step beside the bare forward + backward + optimizer on the same tensors.
+"""The trainer's step next to the bare forward + backward + optimizer on the same tensors.
 
-Both sides train copies of one model on the same latents, captions, noise and timesteps, in turns within one process, so that
-what else the machine does falls on both alike. The trainer's side is everything between two steps of its loop: the loader,
-drawing noise by address, encoding captions, the losses read back, the listeners that write logs. Latents are cached on both
-sides, and the rounds of the first epoch, which also encode, do not count. Printed are the medians and the ratio of each
-round; the claim is the median ratio.
+Both sides train copies of one model on the same latents, captions, noise and timesteps, in turns within one process, so
+that what else the machine does falls on both alike. The trainer's side is everything between two steps of its loop: the
+loader, drawing noise by address, encoding captions, the losses read back, the listeners that write logs. Latents are
+cached on both sides, and the rounds of the first epoch, which also encode, do not count. Printed are the medians and
+the ratio of each round; the claim is the median ratio.
 
     python benchmarks/step_overhead.py [--rounds 17] [--steps 4] [--resolution 128]
 """
@@ -39,7 +39,7 @@ from everydream_kit.workspace import RunFolder
 
 
 def square_images(folder: Path, resolution: int) -> Path:
-    """The demo's 32 pictures as squares: one bucket, only full batches, so that both sides do the same steps."""
+    """The demo's 32 images as squares: one bucket, only full batches, so that both sides do the same steps."""
     folder.mkdir()
     for source in sorted(images_path().glob("*.webp")):
         with Image.open(source) as image:

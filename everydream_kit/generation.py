@@ -181,8 +181,10 @@ def resolve_checkpoint(checkpoint: str | Path | RunFolder) -> str | Path:
 
 
 def native_size(model: Model) -> int:
-    """Side in pixels that a model generates best: its UNet's sample size times the VAE's factor."""
-    cells = model.unet.config["sample_size"]
+    """Side in pixels that a model samples best: its denoiser's sample size times the VAE's factor, else its family's."""
+    cells = model.denoiser.config.get("sample_size")
+    if cells is None:
+        return model.family.resolution(model.prediction_type)
     return int(cells if isinstance(cells, int) else cells[0]) * model.vae_scale_factor
 
 

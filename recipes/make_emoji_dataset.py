@@ -1,10 +1,10 @@
-"""Make the captioned picture sets from which the embedded base model and its demo are made.
+"""Make the captioned image sets from which the embedded base model and its demo are made.
 
 Everything comes from four npm packages, all MIT: Microsoft's Fluent Emoji in three looks (shaded "3d" WebP, flat SVG,
 black-and-white "high contrast" outlines) and emojibase-data for labels and tags. Written below OUT:
 
-    base/    pictures the UNet and text encoder learn from: chosen subjects, 3d look only, 256 px WebP + .txt captions
-    demo/    the demo's held-out pictures: 32 of these subjects as ink drawings, a look the UNet never sees
+    base/    images the UNet and text encoder learn from: chosen subjects, 3d look only, 256 px WebP + .txt captions
+    demo/    the demo's held-out images: 32 of these subjects as ink drawings, a look the UNet never sees
     vae.npz  everything the autoencoder learns from, 128 px uint8: all subjects in 3d and flat, and ink drawings of all
              subjects except the demo's (an autoencoder must know black lines to be able to show them later)
     subjects.json  label, code point, tags, and part of each subject
@@ -119,7 +119,7 @@ def spellings(code: str) -> tuple[str, ...]:
 
 
 class ImageSource:
-    """Pictures of a subject in a style, as RGBA of `SIDE_PIXELS`, or None where the set lacks it."""
+    """Images of a subject in a style, as RGBA of `SIDE_PIXELS`, or None where the set lacks it."""
 
     def __init__(self, folders: dict[str, Path]) -> None:
         self.folders = folders
@@ -147,7 +147,7 @@ def rasterise(svg: str) -> Image.Image:
 
 
 def on_paper(image: Image.Image, size: tuple[int, int] = (SIDE_PIXELS, SIDE_PIXELS)) -> Image.Image:
-    """The picture on white, in the middle of a sheet of `size` (width, height), as large as fits."""
+    """The image on white, in the middle of a sheet of `size` (width, height), as large as fits."""
     side = min(size)
     if image.size != (side, side):
         image = image.resize((side, side), Image.Resampling.LANCZOS)
@@ -199,10 +199,10 @@ def make(out: Path, work: Path) -> None:
         text = f"{label}, {STYLE_CAPTION['ink']}"
         demo.append((slug(label), on_paper(image, DEMO_SIZES[number % len(DEMO_SIZES)]), text))
 
-    print("base pictures:", write_folder(out / "base", iter(base), quality=95))
-    print("demo pictures:", write_folder(out / "demo", iter(demo), quality=90))
+    print("base images:", write_folder(out / "base", iter(base), quality=95))
+    print("demo images:", write_folder(out / "demo", iter(demo), quality=90))
     np.savez(out / "vae.npz", images=np.stack(vae), names=np.array(vae_names))
-    print("autoencoder pictures:", len(vae))
+    print("autoencoder images:", len(vae))
     known = [asdict(subject) for subject in subjects if subject.chosen]
     (out / "subjects.json").write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", "utf-8")
 

@@ -11,7 +11,7 @@ The kit must be importable (`pip install -e .`).
     python recipes/train_embedded_base.py features DATA WORK
     python recipes/train_embedded_base.py sheets DATA WORK
 
-Each training stage saves every four minutes and goes on from there when started again. `package` writes the averaged
+Each training stage saves every four minutes and continues from there when started again. `package` writes the averaged
 weights into everydream_kit/demo/base; `features` trains the network behind the demo's score; `grids` draws
 docs/images/base-*.jpg from what is packaged.
 """

@@ -1,7 +1,7 @@
-"""Write docs/memory.md: what the pre-flight foretells for full-size models, card by card, beside what others published.
+"""Write docs/memory.md: what the pre-flight estimates for full-size models, GPU by GPU, compared with what others published.
 
     python scripts/build_memory_page.py            writes docs/memory.md
-    python scripts/build_memory_page.py --check    says whether the page is what the script would write
+    python scripts/build_memory_page.py --check    reports whether the page is what the script would write
 
 No weights and no GPU are needed. Estimates are kept in `.edk_cache`, so a second run is quick.
 """
@@ -154,7 +154,7 @@ def main() -> None:
 def write_page(*, kept_only: bool = False) -> str:
     """The whole page."""
     text = (Path(__file__).parent / "memory_page.md").read_text(encoding="utf-8")
-    return text.replace("{{cards}}", gpus_table(kept_only)).replace("{{published}}", published_table(kept_only))
+    return text.replace("{{gpus}}", gpus_table(kept_only)).replace("{{published}}", published_table(kept_only))
 
 
 def estimate(family: str, resolution: int, settings: dict[str, Any], kept_only: bool = False) -> Any:
@@ -172,7 +172,7 @@ def estimate(family: str, resolution: int, settings: dict[str, Any], kept_only: 
 
 
 def gpus_table(kept_only: bool) -> str:
-    """Settings against cards."""
+    """Settings against GPUs."""
     from everydream_kit.preflight.gpus import find_gpu
     from everydream_kit.preflight.memory_estimate import allowance
 
@@ -201,7 +201,7 @@ def gpus_table(kept_only: bool) -> str:
 
 
 def published_table(kept_only: bool) -> str:
-    """Others' figures beside ours."""
+    """Others' figures compared with ours."""
     from everydream_kit.preflight.memory_estimate import allowance
 
     lines = ["| what | published | tensors | with allowance | source |", "|---|---|---|---|---|"]

@@ -96,7 +96,7 @@ def find_python_with_torch(base: str) -> str:
 
 
 def make_venv(venv: Path, base: str = sys.executable) -> None:
-    """Make a virtual environment, or mend one whose Python has gone.
+    """Make a virtual environment, or fix one whose Python has gone.
 
     Raises:
         SetupError: this Python cannot make one; the message says which system package is missing.
@@ -298,7 +298,7 @@ def install_around_torch(pip: Sequence[str], extras: Sequence[str]) -> None:
         name = requirement_name(line)
         if name not in NEEDS_TORCH:
             continue
-        with Step(f"Installing {name} beside the torch that is there") as step:
+        with Step(f"Installing {name} next to the torch that is there") as step:
             if not step.run([*pip, "--no-deps", line], may_fail=name in DISPENSABLE):
                 print(f"    {name} could not be installed; {DISPENSABLE[name]}. Pip said:\n{last_lines(step.output)}")
     with Step("Installing EveryDream Kit") as step:
@@ -308,7 +308,7 @@ def install_around_torch(pip: Sequence[str], extras: Sequence[str]) -> None:
 def pins(target: Target, versions: dict[str, str]) -> list[str]:
     """Constraint lines: torch always stays; in a host's Python so does what its notebooks run on.
 
-    A package older than the kit's lower bound is left out, and pip upgrades it; torch that old was refused before.
+    A package older than the kit's lower bound is skipped, and pip upgrades it; torch that old was refused before.
     """
     held = HOSTS_OWN if target.venv is None else ("torch",)
     bounds = lower_bounds()

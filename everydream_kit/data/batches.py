@@ -159,8 +159,9 @@ def _assemble_pixels(
 def _load_moments(request: BatchRequest, settings: LoadSettings, cache: LatentCache) -> LoadedBatch:
     """Look every row up in the latent cache. An image that could not be encoded has weight 0."""
     width, height = request.planned.bucket
+    channels = cache.settings.channels
     stacked = torch.zeros(
-        len(request.images), 8, height // pixels.LATENT_CELL_PIXELS, width // pixels.LATENT_CELL_PIXELS
+        len(request.images), channels, height // pixels.LATENT_CELL_PIXELS, width // pixels.LATENT_CELL_PIXELS
     )
     problems, crops, masks, broken = [], [], [], []
     for row, image in enumerate(request.images):

@@ -27,7 +27,7 @@ import numpy as np
 
 from everydream_kit import draws
 from everydream_kit.data import pixels
-from everydream_kit.data.cache_room import check_room, possible_flips
+from everydream_kit.data.cache_room import MOMENT_CHANNELS, check_room, possible_flips
 from everydream_kit.data.dataset import Dataset, DatasetImage, Problem
 from everydream_kit.data.epoch_plan import PlanSettings, possible_buckets
 from everydream_kit.data.image_digests import digest_image, digest_images
@@ -48,12 +48,14 @@ class CacheSettings:
         crop_jitter: largest share of the shorter side that a crop takes from each side.
         background: "#rrggbb" behind transparent images.
         fixed: the centre crop only, never mirrored: for validation.
+        channels: of what the VAE gives for each cell.
     """
 
     variants: int = 4
     crop_jitter: float = 0.02
     background: str = "#ffffff"
     fixed: bool = False
+    channels: int = MOMENT_CHANNELS
 
     def folder_name(self, identity: str) -> str:
         """Hash of what all entries of a folder have in common. Crops are in each entry's own name.
@@ -286,7 +288,7 @@ class DiskCache(LatentCache):
         name = settings.folder_name(identity)
         cache = cls(settings, digests, DiskStore(Path(folder) / name, name))
         jobs = list(cache._missing(dataset, plan_settings))
-        check_room(Path(folder), ((job.bucket, job.image.mask_path is not None) for job in jobs))
+        check_room(Path(folder), ((job.bucket, job.image.mask_path is not None) for job in jobs), settings.channels)
         encoder = CropEncoder(encode_moments, settings.background, num_workers, batch_size)
         done = 0
         try:

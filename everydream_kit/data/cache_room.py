@@ -19,6 +19,7 @@ from everydream_kit.errors import DiskSpaceError
 CacheMode = Literal["off", "memory", "disk"]
 
 MOMENT_CHANNELS = 8
+"""Of SD's VAEs: mean and log-variance of four channels. Others say their own."""
 BYTES_PER_VALUE = 2
 """float16: the moments of SD's VAEs stay within ±30, and its rounding is far below the posterior's own noise."""
 
@@ -33,19 +34,26 @@ def possible_flips(flip_p: float) -> tuple[bool, ...]:
     return (True,) if flip_p >= 1 else (False, True)
 
 
-def entry_bytes(bucket: Size, has_mask: bool) -> int:
-    """Size of one entry, with its line in the shard's header."""
+def entry_bytes(bucket: Size, has_mask: bool, channels: int = MOMENT_CHANNELS) -> int:
+    """Size of one entry of so many channels, with its line in the shard's header."""
     cells = bucket[0] * bucket[1] // LATENT_CELL_PIXELS**2
-    return cells * (MOMENT_CHANNELS * BYTES_PER_VALUE + has_mask) + HEADER_BYTES * (1 + has_mask)
+    return cells * (channels * BYTES_PER_VALUE + has_mask) + HEADER_BYTES * (1 + has_mask)
 
 
-def estimate_bytes(dataset: Dataset, plan_settings: PlanSettings, *, variants: int = 4, fixed: bool = False) -> int:
-    """Most bytes that the cache of a dataset can take. Equal crops and duplicate images take them once only."""
+def estimate_bytes(
+    dataset: Dataset,
+    plan_settings: PlanSettings,
+    *,
+    variants: int = 4,
+    fixed: bool = False,
+    channels: int = MOMENT_CHANNELS,
+) -> int:
+    """Most bytes that the cache of a dataset can take. Equal crops and duplicate pictures take them once only."""
     total = 0
     for index, bucket in possible_buckets(dataset, plan_settings):
         image = dataset.image(index)
         crops = 1 if fixed else variants * len(possible_flips(image.flip_p))
-        total += crops * entry_bytes(bucket, image.mask_path is not None)
+        total += crops * entry_bytes(bucket, image.mask_path is not None, channels)
     return total
 
 
@@ -92,17 +100,18 @@ def free_disk(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def check_room(folder: Path, entries: Iterable[tuple[Size, bool]]) -> None:
+def check_room(folder: Path, entries: Iterable[tuple[Size, bool]], channels: int = MOMENT_CHANNELS) -> None:
     """Refuse to start what would not fit.
 
     Args:
         folder: of the cache.
         entries: bucket of each entry that is to be written, and whether it has a mask.
+        channels: of an entry.
 
     Raises:
         DiskSpaceError: the disk has not enough room.
     """
-    needed = sum(entry_bytes(bucket, has_mask) for bucket, has_mask in entries)
+    needed = sum(entry_bytes(bucket, has_mask, channels) for bucket, has_mask in entries)
     free = free_disk(folder)
     if needed > free:
         raise DiskSpaceError(

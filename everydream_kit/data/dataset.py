@@ -1,6 +1,6 @@
 """The dataset: what the scan found, a million images in a few arrays.
 
-A `Dataset` is columns: one numpy array for each number and one `StringColumn` for each text, about 250 bytes a
+A `Dataset` is columns: one numpy array for each number and one `StringColumn` for each text, about 250 bytes an
 image where a Python object would take two thousand. `image(i)` makes the object when it is asked for. Values that
 an image or its folder does not set are kept as "unset" and filled from the run's defaults at that moment, so a
 cached scan serves every configuration.

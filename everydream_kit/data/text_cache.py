@@ -25,18 +25,25 @@ MEMORY_SHARE = 0.25
 class TextCache(Generic[Encoded]):
     """Encodes captions, each only once as long as there is room.
 
-    A caption is encoded alone, so that what is remembered does not depend on its neighbours. Where the captions of one
-    batch come out at different lengths (long prompts in several chunks), the batch is encoded as a whole instead.
+    A caption is encoded alone, so that what is remembered does not depend on its neighbors.
     """
 
-    def __init__(self, encode: Callable[[list[str]], Encoded], max_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        encode: Callable[[list[str]], Encoded],
+        max_bytes: int | None = None,
+        *,
+        join: Callable[[list[Encoded]], Encoded],
+    ) -> None:
         """Make an empty cache.
 
         Args:
             encode: the text encoder: captions -> dataclass of tensors with one row for each.
+            join: rows of one caption each, of any lengths -> one batch.
             max_bytes: nothing is added beyond this; by default a quarter of the memory that is free now.
         """
         self._encode = encode
+        self._join = join
         self._max_bytes = int(free_memory() * MEMORY_SHARE) if max_bytes is None else max_bytes
         self._known: dict[str, Encoded] = {}
         self._device = torch.device("cpu")
@@ -52,15 +59,9 @@ class TextCache(Generic[Encoded]):
     def encode(self, captions: Sequence[str]) -> Encoded:
         """One row for each caption, on the device and of the type that the encoder gives."""
         rows = {caption: self._row(caption) for caption in dict.fromkeys(captions)}
-        ordered = [rows[caption] for caption in captions]
-        if len({tuple(t.shape for t in _tensors(row)) for row in ordered}) > 1:
-            return self._encode(list(captions))
-        first: Any = ordered[0]
-        columns = {f.name: [getattr(row, f.name) for row in ordered] for f in fields(first)}
-        together = {
-            name: None if values[0] is None else torch.cat(values).to(self._device) for name, values in columns.items()
-        }
-        result: Encoded = replace(first, **together)
+        together: Any = self._join([rows[caption] for caption in captions])
+        moved = {f.name: _moved(getattr(together, f.name), self._device) for f in fields(together)}
+        result: Encoded = replace(together, **moved)
         return result
 
     def _row(self, caption: str) -> Encoded:
@@ -69,7 +70,7 @@ class TextCache(Generic[Encoded]):
             return self._known[caption]
         encoded: Any = self._encode([caption])
         self._device = next(iter(_tensors(encoded))).device
-        row: Encoded = replace(encoded, **{f.name: _to_cpu(getattr(encoded, f.name)) for f in fields(encoded)})
+        row: Encoded = replace(encoded, **{f.name: _moved(getattr(encoded, f.name), "cpu") for f in fields(encoded)})
         size = sum(tensor.nbytes for tensor in _tensors(row))
         if self.num_bytes + size <= self._max_bytes:
             self._known[caption] = row
@@ -77,8 +78,8 @@ class TextCache(Generic[Encoded]):
         return row
 
 
-def _to_cpu(value: torch.Tensor | None) -> torch.Tensor | None:
-    return None if value is None else value.detach().cpu()
+def _moved(value: torch.Tensor | None, device: torch.device | str) -> torch.Tensor | None:
+    return None if value is None else value.detach().to(device)
 
 
 def _tensors(row: Any) -> list[torch.Tensor]:

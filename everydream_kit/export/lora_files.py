@@ -53,7 +53,9 @@ def export_lora(
     lora = read_lora(folder / LORA_FILE, base)
     if layout == "diffusers":
         lora = without_scale(lora)
-    write_lora(out, lora, base.family, base.configs["unet"], layout=layout, title=out.stem, dtype=dtype)
+    write_lora(
+        out, lora, base.family, base.configs[base.family.denoiser.folder], layout=layout, title=out.stem, dtype=dtype
+    )
     return out
 
 
@@ -90,7 +92,7 @@ def extract_lora(
         raise ExportError(
             f"{tuned} is {one.family.title} and {base} is {other.family.title}: no LoRA leads over there."
         )
-    components = ["unet", *(slot.folder for slot in one.family.text_encoders if text_encoder)]
+    components = [one.family.denoiser.folder, *(slot.folder for slot in one.family.text_encoders if text_encoder)]
     lora: Lora = {}
     for component in components:
         layers = _differences(one, other, component, rank)
@@ -99,7 +101,9 @@ def extract_lora(
     if not lora:
         raise ExportError(f"{tuned}: its layers are equal to those of {base}, so there is nothing to extract.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_lora(out, lora, one.family, one.configs["unet"], layout=layout, title=out.stem, dtype=dtype)
+    write_lora(
+        out, lora, one.family, one.configs[one.family.denoiser.folder], layout=layout, title=out.stem, dtype=dtype
+    )
     return out
 
 

@@ -19,7 +19,7 @@ import yaml
 
 from everydream_kit.atomic import open_atomic, write_atomic
 from everydream_kit.errors import DiskSpaceError, ExportError
-from everydream_kit.models.convert import CLIP_VOCABULARY, to_single_file
+from everydream_kit.models.convert import CLIP_VOCABULARY
 from everydream_kit.models.loading import open_model
 from everydream_kit.models.model_files import ModelFiles
 from everydream_kit.models.single_file import CONFIGS_KEY, V_PRED_MARKER, VOCABULARY_KEY, ZTSNR_MARKER
@@ -78,7 +78,7 @@ def export_files(
     out = Path(out_path)
     if out.suffix not in (".safetensors", ".ckpt"):
         raise ExportError(f"{out}: the name must end in .safetensors or .ckpt.")
-    tensors = {name: tensor.cast(dtype) for name, tensor in to_single_file(files).items()}
+    tensors = {name: tensor.cast(dtype) for name, tensor in files.family.layout.to_single_file(files).items()}
     tensors |= _markers(files)
     out.parent.mkdir(parents=True, exist_ok=True)
     check_free_space(out.parent, _num_bytes(tensors))

@@ -8,6 +8,7 @@ train from noise, as transformers 4 does with the text encoders that transformer
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from everydream_kit.errors import ModelError
-from everydream_kit.models.family import Config
+from everydream_kit.models.family import KL_VAE, UNET, Component, Config
 from everydream_kit.models.imports import make_lazy
 from everydream_kit.models.number_formats import NameToDtype
 from everydream_kit.models.part_configs import diffusers_values, text_encoder_values
@@ -65,20 +66,36 @@ def _building_on(device: str) -> Iterator[None]:
         yield
 
 
+def build_component(component: Component, config: Config, device: str = "meta") -> torch.nn.Module:
+    """A component's module, without memory unless another device is named.
+
+    Raises:
+        ModelError: the config cannot be built, or the installed library does not have the class.
+    """
+    if component.class_name.startswith("CLIP"):
+        return build_text_encoder(config, component.class_name, device)
+    return _build_diffusers(_class_of(component), config, device)
+
+
+def _class_of(component: Component) -> Any:
+    make_lazy()
+    try:
+        return getattr(importlib.import_module(component.module), component.class_name)
+    except (ImportError, AttributeError) as error:
+        raise ModelError(
+            f"{component.class_name} is not in the installed {component.library}; it came with {component.since}. "
+            f"Install a newer one: pip install --upgrade {component.library}"
+        ) from error
+
+
 def build_unet(config: Config, device: str = "meta") -> torch.nn.Module:
     """A UNet, without memory unless another device is named."""
-    make_lazy()
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    return _build_diffusers(UNet2DConditionModel, config, device)
+    return build_component(UNET, config, device)
 
 
 def build_vae(config: Config, device: str = "meta") -> torch.nn.Module:
-    """A VAE, without memory unless another device is named."""
-    make_lazy()
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    return _build_diffusers(AutoencoderKL, config, device)
+    """A VAE of the ordinary kind, without memory unless another device is named."""
+    return build_component(KL_VAE, config, device)
 
 
 def build_text_encoder(config: Config, class_name: str, device: str = "meta") -> torch.nn.Module:

@@ -15,12 +15,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
 from everydream_kit.models.family import Config, Family, TextEncoderSlot
-from everydream_kit.models.model_files import ModelFiles
 from everydream_kit.models.tensors import LazyTensor, Tensors, concatenated
+
+if TYPE_CHECKING:
+    from everydream_kit.models.model_files import ModelFiles
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -191,6 +194,11 @@ def rename(name: str, table: dict[str, str]) -> str:
         if name[:end] in table:
             return table[name[:end]] + name[end:]
     return name
+
+
+def single_file_stem(layer: str, unet_config: Config) -> str:
+    """A UNet layer's name in the single-file layout, joined as kohya's files join it."""
+    return rename(layer + ".weight", dict(unet_renames(unet_config))).removesuffix(".weight").replace(".", "_")
 
 
 def _under(tensors: Tensors, prefix: str) -> Tensors:

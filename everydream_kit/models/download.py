@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from everydream_kit.errors import DiskSpaceError, ModelError
+from everydream_kit.models.families import FAMILIES
+from everydream_kit.models.model_files import denoiser_folders
 
 logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 _SMALL = (".json", ".txt")
 
 
@@ -111,7 +112,7 @@ def _from_cache(
     from huggingface_hub import try_to_load_from_cache
 
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    for marker in (f"{prefix}unet/config.json", f"{prefix}adapter.json"):
+    for marker in [*_denoiser_configs(prefix), f"{prefix}adapter.json"]:
         found = try_to_load_from_cache(repo_id, marker, cache_dir=cache_dir, revision=revision)
         if isinstance(found, str):
             folder = Path(found.removesuffix(marker))
@@ -136,10 +137,10 @@ def choose_files(
     """
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     inside = [name for name in sizes if name.startswith(prefix)]
-    if f"{prefix}unet/config.json" in sizes or f"{prefix}adapter.json" in sizes:
+    if sizes.keys() & {*_denoiser_configs(prefix), f"{prefix}adapter.json"}:
         chosen = [name for name in inside if name.removeprefix(prefix).count("/") == 0 and name.endswith(_SMALL)]
         chosen += [name for name in inside if name == f"{prefix}pytorch_lora_weights.safetensors"]
-        for part in _PARTS:
+        for part in _parts():
             chosen += _choose_part([name for name in inside if name.startswith(f"{prefix}{part}/")], variant)
         return chosen
     single = [name for name in inside if "/" not in name.removeprefix(prefix) and name.endswith(".safetensors")]
@@ -153,6 +154,17 @@ def choose_files(
     raise ModelError(
         f"{repo_id}: holds no model that the kit reads (no {prefix}unet/config.json, no single .safetensors)."
     )
+
+
+def _denoiser_configs(prefix: str) -> list[str]:
+    return [f"{prefix}{folder}/config.json" for folder in sorted(denoiser_folders(), reverse=True)]
+
+
+def _parts() -> list[str]:
+    """Folders that a model may have, in one family or another."""
+    weights = [component.folder for family in FAMILIES.values() for component in family.components]
+    texts = [slot.tokenizer_folder for family in FAMILIES.values() for slot in family.text_encoders]
+    return list(dict.fromkeys([*weights, *texts, "scheduler"]))
 
 
 def _choose_part(names: Sequence[str], variant: str | None) -> list[str]:

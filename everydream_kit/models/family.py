@@ -1,8 +1,8 @@
-"""What a model family is, a table of facts and three functions; and `Model`, one of a family in memory.
+"""What a model family is, a table of facts and functions; and `Model`, one of a family in memory.
 
-The training loop, the sampler and the converters know families only through `Family`; there is no `if sdxl` outside
-a family's own file. A new family is one new file (see `sd1.py`) and one line in `families.py`; `docs/models.md` says
-how.
+The training loop, the sampler, the caches and the converters know families only through `Family`; there is no `if sdxl`
+outside a family's own file. A new family is one new file (see `sd1.py`) and one line in `families.py`;
+`docs/architecture.md` says how.
 
 A family is a record of functions rather than a class to derive from: what two families share, they share by naming the
 same function.
@@ -11,7 +11,7 @@ same function.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
     from everydream_kit.models.lora_settings import LoraSettings
+    from everydream_kit.models.model_files import ModelFiles
+    from everydream_kit.models.tensors import Tensors
 
 Config = Mapping[str, Any]
 """A component's `config.json`."""
@@ -34,19 +36,52 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(slots=True)
 class Conditioning:
-    """What conditions the UNet besides the caption.
+    """What the denoiser is told about the wanted image.
 
     Attributes:
-        encoder_hidden_states: (B, L, D), the text encoders' output; L is 77 times the number of chunks.
+        encoder_hidden_states: (B, L, D), the text encoders' output; for CLIP, L is 77 times the number of chunks.
         pooled: (B, P), the pooled text embedding of families that use it.
+        mask: (B, L) bool, which tokens are text and not padding, for families whose texts differ in length.
     """
 
     encoder_hidden_states: torch.Tensor
     pooled: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
         pooled = None if self.pooled is None else self.pooled.to(device=device, dtype=dtype)
-        return Conditioning(self.encoder_hidden_states.to(device=device, dtype=dtype), pooled)
+        mask = None if self.mask is None else self.mask.to(device=device)
+        return Conditioning(self.encoder_hidden_states.to(device=device, dtype=dtype), pooled, mask)
+
+    def rows(self, picked: torch.Tensor) -> Conditioning:
+        """The rows of these numbers, in their order; a row may be picked several times."""
+        pooled, mask = (None if part is None else part[picked] for part in (self.pooled, self.mask))
+        return replace(self, encoder_hidden_states=self.encoder_hidden_states[picked], pooled=pooled, mask=mask)
+
+
+def join_conditioning(rows: Sequence[Conditioning]) -> Conditioning:
+    """Rows of any lengths as one batch: shorter ones are padded with zeros, and the mask says where.
+
+    Rows of one length without masks are put together as they are.
+    """
+    longest = max(row.encoder_hidden_states.shape[1] for row in rows)
+    states = torch.cat([_padded(row.encoder_hidden_states, longest) for row in rows])
+    pooled = None if rows[0].pooled is None else torch.cat([row.pooled for row in rows if row.pooled is not None])
+    mask = None
+    if any(row.mask is not None or row.encoder_hidden_states.shape[1] < longest for row in rows):
+        mask = torch.cat([_padded(_mask_of(row), longest) for row in rows])
+    return Conditioning(states, pooled, mask)
+
+
+def _mask_of(row: Conditioning) -> torch.Tensor:
+    states = row.encoder_hidden_states
+    return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) if row.mask is None else row.mask
+
+
+def _padded(values: torch.Tensor, length: int) -> torch.Tensor:
+    """(B, L, ...) with zeros at the end of the second dimension."""
+    missing = length - values.shape[1]
+    return values if not missing else torch.cat([values, values.new_zeros(len(values), missing, *values.shape[2:])], 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +100,7 @@ class Sizes:
 
     @classmethod
     def uncropped(cls, width: int, height: int, batch_size: int) -> Sizes:
-        """Sizes that request an uncropped, sharp image: used for sampling."""
+        """Sizes that ask for a whole, sharp image: what sampling uses."""
         return cls([(width, height)] * batch_size, [(0, 0)] * batch_size, (width, height))
 
 
@@ -80,21 +115,139 @@ class TextEncoderSlot:
         single_file_layout: `hf`: transformers' own names; `openclip`: OpenCLIP's, with fused q, k, v.
         drops_last_block: the single file holds one more block than is used (SD 2.x).
         kohya_prefix: what its layers are called in a LoRA file for UIs.
+        trains, blocks, module: as `Component` has them.
+        tokenizer_class: transformers' class, as `model_index.json` names it.
     """
 
     folder: str
     tokenizer_folder: str
-    class_name: Literal["CLIPTextModel", "CLIPTextModelWithProjection"]
+    class_name: str
     single_file_prefix: str
     single_file_layout: Literal["hf", "openclip"]
     kohya_prefix: str
     drops_last_block: bool = False
+    trains: frozenset[str] = frozenset({"full", "lora", "textual_inversion"})
+    blocks: tuple[str, ...] = ("CLIPEncoderLayer",)
+    module: str = "transformers.models.clip.modeling_clip"
+    tokenizer_class: str = "CLIPTokenizer"
 
 
-EncodeTokens = Callable[["Model", Sequence[torch.Tensor], int], Conditioning]
-"""(model, token ids (B, 77) for each tokenizer, clip_skip) -> Conditioning."""
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One folder of a diffusers pipeline that holds weights.
+
+    Attributes:
+        folder: "unet", "transformer", "text_encoder_2", "vae".
+        module: where its class is; the first word is the library, as `model_index.json` names it.
+        role: what it is for.
+        since: version of the library that has the class, for hosts with an older one.
+        trains: training kinds that change it; for all others it is frozen.
+        blocks: classes of its repeated blocks, which are compiled, divided among processes and kept one at a time.
+    """
+
+    folder: str
+    module: str
+    class_name: str
+    role: Literal["denoiser", "text_encoder", "vae"]
+    trains: frozenset[str] = frozenset()
+    blocks: tuple[str, ...] = ()
+    since: str = ""
+
+    @property
+    def library(self) -> str:
+        """diffusers or transformers."""
+        return self.module.partition(".")[0]
+
+
+UNET = Component(
+    "unet",
+    "diffusers.models.unets.unet_2d_condition",
+    "UNet2DConditionModel",
+    "denoiser",
+    frozenset({"full", "lora"}),
+    ("BasicTransformerBlock", "ResnetBlock2D"),
+)
+
+
+KL_VAE = Component("vae", "diffusers.models.autoencoders.autoencoder_kl", "AutoencoderKL", "vae")
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSettings:
+    """How prompts are encoded, beside the family's own ways.
+
+    Attributes:
+        clip_skip: hidden layer of a CLIP text encoder, from its end.
+        num_windows: windows of the text encoder that a prompt may fill (`Family.count_windows`).
+    """
+
+    clip_skip: int = 0
+    num_windows: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LatentSpace:
+    """All that is known of the VAE.
+
+    Attributes:
+        stored_channels: of what is cached for each 8-pixel cell.
+        shape: (model, width, height in pixels) -> (channels, h, w) of the latents that the denoiser works on.
+        encode: (model, pixels (B, 3, H, W) uint8) -> what the cache keeps (B, stored_channels, H/8, W/8), float32.
+        latents: (model, what is stored, noise of the latents' shape) -> latents as the denoiser knows them, float32.
+        decode: (model, latents) -> pixels (B, 3, H, W) uint8 on the CPU.
+    """
+
+    stored_channels: int
+    shape: Callable[[Model, int, int], tuple[int, int, int]]
+    encode: Callable[[Model, torch.Tensor], torch.Tensor]
+    latents: Callable[[Model, torch.Tensor, torch.Tensor], torch.Tensor]
+    decode: Callable[[Model, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerSpec:
+    """How images are sampled with a family.
+
+    Attributes:
+        kind: `diffusion`: any scheduler over the model's own betas; `flow`: Euler over shifted sigmas.
+        guidance: `cfg`: two predictions; `embedded`: the scale is an input of the denoiser; `none`: distilled away.
+        size_multiple: sides in pixels must be multiples of it.
+        num_steps, cfg: sensible values, for advice.
+    """
+
+    kind: Literal["diffusion", "flow"] = "diffusion"
+    guidance: Literal["cfg", "embedded", "none"] = "cfg"
+    size_multiple: int = 8
+    num_steps: int = 30
+    cfg: float = 7.0
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a family's weights are named outside diffusers folders.
+
+    Attributes:
+        to_single_file: a model's weights by the names of the file that image apps load.
+        from_single_file: (tensors, family, configs) -> weights by component and diffusers' names.
+        lora_for_apps: the LoRA layout that image apps read: kohya's, or diffusers' own.
+        lora_stem: (layer, the denoiser's config) -> its name in kohya's layout, behind `lora_unet_`.
+    """
+
+    to_single_file: Callable[[ModelFiles], Tensors]
+    from_single_file: Callable[[Tensors, Family, dict[str, Config]], dict[str, Tensors]]
+    lora_for_apps: Literal["kohya", "diffusers"] = "kohya"
+    lora_stem: Callable[[str, Config], str] = lambda name, config: name.replace(".", "_")
+
+
+EncodePrompt = Callable[["Model", Sequence[str], PromptSettings], Conditioning]
+"""(model, prompts, settings) -> Conditioning: template, tokenizer, layers and masks."""
 Predict = Callable[["Model", torch.Tensor, torch.Tensor, Conditioning, Sizes], torch.Tensor]
-"""(model, noisy latents (B, 4, h, w), timesteps (B,), conditioning, sizes) -> the UNet's prediction, float32."""
+"""(model, noisy latents (B, C, h, w), timesteps (B,), conditioning, sizes) -> the denoiser's prediction, (B, C, h, w) float32.
+Packing, position ids and the output's sign are inside."""
+
+
+def _no_shift(scheduler_config: Mapping[str, Any], width: int, height: int) -> float:
+    return 1.0
 
 
 @dataclass(frozen=True)
@@ -103,29 +256,58 @@ class Family:
 
     Attributes:
         name: key in `FAMILIES`, and the name of the folder of shipped configs. title: for messages and model cards.
-        pipeline_class: diffusers' pipeline, written into `model_index.json`. text_encoders: in the order of
-        `Model.text_encoders`. encode_tokens, predict: see their types. matches_configs: whether a diffusers folder's
-        configs ("unet", "text_encoder", ...) are of this family. matches_keys: whether a single file's names and
-        shapes are of this family. modelspec_architecture: as single-file metadata names it (stability.ai's
-        modelspec). kohya_base: as kohya-style LoRA metadata names it (`ss_base_model_version`). resolution: side in
-        pixels that the family was trained at, given the prediction type. legacy_config: content of the `.yaml` that
-        old UIs want next to a single file, given the prediction type, or None. zeros_for_empty: its UNet was trained
-        with zeros in place of a dropped caption's embeddings, not with the encoded empty text.
+        pipeline_class: diffusers' pipeline, written into `model_index.json`. denoiser, vae: the components of these roles.
+        text_encoders: in the order of `Model.text_encoders`. objective: what it learns, by name
+        (`training.objectives.OBJECTIVES`). encode_prompt, predict, latent_space, sampler, layout: see their types.
+        count_windows: (model, texts) -> windows of the text encoder that the longest of them fills. shift: (scheduler's
+        config, width, height in pixels) -> factor by which flow matching moves its noise levels upward; 1 for diffusion.
+        lora_targets: names or regular expressions of the layers that a LoRA adapts unless it is told otherwise.
+        matches_configs: whether a diffusers folder's configs ("unet", "text_encoder", ...) are of this family.
+        matches_keys: whether a single file's names and shapes are of this family. modelspec_architecture: as single-file
+        metadata names it (stability.ai's modelspec). kohya_base: as kohya-style LoRA metadata names it
+        (`ss_base_model_version`). resolution: side in pixels that the family was trained at, given the prediction type.
+        index: what else `model_index.json` holds. legacy_config: content of the `.yaml` that old UIs want next to a single
+        file, given the prediction type, or None. zeros_for_empty: its denoiser was trained with zeros in place of a
+        dropped caption's embeddings, not with the encoded empty text. refuses: setting -> why it has no meaning here.
     """
 
     name: str
     title: str
     pipeline_class: str
     text_encoders: tuple[TextEncoderSlot, ...]
-    encode_tokens: EncodeTokens
+    encode_prompt: EncodePrompt
     predict: Predict
+    latent_space: LatentSpace
+    layout: Layout
     matches_configs: Callable[[Mapping[str, Config]], bool]
     matches_keys: Callable[[Shapes], bool]
     modelspec_architecture: str
     kohya_base: str
     resolution: Callable[[str], int]
+    denoiser: Component = UNET
+    vae: Component = KL_VAE
+    objective: Literal["diffusion", "flow"] = "diffusion"
+    sampler: SamplerSpec = SamplerSpec()
+    count_windows: Callable[[Model, Sequence[str]], int] = lambda model, texts: 1
+    shift: Callable[[Mapping[str, Any], int, int], float] = _no_shift
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    index: Mapping[str, Any] = field(default_factory=dict)
     legacy_config: Callable[[str], dict[str, Any] | None] = lambda prediction_type: None
     zeros_for_empty: bool = False
+    refuses: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """All of them: denoiser, VAE, text encoders."""
+        texts = (
+            Component(slot.folder, slot.module, slot.class_name, "text_encoder", slot.trains, slot.blocks)
+            for slot in self.text_encoders
+        )
+        return (self.denoiser, self.vae, *texts)
+
+    def component(self, folder: str) -> Component:
+        """The component of this folder."""
+        return next(component for component in self.components if component.folder == folder)
 
 
 def configs_folder(family: Family) -> Path:
@@ -193,6 +375,7 @@ class Model:
 
     Attributes:
         family: what is particular about it; `model.family.predict(model, ...)`.
+        denoiser: the network that is trained to denoise: a UNet or a transformer.
         text_encoders, tokenizers: in the family's order.
         noise_scheduler: the training schedule, made from the model's own betas. Not what is saved.
         scheduler_config: the model's own sampler (class name and settings) as found; saved back unchanged.
@@ -204,7 +387,7 @@ class Model:
     """
 
     family: Family
-    unet: torch.nn.Module
+    denoiser: torch.nn.Module
     vae: torch.nn.Module
     text_encoders: list[torch.nn.Module]
     tokenizers: list[CLIPTokenizer]
@@ -222,11 +405,16 @@ class Model:
         texts = {
             slot.folder: module for slot, module in zip(self.family.text_encoders, self.text_encoders, strict=True)
         }
-        return {"unet": self.unet, "vae": self.vae, **texts}
+        return {self.family.denoiser.folder: self.denoiser, self.family.vae.folder: self.vae, **texts}
+
+    @property
+    def unet(self) -> torch.nn.Module:
+        """The denoiser, as plug-ins and families with a UNet know it."""
+        return self.denoiser
 
     @property
     def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+        return next(self.denoiser.parameters()).device
 
     @property
     def vae_scale_factor(self) -> int:

@@ -17,7 +17,7 @@ import torch
 
 from everydream_kit.errors import ModelError
 from everydream_kit.models.adapters import LORA_FILE, TOKENS_FILE, is_adapter_folder, read_adapter_file
-from everydream_kit.models.components import build_text_encoder, build_unet, build_vae, fill
+from everydream_kit.models.components import build_component, fill
 from everydream_kit.models.download import fetch_model, is_hub_id
 from everydream_kit.models.family import Model, configs_folder
 from everydream_kit.models.model_files import ModelFiles, open_folder, read_json
@@ -139,19 +139,24 @@ def assemble(
 ) -> Model:
     """Build the modules, and read their weights. Arguments as `load_model`."""
     formats = as_formats(dtype)
-    modules = {name: _build(files, name) for name in files.configs}
+    modules = {name: build_component(files.family.component(name), config) for name, config in files.configs.items()}
     for name, module in modules.items():
         dtypes = formats.of(name, module, files.stored_dtype(name))
         fill(module, files.tensors[name], dtypes, f"{files.source}/{name}", device)
-    slots = files.family.text_encoders
+    return model_of(files, modules)
+
+
+def model_of(files: ModelFiles, modules: Mapping[str, torch.nn.Module]) -> Model:
+    """A model of modules by their folders' names; everything else is as the files say."""
+    family = files.family
     return Model(
-        family=files.family,
-        unet=modules["unet"],
-        vae=modules["vae"].requires_grad_(False),
-        text_encoders=[modules[slot.folder] for slot in slots],
-        tokenizers=[_tokenizer(files, slot.tokenizer_folder) for slot in slots],
+        family=family,
+        denoiser=modules[family.denoiser.folder],
+        vae=modules[family.vae.folder].requires_grad_(False),
+        text_encoders=[modules[slot.folder] for slot in family.text_encoders],
+        tokenizers=[_tokenizer(files, slot.tokenizer_folder) for slot in family.text_encoders],
         noise_scheduler=training_scheduler(files.scheduler_config, files.prediction_type, files.zero_terminal_snr),
-        scheduler_config=files.scheduler_config,
+        scheduler_config=dict(files.scheduler_config),
         prediction_type=files.prediction_type,
         zero_terminal_snr=files.zero_terminal_snr,
         source=files.source,
@@ -161,17 +166,6 @@ def assemble(
 def as_formats(dtype: torch.dtype | Formats) -> Formats:
     """One format for all components, as formats by component."""
     return dtype if isinstance(dtype, Formats) else Formats(dtype)
-
-
-def _build(files: ModelFiles, name: str) -> torch.nn.Module:
-    """One component without its weights."""
-    config = files.configs[name]
-    if name == "unet":
-        return build_unet(config)
-    if name == "vae":
-        return build_vae(config)
-    slot = next(slot for slot in files.family.text_encoders if slot.folder == name)
-    return build_text_encoder(config, slot.class_name)
 
 
 def _tokenizer(files: ModelFiles, name: str) -> CLIPTokenizer:

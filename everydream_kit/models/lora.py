@@ -20,7 +20,6 @@ from everydream_kit.models.family import Model
 from everydream_kit.models.lora_settings import LoraSettings
 from everydream_kit.models.tensors import LazyTensor
 
-UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 ADAPTER = "default"
 """peft's name of the adapter that is trained."""
@@ -104,9 +103,10 @@ def inject(model: Model, settings: LoraSettings, *, seed: int = 0, dtype: torch.
         raise ModelError(f"{model.source}: this model has an adapter already; merge it first.")
     for module in model.modules().values():
         module.requires_grad_(False)
-    patterns: dict[str, Sequence[str]] = {"unet": settings.targets or UNET_TARGETS}
+    family = model.family
+    patterns: dict[str, Sequence[str]] = {family.denoiser.folder: settings.targets or family.lora_targets}
     if settings.text_encoder:
-        patterns |= {slot.folder: TEXT_TARGETS for slot in model.family.text_encoders}
+        patterns |= {slot.folder: TEXT_TARGETS for slot in family.text_encoders}
     for name, wanted in patterns.items():
         module = model.modules()[name]
         config = peft.LoraConfig(

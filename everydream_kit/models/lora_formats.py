@@ -38,7 +38,7 @@ def write_lora(
     path: Path,
     lora: Lora,
     family: Family,
-    unet_config: Config,
+    denoiser_config: Config,
     *,
     layout: Layout,
     title: str = "",
@@ -48,7 +48,7 @@ def write_lora(
 
     Args:
         lora: weights by component and layer.
-        unet_config: for SDXL's names in kohya's layout.
+        denoiser_config: for SDXL's names in kohya's layout.
         layout: `diffusers`, or `kohya` for UIs.
         title: for the metadata.
         dtype: of the weights; None keeps each as it is.
@@ -68,7 +68,7 @@ def write_lora(
         "ss_output_name": title or path.stem,
     }
     if layout == "kohya":
-        tensors = _to_kohya(lora, family, unet_config)
+        tensors = _to_kohya(lora, family, denoiser_config)
     else:
         tensors = _to_diffusers(lora)
         metadata[DIFFUSERS_METADATA] = _diffusers_metadata(lora)
@@ -130,11 +130,11 @@ def _to_diffusers(lora: Lora) -> Tensors:
     return tensors
 
 
-def _to_kohya(lora: Lora, family: Family, unet_config: Config) -> Tensors:
+def _to_kohya(lora: Lora, family: Family, denoiser_config: Config) -> Tensors:
     tensors: Tensors = {}
     for component, layers in lora.items():
         for name, layer in layers.items():
-            stem = kohya_name(component, name, family, unet_config)
+            stem = kohya_name(component, name, family, denoiser_config)
             tensors[f"{stem}.lora_down.weight"] = layer.down
             tensors[f"{stem}.lora_up.weight"] = layer.up
             tensors[f"{stem}.alpha"] = LazyTensor.of(torch.tensor(layer.alpha))

@@ -81,10 +81,8 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 def kohya_name(component: str, name: str, family: Family, unet_config: Config) -> str:
     """A layer's name in kohya's layout, as it is written."""
-    if component == "unet":
-        if len(family.text_encoders) > 1:
-            name = rename(name + ".weight", dict(unet_renames(unet_config))).removesuffix(".weight")
-        return "lora_unet_" + name.replace(".", "_")
+    if component == family.denoiser.folder:
+        return "lora_unet_" + family.layout.lora_stem(name, unet_config)
     prefix = next(slot.kohya_prefix for slot in family.text_encoders if slot.folder == component)
     return f"{prefix}_{name.replace('.', '_')}"
 

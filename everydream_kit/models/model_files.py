@@ -26,12 +26,6 @@ from everydream_kit.models.weight_files import open_weights
 if TYPE_CHECKING:
     import torch
 
-WEIGHT_NAMES = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-}
-"""Stem of a component's weight file; text encoders use `model` (or `pytorch_model.bin`)."""
-
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
@@ -84,15 +78,11 @@ def open_folder(
         ModelError: a part is missing, damaged, or of a kind that the kit does not train.
     """
     _check_is_model(folder)
-    configs = {
-        path.parent.name: read_json(path)
-        for path in sorted(folder.glob("*/config.json"))
-        if path.parent.name in ("unet", "vae") or path.parent.name.startswith("text_encoder")
-    }
+    configs = read_configs(folder)
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     refuse_unsupported(str(folder), configs, index)
     found = family_by_name(family) if family else recognise_configs(str(folder), configs)
-    wanted = ["unet", "vae", *(slot.folder for slot in found.text_encoders)]
+    wanted = [component.folder for component in found.components]
     for name in wanted:
         if name not in configs:
             raise ModelError(f"{folder}: {name}/config.json is missing, and {found.title} needs it.")
@@ -109,8 +99,24 @@ def open_folder(
     )
 
 
+def denoiser_folders() -> set[str]:
+    """What the folder of the denoiser is called, in one family or another."""
+    return {family.denoiser.folder for family in FAMILIES.values()}
+
+
+def read_configs(folder: Path) -> dict[str, Config]:
+    """The configs of all components in a diffusers folder, by their folders' names."""
+    known = {component.folder for family in FAMILIES.values() for component in family.components}
+    paths = sorted(folder.glob("*/config.json"))
+    return {path.parent.name: read_json(path) for path in paths if _is_component(path.parent.name, known)}
+
+
+def _is_component(name: str, known: set[str]) -> bool:
+    return name in known or name.startswith("text_encoder")
+
+
 def _check_is_model(folder: Path) -> None:
-    if (folder / "unet" / "config.json").is_file():
+    if any((folder / name / "config.json").is_file() for name in denoiser_folders()):
         return
     if not any(folder.iterdir()):
         raise ModelError(f"{folder}: the folder is empty, so there is no model to load. Was the download cut short?")
@@ -131,7 +137,7 @@ def refuse_unsupported(where: str, configs: Mapping[str, Config], index: Config)
         ModelError: inpainting, depth, upscaler, instruct and refiner models.
     """
     pipeline = str(index.get("_class_name", ""))
-    channels = configs.get("unet", {}).get("in_channels", 4)
+    channels = configs.get("unet", {}).get("in_channels", 4)  # of the families with a UNet
     kinds = {9: "an inpainting model", 5: "a depth-to-image model", 7: "an upscaler", 8: "an InstructPix2Pix model"}
     if channels != 4 or "Inpaint" in pipeline:
         kind = "an inpainting model" if "Inpaint" in pipeline else kinds.get(channels, "of an unknown kind")
@@ -162,8 +168,9 @@ def open_component(folder: Path, variant: str | None = None) -> Tensors:
     Raises:
         ModelError: no weights, or damaged ones.
     """
-    stem = WEIGHT_NAMES.get(folder.name, "model")
-    pickle_stem = stem if folder.name in WEIGHT_NAMES else "pytorch_model"
+    # transformers calls its files otherwise than diffusers
+    texts = folder.name.startswith("text_encoder")
+    stem, pickle_stem = ("model", "pytorch_model") if texts else ("diffusion_pytorch_model",) * 2
     suffixes = [f".{variant}", ""] if variant else [""]
     for suffix in suffixes:
         for name in (f"{stem}{suffix}.safetensors", f"{pickle_stem}{suffix}.bin"):

@@ -65,12 +65,12 @@ def _save_adapter(model: Model, folder: Path, weights: Mapping[str, Mapping[str,
     folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, Any] = {}
     if model.lora is not None:
-        unet_config = dict(model.unet.config)
+        denoiser_config = dict(model.denoiser.config)
         write_lora(
             folder / LORA_FILE,
             lora_of(model, weights),
             model.family,
-            unet_config,
+            denoiser_config,
             layout="diffusers",
             title=folder.name,
         )
@@ -117,7 +117,8 @@ def live_tensors(name: str, state_dict: Mapping[str, torch.Tensor]) -> Tensors:
         kept = base_name(key)
         if kept is not None:
             state[kept] = LazyTensor.of(value)
-    if name.startswith("text_encoder") and not any(key.startswith("text_model.") for key in state):
+    is_clip = any("token_embedding" in key for key in state)
+    if name.startswith("text_encoder") and is_clip and not any(key.startswith("text_model.") for key in state):
         state = {f"text_model.{key}": value for key, value in state.items()}
     return state
 
@@ -174,17 +175,10 @@ def _model_index(files: ModelFiles) -> dict[str, Any]:
 
     index: dict[str, Any] = {"_class_name": files.family.pipeline_class, "_diffusers_version": __version__}
     for slot in files.family.text_encoders:
-        index[slot.folder] = ["transformers", slot.class_name]
-        index[slot.tokenizer_folder] = ["transformers", "CLIPTokenizer"]
+        index[slot.tokenizer_folder] = ["transformers", slot.tokenizer_class]
     index["scheduler"] = ["diffusers", files.scheduler_config.get("_class_name", "DDIMScheduler")]
-    index["unet"] = ["diffusers", "UNet2DConditionModel"]
-    index["vae"] = ["diffusers", "AutoencoderKL"]
-    index["feature_extractor"] = [None, None]
-    if files.family.name == "sdxl":
-        index |= {"image_encoder": [None, None], "force_zeros_for_empty_prompt": True}
-    else:
-        index |= {"safety_checker": [None, None], "requires_safety_checker": False}
-    return index
+    index |= {component.folder: [component.library, component.class_name] for component in files.family.components}
+    return {**index, **files.family.index}
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

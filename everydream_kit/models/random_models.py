@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from everydream_kit.draws import derive_seed
-from everydream_kit.models.components import build_text_encoder, build_unet, build_vae
+from everydream_kit.models.components import build_component
 from everydream_kit.models.families import family_by_name
 from everydream_kit.models.family import Model, configs_folder
 from everydream_kit.models.loading import training_scheduler
@@ -47,14 +47,14 @@ _TINY_SDXL_UNET = {
 }
 _TINY_VAE = {"block_out_channels": [16, 16, 32, 32], "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 64}
 _TINY: dict[str, dict[str, Any]] = {
-    "sd1": {"unet": _TINY_UNET, "text_encoders": [_TINY_TEXT]},
+    "sd1": {"denoiser": _TINY_UNET, "text_encoders": [_TINY_TEXT]},
     "sd2": {
-        "unet": {**_TINY_UNET, "attention_head_dim": [2, 2, 4, 4]},
+        "denoiser": {**_TINY_UNET, "attention_head_dim": [2, 2, 4, 4]},
         "text_encoders": [_TINY_TEXT],
         "prediction_type": "v_prediction",
     },
     "sdxl": {
-        "unet": _TINY_SDXL_UNET,
+        "denoiser": _TINY_SDXL_UNET,
         "text_encoders": [_TINY_TEXT, {**_TINY_TEXT, "hidden_size": 48, "projection_dim": 48}],
     },
 }
@@ -63,7 +63,7 @@ _TINY: dict[str, dict[str, Any]] = {
 def build_model(
     family: str,
     *,
-    unet: Mapping[str, Any] | None = None,
+    denoiser: Mapping[str, Any] | None = None,
     vae: Mapping[str, Any] | None = None,
     text_encoders: Sequence[Mapping[str, Any]] | None = None,
     scheduler: Mapping[str, Any] | None = None,
@@ -74,7 +74,7 @@ def build_model(
     """Build a model with random weights, each layer initialised as its library does by default.
 
     Args:
-        unet, vae, scheduler: changes to the family's shipped config.
+        denoiser, vae, scheduler: changes to the family's shipped config.
         text_encoders: changes to each text encoder's.
         prediction_type: by default what the shipped scheduler says.
         seed: of the weights. The same seed gives the same weights on the same version of torch.
@@ -85,7 +85,9 @@ def build_model(
     """
     table = family_by_name(family)
     folder = configs_folder(table)
-    changes = text_encoders or [{}] * len(table.text_encoders)
+    texts = text_encoders or [{}] * len(table.text_encoders)
+    changes = {table.denoiser.folder: denoiser or {}, table.vae.folder: vae or {}}
+    changes |= {slot.folder: change for slot, change in zip(table.text_encoders, texts, strict=True)}
     scheduler_config = {**read_json(folder / "scheduler" / "scheduler_config.json"), **(scheduler or {})}
     prediction_type = prediction_type or scheduler_config["prediction_type"]
     scheduler_config["prediction_type"] = prediction_type
@@ -93,16 +95,15 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "weights", family))
         modules = {
-            "unet": build_unet({**read_json(folder / "unet" / "config.json"), **(unet or {})}, device),
-            "vae": build_vae({**read_json(folder / "vae" / "config.json"), **(vae or {})}, device),
+            one.folder: build_component(
+                one, {**read_json(folder / one.folder / "config.json"), **changes[one.folder]}, device
+            )
+            for one in table.components
         }
-        for slot, change in zip(table.text_encoders, changes, strict=True):
-            config = {**read_json(folder / slot.folder / "config.json"), **change}
-            modules[slot.folder] = build_text_encoder(config, slot.class_name, device)
     return Model(
         family=table,
-        unet=modules["unet"].eval(),
-        vae=modules["vae"].eval().requires_grad_(False),
+        denoiser=modules[table.denoiser.folder].eval(),
+        vae=modules[table.vae.folder].eval().requires_grad_(False),
         text_encoders=[modules[slot.folder].eval() for slot in table.text_encoders],
         tokenizers=[build_tokenizer(_pad_token(folder / slot.tokenizer_folder)) for slot in table.text_encoders],
         noise_scheduler=training_scheduler(scheduler_config, prediction_type, zero_terminal_snr),

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from everydream_kit.errors import ConfigError
-from everydream_kit.models.encoding import count_chunks, decode_latents, encode_captions, scale_rows
+from everydream_kit.models.encoding import decode_latents, encode_captions, scale_rows
 from everydream_kit.models.family import Conditioning, Model, Sizes
 from everydream_kit.models.sample_grids import label_grid, save_image
 from everydream_kit.models.sampling_schedulers import build_scheduler, sampler_by_name
@@ -91,7 +91,7 @@ def sample_images(
     wanted = [(prompt, cfg) for prompt in prompts for cfg in prompt.cfgs]
     rows = [_Row(position, prompt, cfg) for position, (prompt, cfg) in enumerate(wanted)]
     for row in rows:
-        _check_size(row.prompt, model.vae_scale_factor)
+        _check_size(row.prompt, model.family.sampler.size_multiple)
     rescale = guidance_rescale
     if rescale is None:
         rescale = ZERO_SNR_GUIDANCE_RESCALE if model.zero_terminal_snr else 0.0
@@ -156,11 +156,11 @@ def settings_text(
     return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in settings.items())])
 
 
-def _check_size(prompt: SamplePrompt, cell: int) -> None:
-    if prompt.width % cell or prompt.height % cell or min(prompt.width, prompt.height) < cell:
+def _check_size(prompt: SamplePrompt, multiple: int) -> None:
+    if prompt.width % multiple or prompt.height % multiple or min(prompt.width, prompt.height) < multiple:
         raise ConfigError(
             f"size {prompt.width} x {prompt.height} of the prompt {prompt.prompt!r}: width and height must be "
-            f"multiples of {cell}."
+            f"multiples of {multiple}."
         )
 
 
@@ -169,7 +169,7 @@ def _batches(model: Model, rows: Sequence[_Row], batch_size: int) -> Iterator[tu
     groups: dict[tuple[int, int, int], list[_Row]] = {}
     for row in rows:
         prompt = row.prompt
-        num_chunks = count_chunks(model, [prompt.prompt, prompt.negative_prompt])
+        num_chunks = model.family.count_windows(model, [prompt.prompt, prompt.negative_prompt])
         groups.setdefault((prompt.width, prompt.height, num_chunks), []).append(row)
     for (_, _, num_chunks), group in groups.items():
         for start in range(0, len(group), batch_size):
@@ -209,8 +209,7 @@ def _denoise(
     """From noise to latents (B, 4, h, w)."""
     device = model.device
     prompt = rows[0].prompt
-    cell = model.vae_scale_factor
-    shape = (1, model.vae.config["latent_channels"], prompt.height // cell, prompt.width // cell)
+    shape = (1, *model.family.latent_space.shape(model, prompt.width, prompt.height))
     generators = [torch.Generator("cpu").manual_seed(row.prompt.seed) for row in rows]
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(device)
     guided = any(row.cfg != 1 for row in rows)
@@ -244,8 +243,7 @@ def _conditioning(model: Model, rows: Sequence[_Row], clip_skip: int, num_chunks
     unique = list(dict.fromkeys(texts))
     encoded = encode_captions(model, unique, clip_skip, num_chunks=num_chunks, zero_empty=False)
     picked = torch.tensor([unique.index(text) for text in texts], device=encoded.encoder_hidden_states.device)
-    pooled = None if encoded.pooled is None else encoded.pooled[picked]
-    conditioning = Conditioning(encoded.encoder_hidden_states[picked], pooled).to(model.device)
+    conditioning = encoded.rows(picked).to(model.device)
     if not model.family.zeros_for_empty or "" not in negative:
         return conditioning
     return scale_rows(conditioning, [float(text != "") for text in negative] + [1.0] * len(rows))

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from everydream_kit.models import convert
+from everydream_kit.models.clip_text import clip_prompt_encoder, count_windows
 from everydream_kit.models.family import (
     Conditioning,
     Config,
     Family,
+    Layout,
     Shapes,
     Sizes,
     TextEncoderSlot,
@@ -21,6 +24,7 @@ from everydream_kit.models.family import (
     run_text_encoder,
     text_tower,
 )
+from everydream_kit.models.latent_spaces import kl_space
 
 if TYPE_CHECKING:
     from everydream_kit.models.family import Model
@@ -44,9 +48,9 @@ def predict_from_text(
     model: Model, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, sizes: Sizes
 ) -> torch.Tensor:
     """The UNet's prediction (B, 4, H/8, W/8) in float32, from the caption alone: SD 1.x and 2.x ignore `sizes`."""
-    dtype = input_dtype(model.unet)
+    dtype = input_dtype(model.denoiser)
     text = conditioning.encoder_hidden_states.to(dtype)
-    return model.unet(noisy_latents.to(dtype), timesteps, encoder_hidden_states=text).sample.float()
+    return model.denoiser(noisy_latents.to(dtype), timesteps, encoder_hidden_states=text).sample.float()
 
 
 def _matches_configs(configs: Mapping[str, Config]) -> bool:
@@ -63,6 +67,11 @@ def _matches_keys(shapes: Shapes) -> bool:
     return any(name.startswith("cond_stage_model.transformer.") for name in shapes)
 
 
+LDM_LAYOUT = Layout(convert.to_single_file, convert.from_single_file)
+"""Single files as CompVis and Stability AI publish them."""
+
+CLIP_INDEX = {"feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False}
+
 SD1 = Family(
     name="sd1",
     title="Stable Diffusion 1.x",
@@ -70,8 +79,12 @@ SD1 = Family(
     text_encoders=(
         TextEncoderSlot("text_encoder", "tokenizer", "CLIPTextModel", "cond_stage_model.transformer.", "hf", "lora_te"),
     ),
-    encode_tokens=encode_one_encoder,
+    encode_prompt=clip_prompt_encoder(encode_one_encoder),
+    count_windows=count_windows,
     predict=predict_from_text,
+    latent_space=kl_space(4),
+    layout=LDM_LAYOUT,
+    index=CLIP_INDEX,
     matches_configs=_matches_configs,
     matches_keys=_matches_keys,
     modelspec_architecture="stable-diffusion-v1",

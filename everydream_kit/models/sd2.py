@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from everydream_kit.models.clip_text import clip_prompt_encoder, count_windows
 from everydream_kit.models.family import Config, Family, Shapes, TextEncoderSlot
-from everydream_kit.models.sd1 import encode_one_encoder, predict_from_text
+from everydream_kit.models.latent_spaces import kl_space
+from everydream_kit.models.sd1 import CLIP_INDEX, LDM_LAYOUT, encode_one_encoder, predict_from_text
 
 
 def _matches_configs(configs: Mapping[str, Config]) -> bool:
@@ -107,8 +109,12 @@ SD2 = Family(
             drops_last_block=True,
         ),
     ),
-    encode_tokens=encode_one_encoder,
+    encode_prompt=clip_prompt_encoder(encode_one_encoder),
+    count_windows=count_windows,
     predict=predict_from_text,
+    latent_space=kl_space(4),
+    layout=LDM_LAYOUT,
+    index=CLIP_INDEX,
     matches_configs=_matches_configs,
     matches_keys=_matches_keys,
     modelspec_architecture="stable-diffusion-v2",

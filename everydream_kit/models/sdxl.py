@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from everydream_kit.models import convert
+from everydream_kit.models.clip_text import clip_prompt_encoder, count_windows
 from everydream_kit.models.family import (
     Conditioning,
     Config,
     Family,
+    Layout,
     Shapes,
     Sizes,
     TextEncoderSlot,
     input_dtype,
     run_text_encoder,
 )
+from everydream_kit.models.latent_spaces import kl_space
 
 if TYPE_CHECKING:
     from everydream_kit.models.family import Model
@@ -61,13 +65,13 @@ def predict_from_text_and_sizes(
     """The UNet's prediction (B, 4, H/8, W/8) in float32, from the caption and the sizes before and after cropping."""
     if conditioning.pooled is None:
         raise ValueError("SDXL needs the pooled text embedding")
-    dtype = input_dtype(model.unet)
+    dtype = input_dtype(model.denoiser)
     added = {
         "text_embeds": conditioning.pooled.to(dtype),
         "time_ids": time_ids(sizes, len(noisy_latents)).to(noisy_latents.device),
     }
     text = conditioning.encoder_hidden_states.to(dtype)
-    prediction = model.unet(noisy_latents.to(dtype), timesteps, encoder_hidden_states=text, added_cond_kwargs=added)
+    prediction = model.denoiser(noisy_latents.to(dtype), timesteps, encoder_hidden_states=text, added_cond_kwargs=added)
     return prediction.sample.float()
 
 
@@ -100,8 +104,12 @@ SDXL = Family(
             "lora_te2",
         ),
     ),
-    encode_tokens=encode_two_encoders,
+    encode_prompt=clip_prompt_encoder(encode_two_encoders),
+    count_windows=count_windows,
     predict=predict_from_text_and_sizes,
+    latent_space=kl_space(4),
+    layout=Layout(convert.to_single_file, convert.from_single_file, lora_stem=convert.single_file_stem),
+    index={"feature_extractor": [None, None], "image_encoder": [None, None], "force_zeros_for_empty_prompt": True},
     matches_configs=_matches_configs,
     matches_keys=_matches_keys,
     modelspec_architecture="stable-diffusion-xl-v1-base",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from everydream_kit.errors import ModelError
-from everydream_kit.models.convert import UNET_PREFIX, from_single_file
+from everydream_kit.models.convert import UNET_PREFIX
 from everydream_kit.models.families import FAMILIES, family_by_name
 from everydream_kit.models.family import Config, Family, configs_folder
 from everydream_kit.models.file_kinds import refuse_other_kinds, with_vae, without_scales
@@ -69,7 +69,7 @@ def open_single_file(path: Path, *, family: str | None = None, prediction_type: 
         family=found,
         source=str(path),
         configs=configs,
-        tensors=from_single_file(tensors, found, configs),
+        tensors=found.layout.from_single_file(tensors, found, configs),
         tokenizers=_tokenizers(path, found, metadata),
         scheduler_config=_scheduler_of(scheduler, predicted, rescaled),
         prediction_type=predicted,
@@ -92,7 +92,7 @@ def _recognise(path: Path, tensors: Tensors) -> Family:
 def _configs(path: Path, family: Family, metadata: dict[str, str]) -> dict[str, Config]:
     """The components' configs and the scheduler's: from the file's metadata, else as the family is published."""
     folder = configs_folder(family)
-    names = ["unet", "vae", *(slot.folder for slot in family.text_encoders)]
+    names = [component.folder for component in family.components]
     configs: dict[str, Config] = {name: read_json(folder / name / "config.json") for name in names}
     configs["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
     if CONFIGS_KEY in metadata:

@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from everydream_kit.data.buckets import bucket_table
-from everydream_kit.data.cache_room import CacheMode
+from everydream_kit.data.cache_room import MOMENT_CHANNELS, CacheMode
 from everydream_kit.data.dataset import FROM_TEXT, Dataset, DatasetBuilder, Defaults
 from everydream_kit.data.records import Batch, Draw, MicroBatch, Size, StepBatches
 from everydream_kit.models.encoding import decode_latents, encode_captions, encode_moments
@@ -133,7 +133,8 @@ def rehearse(
         run = _assemble(config, model, dataset, Path(logdir), optimizer_config, device_type, tracker)
         for module in _idle(config, run, latents) if device_type != "cpu" else []:
             tracker.label(module.parameters(), IDLE_VAE if module is model.vae else IDLE)
-        batch = make_batch(bucket, run.plan_settings.batch_size, with_moments=latents != "off")
+        channels = model.family.latent_space.stored_channels
+        batch = make_batch(bucket, run.plan_settings.batch_size, with_moments=latents != "off", channels=channels)
         if latents != "off":
             _rehearse_caching(run, tracker, bucket, CACHED_TOGETHER[latents])
         num_micro_batches = _rehearse_step(run, tracker, batch)
@@ -237,15 +238,15 @@ def _idle(config: TrainConfig, run: Run, latents: CacheMode) -> list[torch.nn.Mo
     )
 
 
-def make_batch(bucket: Size, batch_size: int, *, with_moments: bool) -> Batch:
-    """A batch of grey images of one bucket, or of their cached latents."""
+def make_batch(bucket: Size, batch_size: int, *, with_moments: bool, channels: int = MOMENT_CHANNELS) -> Batch:
+    """A batch of gray images of one bucket, or of their cached latents of so many channels."""
     width, height = bucket
     return Batch(
         planned=MicroBatch(0, 0, 0, bucket, (Draw(0, 0),) * batch_size),
         captions=[f"{CAPTION} {number}" for number in range(batch_size)],
         loss_scale=torch.ones(batch_size),
         pixels=None if with_moments else torch.zeros(batch_size, 3, height, width, dtype=torch.uint8),
-        moments=torch.zeros(batch_size, 8, height // 8, width // 8) if with_moments else None,
+        moments=torch.zeros(batch_size, channels, height // 8, width // 8) if with_moments else None,
         mask=None,
         original_sizes=[bucket] * batch_size,
         crop_top_lefts=[(0, 0)] * batch_size,
@@ -296,12 +297,10 @@ def _rehearse_sampling(run: Run, tracker: StorageTracker, samples: SampleShape, 
         run.sampling_weights(averaged=averaged),
         run.precision.autocast(),
     ):
-        cell = model.vae_scale_factor
-        latents = torch.zeros(num, model.vae.config["latent_channels"], height // cell, width // cell)
+        latents = torch.zeros(num, *model.family.latent_space.shape(model, width, height))
         encoded = encode_captions(model, ["", CAPTION], run.config.clip_skip)
         picked = torch.arange(2 * num) // num
-        pooled = None if encoded.pooled is None else encoded.pooled[picked]
-        conditioning = replace(encoded, encoder_hidden_states=encoded.encoder_hidden_states[picked], pooled=pooled)
+        conditioning = encoded.rows(picked)
         doubled = torch.cat([latents, latents])
         sizes = Sizes.uncropped(width, height, 2 * num)
         prediction = model.family.predict(model, doubled, torch.zeros(2 * num).long(), conditioning, sizes)

@@ -115,7 +115,7 @@ def stored_dtypes(folder: Path, files: ModelFiles, variant: str | None) -> dict[
 def shipped_architecture(
     family: str,
     *,
-    unet: Mapping[str, Any] | None = None,
+    denoiser: Mapping[str, Any] | None = None,
     vae: Mapping[str, Any] | None = None,
     text_encoders: Sequence[Mapping[str, Any]] | None = None,
     prediction_type: str | None = None,
@@ -131,8 +131,8 @@ def shipped_architecture(
     files = open_configs(configs_folder(family_by_name(family)), family=family, prediction_type=prediction_type)
     names = [slot.folder for slot in files.family.text_encoders]
     changes = {
-        "unet": unet or {},
-        "vae": vae or {},
+        files.family.denoiser.folder: denoiser or {},
+        files.family.vae.folder: vae or {},
         **dict(zip(names, text_encoders or [{}] * len(names), strict=True)),
     }
     files.configs = {name: {**config, **changes[name]} for name, config in files.configs.items()}
@@ -159,24 +159,22 @@ def open_configs(folder: Path, *, family: str | None = None, prediction_type: st
     from everydream_kit.models.families import family_by_name
     from everydream_kit.models.model_files import (
         ModelFiles,
+        denoiser_folders,
         has_zero_terminal_snr,
         prediction_type_of,
+        read_configs,
         read_json,
         recognise_configs,
         refuse_unsupported,
     )
 
-    configs = {
-        path.parent.name: read_json(path)
-        for path in sorted(folder.glob("*/config.json"))
-        if path.parent.name in ("unet", "vae") or path.parent.name.startswith("text_encoder")
-    }
-    if "unet" not in configs:
+    configs = read_configs(folder)
+    if not configs.keys() & denoiser_folders():
         raise ModelError(f"{folder}: no diffusers model here (unet/config.json is missing).")
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     refuse_unsupported(str(folder), configs, index)
     found = family_by_name(family) if family else recognise_configs(str(folder), configs)
-    wanted = ["unet", "vae", *(slot.folder for slot in found.text_encoders)]
+    wanted = [component.folder for component in found.components]
     missing = [name for name in wanted if name not in configs]
     if missing:
         raise ModelError(f"{folder}: {missing[0]}/config.json is missing, and {found.title} needs it.")
@@ -232,10 +230,12 @@ def _cached_snapshot(repo_id: str, prefix: str, revision: str | None, cause: Exc
     """
     from huggingface_hub import try_to_load_from_cache
 
-    marker = f"{prefix}unet/config.json"
-    found = try_to_load_from_cache(repo_id, marker, revision=revision)
-    if isinstance(found, str):
-        return Path(found.removesuffix(marker))
+    from everydream_kit.models.model_files import denoiser_folders
+
+    for marker in (f"{prefix}{folder}/config.json" for folder in denoiser_folders()):
+        found = try_to_load_from_cache(repo_id, marker, revision=revision)
+        if isinstance(found, str):
+            return Path(found.removesuffix(marker))
     raise ModelError(
         f"{repo_id}: its config files cannot be read from the Hub ({type(cause).__name__}), and it is not in the cache. Check "
         "the name and the connection, or give the path of a local model."
@@ -276,29 +276,17 @@ def build_skeleton(architecture: Architecture, dtype: torch.dtype | Formats) -> 
     Args:
         dtype: of UNet and text encoders, or their formats by component; the VAE is float32.
     """
-    from everydream_kit.models.family import Model
-    from everydream_kit.models.loading import _build, _tokenizer, as_formats, training_scheduler
+    from everydream_kit.models.components import build_component
+    from everydream_kit.models.loading import as_formats, model_of
     from everydream_kit.models.lora import inject
 
     files, formats = architecture.files, as_formats(dtype)
-    modules = {name: _build(files, name) for name in files.configs}
+    modules = {name: build_component(files.family.component(name), config) for name, config in files.configs.items()}
     for name, module in modules.items():
         dtypes = formats.of(name, module, architecture.stored_dtype(name))
         for key, parameter in module.named_parameters():
             parameter.data = parameter.data.to(dtypes(key))  # not `module.to`: diffusers would comment on it
-    slots = files.family.text_encoders
-    model = Model(
-        family=files.family,
-        unet=modules["unet"],
-        vae=modules["vae"].requires_grad_(False),
-        text_encoders=[modules[slot.folder] for slot in slots],
-        tokenizers=[_tokenizer(files, slot.tokenizer_folder) for slot in slots],
-        noise_scheduler=training_scheduler(files.scheduler_config, files.prediction_type, files.zero_terminal_snr),
-        scheduler_config=dict(files.scheduler_config),
-        prediction_type=files.prediction_type,
-        zero_terminal_snr=files.zero_terminal_snr,
-        source=files.source,
-    )
+    model = model_of(files, modules)
     if architecture.lora is not None:
         inject(model, architecture.lora, dtype=formats.trained)
     return model

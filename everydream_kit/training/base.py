@@ -6,6 +6,7 @@ file becomes a model is in `models.loading`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,8 +96,9 @@ def choose_formats(config: TrainConfig, precision: Precision) -> Formats:
     """
     trains_unet = config.training_kind == "full" and not config.disable_unet_training
     trains_text = config.training_kind == "full" and not config.disable_textenc_training
-    folders = {slot.folder for family in FAMILIES.values() for slot in family.text_encoders}
-    trained = ({"unet"} if trains_unet else set()) | (folders if trains_text else set())
+    components = [component for family in FAMILIES.values() for component in family.components]
+    roles = ({"denoiser"} if trains_unet else set()) | ({"text_encoder"} if trains_text else set())
+    trained = {one.folder for one in components if one.role in roles and "full" in one.trains}
     return Formats(
         trained=precision.weight_dtype,
         frozen=None if config.parallel == "fsdp2" else precision.frozen_dtype,
@@ -165,7 +167,7 @@ def select_trained(
 def parts_that_ask_for_gradients(model: Model) -> list[TrainedPart]:
     """UNet and text encoders as parts, each with the parameters whose gradients are wanted."""
     parts = []
-    for name, modules in ((UNET, [model.unet]), (TEXT_ENCODER, model.text_encoders)):
+    for name, modules in ((UNET, [model.denoiser]), (TEXT_ENCODER, model.text_encoders)):
         named = [(key, p) for module in modules for key, p in module.named_parameters() if p.requires_grad]
         if named:
             parts.append(TrainedPart(name, list(modules), named))
@@ -176,19 +178,19 @@ def prepare_modules(model: Model, config: TrainConfig) -> None:
     """Modes and memory measures of the modules: training mode, checkpointing, attention, memory format."""
     import torch
 
-    for module in [model.unet, *model.text_encoders]:
+    for module in [model.denoiser, *model.text_encoders]:
         # a frozen text encoder drops nothing out: what is remembered of a caption would keep one chance for ever
-        module.train(module is model.unet or any(parameter.requires_grad for parameter in module.parameters()))
+        module.train(module is model.denoiser or any(parameter.requires_grad for parameter in module.parameters()))
     if config.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
+        model.denoiser.enable_gradient_checkpointing()
         for text_encoder in model.text_encoders:
             text_encoder.gradient_checkpointing_enable()
     if config.attn_type == "slice":
-        model.unet.set_attention_slice("auto")
+        model.denoiser.set_attention_slice("auto")
     if config.channels_last:
-        model.unet.to(memory_format=torch.channels_last)
+        model.denoiser.to(memory_format=torch.channels_last)
     if config.torch_compile:
-        compile_blocks(model.unet)
+        compile_blocks(model.denoiser, model.family.denoiser.blocks)
 
 
 def tile_large_images(model: Model, precision: Precision) -> None:
@@ -206,10 +208,10 @@ def tile_large_images(model: Model, precision: Precision) -> None:
         model.vae.tile_latent_min_size = TILE_PIXELS // model.vae_scale_factor
 
 
-def compile_blocks(unet: torch.nn.Module) -> None:
-    """Compile the UNet's transformer blocks in place: they repeat, so each shape is compiled once for all of them."""
-    for module in unet.modules():
-        if type(module).__name__ == "BasicTransformerBlock":
+def compile_blocks(denoiser: torch.nn.Module, blocks: Sequence[str]) -> None:
+    """Compile the denoiser's transformer blocks in place: they repeat, so each shape is compiled once for all of them."""
+    for module in denoiser.modules():
+        if type(module).__name__ in blocks and "Transformer" in type(module).__name__:
             module.compile(dynamic=True)
 
 

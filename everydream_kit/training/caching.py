@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from everydream_kit.data.cache import CacheSettings, DiskCache, LatentCache, MemoryCache
-from everydream_kit.data.cache_room import CacheMode, choose_cache_mode, estimate_bytes
+from everydream_kit.data.cache_room import MOMENT_CHANNELS, CacheMode, choose_cache_mode, estimate_bytes
 from everydream_kit.data.text_cache import TextCache
 from everydream_kit.models.encoding import encode_captions, encode_moments
+from everydream_kit.models.family import join_conditioning
 from everydream_kit.share_bar import ShareBar
 from everydream_kit.training.progress import WorkProgress
 from everydream_kit.workspace import require_writable
@@ -49,6 +50,7 @@ def choose_latent_mode(
     plan_settings: PlanSettings,
     *,
     variants: int,
+    channels: int = MOMENT_CHANNELS,
     folder: Path,
     transforms_images: bool,
 ) -> CacheMode:
@@ -57,13 +59,14 @@ def choose_latent_mode(
     Args:
         mode: what `cache_latents` says.
         variants: crops kept for each image.
+        channels: of what is kept for each cell.
         folder: of the disk cache.
         transforms_images: a plug-in changes images at random, so that nothing can be kept.
     """
     if transforms_images:
         return "off"
     if mode == "auto":
-        return choose_cache_mode(estimate_bytes(dataset, plan_settings, variants=variants), folder)
+        return choose_cache_mode(estimate_bytes(dataset, plan_settings, variants=variants, channels=channels), folder)
     return mode
 
 
@@ -136,4 +139,4 @@ def build_text_cache(model: Model, clip_skip: int, *, trains_text: bool) -> Text
     """Remember encoded captions where the text encoders are frozen."""
     if trains_text:
         return None
-    return TextCache(lambda captions: encode_captions(model, captions, clip_skip))
+    return TextCache(lambda captions: encode_captions(model, captions, clip_skip), join=join_conditioning)

@@ -17,12 +17,14 @@ There is one loss for each image to the end, in float32 whatever the model runs 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from everydream_kit.errors import ConfigError
+from everydream_kit.training.timesteps import whole_timesteps
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 MAX_DEBIASED_SNR = 1000.0
@@ -31,8 +33,64 @@ MIN_DEBIASED_SNR = 1e-3
 """Keeps 1/sqrt(SNR) finite. SD 1.x ends at 0.0047, so this bounds no model that predicts epsilon."""
 
 
+class Objective(Protocol):
+    """What a model learns: how noise is mixed in, what is predicted, and what an error costs.
+
+    Timesteps are as the denoiser's `predict` takes them: 0 is the image, `num_timesteps` nothing but noise.
+    """
+
+    @property
+    def num_timesteps(self) -> int: ...
+
+    def timesteps(self, fractions: torch.Tensor, start: int, end: int, shift: float) -> torch.Tensor:
+        """Noise levels between start and end from fractions in 0..1 (B,) float64; `shift` is the family's."""
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Noisy latents (B, C, h, w)."""
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the model should predict, (B, C, h, w) float32."""
+
+    def loss(
+        self,
+        model_pred: torch.Tensor,
+        target: torch.Tensor,
+        timesteps: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(B,) float32: the loss of each image, weighting included."""
+
+
+def denoising_losses(
+    objective: Objective,
+    predict: Callable[[torch.Tensor], torch.Tensor],
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    input_noise: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """From noise to the loss of each image: what a step, validation and the estimate of memory share.
+
+    Args:
+        predict: noisy latents -> the model's prediction.
+        latents, noise: (B, C, h, w).
+        timesteps: (B,), on the latents' device.
+        mask: (B, 1, h, w), on any device.
+        input_noise: noise that is mixed in where it differs from the noise that the target is made of.
+
+    Returns:
+        (B,) float32.
+    """
+    noisy_latents = objective.add_noise(latents, noise if input_noise is None else input_noise, timesteps)
+    model_pred = predict(noisy_latents)
+    target = objective.target(latents, noise, timesteps)
+    return objective.loss(model_pred, target, timesteps, None if mask is None else mask.to(latents.device))
+
+
 @dataclass
-class Objective:
+class DiffusionObjective:
     """Target, noise mixing and loss of one noise schedule and prediction type. Made by `build_objective`.
 
     Attributes:
@@ -54,6 +112,10 @@ class Objective:
     def num_timesteps(self) -> int:
         """T, the length of the noise schedule."""
         return len(self.alphas_cumprod)
+
+    def timesteps(self, fractions: torch.Tensor, start: int, end: int, shift: float = 1.0) -> torch.Tensor:
+        """Whole timesteps, start inclusive and end exclusive; a noise schedule of betas is not shifted."""
+        return whole_timesteps(fractions, start, end)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Mix latents (B, 4, h, w) with noise at each image's timestep (B,). Returns the type of `latents`."""
@@ -81,7 +143,7 @@ class Objective:
         Args:
             model_pred, target: (B, 4, h, w), any float type; computed in float32.
             timesteps: (B,) int64.
-            mask: (B, 1, h, w) in 0..1, or None. The loss is the mean over the latent cells, weighed by the mask, so a
+            mask: (B, 1, h, w) in 0..1, or None. The loss is the mean over the latent cells, weighed by the mask, so an
                 image counts the same however small its masked area is; one that is masked altogether costs 0.
 
         Returns:
@@ -134,8 +196,8 @@ def build_objective(
     loss_type: str = "mse",
     min_snr_gamma: float | None = None,
     debiased_estimation: bool = False,
-) -> Objective:
-    """Make the objective of a model.
+) -> DiffusionObjective:
+    """Make the objective of a diffusion model.
 
     Args:
         noise_scheduler: a diffusers scheduler; only its `alphas_cumprod` is read.
@@ -153,7 +215,11 @@ def build_objective(
     alphas_cumprod = noise_scheduler.alphas_cumprod.detach().to("cpu", torch.float32)
     if prediction_type == "epsilon" and alphas_cumprod[-1] <= 0:
         raise ConfigError(_ZERO_TERMINAL_EPSILON)
-    return Objective(alphas_cumprod, prediction_type, loss_type, min_snr_gamma, debiased_estimation)
+    return DiffusionObjective(alphas_cumprod, prediction_type, loss_type, min_snr_gamma, debiased_estimation)
+
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {"diffusion": build_objective}
+"""By the name that a family has it under."""
 
 
 def rescale_zero_terminal_snr(noise_scheduler: Any, prediction_type: str) -> Any:
@@ -203,5 +269,7 @@ def _mean_over_cells(cost: torch.Tensor, mask: torch.Tensor | None) -> torch.Ten
     if mask is None:
         return cost.mean(dim=(1, 2, 3))
     mask = mask.float()
+    if mask.shape[2:] != cost.shape[2:]:  # masks have one value for each 8 pixels, some latents for each 16
+        mask = torch.nn.functional.adaptive_avg_pool2d(mask, cost.shape[2:])
     area = mask.sum(dim=(1, 2, 3))  # (B,)
     return (cost.mean(dim=1, keepdim=True) * mask).sum(dim=(1, 2, 3)) / area.clamp(min=1e-6)

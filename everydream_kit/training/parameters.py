@@ -57,7 +57,7 @@ def select_parameters(
     """Choose what is trained, and freeze the rest of the UNet, the text encoders and the VAE.
 
     Args:
-        model: has `unet`, `vae` and `text_encoders`.
+        model: has `denoiser`, `vae` and `text_encoders`.
         train_unet, train_text_encoder: False freezes the whole part.
         freezing: layers of the text encoders that stay.
         unet_patterns: train only UNet parameters in whose name one of these regular expressions is found.
@@ -69,9 +69,9 @@ def select_parameters(
     Raises:
         ConfigError: nothing is left to train, or a pattern is invalid or matches nothing.
     """
-    unet_names = [name for name, _ in model.unet.named_parameters()]
+    unet_names = [name for name, _ in model.denoiser.named_parameters()]
     trained_names = _match_names(unet_names, unet_patterns, unet_frozen_patterns) if train_unet else set()
-    unet = TrainedPart("unet", [model.unet], _freeze_except(model.unet, trained_names))
+    unet = TrainedPart("unet", [model.denoiser], _freeze_except(model.denoiser, trained_names))
     text = TrainedPart("text encoder", list(model.text_encoders))
     for number, text_encoder in enumerate(model.text_encoders):
         names = trained_text_encoder_names(text_encoder, freezing or TextEncoderFreezing())

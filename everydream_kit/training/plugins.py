@@ -196,7 +196,7 @@ def _step_facts(run: Run, epoch: int, step: int, step_in_epoch: int) -> dict[str
     """What EveryDream 2's hooks were given, under its names. Steps are optimizer steps, from 0."""
     model = run.model
     state = SimpleNamespace(
-        unet=model.unet,
+        unet=model.denoiser,
         vae=model.vae,
         text_encoder=model.text_encoders[0],
         tokenizer=model.tokenizers[0],

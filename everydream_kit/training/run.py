@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from everydream_kit.data.loader import make_loader
+from everydream_kit.data.pixels import LATENT_CELL_PIXELS
 from everydream_kit.draws import derive_seed, torch_generator
 from everydream_kit.models.encoding import encode_captions, encode_moments, latents_from_moments
 from everydream_kit.models.family import Sizes
@@ -99,7 +100,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.resolve_steps(self.num_steps)
-        self.has_dropout = any(_drops_out(m) for m in [self.model.unet, *self.model.text_encoders])
+        self.has_dropout = any(_drops_out(m) for m in [self.model.denoiser, *self.model.text_encoders])
 
     def resolve_steps(self, num_steps: int) -> None:
         """Say how many steps the run has; schedules that end with it follow."""
@@ -164,7 +165,7 @@ class Run:
         ]
 
     def encode_images(self, batch: Batch, *, mean_only: bool = False) -> torch.Tensor:
-        """(B, 4, H/8, W/8) scaled latents, drawn from the VAE's posterior at each image's address, or its mean."""
+        """(B, C, h, w) latents for the denoiser, drawn from the VAE's posterior at each image's address, or its mean."""
         device = self.ranks.device
         with torch.no_grad():
             if batch.moments is not None:
@@ -173,7 +174,8 @@ class Run:
                 assert batch.pixels is not None
                 with self.idle_models.at_work([self.model.vae]):
                     moments = encode_moments(self.model, batch.pixels.to(device, non_blocking=True)).float()
-            shape = (moments.shape[1] // 2, *moments.shape[2:])
+            height, width = (side * LATENT_CELL_PIXELS for side in moments.shape[2:])
+            shape = self.model.family.latent_space.shape(self.model, width, height)
             if mean_only:
                 noise = torch.zeros((len(moments), *shape), device=device)
             else:
@@ -181,7 +183,7 @@ class Run:
             return latents_from_moments(self.model, moments, noise)
 
     def encode_captions(self, captions: list[str]) -> Conditioning:
-        """What the UNet is told, computed under autocast. Remembered by caption where the text encoder is frozen.
+        """What the denoiser is told, computed under autocast. Remembered by caption where the text encoder is frozen.
 
         Autocast belongs here and not to the caller: what is remembered must not depend on who asks first.
         """
@@ -199,7 +201,7 @@ class Run:
     def predict(
         self, batch: Batch, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
-        """The UNet's prediction, (B, 4, H/8, W/8) float32, told what its family wants to know."""
+        """The denoiser's prediction, (B, C, h, w) float32, told what its family wants to know."""
         sizes = Sizes(batch.original_sizes, batch.crop_top_lefts, batch.planned.bucket)
         return self.model.family.predict(self.model, noisy_latents, timesteps, conditioning, sizes)
 

@@ -40,7 +40,7 @@ from everydream_kit.training.file_hashes import OpenFile
 from everydream_kit.training.held_out_images import ValidationSet, split_dataset
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.noise import NoiseSettings
-from everydream_kit.training.objectives import build_objective
+from everydream_kit.training.objectives import OBJECTIVES
 from everydream_kit.training.offload import IdleModels
 from everydream_kit.training.optimizer_config import OptimizerConfig, PartSettings, load_optimizer_config, part_settings
 from everydream_kit.training.optimizers import build_optimizer_for_parts, default_optimizer_name
@@ -178,6 +178,7 @@ def assemble_run(
         dataset,
         plan_settings,
         variants=config.cache_variants,
+        channels=model.family.latent_space.stored_channels,
         folder=latent_folder(config),
         transforms_images=image_transform(plugins) is not None,
     )
@@ -198,7 +199,12 @@ def assemble_run(
         journal,
         idle_models,
         mode=latent_mode,
-        settings=CacheSettings(config.cache_variants, config.crop_jitter, config.background),
+        settings=CacheSettings(
+            config.cache_variants,
+            config.crop_jitter,
+            config.background,
+            channels=model.family.latent_space.stored_channels,
+        ),
         folder=latent_folder(config),
         num_workers=num_workers,
         stop=stop,
@@ -223,7 +229,7 @@ def assemble_run(
             fused_backward=config.fused_backward,
         ),
         make_schedules=lambda steps: {how.part: make_schedule(how, config, steps, ranks.num_ranks) for how in settings},
-        objective=build_objective(
+        objective=OBJECTIVES[model.family.objective](
             model.noise_scheduler,
             model.prediction_type,
             loss_type=config.loss_type,

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from everydream_kit.training.precision import Precision
     from everydream_kit.training.ranks import Ranks
 
-BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer")
-"""Classes of the modules that are put together and taken apart one at a time."""
 OPTIMIZERS = ("adamw", "adam", "radam", "nadam", "sgd")
 """torch's own, whose update of a number depends on that number alone, so that a slice is updated like the whole."""
 
@@ -71,10 +69,11 @@ class Sharding:
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,  # autocast does that, and knows what must stay in float32
         )
+        blocks = {name for component in model.family.components for name in component.blocks}  # merged one at a time
         for part in parts:
             for module in part.modules:
                 for block in module.modules():
-                    if type(block).__name__ in BLOCKS:
+                    if type(block).__name__ in blocks:
                         fully_shard(block, mesh=mesh, mp_policy=policy)
                 fully_shard(module, mesh=mesh, mp_policy=policy)
             divided = [p for module in part.modules for p in module.parameters() if p.requires_grad]
@@ -86,14 +85,14 @@ class Sharding:
     @contextmanager
     def whole(self, weights: dict[str, dict[str, torch.Tensor]]) -> Iterator[None]:
         """While inside, the model has ordinary modules with these gathered weights in place of the divided ones."""
-        divided = (self.model.unet, list(self.model.text_encoders))
+        divided = (self.model.denoiser, list(self.model.text_encoders))
         wholes = {name: self._whole(module, weights.get(name)) for name, module in self.model.modules().items()}
-        self.model.unet = wholes["unet"]
+        self.model.denoiser = wholes[self.model.family.denoiser.folder]
         self.model.text_encoders[:] = [wholes[slot.folder] for slot in self.model.family.text_encoders]
         try:
             yield
         finally:
-            self.model.unet, self.model.text_encoders[:] = divided
+            self.model.denoiser, self.model.text_encoders[:] = divided
 
     def _whole(self, module: torch.nn.Module, weights: dict[str, torch.Tensor] | None) -> torch.nn.Module:
         if weights is None or id(module) not in self._blueprints:

@@ -9,6 +9,8 @@ images.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +19,7 @@ from everydream_kit.draws import torch_generator
 from everydream_kit.models.family import Conditioning
 from everydream_kit.training.losses import ImageLosses, refuse_non_finite
 from everydream_kit.training.noise import make_noise, perturb_embeddings, perturb_input
+from everydream_kit.training.objectives import denoising_losses
 from everydream_kit.training.timesteps import draw_timesteps
 
 if TYPE_CHECKING:
@@ -51,7 +54,7 @@ def share_of_step(losses: torch.Tensor, loss_scale: torch.Tensor, loss_divisor: 
 def image_losses(run: Run, batch: Batch, work: StepBatches) -> torch.Tensor:
     """(B,) float32: the objective's loss for each image of a micro-batch."""
     settings = run.noise_settings
-    latents = run.encode_images(batch)  # (B, 4, H/8, W/8), scaled
+    latents = run.encode_images(batch)  # (B, C, h, w), as the denoiser knows them
     noise = make_noise(
         tuple(latents.shape[1:]),
         run.generators(batch, "noise"),
@@ -62,16 +65,16 @@ def image_losses(run: Run, batch: Batch, work: StepBatches) -> torch.Tensor:
     input_noise = noise
     if settings.input_perturbation:
         input_noise = perturb_input(noise, settings.input_perturbation, run.generators(batch, "input noise"))
-    noisy_latents = run.objective.add_noise(latents, input_noise, timesteps)
 
-    with run.precision.autocast():
-        conditioning = run.encode_captions(batch.captions)
-        if settings.embedding_perturbation:
-            conditioning = _perturbed(conditioning, settings.embedding_perturbation, run.generators(batch, "embedding"))
-        model_pred = run.predict(batch, noisy_latents, timesteps, conditioning)
-    target = run.objective.target(latents, noise, timesteps)
-    mask = None if batch.mask is None else batch.mask.to(latents.device)
-    return run.objective.loss(model_pred, target, timesteps, mask)
+    def predict(noisy_latents: torch.Tensor) -> torch.Tensor:
+        with run.precision.autocast():
+            conditioning = run.encode_captions(batch.captions)
+            if settings.embedding_perturbation:
+                generators = run.generators(batch, "embedding")
+                conditioning = _perturbed(conditioning, settings.embedding_perturbation, generators)
+            return run.predict(batch, noisy_latents, timesteps, conditioning)
+
+    return denoising_losses(run.objective, predict, latents, noise, timesteps, mask=batch.mask, input_noise=input_noise)
 
 
 def _single(batch: Batch, losses: torch.Tensor) -> ImageLosses:
@@ -83,6 +86,7 @@ def _single(batch: Batch, losses: torch.Tensor) -> ImageLosses:
 def _timesteps(run: Run, batch: Batch, work: StepBatches) -> torch.Tensor:
     settings = run.noise_settings
     positions = [batch.planned.position + row for row in range(len(batch.planned.draws))]
+    shift = run.model.family.shift(run.model.scheduler_config, *batch.planned.bucket)
     return draw_timesteps(
         run.generators(batch, "timestep"),
         settings.timestep_start,
@@ -91,9 +95,10 @@ def _timesteps(run: Run, batch: Batch, work: StepBatches) -> torch.Tensor:
         positions=positions,
         num_images=work.num_images,
         step_generator=torch_generator(run.seed, "timestep strata", work.epoch, work.step),
+        to_timesteps=partial(run.objective.timesteps, shift=shift),
     )
 
 
 def _perturbed(conditioning: Conditioning, gamma: float, generators: list[torch.Generator]) -> Conditioning:
     embeddings = perturb_embeddings(conditioning.encoder_hidden_states, gamma, generators)
-    return Conditioning(embeddings, conditioning.pooled)
+    return replace(conditioning, encoder_hidden_states=embeddings)

@@ -7,12 +7,18 @@ That takes the chance out of the step's mean loss; every image by itself is stil
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from everydream_kit.errors import ConfigError
 from everydream_kit.training.noise import Source, as_generator
+
+
+def whole_timesteps(fractions: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """Whole timesteps from start (inclusive) to end (exclusive), of fractions from 0 to 1."""
+    # A fraction just below 1 may round up to it.
+    return (start + torch.floor(fractions * (end - start)).long()).clamp(max=end - 1)
 
 
 def draw_timesteps(
@@ -24,8 +30,9 @@ def draw_timesteps(
     positions: Sequence[int] | None = None,
     num_images: int | None = None,
     step_generator: Source | None = None,
+    to_timesteps: Callable[[torch.Tensor, int, int], torch.Tensor] = whole_timesteps,
 ) -> torch.Tensor:
-    """Draw a timestep between start (inclusive) and end (exclusive) for each image.
+    """Draw a timestep between start and end for each image.
 
     Args:
         sources: a seed or generator for each image.
@@ -35,9 +42,10 @@ def draw_timesteps(
         positions: each image's position in the optimizer step, from 0, counted over micro-batches and processes.
         num_images: images in the optimizer step.
         step_generator: seed or generator of the optimizer step, the same on every process.
+        to_timesteps: (fractions (B,) float64, start, end) -> timesteps, the objective's.
 
     Returns:
-        (B,) int64 on the CPU.
+        (B,) on the CPU.
 
     Raises:
         ConfigError: start is not below end, or `how` is unknown.
@@ -52,8 +60,7 @@ def draw_timesteps(
         fractions = torch.stack([_FRACTIONS[how](as_generator(source)) for source in sources])
     else:
         raise ConfigError(f"timestep_sampling: must be uniform, logit_normal or stratified (got {how!r})")
-    # A fraction just below 1 may round up to it.
-    return (start + torch.floor(fractions * (end - start)).long()).clamp(max=end - 1)
+    return to_timesteps(fractions, start, end)
 
 
 def _uniform_fraction(generator: torch.Generator) -> torch.Tensor:

@@ -24,6 +24,7 @@ from everydream_kit.data.image_digests import digest_images
 from everydream_kit.draws import derive_seed, torch_generator
 from everydream_kit.errors import ConfigError
 from everydream_kit.training.noise import make_noise
+from everydream_kit.training.objectives import denoising_losses
 from everydream_kit.training.resume_state import number_of
 
 if TYPE_CHECKING:
@@ -187,9 +188,9 @@ def _losses_at(
     generators = [torch_generator(seed, "validation", key, timestep) for key in keys]
     noise = make_noise(tuple(latents.shape[1:]), generators).to(latents)
     steps = torch.full((len(latents),), timestep, device=latents.device)
-    model_pred = predict(batch, objective.add_noise(latents, noise, steps), steps, conditioning)
-    mask = None if batch.mask is None else batch.mask.to(latents.device)
-    return objective.loss(model_pred, objective.target(latents, noise, steps), steps, mask)
+    return denoising_losses(
+        objective, lambda noisy: predict(batch, noisy, steps, conditioning), latents, noise, steps, mask=batch.mask
+    )
 
 
 class _EvaluationMode:

@@ -137,5 +137,5 @@ def measure_loss(run: Run, dataset: Dataset, config: ValidationConfig, *, averag
             objective=run.objective,
             timesteps=timestep_grid(run.config.timestep_start, run.config.timestep_end),
             seed=config.seed,
-            modules=[run.model.unet, *run.model.text_encoders],
+            modules=[run.model.denoiser, *run.model.text_encoders],
         ).mean

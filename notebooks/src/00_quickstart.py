@@ -12,7 +12,7 @@
 # %% [markdown]
 # ## 1. Where am I?
 #
-# The list says what this machine can do and what to mend. Everything you make is kept in the project's folder, whose place
+# The list says what this machine can do and what to fix. Everything you make is kept in the project's folder, whose place
 # is shown; the other notebooks find it there by the same name.
 
 # %% tags=["parameters"]

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 1. Prepare a dataset
 #
-# **What:** bring your pictures and captions into the project, look through them, mend them.
-# **Why:** what the model learns is what the captions say about the pictures; an hour here is worth more than a day of
+# **What:** bring your images and captions into the project, look through them, fix them.
+# **Why:** what the model learns is what the captions say about the images; an hour here is worth more than a day of
 # training. **You will see:** a gallery with captions to edit, the buckets, and what is wrong with which file.
 
 # %% [setup]
@@ -11,7 +11,7 @@
 # ## Your project
 #
 # Every notebook with the same project name works on the same folder. The list says what this machine can do and what to
-# mend.
+# fix.
 
 # %% tags=["parameters"]
 PROJECT = "jets"  #@param {type:"string"}
@@ -22,9 +22,9 @@ import everydream_kit as edk
 edk.panels.setup(PROJECT, mount_drive=MOUNT_DRIVE)
 
 # %% [markdown]
-# ## Pictures and captions
+# ## Images and captions
 #
-# *Add pictures*: drop pictures, `.txt` captions or a `.zip`, or name a folder or a Hub dataset. *Pictures*: edit captions in
+# *Add images*: drop images, `.txt` captions or a `.zip`, or name a folder or a Hub dataset. *Images*: edit captions in
 # place, search, add or remove tags for a selection. *Report*: buckets and tags. *Problems*: what cannot be used, and why.
 # Everything is written at once, and *Undo* takes it back.
 
@@ -32,4 +32,4 @@ edk.panels.setup(PROJECT, mount_drive=MOUNT_DRIVE)
 edk.panels.dataset(PROJECT)
 
 # %% [markdown]
-# Done? Go on with `02_train`.
+# Done? Continue with `02_train`.

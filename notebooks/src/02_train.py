@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 2. Train
 #
-# **What:** choose settings, start, watch, stop, go on. **Why:** training runs in a process of its own, so you can close this
+# **What:** choose settings, start, watch, stop, resume. **Why:** training runs in a process of its own, so you can close this
 # tab and come back. **You will see:** how many steps it will be before you start, then loss, samples and speed as they come.
 
 # %% [setup]
@@ -10,7 +10,7 @@
 # ## Your project
 #
 # Every notebook with the same project name works on the same folder. The list says what this machine can do and what to
-# mend.
+# fix.
 
 # %% tags=["parameters"]
 PROJECT = "jets"  #@param {type:"string"}
@@ -23,8 +23,8 @@ edk.panels.setup(PROJECT, mount_drive=MOUNT_DRIVE)
 # %% [markdown]
 # ## Settings and progress
 #
-# *Start from* fills the form with a sensible beginning for a style, a person, a big dataset or a small card. Each field says
-# what it does and what it may be; what is wrong is said beside it. *Start training* works as soon as nothing is.
+# *Start from* fills the form with a sensible beginning for a style, a person, a big dataset or a small GPU. Each field says
+# what it does and which values are valid; errors show next to the field. *Start training* works as soon as nothing is.
 
 # %%
 edk.panels.train(PROJECT)
@@ -39,4 +39,4 @@ edk.panels.train(PROJECT)
 edk.panels.train(PROJECT).keep_awake()
 
 # %% [markdown]
-# Finished? Go on with `03_compare_and_export`.
+# Finished? Continue with `03_compare_and_export`.

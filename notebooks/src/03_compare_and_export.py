@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 3. Compare and export
 #
-# **What:** draw the same prompts with several checkpoints, pick the best one, write it as one file for your image app.
+# **What:** generate the same prompts with several checkpoints, pick the best one, write it as one file for your image app.
 # **Why:** the last checkpoint is not always the best. **You will see:** before and after, side by side, and a file.
 
 # %% [setup]
@@ -10,7 +10,7 @@
 # ## Your project
 #
 # Every notebook with the same project name works on the same folder. The list says what this machine can do and what to
-# mend.
+# fix.
 
 # %% tags=["parameters"]
 PROJECT = "jets"  #@param {type:"string"}

@@ -12,7 +12,7 @@
 # ## Your project
 #
 # Every notebook with the same project name works on the same folder. The list says what this machine can do and what to
-# mend.
+# fix.
 
 # %% tags=["parameters"]
 PROJECT = "jets"  #@param {type:"string"}
@@ -26,7 +26,7 @@ edk.panels.setup(PROJECT, mount_drive=MOUNT_DRIVE)
 # ## Push
 #
 # Give the repository as `your-name/model-name`. *Preview* shows the files and the card and uploads nothing. If the connection
-# breaks, press *Push to the Hub* again: it goes on where it stopped.
+# breaks, press *Push to the Hub* again: it continues where it stopped.
 
 # %%
 edk.panels.share(PROJECT)

@@ -1,7 +1,7 @@
 """Stage 1: the autoencoder, from scratch.
 
-Two thirds of the time on 64 px crops, where most steps fit into an hour, then whole 128 px pictures, which is how it is
-used (group norms see a whole picture's statistics). Late in training, noise of 5 % of the latents' own spread is added
+Two thirds of the time on 64 px crops, where most steps fit into an hour, then whole 128 px images, which is how it is
+used (group norms see a whole image's statistics). Late in training, noise of 5 % of the latents' own spread is added
 before decoding, so that the decoder forgives what a small U-Net leaves undone.
 """
 
@@ -24,11 +24,11 @@ WHOLE_BATCH = 6
 WHOLE_FROM = 0.62  # of the budget
 NOISE_FROM, LATENT_NOISE = 0.5, 0.05
 KL_WEIGHT = 1e-5  # of the mean over latent elements: keeps latents in a friendly range, no more
-CHOSEN_SHARE = 0.6  # of each batch from the pictures the U-Net will learn from
+CHOSEN_SHARE = 0.6  # of each batch from the images the U-Net will learn from
 
 
 def load_images(dataset: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures (N, H, W, 3) as bytes, and the indices of the chosen subjects' 3d ones."""
+    """Images (N, H, W, 3) as bytes, and the indices of the chosen subjects' 3d ones."""
     archive = np.load(dataset / "vae.npz")
     chosen = {f"{subject['code']} 3d" for subject in json.loads((dataset / "subjects.json").read_text("utf-8"))}
     indices = [index for index, name in enumerate(archive["names"]) if str(name) in chosen]
@@ -83,7 +83,7 @@ def build_optimizers(vae: torch.nn.Module, peers: Peers) -> list[torch.optim.Opt
 
 
 def train(dataset: Path, folder: Path, minutes: float, peers: Peers) -> None:
-    """Train for `minutes`, going on from the last checkpoint if there is one."""
+    """Train for `minutes`, continuing from the last checkpoint if there is one."""
     torch.manual_seed(1)
     vae = architecture.build_vae().to(memory_format=torch.channels_last)
     images, chosen = load_images(dataset)
@@ -144,7 +144,7 @@ def train(dataset: Path, folder: Path, minutes: float, peers: Peers) -> None:
 
 @torch.no_grad()
 def psnr(ema: Ema, images: torch.Tensor) -> float:
-    """Decibels of the averaged weights' reconstruction of whole pictures (peak to peak 2)."""
+    """Decibels of the averaged weights' reconstruction of whole images (peak to peak 2)."""
     vae = architecture.build_vae()
     vae.load_state_dict(ema.weights)
     error = (vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1) - images).square().mean()

@@ -1,4 +1,4 @@
-"""Stages that end by the clock: a schedule of elapsed time, with checkpoints, and going on after a stop."""
+"""Stages that end by the clock: a schedule of elapsed time, with checkpoints, and continuing after a stop."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Stage:
         return time.monotonic() - self.saved > self.save_every_seconds
 
     def save(self, payload: dict[str, Any]) -> None:
-        """Write beside, then rename, so that a stop in the middle leaves the checkpoint before."""
+        """Write to a temporary name, then rename, so that a stop in the middle leaves the checkpoint before."""
         alongside = self.path.with_suffix(".writing")
         torch.save({"payload": payload, "spent_seconds": self.spent_seconds, "step": self.step}, alongside)
         os.replace(alongside, self.path)

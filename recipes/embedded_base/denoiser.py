@@ -31,7 +31,7 @@ MIN_SNR_GAMMA = 5.0
 
 
 def read_folder(folder: Path) -> list[tuple[Path, list[str]]]:
-    """Pictures and their captions' parts: label, tags..., style."""
+    """Images and their captions' parts: label, tags..., style."""
     return [
         (path, path.with_suffix(".txt").read_text("utf-8").strip().split(", "))
         for path in sorted(folder.glob("*.webp"))
@@ -47,7 +47,7 @@ def load_vae(folder: Path) -> torch.nn.Module:
 
 @torch.no_grad()
 def encode_all(images: list[Path], vae: torch.nn.Module, cache: Path) -> dict[tuple[int, int], torch.Tensor]:
-    """Mean latents of every picture on a sheet of every shape, {(width, height): (N, 4, height/8, width/8)}.
+    """Mean latents of every image on a sheet of every shape, {(width, height): (N, 4, height/8, width/8)}.
 
     Kept in the file `cache`; delete it when the autoencoder has changed.
     """
@@ -143,7 +143,7 @@ class Batches:
 
 
 def train(dataset: Path, folder: Path, tokenizer_folder: Path, minutes: float, peers: Peers) -> None:
-    """Train for `minutes`, going on from the last checkpoint if there is one."""
+    """Train for `minutes`, continuing from the last checkpoint if there is one."""
     from diffusers import DDPMScheduler
     from transformers import CLIPTokenizer
 
@@ -159,7 +159,7 @@ def train(dataset: Path, folder: Path, tokenizer_folder: Path, minutes: float, p
     ema = Ema(both, 0.998)
     scheduler = DDPMScheduler(**architecture.NOISE)
     # Timesteps that min-SNR weighs little are drawn less often, and count for more when they are: the same objective,
-    # but a third of the pictures is no longer spent on nearly clean latents.
+    # but a third of the images is no longer spent on nearly clean latents.
     chances = snr_weights(scheduler.alphas_cumprod) + 0.2
     weights = snr_weights(scheduler.alphas_cumprod) / chances * chances.mean()
 

@@ -1,4 +1,4 @@
-"""The feature network behind the demo's score: trained on all emoji in three styles, without the demo's pictures."""
+"""The feature network behind the demo's score: trained on all emoji in three styles, without the demo's images."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def train(data: Path, steps: int = STEPS) -> None:
     codes = sorted(labels)
     images = torch.from_numpy(archive["pictures"]).permute(0, 3, 1, 2)
     small = functional.interpolate(images.float(), (SIDE_PIXELS, SIDE_PIXELS), mode="area").round().byte()
-    # The other emoji teach styles only: -100 is what cross_entropy leaves out.
+    # The other emoji teach styles only: -100 is what cross_entropy skips.
     subjects = torch.tensor([codes.index(code) if code in labels else -100 for code, _ in keys])
     styles = torch.tensor([STYLES.index(style) for _, style in keys])
     known = (subjects >= 0).nonzero()[:, 0]
@@ -89,7 +89,7 @@ def train(data: Path, steps: int = STEPS) -> None:
 
 @torch.no_grad()
 def write(net: FeatureNet, pixels: torch.Tensor, subjects: list[str], styles: list[int]) -> None:
-    """Store the network and the vectors of its references: `pixels` and the demo's own pictures."""
+    """Store the network and the vectors of its references: `pixels` and the demo's own images."""
     taught = sorted(images_path().glob("*.webp"))
     pixels = torch.cat([pixels, torch.stack([to_pixels(Image.open(path)) for path in taught])])
     subjects = subjects + [path.with_suffix(".txt").read_text("utf-8").split(",")[0] for path in taught]

@@ -23,7 +23,7 @@ STEPS, GUIDANCE = 30, 4.0
 
 
 def draw_grid(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str] | None, columns: int) -> Image.Image:
-    """Cells in reading order; each cell stacks the pictures of one item (one from each of `rows`), label below."""
+    """Cells in reading order; each cell stacks the images of one item (one from each of `rows`), label below."""
     side = rows[0][0].width
     label_height = 14 if labels else 0
     cell = side * len(rows) + label_height
@@ -58,7 +58,7 @@ def reconstructions(vae: torch.nn.Module, paths: Sequence[Path], side: int = 128
 def samples(
     folder: Path, prompts: Sequence[str], seed: int = 0, size: tuple[int, int] = (128, 128)
 ) -> list[Image.Image]:
-    """One picture a prompt from a diffusers folder; prompt number i starts from the noise of seed + i."""
+    """One image a prompt from a diffusers folder; prompt number i starts from the noise of seed + i."""
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
@@ -74,7 +74,7 @@ def samples(
 
 
 def curves(logs: dict[str, Path]) -> Image.Image:
-    """Loss over minutes of every stage's log, and the autoencoder's PSNR, as one picture."""
+    """Loss over minutes of every stage's log, and the autoencoder's PSNR, as one image."""
     import io
     import json
 
@@ -85,7 +85,7 @@ def curves(logs: dict[str, Path]) -> Image.Image:
         lines: list[dict] = []
         for text in path.read_text("utf-8").splitlines():
             line = json.loads(text)
-            # a stage that went on from a checkpoint did some steps again: the first time does not count
+            # a stage that continued from a checkpoint did some steps again: the first time does not count
             lines = [kept for kept in lines if kept["minutes"] < line["minutes"]] + [line]
         axes = figure.add_subplot(1, len(logs), number + 1)
         losses = [(line["minutes"], line["loss"]) for line in lines if "loss" in line]

@@ -173,10 +173,10 @@ print(json.dumps({"final": final, "growth": (kilobytes("VmHWM") - before) * 1024
 def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from everydream_kit.models import random_models
 
-    tiny = {key: value for key, value in random_models._TINY["sdxl"].items() if key != "unet"}
+    tiny = {key: value for key, value in random_models._TINY["sdxl"].items() if key != "denoiser"}
     wide = {**random_models._TINY_SDXL_UNET, **WIDE}
     folder = tmp_path_factory.mktemp("wide") / "base"
-    save_model(random_models.build_model("sdxl", vae=random_models._TINY_VAE, unet=wide, **tiny), folder)
+    save_model(random_models.build_model("sdxl", vae=random_models._TINY_VAE, denoiser=wide, **tiny), folder)
     return folder
 
 

@@ -324,7 +324,7 @@ def test_digests_are_remembered_until_a_file_changes(folder, tmp_path, monkeypat
 
 
 def test_captions_are_encoded_once_as_long_as_there_is_room():
-    from everydream_kit.models.family import Conditioning
+    from everydream_kit.models.family import Conditioning, join_conditioning
 
     asked = []
 
@@ -334,14 +334,17 @@ def test_captions_are_encoded_once_as_long_as_there_is_room():
         states = torch.stack([torch.full((length, 4), float(len(caption))) for caption in captions])
         return Conditioning(states, states[:, 0])
 
-    cache = TextCache(encode)
+    cache = TextCache(encode, join=join_conditioning)
     for _ in range(2):
         result = cache.encode(["a cat", "", "a cat"])
         assert result.encoder_hidden_states[:, 0, 0].tolist() == [5, 0, 5]
         assert result.pooled.shape == (3, 4)
     assert asked == [["a cat"], [""]]
-    assert cache.encode(["a cat", "a long cat"]).encoder_hidden_states.shape == (2, 154, 4)
-    small = TextCache(encode, max_bytes=cache.num_bytes // 3)
+    joined = cache.encode(["a cat", "a long cat"])
+    assert joined.encoder_hidden_states.shape == (2, 154, 4)
+    assert joined.mask.sum(dim=1).tolist() == [77, 154]  # the shorter one is padded, and the mask says so
+    assert asked == [["a cat"], [""], ["a long cat"]]
+    small = TextCache(encode, max_bytes=cache.num_bytes // 3, join=join_conditioning)
     small.encode(["one", "two", "three", "four"])
     assert len(small) == 1
 

@@ -13,7 +13,8 @@ from rehearsals import plain_settings, prepared, square_images
 from tiny_models import tiny_folder
 
 from everydream_kit.errors import ConfigError
-from everydream_kit.models.encoding import encode_captions, tokenize
+from everydream_kit.models.clip_text import tokenize
+from everydream_kit.models.encoding import encode_captions
 from everydream_kit.models.loading import load_model
 from everydream_kit.models.sampling import SamplePrompt, sample_images
 from everydream_kit.models.sampling_schedulers import build_scheduler

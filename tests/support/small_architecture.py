@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 SMALL: dict[str, Any] = {
-    "unet": {
+    "denoiser": {
         "block_out_channels": [32, 64],
         "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],

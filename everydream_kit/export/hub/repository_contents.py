@@ -83,8 +83,12 @@ class Source:
     @property
     def is_lora(self) -> bool:
         """The checkpoint holds LoRA weights and no model of its own."""
+        from everydream_kit.models.model_files import denoiser_folders
+
         folder = self.checkpoint
-        return folder is not None and any((folder / n).is_file() for n in LORA_FILES) and not (folder / "unet").is_dir()
+        if folder is None or not any((folder / name).is_file() for name in LORA_FILES):
+            return False
+        return not any((folder / name).is_dir() for name in denoiser_folders())
 
     @property
     def learnt_tokens(self) -> dict[str, int]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from everydream_kit.models import encoding
+from everydream_kit.models import latent_spaces
 from everydream_kit.models.encoding import decode_latents, encode_moments
 from everydream_kit.models.random_models import build_tiny_model
 from everydream_kit.training.base import tile_large_images
@@ -35,7 +35,7 @@ def test_images_go_through_the_vae_a_few_at_a_time(model, seen, monkeypatch):
     images = decode_latents(model, moments[:, :4])
     assert seen == [5, 5]
 
-    monkeypatch.setattr(encoding, "PIXELS_TOGETHER", 2 * 64 * 96)
+    monkeypatch.setattr(latent_spaces, "PIXELS_TOGETHER", 2 * 64 * 96)
     moments_in_pieces = encode_moments(model, pixels)
     images_in_pieces = decode_latents(model, moments[:, :4])
     assert seen[2:] == [2, 2, 1, 2, 2, 1]
@@ -44,7 +44,7 @@ def test_images_go_through_the_vae_a_few_at_a_time(model, seen, monkeypatch):
 
 
 def test_a_image_larger_than_that_goes_alone(model, seen, monkeypatch):
-    monkeypatch.setattr(encoding, "PIXELS_TOGETHER", 100)
+    monkeypatch.setattr(latent_spaces, "PIXELS_TOGETHER", 100)
     encode_moments(model, torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
     assert seen == [1, 1]
 

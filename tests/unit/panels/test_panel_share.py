@@ -90,11 +90,11 @@ def test_no_widget_is_one_that_colab_lacks(name, project):
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_every_panel_is_built_without_anywidget(name, project, monkeypatch):
-    for module in ("clock", "upload", "login", "viewer"):
+    for module in ("clock", "upload_area", "login", "viewer"):
         import importlib
 
         loaded = importlib.import_module(f"everydream_kit.panels.{module}")
-        kind = {"clock": "clock", "upload": "drop_zone", "login": "token_field", "viewer": "viewer"}[module]
+        kind = {"clock": "clock", "upload_area": "drop_zone", "login": "token_field", "viewer": "viewer"}[module]
         monkeypatch.setattr(loaded, f"_{kind}_class", lambda: None)
     panel = BUILDERS[name](project)
     assert "edk-head" in texts(panel.box)

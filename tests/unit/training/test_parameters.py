@@ -30,7 +30,7 @@ def make_model(text_encoders=1):
     )
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
     encoders = [CLIPTextModel(text_config()), CLIPTextModelWithProjection(text_config())]
-    return SimpleNamespace(unet=unet, vae=vae, text_encoders=encoders[:text_encoders])
+    return SimpleNamespace(denoiser=unet, vae=vae, text_encoders=encoders[:text_encoders])
 
 
 class OldShape(torch.nn.Module):
@@ -53,9 +53,9 @@ def test_by_default_everything_but_the_vae_is_trained():
     model = make_model()
     unet, text = select_parameters(model)
     assert (unet.name, text.name) == ("unet", "text encoder")
-    assert len(unet.parameters) == len(list(model.unet.parameters()))
+    assert len(unet.parameters) == len(list(model.denoiser.parameters()))
     assert len(text.parameters) == len(list(model.text_encoders[0].parameters()))
-    assert unet.num_parameters == sum(p.numel() for p in model.unet.parameters())
+    assert unet.num_parameters == sum(p.numel() for p in model.denoiser.parameters())
     assert not any(p.requires_grad for p in model.vae.parameters())
 
 
@@ -64,7 +64,7 @@ def test_a_disabled_part_is_left_out_and_asks_for_no_gradient(frozen, trained):
     model = make_model()
     parts = select_parameters(model, **{frozen: False})
     assert [part.name for part in parts] == [trained]
-    module = model.unet if frozen == "train_unet" else model.text_encoders[0]
+    module = model.denoiser if frozen == "train_unet" else model.text_encoders[0]
     assert not any(p.requires_grad for p in module.parameters())
 
 
@@ -111,7 +111,7 @@ def test_regular_expressions_choose_unet_parameters():
     assert any("attn2.to_k" in name for name in names)
     assert all("attn2" in name or name.startswith("conv_out") for name in names)
     assert not any("to_q" in name for name in names)
-    assert {name for name, p in model.unet.named_parameters() if p.requires_grad} == names
+    assert {name for name, p in model.denoiser.named_parameters() if p.requires_grad} == names
 
 
 @pytest.mark.parametrize(
@@ -129,12 +129,12 @@ def test_a_pattern_that_cannot_work_is_refused(patterns, message):
 def test_selecting_again_undoes_the_first_choice():
     model = make_model()
     select_parameters(model, train_unet=False)
-    assert len(select_parameters(model)[0].parameters) == len(list(model.unet.parameters()))
+    assert len(select_parameters(model)[0].parameters) == len(list(model.denoiser.parameters()))
 
 
 def test_a_frozen_parameter_loses_a_gradient_that_it_has():
     model = make_model()
-    weight = model.unet.conv_in.weight
+    weight = model.denoiser.conv_in.weight
     weight.grad = torch.ones_like(weight)
     select_parameters(model, train_unet=False)
     assert weight.grad is None
