@@ -1,8 +1,8 @@
-"""Long work that a panel starts and watches, a process each: fetching, unpacking and looking
-through a dataset, planning, drawing, exporting, pushing.
+"""Long work that a panel starts and watches, a process each: fetching, unpacking and inspecting
+a dataset, planning, sampling, exporting, pushing.
 
-`python -m everydream_kit.actions.background CHORE FOLDER ...` does one chore and tells about it in FOLDER/status.json as the
-trainer does, so that `jobs` can watch it. No widgets here.
+`python -m everydream_kit.actions.background TASK FOLDER ...` does one background task and reports in
+FOLDER/status.json as the trainer does, so that `jobs` can watch it. No widgets here.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ INSPECTION_FILE, PLAN_FILE = "report.json", "plan.json"
 POLITE, POLITENESS = ("look", "foretell"), 10
 """Work that nobody waits for at this moment leaves the processors to training and sampling."""
 REPORT_SECONDS = 0.5
-"""Between two words about progress."""
+"""Between two reports of progress."""
 
 
 class StatusWriter:
-    """A chore's side of `status.json`."""
+    """A background task's side of `status.json`."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def unpack(status: StatusWriter, folder: Path, archive: str, target: str) -> dic
 
 
 def inspect_folder(status: StatusWriter, folder: Path, source: str, options: str) -> dict[str, Any]:
-    """Look through all pictures of a dataset for duplicates, broken ones, and captions that are too long."""
+    """Inspect all images of a dataset for duplicates, broken ones, and captions that are too long."""
     from everydream_kit.actions.dataset_issues import inspect_dataset
     from everydream_kit.data.epoch_plan import PlanSettings
     from everydream_kit.data.scanning import scan_dataset
@@ -89,18 +89,18 @@ def inspect_folder(status: StatusWriter, folder: Path, source: str, options: str
 
     settings = PlanSettings(**{**values, "resolutions": tuple(values["resolutions"])})
     inspect_dataset(dataset, settings, base, folder / INSPECTION_FILE, progress)
-    return {"step": len(dataset), "num_steps": len(dataset), "message": f"{len(dataset):,} pictures looked through."}
+    return {"step": len(dataset), "num_steps": len(dataset), "message": f"{len(dataset):,} images inspected."}
 
 
 def estimate(status: StatusWriter, folder: Path, config: str, wish: str) -> dict[str, Any]:
-    """Make the plan of a run: memory, time, disk, money, and what to change so that it fits."""
+    """Make the plan of a run: memory, time, disk, cost, and what to change so that it fits."""
     from everydream_kit.preflight.planning import plan
     from everydream_kit.settings import load_config
 
     wanted = json.loads(wish)
     values = json.loads(config)
     settings = load_config(None, {name: values[name] for name in values["given"]})[0]
-    status.report("running", message="Foretelling memory, time and cost …")
+    status.report("running", message="Estimating memory, time and cost …")
     made = plan(settings, wanted["gpu"], wanted["price"])
     write_atomic(folder / PLAN_FILE, json.dumps({**made.to_json(), "text": made.text, "key": wanted["key"]}))
     return {"message": made.line}
@@ -155,7 +155,8 @@ TASKS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Do one chore; its error goes to the status in words, the traceback of an unexpected one to the log as well."""
+    """Do one background task; its error goes to the status in words, the traceback of an unexpected one to the log as
+    well."""
     name, folder, *rest = arguments
     status = StatusWriter(Path(folder))
     if name in POLITE and hasattr(os, "nice"):
@@ -166,7 +167,7 @@ def main(arguments: Sequence[str]) -> int:
     except KitError as error:
         status.report("failed", message=str(error))
         return 1
-    except Exception as error:  # a bug, or what a library raises: said in the panel, and raised on into the log
+    except Exception as error:  # a bug, or what a library raises: shown in the panel, and raised into the log
         status.report(
             "failed", message=f"{name} failed: {type(error).__name__}: {error}. The log is {folder}/train.log."
         )

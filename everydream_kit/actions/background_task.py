@@ -1,4 +1,5 @@
-"""A chore that a panel has sent for: started, asked how it stands at each beat of the clock, gone when it has ended."""
+"""A background task of a panel: started, polled at each beat of the clock, gone when it has
+ended."""
 
 from __future__ import annotations
 
@@ -11,10 +12,10 @@ from everydream_kit.errors import JobError
 
 
 class BackgroundTask:
-    """One chore at a time, in a process of its own. No widgets here.
+    """One background task at a time, in a process of its own. No widgets here.
 
     Attributes:
-        folder: its log and status; a chore of its own kind has a folder of its own.
+        folder: its log and status; a background task of its own kind has a folder of its own.
         job: the process, while its end has not been told; also one that another panel has started.
     """
 
@@ -25,17 +26,17 @@ class BackgroundTask:
         self.attach()
 
     def attach(self) -> bool:
-        """Follow the folder's chore if one is at work, whoever started it. Returns whether one is."""
+        """Follow the folder's background task if one is running, whoever started it. Returns whether one is."""
         job = jobs.Job(self.folder)
         if self.job is None and job.is_alive():
             self.job = job
         return self.job is not None
 
     def begin(self, task: str, *arguments: str) -> None:
-        """Start a chore.
+        """Start a background task.
 
         Raises:
-            JobError: the last one is still at work, or the process cannot be started.
+            JobError: the last one is still running, or the process cannot be started.
         """
         self.job = jobs.start_module(
             self.folder,
@@ -45,13 +46,13 @@ class BackgroundTask:
         )
 
     def stop(self) -> None:
-        """End the chore; what it has written stays."""
+        """End the background task; what it has written stays."""
         if self.job is not None:
             with contextlib.suppress(JobError):  # it ended at this very moment
                 self.job.kill()
 
     def poll(self) -> dict[str, Any] | None:
-        """How it stands; None where nothing is under way. The status with `alive` false comes once."""
+        """Status; None where nothing is under way. The status with `alive` false comes once."""
         if self.job is None:
             return None
         status = self.job.status()

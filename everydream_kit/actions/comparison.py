@@ -1,7 +1,8 @@
-"""A comparison: the same prompts, seeds and guidance scales drawn with several checkpoints, each picture kept on disk.
+"""A comparison: the same prompts, seeds and guidance scales generated with several checkpoints, each image kept on
+disk.
 
-A picture's file name is a hash of everything that it depends on, so asking again draws only what is new, and a
-comparison that was cut off goes on where it was. No widgets here; a process of its own draws (`background`).
+An image's file name is a hash of everything that it depends on, so asking again generates only what is new, and a
+comparison that was cut off continues where it was. No widgets here; a process of its own generates (`background`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Comparison:
     """What is compared.
 
     Attributes:
-        folder: where the pictures go.
+        folder: where the images go.
         checkpoints: diffusers folders, or what `resume_ckpt` takes, in the order of the columns.
         prompts: one row (for each guidance scale) each.
         cfgs: guidance scales.
@@ -55,20 +56,20 @@ class Comparison:
         if self.size % 8 or self.size < 64:
             raise ConfigError(f"The size must be a multiple of 8, at least 64 (got {self.size}).")
         if self.num_images > MAX_IMAGES:
-            raise ConfigError(f"{self.num_images} pictures are more than {MAX_IMAGES}; leave some out.")
+            raise ConfigError(f"{self.num_images} images are more than {MAX_IMAGES}; remove some.")
 
     @property
     def num_images(self) -> int:
         return len(self.checkpoints) * len(self.prompts) * len(self.cfgs)
 
     def image_path(self, checkpoint: str, prompt: str, cfg: float) -> Path:
-        """Where a picture is, or will be."""
+        """Where an image is, or will be."""
         facts = (*_identity(checkpoint), prompt, cfg, self.seed, self.size, self.num_inference_steps, self.clip_skip)
         digest = hashlib.blake2b(repr(facts).encode(), digest_size=10).hexdigest()
         return Path(self.folder) / "pictures" / f"{digest}.png"
 
     def missing(self, checkpoint: str) -> list[tuple[str, float]]:
-        """Prompt and scale of the pictures that this checkpoint has still to draw."""
+        """Prompt and scale of the images that this checkpoint has still to generate."""
         return [
             (prompt, cfg)
             for prompt in self.prompts
@@ -93,7 +94,7 @@ class Comparison:
 
 
 def generate_missing(comparison: Comparison, progress: Callable[[int, int], object]) -> int:
-    """Draw what is missing, checkpoint by checkpoint; `progress` is told (pictures done, pictures in all).
+    """Generate what is missing, checkpoint by checkpoint; `progress` is called with (images done, images in all).
 
     Raises:
         ModelError: a checkpoint cannot be loaded.
@@ -106,7 +107,7 @@ def generate_missing(comparison: Comparison, progress: Callable[[int, int], obje
     for checkpoint in comparison.checkpoints:
         wanted = comparison.missing(checkpoint)
         model = _load(checkpoint) if wanted else None
-        for prompt, cfg in wanted:  # one at a time: each appears as soon as it is drawn
+        for prompt, cfg in wanted:  # one at a time: each appears as soon as it is generated
             size = comparison.size
             request = SamplePrompt(prompt=prompt, seed=comparison.seed, width=size, height=size, cfgs=(cfg,))
             (image,) = sample_images(
@@ -134,6 +135,6 @@ def _load(checkpoint: str) -> Model:
 
 
 def _identity(checkpoint: str) -> tuple[str, int]:
-    """A checkpoint's name and when it was written, so that another model under the same name is drawn anew."""
+    """A checkpoint's name and when it was written, so that another model under the same name is generated anew."""
     index = Path(checkpoint) / "model_index.json"
     return checkpoint, index.stat().st_mtime_ns if index.is_file() else 0

@@ -1,8 +1,8 @@
-"""What is worth a person's look in a dataset: files that cannot be used, pictures that are there twice, are too small, or
-have captions that are too long. Gathered from the library's report; no widgets here.
+"""Issues of a dataset: files that cannot be used, images that are exact duplicates, are too
+small, or have captions that are too long. Gathered from the library's report; no widgets here.
 
-What is quick is found at once. What decodes every picture (duplicates, broken ones) or reads every caption is found by a
-process of its own (`chores.look`), whose result is a file; it holds as long as no picture has come since.
+What is quick is found at once. What decodes every image (duplicates, broken ones) or reads every caption is found by a
+separate process (`background.inspect_folder`), whose result is a file; it holds as long as no image has come since.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from everydream_kit.errors import KitError
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of finding.
+    """A kind of issue.
 
     Attributes:
-        title: heading above its findings.
+        title: heading above its issues.
         advice: what it means and what to do.
-        button: the words that set all of them aside; empty: nothing is set aside.
+        button: label of the button that excludes all of them; empty: nothing is excluded.
     """
 
     title: str
@@ -37,22 +37,22 @@ class Kind:
     button: str = ""
 
 
-UNUSABLE = Kind("Cannot be used", "These files are left out of training.", "Set all of them aside")
+UNUSABLE = Kind("Cannot be used", "These files are excluded from training.", "Exclude all of them")
 DUPLICATE = Kind(
-    "There twice", "Equal files: each counts once more than you think. One of each stays.", "Set the copies aside"
+    "Exact duplicates", "Equal files: each counts once more than you think. One of each stays.", "Exclude the copies"
 )
 ALIKE = Kind(
     "Look alike",
-    "The same picture in another size or compression, or nearly the same. Look before you press: the largest stays.",
+    "The same image in another size or compression, or nearly the same. Look before you press: the largest stays.",
     "Keep the largest of each",
 )
 SMALL = Kind(
     "Smaller than their bucket",
     "They are enlarged, which teaches blur. Use larger originals, a lower resolution, or leave them out.",
-    "Set all of them aside",
+    "Exclude all of them",
 )
 LONG = Kind("Captions that are too long", "The text encoder does not read what is named here. Shorten them.")
-NOTE = Kind("Used, with a remark", "These files are used in another way than they seem to ask for.")
+NOTE = Kind("Used, with a note", "These files are used, but not the way their settings suggest.")
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Issue:
 
     Attributes:
         kind: what it is.
-        shown: pictures that belong to it, the best first.
-        exclude: files that are set aside when the person wants that.
+        shown: images that belong to it, the best first.
+        exclude: files that are excluded when the person wants that.
         text: what was found; names are relative to the dataset folder.
         cure: what the person can do, where the kind's advice does not say it.
     """
@@ -86,8 +86,8 @@ def list_issues(dataset: Dataset, settings: PlanSettings, inspection: Mapping[st
     """Everything worth a look, the worst kind first.
 
     Args:
-        dataset: the pictures as they are now.
-        settings: resolution that pictures must be large enough for.
+        dataset: the images as they are now.
+        settings: resolution that images must be large enough for.
         inspection: the result of `inspect_dataset`, or nothing.
     """
     here = {dataset.path(index): index for index in range(len(dataset))}
@@ -117,18 +117,18 @@ def list_issues(dataset: Dataset, settings: PlanSettings, inspection: Mapping[st
 
 
 def is_fresh(dataset: Dataset, inspection: Mapping[str, Any]) -> bool:
-    """Whether no picture has come or changed since `inspect_dataset`."""
+    """Whether no image has come or changed since `inspect_dataset`."""
     return set(_signature(dataset)) <= set(inspection.get("pictures", ()))
 
 
 def inspect_dataset(
     dataset: Dataset, settings: PlanSettings, base: str, out: Path, progress: Callable[[int], None]
 ) -> None:
-    """Write the library's report, and of which pictures it speaks, for `list_issues`.
+    """Write the library's report, and of which images it speaks, for `list_issues`.
 
     Args:
         base: `resume_ckpt`; its tokenizer counts the captions where it lies on this disk.
-        progress: called with the number of pictures decoded so far.
+        progress: called with the number of images decoded so far.
     """
     report = make_report(dataset, settings, count_tokens=_token_counter(base), progress=progress)
     write_atomic(out, json.dumps({**report.to_json(), "pictures": _signature(dataset)}))

@@ -1,4 +1,4 @@
-"""What a run will take, said before it starts: pictures, steps, time, disk. Cheap enough for every change in the form.
+"""A quick estimate of a run before it starts: images, steps, time, disk. Cheap enough for every change in the form.
 
 Steps come from the trainer's own plan of the first epoch, or, where a dataset is too large to be planned at every key
 stroke, from the number of its files. Time comes from the speed of this project's last run at the same
@@ -27,7 +27,7 @@ from everydream_kit.preflight.units import size
 
 IMAGE_SUFFIXES = frozenset(EXTENSIONS)
 LARGEST_PLANNED = 3000
-"""Pictures up to which the first epoch is planned for real: a fraction of a second."""
+"""Images up to which the first epoch is planned for real: a fraction of a second."""
 GUESSED_BATCH_SIZE = 4
 """Stands for `auto` until the trainer has measured."""
 SINGLE_FILE_BYTES = {True: 2.13e9, False: 4.27e9}
@@ -39,7 +39,7 @@ class QuickEstimate:
     """What a run will take.
 
     Attributes:
-        num_images: picture files found; None where the dataset is not a local folder.
+        num_images: image files found; None where the dataset is not a local folder.
         num_steps: optimizer steps of the whole run.
         seconds: time, or None where this machine has not trained such a run yet.
         checkpoint_bytes, free_bytes: size of one checkpoint with its resume state, and free disk for the run folder.
@@ -70,7 +70,7 @@ class QuickEstimate:
         """How long the run is."""
         if self.num_steps is None:
             return "steps are known once the dataset is fetched"
-        return f"{self.num_images} pictures × {self.num_epochs} epochs → {self.num_steps:,} steps"
+        return f"{self.num_images} images × {self.num_epochs} epochs → {self.num_steps:,} steps"
 
 
 def quick_estimate(config: TrainConfig, project: Project) -> QuickEstimate:
@@ -111,7 +111,7 @@ def _missing_source(data_root: Any) -> str:
 
 
 def _plan_first_epoch(config: TrainConfig, batch_size: int, changed: int) -> tuple[int, int]:
-    """Usable pictures, and optimizer steps of an epoch; nothing and 0 steps where the dataset cannot be planned."""
+    """Usable images, and optimizer steps of an epoch; nothing and 0 steps where the dataset cannot be planned."""
     try:
         dataset = _scan(json.dumps(config.data_root), changed)
         settings = PlanSettings(
@@ -141,7 +141,7 @@ def _latest_change(data_root: str | list[str] | dict[str, Any]) -> int:
 
 
 def count_images(data_root: str | list[str] | dict[str, Any]) -> int | None:
-    """Picture files below the dataset's folders; None where it is an archive, an index or on the Hub."""
+    """Image files below the dataset's folders; None where it is an archive, an index or on the Hub."""
     roots = [data_root] if isinstance(data_root, str) else data_root
     if not isinstance(roots, list) or not all(isinstance(root, str) and Path(root).is_dir() for root in roots):
         return None
@@ -154,7 +154,7 @@ def count_images(data_root: str | list[str] | dict[str, Any]) -> int | None:
 
 
 def last_speed(project: Project, config: TrainConfig) -> float | None:
-    """Pictures a second of the newest run of this project with the same resolution and base, or None."""
+    """Images a second of the latest run of this project with the same resolution and base, or None."""
     for job in project.jobs()[:5]:
         speed = job.status().get("images_per_second")
         try:

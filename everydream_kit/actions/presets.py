@@ -31,7 +31,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "style": Preset(
         "Style",
-        "A look: 30 to 300 pictures in one style. Mirrored pictures and a little more dropout push the style harder.",
+        "A look: 30 to 300 images in one style. Mirrored images and a little more dropout push the style harder.",
         {
             "resolution": 512,
             "batch_size": 4,
@@ -44,7 +44,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "person": Preset(
         "Person or character",
-        "One subject: 15 to 60 pictures. Never mirrored, since faces are not symmetric.",
+        "One subject: 15 to 60 images. Never mirrored, since faces are not symmetric.",
         {
             "resolution": 512,
             "batch_size": 4,
@@ -57,7 +57,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "big": Preset(
         "Big dataset",
-        "Thousands of pictures: fewer epochs, larger batches, saves by time.",
+        "Thousands of images: fewer epochs, larger batches, saves by time.",
         {
             "resolution": 512,
             "batch_size": 8,
@@ -71,7 +71,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "low_memory": Preset(
         "Low memory",
-        "A card of 12 GB or less: recomputed activations, batches of one averaged, a frozen text encoder.",
+        "A GPU of 12 GB or less: recomputed activations, batches of one averaged, a frozen text encoder.",
         {
             "batch_size": 1,
             "grad_accum": 4,

@@ -1,12 +1,12 @@
-"""The project folder that all notebooks and panels share: pictures, settings, runs, results.
+"""The project folder that all notebooks and panels share: images, settings, runs, results.
 
     workspace/jets/
-        input/              the pictures and their captions
+        input/              the images and their captions
         settings.json       what the training form last held
         sample_prompts.txt  prompts of the samples, one a line; or a .json that says more
         logs/               run folders
         exports/            files for image apps
-        compare/            pictures drawn to compare checkpoints
+        compare/            images generated to compare checkpoints
 
 Its name is the project's. No widgets here.
 """
@@ -116,7 +116,7 @@ class Project:
         return load_config(None, {**self.settings(), **changes})[0]
 
     def add_demo_images(self) -> bool:
-        """Copy the kit's demo pictures into the dataset folder if it is empty. Returns whether it was."""
+        """Copy the kit's demo images into the dataset folder if it is empty. Returns whether it was."""
         if any(self.images_folder.iterdir()):
             return False
         from everydream_kit.demo import images_path
@@ -137,7 +137,7 @@ class Project:
         return True
 
     def jobs(self) -> list[Job]:
-        """Runs of this project, newest first."""
+        """Runs of this project, latest first."""
         return find_jobs(self.logdir)
 
     def running_job(self) -> Job | None:
@@ -145,7 +145,7 @@ class Project:
         return running[0] if running else None
 
     def checkpoints(self) -> list[Path]:
-        """Whole checkpoints of all runs, newest run first, each run's newest first."""
+        """Complete checkpoints of all runs, latest run first, each run's latest first."""
         from everydream_kit.workspace import RunFolder
 
         return [point.folder for job in self.jobs() for point in reversed(RunFolder(job.folder).checkpoints())]

@@ -1,4 +1,5 @@
-"""TensorBoard beside the panel: started and ended by a button, reached by a link. The panel's own chart needs none of it."""
+"""TensorBoard next to the panel: started and ended by a button, reached by a link. The panel's own chart needs none of
+it."""
 
 from __future__ import annotations
 

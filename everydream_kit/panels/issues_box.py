@@ -79,7 +79,7 @@ class ProblemsBox:
         set_html(words, f'<div class="edk-found">{shots}<div>{text}</div></div>')
         controls: list[widgets.Widget] = [words]
         if issue.exclude:
-            some = "Set the others aside" if len(issue.shown) > 1 else "Set aside"
+            some = "Exclude the others" if len(issue.shown) > 1 else "Exclude"
             controls.append(self._exclude_button(some, issue.exclude, ", ".join(map(self._short, issue.exclude[:3]))))
         line = style.row(*controls)
         line.add_class("edk-line")

@@ -160,7 +160,7 @@ def test_captions_are_edited_in_place_and_images_uploaded(lab, driver, page, tmp
     panel.get_by_role("button", name="Report", exact=True).click()
     expect(panel.get_by_role("img", name="Images in each bucket")).to_be_visible()
     panel.get_by_role("button", name="Problems (1)", exact=True).click()
-    panel.get_by_role("button", name="Set aside").click()
+    panel.get_by_role("button", name="Exclude").click()
     expect(panel.get_by_text("No problems")).to_be_visible()
     driver.wait_while_moving(
         (project / "look" / "report.json").is_file

@@ -162,7 +162,7 @@ def test_a_damaged_shard_is_encoded_again(folder, tmp_path, caplog):
     assert "damaged" in caplog.text
 
 
-def test_a_image_that_cannot_be_encoded_has_no_weight(folder, tmp_path):
+def test_an_image_that_cannot_be_encoded_has_no_weight(folder, tmp_path):
     dataset = scan_dataset(folder)
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:3000])
     cache, _ = build(dataset, tmp_path / "cache")

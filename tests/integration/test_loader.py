@@ -115,7 +115,7 @@ def test_nothing_is_drawn_where_all_is_fixed(dataset):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_image_that_breaks_later_loses_its_weight_and_not_the_run(tmp_path, num_workers, caplog):
+def test_an_image_that_breaks_later_loses_its_weight_and_not_the_run(tmp_path, num_workers, caplog):
     for number in range(4):
         Image.effect_noise((96, 96), 80).save(tmp_path / f"{number}.png")
     dataset = scan_dataset(tmp_path)

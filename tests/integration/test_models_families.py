@@ -169,7 +169,7 @@ def test_a_long_prompt_is_read_to_its_end():
     assert not np.array_equal(draw(model, words + "cat"), draw(model, words + "dog"))
 
 
-def test_a_image_does_not_depend_on_its_batch_and_all_scales_start_from_one_noise():
+def test_an_image_does_not_depend_on_its_batch_and_all_scales_start_from_one_noise():
     model = load_model(tiny_folder("sd1"))
     prompts = [
         SamplePrompt("a", "b", 1, 64, 64, (1.0, 5.0)),

@@ -203,7 +203,7 @@ def test_ratings_leave_out_the_asked_share_by_the_last_epoch(
         assert plan_epoch(run.dataset, run.plan_settings, 9).num_images == expected
 
 
-def test_a_image_that_breaks_while_training_is_reported_once(settings: dict[str, Any]) -> None:
+def test_an_image_that_breaks_while_training_is_reported_once(settings: dict[str, Any]) -> None:
     broken = Path(settings["data_root"]) / "2.png"
     with prepared(**{**settings, "max_steps": 3}) as rehearsal:
         broken.write_bytes(broken.read_bytes()[:2000])

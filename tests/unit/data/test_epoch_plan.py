@@ -184,7 +184,7 @@ def test_ranks_together_make_the_steps_of_one_rank_with_their_batch_size(rows, n
 
 @quick
 @given(images_of_a_dataset, plan_settings, st.integers(0, 3))
-def test_adding_a_image_changes_neither_the_uses_nor_the_order_of_the_others(rows, chosen, epoch):
+def test_adding_an_image_changes_neither_the_uses_nor_the_order_of_the_others(rows, chosen, epoch):
     before = plan_epoch(make_dataset(rows), chosen, epoch)
     after = plan_epoch(make_dataset([*rows, {"width": 128, "height": 128, "multiply": 1}]), chosen, epoch)
     assert after.num_uses()[:-1].tolist() == before.num_uses().tolist()
@@ -363,7 +363,7 @@ def test_equal_ratings_are_drawn_evenly():
     assert all(abs(quarter.sum() - 5000) < 200 for quarter in np.split(uses, 4))
 
 
-def test_a_image_goes_into_every_class_that_it_is_big_enough_for_and_at_least_the_smallest():
+def test_an_image_goes_into_every_class_that_it_is_big_enough_for_and_at_least_the_smallest():
     rows = [{"width": side, "height": side, "multiply": 2} for side in (64, 128, 200, 256)]
     plan = plan_epoch(make_dataset(rows), PlanSettings(2, 1, (256, 128)), 0)
     found = Counter((rows[image]["width"], bucket[0]) for image, _, bucket in all_draws(plan))

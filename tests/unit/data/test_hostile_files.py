@@ -55,7 +55,7 @@ def scan_bytes(root: Path, files: dict[str, bytes]):
         ("BMP", "a.bmp", {}),
     ],
 )
-def test_a_image_cut_off_at_any_kilobyte_is_named(tmp_path, kind, name, options):
+def test_an_image_cut_off_at_any_kilobyte_is_named(tmp_path, kind, name, options):
     data = encode(noise(), kind, **options)
     cuts = [*range(0, len(data), 1024), len(data) - 1]
     assert len(cuts) > 8
@@ -345,7 +345,7 @@ def test_unknown_settings_are_notes_that_name_the_nearest(tmp_path):
         '{"\\ud800": 1, "flip_p": 2}',
     ],
 )
-def test_broken_json_next_to_a_image_is_named(tmp_path, content):
+def test_broken_json_next_to_an_image_is_named(tmp_path, content):
     files = {"a.json": content.encode(), "a.png": encode(Image.new("RGB", (32, 32)), "PNG")}
     used, problems = scan_bytes(tmp_path, files)
     assert used == []

@@ -116,7 +116,7 @@ def test_the_reported_corner_is_where_the_bucket_lies_in_the_scaled_image(tmp_pa
     assert psnr(load_pixels(tmp_path / "a.png", (64, 64), crop).pixels, expected) > 38  # the borders see less context
 
 
-def test_a_image_of_its_buckets_size_is_not_touched(tmp_path):
+def test_an_image_of_its_buckets_size_is_not_touched(tmp_path):
     source = photograph(96, 64)
     source.save(tmp_path / "a.png")
     crop = draw(96, 64, (96, 64), flip_p=0.0)

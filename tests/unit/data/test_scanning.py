@@ -94,13 +94,13 @@ def test_words_stay_words_in_yaml(tmp_path):
         ({"main_prompt": ""}, [""]),
     ],
 )
-def test_a_json_next_to_a_image_speaks_like_a_yaml(tmp_path, sidecar, expected):
+def test_a_json_next_to_an_image_speaks_like_a_yaml(tmp_path, sidecar, expected):
     put(tmp_path, "name_1.png")
     put(tmp_path, "name_1.json", json.dumps(sidecar))
     assert [choice.text for choice in scan(tmp_path)["name_1.png"].caption.choices] == expected
 
 
-def test_later_files_next_to_a_image_win_and_their_tags_add_up(tmp_path):
+def test_later_files_next_to_an_image_win_and_their_tags_add_up(tmp_path):
     put(tmp_path, "a.png")
     put(tmp_path, "a.txt", "from txt, one")
     put(tmp_path, "a.yaml", "main_prompt: from yaml\ntags: [two]")

@@ -89,7 +89,7 @@ def test_the_table_holds_main_settings_and_changed_ones_but_no_wiring() -> None:
     assert table.splitlines()[2:] == ["| lr | 1e-06 |", "| crop_jitter | 0.1 |"]
 
 
-def test_curves_are_read_from_events_and_drawn_as_a_image() -> None:
+def test_curves_are_read_from_events_and_drawn_as_an_image() -> None:
     from PIL import Image
 
     events = [{"kind": "loss", "step": n, "loss": 1 / n, "lr": {"unet": n * 1e-6}} for n in range(1, 50)]

@@ -43,7 +43,7 @@ def test_images_go_through_the_vae_a_few_at_a_time(model, seen, monkeypatch):
     assert (images_in_pieces.int() - images.int()).abs().max() <= 1
 
 
-def test_a_image_larger_than_that_goes_alone(model, seen, monkeypatch):
+def test_an_image_larger_than_that_goes_alone(model, seen, monkeypatch):
     monkeypatch.setattr(latent_spaces, "PIXELS_TOGETHER", 100)
     encode_moments(model, torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
     assert seen == [1, 1]

@@ -102,7 +102,7 @@ def test_settings_for_a_folder_and_for_images_reach_the_data_engine(album):
         album.set_for_folder("night", "flip_p", 3)
 
 
-def test_set_aside_moves_a_image_with_its_caption_and_undo_brings_it_back(album):
+def test_set_aside_moves_an_image_with_its_caption_and_undo_brings_it_back(album):
     path = album.root / "night" / "0.jpg"
     assert [change.what for change in album.exclude([path]).changes] == ["excluded", "went with them"]
     assert not path.exists() and not path.with_suffix(".txt").exists()
@@ -257,7 +257,7 @@ def test_duplicates_are_found_next_to_and_the_copies_set_aside(project):
     panel = DatasetPanel(project)
     look_through(panel)
     assert panel.tabs.titles[3].description == "Problems (3)"
-    ((twice, button),), _ = issue_lines(panel, "There twice")
+    ((twice, button),), _ = issue_lines(panel, "Exact duplicates")
     assert "other.png" in twice and "other copy.png" in twice and twice.count("data:image") == 2
     button.click()
     assert (project / "input" / "other.png").exists() != (project / "input" / "other copy.png").exists()

@@ -192,7 +192,7 @@ def test_compare_says_what_cannot_be_drawn(project):
         Comparison(str(project), ("embedded",), ("a",), size=100)
 
 
-def test_a_image_depends_on_everything_that_it_is_drawn_from(project):
+def test_an_image_depends_on_everything_that_it_is_drawn_from(project):
     one = Comparison(str(project), ("embedded",), ("a jet",), seed=1)
     paths = {one.image_path("embedded", "a jet", 7.0), one.image_path("embedded", "a jet", 4.0)}
     for changes in ({"seed": 2}, {"size": 256}, {"num_inference_steps": 5}, {"clip_skip": 2}):

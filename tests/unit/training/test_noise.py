@@ -12,7 +12,7 @@ OPTIONS = [{}, {"offset": 0.1}, {"pyramid_discount": 0.5}, {"offset": 0.1, "pyra
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_a_images_noise_does_not_depend_on_the_batch_around_it(options):
+def test_an_images_noise_does_not_depend_on_the_batch_around_it(options):
     together = make_noise(SHAPE, [11, 22, 33], **options)
     assert together.shape == (3, *SHAPE)
     for row, seed in enumerate([11, 22, 33]):

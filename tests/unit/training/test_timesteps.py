@@ -8,7 +8,7 @@ from everydream_kit.training.timesteps import draw_timesteps
 
 
 @pytest.mark.parametrize("how", ["uniform", "logit_normal"])
-def test_a_images_timestep_does_not_depend_on_the_batch_around_it(how):
+def test_an_images_timestep_does_not_depend_on_the_batch_around_it(how):
     together = draw_timesteps([1, 2, 3], 0, 1000, how)
     assert together.dtype == torch.int64
     assert together.tolist() == [draw_timesteps([seed], 0, 1000, how).item() for seed in (1, 2, 3)]

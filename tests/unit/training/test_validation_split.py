@@ -20,7 +20,7 @@ def test_the_share_is_rounded_up_and_at_least_one(num_images, expected):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_copies_of_a_image_stay_together(seed):
+def test_copies_of_an_image_stay_together(seed):
     groups = [str(n // 4) for n in range(40)]  # ten images, four copies of each
     stays, taken = split_indices(groups, 0.15, seed)
     assert len(taken) == 8  # six are wanted, groups are complete
