@@ -15,10 +15,15 @@ from typing import Any
 import torch
 
 from everydream_kit.preflight.tracker import StorageTracker
+from everydream_kit.training.flat import FlatOptimizer
 from everydream_kit.training.precision import Precision
 
 PAGED_FROM = 100_000
 """Numbers from which bitsandbytes pages a state (optimizer.py, `get_state_buffer`: `p.numel() < 1e5` is not paged)."""
+
+
+BITSANDBYTES_LAUNCHES = 3
+"""Launches that a tensor's update counts as: its Python costs about 104 µs where a launch costs 37 (docs/gpu.md)."""
 
 
 class ImitatedPrecision(Precision):
@@ -59,12 +64,6 @@ def _raise_first(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, .
     return (args[0].float(), *args[1:])
 
 
-def unwrap_optimizers(optimizer: Any) -> list[Any]:
-    """The torch optimizers behind the kit's combined, fused and rounded ones."""
-    inner = getattr(optimizer, "optimizers", None)
-    return [optimizer] if inner is None else [one for part in inner for one in unwrap_optimizers(part)]
-
-
 def replace_bitsandbytes(optimizer: Any, tracker: StorageTracker, host: str, *, device_type: str) -> None:
     """Let the optimizers of bitsandbytes make their states by their own rule, and skip their kernels.
 
@@ -76,12 +75,25 @@ def replace_bitsandbytes(optimizer: Any, tracker: StorageTracker, host: str, *, 
         host: the category of paged states, which live in host memory.
         device_type: "cpu" or "cuda".
     """
-    for one in unwrap_optimizers(optimizer):
-        if type(one).__module__.startswith("bitsandbytes."):
-            # The two tables that all 8-bit states share; made by a sort that needs values.
-            one.name2qmap = {name: torch.empty(256) for name in ("dynamic", "udynamic")}
-            one._cpu_paged_warned = True
-            one.step = partial(_step, one, tracker, host, device_type)
+    for one in _watchable(optimizer):
+        if isinstance(one, FlatOptimizer):
+            one.watch(partial(_replace, tracker=tracker, host=host, device_type=device_type))
+        else:
+            _replace(one, tracker, host, device_type)
+
+
+def _watchable(optimizer: Any) -> list[Any]:
+    """The torch optimizers, but flat ones as a whole: theirs are made at the first step."""
+    inner = None if isinstance(optimizer, FlatOptimizer) else getattr(optimizer, "optimizers", None)
+    return [optimizer] if inner is None else [one for part in inner for one in _watchable(part)]
+
+
+def _replace(optimizer: Any, tracker: StorageTracker, host: str, device_type: str) -> None:
+    if type(optimizer).__module__.startswith("bitsandbytes."):
+        # The two tables that all 8-bit states share; made by a sort that needs values.
+        optimizer.name2qmap = {name: torch.empty(256) for name in ("dynamic", "udynamic")}
+        optimizer._cpu_paged_warned = True
+        optimizer.step = partial(_step, optimizer, tracker, host, device_type)
 
 
 def _step(
@@ -91,6 +103,7 @@ def _step(
         for position, parameter in enumerate(group["params"]):
             if parameter.grad is None:
                 continue
+            tracker.add_launches(BITSANDBYTES_LAUNCHES)
             state = optimizer.state[parameter]
             if not state:
                 optimizer.init_state(group, parameter, index, position)

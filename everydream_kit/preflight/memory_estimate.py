@@ -23,6 +23,8 @@ from everydream_kit.errors import ConfigError, KitError
 from everydream_kit.strict_json import read_json
 
 if TYPE_CHECKING:
+    from collections import Counter
+
     from everydream_kit.config import TrainConfig
     from everydream_kit.data.cache_room import CacheMode
     from everydream_kit.data.dataset import Dataset
@@ -42,6 +44,10 @@ DEFAULT_FRAGMENTATION = 0.05
 PROCESS_BYTES = 600 * 2**20
 """On a CPU: Python with torch and diffusers loaded, and what their kernels keep for the next time: 440 to 570 MB next
 to the tensors were measured (docs/experiments.md)."""
+
+RECOMPUTED_COSTS = 2.7
+"""Launches that one counts as which gradient checkpointing repeats: Python packs and unpacks what it saves. Fitted to the one
+figure with checkpointing in docs/gpu.md."""
 
 CATEGORIES = ("weights", "gradients", "optimizer states", "activations", "EMA", "other")
 SAMPLED_TOGETHER = 4
@@ -116,9 +122,10 @@ class MemoryEstimate:
         num_trained_parameters, num_parameters: numbers, not tensors.
         weight_bytes_written: the weights of one checkpoint, the averaged ones of an EMA included.
         state_bytes_written: its resume state.
-        host_bytes: host memory that the run takes next to a GPU's: paged states, averages and modules that wait there,
-            and the copy that is written in the background. On a CPU only the copy, which is made where there is room
-            for it.
+        host_bytes: host memory that the run takes next to a GPU's: paged states, averages and modules that wait there, and the
+            copy that is written in the background. On a CPU only the copy, which is made where there is room for it.
+        pass_launches: kernels that the forward and backward passes of one optimizer step launch, all micro-batches together.
+        update_launches: kernels that its update launches. Both are weighed by what each costs the host.
     """
 
     phases: tuple[Phase, ...]
@@ -129,6 +136,8 @@ class MemoryEstimate:
     weight_bytes_written: int
     state_bytes_written: int
     host_bytes: int = 0
+    pass_launches: int = 0
+    update_launches: int = 0
 
     @property
     def worst(self) -> Phase:
@@ -388,6 +397,7 @@ def sampled_together(config: TrainConfig, dataset: Dataset | None = None) -> Sam
 def _conclude(config: TrainConfig, rehearsal: Rehearsal, device: str) -> MemoryEstimate:
     """Phases from a trace."""
     from everydream_kit.preflight.rehearsal import EMA, GRADIENTS, HOST, IDLE, IDLE_VAE, STATES
+    from everydream_kit.preflight.tracker import OPTIMIZER
 
     lives, phases = rehearsal.lives, []
     for stretch in lives.stretches:
@@ -414,7 +424,15 @@ def _conclude(config: TrainConfig, rehearsal: Rehearsal, device: str) -> MemoryE
         weight_bytes_written=rehearsal.checkpoint_bytes + rehearsal.averaged_bytes,
         state_bytes_written=rehearsal.state_bytes,
         host_bytes=host,
+        pass_launches=_launches_of_passes(training.launches) * config.grad_accum // rehearsal.num_micro_batches,
+        update_launches=training.launches[OPTIMIZER],
     )
+
+
+def _launches_of_passes(launches: Counter[str]) -> int:
+    from everydream_kit.preflight.tracker import BACKWARD, FORWARD, RECOMPUTED
+
+    return launches[FORWARD] + launches[BACKWARD] + round(RECOMPUTED_COSTS * launches[RECOMPUTED])
 
 
 def _phase(name: str, by_category: dict[str, int]) -> Phase:

@@ -113,7 +113,7 @@ def plan(
         warnings.append(f"data_root {config.data_root}: no image can be used there.")
     warnings += [f"sample_prompts {config.sample_prompts}: {problem}" for problem in _prompt_file(config).problems]
     latents, latent_bytes = _latents(config, images, settings)
-    step = estimate_step(config, gpu_spec, memory)
+    step = estimate_step(config, gpu_spec, memory, launch_seconds=_launch_seconds(config, gpu_spec))
     made = Plan(
         config=config,
         gpu_spec=gpu_spec,
@@ -286,6 +286,13 @@ def _seconds_of(config: TrainConfig, steps: StepCount, step: StepSeconds | None,
             crops = min(crops, steps.num_steps * config.batch_size * config.grad_accum)
         parts["latents"] = crops * ENCODING_IN_FORWARDS * forward
     return parts
+
+
+def _launch_seconds(config: TrainConfig, gpu_spec: GpuSpec | None) -> float | None:
+    """The launch cost of this machine's host, if it has that GPU."""
+    from everydream_kit.preflight.host_speed import launch_seconds_here
+
+    return None if gpu_spec is None else launch_seconds_here(gpu_spec, Path(config.logdir) / ".edk_cache" / "preflight")
 
 
 def _grids(config: TrainConfig) -> tuple[int, int, int]:

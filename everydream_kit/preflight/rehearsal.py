@@ -31,8 +31,9 @@ from everydream_kit.models.sampling import guide
 from everydream_kit.preflight.imitation import imitate_autocast, imitate_precision, replace_bitsandbytes
 from everydream_kit.preflight.kernel_scratch import scratch_of
 from everydream_kit.preflight.skeleton import Architecture, build_skeleton
-from everydream_kit.preflight.tracker import SCRATCH, Lives, StorageTracker
+from everydream_kit.preflight.tracker import OPTIMIZER, SCRATCH, Lives, StorageTracker
 from everydream_kit.training.base import choose_formats, precision_of, select_trained
+from everydream_kit.training.flat import flat_optimizers
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.offload import idle_modules
 from everydream_kit.training.optimizer_config import OptimizerConfig
@@ -51,6 +52,8 @@ HOST, IDLE, IDLE_VAE = "host", "idle weights", "idle VAE"
 """What is in host memory, and what waits there while steps are made."""
 CACHED_TOGETHER = {"disk": 4, "memory": 1}
 """Crops that are encoded together: before the run, or next to everything that it holds."""
+FIRST_UPDATE = "first update"
+"""Phase of the launches that no later update has."""
 CAPTION = "a photo of a cat, sitting, by the window"
 ALLOCATOR_GRANULE = 512
 """Bytes that torch's CUDA allocator rounds a tensor's size up to (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
@@ -218,6 +221,9 @@ def _assemble(  # noqa: PLR0917 - what a run is made of, each once
             optimizer_config=optimizer_config,
             device_type=device_type,
         )
+    for flat in flat_optimizers(run.optimizer):
+        tracker.label(flat.weights, WEIGHTS)
+        tracker.label(flat.gradients, STATES)
     run.precision = imitate_precision(run.precision)
     run.updates_in_backward = False  # the optimizer's hooks stay; only the look at losses that have no values goes
     replace_bitsandbytes(run.optimizer, tracker, HOST, device_type=device_type)
@@ -267,12 +273,23 @@ def _rehearse_step(run: Run, tracker: StorageTracker, batch: Batch) -> int:
         run.set_learning_rates(0)
         for _ in range(num):
             backward(run, batch, work)
-        with tracker.births_are(SCRATCH):
+        with tracker.births_are(SCRATCH), tracker.phase(FIRST_UPDATE):
             run.update_weights(0)
         if run.ema is not None:
             run.ema.update(1)
         tracker.label(_states(run), STATES, unless=HOST)
+    tracker.record.named("training step").launches[OPTIMIZER] = _launches_of_update(run, tracker)
     return num
+
+
+def _launches_of_update(run: Run, tracker: StorageTracker) -> int:
+    """Of every update but the first, which creates the states; it does not belong to the memory's trace."""
+    for parameter in run.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with tracker.stretch("update") as stretch:
+        run.update_weights(1)
+    tracker.record.stretches.pop()
+    return stretch.launches.total()
 
 
 def _states(run: Run) -> list[torch.Tensor]:

@@ -1,11 +1,12 @@
-"""How long a step takes, and where the number comes from: measured here, measured by somebody and published, or
-computed.
+"""How long a step takes, and where each number comes from: measured here, measured by somebody and published, or computed.
 
 The order is that of trust: a run on the same GPU with the same settings; a published figure that matches in every point
-(`speeds.json`, with its source); else the work of a step over what the GPU can do. The formula's constants were fitted
-to nine published figures, each of which it meets to within a tenth, and one that was held out (SDXL LoRA on an RTX 3090
-Ti, 1.12 s) to within 11 %. They come from three GPUs and other people's trainers, so a computed time is right to about
-a third. A trainer tuned throughout, such as MosaicML's, is 2.5 times as fast as the formula.
+(`speeds.json`, with its source); else a computed one. The forward and backward passes take as long as the slower of two: the
+GPU with its arithmetic and memory, or the host with launching the kernels. A small batch on a fast GPU waits for the host, which
+is why one launch's cost is measured on the machine (`host_speed`). The update follows; bitsandbytes waits for the GPU there.
+
+The formula meets every figure of `speeds.json` to within a fifth, each host's launch cost being fitted to its own figures.
+They come from four GPUs, so a computed time is right to about a third where the host's launch cost was not measured.
 
 Not here: what else a run spends time on (`planning`).
 """
@@ -32,12 +33,15 @@ Basis = Literal["measured here", "published", "computed"]
 
 PEAK_SHARE = 0.31
 """Of a GPU's peak that matrix products and convolutions reach."""
-FLOPS_PER_BYTE = 26.0
-"""Operations of a step in half precision for each byte that it moves; half as many in float32."""
+FLOPS_PER_BYTE = 190.0
+"""Operations of a step in half precision for each byte that it moves; half as many in float32. With FlashAttention, from
+Ampere on: a batch of 16 on an H100 (docs/gpu.md)."""
+OLD_FLOPS_PER_BYTE = 26.0
+"""The same for older GPUs, which have no FlashAttention: fitted to a T4's figures."""
 BYTES_PER_PARAMETER = 50.0
 """Moved in one optimizer step for each trained parameter: the update itself, casting, unscaling, zeroing."""
-LAUNCH_SECONDS = 0.3
-"""Of each micro-batch that depend on no size: Python and the launching of some ten thousand kernels."""
+LAUNCH_SECONDS = 50e-6
+"""Of the host for one kernel, where it was not measured: 30 to 100 microseconds were seen on four hosts."""
 CPU_SHARE = 0.35
 """Of the speed of a large matrix product that a training step reaches on a CPU (tiny SD 1.x at 128 px, two cores)."""
 
@@ -81,6 +85,7 @@ def estimate_step(
     estimate: MemoryEstimate | None,
     *,
     cpu_flops: float | None = None,
+    launch_seconds: float | None = None,
 ) -> StepSeconds | None:
     """The best that is known about a step's time, or None where nothing is.
 
@@ -89,10 +94,13 @@ def estimate_step(
         gpu_spec: that will train; None for a CPU.
         estimate: the step's work; without it nothing can be computed.
         cpu_flops: operations a second of this CPU; measured if it is needed and not given.
+        launch_seconds: of the GPU's host for one kernel, where it was measured.
     """
     found = measured_here(config, gpu_spec)
     if found is None and gpu_spec is not None and estimate is not None:
-        found = published(config, gpu_spec, estimate.num_parameters) or compute(config, gpu_spec, estimate)
+        found = published(config, gpu_spec, estimate.num_parameters) or compute(
+            config, gpu_spec, estimate, launch_seconds
+        )
     if found is None and gpu_spec is None and estimate is not None:
         rate = cpu_flops or measure_cpu()
         source = (
@@ -136,32 +144,41 @@ def published(config: TrainConfig, gpu_spec: GpuSpec, num_parameters: int) -> St
         "latents_cached": config.cache_latents != "off",
     }
     for entry in published_speeds():
-        if all(entry.get(name) == value for name, value in ours.items()):
+        if not entry.get("superseded") and all(entry.get(name) == value for name, value in ours.items()):
             return StepSeconds(entry["seconds"], "published", f"{entry['by']} ({entry['source']})")
     return None
 
 
-def compute(config: TrainConfig, gpu_spec: GpuSpec, estimate: MemoryEstimate) -> StepSeconds | None:
-    """Work over speed: operations at a share of the peak, bytes at the bandwidth, and a fixed part; None for an unknown
-    GPU."""
+def compute(
+    config: TrainConfig, gpu_spec: GpuSpec, estimate: MemoryEstimate, launch_seconds: float | None = None
+) -> StepSeconds | None:
+    """The slower of GPU and host for the passes, and the update; None for a GPU whose speed is not known.
+
+    Args:
+        launch_seconds: of the host for one kernel; by default `LAUNCH_SECONDS`.
+    """
     if not gpu_spec.bandwidth_bytes:
         return None
     mixed = config.amp and not config.disable_amp
-    seconds = work_seconds(gpu_spec, estimate.step_flops, mixed=mixed)
-    seconds += estimate.num_trained_parameters * BYTES_PER_PARAMETER / gpu_spec.bandwidth_bytes
-    seconds += LAUNCH_SECONDS * config.grad_accum
+    launch = LAUNCH_SECONDS if launch_seconds is None else launch_seconds
+    gpu, host = work_seconds(gpu_spec, estimate.step_flops, mixed=mixed), estimate.pass_launches * launch
+    update = estimate.num_trained_parameters * BYTES_PER_PARAMETER / gpu_spec.bandwidth_bytes
+    update += estimate.update_launches * launch
     precision = half_precision(config, gpu_spec) if mixed else "fp32"
+    measured = "measured" if launch_seconds is not None else "assumed"
     source = (
-        f"{estimate.step_flops / 1e12:.1f} teraflops in {precision} at {PEAK_SHARE:.0%} of the {gpu_spec.name}'s peak, "
-        f"{gpu_spec.bandwidth_bytes / 1e9:.0f} GB/s, {LAUNCH_SECONDS} s a micro-batch"
+        f"the GPU needs {gpu:.2g} s for {estimate.step_flops / 1e12:.1f} teraflops in {precision}, the host {host:.2g} s for "
+        f"{estimate.pass_launches:,} kernels at {launch * 1e6:.0f} \u00b5s ({measured}); the slower counts, and the update's "
+        f"{update:.2g} s"
     )
-    return StepSeconds(seconds, "computed", source)
+    return StepSeconds(max(gpu, host) + update, "computed", source)
 
 
 def work_seconds(gpu_spec: GpuSpec, flops: float, *, mixed: bool = True) -> float:
-    """Seconds for so many operations of such a model, without what is fixed."""
+    """Seconds that the GPU needs for so many operations of such a model."""
     peak = gpu_spec.half_tflops if mixed else gpu_spec.fp32_tflops
-    bytes_moved = flops / FLOPS_PER_BYTE * (1 if mixed else 2)
+    flops_per_byte = FLOPS_PER_BYTE if gpu_spec.has_bf16 else OLD_FLOPS_PER_BYTE
+    bytes_moved = flops / flops_per_byte * (1 if mixed else 2)
     return flops / (peak * 1e12 * PEAK_SHARE) + bytes_moved / gpu_spec.bandwidth_bytes
 
 

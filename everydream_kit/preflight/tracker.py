@@ -11,9 +11,11 @@ Not here: what runs (`rehearsal`), and how a GPU's or a CPU's kernels differ fro
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+FORWARD, BACKWARD, RECOMPUTED, OPTIMIZER = "forward", "backward", "recomputed", "optimizer"
+"""Phases of a step; "recomputed" is what gradient checkpointing computes again within the backward pass."""
 ACTIVATIONS, SCRATCH = "activations", "other"
 """What a storage is unless somebody says otherwise, and what a kernel takes for itself while it runs."""
 
@@ -48,6 +52,22 @@ FLOP_FORMULAS: dict[Any, Callable[..., Any]] = {
 """torch's own formulas, and the CPU's fused attention, for which it has none."""
 
 
+@cache
+def starts_kernel(func: Any) -> bool:
+    """Whether an operator starts a kernel: not one that only allocates, nor a view, whose results all alias an argument."""
+    if func.namespace == "prim" or func._overloadpacket.__name__.startswith(("empty", "new_empty")):
+        return False
+    results = [result.alias_info for result in func._schema.returns]
+    return not results or any(alias is None or alias.is_write for alias in results)
+
+
+def phase_of_backward() -> str:
+    """`BACKWARD` or `RECOMPUTED` where autograd's engine calls, else nothing: it works through a node, and without gradients."""
+    if torch._C._current_autograd_node() is None:
+        return ""
+    return RECOMPUTED if torch.is_grad_enabled() else BACKWARD
+
+
 @dataclass
 class Life:
     """One storage: its size, its category, and the moments between which it is alive (None: still is)."""
@@ -65,12 +85,14 @@ class Stretch:
     Attributes:
         start, end: moments; the end does not belong to it.
         flops: floating-point operations in it.
+        launches: operators that start a kernel, by phase; views and allocations start none.
     """
 
     name: str
     start: int
     end: int = 0
     flops: int = 0
+    launches: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -129,6 +151,30 @@ def _note_death(changes: dict[int, list[tuple[str, int]]], life: Life, stretch: 
         changes.setdefault(life.death, []).append((life.category, -life.num_bytes))
 
 
+class LaunchCounter(TorchDispatchMode):
+    """Counts the launches of real or fake tensors while it is entered, and every operator by whether it is one.
+
+    Attributes:
+        launches: operators that start a kernel, by phase.
+        operations: all dispatched operators, views and allocations too, by phase.
+        phase: what operators outside of a backward pass are counted as.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: Counter[str] = Counter()
+        self.operations: Counter[str] = Counter()
+        self.phase = FORWARD
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        phase = phase_of_backward() or self.phase
+        self.operations[phase] += 1
+        self.launches[phase] += starts_kernel(func)
+        return func(*args, **(kwargs or {}))
+
+
 class StorageTracker(TorchDispatchMode):
     """Follows storages while it is entered. Enter torch's FakeTensorMode first, and this inside it.
 
@@ -149,6 +195,7 @@ class StorageTracker(TorchDispatchMode):
         self._known: dict[int, Life] = {}
         self._category = ACTIVATIONS
         self._open: list[Stretch] = []
+        self._phase = FORWARD
 
     @contextmanager
     def stretch(self, name: str) -> Iterator[Stretch]:
@@ -190,6 +237,21 @@ class StorageTracker(TorchDispatchMode):
         for stretch in self._open:
             stretch.flops += flops
 
+    def add_launches(self, number: int) -> None:
+        """Count kernels that no operator of the trace stands for."""
+        phase = phase_of_backward() or self._phase
+        for stretch in self._open:
+            stretch.launches[phase] += number
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Launches inside belong to this phase."""
+        before, self._phase = self._phase, name
+        try:
+            yield
+        finally:
+            self._phase = before
+
     def add_scratch(self, num_bytes: int) -> None:
         """Note bytes that are taken and given back at once."""
         if num_bytes > 0:
@@ -216,6 +278,8 @@ class StorageTracker(TorchDispatchMode):
         return result
 
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        if starts_kernel(func):
+            self.add_launches(1)
         formula = FLOP_FORMULAS.get(func._overloadpacket)
         if formula is not None and self._open:
             self.add_flops(int(formula(*args, **kwargs, out_val=result)))

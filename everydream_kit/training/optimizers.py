@@ -20,6 +20,7 @@ import torch
 
 from everydream_kit.errors import ConfigError
 from everydream_kit.training.combined import CombinedOptimizer, FusedBackwardOptimizer
+from everydream_kit.training.flat import FlatOptimizer
 from everydream_kit.training.optimizer_config import (
     DEFAULT_WEIGHT_DECAY,
     OptimizerConfig,
@@ -64,6 +65,7 @@ class OptimizerKind:
         weight_decay: where nobody says anything; None: the class's own. 0 where decay cannot be told from the gradient, or
             is multiplied by a rate that is no share of the weight.
         by_parameter: each parameter's update depends on that parameter alone, so it may be stepped by itself.
+        elementwise: each number's update depends on that number alone (8-bit states: on its block), see `flat`.
         substitute: what is used where the library is missing.
         unpaged: what is used on a CPU, for the paged ones.
     """
@@ -74,6 +76,7 @@ class OptimizerKind:
     takes_epsilon: bool = True
     finds_own_rate: bool = False
     by_parameter: bool = True
+    elementwise: bool = False
     substitute: str | None = None
     unpaged: str | None = None
 
@@ -83,18 +86,26 @@ def _own_rate(path: str, weight_decay: float = 0.0, **fixed: Any) -> OptimizerKi
 
 
 OPTIMIZERS: dict[str, OptimizerKind] = {
-    "adamw": OptimizerKind("torch.optim.AdamW"),
-    "adam": OptimizerKind("torch.optim.AdamW"),  # the same with decoupled decay; torch 2.6's Adam cannot decouple it
-    "radam": OptimizerKind("torch.optim.RAdam", {"decoupled_weight_decay": True}),
-    "nadam": OptimizerKind("torch.optim.NAdam", {"decoupled_weight_decay": True}),
+    "adamw": OptimizerKind("torch.optim.AdamW", elementwise=True),
+    "adam": OptimizerKind(
+        "torch.optim.AdamW", elementwise=True
+    ),  # the same with decoupled decay; torch 2.6's Adam cannot decouple it
+    "radam": OptimizerKind("torch.optim.RAdam", {"decoupled_weight_decay": True}, elementwise=True),
+    "nadam": OptimizerKind("torch.optim.NAdam", {"decoupled_weight_decay": True}, elementwise=True),
     "adafactor": OptimizerKind("torch.optim.Adafactor", takes_epsilon=False),
-    "sgd": OptimizerKind("torch.optim.SGD", {"momentum": 0.9}, weight_decay=0.0),
-    "adamw8bit": OptimizerKind("bitsandbytes.optim.AdamW8bit", substitute="adamw"),
-    "pagedadamw": OptimizerKind("bitsandbytes.optim.PagedAdamW32bit", substitute="adamw", unpaged="adamw"),
-    "pagedadamw8bit": OptimizerKind("bitsandbytes.optim.PagedAdamW8bit", substitute="adamw", unpaged="adamw8bit"),
+    "sgd": OptimizerKind("torch.optim.SGD", {"momentum": 0.9}, weight_decay=0.0, elementwise=True),
+    "adamw8bit": OptimizerKind("bitsandbytes.optim.AdamW8bit", substitute="adamw", elementwise=True),
+    "pagedadamw": OptimizerKind(
+        "bitsandbytes.optim.PagedAdamW32bit", substitute="adamw", unpaged="adamw", elementwise=True
+    ),
+    "pagedadamw8bit": OptimizerKind(
+        "bitsandbytes.optim.PagedAdamW8bit", substitute="adamw", unpaged="adamw8bit", elementwise=True
+    ),
     "ademamix8bit": OptimizerKind("bitsandbytes.optim.AdEMAMix8bit", substitute="adamw"),
-    "lion8bit": OptimizerKind("bitsandbytes.optim.Lion8bit", substitute="lion"),
-    "pagedlion8bit": OptimizerKind("bitsandbytes.optim.PagedLion8bit", substitute="lion", unpaged="lion8bit"),
+    "lion8bit": OptimizerKind("bitsandbytes.optim.Lion8bit", substitute="lion", elementwise=True),
+    "pagedlion8bit": OptimizerKind(
+        "bitsandbytes.optim.PagedLion8bit", substitute="lion", unpaged="lion8bit", elementwise=True
+    ),
     "lion": OptimizerKind("pytorch_optimizer.Lion"),
     "adan": OptimizerKind("pytorch_optimizer.Adan"),
     "came": OptimizerKind("pytorch_optimizer.CAME"),
@@ -158,7 +169,8 @@ def build_optimizer_for_parts(
     device_type: str = "cpu",
     rounding_seed: int | None = None,
     fused_backward: bool = False,
-) -> torch.optim.Optimizer | CombinedOptimizer | RoundedOptimizer:
+    flat: bool = False,
+) -> torch.optim.Optimizer | CombinedOptimizer | RoundedOptimizer | FlatOptimizer:
     """Make the optimizer of everything that is trained: one group for each part.
 
     Parts with the same optimizer share one; otherwise there are several behind one face.
@@ -168,6 +180,7 @@ def build_optimizer_for_parts(
         settings: for each part, in the same order.
         rounding_seed: the run's seed, where bfloat16 weights should be rounded stochastically.
         fused_backward: step inside the backward pass (see `combined`).
+        flat: step a few buffers where the optimizer allows it (see `flat`).
 
     Raises:
         ConfigError: as `build_optimizer`; or fused_backward with an optimizer that needs all gradients together.
@@ -187,7 +200,12 @@ def build_optimizer_for_parts(
             )
         if rounding_seed is not None:
             build = _rounded(build, rounding_seed, str(number), by_parameter=may_step_by_parameter(name))
-        optimizers.append(FusedBackwardOptimizer(build, groups) if fused_backward else build(groups))
+        if fused_backward:
+            optimizers.append(FusedBackwardOptimizer(build, groups))
+        elif flat and rounding_seed is None and is_elementwise(name):
+            optimizers.append(FlatOptimizer(build, groups))
+        else:
+            optimizers.append(build(groups))
     return optimizers[0] if len(optimizers) == 1 else CombinedOptimizer(optimizers)
 
 
@@ -234,7 +252,7 @@ def restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
 
 def unwrap_optimizers(optimizer: Any) -> list[Any]:
     """The torch optimizers behind any number of faces."""
-    if isinstance(optimizer, CombinedOptimizer | RoundedOptimizer):
+    if isinstance(optimizer, CombinedOptimizer | RoundedOptimizer | FlatOptimizer):
         return [inner for one in optimizer.optimizers for inner in unwrap_optimizers(one)]
     return [optimizer]
 
@@ -243,6 +261,12 @@ def may_step_by_parameter(name: str) -> bool:
     """Whether each parameter's update depends on that parameter alone (needed for the fused backward)."""
     kind = OPTIMIZERS.get(plain_name(name))
     return kind is not None and kind.by_parameter
+
+
+def is_elementwise(name: str) -> bool:
+    """Whether each number's update depends on that number alone (needed for flat weights)."""
+    kind = OPTIMIZERS.get(plain_name(name))
+    return kind is not None and kind.elementwise
 
 
 def plain_name(name: str) -> str:

@@ -40,4 +40,6 @@ class LinearMemory:
             num_parameters=1_066_000_000,
             weight_bytes_written=4_000_000_000,
             state_bytes_written=2_000_000_000,
+            pass_launches=4_500 * config.grad_accum,
+            update_launches=2_600,
         )

@@ -71,7 +71,8 @@ def test_time_is_training_samples_and_latents(settings):
 
 def test_the_report_says_what_is_computed_published_and_assumed(settings):
     text = planned(settings).text
-    assert "s a step, computed: 9.6 teraflops in fp16 at 31% of the T4's peak" in text
+    assert "s a step, computed: the GPU needs 1.6 s for 9.6 teraflops in fp16, the host" in text
+    assert "for 4,500 kernels at 50 \u00b5s (assumed)" in text
     assert "fits: estimated 8.62 GiB, room 13.54 of 14.56 GiB" in text
     assert "0.196 USD an hour at Colab" in text and "read on 2022-09-30" in text
     assert "every epoch has as many steps as the first" in text
