@@ -229,7 +229,7 @@ class Replica:
         """What people do there."""
         kit = [self.python, "-m", "everydream_kit"]
         self.run("doctor", [*kit, "doctor"])
-        images = REPOSITORY / "everydream_kit" / "demo" / "pictures"
+        images = REPOSITORY / "everydream_kit" / "demo" / "images"
         common = ["train", "--resume_ckpt", "embedded", "--data_root", images, "--max_steps", 2, "--resolution", 64]
         sample = {"samples": [{"prompt": "a cat", "cfgs": [3]}], "num_inference_steps": 2}
         (self.work / "prompts.json").write_text(json.dumps(sample), encoding="utf-8")

@@ -118,7 +118,7 @@ def list_issues(dataset: Dataset, settings: PlanSettings, inspection: Mapping[st
 
 def is_fresh(dataset: Dataset, inspection: Mapping[str, Any]) -> bool:
     """Whether no image has come or changed since `inspect_dataset`."""
-    return set(_signature(dataset)) <= set(inspection.get("pictures", ()))
+    return set(_signature(dataset)) <= set(inspection.get("images", ()))
 
 
 def inspect_dataset(
@@ -131,7 +131,7 @@ def inspect_dataset(
         progress: called with the number of images decoded so far.
     """
     report = make_report(dataset, settings, count_tokens=_token_counter(base), progress=progress)
-    write_atomic(out, json.dumps({**report.to_json(), "pictures": _signature(dataset)}))
+    write_atomic(out, json.dumps({**report.to_json(), "images": _signature(dataset)}))
 
 
 def _token_counter(base: str) -> Callable[[str], int] | None:

@@ -20,4 +20,4 @@ def base_model_path() -> Path:
 
 def images_path() -> Path:
     """The demo's dataset folder: 32 ink drawings in several aspect ratios, each with its caption in a .txt file."""
-    return _HERE / "pictures"
+    return _HERE / "images"

@@ -184,11 +184,12 @@ def dataset_summary(events: Iterable[dict[str, Any]], config: dict[str, Any]) ->
     """Size of the dataset and a summary of its captions, from the run's `dataset` event. No image, no caption."""
     event = next((event for event in events if event.get("kind") == "dataset"), None)
     lines = []
-    if event and isinstance(event.get("pictures"), int):
+    count = event.get("images", event.get("pictures")) if event else None  # runs before the renaming wrote "pictures"
+    if isinstance(count, int):
         resolution = config.get("resolution")
         sizes = resolution if isinstance(resolution, list) else [resolution]
         at = f", trained at {' and '.join(_value(size) for size in sizes)} px" if resolution else ""
-        lines.append(f"{event['pictures']} images{at}.")
+        lines.append(f"{count} images{at}.")
     captions = event.get("captions") if event else None
     if isinstance(captions, dict):
         lines += [f"- {_inline(name.replace('_', ' '))}: {_value(value)}" for name, value in captions.items()]

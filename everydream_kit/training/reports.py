@@ -328,7 +328,7 @@ class ImageTable(Listener):
         folder = run.folder.folder / "losses"
         folder.mkdir(exist_ok=True)
         with (folder / f"ep{epoch}.json").open("w", encoding="utf-8") as file:
-            json.dump({"epoch": epoch, "worst": rows[: self.num_worst], "pictures": rows}, file, indent=1)
+            json.dump({"epoch": epoch, "worst": rows[: self.num_worst], "images": rows}, file, indent=1)
 
     def state(self) -> dict[str, Any]:
         return {"rows": {key: list(row) for key, row in self._rows.items()}}

@@ -157,7 +157,7 @@ def assemble_run(
     num_steps = estimate_steps(dataset, plan_settings, config.max_epochs, config.max_steps)
     journal.report(
         "dataset",
-        pictures=len(dataset),
+        images=len(dataset),
         problems=len(dataset.problems),
         num_steps=num_steps,
         seed=seed,

@@ -41,7 +41,7 @@ def summarise_captions(dataset: Dataset) -> dict[str, int]:
     texts = [caption.text for caption in captions]
     return {
         "different_captions": len(set(texts)),
-        "pictures_without_caption": sum(not text for text in texts),
-        "pictures_with_tags": sum(bool(caption.tags) for caption in captions),
+        "images_without_caption": sum(not text for text in texts),
+        "images_with_tags": sum(bool(caption.tags) for caption in captions),
         "median_words_in_a_caption": round(statistics.median(len(text.split()) for text in texts)) if texts else 0,
     }

@@ -45,7 +45,7 @@ def test_the_dataset_panel(lab, driver, project):
 def test_the_problems_of_a_dataset(lab, driver, project):
     mixed = project.with_name("mixed")
     shutil.rmtree(mixed, ignore_errors=True)
-    shutil.copytree(Path(__file__).parents[2] / "everydream_kit" / "demo" / "pictures", mixed / "input")
+    shutil.copytree(Path(__file__).parents[2] / "everydream_kit" / "demo" / "images", mixed / "input")
     (mixed / "input" / "SOURCE.md").unlink()
     (mixed / "settings.json").write_text('{"resolution": 128, "resume_ckpt": "embedded", "batch_size": 4}')
     shutil.copy(mixed / "input" / "cactus.webp", mixed / "input" / "cactus (copy).webp")

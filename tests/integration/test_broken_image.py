@@ -31,6 +31,6 @@ def test_a_run_goes_on_without_a_broken_image_and_names_it(
     assert run.status()["state"] == "finished"
     [reported] = [event["message"] for event in run.events("warning") if "broken.jpg" in event["message"]]
     assert reported == f"{data / 'broken.jpg'}: the file is cut off: its end is missing. Copy or download it again."
-    trained = [row["path"] for row in json.loads((run.folder / "losses/ep0.json").read_text())["pictures"]]
+    trained = [row["path"] for row in json.loads((run.folder / "losses/ep0.json").read_text())["images"]]
     assert len(trained) == 12
     assert not any("broken" in path for path in trained)

@@ -73,7 +73,7 @@ def warnings_of(run: RunFolder) -> str:
 
 def uses_in_first_epoch(run: RunFolder) -> dict[str, int]:
     table = json.loads((run.folder / "losses" / "ep0.json").read_text("utf-8"))
-    return {Path(row["path"]).name: row["count"] for row in table["pictures"]}
+    return {Path(row["path"]).name: row["count"] for row in table["images"]}
 
 
 def names_of(folder: Path) -> list[str]:

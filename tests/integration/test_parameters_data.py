@@ -104,11 +104,11 @@ def test_the_dataset_may_be_several_folders(settings: dict[str, Any], tmp_path: 
     other = square_images(tmp_path / "others", 3)
     with prepared(**{**settings, "data_root": [settings["data_root"], str(other)]}) as rehearsal:
         event = next(iter(rehearsal.folder.events("dataset")))
-    assert event["pictures"] == 7
+    assert event["images"] == 7
     assert event["captions"] == {
         "different_captions": 4,
-        "pictures_without_caption": 0,
-        "pictures_with_tags": 7,
+        "images_without_caption": 0,
+        "images_with_tags": 7,
         "median_words_in_a_caption": 7,
     }
 

@@ -97,7 +97,7 @@ def test_the_schedule_names_the_images_that_were_trained(run: RunFolder, image_f
         planned = sorted(Path(line.split("path:")[1]).name for line in lines)
         assert planned == sorted(path.name for path in image_folder.iterdir() if path.suffix != ".txt")
         table = json.loads((run.folder / "losses" / f"ep{epoch}.json").read_text("utf-8"))
-        assert sorted(Path(row["path"]).name for row in table["pictures"]) == planned
+        assert sorted(Path(row["path"]).name for row in table["images"]) == planned
         for line in lines:
             width, height = json.loads(line.split("wh:")[1].split("]")[0] + "]")
             assert width * height <= 128 * 128

@@ -50,7 +50,7 @@ def test_both_hold_the_base_model_the_images_and_the_notebooks(built):
         in_archive = file.getnames()
     wanted = (
         "demo/features.safetensors",
-        "demo/pictures/automobile.webp",
+        "demo/images/automobile.webp",
         "00_quickstart.ipynb",
         "preflight/prices.json",
     )

@@ -68,7 +68,7 @@ class Lab:
     def project(self, name, **settings):
         """A project with the demo's images and these settings, as notebooks in `root` find it by its name."""
         folder = self.root / "workspace" / name
-        shutil.copytree(REPOSITORY / "everydream_kit" / "demo" / "pictures", folder / "input")
+        shutil.copytree(REPOSITORY / "everydream_kit" / "demo" / "images", folder / "input")
         (folder / "input" / "SOURCE.md").unlink()
         base = {"resume_ckpt": "embedded", "resolution": 128, "batch_size": 4, "lr": 1e-4, "log_step": 1}
         (folder / "settings.json").write_text(json.dumps({**base, **settings}))

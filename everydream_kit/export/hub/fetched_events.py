@@ -16,7 +16,7 @@ from everydream_kit.errors import CheckpointError
 from everydream_kit.strict_json import iterate_json_lines
 
 KEPT_KINDS = frozenset({"dataset", "loss", "epoch", "validation", "warning", "resumed", "stopped", "finished", "error"})
-COUNTS = frozenset({"step", "epoch", "pictures", "problems", "num_steps", "steps", "seed", "memory_bytes"})
+COUNTS = frozenset({"step", "epoch", "images", "pictures", "problems", "num_steps", "steps", "seed", "memory_bytes"})
 NUMBERS = frozenset({"loss", "minutes", "encoding_minutes", "images_per_second", "gradient_norm", "time"})
 TEXTS = frozenset({"message", "reason", "tag", "kind"})
 NEEDS_STEP = frozenset({"loss", "epoch", "validation"})

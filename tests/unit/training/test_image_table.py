@@ -28,10 +28,10 @@ def test_means_and_counts_are_written_at_the_epochs_end_and_the_worst_twenty_com
     resumed(run, report({0: 9.0, 24: 0.0}, ends=True))
     written = json.loads((tmp_path / "losses" / "ep3.json").read_text("utf-8"))
     assert written["epoch"] == 3
-    assert written["pictures"][0] == {"path": "0.png", "mean_loss": 4.5, "count": 2}  # (0.0 + 9.0) / 2
-    assert {"path": "24.png", "mean_loss": 1.2, "count": 2} in written["pictures"]  # (2.4 + 0.0) / 2
-    means = [row["mean_loss"] for row in written["pictures"]]
+    assert written["images"][0] == {"path": "0.png", "mean_loss": 4.5, "count": 2}  # (0.0 + 9.0) / 2
+    assert {"path": "24.png", "mean_loss": 1.2, "count": 2} in written["images"]  # (2.4 + 0.0) / 2
+    means = [row["mean_loss"] for row in written["images"]]
     assert means == sorted(means, reverse=True)
     assert len(means) == 25
-    assert written["worst"] == written["pictures"][:20]
+    assert written["worst"] == written["images"][:20]
     assert resumed.state() == {"rows": {}}

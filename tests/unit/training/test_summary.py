@@ -12,7 +12,7 @@ def test_captions_are_counted_and_none_is_reported(tmp_path):
         (tmp_path / f"{name}.txt").write_text(caption, encoding="utf-8")
     assert summarise_captions(scan_dataset(tmp_path)) == {
         "different_captions": 3,
-        "pictures_without_caption": 1,
-        "pictures_with_tags": 1,
+        "images_without_caption": 1,
+        "images_with_tags": 1,
         "median_words_in_a_caption": 2,
     }
