@@ -8,9 +8,9 @@ function describe(panel) {
   }
   for (const icon of panel.querySelectorAll(".jupyter-button i:not([aria-hidden])")) icon.setAttribute("aria-hidden", "true");
   for (const image of panel.querySelectorAll('.edk-card img[class*="edk-image-"]')) {  // opened large by `viewer.js`
-    const label = image.closest(".edk-card").querySelector(".widget-checkbox, .jupyter-widget-checkbox");
+    const label = image.closest(".edk-card").querySelector(".edk-name");
     const name = label ? label.textContent.trim() : "";
-    if (image.alt !== name) { image.alt = name; image.tabIndex = 0; image.setAttribute("role", "button"); }
+    if (image.alt !== name) { image.alt = image.title = name; image.tabIndex = 0; image.setAttribute("role", "button"); }
   }
   const state = (selector, name, test) => {
     for (const button of panel.querySelectorAll(selector)) {
