@@ -74,7 +74,7 @@ def display_widget(widget: widgets.Widget) -> None:
     """Show a widget below the cell.
 
     A notebook that is opened again has the output and not the widget behind it, of which Jupyter says "Error displaying
-    widget: model not found". So a note in plain HTML goes ahead: hidden next to a live panel, else in the error's place.
+    widget: model not found". An output of HTML goes ahead, whose style sheet puts a sentence in the place of this error.
     """
     from IPython.display import display
 
