@@ -121,7 +121,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         paths = sorted(options.folder.rglob("*.jpg")) if options.folder else make_photographs(Path(temporary))
-        print(f"{'':28} {'':11} {'':9} {'pictures/s':>15} {'':6} {'PSNR in dB':>25}")
+        print(f"{'':28} {'':11} {'':9} {'images/s':>15} {'':6} {'PSNR in dB':>25}")
         print(
             f"{'file':28} {'pixels':11} {'bucket':9} {'kit':>7} {'Pillow':>7} {'ratio':>6} {'8 bits':>7} {'floor':>7} "
             f"{'unrounded':>9}"

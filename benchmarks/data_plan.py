@@ -49,7 +49,7 @@ def make_dataset(count: int) -> Dataset:
     """Rows as a scan would give them, of widely differing shapes, a tenth with a multiplier."""
     rng = np.random.default_rng(0)
     widths, heights = rng.integers(400, 3000, (2, count)).tolist()
-    builder = DatasetBuilder(["/data/pictures"])
+    builder = DatasetBuilder(["/data/images"])
     for number in range(count):
         builder.add(
             f"{number // 1000:04}/{number:07}.jpg",
@@ -110,7 +110,7 @@ def plan_task(count: int) -> dict:
 
 def show_scans(folder: Path, count: int) -> None:
     print(f"Scan of {count:,} small JPEGs, each with a caption file")
-    print(f"{'':<28}{'seconds':>9}{'CPU s':>8}{'files/s':>10}{'peak MB':>9}{'bytes/picture':>15}")
+    print(f"{'':<28}{'seconds':>9}{'CPU s':>8}{'files/s':>10}{'peak MB':>9}{'bytes/image':>15}")
     with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryDirectory() as cache:
         base = measure(scan_task, empty, None)["peak_bytes"]
         for name, where in (("nothing remembered", None), ("remembering", cache), ("second start, unchanged", cache)):
@@ -126,7 +126,7 @@ def show_plans() -> None:
     print("\nEpoch plan, batch 8 x 2, 512 px (first: with the keys' hashes, once for each dataset)")
     print(
         f"{'pictures':>10}{'first s':>9}{'CPU s':>8}{'next s':>9}{'us/step':>9}"
-        f"{'columns B':>11}{'peak MB':>9}{'bytes/picture':>15}"
+        f"{'columns B':>11}{'peak MB':>9}{'bytes/image':>15}"
     )
     base = measure(plan_task, 1)["peak_bytes"]
     for count in (10**3, 10**4, 10**5, 10**6):

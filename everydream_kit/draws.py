@@ -1,7 +1,7 @@
 """Addressed randomness: every random draw is a pure function of an address.
 
 An address is a seed, a purpose (a word) and a tuple of integers or words, for instance
-``(555, "noise", epoch, picture, repeat)``. No global generator is read anywhere in the kit, so the number of
+``(555, "noise", epoch, image, repeat)``. No global generator is read anywhere in the kit, so the number of
 loader workers changes nothing, a resumed run draws what the uninterrupted one would have drawn, and two
 configurations can be compared with everything else equal.
 

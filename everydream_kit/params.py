@@ -95,7 +95,7 @@ def parameter(name: str) -> Parameter:
 
 
 def group_title(group: type[Group]) -> str:
-    """The group's name, from the first words of its docstring (`Data: which pictures ...` gives `Data`)."""
+    """The group's name, from the first words of its docstring (`Data: which images ...` gives `Data`)."""
     return (group.__doc__ or "").split(":")[0].split(".")[0].strip()
 
 

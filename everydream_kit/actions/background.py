@@ -22,7 +22,7 @@ from everydream_kit.identity import this_process
 from everydream_kit.workspace import RunFolder
 
 INSPECTION_FILE, PLAN_FILE = "report.json", "plan.json"
-POLITE, POLITENESS = ("look", "foretell"), 10
+POLITE, POLITENESS = ("inspect", "estimate"), 10
 """Work that nobody waits for at this moment leaves the processors to training and sampling."""
 REPORT_SECONDS = 0.5
 """Between two reports of progress."""
@@ -146,9 +146,9 @@ def push(status: StatusWriter, folder: Path, source: str, repo_id: str, options:
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "fetch": fetch,
     "unpack": unpack,
-    "look": inspect_folder,
-    "foretell": estimate,
-    "draw": generate_comparison,
+    "inspect": inspect_folder,
+    "estimate": estimate,
+    "generate": generate_comparison,
     "export": export,
     "push": push,
 }

@@ -48,7 +48,7 @@ def estimate_bytes(
     fixed: bool = False,
     channels: int = MOMENT_CHANNELS,
 ) -> int:
-    """Most bytes that the cache of a dataset can take. Equal crops and duplicate pictures take them once only."""
+    """Most bytes that the cache of a dataset can take. Equal crops and duplicate images take them once only."""
     total = 0
     for index, bucket in possible_buckets(dataset, plan_settings):
         image = dataset.image(index)

@@ -20,7 +20,7 @@ Size = tuple[int, int]
 class Draw:
     """One use of one image in one epoch.
 
-    `(epoch, picture, repeat)` is unique in a run and is the address of its crop, flip, caption, noise and timestep.
+    `(epoch, image, repeat)` is unique in a run and is the address of its crop, flip, caption, noise and timestep.
     A `filler` is in where a rank would otherwise have nothing to do: it is loaded, and counts for nothing.
     """
 

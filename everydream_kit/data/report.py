@@ -281,7 +281,7 @@ def _lines(report: DatasetReport) -> list[str]:
         f"  {_size(b.size):>11}  {b.num_images:>6} images  {b.num_batches:>5} batches  {b.fullness:>4.0%} full"
         for b in r.buckets
     ]
-    lines += _section("Left out", [str(problem) for problem in r.skipped])
+    lines += _section("Skipped", [str(problem) for problem in r.skipped])
     lines += _section("Used, with a note", [str(problem) for problem in r.notes])
     lines += _section("Smaller than their bucket", [_undersized_line(item) for item in r.undersized])
     lines += _section("Groups of identical files", [", ".join(group) for group in r.exact_duplicates])

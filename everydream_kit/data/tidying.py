@@ -121,7 +121,7 @@ def _rewrite(  # noqa: PLR0917
     dry_run: bool,
     progress: Progress | None,
 ) -> PrepReport:
-    """Copy a dataset, with `make(picture, copy)` giving the bytes of what is not copied as it is."""
+    """Copy a dataset, with `make(image, copy)` giving the bytes of what is not copied as it is."""
     root, target = Path(folder).resolve(), Path(target).resolve()
     _refuse_nesting(root, target)
     dataset = scan_dataset(root)

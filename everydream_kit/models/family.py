@@ -174,7 +174,7 @@ KL_VAE = Component("vae", "diffusers.models.autoencoders.autoencoder_kl", "Autoe
 
 @dataclass(frozen=True, slots=True)
 class PromptSettings:
-    """How prompts are encoded, beside the family's own ways.
+    """How prompts are encoded, in addition to the family's own ways.
 
     Attributes:
         clip_skip: hidden layer of a CLIP text encoder, from its end.

@@ -82,7 +82,7 @@ def sample_images(
         guidance_rescale: arXiv 2305.08891, equation 16; None: 0.7 for zero-terminal-SNR models, else 0.
 
     Returns:
-        One image for each guidance scale of each prompt, in order. `picture.info["parameters"]` holds its settings
+        One image for each guidance scale of each prompt, in order. `image.info["parameters"]` holds its settings
         as the common UIs write them; `save_image` puts them into the file.
 
     Raises:

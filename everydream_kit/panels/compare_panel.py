@@ -242,7 +242,7 @@ class ComparePanel(Panel):
         if asked.count_missing():
             request = asked.save(f"request-{secrets.token_hex(4)}.json")
             try:
-                self.sampling.begin("draw", str(request))
+                self.sampling.begin("generate", str(request))
             except JobError:
                 request.unlink()
                 raise

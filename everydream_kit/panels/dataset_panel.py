@@ -56,7 +56,7 @@ class DatasetPanel(Panel):
             self.project.add_demo_images()
         self.fetching = BackgroundTask(self.project.folder / "fetch", token_environment())
         self.unpacking = BackgroundTask(self.project.folder / "unpack")
-        self.inspecting = BackgroundTask(self.project.folder / "look")
+        self.inspecting = BackgroundTask(self.project.folder / "inspect")
         self.album = Album(self._dataset_folder())
         self._inspection: dict[str, Any] = read_report(self.inspecting.folder)
         self.bar = style.progress_bar()
@@ -248,7 +248,7 @@ class DatasetPanel(Panel):
             self.problems.report(f"Looking for duplicates and broken pictures: {done:,} of {total:,} …")
         elif self._needs_inspection() and not self.inspecting.attach():
             settings = {**asdict(self._report_settings()), "base": str(self.project.settings()["resume_ckpt"])}
-            self.inspecting.begin("look", str(self.album.root), json.dumps(settings))
+            self.inspecting.begin("inspect", str(self.album.root), json.dumps(settings))
 
     def _needs_inspection(self) -> bool:
         idle = self.unpacking.job is None and self.fetching.job is None and not self._inspection_failed

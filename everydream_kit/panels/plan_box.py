@@ -161,7 +161,7 @@ class PlanBox:
             return
         wish = {"gpu": self.gpu.value or None, "price": price, "key": self._key}
         try:
-            self._task.begin("foretell", self._config.to_json(), json.dumps(wish))
+            self._task.begin("estimate", self._config.to_json(), json.dumps(wish))
         except JobError:  # another panel on this project plans at this moment
             self._asked = ""
 

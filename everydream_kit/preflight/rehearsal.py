@@ -166,7 +166,7 @@ def _quiet() -> Iterator[None]:
 def stand_in_dataset(config: TrainConfig, bucket: Size) -> Dataset:
     """A dataset of one image that need not exist."""
     builder = DatasetBuilder(["."])
-    builder.add("picture.png", width=bucket[0], height=bucket[1], caption=CAPTION, caption_kind=FROM_TEXT)
+    builder.add("image.png", width=bucket[0], height=bucket[1], caption=CAPTION, caption_kind=FROM_TEXT)
     return builder.build(Defaults(shuffle_tags=config.shuffle_tags, keep_tags=config.keep_tags))
 
 
@@ -256,7 +256,7 @@ def make_batch(bucket: Size, batch_size: int, *, with_moments: bool, channels: i
         mask=None,
         original_sizes=[bucket] * batch_size,
         crop_top_lefts=[(0, 0)] * batch_size,
-        paths=["picture.png"] * batch_size,
+        paths=["image.png"] * batch_size,
     )
 
 

@@ -165,7 +165,7 @@ def test_captions_are_edited_in_place_and_images_uploaded(lab, driver, page, tmp
     panel.get_by_role("button", name="Exclude").click()
     expect(panel.get_by_text("No problems")).to_be_visible()
     driver.wait_while_moving(
-        (project / "look" / "report.json").is_file
+        (project / "inspect" / "report.json").is_file
     )  # the page's clock had it looked for duplicates
 
     data = os.urandom(12_000_000)  # more than one message of Jupyter's may hold

@@ -49,7 +49,7 @@ ROOMS = [
 APART = {("data", "models"), ("models", "data")}
 TORCH_FREE = tuple(ROOMS[: ROOMS.index("doctor")])
 TORCH_IN_PREFLIGHT = ("imitation.py", "rehearsal.py", "tracker.py")
-"""They run the trainer's own step; whoever foretells imports them when it is asked to."""
+"""They run the trainer's own step; whoever estimates imports them when it is asked to."""
 TORCH_IN_DATA = ("batches.py", "captioning.py", "latent_encoding.py", "latents.py", "loader.py", "text_cache.py")
 SLOW = ("diffusers", "transformers", "peft", "bitsandbytes", "accelerate", "pytorch_optimizer", "tensorboard", "torch")
 """Importing these takes from a half to several seconds; `torch` is listed for the rooms that must work without it."""
@@ -81,7 +81,7 @@ def tree_of(path):
 
 
 def room_of(path):
-    """First part of the path; the demo's story stands far below its pictures and its base model, so it counts apart."""
+    """First part of the path; the demo's story stands far below its images and its base model, so it counts apart."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return "demo.main" if parts[:2] == ("demo", "main") else parts[0]
 

@@ -296,11 +296,11 @@ def test_a_python_that_cannot_make_environments_names_the_missing_package(tmp_pa
 
 
 def test_a_folder_that_is_no_environment_is_not_cleared(tmp_path):
-    (tmp_path / "my-pictures").mkdir()
-    (tmp_path / "my-pictures" / "holiday.jpg").write_bytes(b"x")
+    (tmp_path / "my-images").mkdir()
+    (tmp_path / "my-images" / "holiday.jpg").write_bytes(b"x")
     with pytest.raises(set_up.SetupError, match="is no virtual environment"):
-        set_up.make_venv(tmp_path / "my-pictures")
-    assert (tmp_path / "my-pictures" / "holiday.jpg").exists()
+        set_up.make_venv(tmp_path / "my-images")
+    assert (tmp_path / "my-images" / "holiday.jpg").exists()
 
 
 def test_every_extra_and_lower_bound_is_read_from_setup_cfg():

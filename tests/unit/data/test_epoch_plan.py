@@ -42,7 +42,7 @@ plan_settings = st.builds(
 
 
 def make_dataset(rows: list[dict]) -> Dataset:
-    builder = DatasetBuilder(["/pictures"])
+    builder = DatasetBuilder(["/images"])
     for number, row in enumerate(rows):
         builder.add(f"p{number}.png", **row)
     return builder.build(Defaults())
@@ -376,12 +376,12 @@ def test_the_schedule_names_step_size_and_path_of_every_use(tmp_path):
     plan = plan_epoch(dataset, PlanSettings(2, 1, (128,)), 0)
     plan.write_schedule(tmp_path / "ep0_batch_schedule.txt", dataset)
     lines = (tmp_path / "ep0_batch_schedule.txt").read_text().splitlines()
-    assert sorted(line.rpartition("path:")[2] for line in lines) == ["/pictures/p0.png"] + ["/pictures/p1.png"] * 2
+    assert sorted(line.rpartition("path:")[2] for line in lines) == ["/images/p0.png"] + ["/images/p1.png"] * 2
     assert {line.partition(" path:")[0] for line in lines} == {
         f"step:{k:05}, wh:[128, 128], r:{plan.images_in_step(k) == 1}," for k in (0, 1)
     }
     plan.write_ledger(tmp_path / "ledger.txt", dataset)
-    assert (tmp_path / "ledger.txt").read_text() == "1\t/pictures/p0.png\n2\t/pictures/p1.png\n"
+    assert (tmp_path / "ledger.txt").read_text() == "1\t/images/p0.png\n2\t/images/p1.png\n"
 
 
 @pytest.mark.parametrize("name", ["batch_size", "grad_accum", "num_ranks", "max_epochs"])

@@ -127,7 +127,7 @@ def test_the_report_is_text_for_people_and_json_for_programs(folder):
     for part in (
         f"7 images in {folder}",
         "144x112",
-        "Left out (1):",
+        "Skipped (1):",
         "broken.png: not an image in a format that is read",
         "Used, with a note (1):",
         "odd.jpg: named .jpg, but is a PNG file",
@@ -147,7 +147,7 @@ def test_long_lists_are_cut_in_the_text_only(tmp_path):
     for number in range(14):
         (tmp_path / f"{number}.png").write_bytes(b"")
     report = prepare_dataset(tmp_path).report()
-    assert "Left out (14):" in report.text
+    assert "Skipped (14):" in report.text
     assert "  ... and 4 more" in report.text
     assert len(report.to_json()["skipped"]) == 14
 

@@ -35,7 +35,7 @@ def tar_member(name, kind=tarfile.REGTYPE, link=""):
     return info
 
 
-GOOD = {"cats/a.png": b"picture", "cats/a.txt": b"a cat", "b.jpg": b"another"}
+GOOD = {"cats/a.png": b"image", "cats/a.txt": b"a cat", "b.jpg": b"another"}
 
 
 def contents(folder):
@@ -44,7 +44,7 @@ def contents(folder):
 
 @pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz", ".tgz"])
 def test_an_archive_becomes_a_folder_once(tmp_path, suffix):
-    archive = tmp_path / f"pictures{suffix}"
+    archive = tmp_path / f"images{suffix}"
     if suffix == ".zip":
         make_zip(archive, GOOD)
     else:

@@ -33,7 +33,7 @@ def planned(settings, gpu="T4", price=None, **options):
     return plan(TrainConfig(**settings), gpu, price, estimate=options.pop("estimate", LinearMemory()), **options)
 
 
-def test_the_line_says_steps_time_memory_disk_and_money(settings):
+def test_the_line_says_steps_time_memory_disk_and_cost(settings):
     made = planned(settings, price=0.35)
     assert re.fullmatch(
         r"40 epochs → 160 steps → about (\d+ min|\d+ min \d\d s) on a T4 · 8\.6 of 14\.6 GiB · [\d.]+ GB disk · about 0\.\d+ USD",
@@ -109,12 +109,12 @@ def test_auto_is_planned_with_the_largest_that_fits(settings):
 
 
 def test_a_dataset_that_is_not_here_leaves_the_steps_open(settings, tmp_path):
-    for root in ("me/pictures", str(tmp_path / "absent"), str(tmp_path / "pictures.zip")):
+    for root in ("me/images", str(tmp_path / "absent"), str(tmp_path / "images.zip")):
         made = planned({**settings, "data_root": root})
         assert made.line.startswith("40 epochs → steps are known once the dataset is there → on a T4 · 8.6 of 14.6 GiB")
         assert any(f"data_root {root}: not looked at" in note for note in made.assumptions)
         assert (made.seconds, made.cost, made.disk) == (None, None, None)
-    assert planned({**settings, "data_root": "me/pictures", "max_steps": 100}).steps.num_steps == 100
+    assert planned({**settings, "data_root": "me/images", "max_steps": 100}).steps.num_steps == 100
 
 
 def test_a_huge_dataset_is_counted_and_not_opened(settings, monkeypatch):
@@ -130,7 +130,7 @@ def test_an_empty_dataset_is_a_warning(settings, tmp_path):
     assert any("no image can be used" in warning for warning in made.warnings)
 
 
-def test_measured_steps_correct_time_money_and_saves(settings):
+def test_measured_steps_correct_time_cost_and_saves(settings):
     made = planned({**settings, "ckpt_every_n_minutes": 10}, price=1.0)
     slower = corrected(made, 10 * made.step.seconds, steps_done=40)
     assert slower.step.basis == "measured here"

@@ -32,12 +32,12 @@ def test_the_shipped_file_with_old_names_loads(tmp_path):
         "every_n_epochs": 1,
         "seed": 555,
         "use_relative_loss": False,
-        "extra_manual_datasets": {"santa": "pictures/santa"},
+        "extra_manual_datasets": {"santa": "images/santa"},
     }
     path.write_text(json.dumps(shipped), encoding="utf-8")
     config = load_validation_config(path)
     assert (config.manual_data_root, config.auto_split_proportion) == ("held out", 0.2)
-    assert config.extra_manual_datasets == {"santa": "pictures/santa"}
+    assert config.extra_manual_datasets == {"santa": "images/santa"}
     assert not config.splits_training_set
     assert config.warnings == []
 

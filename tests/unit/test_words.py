@@ -1,0 +1,187 @@
+"""The field's words: retired ones stay out of names, comments, messages and docs.
+
+The table below is the glossary's left column, as far as a pattern can tell a retired meaning from a good one. `draw`
+stays for random numbers and charts, `card` for model cards, `whole` and `say` where they are plain English; reviews
+look after those.
+"""
+
+import io
+import re
+import tokenize
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+FOLDERS = ("everydream_kit", "scripts", "benchmarks", "recipes", "tests", "notebooks/src")
+
+NAME_PARTS = {
+    "picture": "image",
+    "pictures": "images",
+    "foretell": "estimate",
+    "foretold": "estimated",
+    "forecast": "estimate",
+    "mend": "fix",
+    "mended": "fixed",
+    "told": "reported",
+    "errand": "background task",
+    "chore": "background task",
+    "chores": "background tasks",
+    "remark": "note",
+    "remarks": "notes",
+    "newest": "latest",
+    "money": "cost",
+    "settle": "resolve",
+    "settled": "resolved",
+    "innermost": "unwrap",
+    "rejoin": "sync_ranks",
+    "beside": "next_to",
+}
+"""Words of an identifier, split at underscores and capitals."""
+
+PHRASES = {
+    r"pictures?": "image; sample for what a model generates",
+    r"foretell\w*|foretold|forecasts?": "estimate, predict",
+    r"mend(s|ed)?": "fix",
+    r"errands?|chores?": "background task",
+    r"remarks?": "note, warning",
+    r"newest": "latest",
+    r"without a word": "silently; exited unexpectedly",
+    r"(sets?|setting) (\w+ )?aside": "exclude",
+    r"left out|leaves? out": "skip, exclude",
+    r"beside": "next to, with, compared with",
+    r"at work": "running, in use",
+    r"go(es)? on|going on|went on": "continue",
+    r"with what right": "where it comes from",
+    r"how-manieth": "repeat index",
+    r"kept back": "held out",
+    r"(is|are) there twice": "exact duplicates",
+    r"not a number any more": "NaN or infinite",
+    r"look again": "refresh, rescan",
+}
+"""Phrases of comments, docstrings, messages and pages."""
+
+ALLOWED = {
+    "tests/unit/test_words.py": "the table itself",
+    "recipes/embedded_base/vocabulary.py": "words of captions that the embedded model was trained with",
+    "docs/parameters.md": "made from config.py",
+}
+"""Files that are not read, and why."""
+
+ALLOWED_LINES = (
+    (r"[\"']num_pictures[\"']|[\"']picture_table[\"']", "keys of resume states; runs of before hold them"),
+    (r"[\"']pictures[\"']", "key of events and tables of runs before, and folder names of tests"),
+    (r"set-aside-duplicates", "name of a `tidy` step that scripts use"),
+    (r"mark\.beside|not beside|^    beside:", "name of a pytest marker"),
+    (r"(?i:picture) \{number\}|startswith\(.(?i:picture)", "captions that tests train with"),
+)
+"""Lines that may hold a retired word, and why."""
+
+TO_DO = (
+    "everydream_kit/panels/",
+    "everydream_kit/config.py",
+    "everydream_kit/workspace.py",
+    "tests/unit/panels/",
+    "tests/browser/",
+    "tests/unit/test_config.py",
+    "docs/decisions.md",
+    "docs/differences.md",
+    "docs/experiments.md",
+    "docs/experiments-embedded-base.md",
+    "CHANGELOG.md",
+)
+"""Not covered yet: to be emptied."""
+
+
+def name_of(path):
+    return path.relative_to(REPOSITORY).as_posix()
+
+
+def is_read(path):
+    return not name_of(path).startswith(TO_DO) and name_of(path) not in ALLOWED
+
+
+SOURCES = sorted(path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.py") if is_read(path))
+PAGES = sorted(path for path in (*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")) if is_read(path))
+
+
+@cache
+def retired_phrases():
+    return re.compile(rf"\b({'|'.join(PHRASES)})\b", re.IGNORECASE)
+
+
+def advice(phrase):
+    return next(words for pattern, words in PHRASES.items() if re.fullmatch(pattern, phrase, re.IGNORECASE))
+
+
+def parts_of(name):
+    return [part.lower() for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)]
+
+
+def is_allowed(line):
+    return any(re.search(pattern, line) for pattern, _ in ALLOWED_LINES)
+
+
+def retired_in(path, number, text, line):
+    """Retired phrases of a piece of text that starts at a line; inline code is judged by its names alone."""
+    found = []
+    for match in retired_phrases().finditer(text):
+        place = number + text[: match.start()].count("\n")
+        around = text.splitlines()[text[: match.start()].count("\n")] if "\n" in text else line
+        if not is_allowed(around):
+            found.append(f"{name_of(path)}:{place}: {match[0]!r}; write: {advice(match[0])}")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_code_uses_the_fields_words(path):
+    source = path.read_text(encoding="utf-8")
+    found = []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        number = token.start[0]
+        if token.type == tokenize.NAME and not is_allowed(token.line):
+            found += [
+                f"{name_of(path)}:{number}: name {token.string!r}; write: {NAME_PARTS[part]}"
+                for part in parts_of(token.string)
+                if part in NAME_PARTS
+            ]
+        elif token.type in (tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.COMMENT)):
+            found += retired_in(path, number, token.string, token.line)
+    assert not found
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_pages_use_the_fields_words(path):
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        found += retired_in(path, number, line, line)
+    assert not found
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_prose_of_pages_is_at_most_100_columns_wide(path):
+    """Tables, code and addresses may be wider."""
+    wide, in_code = [], False
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        in_code ^= line.lstrip().startswith("```")
+        is_prose = not in_code and not re.match(r"\s*(\||<|!\[|#)|    ", line) and "://" not in line
+        if is_prose and len(line) > 100 and " " in line.strip()[:90]:
+            wide.append(f"{name_of(path)}:{number}")
+    assert not wide
+
+
+def test_what_is_left_to_do_exists():
+    assert SOURCES
+    assert PAGES
+    assert [name for name in (*TO_DO, *ALLOWED) if not (REPOSITORY / name).exists()] == []
+
+
+def test_a_retired_word_is_found_and_named():
+    path = REPOSITORY / "tests/unit/test_words.py"
+    assert retired_in(path, 7, "one\nlies beside the Picture", "") == [
+        f"{name_of(path)}:8: 'beside'; write: next to, with, compared with",
+        f"{name_of(path)}:8: 'Picture'; write: image; sample for what a model generates",
+    ]
+    assert parts_of("_newestRun_ofErrand") == ["newest", "run", "of", "errand"]
+    assert retired_in(path, 1, 'state["num_pictures"]', 'state["num_pictures"]') == []
