@@ -1,8 +1,8 @@
 """From settings to a run: the one place where a config meets the components.
 
 `build_run` checks what is cheap first (settings, dataset, optimizer file), so that a mistake costs seconds and no GPU; then it
-loads the model and hands both to `assemble_run`, which builds the rest. What a run trains on is in `training_images.py`, the model
-it starts from in `base.py`; starting, resuming and ending a run are in `sessions.py`.
+loads the model and hands both to `assemble_run`, which builds the rest. What a run trains on is in `training_images.py`, the
+model it starts from in `base.py`; starting, resuming and ending a run are in `sessions.py`.
 """
 
 from __future__ import annotations
