@@ -96,7 +96,7 @@ def measure(path: Path, resolution: int, rounds: int) -> tuple[float, float]:
     bucket = assign_bucket(width, height, bucket_table(resolution))
     crop = draw_crop(width, height, bucket, crop_jitter=0.02, flip_p=0.0, seed=1, address=(0, path.name, 0))
     kit_seconds, plain_seconds = [], []
-    for _ in range(rounds):  # side by side, so that both meet the same neighbours
+    for _ in range(rounds):  # side by side, so that both meet the same neighbors
         kit_seconds.append(seconds_of(lambda: load_pixels(path, bucket, crop)))
         plain_seconds.append(seconds_of(lambda: plain_pillow(path, bucket, crop)))
     kit, plain = load_pixels(path, bucket, crop).pixels, plain_pillow(path, bucket, crop)

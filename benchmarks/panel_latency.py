@@ -92,7 +92,7 @@ def make_images(folder: Path, count: int) -> None:
         pixels = noise.integers(0, 255, (96, 96, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:05}.jpg")
         when = "night" if number < TAGGED else "day"
-        (folder / f"{number:05}.txt").write_text(f"picture {number}, {when}\n")
+        (folder / f"{number:05}.txt").write_text(f"image {number}, {when}\n")
 
 
 def with_many_images(driver: Driver, lab: Lab) -> list[tuple[str, float, float, str]]:

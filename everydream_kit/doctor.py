@@ -314,7 +314,7 @@ def _check_device(machine: Machine, device: Device | None) -> Check:
         )
         return Check(name, "warning", f"{found}; there is an NVIDIA driver, but torch cannot use a GPU", cure)
     cure = (
-        "Fine for the demo and for small models. Full-size models want a GPU; on Colab: Runtime > Change runtime type."
+        "Fine for the demo and for small models. Full-size models need a GPU; on Colab: Runtime > Change runtime type."
     )
     return Check(name, "warning", found, cure)
 
@@ -324,7 +324,7 @@ def _check_gpu_memory(device: Device | None) -> Check | None:
         return None
     text = f"{_gib(device.free_bytes)} free of {_gib(device.total_bytes)}"
     if device.total_bytes < GPU_WANTED_BYTES:
-        cure = "Full fine-tuning of SD 1.x wants about 10 GiB: use gradient_checkpointing at batch_size 1, or a smaller model."
+        cure = "Full fine-tuning of SD 1.x needs about 10 GiB: use gradient_checkpointing at batch_size 1, or a smaller model."
         return Check("GPU memory", "warning", text, cure)
     if device.free_bytes < device.total_bytes / 2:
         return Check(
@@ -437,7 +437,7 @@ def _check_widgets(machine: Machine, host: Host) -> Check | None:
     if int(version.split(".")[0]) != COLAB_WIDGETS_MAJOR:
         cure = 'Go back to Colab\'s own: pip install "ipywidgets==7.7.1", then restart the runtime.'
         return Check("widgets", "warning", f"ipywidgets {version}; Colab shows version 7 only", cure)
-    return Check("widgets", "ok", f"ipywidgets {version}, as Colab wants it")
+    return Check("widgets", "ok", f"ipywidgets {version}, as Colab requires")
 
 
 def _check_token(machine: Machine) -> Check:

@@ -212,7 +212,7 @@ def translate(values: Mapping[str, Any], *, from_file: bool) -> tuple[dict[str, 
         elif name in FORK:
             missing.append(
                 f"{name}: a setting of damian0815's fork that changes the training (got {value!r}); the kit does not "
-                "have it. Take it out to train without it."
+                "have it. Remove it to train without it."
             )
         else:
             today = RENAMED.get(name, name)

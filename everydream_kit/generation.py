@@ -39,7 +39,7 @@ def sample(
     out: str | Path = "samples",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
-    """Generate images and write them as PNG files that carry their settings, with a labelled grid of all.
+    """Generate images and write them as PNG files that carry their settings, with a labeled grid of all.
 
     Args:
         checkpoint: a diffusers folder, a single file, a Hub id, a run (its last checkpoint), `embedded`, or a loaded
@@ -58,7 +58,7 @@ def sample(
 
     Raises:
         ModelError: a checkpoint cannot be used.
-        ConfigError: no prompt, no checkpoint, an unknown scheduler, or a size that is no multiple of 8.
+        ConfigError: no prompt, no checkpoint, an unknown scheduler, or a size that is not a multiple of 8.
     """
     from everydream_kit.models.sampling import SamplePrompt, sample_images
 

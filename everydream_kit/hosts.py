@@ -1,13 +1,14 @@
-"""Which machine this is: a notebook host, a rented pod or a plain one, and what that means for paths, secrets and addresses.
+"""Which machine this is: a notebook host, a rented pod or a plain one, and what that means for paths, secrets and
+addresses.
 
-Here: recognising the host, its folder that outlives the machine, and everything of `google.colab` that the kit uses
+Here: recognizing the host, its folder that outlives the machine, and everything of `google.colab` that the kit uses
 (Drive, secrets, the widget manager), behind the small `ColabBridge` so that tests put a double in its place. Not here:
 what is installed and whether it is enough (`doctor`), and where projects lie inside the storage folder (`workspace`).
 
 Only the standard library is imported: `colab_setup.sh` asks this module before anything is installed. A host is
-recognised from the variables that it sets, not from its paths, because a folder named /workspace or /content proves
-nothing (SageMaker Studio Lab sets none, and is known by the home folder that all its users share). None of this was run on
-these hosts themselves; it follows their documentation, or the variables that their own client libraries ask for.
+recognized from the variables that it sets, not from its paths, because a folder named /workspace or /content proves
+nothing (SageMaker Studio Lab sets none, and is known by the home folder that all its users share). None of this was run
+on these hosts themselves; it follows their documentation, or the variables that their own client libraries ask for.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _TITLES: dict[HostName, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """A recognised machine.
+    """A recognized machine.
 
     Attributes:
         name: short name; `plain` is any machine that is none of the others.
@@ -153,12 +154,12 @@ class GoogleColab:
             return importlib.import_module(f"google.colab.{name}")
         except ImportError as error:
             raise HostError(
-                f"google.colab.{name} cannot be imported here, so this is no Colab kernel. Run it in a Colab notebook."
+                f"google.colab.{name} cannot be imported here, so this is not a Colab kernel. Run it in a Colab notebook."
             ) from error
 
 
 def detect_host(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> Host:
-    """Recognise the machine from the variables that its host sets.
+    """Recognize the machine from the variables that its host sets.
 
     Args:
         environ: environment variables.

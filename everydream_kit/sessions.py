@@ -269,7 +269,7 @@ def _restore(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
         warn_of_rates(run, state)
     except RESTORE_ERRORS as error:
         raise CheckpointError(
-            f"{checkpoint}: what it says of its run is damaged ({error!r}). Remove it, and resume from the checkpoint before."
+            f"{checkpoint}: its record of the run is damaged ({error!r}). Remove it, and resume from the checkpoint before."
         ) from error
     try:
         optimizer_state = tensors["optimizer"]
@@ -280,7 +280,7 @@ def _restore(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
         if run.ema is not None and "ema" in tensors:
             run.ema.load_state_dict(tensors["ema"])
         elif run.ema is not None:
-            run.warn("EMA was off when this was saved: the averages begin with the weights as they are now.")
+            run.warn("EMA was off when this was saved: the averages start from the current weights.")
     except RESTORE_ERRORS as error:
         raise CheckpointError(
             f"{checkpoint}: its optimizer state does not fit these settings ({error}). What is trained cannot change on "
@@ -312,7 +312,7 @@ def _changed(
     fixed = sorted(CANNOT_CHANGE & changes.keys())
     if fixed:
         raise CheckpointError(
-            f"{', '.join(fixed)}: cannot change when a run continues. Start a new run from its weights with --resume_ckpt "
+            f"{', '.join(fixed)}: cannot change on resume. Start a new run from its weights with --resume_ckpt "
             f"{folder.last_checkpoint}."
         )
     changed = config.replace(**changes)
@@ -388,7 +388,7 @@ def _record_early_stop(journal: Journal, stop: StopSignal, state: dict[str, Any]
     journal.folder.take_request()  # it is obeyed here, and must not stop whoever continues
     reason = stop.reason or "request"
     step = state["position"]["step"] if state else 0
-    saved = "the checkpoint that it continues from is as it was" if state else "nothing was saved"
+    saved = "its checkpoint is unchanged" if state else "nothing was saved"
     journal.report("stopped", step=step, reason=reason)
     journal.set_state("stopped", step=step, stopped_by=reason, message=f"Stopped before training began; {saved}.")
 

@@ -31,7 +31,7 @@ def load_config(
         The config, and warnings about names that have gone out of use (one sentence each).
 
     Raises:
-        ConfigError: the file is not there, is no JSON object, names an unknown setting, or a value is wrong. All
+        ConfigError: the file is not there, is not a JSON object, names an unknown setting, or a value is wrong. All
             problems at once. Or it is the file of a fetched run that a person has not completed yet.
     """
     if path is not None and (origin := read_origin(Path(path).parent)) is not None:
@@ -106,7 +106,7 @@ def upgrade(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         )
     given = values.get("given")
     if given is not None and not (isinstance(given, list) and all(isinstance(name, str) for name in given)):
-        raise ConfigError("given: must be a list of setting names. Take it out of the file.")
+        raise ConfigError("given: must be a list of setting names. Remove it from the file.")
     kept: dict[str, Any] = {}
     warnings = []
     for name, value in values.items():

@@ -10,7 +10,7 @@ FORM = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
 
 class ShareBar:
-    """Shows how much is done, and goes when it has ended. Where stderr is no terminal it shows nothing."""
+    """Shows how much is done, and goes when it has ended. Where stderr is not a terminal it shows nothing."""
 
     def __init__(self, what: str) -> None:
         from tqdm import tqdm

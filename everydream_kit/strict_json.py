@@ -35,7 +35,7 @@ _CURES = (
     ("Invalid \\escape", 'Write each backslash twice ("R:\\\\images"), or use "/".'),
     ("Invalid control character", "A line break inside a text is written \\n."),
     ("Illegal trailing comma", "Remove the comma before the closing bracket."),
-    ("Expecting property name", "Names are in double quotes, and no comma stands after the last one."),
+    ("Expecting property name", "Names are in double quotes, without a comma after the last one."),
     ("Expecting value", "Is there a comma too many, or a text without double quotes?"),
     ("Expecting ',' delimiter", "Is a comma or a closing bracket missing before this place?"),
     ("Unterminated string", "A closing double quote is missing."),
@@ -209,7 +209,7 @@ def _decode(content: bytes, source: str, error: type[KitError]) -> str:
     except UnicodeDecodeError as problem:
         line = content[: problem.start].count(b"\n") + 1
         raise error(
-            f"{source}, line {line}: no text in UTF-8 ({problem.reason} at byte {problem.start}). Save it as UTF-8."
+            f"{source}, line {line}: not UTF-8 text ({problem.reason} at byte {problem.start}). Save it as UTF-8."
         ) from problem
 
 
@@ -256,7 +256,7 @@ class _Reader:
 
     def _constant(self, name: str) -> float:
         if not self.allow_nan:
-            self._refuse(self._find(name), f"{name} is no number")
+            self._refuse(self._find(name), f"{name} is not a number")
         return float(name)
 
     def _find(self, wanted: str) -> int:

@@ -105,7 +105,7 @@ def make_venv(venv: Path, base: str = sys.executable) -> None:
         return
     if venv.exists() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").is_file():
         raise SetupError(
-            f"{venv} is there, and is no virtual environment. Move it away, or set EDK_VENV to another folder."
+            f"{venv} is there, and is not a virtual environment. Move it away, or set EDK_VENV to another folder."
         )
     if not works(base, "import venv, ensurepip"):
         package = "python{}.{}-venv".format(*sys.version_info)
@@ -346,12 +346,12 @@ def requirements(extras: Sequence[str]) -> list[str]:
 
 
 def lower_bounds() -> dict[str, str]:
-    """Lowest versions that the kit works with, by normalised name."""
+    """Lowest versions that the kit works with, by normalized name."""
     return {requirement_name(line): line.partition(">=")[2] for line in requirements(()) if ">=" in line}
 
 
 def requirement_name(line: str) -> str:
-    """Normalised name in a requirement line, as pip compares names."""
+    """Normalized name in a requirement line, as pip compares names."""
     return re.sub(r"[-_.]+", "-", re.split(r"[\s<>=!~;\[]", line, maxsplit=1)[0]).lower()
 
 

@@ -32,11 +32,11 @@ def _add_push_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of changing the branch")
     parser.add_argument("--message", help="of the commit")
     parser.add_argument("--base_model", help="Hub id of the base, for the card; by default what the run started from")
-    parser.add_argument("--license", help="licence for the card, by its Hub name; by default the base model's")
+    parser.add_argument("--license", help="license for the card, by its Hub name; by default the base model's")
     parser.add_argument(
         "--precision", choices=["fp16", "bf16", "fp32"], help="of the single file that is written (default fp16)"
     )
-    parser.add_argument("--dry_run", action="store_true", help="say what would be uploaded, and upload nothing")
+    parser.add_argument("--dry_run", action="store_true", help="list what would be uploaded, without uploading")
 
 
 def _run_push(options: argparse.Namespace) -> None:

@@ -60,7 +60,7 @@ EXPORT_FORMATS = {
     "diffusers": "a diffusers folder; a LoRA is merged into its base",
     "lora": "a LoRA file for image apps (kohya's layout)",
     "diffusers_lora": "a LoRA file for diffusers' load_lora_weights",
-    "embedding": "a learnt token as an embedding file",
+    "embedding": "a learned token as an embedding file",
 }
 MODEL_FORMATS = ("single_file", "diffusers")
 LORA_LAYOUTS: dict[str, Literal["kohya", "diffusers"]] = {"lora": "kohya", "diffusers_lora": "diffusers"}
@@ -76,16 +76,16 @@ def _add_export_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--precision", choices=PRECISIONS, help="of the weights (default fp16)")
     parser.add_argument("--ema", action="store_true", help="the averaged weights")
-    parser.add_argument("--token", help="which learnt token, where there are several (with --format embedding)")
+    parser.add_argument("--token", help="which learned token, where there are several (with --format embedding)")
 
 
 def _run_export(options: argparse.Namespace) -> None:
     from everydream_kit.generation import resolve_checkpoint
 
     if options.format == "embedding" and (options.precision or options.ema):
-        raise ConfigError("--precision and --ema do not apply to an embedding: it is written as it was learnt.")
+        raise ConfigError("--precision and --ema do not apply to an embedding: it is written as it was learned.")
     if options.format != "embedding" and options.token:
-        raise ConfigError("--token names a learnt token: it goes with --format embedding.")
+        raise ConfigError("--token names a learned token: it goes with --format embedding.")
     source, precision = resolve_checkpoint(options.checkpoint), options.precision or "fp16"
     if options.format == "single_file":
         from everydream_kit.export.single_file_export import export_checkpoint
@@ -130,7 +130,7 @@ def _run_merge(options: argparse.Namespace) -> None:
         print(merge_lora(model, other, options.out, strength=strength, precision=options.precision))
         return
     if options.strength is not None:
-        raise ConfigError(f"--strength is for a LoRA, and {other} is none: two models are mixed with --weight.")
+        raise ConfigError(f"--strength is for a LoRA, and {other} is not one: two models are mixed with --weight.")
     weight = 0.5 if options.weight is None else options.weight
     print(merge_checkpoints(model, other, options.out, weight=weight, precision=options.precision))
 
@@ -140,7 +140,7 @@ def _add_extract_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", help="the model that it was made from")
     parser.add_argument("out", help="file to write: .safetensors")
     parser.add_argument("--rank", type=int, default=32, help="of the LoRA: more keeps more and is larger (default 32)")
-    parser.add_argument("--unet_only", action="store_true", help="leave the text encoders' difference out")
+    parser.add_argument("--unet_only", action="store_true", help="ignore the text encoders' difference")
     parser.add_argument("--format", choices=list(LORA_LAYOUTS), default="lora", help="as for export (default lora)")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp16", help="of the weights (default fp16)")
 

@@ -19,7 +19,7 @@ def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
         "--gpu", metavar="NAME", help="GPU to plan for, such as T4 (default: this machine's, or its CPU)"
     )
     parser.add_argument("--price", type=float, metavar="USD", help="price of the GPU, US dollars an hour")
-    parser.add_argument("--advise", action="store_true", help="say the largest batch and resolution that fit, too")
+    parser.add_argument("--advise", action="store_true", help="also find the largest batch and resolution that fit")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     add_train_flags(parser)
 

@@ -56,7 +56,7 @@ def _run_parameters(options: argparse.Namespace) -> None:
 
 
 def _add_notebooks_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", nargs="?", default="notebooks", help="where they go; files that are there stay")
+    parser.add_argument("folder", nargs="?", default="notebooks", help="target folder; existing files stay")
 
 
 def _run_notebooks(options: argparse.Namespace) -> None:
@@ -64,7 +64,7 @@ def _run_notebooks(options: argparse.Namespace) -> None:
 
     copied, kept = copy_notebooks(options.folder)
     for path in kept:
-        print(f"kept     {path} (it is there already)")
+        print(f"kept     {path} (already there)")
     for path in copied:
         print(f"copied   {path}")
     print(f"Open them with: jupyter lab {options.folder}")
@@ -72,7 +72,9 @@ def _run_notebooks(options: argparse.Namespace) -> None:
 
 COMMANDS = {
     "runs": Command("list runs and their status", _add_runs_flags, _run_runs),
-    "doctor": Command("say what is installed, which device is used, what is missing", _add_doctor_flags, _run_doctor),
+    "doctor": Command(
+        "report what is installed, which device is used, what is missing", _add_doctor_flags, _run_doctor
+    ),
     "parameters": Command("print the reference page of all parameters", no_flags, _run_parameters),
     "notebooks": Command("copy the notebooks into a folder", _add_notebooks_flags, _run_notebooks),
 }

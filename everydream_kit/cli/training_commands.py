@@ -109,7 +109,7 @@ def _run_train(options: argparse.Namespace) -> int:
 
 def _add_resume_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="?", help="run folder, its name, or hf://me/repo; by default the latest run")
-    parser.add_argument("--logdir", default="logs", help="where runs are looked for (default logs)")
+    parser.add_argument("--logdir", default="logs", help="folder of the runs (default logs)")
     parser.add_argument(
         "--set",
         action="append",
@@ -201,10 +201,10 @@ COMMANDS = {
         usage="everydream train [--config FILE] [--name value ...]",
     ),
     "resume": Command(
-        "continue a run that was stopped, exactly where it was",
+        "resume a run exactly where it stopped",
         _add_resume_flags,
         _run_resume,
         usage="everydream resume [RUN] [--logdir FOLDER] [--name value ...]",
     ),
-    "chain": Command("train several configs, one after the other", _add_chain_flags, _run_chain),
+    "chain": Command("train several configs, one after another", _add_chain_flags, _run_chain),
 }

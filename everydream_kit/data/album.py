@@ -81,7 +81,7 @@ class Album:
     def count_captions(self) -> tuple[int, int]:
         """How many images are captioned by their file names, and how many have no caption at all.
 
-        A name that cameras and downloads give (`IMG`, `DSC`, a number) is no caption.
+        A name that cameras and downloads give (`IMG`, `DSC`, a number) is not a caption.
         """
         names = [i for i, kind in enumerate(self.dataset.numbers["caption_kind"].tolist()) if kind == FROM_FILE_NAME]
         nameless = sum(is_camera_name(self.dataset.caption(index).text) for index in names)

@@ -3,7 +3,7 @@
 This runs in the loader's workers and needs no dataset: a request carries what is known of its images. Every draw is
 addressed by (seed, purpose, epoch, image key, repeat). Not here: order and processes (`loader`).
 
-An image that breaks while it is decoded becomes grey with weight 0, so that shapes stay as planned.
+An image that breaks while it is decoded becomes gray with weight 0, so that shapes stay as planned.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LoadSettings:
         seed: of the run.
         crop_jitter: largest share of the shorter side that a random crop takes from each side.
         background: "#rrggbb" behind transparent images.
-        fixed: nothing is drawn: centre crop, no mirroring, no dropout, tags as written. For validation.
+        fixed: nothing is drawn: center crop, no mirroring, no dropout, tags as written. For validation.
         caption_transform, image_transform: plug-ins; they must be picklable where workers are spawned.
     """
 
@@ -142,7 +142,7 @@ def _load_row(image: DatasetImage, bucket: Size, crop: pixels.Crop, settings: Lo
 def _assemble_pixels(
     request: BatchRequest, rows: list[tuple[pixels.Crop, pixels.LoadedPixels | None]], settings: LoadSettings
 ) -> Batch:
-    """Stack decoded rows; a row that is None becomes grey with weight 0."""
+    """Stack decoded rows; a row that is None becomes gray with weight 0."""
     width, height = request.planned.bucket
     stacked = np.full((len(rows), 3, height, width), NEUTRAL_GREY, np.uint8)
     for row, (_, loaded) in enumerate(rows):

@@ -47,7 +47,7 @@ class CacheSettings:
         variants: crops for each image and bucket.
         crop_jitter: largest share of the shorter side that a crop takes from each side.
         background: "#rrggbb" behind transparent images.
-        fixed: the centre crop only, never mirrored: for validation.
+        fixed: the center crop only, never mirrored: for validation.
         channels: of what the VAE gives for each cell.
     """
 

@@ -121,7 +121,7 @@ class Captioner:
             max_new_tokens: longest caption.
 
         Raises:
-            ModelError: it cannot be found or loaded, or is no image-to-text model.
+            ModelError: it cannot be found or loaded, or is not an image-to-text model.
         """
         import torch
         import transformers

@@ -333,7 +333,7 @@ def _read_step(line: dict[str, Any], journal: Path, roots: dict[str, Path]) -> _
             return action, path, None, None if before is None else base64.b64decode(before, validate=True)
     except (KeyError, TypeError, ValueError, binascii.Error) as error:
         raise DataError(f"{journal}: is not a journal of a preparation step, or is damaged ({error}).") from error
-    raise DataError(f"{journal}: is damaged: {action!r} is no step that can be undone.")
+    raise DataError(f"{journal}: is damaged: {action!r} is not a step that can be undone.")
 
 
 def _real_path(written: list[str], roots: dict[str, Path]) -> Path:

@@ -223,7 +223,7 @@ class Dataset:
 
     @cached_property
     def key_hashes(self) -> np.ndarray:
-        """(n,) uint64 hash of each key: vectorised draws start from it. Equal on every platform."""
+        """(n,) uint64 hash of each key: vectorized draws start from it. Equal on every platform."""
         digests = bytearray()
         roots = self.numbers["root"].tolist() if len(self.roots) > 1 else None
         for index, path in enumerate(self.paths):

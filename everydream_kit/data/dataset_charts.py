@@ -64,7 +64,7 @@ def _draw_buckets(buckets: Sequence[BucketFill]) -> Image.Image:
 
 
 def _draw_upright(page: Image.Image, text: str, top: tuple[int, int], font: Font) -> None:
-    """A label that reads from bottom to top, centred below a point."""
+    """A label that reads from bottom to top, centerd below a point."""
     left, upper, right, lower = font.getbbox(text)
     label = Image.new("RGB", (int(right - left) + 2, int(lower - upper) + 2), _PAPER)
     ImageDraw.Draw(label).text((1 - left, 1 - upper), text, _INK, font)

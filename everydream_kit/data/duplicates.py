@@ -2,7 +2,7 @@
 
 Exact duplicates share their bytes; only files of equal length are read. Near duplicates (another size, another
 compression, a light retouch) share their perceptual hash (ImageHash's pHash, 64 bits) to within a few bits
-(`MAX_DISTANCE`), and their colours; every image is decoded for that, at a small scale where the format allows. Crops
+(`MAX_DISTANCE`), and their colors; every image is decoded for that, at a small scale where the format allows. Crops
 and mirrored copies are not found.
 """
 
@@ -26,7 +26,7 @@ MAX_DISTANCE = 4
 """Bits of 64 in which the hashes of near duplicates may differ; unrelated photographs differ in about 32."""
 
 MAX_COLOR_DIFFERENCE = 12
-"""Mean difference of the 8 x 8 thumbnails' colours, of 255. pHash sees brightness only, and nothing in flat
+"""Mean difference of the 8 x 8 thumbnails' colors, of 255. pHash sees brightness only, and nothing in flat
 images."""
 
 _HASH_SIDE = 128

@@ -234,7 +234,7 @@ def _is_ever_used(dataset: Dataset) -> bool:
 def _nothing_left(dataset: Dataset) -> str:
     roots = ", ".join(dataset.roots)
     if not len(dataset):
-        return f"{roots}: no image that can be used. The dataset's problems say why each file was skipped."
+        return f"{roots}: no usable image. The dataset's problems name the reason for each file."
     return f"{roots}: all {len(dataset)} images are switched off, by multiply 0 or by too small a fraction."
 
 

@@ -303,7 +303,7 @@ def report_notes(settings: ImageSettings, path: str, report: Report) -> None:
     """Report names that no setting has, and the notes."""
     for name in settings.unknown:
         near = nearest_setting(name)
-        cure = f"Did you mean {near}?" if near else "Take it out, or see the list of settings in docs/data.md."
+        cure = f"Did you mean {near}?" if near else "Remove it, or see the list of settings in docs/data.md."
         report(Problem(printable(path), f"{printable(name)[:60]}: there is no such setting", cure, skipped=False))
     for note in settings.notes:
         report(Problem(printable(path), printable(note.cause), note.cure, skipped=False))

@@ -108,7 +108,7 @@ def _in_order(pool: ThreadPoolExecutor, pairs: Iterable[PathPair], memo: _Memo) 
 
 
 def _digest_pair(pair: PathPair, memo: _Memo) -> tuple[bytes, _Memo]:
-    """The digest of image and mask together, and what was newly learnt of single files."""
+    """The digest of image and mask together, and what was newly learned of single files."""
     path, mask = pair
     learnt: _Memo = {}
     try:

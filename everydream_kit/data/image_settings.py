@@ -134,7 +134,7 @@ def _cautions(found: Mapping[str, Any]) -> list[Note]:
     return [
         Note(
             f"loss_scale: {found['loss_scale']:g} is negative, so the model unlearns these images",
-            "Use it with extreme caution and few steps: it can destroy the model. Leave it out if you did not mean it.",
+            "Use it with extreme caution and few steps: it can destroy the model. Remove it if it is not intended.",
         )
     ]
 

@@ -56,7 +56,7 @@ class CropEncoder:
         encode_moments: the VAE.
         background: "#rrggbb" behind transparent images.
         num_workers: decoding processes, where there are enough crops.
-        batch_size: neighbours of one bucket that go through the VAE together. With 1, an entry's last digits depend on
+        batch_size: neighbors of one bucket that go through the VAE together. With 1, an entry's last digits depend on
             no other crop.
     """
 
@@ -141,7 +141,7 @@ class _Decoder(TorchDataset[_DecodedCrops]):
 
 
 def _batches(jobs: Iterable[EncodingJob], batch_size: int) -> Iterator[tuple[EncodingJob, ...]]:
-    """Neighbours of one bucket together."""
+    """Neighbors of one bucket together."""
     for _, neighbours in groupby(jobs, key=lambda job: job.bucket):
         while batch := tuple(islice(neighbours, batch_size)):
             yield batch

@@ -9,7 +9,7 @@ Every draw is addressed by (seed, purpose, epoch, image key, repeat), so neither
 at which a run starts changes anything, and no global generator is read. Latents kept in memory are looked up in the
 main process; the sampler announces each epoch's uses to their cache, which encodes what is new in that order.
 
-An image that breaks while it is decoded does not end the run: its row becomes grey with weight 0, shapes and the
+An image that breaks while it is decoded does not end the run: its row becomes gray with weight 0, shapes and the
 loss's divisor stay as planned (so all ranks agree and a resumed run equals an uninterrupted one), and it is listed
 once in `Loader.problems`. What such an image would have contributed is then zero.
 """
@@ -94,7 +94,7 @@ def make_loader(
         caption_transform: changes each composed caption (not the empty ones that dropout makes).
         image_transform: changes each cropped image.
         pin_memory: page-locked memory, where there is a GPU.
-        fixed: nothing is drawn, for validation: centre crop, no mirroring, no dropout, tags as written.
+        fixed: nothing is drawn, for validation: center crop, no mirroring, no dropout, tags as written.
     """
     if latent_cache is not None:
         _check_cache(latent_cache, dataset, fixed, image_transform)

@@ -159,7 +159,7 @@ def load_pixels(
     """Decode one crop of one image at its bucket's size.
 
     Args:
-        path: image file. Palette, grey, 16-bit grey and CMYK become RGB; of an animation the first frame counts.
+        path: image file. Palette, gray, 16-bit gray and CMYK become RGB; of an animation the first frame counts.
         bucket: (width, height) in pixels, both divisible by 8.
         crop: what to cut, in pixels of the displayed image.
         size: (width, height) that the crop was chosen for; a file that has changed since is refused.
@@ -251,8 +251,8 @@ def _stored_box(box: Box, orientation: int, stored: Size) -> Box:
 
 
 def _to_rgb_or_premultiplied(image: Image.Image) -> Image.Image:
-    """RGB, or RGBa (colours multiplied by alpha) where there is transparency: both can be resampled without fringes."""
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip everything above 255 to white
+    """RGB, or RGBa (colors multiplied by alpha) where there is transparency: both can be resampled without fringes."""
+    if image.mode.startswith("I"):  # 16-bit gray: Pillow's own conversion would clip everything above 255 to white
         grey = np.asarray(image).astype(np.uint32).clip(0, 65535)
         return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
@@ -263,7 +263,7 @@ def _to_rgb_or_premultiplied(image: Image.Image) -> Image.Image:
 
 
 def _composite(premultiplied: Image.Image, background: str) -> Image.Image:
-    """Put a colour behind an image whose colours are multiplied by alpha."""
+    """Put a color behind an image whose colors are multiplied by alpha."""
     colour = np.array([int(background[i : i + 2], 16) for i in (1, 3, 5)], np.uint16)
     values = np.asarray(premultiplied).astype(np.uint16)
     behind = ((255 - values[..., 3:]) * colour + 127) // 255

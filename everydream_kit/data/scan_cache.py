@@ -118,7 +118,7 @@ def load_remembered(cache_dir: Path | None, root: str, in_folder_order: bool) ->
     except (FileNotFoundError, NotADirectoryError):
         return Remembered()
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        log.warning("%s: the remembered scan is damaged and is made anew (%s)", path, error)
+        log.warning("%s: the cached scan is damaged and is rebuilt (%s)", path, error)
         return Remembered()
 
 
@@ -154,4 +154,4 @@ def save_remembered(cache_dir: Path, root: str, dataset: Dataset) -> None:
         with open_atomic(path, durable=False) as file:  # what is lost costs one more look through the folder
             np.savez(file, **arrays)
     except OSError as error:
-        log.warning("%s: the scan could not be remembered (%s); the next start reads the folder again", path, error)
+        log.warning("%s: the scan could not be cached (%s); the next start reads the folder again", path, error)

@@ -202,7 +202,7 @@ def _read_index(path: Path, base: str, report: Report) -> Iterator[Entry]:
     """The images that a `.json` index lists. Relative paths start at the index's own folder.
 
     Raises:
-        DataError: the index is no JSON list of objects.
+        DataError: the index is not a JSON list of objects.
     """
     try:
         items = parse_json(path.read_text(encoding="utf-8-sig"))

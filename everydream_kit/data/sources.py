@@ -55,7 +55,7 @@ def kind_of_source(spec: str) -> Literal["folder", "index", "archive", "hub"]:
     """What a person's words for a dataset name.
 
     Raises:
-        DataError: nothing that is there, or a file that is no dataset; the message says which.
+        DataError: nothing that is there, or a file that is not a dataset; the message says which.
     """
     path = Path(spec).expanduser()
     if path.is_dir():
@@ -241,7 +241,7 @@ def _entries(archive: Path, stack: ExitStack) -> Iterator[_Entry]:
 
 def _extract(stream: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
     file = stream.extractfile(member)
-    if file is None:  # only of what is no regular file, which was refused before
+    if file is None:  # only of what is not a regular file, which was refused before
         raise tarfile.TarError("no contents")
     return file
 

@@ -1,9 +1,9 @@
 """Reading the small text files that lie next to images: captions, one-value files, settings in YAML and JSON.
 
 People write them with every editor there is, and downloads leave anything at all. `read_text` copes with the encodings
-that Windows, macOS and Linux write and refuses what is no text. `read_mapping` reads settings from YAML or JSON without
-trusting the file: no objects, no deep nesting, no expansion, and every value stays the text that was written (so a
-caption `no` or `1984` is a caption), to be understood by whoever knows which type it should have.
+that Windows, macOS and Linux write and refuses what is not text. `read_mapping` reads settings from YAML or JSON
+without trusting the file: no objects, no deep nesting, no expansion, and every value stays the text that was written
+(so a caption `no` or `1984` is a caption), to be understood by whoever knows which type it should have.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class Mapping(dict[str, Any]):
 
 
 class TextError(ValueError):
-    """The file is no text, or not in the format that its name says. The message is the cause."""
+    """The file is not text, or not in the format that its name says. The message is the cause."""
 
 
 def read_text(path: str | Path) -> str:
     """Read a text file in UTF-8, UTF-16 or UTF-32 (with byte order mark), else Windows-1252.
 
     Raises:
-        TextError: the file is too large, or is no text in any of these.
+        TextError: the file is too large, or is not text in any of these.
         OSError: the file cannot be read.
     """
     return read_text_and_doubt(path)[0]
@@ -64,7 +64,7 @@ def read_text_and_doubt(path: str | Path) -> tuple[str, str]:
     with open(path, "rb") as file:
         data = file.read(MAX_TEXT_BYTES + 1)
     if len(data) > MAX_TEXT_BYTES:
-        raise TextError(f"larger than {MAX_TEXT_BYTES >> 20} MiB, so it is no caption or settings file")
+        raise TextError(f"larger than {MAX_TEXT_BYTES >> 20} MiB, so it is not a caption or settings file")
     encoding = next((name for bom, name in _BOMS if data.startswith(bom)), None)
     try:
         text = data.decode(encoding or "utf-8")
@@ -75,7 +75,7 @@ def read_text_and_doubt(path: str | Path) -> tuple[str, str]:
         text = data.decode("cp1252", "replace")
     strange = next((c for c in text if (c < " " and c not in "\t\n\r\f\v") or c == "\ufffd"), None)
     if strange is not None:
-        raise TextError(f"holds {strange!r}: it is no text in UTF-8, UTF-16 or Windows-1252")
+        raise TextError(f"holds {strange!r}: it is not text in UTF-8, UTF-16 or Windows-1252")
     return text, _doubt(data) if encoding is None and not _is_utf8(data) else ""
 
 
@@ -151,7 +151,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> Mapping:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise TextError(f"{name} is no number that a setting can have")
+    raise TextError(f"{name} is not a number that a setting can have")
 
 
 def parse_yaml(text: str) -> Any:
@@ -251,7 +251,7 @@ def require_text(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise TextError(f"holds {text[error.start : error.end]!r}, which is no character") from error
+        raise TextError(f"holds {text[error.start : error.end]!r}, which is not a character") from error
     if "\0" in text:
         raise TextError("holds a NUL character")
     return text

@@ -47,7 +47,7 @@ def resize_images(
 ) -> PrepReport:
     """Make smaller copies of large images, with captions and settings, for a dataset that loads faster.
 
-    Images that are small enough are copied as they are. EXIF rotation is applied; colour profiles stay.
+    Images that are small enough are copied as they are. EXIF rotation is applied; color profiles stay.
 
     Args:
         folder: dataset folder.
@@ -156,7 +156,7 @@ def _rewrite(  # noqa: PLR0917
 
 
 def _encode(image: Image.Image, original: Image.Image, suffix: str, quality: int) -> bytes:
-    """An image as the bytes of a file; its colour profile stays."""
+    """An image as the bytes of a file; its color profile stays."""
     suffix = suffix.lower()
     name = FORMATS.get(suffix) or EXTENSIONS.get(suffix) or "PNG"
     if name == "JPEG" and image.mode not in ("RGB", "L", "CMYK"):

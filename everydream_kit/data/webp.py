@@ -40,7 +40,7 @@ def read_webp_header(file: BinaryIO, num_bytes: int) -> WebPHeader:
 
     Raises:
         EOFError: the file is shorter than it says.
-        ValueError: the first chunk is no image.
+        ValueError: the first chunk is not an image.
     """
     file.seek(0)
     start = file.read(30)
@@ -57,7 +57,7 @@ def read_webp_header(file: BinaryIO, num_bytes: int) -> WebPHeader:
         width, height = (int.from_bytes(data[i : i + 3], "little") + 1 for i in (4, 7))
         exif = _read_exif(file, num_bytes) if data[0] & _EXIF else None
         return WebPHeader(width, height, bool(data[0] & _ALPHA), bool(data[0] & _ANIMATED), exif)
-    raise ValueError("its first chunk is no image")
+    raise ValueError("its first chunk is not an image")
 
 
 def _read_exif(file: BinaryIO, num_bytes: int) -> Image.Exif | None:

@@ -109,7 +109,7 @@ def run_demo(out: Path, *, max_epochs: int | None = None, seed: int = 555) -> De
             "save_ckpt_dir": str(out),
             "sample_prompts": str(prompts),
             "seed": seed,
-            # validation measures the training images themselves: the demo shows that something was learnt
+            # validation measures the training images themselves: the demo shows that something was learned
             "validation_config": {
                 "val_split_mode": "manual",
                 "manual_data_root": str(images_path()),

@@ -1,7 +1,7 @@
 """What a checkpoint can be written as, how large that will be, and the library call that writes it. No widgets here.
 
-A whole model becomes one file. A LoRA becomes a LoRA file in one of the two layouts that programs read, or is merged into
-its base. Learnt words are one small file as they are.
+A whole model becomes one file. A LoRA becomes a LoRA file in one of the two layouts that programs read, or is merged
+into its base. Learned words are one small file as they are.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Format:
     has_strength: bool = False
 
 
-WHOLE = (Format("single", "whole model, for image apps", has_precision=True),)
+WHOLE = (Format("single", "full model, for image apps", has_precision=True),)
 LORA = (
     Format("kohya", "LoRA, for image apps (kohya's layout)", end="-lora"),
     Format("diffusers", "LoRA, for diffusers", end="-lora-diffusers"),
-    Format("merged", "merged into its base: a whole model", end="-merged", has_precision=True, has_strength=True),
+    Format("merged", "merged into its base: a complete model", end="-merged", has_precision=True, has_strength=True),
 )
-WORDS = (Format("words", "learnt words (an embedding)", end="-words"),)
+WORDS = (Format("words", "learned words (an embedding)", end="-words"),)
 
 
 def formats_of(checkpoint: Path) -> tuple[Format, ...]:
@@ -107,7 +107,7 @@ def count_weights(path: Path) -> int:
     """Numbers in a safetensors file, from its header alone.
 
     Raises:
-        ExportError: the file is no safetensors file.
+        ExportError: the file is not a safetensors file.
     """
     try:
         with path.open("rb") as file:

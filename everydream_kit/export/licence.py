@@ -1,7 +1,7 @@
-"""The licence of a model on this disk: from a folder's card, or from a single file's header.
+"""The license of a model on this disk: from a folder's card, or from a single file's header.
 
-The Hub has a short list of licence names; single files hold free text. What is on the list is translated, anything else
-becomes `other` with a name of its own, as the Hub wants it. Looking a licence up on the Hub is `hub/access.py`'s.
+The Hub has a short list of license names; single files hold free text. What is on the list is translated, anything else
+becomes `other` with a name of its own, as the Hub wants it. Looking a license up on the Hub is `hub/access.py`'s.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FIELDS = ("license", "license_name", "license_link")
 MODEL_CARD_NAMES = ("README.md", "MODEL_CARD.md", "model_card.md")
 FILE_KEY = "modelspec.license"
 ADAPTER_FILE = "adapter.json"
-"""In a LoRA's or learnt tokens' folder: names the base that binds it, too."""
+"""In a LoRA's or learned tokens' folder: names the base that binds it, too."""
 
 _HUB_NAMES = {
     "creativeml openrail m": "creativeml-openrail-m",
@@ -38,14 +38,14 @@ _HUB_NAMES = {
     "cc by nc sa 4.0": "cc-by-nc-sa-4.0",
     "bigscience openrail m": "bigscience-openrail-m",
 }
-"""Words of a licence, without punctuation and the word "license" at their end -> the Hub's name of it."""
+"""Words of a license, without punctuation and the word "license" at their end -> the Hub's name of it."""
 
 
 def local_licence(model: Path | None) -> dict[str, str]:
-    """Licence fields of a model folder or single file; none where it states nothing or is not there.
+    """License fields of a model folder or single file; none where it states nothing or is not there.
 
-    An adapter's folder answers for its base. A damaged card or header counts as saying nothing: whether the model can be
-    read is found out elsewhere.
+    An adapter's folder answers for its base. A damaged card or header counts as saying nothing: whether the model can
+    be read is found out elsewhere.
     """
     if model is None:
         return {}
@@ -62,7 +62,7 @@ def local_licence(model: Path | None) -> dict[str, str]:
 
 
 def licence_fields(text: str) -> dict[str, str]:
-    """Fields for a licence in free text: a Hub name where it is known, else `other` and the text's own words."""
+    """Fields for a license in free text: a Hub name where it is known, else `other` and the text's own words."""
     text = text.strip()
     if not text:
         return {}

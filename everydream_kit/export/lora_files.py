@@ -1,5 +1,5 @@
 """Small files out of checkpoints: LoRAs in diffusers' or kohya's layout, LoRAs extracted from the difference of two
-models, learnt tokens."""
+models, learned tokens."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def extract_lora(
 
 
 def export_token(checkpoint_folder: str | Path, out_path: str | Path, *, token: str | None = None) -> Path:
-    """Write a learnt token as image apps take it: `emb_params`, or `clip_l` and `clip_g` for two text encoders.
+    """Write a learned token as image apps take it: `emb_params`, or `clip_l` and `clip_g` for two text encoders.
 
     Args:
         checkpoint_folder: a checkpoint of `training_kind: textual_inversion`.
@@ -116,20 +116,20 @@ def export_token(checkpoint_folder: str | Path, out_path: str | Path, *, token: 
         token: which one; may be skipped where there is only one.
 
     Raises:
-        ExportError: the checkpoint has no learnt token, or not this one, or several and none was named.
+        ExportError: the checkpoint has no learned token, or not this one, or several and none was named.
     """
     folder, out = Path(checkpoint_folder), Path(out_path)
     if out.suffix != ".safetensors":
         raise ExportError(f"{out}: the name of an embedding file must end in .safetensors.")
     if not (folder / TOKENS_FILE).is_file():
-        raise ExportError(f"{folder}: no learnt tokens here. They come from training_kind textual_inversion.")
+        raise ExportError(f"{folder}: no learned tokens here. They come from training_kind textual_inversion.")
     tensors, _ = open_safetensors(folder / TOKENS_FILE)
     tokens = sorted(name for name in tensors if "|" not in name)
     if token is None and len(tokens) > 1:
-        raise ExportError(f"{folder}: has the tokens {', '.join(tokens)}; say which one.")
+        raise ExportError(f"{folder}: has the tokens {', '.join(tokens)}; name one.")
     chosen = tokens[0] if token is None else token
     if chosen not in tokens:
-        raise ExportError(f"{folder}: has no learnt token {chosen!r}; it has {', '.join(tokens)}.")
+        raise ExportError(f"{folder}: has no learned token {chosen!r}; it has {', '.join(tokens)}.")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_embedding(out, chosen, [tensors[name] for name in (chosen, f"{chosen}|1") if name in tensors])
     return out

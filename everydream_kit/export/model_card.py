@@ -1,6 +1,6 @@
 """The model card: README.md with the metadata that the Hub reads, written from what a run says about itself.
 
-The card names the base and the licence, shows samples and curves, tells how to load the model, and lists the settings
+The card names the base and the license, shows samples and curves, tells how to load the model, and lists the settings
 that the training ran with. It shows no training image and no folder of the machine. Text is plain Markdown put
 together here: the client's own card template needs jinja2.
 """
@@ -52,12 +52,12 @@ class CardFacts:
     Attributes:
         title, repo_id: of the model.
         base_model: Hub id of the base, if it has one.
-        licence: metadata of the licence: `license`, and for `other` also `license_name` and `license_link`.
+        license: metadata of the license: `license`, and for `other` also `license_name` and `license_link`.
         config: the run's settings, without folders of the machine.
         events: the run's events.
         pipeline_class: diffusers class that loads it, from model_index.json.
         is_lora: LoRA weights, to be loaded over the base.
-        learnt_tokens: words that were learnt, each with the number of text encoders that know it.
+        learnt_tokens: words that were learned, each with the number of text encoders that know it.
         single_file: name of the single file next to it, if there is one.
         has_folder: it can be loaded with from_pretrained.
         samples: (path in the repository, prompt, negative prompt).
@@ -164,7 +164,7 @@ def _usage_lines(facts: CardFacts) -> list[str]:
 
 
 def _token_lines(facts: CardFacts) -> list[str]:
-    """diffusers takes learnt words by their vectors, for each text encoder."""
+    """diffusers takes learned words by their vectors, for each text encoder."""
     lines = [
         "",
         "from huggingface_hub import hf_hub_download",
@@ -184,7 +184,7 @@ def dataset_summary(events: Iterable[dict[str, Any]], config: dict[str, Any]) ->
     """Size of the dataset and a summary of its captions, from the run's `dataset` event. No image, no caption."""
     event = next((event for event in events if event.get("kind") == "dataset"), None)
     lines = []
-    count = event.get("images", event.get("pictures")) if event else None  # runs before the renaming wrote "pictures"
+    count = event.get("images", event.get("pictures")) if event else None  # runs before the renaming wrote "images"
     if isinstance(count, int):
         resolution = config.get("resolution")
         sizes = resolution if isinstance(resolution, list) else [resolution]
@@ -240,7 +240,7 @@ def _hours(events: list[dict[str, Any]]) -> str:
 def _licence(facts: CardFacts) -> str:
     if facts.licence.get("license"):
         return f"`{_inline(facts.licence.get('license_name') or facts.licence['license'])}`"
-    return "Not stated. The licence of the base model binds what is made from it."
+    return "Not stated. The license of the base model binds what is made from it."
 
 
 def read_base(config: dict[str, Any]) -> str | None:

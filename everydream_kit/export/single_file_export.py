@@ -125,7 +125,7 @@ def single_file_metadata(files: ModelFiles, title: str) -> dict[str, str]:
     side = family.resolution(files.prediction_type)
     configs = {**files.configs, "scheduler": files.scheduler_config}
     vocabularies = {}
-    for slot in family.text_encoders:  # learnt tokens stay out of the file
+    for slot in family.text_encoders:  # learned tokens stay out of the file
         size = min(configs[slot.folder].get("vocab_size", CLIP_VOCABULARY), CLIP_VOCABULARY)
         configs[slot.folder] = {**configs[slot.folder], "vocab_size": size}
         own = _own_vocabulary(files.tokenizers.get(slot.tokenizer_folder))

@@ -309,7 +309,7 @@ def attach(folder: str | Path) -> Job:
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file() and not (folder / "status.json").is_file():
-        raise JobError(f"{folder}: no run folder (neither config.json nor status.json is in it).")
+        raise JobError(f"{folder}: not a run folder (neither config.json nor status.json is in it).")
     return Job(folder.resolve())
 
 

@@ -1,7 +1,7 @@
-"""Detached processes: starting one, recognising it later, and the small files that say which it was.
+"""Detached processes: starting one, recognizing it later, and the small files that say which it was.
 
-A process is known by boot, id and start (`identity`): ids are used again, and clocks move. Without a sure identity nothing
-is signalled. Not here: what the processes do.
+A process is known by boot, id and start (`identity`): ids are used again, and clocks move. Without a sure identity
+nothing is signalled. Not here: what the processes do.
 """
 
 from __future__ import annotations

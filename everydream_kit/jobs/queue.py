@@ -83,13 +83,13 @@ class Queue:
         """Move a waiting entry among the waiting ones: -1 is one place earlier.
 
         Raises:
-            JobError: it does not wait any more, or is not there.
+            JobError: it is no longer queued, or is not there.
         """
         with self._edit() as plan:
             entries = plan["entries"]
             number = _find(entries, entry_id)
             if entries[number]["state"] != "waiting":
-                raise JobError("Only waiting entries can be moved.")
+                raise JobError("Only queued entries can be moved.")
             waiting = [i for i, entry in enumerate(entries) if entry["state"] == "waiting"]
             place = waiting[min(len(waiting) - 1, max(0, waiting.index(number) + by))]
             entries.insert(place, entries.pop(number))
@@ -112,7 +112,7 @@ class Queue:
             with self._edit() as plan:
                 _resolve(plan["entries"])
                 if not any(entry["state"] == "waiting" for entry in plan["entries"]):
-                    raise JobError("Nothing waits in the queue. Add settings first.")
+                    raise JobError("The queue is empty. Add settings first.")
                 plan["command"] = list(command) if command else None
             self.path.with_suffix(".stop").unlink(missing_ok=True)
             process = spawn(
@@ -255,7 +255,7 @@ def _find(entries: Sequence[Mapping[str, Any]], entry_id: str) -> int:
     for number, entry in enumerate(entries):
         if entry["id"] == entry_id:
             return number
-    raise JobError("This entry is not in the queue any more.")
+    raise JobError("This entry is no longer in the queue.")
 
 
 def _problem_of(plan: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from everydream_kit.errors import ModelError
 
 _QUESTION = re.compile(r"is_(\w+)_available")
 _NO_LAYERS = {"xpu", "torch_tpu", "diffusers", "transformers"}
-"""What peft asks about that is no package of quantized layers."""
+"""What peft asks about that is not a package of quantized layers."""
 
 
 def import_peft() -> ModuleType:

@@ -1,4 +1,4 @@
-"""Small checkpoints: a LoRA or learnt tokens, and the name of the base that they belong to.
+"""Small checkpoints: a LoRA or learned tokens, and the name of the base that they belong to.
 
 `save_model` writes such a folder for a model that has an adapter (megabytes instead of the whole model), and
 `load_model` and `open_model` read it like any other: the first with a live adapter, to train on; the second with the

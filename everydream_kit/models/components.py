@@ -211,7 +211,7 @@ def renamed_for(module: torch.nn.Module, tensors: Tensors) -> Tensors:
     for name, tensor in tensors.items():
         current = _OLD_VAE_ATTENTION.sub(lambda match: _NEW_VAE_ATTENTION[match[0]], name)
         if current.endswith("position_ids"):
-            continue  # counted, not learnt; transformers stopped saving them
+            continue  # counted, not learned; transformers stopped saving them
         if current not in wanted:
             if current.startswith("text_model.") and current.removeprefix("text_model.") in wanted:
                 current = current.removeprefix("text_model.")

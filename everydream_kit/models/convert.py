@@ -44,7 +44,7 @@ _ATTENTION_MATRIX = re.compile(r"mid_block\.attentions\.0\.(to_q|to_k|to_v|to_ou
 
 
 def to_single_file(files: ModelFiles) -> Tensors:
-    """All weights of a model by their single-file names. Learnt tokens beyond CLIP's vocabulary stay out: UIs take
+    """All weights of a model by their single-file names. Learned tokens beyond CLIP's vocabulary stay out: UIs take
     them as embedding files."""
     renamed = {
         UNET_PREFIX + name: value
@@ -61,7 +61,7 @@ def to_single_file(files: ModelFiles) -> Tensors:
 
 
 def from_single_file(tensors: Tensors, family: Family, configs: dict[str, Config]) -> dict[str, Tensors]:
-    """A single file's weights by component and diffusers' names. What is no part of the model (EMA, schedules) is
+    """A single file's weights by component and diffusers' names. What is not part of the model (EMA, schedules) is
     skipped."""
     parts: dict[str, Tensors] = {
         "unet": dict(_backward(_under(tensors, UNET_PREFIX), unet_renames(configs["unet"]))),

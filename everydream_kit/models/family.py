@@ -383,7 +383,7 @@ class Model:
         source: where it came from, for messages and model cards.
         origin: how to load it again: `load_model`'s arguments.
         lora: the settings of its LoRA adapter (`lora.py`), if it has one.
-        new_tokens: learnt tokens (`tokens.py`): name -> the names of its vectors in the tokenizers.
+        new_tokens: learned tokens (`tokens.py`): name -> the names of its vectors in the tokenizers.
     """
 
     family: Family

@@ -39,7 +39,8 @@ LATE_FUNCTIONS = {"scipy.optimize": "linear_sum_assignment"}
 
 
 class _Lazy(ModuleType):
-    """A package whose `__init__` runs when something is asked of it that is not there yet, and is no file of its own."""
+    """A package whose `__init__` runs when something is asked of it that is not there yet, and is not a file of its
+    own."""
 
     def __getattr__(self, name: str) -> Any:
         spec = self.__dict__["__spec__"]

@@ -117,7 +117,9 @@ def open_model(
         folder = path / subfolder if subfolder else path
         return open_folder(folder, family=family, prediction_type=prediction_type, variant=variant)
     if not is_hub_id(str(source)):
-        raise ModelError(f"{source}: there is no such file or folder, and it is no Hub id (owner/repository) either.")
+        raise ModelError(
+            f"{source}: there is no such file or folder, and it is not a Hub id (owner/repository) either."
+        )
     where = fetch_model(str(source), revision=revision, subfolder=subfolder, variant=variant, token=token)
     files = open_model(where, family=family, prediction_type=prediction_type, variant=variant, token=token)
     return dataclasses.replace(files, source=str(source))

@@ -64,7 +64,7 @@ def add_lora(
     seed: int = 0,
     dtype: torch.dtype | None = None,
 ) -> list[torch.nn.Parameter]:
-    """Freeze a model and give it a LoRA adapter to train. The model draws as before until the adapter has learnt
+    """Freeze a model and give it a LoRA adapter to train. The model draws as before until the adapter has learned
     something.
 
     Args:
@@ -153,7 +153,7 @@ def matching_layers(module: torch.nn.Module, patterns: Sequence[str]) -> list[st
     """Full names of the linear and convolution layers that fit a name or regular expression.
 
     Raises:
-        ConfigError: a pattern fits nothing, or is no regular expression.
+        ConfigError: a pattern fits nothing, or is not a regular expression.
     """
     layers = [name for name, part in module.named_modules() if isinstance(part, (torch.nn.Linear, torch.nn.Conv2d))]
     found: dict[str, None] = {}
@@ -161,7 +161,7 @@ def matching_layers(module: torch.nn.Module, patterns: Sequence[str]) -> list[st
         try:
             expression = re.compile(pattern)
         except re.error as error:
-            raise ConfigError(f"lora_targets: {pattern!r} is no regular expression ({error}).") from error
+            raise ConfigError(f"lora_targets: {pattern!r} is not a regular expression ({error}).") from error
         fitting = [
             name for name in layers if name == pattern or name.endswith(f".{pattern}") or expression.fullmatch(name)
         ]

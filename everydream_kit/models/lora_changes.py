@@ -64,7 +64,7 @@ class Change:
         """
         changed = self.delta().reshape(original.shape).add_(original)  # in place: the largest weights take 50 MB each
         if self.magnitude is not None:
-            # DoRA (equation 5): the direction of W + change, the learnt length of each row (or column).
+            # DoRA (equation 5): the direction of W + change, the learned length of each row (or column).
             axes = [axis for axis in range(original.dim()) if axis != int(self.on_input)]
             length = torch.linalg.vector_norm(changed, dim=axes, keepdim=True)
             changed = changed * (self.magnitude.read().float().reshape(length.shape) / length)

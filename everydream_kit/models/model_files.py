@@ -38,7 +38,7 @@ class ModelFiles:
         tensors: the same names -> weights by diffusers' names.
         tokenizers: "tokenizer", ... -> its folder, a vocabulary of its own, or None for the shipped one.
         scheduler_config: the model's own sampler, as found.
-        extra_embeddings: folder of learnt tokens, if the model carries any.
+        extra_embeddings: folder of learned tokens, if the model carries any.
     """
 
     family: Family
@@ -125,7 +125,7 @@ def _check_is_model(folder: Path) -> None:
             f"{folder}: this model is a diffusion transformer (SD 3, Flux or later), which the kit does not train."
         )
     raise ModelError(
-        f"{folder}: no diffusers model here (unet/config.json is missing). Give the folder that holds "
+        f"{folder}: not a diffusers model (unet/config.json is missing). Give the folder that holds "
         "model_index.json, or a .safetensors file."
     )
 

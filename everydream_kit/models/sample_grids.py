@@ -1,4 +1,4 @@
-"""Grids of labelled images, and image files that carry their settings. Pillow only; no model is needed here."""
+"""Grids of labeled images, and image files that carry their settings. Pillow only; no model is needed here."""
 
 from __future__ import annotations
 

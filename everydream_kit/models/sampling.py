@@ -86,7 +86,7 @@ def sample_images(
         as the common UIs write them; `save_image` puts them into the file.
 
     Raises:
-        ConfigError: unknown scheduler, or a size that is no multiple of 8.
+        ConfigError: unknown scheduler, or a size that is not a multiple of 8.
     """
     wanted = [(prompt, cfg) for prompt in prompts for cfg in prompt.cfgs]
     rows = [_Row(position, prompt, cfg) for position, (prompt, cfg) in enumerate(wanted)]

@@ -1,7 +1,7 @@
 """Reading single-file models: `.safetensors` and `.ckpt` in the LDM layout, offline.
 
 What a single file does not hold (configs, vocabulary) comes from the kit's own data, or from metadata that the kit's
-exports carry. The family is recognised by names and shapes; the prediction type by markers, metadata, the `.yaml`
+exports carry. The family is recognized by names and shapes; the prediction type by markers, metadata, the `.yaml`
 next to the file, or a statistic of the weights, in this order.
 """
 

@@ -131,7 +131,7 @@ def open_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         The lazy tensors by name, and the metadata.
 
     Raises:
-        ModelError: the file is truncated, its header lies about sizes, or it is no safetensors file at all.
+        ModelError: the file is truncated, its header lies about sizes, or it is not a safetensors file at all.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -68,7 +68,7 @@ class Vocabulary:
     """A vocabulary that is not CLIP's own, such as the embedded base's cut-down one.
 
     Attributes:
-        tokens: token -> id, learnt tokens not included.
+        tokens: token -> id, learned tokens not included.
         merges: most frequent first, the two parts of each with a space between.
         pad_token: what fills the window.
     """
@@ -102,7 +102,7 @@ def checked_vocabulary(tokens: Any, merges: Any, pad_token: Any, where: str) -> 
     """A vocabulary from a file.
 
     Raises:
-        ModelError: its tokens are not numbered from 0, or a merge or the padding is no text.
+        ModelError: its tokens are not numbered from 0, or a merge or the padding is not text.
     """
     if not isinstance(tokens, dict) or not all(type(index) is int for index in tokens.values()):
         raise ModelError(f"{where}: the vocabulary must give each token a number.")

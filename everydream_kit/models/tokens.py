@@ -136,7 +136,7 @@ def learnt_embeddings(model: Model, weights: Weights | None = None) -> dict[str,
 
 
 def save_tokens(model: Model, path: Path, weights: Weights | None = None) -> None:
-    """Write all learnt tokens into one file: `<token>` for the first text encoder, `<token>|1` for the second."""
+    """Write all learned tokens into one file: `<token>` for the first text encoder, `<token>|1` for the second."""
     tensors: Tensors = {}
     for token, parts in learnt_embeddings(model, weights).items():
         for index, part in enumerate(parts):
@@ -157,7 +157,7 @@ def load_tokens(model: Model, path: Path) -> None:
 
 
 def put_tokens(model: Model, embeddings: Mapping[str, Sequence[LazyTensor]], where: str) -> None:
-    """Give a model words that were learnt elsewhere.
+    """Give a model words that were learned elsewhere.
 
     Args:
         embeddings: word -> vectors (n, D), one tensor for each text encoder.
@@ -185,7 +185,7 @@ def write_embedding(path: Path, token: str, parts: Sequence[LazyTensor]) -> None
 
 
 def expand_tokens(model: Model, caption: str) -> str:
-    """A caption with each learnt token spelled as all of its vectors.
+    """A caption with each learned token spelled as all of its vectors.
 
     The longest token is found first, and only as a whole word: of `zkx` and `zkx2`, "a zkx2" has the second alone, and
     "zkxs" has neither. Case does not matter, as it does not to the tokenizer.

@@ -92,7 +92,7 @@ def open_pickle(path: Path) -> tuple[Tensors, dict[str, str]]:
     state = content.get("state_dict", content)
     metadata = content.get("metadata", {}) if state is not content else {}
     if not isinstance(state, dict) or not isinstance(metadata, dict):
-        raise ModelError(f"{path}: its state_dict is no table of weights.")
+        raise ModelError(f"{path}: its state_dict is not a table of weights.")
     values = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
     file = OpenedFile(path) if any(_offset(value) is not None for value in values.values()) else None
     tensors = {name: LazyTensor.of(value) if file is None else _in_file(value, file) for name, value in values.items()}

@@ -1,6 +1,6 @@
 """Measuring on the GPU that is there, instead of estimating: two real steps, a validation and a sample.
 
-The probe builds the run as training does, with the base's weights, and goes through the phases with batches of grey
+The probe builds the run as training does, with the base's weights, and goes through the phases with batches of gray
 images of the largest bucket: the first step creates the optimizer's states, the second shows the steady state. What the
 allocator reserved at most in each phase is the answer, which replaces the estimate's. Nothing is written but the run's
 own temporary folder.
@@ -123,7 +123,7 @@ def probe(
 
 
 def build_on_gpu(config: TrainConfig, folder: Path) -> Run:
-    """The run that training would build, around grey images."""
+    """The run that training would build, around gray images."""
     from everydream_kit.preflight.rehearsal import largest_bucket, stand_in_dataset
     from everydream_kit.training.base import load_base
     from everydream_kit.training.journal import Journal

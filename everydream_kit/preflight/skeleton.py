@@ -92,7 +92,9 @@ def read_architecture(
         files = open_configs(folder, **how)
         return Architecture(files, stored=stored_dtypes(folder, files, variant))
     if not is_hub_id(str(source)):
-        raise ModelError(f"{source}: there is no such file or folder, and it is no Hub id (owner/repository) either.")
+        raise ModelError(
+            f"{source}: there is no such file or folder, and it is not a Hub id (owner/repository) either."
+        )
     where = {"revision": revision, "endpoint": endpoint}
     files = _fetch_configs(str(source), subfolder, variant, where, how)
     return Architecture(dataclasses.replace(files, source=str(source)))
@@ -170,7 +172,7 @@ def open_configs(folder: Path, *, family: str | None = None, prediction_type: st
 
     configs = read_configs(folder)
     if not configs.keys() & denoiser_folders():
-        raise ModelError(f"{folder}: no diffusers model here (unet/config.json is missing).")
+        raise ModelError(f"{folder}: not a diffusers model (unet/config.json is missing).")
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     refuse_unsupported(str(folder), configs, index)
     found = family_by_name(family) if family else recognise_configs(str(folder), configs)

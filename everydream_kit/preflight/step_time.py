@@ -235,5 +235,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _whole(batch_size: int | str) -> int:
-    assert isinstance(batch_size, int), "the batch size is settled before a step's time is asked for"
+    assert isinstance(batch_size, int), "the batch size must be known before a step's time is estimated"
     return batch_size

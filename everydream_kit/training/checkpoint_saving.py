@@ -191,14 +191,12 @@ class Saver(Listener):
             DiskSpaceError: there was no room for too long, or somebody asked to stop meanwhile.
         """
         run.set_state("saving")
-        kept = "What was trained waits in memory, {}, and is saved as soon as there is room. Stopping gives it up."
+        kept = "The trained state stays in memory, {}, and is saved as soon as there is space. Stopping discards it."
         self._patiently(run, lambda: self.save(run, ends=True), kept)
         name, self._unfinished = self._unfinished, None
         if name is None:
             return
-        kept = (
-            f"The checkpoint {name} is complete. Its single file is tried again {{}}, until there is room or you stop."
-        )
+        kept = f"The checkpoint {name} is complete. Writing its single file is retried {{}}, until there is space or you stop."
         try:
             self._patiently(run, lambda: self._write_single_files_again(run, name), kept)
         except (KitError, OSError) as problem:

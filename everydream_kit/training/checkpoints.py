@@ -116,7 +116,7 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     digests = digests_of([folder / name for name in files])
     for (name, facts), digest in zip(files.items(), digests, strict=True):
         if digest != facts["sha256"]:
-            raise CheckpointError(f"{folder / name}: its content is not what was written (SHA-256 differs).")
+            raise CheckpointError(f"{folder / name}: its content has changed (SHA-256 differs).")
     state = read_json(folder / "resume" / "state.json", error=CheckpointError, missing=None, allow_nan=True)
     if state is None:
         raise CheckpointError(f"{folder / 'resume' / 'state.json'}: missing, so the position in training is not known.")
@@ -163,7 +163,7 @@ def choose_checkpoint(run: RunFolder, warn: Callable[[str], None]) -> tuple[Path
             problems.append(str(error))
             if checkpoint.resumable:
                 warn(f"{error} Trying the checkpoint before it.")
-    raise CheckpointError("\n".join([f"{run.folder}: no checkpoint can be resumed from.", *problems]))
+    raise CheckpointError("\n".join([f"{run.folder}: no resumable checkpoint.", *problems]))
 
 
 def drop_resume_state(folder: Path) -> None:

@@ -71,7 +71,7 @@ def signals_stop(stop: StopSignal) -> Iterator[None]:
             )
         stop.ask(signal.Signals(number).name)
         with contextlib.suppress(OSError):  # nobody reads it
-            os.write(2, b"\nStopping after this step, then saving. Once more ends at once, without saving.\n")
+            os.write(2, b"\nStopping after this step, then saving. Press Ctrl-C again to quit without saving.\n")
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     if HANGUP is not None and signal.getsignal(HANGUP) == signal.SIG_DFL:

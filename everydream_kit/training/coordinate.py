@@ -74,7 +74,7 @@ class CoordinateDoWG(torch.optim.Optimizer):
         torch.maximum(farthest, (p - state["start"]).float().square(), out=farthest)
         gradient = p.grad.float()  # type: ignore[union-attr]
         state["weighted_squares"].addcmul_(farthest, gradient.square())
-        # sqrt(v) is at least r·|g|, but v of a tiny gradient is no float32 number any more: a step is never longer than r.
+        # sqrt(v) is at least r·|g|, but v of a tiny gradient is no longer a float32 number: a step is never longer than r.
         least = farthest.sqrt() * gradient.abs()
         rate = farthest / torch.maximum(state["weighted_squares"].sqrt(), least).clamp_min(1e-30)
         decay = (rate * group["weight_decay"]).clamp_max(1.0)  # nor does decay turn a weight's sign

@@ -59,5 +59,5 @@ def split_dataset(
 def _scan_some(scan: Callable[[str], Dataset], folder: str) -> Dataset:
     dataset = scan(folder)
     if not len(dataset):
-        raise DataError(f"validation_config: {folder} holds no image that can be used.")
+        raise DataError(f"validation_config: {folder} holds no usable image.")
     return dataset

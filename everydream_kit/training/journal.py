@@ -190,7 +190,7 @@ class Journal:
             self._events.write(kind, **facts)
 
     def note(self, message: str) -> None:
-        """A line for the log that is no warning."""
+        """A line for the log that is not a warning."""
         if self.writes:
             logger.info(message)
 

@@ -1,8 +1,8 @@
-"""Out of memory: recognising it, and what can be lowered, the cheapest first.
+"""Out of memory: recognizing it, and what can be lowered, the cheapest first.
 
-`measures_left` is the one list: what a run that ran out of memory advises in words, and what the pre-flight tries out before
-anything is spent. It is ordered by what each measure costs in speed, and what changes the result comes after all that does not;
-only what the present settings leave open is named.
+`measures_left` is the one list: what a run that ran out of memory advises in words, and what the pre-flight tries out
+before anything is spent. It is ordered by what each measure costs in speed, and what changes the result comes after all
+that does not; only what the present settings leave open is named.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Measure:
         name: the setting, or the settings, by name.
         changes: settings as they would be.
         why: what it does, in words.
-        costs: `nothing` worth mentioning, `time`, or the `result`: what is learnt, or how large.
+        costs: `nothing` worth mentioning, `time`, or the `result`: what is learned, or how large.
         is_estimated: a rehearsal on paper shows its effect.
     """
 

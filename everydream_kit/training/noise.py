@@ -109,7 +109,7 @@ def perturb_input(noise: torch.Tensor, gamma: float, sources: Sequence[Source]) 
 
 
 def perturb_embeddings(embeddings: torch.Tensor, gamma: float, sources: Sequence[Source]) -> torch.Tensor:
-    """Text embeddings with noise of standard deviation gamma / sqrt(D), against memorising captions (arXiv 2405.20494).
+    """Text embeddings with noise of standard deviation gamma / sqrt(D), against memorizing captions (arXiv 2405.20494).
 
     Args:
         embeddings: (B, L, D) on any device; gradients flow through.

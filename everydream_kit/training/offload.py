@@ -25,7 +25,7 @@ class IdleModels:
     """Holds modules in host memory except while they are in use.
 
     Args:
-        modules: what waits; they are moved to host memory at once. Of none, everything here does nothing.
+        modules: to offload; they are moved to host memory at once. With no modules this is a no-op.
         device: where they work.
     """
 

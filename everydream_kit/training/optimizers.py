@@ -62,8 +62,8 @@ class OptimizerKind:
         fixed: keyword arguments that differ from the class's defaults.
         takes_epsilon: False where its `eps` means something else than a number added to a denominator.
         finds_own_rate: `lr` is a factor on a rate that it finds itself; 1 is normal.
-        weight_decay: where nobody says anything; None: the class's own. 0 where decay cannot be told from the gradient, or
-            is multiplied by a rate that is no share of the weight.
+        weight_decay: where nobody says anything; None: the class's own. 0 where decay cannot be told from the gradient,
+            or is multiplied by a rate that is not a share of the weight.
         by_parameter: each parameter's update depends on that parameter alone, so it may be stepped by itself.
         elementwise: each number's update depends on that number alone (8-bit states: on its block), see `flat`.
         substitute: what is used where the library is missing.
@@ -326,7 +326,7 @@ def _find(name: str, device_type: str) -> tuple[OptimizerKind, Any]:
 def _import(path: str) -> Any:
     module_name, _, class_name = path.rpartition(".")
     if not all(part.isidentifier() for part in path.split(".")):
-        raise ConfigError(f"optimizer: {path!r} is no module.Class; for instance torch.optim.Rprop")
+        raise ConfigError(f"optimizer: {path!r} is not a module.Class; for instance torch.optim.Rprop")
     try:
         optimizer_class = getattr(importlib.import_module(module_name), class_name, None)
     except ImportError as error:

@@ -13,7 +13,7 @@ EveryDream 2's signature works as well: a hook that takes keyword arguments (`**
 where it had them there, and `run`. What differs is in docs/differences.md.
 
 A plug-in that transforms images switches the latent cache off, since what it makes cannot be known in advance. A hook
-that does nothing, such as one inherited from EveryDream 2's `BasePlugin`, is no hook.
+that does nothing, such as one inherited from EveryDream 2's `BasePlugin`, is not a hook.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ HOOKS = frozenset(
 )
 
 
-_BASE_HINT = " EveryDream 2's BasePlugin is not needed: take out its import, and derive from nothing."
+_BASE_HINT = " EveryDream 2's BasePlugin is not needed: remove its import, and derive from nothing."
 
 
 def load_plugins(names: Sequence[str]) -> list[Any]:
     """Make one object of each named class.
 
     Raises:
-        ConfigError: a module or class is not there, or is no plug-in. Nothing of it is called then.
+        ConfigError: a module or class is not there, or is not a plug-in. Nothing of it is called then.
     """
     plugins = []
     for name in names:
         module_name, _, class_name = name.rpartition(".")
         if not module_name or not all(part.isidentifier() for part in name.split(".")):
-            raise ConfigError(f"plugins: {name!r} is no module.Class; for instance my_plugins.Greeter")
+            raise ConfigError(f"plugins: {name!r} is not a module.Class; for instance my_plugins.Greeter")
         try:
             plugin_class = getattr(importlib.import_module(module_name), class_name)
         except ModuleNotFoundError as error:
@@ -73,7 +73,7 @@ def load_plugins(names: Sequence[str]) -> list[Any]:
             raise ConfigError(f"plugins: the module {module_name} has no class {class_name}.") from error
         if not (isinstance(plugin_class, type) and any(has_hook(plugin_class, hook) for hook in HOOKS)):
             raise ConfigError(
-                f"plugins: {name} is no plug-in: a class with at least one of {', '.join(sorted(HOOKS))}."
+                f"plugins: {name} is not a plug-in: a class with at least one of {', '.join(sorted(HOOKS))}."
             )
         plugins.append(plugin_class())
     return plugins
@@ -127,7 +127,7 @@ def call_hook(plugin: Any, hook: str, arguments: Sequence[Any], facts: Mapping[s
         raise
     except Exception as error:
         raise ConfigError(
-            f"plugins: {name_of(plugin)}.{hook} raised {type(error).__name__}: {error}. Correct the plug-in or take it out"
+            f"plugins: {name_of(plugin)}.{hook} raised {type(error).__name__}: {error}. Fix the plug-in or remove it"
             f"{_KEYWORDS_HINT if isinstance(error, KeyError) else ''}."
         ) from error
 

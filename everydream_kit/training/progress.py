@@ -1,4 +1,4 @@
-"""Work inside a run that may take minutes and is no step: how far it is, and that a stop ends it."""
+"""Work inside a run that may take minutes and is not a step: how far it is, and that a stop ends it."""
 
 from __future__ import annotations
 

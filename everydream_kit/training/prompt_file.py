@@ -108,7 +108,8 @@ def read_prompt_file(path: Path) -> PromptFile:
     """Read a prompt file, as far as it can be used.
 
     Raises:
-        ConfigError: it is not there, is no text, or its JSON is no JSON or no object; the message names line and column.
+        ConfigError: it is not there, is not text, or its JSON is invalid or not an object; the message names line and
+            column.
     """
     try:
         if not path.is_file():

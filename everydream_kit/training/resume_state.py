@@ -55,7 +55,7 @@ def number_of(values: Mapping[str, Any], name: str) -> float:
     """A finite number of a listener's state. Raises: ValueError, KeyError."""
     value = values[name]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} is no number")
+        raise ValueError(f"{name} is not a number")
     return value
 
 

@@ -71,7 +71,7 @@ def refuse_other_training(run: Run, state: dict[str, Any]) -> None:
 def resolve_position(run: Run, state: dict[str, Any], tensors: dict[str, Any]) -> None:
     """Put the run where it continues. What is different from when it was saved is a warning.
 
-    An epoch whose batches are others now begins anew: which of its images were seen cannot be told by counting steps.
+    An epoch whose batches are others now starts over: which of its images were seen cannot be told by counting steps.
     `state` loses what its listeners had noted of that epoch, and the run's number of steps and schedules are settled anew.
     """
     run.position = position = Position(**state["position"])
@@ -80,8 +80,8 @@ def resolve_position(run: Run, state: dict[str, Any], tensors: dict[str, Any]) -
         return
     if position.step_in_epoch:
         run.warn(
-            f"Epoch {position.epoch + 1} begins anew: {_what_changed(run, state)}, so its batches are others now. "
-            f"Images of its first {position.step_in_epoch} steps are trained on once more."
+            f"Epoch {position.epoch + 1} starts over: {_what_changed(run, state)}, so its batches differ now. "
+            f"Images of its first {position.step_in_epoch} steps are trained on again."
         )
         run.position = position = replace(position, step_in_epoch=0)
         state["listeners"].pop("picture_table", None)
@@ -143,8 +143,8 @@ def _warn_of_other_images(run: Run, state: dict[str, Any], tensors: dict[str, An
         num_gone, num_new = max(0, -difference), max(0, difference)
     if num_gone or num_new:
         run.warn(
-            f"The dataset is another one than when this was saved: {num_gone} images are gone and {num_new} are new. "
-            "The run continues with those that are there, and is not the one that would have been without the pause."
+            f"The dataset has changed since this was saved: {num_gone} images are gone and {num_new} are new. "
+            "The run continues with those that are there, and will differ from an uninterrupted run."
         )
 
 

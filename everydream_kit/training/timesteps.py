@@ -37,7 +37,7 @@ def draw_timesteps(
     Args:
         sources: a seed or generator for each image.
         start, end: bounds of the timesteps.
-        how: "uniform"; "logit_normal", the sigmoid of N(0, 1), which favours the middle (arXiv 2403.03206, section
+        how: "uniform"; "logit_normal", the sigmoid of N(0, 1), which favors the middle (arXiv 2403.03206, section
             3.1); or "stratified", which needs the following three.
         positions: each image's position in the optimizer step, from 0, counted over micro-batches and processes.
         num_images: images in the optimizer step.

@@ -55,7 +55,7 @@ class ValidationConfig(Section):
             raise ValueError(f"{twice[0]}: the old and the new name of one setting; give one of them")
         wrong = [name for name in FORK_NAMES if name.endswith("_enabled") and values.get(name)]
         if wrong:
-            raise ValueError(f"{wrong[0]}: a measurement of damian0815's fork; the kit does not have it. Take it out.")
+            raise ValueError(f"{wrong[0]}: a measurement of damian0815's fork; the kit does not have it. Remove it.")
         return {
             OLD_NAMES.get(name, name): _WORDS.get(value, value) if isinstance(value, str) else value
             for name, value in values.items()

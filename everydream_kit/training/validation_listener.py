@@ -102,9 +102,10 @@ class Validator(Listener):
 
 
 def measure_loss(run: Run, dataset: Dataset, config: ValidationConfig, *, averaged: bool = False) -> float:
-    """The mean loss of a dataset on the fixed grid of timesteps, with the run's live weights, or the averaged (EMA) ones.
+    """The mean loss of a dataset on the fixed grid of timesteps, with the run's live weights, or the averaged (EMA)
+    ones.
 
-    Plain settings: centre crops, captions as written, no extra noise; the training's own objective.
+    Plain settings: center crops, captions as written, no extra noise; the training's own objective.
     """
     settings = replace(
         run.plan_settings,

@@ -38,7 +38,7 @@ def load_images(dataset: Path) -> tuple[torch.Tensor, torch.Tensor]:
 def draw_batch(
     images: torch.Tensor, chosen: torch.Tensor, size: int, side: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """A batch in -1..1, (size, 3, side, side): crops, some with colours swapped or inverted, for colour."""
+    """A batch in -1..1, (size, 3, side, side): crops, some with colors swapped or inverted, for color."""
     count = round(size * CHOSEN_SHARE)
     indices = torch.cat(
         [
@@ -63,7 +63,7 @@ def draw_batch(
 
 
 def loss_of(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L1 and L2, L1 of means over 8x8 and 2x2 tiles (colour and tone first), and L1 of differences (edges)."""
+    """L1 and L2, L1 of means over 8x8 and 2x2 tiles (color and tone first), and L1 of differences (edges)."""
     difference = output - target
     edges = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
     tones = functional.avg_pool2d(difference, 8).abs().mean() + functional.avg_pool2d(difference, 2).abs().mean()

@@ -1,7 +1,7 @@
 """Stage 2: the U-Net and the text encoder, together, from scratch, on latents that are encoded once.
 
 This is the kit's training objective (epsilon, min-SNR weights, empty prompts now and then, EMA) in a loop of its own,
-for two reasons: Muon, which is no optimizer for fine-tuning, and two processes of one thread each.
+for two reasons: Muon, which is not an optimizer for fine-tuning, and two processes of one thread each.
 """
 
 from __future__ import annotations

@@ -322,7 +322,7 @@ def test_a_disk_without_a_free_byte_ends_no_training_and_the_end_waits_for_room(
     assert [event["step"] for event in run.events("loss")] == list(range(1, 9))  # what was told meanwhile came later
     warnings = "\n".join(event["message"] for event in run.events("warning"))
     assert "of step 3 failed: [Errno 28] No space left on device. Training continues." in warnings
-    assert "What was trained waits in memory, for 30 minutes" in warnings
+    assert "The trained state stays in memory, for 30 minutes" in warnings
     verify_checkpoint(run.last_checkpoint)
     assert run.checkpoints()[-1].step == 8
 
@@ -379,7 +379,7 @@ def test_a_single_file_that_fails_is_a_warning_and_the_checkpoint_is_complete(
     warnings = [event["message"] for event in run.events("warning") if "single file" in event["message"]]
     assert warnings
     assert all(f"everydream export {run.checkpoints_folder}" in text for text in warnings)
-    assert not any("waits in memory" in event["message"] for event in run.events("warning"))
+    assert not any("stays in memory" in event["message"] for event in run.events("warning"))
     assert len(run.checkpoints()) == 1  # keep_last_n holds all the same
     verify_checkpoint(run.last_checkpoint)
 

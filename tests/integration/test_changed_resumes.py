@@ -93,7 +93,7 @@ def test_images_that_are_gone_are_said_and_the_epoch_begins_anew(run: RunFolder,
     (images / "10.jpg").unlink()
     resume(run.folder, changes={"data_root": str(images), "max_epochs": 1})
     assert "2 images are gone and 0 are new" in warnings_of(run)
-    assert "Epoch 1 begins anew: the images, their sizes or their multipliers changed" in warnings_of(run)
+    assert "Epoch 1 starts over: the images, their sizes or their multipliers changed" in warnings_of(run)
     assert uses_in_first_epoch(run) == dict.fromkeys(names_of(images), 1)
 
 

@@ -1,4 +1,5 @@
-"""Parts that are not trained are held in half precision, and nothing that is learnt or saved is any the worse for it."""
+"""Parts that are not trained are held in half precision, and nothing that is learned or saved is any the worse for
+it."""
 
 from __future__ import annotations
 

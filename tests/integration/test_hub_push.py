@@ -264,7 +264,7 @@ def test_a_hub_that_is_silent_is_given_up_after_the_read_timeout(
     hub: HubStandIn, tmp_path: Path, lfs: None, naps: list[float], impatient: None
 ) -> None:
     hub.fail("POST", "/commit/", stall_seconds=30, times=3)
-    with pytest.raises(HubError, match="said nothing for too long"):
+    with pytest.raises(HubError, match="did not answer in time"):
         push(hub, make_run(tmp_path))
 
 
@@ -414,7 +414,7 @@ def test_access_is_checked_before_training(hub: HubStandIn) -> None:
     [
         ("me/jets", "read", TOKEN, "may only read. Make one with the role `write`"),
         ("you/jets", "write", TOKEN, "Push to me/jets, or open a pull request"),
-        ("me/my jets", "write", TOKEN, "is no repository id"),
+        ("me/my jets", "write", TOKEN, "is not a repository id"),
         ("me/jets", "write", "hf_wrongwrongwrong", "does not accept the token"),
     ],
 )

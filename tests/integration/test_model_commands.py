@@ -140,8 +140,8 @@ def test_a_learnt_token_becomes_an_embedding_file(
     assert {name: len(rows) for name, rows in load_file(out).items()} == (
         {"clip_l": 2, "clip_g": 2} if family == "sdxl" else {"emb_params": 2}
     )
-    assert "has the tokens <cat>, <jet>; say which one" in say(capsys, *words)[1]
-    assert "has no learnt token '<dog>'; it has <cat>, <jet>" in say(capsys, *words, "--token", "<dog>")[1]
+    assert "has the tokens <cat>, <jet>; name one" in say(capsys, *words)[1]
+    assert "has no learned token '<dog>'; it has <cat>, <jet>" in say(capsys, *words, "--token", "<dog>")[1]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_learnt_token_becomes_an_embedding_file(
     [
         ("export BASE OUT.safetensors --format lora", 1, "no LoRA checkpoint"),
         ("export LORA OUT.pt --format lora", 1, "must end in .safetensors"),
-        ("export BASE OUT.safetensors --format embedding", 1, "no learnt tokens here"),
+        ("export BASE OUT.safetensors --format embedding", 1, "no learned tokens here"),
         ("export BASE OUT.safetensors --format embedding --precision fp32", 1, "do not apply to an embedding"),
         ("export BASE OUT.safetensors --token <cat>", 1, "goes with --format embedding"),
         ("export BASE OUT.safetensors --format kohya", 2, "invalid choice: 'kohya' (choose from"),

@@ -316,7 +316,7 @@ def test_a_unet_that_is_not_ours_is_refused(copied, change, message):
             lambda folder: [shutil.rmtree(p) if p.is_dir() else p.unlink() for p in folder.iterdir()],
             "the folder is empty",
         ),
-        (lambda folder: shutil.rmtree(folder / "unet"), "no diffusers model here"),
+        (lambda folder: shutil.rmtree(folder / "unet"), "not a diffusers model"),
     ],
 )
 def test_an_incomplete_folder_says_what_is_missing(copied, spoil, message):

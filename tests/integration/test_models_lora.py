@@ -120,7 +120,7 @@ def test_targets_are_names_or_expressions_and_must_fit_something():
     assert not any(name.endswith("to_k") for name in adapted)
     with pytest.raises(ConfigError, match="'banana' fits no layer"):
         add_lora(load_model(tiny_folder("sd1")), 2, targets=["banana"])
-    with pytest.raises(ConfigError, match="no regular expression"):
+    with pytest.raises(ConfigError, match="not a regular expression"):
         add_lora(load_model(tiny_folder("sd1")), 2, targets=["("])
 
 
@@ -167,7 +167,7 @@ def test_a_second_call_keeps_the_words_of_the_first(family, tmp_path):
     assert all(len(rows) == 2 + 3 and rows.requires_grad for rows in later)
     assert torch.equal(encode_captions(model, ["a <cat> here"]).encoder_hidden_states, before)
     for rows in later:
-        assert torch.equal(rows[2:4], rows[:2])  # <jet> starts from what <cat> has learnt
+        assert torch.equal(rows[2:4], rows[:2])  # <jet> starts from what <cat> has learned
     captions = ["a <cat> and a <jet>"]
     wanted = encode_captions(model, captions).encoder_hidden_states
     save_model(model, tmp_path / "checkpoint")

@@ -83,7 +83,7 @@ def test_subfolder_and_variant_choose_the_files_of_a_folder(
         assert rehearsal.run.model.family.name == "sd1"
     with pytest.raises(ModelError, match="no weights here"), prepared(**inside, base_subfolder="inner"):
         pass
-    with pytest.raises(ModelError, match="no diffusers model here"), prepared(**inside, base_variant="fp16"):
+    with pytest.raises(ModelError, match="not a diffusers model"), prepared(**inside, base_variant="fp16"):
         pass
 
 

@@ -390,7 +390,7 @@ def test_plugins_are_called_at_every_turn_and_change_captions(settings: dict[str
         *("epoch 1 start", "step 1 start", "step 2 end", "epoch 1 end"),
         "training end",
     ]
-    for name, words in (("plain", "no module.Class"), ("no_such.Class", "there is no module no_such")):
+    for name, words in (("plain", "not a module.Class"), ("no_such.Class", "there is no module no_such")):
         with pytest.raises(ConfigError, match=words), prepared(**{**settings, "plugins": [name]}):
             pass
 

@@ -180,7 +180,7 @@ def test_a_hook_that_does_nothing_is_no_hook(settings):
     assert image_transform([old]) is None
     assert not has_hook(old, "transform_pil_image")
     assert has_hook(array, "transform_pil_image")  # inherited, and it does something
-    with pytest.raises(ConfigError, match="is no plug-in"):
+    with pytest.raises(ConfigError, match="is not a plug-in"):
         load_plugins(plugins("OldBase"))
 
 
@@ -194,5 +194,5 @@ def test_an_array_that_comes_back_is_an_image(settings):
 def test_its_base_class_that_is_not_there_is_answered(tmp_path, monkeypatch):
     (tmp_path / "old_plugin.py").write_text("from plugins.plugins import BasePlugin\nclass A(BasePlugin):\n    pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ConfigError, match="EveryDream 2's BasePlugin is not needed: take out its import"):
+    with pytest.raises(ConfigError, match="EveryDream 2's BasePlugin is not needed: remove its import"):
         load_plugins(["old_plugin.A"])

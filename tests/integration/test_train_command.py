@@ -86,7 +86,7 @@ def test_the_logged_rate_follows_the_cosine_with_warm_up_and_scaling(run: RunFol
     decay_steps = int(num_steps * 1.5)
     expected = [
         peak * 0.5 * (1 + math.cos(math.pi * step / decay_steps)) for step in range(num_steps)
-    ]  # 2 % is no step
+    ]  # 2 % is not a step
     assert [entry["lr"]["unet"] for entry in losses] == pytest.approx(expected)
     assert [entry["lr"]["text encoder"] for entry in losses] == pytest.approx(expected)
 

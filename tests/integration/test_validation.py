@@ -131,7 +131,7 @@ def test_without_images_there_is_nothing_to_measure(model):
 
 
 def draw_images(folder, count):
-    """Images that do not look alike: coarse coloured noise, enlarged smoothly."""
+    """Images that do not look alike: coarse colored noise, enlarged smoothly."""
     folder.mkdir()
     for number in range(count):
         coarse = np.random.default_rng(number).integers(0, 255, (6, 6, 3), dtype=np.uint8)

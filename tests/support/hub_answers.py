@@ -1,6 +1,6 @@
 """What the stand-in for the Hub answers: one function for each of the client's requests, and the table of them.
 
-Not here: what is kept (`hub_holdings`), lines and faults (`hub_stand_in`). The card check knows a dozen licences.
+Not here: what is kept (`hub_holdings`), lines and faults (`hub_stand_in`). The card check knows a dozen licenses.
 """
 
 from __future__ import annotations

@@ -170,7 +170,8 @@ class Driver:
         return panel
 
     def wait_while_moving(self, is_done, *, stall_seconds=150, most_seconds=1500):
-        """Wait until something is so, for as long as what the panels show still changes: a slow machine is no failure."""
+        """Wait until something is so, for as long as what the panels show still changes: a slow machine is not a
+        failure."""
         start = moved = time.monotonic()
         before = None
         while not is_done():
@@ -206,7 +207,7 @@ class Driver:
         self.wait_while_moving(is_there)
 
     def photograph(self, locator, name, *, tallest=TALLEST_IMAGE):
-        """A panel's image for the documentation: 256 colours are enough, and small."""
+        """A panel's image for the documentation: 256 colors are enough, and small."""
         SHOTS.mkdir(parents=True, exist_ok=True)
         self.page.mouse.move(0, 0)
         self.page.evaluate("() => document.activeElement.blur()")

@@ -147,7 +147,7 @@ def lokr(name=LINEAR, *, split=(), core=False, stem=None, alpha=ALPHA):
 
 
 def dora(axis, *, made=None, name=LINEAR, end="dora_scale", shaped=True):
-    """DoRA: each row (axis 0) or column (axis 1) of the changed weight gets a learnt length."""
+    """DoRA: each row (axis 0) or column (axis 1) of the changed weight gets a learned length."""
     made = made or pair(kohya(name), name)
     changed = made.expected["unet", name + ".weight"]
     scale = 0.5 + torch.rand(changed.shape[axis], generator=torch.Generator().manual_seed(3))

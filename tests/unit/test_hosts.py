@@ -1,4 +1,4 @@
-"""Hosts are recognised by what they set, and everything of Colab goes through one replaceable bridge."""
+"""Hosts are recognized by what they set, and everything of Colab goes through one replaceable bridge."""
 
 import os
 import subprocess

@@ -258,7 +258,7 @@ def test_a_stopped_queue_starts_no_further_run(settings, tmp_path):
 
 def test_a_queue_is_added_to_moved_and_thinned_while_it_works(settings, tmp_path):
     queue = jobs.Queue(tmp_path / "queue.json")
-    with pytest.raises(JobError, match="Nothing waits"):
+    with pytest.raises(JobError, match="The queue is empty"):
         queue.start()
     first = queue.add({**settings, "project_name": "first"})
     queue.start(command=double("--steps", 900))
@@ -273,7 +273,7 @@ def test_a_queue_is_added_to_moved_and_thinned_while_it_works(settings, tmp_path
         queue.remove(first)
     with pytest.raises(JobError, match="waiting entries"):
         queue.move(first, 1)
-    with pytest.raises(JobError, match="not in the queue"):
+    with pytest.raises(JobError, match="no longer in the queue"):
         queue.remove(third)
     with pytest.raises(ConfigError, match="lr"):
         queue.add({**settings, "lr": -1})

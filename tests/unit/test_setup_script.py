@@ -298,7 +298,7 @@ def test_a_python_that_cannot_make_environments_names_the_missing_package(tmp_pa
 def test_a_folder_that_is_no_environment_is_not_cleared(tmp_path):
     (tmp_path / "my-images").mkdir()
     (tmp_path / "my-images" / "holiday.jpg").write_bytes(b"x")
-    with pytest.raises(set_up.SetupError, match="is no virtual environment"):
+    with pytest.raises(set_up.SetupError, match="is not a virtual environment"):
         set_up.make_venv(tmp_path / "my-images")
     assert (tmp_path / "my-images" / "holiday.jpg").exists()
 

@@ -19,8 +19,8 @@ BROKEN = {
     "6000 digits": ('{"text": "777",\n "n": ' + "7" * 6000 + "}", "line 2, column 7: a whole number of 6,000 digits"),
     "-6000 digits": ("[-" + "7" * 6000 + "]", "line 1, column 2: a whole number of 6,000 digits"),
     "infinite": ('{"n": 1e999}', "line 1, column 7: 1e999 is larger than any number"),
-    "NaN": ('{"NaN": "NaN",\n "n": NaN}', "line 2, column 7: NaN is no number"),
-    "Infinity": ('{"n": -Infinity}', "line 1, column 7: -Infinity is no number"),
+    "NaN": ('{"NaN": "NaN",\n "n": NaN}', "line 2, column 7: NaN is not a number"),
+    "Infinity": ('{"n": -Infinity}', "line 1, column 7: -Infinity is not a number"),
     "deep lists": ("[" * 100_000 + "]" * 100_000, "line 1, column 65: nested more than 64 deep"),
     "deep objects": ('{"a":' * 1000 + "1" + "}" * 1000, "nested more than 64 deep"),
 }
@@ -64,7 +64,7 @@ def test_encodings_that_editors_write_are_read(tmp_path, encoding):
 def test_other_encodings_are_refused_with_the_line(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes('{\n"caption":\n"café"}'.encode("cp1252"))
-    with pytest.raises(KitError, match=r"a\.json, line 3: no text in UTF-8"):
+    with pytest.raises(KitError, match=r"a\.json, line 3: not UTF-8 text"):
         read_json(path)
 
 

@@ -68,7 +68,9 @@ def check_hub_access(
 def open_repo(connection: HubConnection, repo_id: str, *, private: bool, revision: str | None = None) -> HubAccess:
     """Whoami, role, owner, repository, branch, write access, in the order in which they go wrong."""
     if not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]{1,96}", repo_id):
-        raise HubError(f"{repo_id!r} is no repository id. It has the form owner/name, with letters, digits, - _ and .")
+        raise HubError(
+            f"{repo_id!r} is not a repository id. It has the form owner/name, with letters, digits, - _ and ."
+        )
     api = connection.api
     me = connection.step("log in to the Hub", api.whoami)
     user, owners = me["name"], [me["name"], *(org["name"] for org in me.get("orgs", []))]
@@ -96,13 +98,13 @@ def open_repo(connection: HubConnection, repo_id: str, *, private: bool, revisio
 
 
 def base_licence(connection: HubConnection, base: str | None) -> dict[str, str]:
-    """Licence fields from the base model's card; none where it cannot be read, which a push survives."""
+    """License fields from the base model's card; none where it cannot be read, which a push survives."""
     if base is None:
         return {}
     try:
-        info = connection.step(f"look up the licence of {base}", lambda: connection.api.model_info(base), tries=1)
+        info = connection.step(f"look up the license of {base}", lambda: connection.api.model_info(base), tries=1)
     except HubError as error:
-        logger.warning("%s The card states no licence; give one with license.", error)
+        logger.warning("%s The card states no license; give one with license.", error)
         return {}
     card: dict[str, Any] = dict(vars(info.card_data)) if info.card_data else {}
     fields = ("license", "license_name", "license_link")

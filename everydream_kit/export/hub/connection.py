@@ -225,7 +225,7 @@ def _explain_transport(error: BaseException) -> Cause:
     name = type(error).__name__
     check = "Check the internet connection of this machine."
     if "Timeout" in name:
-        return Cause(None, True, None, "the Hub said nothing for too long", check)
+        return Cause(None, True, None, "the Hub did not answer in time", check)
     if name in ("ConnectError", "ProxyError", "UnsupportedProtocol"):
         return Cause(None, True, None, "the Hub cannot be reached", check)
     if isinstance(error, json.JSONDecodeError):

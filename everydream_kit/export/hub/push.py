@@ -88,7 +88,7 @@ def preview_push(
 ) -> PushPreview:
     """What `push_to_hub` would upload, without uploading, a token, or a network.
 
-    The licence of a base on the Hub is looked up only when pushing.
+    The license of a base on the Hub is looked up only when pushing.
 
     Raises:
         ExportError, CheckpointError: there is nothing to push.
@@ -129,7 +129,7 @@ def push_to_hub(
         revision: branch to push to; created if it does not exist.
         create_pr: open a pull request instead of changing the branch.
         dry_run: upload nothing and return what would go, as text.
-        license: Hub name of the licence; by default the base model's, from its card on the Hub, its folder's card, or
+        license: Hub name of the license; by default the base model's, from its card on the Hub, its folder's card, or
             its file's header.
         base_model: Hub id of the base; by default the one the run started from.
         message: of the commit.

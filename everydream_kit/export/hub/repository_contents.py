@@ -92,7 +92,7 @@ class Source:
 
     @property
     def learnt_tokens(self) -> dict[str, int]:
-        """Learnt tokens in the checkpoint, each with the number of text encoders that know it."""
+        """Learned tokens in the checkpoint, each with the number of text encoders that know it."""
         from safetensors import SafetensorError, safe_open
 
         path = self.checkpoint / TOKENS_FILE if self.checkpoint else None
@@ -162,12 +162,12 @@ def check_what(what: Iterable[str], source: Source) -> tuple[What, ...]:
     if source.is_lora:
         parts = tuple("lora" if part == "diffusers" else part for part in parts)
     elif "lora" in parts:
-        raise ExportError(f"what: {source.place} holds no LoRA ({' or '.join(LORA_FILES)}). Leave `lora` out.")
+        raise ExportError(f"what: {source.place} holds no LoRA ({' or '.join(LORA_FILES)}). Omit `lora`.")
     assert source.checkpoint is not None
     if "resume" in parts and not (source.checkpoint / CHECKPOINT_MANIFEST).is_file():
         raise ExportError(
             f"what: {source.checkpoint} holds no resume state; only the latest checkpoints of a run do. "
-            "Push a newer one, or leave `resume` out."
+            "Push a newer one, or omit `resume`."
         )
     return cast("tuple[What, ...]", parts)
 

@@ -36,7 +36,7 @@ def test_a_caption_in_another_code_page_is_used_with_a_note(tmp_path, encoding, 
     dataset = scan_dataset(tmp_path, cache_dir=tmp_path / ".cache")
     assert len(dataset.problems) == 1
     assert "not UTF-8, and unlikely to be Windows-1252" in dataset.problems[0].cause + dataset.problems[0].cure or (
-        dataset.problems[0].skipped and "it is no text in UTF-8" in dataset.problems[0].cause
+        dataset.problems[0].skipped and "it is not text in UTF-8" in dataset.problems[0].cause
     )
     assert len(scan_dataset(tmp_path, cache_dir=tmp_path / ".cache").problems) == 1  # said again
 

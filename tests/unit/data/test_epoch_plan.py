@@ -243,7 +243,7 @@ def test_multiply_zero_switches_off_and_everything_off_is_an_error():
     assert plan_epoch(dataset, PlanSettings(2, 1, (128,)), 0).num_uses().tolist() == [0, 1]
     with pytest.raises(DataError, match=r"all 3 images are switched off"):
         plan_epoch(square_dataset(3, multiply=0), PlanSettings(2), 0)
-    with pytest.raises(DataError, match="no image that can be used"):
+    with pytest.raises(DataError, match="no usable image"):
         plan_epoch(make_dataset([]), PlanSettings(2), 0)
 
 

@@ -223,8 +223,8 @@ def test_captions_are_read_in_every_common_encoding(tmp_path, encoding):
 @pytest.mark.parametrize(
     ("data", "cause"),
     [
-        (b"\x00\x01\x02\xff\xfe", r"it is no text in UTF-8"),
-        (b"\x89PNG\r\n\x1a\n\x00\x00", r"it is no text in UTF-8"),
+        (b"\x00\x01\x02\xff\xfe", r"it is not text in UTF-8"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", r"it is not text in UTF-8"),
         (b"\xff\xfea", "damaged utf-16 text at byte"),
         (b"a" * (1 << 20) + b"b", "larger than 1 MiB"),
     ],
@@ -325,7 +325,7 @@ def test_unknown_settings_are_notes_that_name_the_nearest(tmp_path):
     assert sorted(dataset.paths) == ["a.png", "good.png"]
     assert [(p.cause, p.cure, p.skipped) for p in dataset.problems] == [
         ("flip: there is no such setting", "Did you mean flip_p?", False),
-        ("foo_bar_baz: there is no such setting", "Take it out, or see the list of settings in docs/data.md.", False),
+        ("foo_bar_baz: there is no such setting", "Remove it, or see the list of settings in docs/data.md.", False),
     ]
 
 

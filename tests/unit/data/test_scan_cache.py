@@ -132,7 +132,7 @@ def test_a_damaged_memory_is_as_good_as_none(folder, tmp_path, damage):
 def test_a_cache_folder_that_cannot_be_made_costs_the_cache_only(folder, tmp_path, caplog):
     (tmp_path / "cache").write_text("a file is in the way")
     assert len(scan_dataset(folder, cache_dir=tmp_path / "cache")) == 4
-    assert "the scan could not be remembered" in caplog.text
+    assert "the scan could not be cached" in caplog.text
 
 
 def test_a_folder_of_many_images_is_found_again_by_bisection(tmp_path, headers_read):

@@ -13,7 +13,7 @@ from everydream_kit.errors import ConfigError, DataError
 
 
 def noise(width, height, seed):
-    """Coarse coloured noise: an image of its own for each seed, that survives being resized."""
+    """Coarse colored noise: an image of its own for each seed, that survives being resized."""
     cells = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(cells).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -25,7 +25,7 @@ def folder(tmp_path):
     noise(400, 300, 0).save(root / "a.jpg", quality=95)
     noise(300, 400, 1).save(root / "sub" / "b.png")
     noise(60, 40, 2).save(root / "small.png")
-    (root / "a.txt").write_text("a cat, grey, sitting")
+    (root / "a.txt").write_text("a cat, gray, sitting")
     (root / "sub" / "b.txt").write_text("a cat, black\na black cat, night")
     (root / "sub" / "multiply.txt").write_text("2")
     return root
@@ -107,7 +107,7 @@ def test_a_strangers_journal_names_no_file_outside(folder, tmp_path, line):
     text = json.dumps(line).replace("{victim}", str(victim))
     journal.write_text(json.dumps({"undo": 2, "root": "cats"}) + "\n" + text + "\n")
     before = snapshot(folder)
-    if isinstance(line, list):  # a line that is no step is skipped, and said
+    if isinstance(line, list):  # a line that is not a step is skipped, and reported
         assert len(undo(journal).problems) == 1
     else:
         with pytest.raises(DataError, match=r"undo\.jsonl: "):
@@ -275,11 +275,11 @@ def test_targets_in_or_around_the_dataset_are_refused(folder, target):
 
 def test_tags_are_added_once_and_removed_from_every_line(folder):
     edit_tags(folder, add=["indoors", "Sitting"], remove=["BLACK"])
-    assert (folder / "a.txt").read_text() == "a cat, grey, sitting, indoors"
+    assert (folder / "a.txt").read_text() == "a cat, gray, sitting, indoors"
     assert (folder / "sub" / "b.txt").read_text() == "a cat, indoors, Sitting\na black cat, night, indoors, Sitting"
     assert (folder / "small.txt").read_text() == "small, indoors, Sitting"  # it was captioned by its name
     edit_tags(folder, add=["first"], position="start")
-    assert (folder / "a.txt").read_text() == "a cat, first, grey, sitting, indoors"
+    assert (folder / "a.txt").read_text() == "a cat, first, gray, sitting, indoors"
 
 
 def test_captions_in_settings_files_are_left_alone_by_name(folder):

@@ -1,4 +1,4 @@
-"""The licence of a base that lies on this disk reaches the card."""
+"""The license of a base that lies on this disk reaches the card."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def start_from(run: RunFolder, base: Path | str) -> RunFolder:
 def test_a_base_folders_card_states_the_licence(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
-    front = "license: other\nlicense_name: studio-licence\nlicense_link: https://example.org/licence\ntags: [x]"
+    front = "license: other\nlicense_name: studio-license\nlicense_link: https://example.org/licence\ntags: [x]"
     (base / "README.md").write_text(f"---\n{front}\n---\n# Base\n", "utf-8")
     card = card_of(start_from(make_run(tmp_path / "logs"), base))
-    assert "license: other\nlicense_name: studio-licence\nlicense_link: https://example.org/licence\n" in card
-    assert card.endswith("## Licence\n\n`studio-licence`\n")
+    assert "license: other\nlicense_name: studio-license\nlicense_link: https://example.org/licence\n" in card
+    assert card.endswith("## License\n\n`studio-licence`\n")
 
 
 def test_a_base_files_header_states_the_licence(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Grids of labelled images, and settings inside image files."""
+"""Grids of labeled images, and settings inside image files."""
 
 import pytest
 from PIL import Image

@@ -175,7 +175,7 @@ def test_tensors_that_make_no_sense_fall_back(run: RunFolder, content: bytes) ->
 def test_where_none_is_left_the_reasons_are_listed(run: RunFolder) -> None:
     for checkpoint in run.checkpoints():
         (checkpoint.folder / "resume" / "state.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"(?s)no checkpoint can be resumed from.*gs00020.*gs00010"):
+    with pytest.raises(CheckpointError, match=r"(?s)no resumable checkpoint.*gs00020.*gs00010"):
         choose_checkpoint(run, lambda _: None)
 
 

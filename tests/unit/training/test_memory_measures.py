@@ -1,4 +1,4 @@
-"""Out of memory: recognised, and answered with what to lower."""
+"""Out of memory: recognized, and answered with what to lower."""
 
 import pytest
 import torch

@@ -168,7 +168,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"holds a list"):
         load_optimizer_config(broken)
     broken.write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(ConfigError, match="no text in UTF-8"):
+    with pytest.raises(ConfigError, match="not UTF-8 text"):
         load_optimizer_config(broken)
 
 

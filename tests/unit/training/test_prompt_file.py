@@ -21,7 +21,7 @@ EVERYDREAM_2 = """{
   "num_inference_steps": 15, // fewer for dpm++
   "show_progress_bars": true,
   "samples": [
-    {"prompt": "a # that is no comment, https://nor.is/this", "negative_prompt": "distorted"},
+    {"prompt": "a # that is not a comment, https://nor.is/this", "negative_prompt": "distorted"},
     {"prompt": "a man on a bicycle", "seed": -1},
     {"random_caption": true, "cfgs": [1, 11], "size": [640, 384]}
   ]
@@ -40,7 +40,7 @@ def test_everydream_2s_own_file_is_read_whole(tmp_path: Path) -> None:
     assert file.problems == ()
     assert (file.settings.batch_size, file.settings.scheduler, file.settings.num_inference_steps) == (3, "dpm++", 15)
     first, second, third = file.settings.samples
-    assert first.prompt == "a # that is no comment, https://nor.is/this"
+    assert first.prompt == "a # that is not a comment, https://nor.is/this"
     assert (first.cfgs, second.seed, third.cfgs, third.size) == (None, -1, [1, 11], [640, 384])
 
 
@@ -125,7 +125,7 @@ def test_seeds_are_taken_up_to_the_last_that_torch_takes(tmp_path: Path) -> None
         ("[1]", "holds a list [...] where an object {...} is expected"),
         ("[" * 100_000, "nested more than 64 deep"),
         ('{"seed": ' + "9" * 10_000 + "}", "a whole number of 10,000 digits"),
-        ('{"cfgs": [NaN]}', "NaN is no number"),
+        ('{"cfgs": [NaN]}', "NaN is not a number"),
         ("\x00\x01", "no text"),
     ],
 )
