@@ -11,7 +11,7 @@ starts at once, and what no epoch draws is never encoded.
 A wrong hit is impossible: an entry is named by the hash of file contents (mask included), bucket, crop and mirroring,
 and on disk lives in a folder named by the hash of VAE weights and pixel settings. So a changed image, model or setting
 is simply not found and encoded; a renamed image is found. Not here: how entries are stored (`latents`) and made
-(`encoding`), and how much room they take (`cache_room`).
+(`latent_encoding`), and how much room they take (`cache_room`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A caption is a main prompt (up to the first comma) and tags (the rest), each tag with a weight. `compose_caption`
 turns it into text with a generator of its own address, so every image, epoch and repeat is shuffled differently.
-Where a caption comes from (sidecar files, settings, the file name) is `files`'s and `settings`'s business;
+Where a caption comes from (sidecar files, settings, the file name) is `scanning`'s and `image_settings`'s business;
 conditional dropout is the loader's.
 
 In a `Dataset` a caption is kept as short as possible: as the text it was written in, or as JSON where it is more than

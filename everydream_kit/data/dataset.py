@@ -5,7 +5,7 @@ image where a Python object would take two thousand. `image(i)` makes the object
 an image or its folder does not set are kept as "unset" and filled from the run's defaults at that moment, so a
 cached scan serves every configuration.
 
-Not here: reading folders (`files`), choosing batches (`plan`).
+Not here: reading folders (`scanning`), choosing batches (`epoch_plan`).
 """
 
 from __future__ import annotations

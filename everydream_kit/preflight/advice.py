@@ -1,11 +1,11 @@
 """What to change so that a run fits a GPU, and how far it could go: the largest batch and resolution.
 
-A question to the memory model costs seconds, so few are asked: the measures of `training.memory`, cheapest first, form
+A question to the memory model costs seconds, so few are asked: the measures of `training.memory_measures`, cheapest first, form
 a ladder on which each rung takes no more memory than the one before, and the first rung that fits is found by halving;
 batch and resolution are bracketed by interpolation. A share of the memory is kept free, since the model of it is a
 model.
 
-Not here: the estimate itself (`memory`), which enters as a function, and the words of a plan (`planning`).
+Not here: the estimate itself (`memory_estimate`), which enters as a function, and the words of a plan (`planning`).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ system.
 The saves are gone through one by one, in the saver's own order: a new checkpoint is complete before an older one goes,
 so the most that is there at once is more than what is left at the end. Both are reported; what must fit is the peak.
 
-Not here: the size of one checkpoint (`memory`), and how long the run takes (`planning`).
+Not here: the size of one checkpoint (`memory_estimate`), and how long the run takes (`planning`).
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def estimate_disk(
 
 
 def save_steps(config: TrainConfig, num_steps: int, steps_per_epoch: int, seconds: float | None) -> list[int]:
-    """Optimizer steps after which a checkpoint is saved, the last one included, by the rules of `training.saving`."""
+    """Optimizer steps after which a checkpoint is saved, the last one included, by the rules of `training.checkpoint_saving`."""
     minutes = config.ckpt_every_n_minutes
     if minutes is None and config.save_every_n_epochs is None and config.save_every_n_steps is None:
         minutes = DEFAULT_MINUTES

@@ -1,7 +1,7 @@
 """Seconds that this machine's host needs to launch one kernel of a training step, measured next to its GPU.
 
 The step of a tiny UNet does hardly any arithmetic, so what it takes is Python, dispatch and launching: the host's share of a real
-step, which has the same kinds of operations. Its time over its number of launches is the figure that `seconds` multiplies.
+step, which has the same kinds of operations. Its time over its number of launches is the figure that `step_time` multiplies.
 A process of its own measures it (`python -m everydream_kit.preflight.host_speed`), because a CUDA context takes half a GiB of the
 GPU until its process ends; the figure is kept on disk for each GPU and torch.
 

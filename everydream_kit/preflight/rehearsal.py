@@ -4,7 +4,7 @@ What runs is the trainer's own: `assemble_run` builds the run around a skeleton 
 `update_weights` make the step. The images are one batch of the largest bucket. Nothing is read but config files,
 nothing is written.
 
-Not here: what the numbers mean for a GPU (`memory`).
+Not here: what the numbers mean for a GPU (`memory_estimate`).
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def _read_adapted(folder: Path, endpoint: str | None) -> Architecture:
 
 
 def open_configs(folder: Path, *, family: str | None = None, prediction_type: str | None = None) -> ModelFiles:
-    """`models.files.open_folder` of a folder that need not hold weights.
+    """`models.model_files.open_folder` of a folder that need not hold weights.
 
     Raises:
         ModelError: a config is missing, or of a kind that the kit does not train.

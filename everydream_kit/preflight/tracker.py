@@ -5,7 +5,7 @@ and the floating-point operations of each operator; nothing is decided while the
 gradient, an optimizer's state ...) may be said afterwards, and `Lives` then answers how much of what was alive at the worst
 moment of a stretch of time.
 
-Not here: what runs (`rehearsal`), and how a GPU's or a CPU's kernels differ from what is traced (`imitation`, `scratch`).
+Not here: what runs (`rehearsal`), and how a GPU's or a CPU's kernels differ from what is traced (`imitation`, `kernel_scratch`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The validation listener: when images are measured, and what follows (best checkpoint, warning, early stopping).
 
-Which images is decided in `validation_sets`, the measurement itself is in `validation`.
+Which images is decided in `held_out_images`, the measurement itself is in `validation`.
 """
 
 from __future__ import annotations

@@ -156,6 +156,11 @@ def test_pages_use_the_fields_words(path):
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         found += retired_in(path, number, line, line)
+        if not is_allowed(line):
+            names = re.findall(r"\b\w+_\w+\b", line)
+            found += [
+                f"{name_of(path)}:{number}: name {name!r}" for name in names if set(parts_of(name)) & set(NAME_PARTS)
+            ]
     assert not found
 
 

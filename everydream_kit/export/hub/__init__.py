@@ -1,6 +1,6 @@
 """The Hugging Face Hub: pushing runs and checkpoints, uploads while training, and fetching a run to continue with.
 
-`connection` talks, `access` checks who may push where, `contents` lists what goes, `upload` sends it; `push`,
+`connection` talks, `access` checks who may push where, `repository_contents` lists what goes, `upload` sends it; `push`,
 `uploader` and `fetch` are the three faces. Tokens come from huggingface_hub's own login or HF_TOKEN and are written
 nowhere.
 """
