@@ -36,7 +36,7 @@ MEMORY_WANTED_BYTES = 8 * GIB
 GPU_WANTED_BYTES = 10 * GIB
 """SD 1.x, UNet and text encoder, 512 px, batch 1, 8-bit AdamW, gradient checkpointing: estimated as 9.2 GiB."""
 SHARED_MEMORY_WANTED_BYTES = GIB // 2
-"""Loader processes hand batches over through /dev/shm; Docker gives 64 MB unless told otherwise."""
+"""Loader processes hand batches over through /dev/shm; Docker gives 64 MB by default."""
 COLAB_WIDGETS_MAJOR = 7
 """Colab's widget manager shows widgets of this major version only."""
 SUBSTITUTES = {

@@ -60,7 +60,7 @@ def may_pass(error: BaseException) -> bool:
     cause = error.__cause__ if isinstance(error, DiskSpaceError) else error
     if isinstance(cause, OSError):
         return cause.errno in WAITED_FOR
-    return isinstance(error, DiskSpaceError)  # refused beforehand: too little room
+    return isinstance(error, DiskSpaceError)  # refused beforehand: too little space
 
 
 class HostError(KitError):

@@ -1,4 +1,4 @@
-"""Settings that somebody else wrote: which of them a fetched run may bring, and which are asked for again here.
+"""Settings that somebody else wrote: which of them a fetched run may bring, and which are requested again here.
 
 A run that is fetched from the Hub brings its `config.json`. The settings that shape the training travel; those that
 name code, folders, repositories or services do not: they stay in `origin.json` of the run folder until a person gives
@@ -116,7 +116,7 @@ class Origin:
 
 
 def split_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Divide a fetched config's values into what travels, what is asked for again, and what waits for that.
+    """Divide a fetched config's values into what travels, what is requested again, and what waits for that.
 
     Unknown names travel: the config's own check reports them.
     """

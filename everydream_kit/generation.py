@@ -43,7 +43,7 @@ def sample(
 
     Args:
         checkpoint: a diffusers folder, a single file, a Hub id, a run (its last checkpoint), `embedded`, or a loaded
-            model; or several of them, which are loaded one after the other and stand side by side on the grid.
+            model; or several of them, which are loaded one after the other and are side by side on the grid.
         prompts: one or several.
         cfgs: guidance scales; each prompt is generated at each, from the same noise.
         num_images: images of each prompt, with seeds counting up from `seed`.

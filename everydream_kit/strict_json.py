@@ -39,7 +39,7 @@ _CURES = (
     ("Expecting value", "Is there a comma too many, or a text without double quotes?"),
     ("Expecting ',' delimiter", "Is a comma or a closing bracket missing before this place?"),
     ("Unterminated string", "A closing double quote is missing."),
-    ("Extra data", "Only one object or list may stand in the file."),
+    ("Extra data", "Only one object or list may be in the file."),
 )
 
 

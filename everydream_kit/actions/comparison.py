@@ -135,6 +135,6 @@ def _load(checkpoint: str) -> Model:
 
 
 def _identity(checkpoint: str) -> tuple[str, int]:
-    """A checkpoint's name and when it was written, so that another model under the same name is generated anew."""
+    """A checkpoint's name and when it was written, so that another model under the same name is generated again."""
     index = Path(checkpoint) / "model_index.json"
     return checkpoint, index.stat().st_mtime_ns if index.is_file() else 0

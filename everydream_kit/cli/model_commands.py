@@ -14,7 +14,7 @@ def _add_sample_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
         nargs="+",
-        help="diffusers folder, single file, Hub id, run folder, or `embedded`; several stand side by side on the grid",
+        help="diffusers folder, single file, Hub id, run folder, or `embedded`; several are side by side on the grid",
     )
     parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
     parser.add_argument("--negative_prompt", default="")

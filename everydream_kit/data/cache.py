@@ -2,7 +2,7 @@
 
 For every image (and bucket) K crops are fixed by the image's contents, each also mirrored where the image may be;
 every use of the image draws one of them by its own address. What is kept are the moments of the VAE's posterior, so
-the sampling noise is drawn anew at every use too.
+the sampling noise is drawn again at every use too.
 
 On disk (`DiskCache`) every crop that can be drawn is encoded before the run: later runs find it, and the loader's
 processes only read. In memory (`MemoryCache`) a crop is encoded when it is drawn for the first time: the first step

@@ -109,7 +109,7 @@ def check_room(folder: Path, entries: Iterable[tuple[Size, bool]], channels: int
         channels: of an entry.
 
     Raises:
-        DiskSpaceError: the disk has not enough room.
+        DiskSpaceError: the disk has not enough space.
     """
     needed = sum(entry_bytes(bucket, has_mask, channels) for bucket, has_mask in entries)
     free = free_disk(folder)

@@ -266,7 +266,7 @@ def undo(
 
     Args:
         journal: of the step's report.
-        root: the dataset's folder; by default the one that the journal names, which must stand next to it.
+        root: the dataset's folder; by default the one that the journal names, which must be next to it.
         side: the folder that files were moved to, likewise.
         dry_run: list only.
 
@@ -313,7 +313,7 @@ def _folder_of(name: str, heads: list[dict[str, Any]], journal: Path) -> Path:
     if len(parts) > 1 or {"..", "/"} & set(parts) or any("\\" in part or ":" in part for part in parts):
         words = ", ".join(map(str, named)) or "none"
         raise DataError(
-            f"{journal}: names {words} as its {name} folder, which does not stand next to it. If that is right, give {name}="
+            f"{journal}: names {words} as its {name} folder, which is not next to it. If that is right, give {name}="
         )
     return (journal.parent / next(iter(named))).resolve()
 

@@ -1,7 +1,7 @@
 """The dataset: what the scan found, a million images in a few arrays.
 
 A `Dataset` is columns: one numpy array for each number and one `StringColumn` for each text, about 250 bytes an
-image where a Python object would take two thousand. `image(i)` makes the object when it is asked for. Values that
+image where a Python object would take two thousand. `image(i)` makes the object on demand. Values that
 an image or its folder does not set are kept as "unset" and filled from the run's defaults at that moment, so a
 cached scan serves every configuration.
 
@@ -44,7 +44,7 @@ UNSET = -1
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A file that cannot be used, or is used in another way than it seems to ask for.
+    """A file that cannot be used, or is used, but not the way its settings suggest.
 
     Attributes:
         path: the file.

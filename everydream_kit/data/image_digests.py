@@ -19,7 +19,7 @@ import numpy as np
 DIGEST_BYTES = 16
 _CHUNK_BYTES = 2**20
 _MAX_WAITING = 256
-"""Files that are read ahead of the one that is asked for."""
+"""Files that are read ahead of the one that is requested."""
 
 PathPair = tuple[str, str | None]
 """An image, and its mask file if it has one (the image's own path where its transparency is the mask)."""

@@ -132,7 +132,7 @@ def formats() -> tuple[str, ...]:
 
 
 def open_image(source: str | Path | BinaryIO) -> Image.Image:
-    """Open an image: its header is read and its size checked, its pixels are decoded when they are asked for.
+    """Open an image: its header is read and its size checked, its pixels are decoded on demand.
 
     Raises:
         Image.DecompressionBombError: the area or a side is beyond its limit.

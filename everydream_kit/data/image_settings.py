@@ -19,7 +19,7 @@ from everydream_kit.data.textfiles import TextError, kind_of, require_text
 
 
 class Note(NamedTuple):
-    """Something in a settings file that is used in another way than it seems to ask for."""
+    """Something in a settings file that is used, but not the way it suggests."""
 
     cause: str
     cure: str
@@ -88,7 +88,7 @@ def merge_tags(
 
 
 def settings_from_text(text: str) -> ImageSettings:
-    """A caption text as settings: main prompt and tags. An empty text is the empty caption, and says so."""
+    """A caption text as settings: main prompt and tags. An empty text is the empty caption, explicitly."""
     caption = parse_caption(text)
     return ImageSettings(main_prompt=caption.main_prompt, tags=caption.tags)
 

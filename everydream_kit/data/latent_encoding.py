@@ -66,7 +66,7 @@ class CropEncoder:
     batch_size: int = 1
 
     def encode(self, jobs: Iterable[EncodingJob]) -> Iterator[EncodedCrops]:
-        """Encode one batch after the other, as they are asked for.
+        """Encode one batch after the other, on demand.
 
         Raises:
             DataError: the VAE gave values that are not finite.

@@ -157,7 +157,7 @@ class Loader(Iterator[StepBatches]):
     def __next__(self) -> StepBatches:
         if self._loader is None:
             raise StopIteration
-        if self._batches is None:  # workers start when the first step is asked for
+        if self._batches is None:  # workers start when the first step is requested
             self._batches = iter(self._loader)
         encoding_before = self._encoding_seconds()
         first = next(self._batches, None)
@@ -243,7 +243,7 @@ class _RunSampler(Sampler[BatchRequest]):
                     yield self._request(planned)
 
     def _uses(self, plan: EpochPlan, first: int) -> Iterator[Use]:
-        """Every use of an image from a step on, drawn as it is asked for."""
+        """Every use of an image from a step on, drawn on demand."""
         for step in range(first, plan.num_steps):
             for request in map(self._request, plan.step(step, self._rank)):
                 for row, draw in enumerate(request.planned.draws):

@@ -1,7 +1,7 @@
 """What a person should know of a dataset before GPU time is spent.
 
 `make_report` gathers it into a `DatasetReport` of plain values: `text` is for people, `to_json()` for programs.
-Drawing is in `chart`. Tokens are counted by a function that the caller gives, since this room does not know
+Charts are in `dataset_charts`. Tokens are counted by a function that the caller gives, since this layer does not know
 tokenizers.
 """
 
@@ -95,7 +95,7 @@ class DatasetReport:
         buckets: by width over height.
         undersized: the worst first.
         skipped: files that are skipped.
-        notes: files that are used in another way than they seem to ask for.
+        notes: files that are used, but not the way their settings suggest.
         exact_duplicates, near_duplicates: groups of paths.
         captions: counts.
         long_captions: the longest first; None: nobody counted.

@@ -38,7 +38,7 @@ class CaptionSource:
 
     Attributes:
         file: the text file that holds, or would hold, the caption.
-        text: as it stands there; without a file, what the folder or the image's name says. Empty where the name is one
+        text: of the file; without one, what the folder or the image's name gives. Empty where the name is one
             that cameras and downloads give, since such a word is nothing to build a caption on.
         is_own: somebody wrote it; it does not come from the image's name.
         locked: why it cannot be rewritten, or an empty text.

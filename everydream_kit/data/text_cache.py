@@ -23,7 +23,7 @@ MEMORY_SHARE = 0.25
 
 
 class TextCache(Generic[Encoded]):
-    """Encodes captions, each only once as long as there is room.
+    """Encodes captions, each only once as long as there is space.
 
     A caption is encoded alone, so that what is remembered does not depend on its neighbors.
     """
@@ -88,6 +88,6 @@ def _tensors(row: Any) -> list[torch.Tensor]:
 
 
 def captions_vary(dataset: Dataset) -> bool:
-    """Whether some image's caption is put together anew at every use (shuffled, or drawn from several)."""
+    """Whether some image's caption is composed again at every use (shuffled, or drawn from several)."""
     images = map(dataset.image, range(len(dataset)))
     return any(p.caption.alternatives or (p.shuffle_tags and len(p.caption.tags) > p.keep_tags) for p in images)

@@ -270,7 +270,7 @@ def split_validation(
 
 
 def _joined_groups(count: int, groups: Iterable[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
-    """Every index in exactly one group: groups that share a member are one, the others stand alone."""
+    """Every index in exactly one group: groups that share a member are one, the others are groups of one."""
     group_of: dict[int, set[int]] = {index: {index} for index in range(count)}
     for group in groups:
         together = set().union(*(group_of[index] for index in group))

@@ -6,7 +6,7 @@ images. The network never saw the demo's own 32 drawings; they are references fo
 
     style     (d_other - d_ink) / (d_other + d_ink), where d is the distance to the nearest reference of the ink
               drawings or of the other two styles: -1 like a 3d image, +1 like an ink drawing. A mean over images.
-    subject   the share of images whose nearest reference shows the subject that was asked for.
+    subject   the share of images whose nearest reference shows the subject requested.
 """
 
 from __future__ import annotations

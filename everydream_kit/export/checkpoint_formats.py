@@ -28,7 +28,7 @@ class Format:
         name: for the error message.
         title: as the list shows it.
         end: what the file's name ends with before its extension, so that two forms do not overwrite each other.
-        has_precision, has_strength: whether these are asked for.
+        has_precision, has_strength: whether these are requested.
     """
 
     name: FormatName

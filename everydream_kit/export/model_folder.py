@@ -24,7 +24,7 @@ def export_folder(checkpoint: str | Path, out: str | Path, precision: str = "fp1
 
     Raises:
         ExportError: unknown precision, a taken name, or no EMA weights.
-        DiskSpaceError: not enough room; nothing was written.
+        DiskSpaceError: not enough space; nothing was written.
         ModelError: the model cannot be read.
     """
     return write_new_folder(open_model(live_or_averaged(checkpoint, ema=ema)), Path(out), precision)

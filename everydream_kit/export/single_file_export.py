@@ -58,7 +58,7 @@ def export_checkpoint(
 
     Raises:
         ExportError: unknown precision or extension, or no EMA weights.
-        DiskSpaceError: not enough room; nothing was written.
+        DiskSpaceError: not enough space; nothing was written.
         ModelError: the checkpoint cannot be read.
     """
     files = open_model(live_or_averaged(checkpoint_folder, ema=ema))
@@ -179,7 +179,7 @@ def check_free_space(folder: Path, num_bytes: int) -> None:
     if free < needed:
         raise DiskSpaceError(
             f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free. Nothing was written; "
-            "make room, or write to another disk."
+            "free some space, or write to another disk."
         )
 
 

@@ -20,7 +20,7 @@ def clip_prompt_encoder(encode_tokens: EncodeTokens) -> Callable[[Model, Sequenc
     """A family's `encode_prompt` from what its text encoders make of one window."""
 
     def encode_prompt(model: Model, prompts: Sequence[str], settings: PromptSettings) -> Conditioning:
-        """Windows stand one after another; the pooled embedding is the first one's."""
+        """Windows follow one another; the pooled embedding is the first one's."""
         num_windows = settings.num_windows
         token_ids = [
             tokenize(tokenizer, prompts, num_windows).to(next(text_encoder.parameters()).device)

@@ -174,7 +174,7 @@ def fill(
     if wrong:
         name = wrong[0]
         raise ModelError(
-            f"{where}: {name} has the shape {found[name].shape}, but the config asks for {wanted[name]}"
+            f"{where}: {name} has the shape {found[name].shape}, but the config expects {wanted[name]}"
             + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
         )
     for name in sorted(wanted, key=lambda name: _position(found[name])):

@@ -1,4 +1,4 @@
-"""Models from the Hugging Face Hub: which files are needed, how many bytes, is there room, and then the download.
+"""Models from the Hugging Face Hub: which files are needed, their size, whether they fit, and then the download.
 
 huggingface_hub does the transfer: it resumes, keeps what is there already, shows progress, and takes the token from
 its own login or environment. Only what the kit reads is fetched: one set of weights, safetensors before pickles.
@@ -64,7 +64,7 @@ def fetch_model(
 
     Raises:
         ModelError: no such repository or revision, no access, no model in it, or no connection and nothing in the
-        cache. DiskSpaceError: not enough room for the download.
+        cache. DiskSpaceError: not enough space for the download.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -189,7 +189,7 @@ def _is_weight(name: str, suffix: str, ending: str) -> bool:
 def _announce(
     repo_id: str, wanted: Sequence[str], sizes: dict[str, int], commit: str | None, cache_dir: Path | None
 ) -> None:
-    """Say what comes and whether there is room.
+    """Say what comes and whether there is space.
 
     Raises:
         DiskSpaceError: there is not.
@@ -210,8 +210,8 @@ def _announce(
     logger.info("%s: %d files, %.2f GB to download; %.1f GB are free.", repo_id, len(missing), needed / 1e9, free / 1e9)
     if free < needed + 64 * 2**20:
         raise DiskSpaceError(
-            f"{repo_id}: the download needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in {existing}. Make room, or "
-            "set HF_HOME to a folder on a larger disk. Nothing was downloaded."
+            f"{repo_id}: the download needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in {existing}. "
+            "Free space, or set HF_HOME to a folder on a larger disk. Nothing was downloaded."
         )
 
 

@@ -256,19 +256,22 @@ class Family:
 
     Attributes:
         name: key in `FAMILIES`, and the name of the folder of shipped configs. title: for messages and model cards.
-        pipeline_class: diffusers' pipeline, written into `model_index.json`. denoiser, vae: the components of these roles.
+        pipeline_class: diffusers' pipeline, written into `model_index.json`. denoiser, vae: the components of these
+            roles.
         text_encoders: in the order of `Model.text_encoders`. objective: what it learns, by name
         (`training.objectives.OBJECTIVES`). encode_prompt, predict, latent_space, sampler, layout: see their types.
         count_windows: (model, texts) -> windows of the text encoder that the longest of them fills. shift: (scheduler's
-        config, width, height in pixels) -> factor by which flow matching moves its noise levels upward; 1 for diffusion.
-        lora_targets: names or regular expressions of the layers that a LoRA adapts unless it is told otherwise.
+        config, width, height in pixels) -> factor by which flow matching moves its noise levels upward; 1 for
+        diffusion.
+        lora_targets: names or regular expressions of the layers that a LoRA adapts by default.
         matches_configs: whether a diffusers folder's configs ("unet", "text_encoder", ...) are of this family.
-        matches_keys: whether a single file's names and shapes are of this family. modelspec_architecture: as single-file
-        metadata names it (stability.ai's modelspec). kohya_base: as kohya-style LoRA metadata names it
+        matches_keys: whether a single file's names and shapes are of this family. modelspec_architecture: as
+        single-file metadata names it (stability.ai's modelspec). kohya_base: as kohya-style LoRA metadata names it
         (`ss_base_model_version`). resolution: side in pixels that the family was trained at, given the prediction type.
-        index: what else `model_index.json` holds. legacy_config: content of the `.yaml` that old UIs want next to a single
-        file, given the prediction type, or None. zeros_for_empty: its denoiser was trained with zeros in place of a
-        dropped caption's embeddings, not with the encoded empty text. refuses: setting -> why it has no meaning here.
+        index: what else `model_index.json` holds. legacy_config: content of the `.yaml` that old UIs require next to a
+        single file, given the prediction type, or None. zeros_for_empty: its denoiser was trained with zeros in place
+        of a dropped caption's embeddings, not with the encoded empty text. refuses: setting -> why it has no meaning
+        here.
     """
 
     name: str

@@ -5,7 +5,7 @@ and autoencoder there is, peft, and bitsandbytes with the compiler behind it: 5 
 cores. transformers reads the source of all its models to list their names, and scipy's optimizers come with a loss that
 only object detectors have: one second more. `make_lazy` puts a stand-in for each of these packages into `sys.modules`:
 their submodules import as ever, and the first other name that is asked of a package itself runs its real `__init__`. So
-nothing is missing for anybody, it only comes when it is asked for.
+nothing is missing for anybody, it only comes on demand.
 
 Packages that are imported already are left alone, and where diffusers is laid out differently nothing happens but the
 wait.

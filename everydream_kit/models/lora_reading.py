@@ -186,7 +186,7 @@ def _check_fits(path: Path, component: str, name: str, change: Change, base: Mod
     if weight is None or not _fits(size, weight):
         shape = "is not there" if weight is None else f"has the shape {weight}"
         raise ModelError(
-            f"{path}: does not fit {base.source}: its layer {component}.{name} wants a weight of "
+            f"{path}: does not fit {base.source}: its layer {component}.{name} expects a weight of "
             f"{' x '.join(map(str, size))}, and that {shape}."
         )
     if change.magnitude is not None:

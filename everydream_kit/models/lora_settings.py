@@ -1,4 +1,4 @@
-"""What a LoRA adapter was made with: part of a model, of its checkpoint, and of what is asked for."""
+"""What a LoRA adapter was made with: part of a model, of its checkpoint, and of what is requested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors that stay on disk until they are asked for, and a safetensors writer that holds one of them at a time.
+"""Tensors that stay on disk until they are requested, and a safetensors writer that holds one of them at a time.
 
 A `LazyTensor` knows its name's shape and format, and how to get its values. Files are opened as mappings from names to
 lazy tensors, converters rename and reshape lazily, and the writer pulls them through one by one: converting a model

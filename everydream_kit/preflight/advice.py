@@ -91,7 +91,7 @@ def make_it_fit(
     """The fewest and cheapest changes with which a run fits a GPU.
 
     Args:
-        config: as asked for; `batch_size: auto` begins at the largest batch that is advised.
+        config: as requested; `batch_size: auto` begins at the largest batch that is advised.
         estimate: the memory model.
         margin: share of the GPU that stays free.
         known: the estimate of `config` itself, if it is there already.

@@ -155,7 +155,7 @@ def single_file_bytes(config: TrainConfig, estimate: MemoryEstimate) -> int:
 
 
 def num_samples(config: TrainConfig, num_steps: int) -> int:
-    """How often samples are generated: every `sample_steps`, at the end, and before the first step where asked for."""
+    """How often samples are generated: every `sample_steps`, at the end, and before the first step if requested."""
     if config.sample_steps is None:
         return int(config.sample_before_training)
     at_steps, rest = divmod(num_steps, config.sample_steps)

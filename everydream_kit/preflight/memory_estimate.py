@@ -122,9 +122,11 @@ class MemoryEstimate:
         num_trained_parameters, num_parameters: numbers, not tensors.
         weight_bytes_written: the weights of one checkpoint, the averaged ones of an EMA included.
         state_bytes_written: its resume state.
-        host_bytes: host memory that the run takes next to a GPU's: paged states, averages and modules that wait there, and the
-            copy that is written in the background. On a CPU only the copy, which is made where there is room for it.
-        pass_launches: kernels that the forward and backward passes of one optimizer step launch, all micro-batches together.
+        host_bytes: host memory that the run takes next to a GPU's: paged states, averages and modules that are kept
+            there, and the copy that is written in the background. On a CPU only the copy, which is made where there is
+            space for it.
+        pass_launches: kernels that the forward and backward passes of one optimizer step launch, all micro-batches
+            together.
         update_launches: kernels that its update launches. Both are weighed by what each costs the host.
     """
 
@@ -172,7 +174,7 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Estimate the memory of a run.
 
-    Full-size models take 15 to 60 s of a processor's time when they are asked for the first time.
+    Full-size models take 15 to 60 s of a processor's time the first time.
 
     Args:
         config: of the run; `batch_size` is a number.
@@ -182,7 +184,8 @@ def estimate_memory(
             allowance is the process.
         cache_folder: where answers are kept; by default `.edk_cache/preflight` next to the run folders.
         bucket: (width, height) of the images; by default the largest of the resolution.
-        dataset: says whether captions vary, which decides what may wait in host memory; by default the settings say it.
+        dataset: says whether captions vary, which decides what may be kept in host memory; by default the settings say
+            it.
         architecture: of the base, where it has been read already.
 
     Raises:

@@ -27,7 +27,7 @@ class StepCount:
 
     Attributes:
         num_images: usable images that are trained on; None where the dataset was not looked at.
-        num_epochs: as asked for.
+        num_epochs: as requested.
         per_epoch, num_steps: optimizer steps of an epoch and of the run; None where they are not known.
         basis: `planned` from the first epoch, `counted` from the number of files, or `unknown`.
     """
@@ -65,7 +65,7 @@ class Plan:
         latents: where encoded images are kept: off, memory, disk.
         steps_done: of a run that is under way.
         advice: what to change, where it does not fit.
-        offer: how far it could go, where that was asked for.
+        offer: how far it could go, if requested.
         assumptions, warnings: sentences.
     """
 

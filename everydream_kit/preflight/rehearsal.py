@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, GRADIENTS, STATES, EMA = "weights", "gradients", "optimizer states", "EMA"
 HOST, IDLE, IDLE_VAE = "host", "idle weights", "idle VAE"
-"""What is in host memory, and what waits there while steps are made."""
+"""What is in host memory, and what is kept there while steps are made."""
 CACHED_TOGETHER = {"disk": 4, "memory": 1}
 """Crops that are encoded together: before the run, or next to everything that it holds."""
 FIRST_UPDATE = "first update"

@@ -114,9 +114,9 @@ class Lives:
         """The moment of a stretch at which most is alive.
 
         Args:
-            always: categories that are alive all the time, though the trace saw them born on the way: optimizer states, which
-                the first step creates, and which every further step finds.
-            never: categories that do not count here: what waits in host memory.
+            always: categories that are alive all the time, though the trace saw them born on the way: optimizer states,
+                which the first step creates, and which every further step finds.
+            never: categories that do not count here: what is offloaded to host memory.
         """
         always, never = frozenset(always), frozenset(never)
         changes: dict[int, list[tuple[str, int]]] = {}

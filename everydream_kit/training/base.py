@@ -179,7 +179,7 @@ def prepare_modules(model: Model, config: TrainConfig) -> None:
     import torch
 
     for module in [model.denoiser, *model.text_encoders]:
-        # a frozen text encoder drops nothing out: what is remembered of a caption would keep one chance for ever
+        # a frozen text encoder drops nothing out: what is remembered of a caption would keep one chance forever
         module.train(module is model.denoiser or any(parameter.requires_grad for parameter in module.parameters()))
     if config.gradient_checkpointing:
         model.denoiser.enable_gradient_checkpointing()
@@ -225,7 +225,7 @@ def choose_idle_modules(
     latents_cached: bool,
     transforms_captions: bool,
 ) -> list[torch.nn.Module]:
-    """What waits in host memory, where that is asked for and there is something to save."""
+    """What is offloaded to host memory, if requested and there is something to save."""
     if not config.offload_idle_models:
         return []
     if device_type == "cpu":

@@ -25,7 +25,7 @@ def train_loop(run: Run, listeners: Sequence[Listener], stop: StopSignal) -> Pos
 
     Args:
         run: everything built: model, plan, optimizer ...; its `position` says where to begin.
-        listeners: told after every step, in this order.
+        listeners: called after every step, in this order.
         stop: set by Ctrl-C, SIGTERM, or a request in the run folder; the step in progress is finished.
 
     Returns:

@@ -97,7 +97,7 @@ def _measures_for_nothing(c: TrainConfig) -> Iterator[Measure]:
         why = f"cpu instead of {c.ema_device}; it saves a copy of the weights"
         yield Measure("ema_device", {"ema_device": "cpu"}, why, "nothing")
     if not c.offload_idle_models:
-        why = "switch it on; the VAE and frozen text encoders wait in host memory"
+        why = "switch it on; the VAE and frozen text encoders are kept in host memory"
         yield Measure("offload_idle_models", {"offload_idle_models": True}, why, "nothing")
 
 

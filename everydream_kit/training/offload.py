@@ -1,9 +1,9 @@
-"""Modules that wait in host memory while nobody needs them: the VAE, and text encoders that are not trained.
+"""Modules that are offloaded to host memory while nobody needs them: the VAE, and text encoders that are not trained.
 
-A module may be offloaded only where the steps themselves do without it: the VAE where latents are cached, text encoders where
-captions are remembered. Then it comes to the device for sampling, for validation, and for an image or a caption that is
-met for the first time. Where every step would need it, it stays: moving it back and forth would cost more than it
-saves. On a CPU there is nothing to save.
+A module may be offloaded only where the steps themselves do without it: the VAE where latents are cached, text encoders
+where captions are remembered. Then it comes to the device for sampling, for validation, and for an image or a caption
+that is met for the first time. Where every step would need it, it stays: moving it back and forth would cost more than
+it saves. On a CPU there is nothing to save.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which parameters are trained. Everything else stops asking for gradients.
 
-A frozen parameter with requires_grad left on still gets its gradient computed and kept for ever (EveryDream 2 paid for
+A frozen parameter with requires_grad left on still gets its gradient computed and kept forever (EveryDream 2 paid for
 that in time and memory), so selecting and freezing are one act here. Layers of the text encoder are recognized by name,
 so that transformers 4 (`text_model.encoder...`) and 5 (`encoder...`) are alike.
 """

@@ -78,7 +78,7 @@ class Precision:
         return {"scaler": scaler, "num_steps": self.num_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """A scaler's state is taken where there is a scaler; a change of format begins anew."""
+        """A scaler's state is taken where there is a scaler; a change of format starts fresh."""
         self.num_steps = int(state["num_steps"])
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])

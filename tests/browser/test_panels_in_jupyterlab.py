@@ -92,7 +92,7 @@ def test_train_stop_reload_resume_and_finish(lab, driver, page):
     page.keyboard.press("Control+A")
     page.keyboard.type("64")
     page.keyboard.press("Enter")
-    expect(panel.get_by_text(re.compile("32 pictures × 3 epochs → 14 steps"))).to_be_visible()
+    expect(panel.get_by_text(re.compile("32 images × 3 epochs → 14 steps"))).to_be_visible()
 
     rate = panel.get_by_label("lr", exact=True)
     rate.fill("fast")

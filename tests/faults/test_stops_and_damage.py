@@ -1,4 +1,4 @@
-"""Signals, damaged checkpoints and full disks: what is asked for happens, and nothing that was whole is lost."""
+"""Signals, damaged checkpoints and full disks: what is requested happens, and nothing that was whole is lost."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_without_any_whole_checkpoint_resume_says_what_to_do(run: RunFolder) -> 
     for checkpoint in run.checkpoints():
         if checkpoint.resumable:
             shutil.rmtree(checkpoint.folder / "resume")
-    with pytest.raises(CheckpointError, match=r"no checkpoint can be resumed from[\s\S]*--resume_ckpt"):
+    with pytest.raises(CheckpointError, match=r"no resumable checkpoint[\s\S]*--resume_ckpt"):
         resume(run.folder)
 
 

@@ -117,7 +117,7 @@ def test_other_batches_in_the_middle_of_an_epoch_begin_it_anew_and_skip_nothing(
     run: RunFolder, image_folder: Path, change: dict[str, Any], words: str, num_left: int | None
 ) -> None:
     resume(run.folder, changes={**change, "max_epochs": 1})
-    assert "Epoch 1 begins anew" in warnings_of(run)
+    assert "Epoch 1 starts over" in warnings_of(run)
     assert words in warnings_of(run)
     assert uses_in_first_epoch(run) == dict.fromkeys(names_of(image_folder), 1)
     status = run.status()

@@ -1,4 +1,4 @@
-"""The embedded base: it loads everywhere, draws what it is asked for, and learns the demo's ink drawings.
+"""The embedded base: it loads everywhere, generates what is requested, and learns the demo's ink drawings.
 
 What is drawn is judged by `everydream_kit.demo.score`, a network that knows nothing of the training loss.
 """

@@ -1,4 +1,4 @@
-"""A run of a stranger on the Hub: what it may bring, what is asked for again, and what it must not touch."""
+"""A run of a stranger on the Hub: what it may bring, what is requested again, and what it must not touch."""
 
 from __future__ import annotations
 

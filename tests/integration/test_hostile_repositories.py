@@ -97,7 +97,7 @@ WORDS = {
     "config ": r"training/config\.json",
     "manifest ": r"resume/manifest\.json",
     "large ": "no run of the kit has more than",
-    "patterns": "can take for ever to match",
+    "patterns": "can take forever to match",
 }
 """What the error of each kind of case says, besides where it was found."""
 

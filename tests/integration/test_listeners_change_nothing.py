@@ -109,7 +109,7 @@ def watched(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "kind",
     [{**MIXED, "ema_decay_rate": 0.9, "ema_update_interval": 1}, {**MIXED, "disable_textenc_training": False}],
-    ids=["captions remembered, EMA", "captions encoded anew"],
+    ids=["captions remembered, EMA", "captions encoded again"],
 )
 def test_validation_samples_requests_and_a_resume_change_no_weight(
     settings: dict[str, Any], tmp_path: Path, kind: dict[str, Any]

@@ -339,7 +339,7 @@ LAYOUTS = {
         lambda: Made(
             {f"{kohya(LINEAR)}.lora_{k}.weight": noise(*s) for k, s in (("down", (4, 8)), ("up", (8, 4)))}, {}
         ),
-        "wants a weight of 8 x 8",
+        "expects a weight of 8 x 8",
     ),
     "no LoRA": (lambda: Made({"banana": noise(2)}, {}), "no LoRA"),
 }

@@ -1,11 +1,13 @@
 """Six short runs whose results are recorded, so that a change of the code's shape can show that it changes no result.
 
-`python tests/support/recorded_runs.py` performs them with the code as it is and prints what they give; the test compares with
-`tests/integration/recorded_runs.json`. Record anew only when a result is meant to change, and say why in the commit.
+`python tests/support/recorded_runs.py` performs them with the code as it is and prints what they give; the test
+compares with `tests/integration/recorded_runs.json`. Record again only when a result is meant to change, and say why in
+the commit.
 
-Exact on every machine: how many losses there are, the names of checkpoints, files, tensors and samples, dtypes, shapes and
-sizes. Exact where the processor and the libraries are those of the record (`machine`): the bits of losses, of all tensors and
-of the samples' pixels. Elsewhere kernels add in another order, so numbers are compared within the tolerances below.
+Exact on every machine: how many losses there are, the names of checkpoints, files, tensors and samples, dtypes, shapes
+and sizes. Exact where the processor and the libraries are those of the record (`machine`): the bits of losses, of all
+tensors and of the samples' pixels. Elsewhere kernels add in another order, so numbers are compared within the
+tolerances below.
 """
 
 from __future__ import annotations

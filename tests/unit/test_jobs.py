@@ -271,7 +271,7 @@ def test_a_queue_is_added_to_moved_and_thinned_while_it_works(settings, tmp_path
     assert [entry["id"] for entry in queue.entries] == [first, second, fourth]
     with pytest.raises(JobError, match="being trained"):
         queue.remove(first)
-    with pytest.raises(JobError, match="waiting entries"):
+    with pytest.raises(JobError, match="queued entries"):
         queue.move(first, 1)
     with pytest.raises(JobError, match="no longer in the queue"):
         queue.remove(third)

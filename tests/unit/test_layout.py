@@ -169,7 +169,7 @@ def test_slow_packages_are_imported_where_they_are_used(path):
 @pytest.mark.parametrize("path", [path for path in MODULES if room_of(path) in TORCH_FREE], ids=name_of)
 def test_the_first_rooms_never_need_torch(path):
     torch = [name for _, name in imports(path, for_types=False) if name.split(".")[0] == "torch"]
-    assert not torch or path.name == "draws.py"  # which makes torch generators, and imports it when one is asked for
+    assert not torch or path.name == "draws.py"  # which makes torch generators, and imports it when one is requested
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if room_of(path) == "data"], ids=name_of)

@@ -1,6 +1,6 @@
 """Talking to the Hub: an authorised client with timeouts, retries with back-off, and errors in words.
 
-The `huggingface_hub` client retries some requests and not others, waits for ever on a silent server by default, and
+The `huggingface_hub` client retries some requests and not others, waits forever on a silent server by default, and
 raises a dozen kinds of errors, some of them only as the cause of another. Here every step of an upload or download
 runs through `HubConnection.step`: up to three tries, then one `HubError` that says what happened, and what to do next.
 The client is 1.x (on httpx) or 2.x (on httpx2); which, is read off its own session.
@@ -284,7 +284,7 @@ def _hub_errors() -> tuple[type[BaseException], ...]:
 
 
 def _limit_retry_wait() -> None:
-    """Give the client's shared session timeouts, unless the user's own factory did: by default it waits for ever."""
+    """Give the client's shared session timeouts, unless the user's own factory did: by default it waits forever."""
     from huggingface_hub import get_session, set_client_factory
     from huggingface_hub.utils import _http as client_module
 

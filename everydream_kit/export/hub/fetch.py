@@ -102,7 +102,7 @@ def fetch_run(
         given: settings that a person gives again on this machine. Where one is missing, nothing large is fetched. None:
             fetch, and let whoever resumes the run ask.
         token: by default huggingface_hub's login or HF_TOKEN; a public repository needs none.
-        progress: told (bytes done, bytes in all, what is being done).
+        progress: called with (bytes done, bytes in all, what is being done).
         api: another Hub than the usual one.
         sleep: waits between tries.
 
@@ -239,7 +239,7 @@ class _Fetch:
             lora = self._read(files[ADAPTER_FILE], partial).get("lora")
             targets = lora.get("targets") if isinstance(lora, dict) else None
             if targets is not None and not is_plain_patterns(targets):
-                raise CheckpointError(f"{self.source}: {ADAPTER_FILE} has patterns that can take for ever to match.")
+                raise CheckpointError(f"{self.source}: {ADAPTER_FILE} has patterns that can take forever to match.")
         paths = {*listed, CHECKPOINT_MANIFEST, RUN_EVENTS}
         return [files[path] for path in sorted(paths) if path in files]
 

@@ -135,7 +135,7 @@ def push_to_hub(
         message: of the commit.
         precision: of a single file that is written for the push.
         token: by default huggingface_hub's login or HF_TOKEN.
-        progress: told (bytes done, bytes in all, what is being done).
+        progress: called with (bytes done, bytes in all, what is being done).
         api: another Hub than the usual one.
         sleep: waits between tries.
 

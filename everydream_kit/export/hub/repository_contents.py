@@ -2,8 +2,8 @@
 
     README.md                   the model card
     model_index.json  unet/ ..  the checkpoint at the root, so that `from_pretrained("me/jets")` loads it
-    resume/                     its optimizer and position (background uploads only, unless asked for)
-    <project>.safetensors       the single file, where asked for
+    resume/                     its optimizer and position (background uploads only, unless requested)
+    <project>.safetensors       the single file, if requested
     pytorch_lora_weights...     a LoRA, where the run trained one
     samples/                    latest sample images
     training/                   config.json, curves.png; with resume/ also events.jsonl and run.json

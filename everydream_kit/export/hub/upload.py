@@ -64,7 +64,7 @@ class Upload:
         target: where to.
         files: smallest first.
         advice: what to tell the user after a failure: what is safe, how to continue.
-        progress: told of every file.
+        progress: called for every file.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 The trainer hands over each checkpoint as it is saved; a thread pushes it with its resume state, so that another machine
 can continue. Nothing here raises into the training: what goes wrong becomes a warning, and the next checkpoint is tried
-anew. Only the latest waiting checkpoint is kept: a slow line falls behind by skipping, not by queueing.
+again. Only the latest waiting checkpoint is kept: a slow line falls behind by skipping, not by queueing.
 
 A checkpoint may be pruned while it is on its way, so its files are held by hard links until it has arrived. Where the
 disk has no hard links (some network drives), it is uploaded in place; if it is pruned then, that upload is given up.
@@ -47,7 +47,7 @@ class HubUploader:
         repo_id: `me/jets`. `check_hub_access` before training says whether a push will be let in.
         every: n; None uploads only the last.
         private: of a repository that is created.
-        report: told of uploads and warnings; by default the log.
+        report: called for uploads and warnings; by default the log.
         options: more arguments for `push_to_hub` (token, license, api, sleep ...).
     """
 

@@ -132,7 +132,7 @@ def test_undo_of_a_step_whose_side_folder_stands_far_away_is_reported_the_folder
     noise(400, 300, 0).save(folder / "again.png")
     before = snapshot(folder)
     report = exclude_duplicates(folder, tmp_path / "far" / "away" / "side")
-    with pytest.raises(DataError, match=r"does not stand next to it\. If that is right, give root="):
+    with pytest.raises(DataError, match=r"is not next to it\. If that is right, give root="):
         undo(report.journal)
     undo(report.journal, root=folder)
     assert snapshot(folder) == before

@@ -242,7 +242,7 @@ def test_lora_settings_that_are_none_are_one_error(values: Any) -> None:
     ids=str,
 )
 def test_an_adapter_whose_base_is_none_is_one_error(tmp_path: Path, base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # "." is then the adapter itself, which would be loaded for ever
+    monkeypatch.chdir(tmp_path)  # "." is then the adapter itself, which would be loaded forever
     (tmp_path / "adapter.json").write_text(json.dumps({"version": 1, "base": base}))
     with pytest.raises(ModelError, match=r"adapter\.json"):
         load_model(tmp_path)

@@ -68,11 +68,11 @@ def test_what_is_cheap_is_said_at_once_and_the_rest_when_it_is_known(project):
     box = PlanBox(project, lambda values: None, lambda *words: None, task=task)
     config = project.config(batch_size=4, max_epochs=10)
     box.take(config)
-    assert "6 pictures × 10 epochs → 20 steps" in box.line.value and "memory" not in box.line.value
+    assert "6 images × 10 epochs → 20 steps" in box.line.value and "memory" not in box.line.value
     box.refresh(may_start=False)
     assert task.wishes == [], "a run in progress needs the machine"
     plan_for(box, config)
-    assert "6 pictures × 10 epochs → 20 steps · about 1 h 01 min on T4" in box.line.value
+    assert "6 images × 10 epochs → 20 steps · about 1 h 01 min on T4" in box.line.value
     assert (
         "does not fit: 33.0 of 15.0 GiB memory" in box.line.value
         and "about $0.40 at the price of 2026-11-09" in box.line.value
@@ -140,6 +140,6 @@ def test_the_process_makes_the_real_plan(project):
         assert time.monotonic() < end and "error" not in box.report.value, box.report.value
         box.refresh(may_start=True)
         time.sleep(0.1)
-    assert "6 pictures × 3 epochs → 9 steps · about" in box.line.value and "on this CPU" in box.line.value
+    assert "6 images × 3 epochs → 9 steps · about" in box.line.value and "on this CPU" in box.line.value
     assert "GiB memory" in box.line.value and "on disk" in box.line.value
     assert "training step" in box.report.value

@@ -47,7 +47,7 @@ def wait_until(panel, condition, seconds=90.0):
 def test_the_plan_line_says_images_epochs_steps_and_disk(project):
     panel = TrainPanel(project)
     panel.form.set_values({"batch_size": 4, "max_epochs": 10})
-    assert "6 pictures × 10 epochs → 20 steps" in panel.plan.line.value
+    assert "6 images × 10 epochs → 20 steps" in panel.plan.line.value
     assert "free" in panel.plan.line.value
 
 
@@ -56,7 +56,7 @@ def test_the_plan_line_counts_steps_as_the_trainer_does(project):
         Image.new("RGB", (64, 160)).save(project / "input" / f"tall_{number}.png")
     (project / "input" / "broken.png").write_bytes(b"")
     panel = TrainPanel(project, settings={"batch_size": 4, "max_epochs": 1, "resolution": 64})
-    assert "9 pictures × 1 epochs → 3 steps" in panel.plan.line.value
+    assert "9 images × 1 epochs → 3 steps" in panel.plan.line.value
 
 
 def test_an_empty_dataset_is_reported_before_anything_starts(tmp_path):
@@ -426,7 +426,7 @@ def test_two_panels_change_one_settings_file_key_by_key_and_show_each_others_cha
     assert (held["max_epochs"], held["batch_size"], held["data_root"]) == (7, 3, str(other))
     training.refresh()
     assert training.form.values["data_root"] == str(other)
-    assert "1 pictures" in training.plan.line.value
+    assert "1 images" in training.plan.line.value
     training.form.set_values({"data_root": str(project / "input")})
     dataset.refresh()
     assert dataset.album.root == project / "input"

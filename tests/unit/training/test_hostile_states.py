@@ -49,7 +49,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def replace(run: RunFolder, name: str, content: bytes) -> None:
-    """Put a file into the latest checkpoint, as its author would: the manifest says so too."""
+    """Put a file into the latest checkpoint, as its author would: the manifest lists it too."""
     folder = run.last_checkpoint
     (folder / name).write_bytes(content)
     manifest = json.loads((folder / CHECKPOINT_MANIFEST).read_text())

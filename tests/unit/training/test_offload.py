@@ -1,4 +1,5 @@
-"""Modules that wait in host memory: which ones, and when they come back. (A GPU is not needed: the moves are noted.)"""
+"""Modules that are offloaded to host memory: which ones, and when they come back. (A GPU is not needed: the moves are
+noted.)"""
 
 from types import SimpleNamespace
 

@@ -247,7 +247,7 @@ def test_the_settings_of_a_rounded_optimizer_reach_its_inner_ones_after_a_restor
     restore_optimizer(built[1], built[0].state_dict())
     weight.grad = torch.zeros_like(weight)
     built[1].step()
-    assert weight.tolist() == [0.5, 0.5]  # decayed by lr · weight_decay, as asked for now
+    assert weight.tolist() == [0.5, 0.5]  # decayed by lr · weight_decay, as requested now
 
 
 def test_dowg_takes_the_papers_steps():
