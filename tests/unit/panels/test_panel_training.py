@@ -109,7 +109,7 @@ def test_a_drawing_shows_how_far_it_is_and_other_messages_stay(project):
     report(state="starting", progress=0.125, message="Encoding the images once.")
     panel = TrainPanel(project)
     panel.refresh()
-    assert "Encoding the pictures once: 12%." in panel.message.value
+    assert "Encoding the images once: 12%." in panel.message.value
     report(state="sampling", progress=0.25)
     panel.refresh()
     assert "Drawing samples: 25%." in panel.message.value
