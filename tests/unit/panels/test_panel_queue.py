@@ -65,7 +65,7 @@ def test_settings_are_added_ordered_and_removed(panel):
     lines(panel)[1][1]["Remove"].click()
     assert len(lines(panel)) == 2
     panel.refresh()
-    assert panel.tabs.titles[4].description == "Queue (2)"
+    assert panel.tabs.titles[5].description == "Queue (2)"
 
 
 def test_a_setting_that_is_wrong_is_not_added(panel):

@@ -317,6 +317,7 @@ def test_a_panel_comes_into_view_at_the_start_and_with_the_first_trained_samples
         Image.new("RGB", (8, 8)).save(run.samples_folder / f"gs{step:05}-000-a jet.jpg")
         panel.refresh()
         assert panel.clock.reveal == reveals
+    run.write_status({"host": "elsewhere", "state": "finished"})
 
 
 @pytest.mark.usefixtures("shown")
