@@ -44,14 +44,14 @@ def train(project: str | Path, **options: Any) -> TrainPanel:
 
 
 def compare(project: str | Path, **options: Any) -> ComparePanel:
-    """Checkpoints beside each other, before and after, pick a winner. Options as `ComparePanel`."""
+    """Checkpoints next to each other, before and after, pick a winner. Options as `ComparePanel`."""
     from everydream_kit.panels.compare_panel import ComparePanel
 
     return ComparePanel(project, **options)
 
 
 def share(project: str | Path, **options: Any) -> SharePanel:
-    """A file for image apps; the model on the Hub with its card. Options as `SharePanel`."""
+    """A file for image apps; the model on the Hub with its model card. Options as `SharePanel`."""
     from everydream_kit.panels.share_panel import SharePanel
 
     return SharePanel(project, **options)

@@ -1,7 +1,7 @@
 """The panels' clock: the browser asks for news twice a second while the panel is on the page.
 
-A widget change made from a thread is not shown on Colab, and a timer in the kernel goes on after the tab is closed; so
-the tick comes from the page (`assets/clock.js`, by anywidget) and its callback runs where all callbacks run. Without
+A widget change made from a thread is not shown on Colab, and a timer in the kernel continues after the tab is closed;
+so the tick comes from the page (`assets/clock.js`, by anywidget) and its callback runs where all callbacks run. Without
 anywidget there is no clock: the panel then has a Refresh button, and its `watch()` is the live form.
 """
 

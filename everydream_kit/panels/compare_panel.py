@@ -1,4 +1,4 @@
-"""The compare panel: checkpoints beside each other on the same prompts and seeds, before and after, pick a winner."""
+"""The compare panel: checkpoints next to each other on the same prompts and seeds, before and after, pick a winner."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A page of pictures with captions that are edited in place. Twelve cards are made once and filled again for each page.
+"""A page of images with captions that are edited in place. Twelve cards are made once and filled again for each page.
 
-So a dataset of five thousand pictures costs the page no more than one of twelve. A caption is written to its file when
+So a dataset of five thousand images costs the page no more than one of twelve. A caption is written to its file when
 the field is left.
 """
 
@@ -47,7 +47,7 @@ class Card:
         self.box.add_class("edk-card")
 
     def show(self, album: Album, index: int | None, *, chosen: bool = False) -> None:
-        """Fill the card with a picture, or hide it."""
+        """Fill the card with an image, or hide it."""
         self._quiet = True
         self.index = index
         self.box.layout.display = "" if index is not None else "none"
@@ -102,7 +102,7 @@ class Gallery:
         self.chosen: set[str] = set()
         self.found: list[int] = []
         self.search = widgets.Text(
-            placeholder="words in captions and names; -word leaves out",
+            placeholder="words in captions and names; -word excludes",
             description="Search",
             continuous_update=False,
             style={"description_width": "56px"},
@@ -179,7 +179,7 @@ class Gallery:
         shown = [*self.shown, *([None] * PAGE)][:PAGE]
         for card, index in zip(self.cards, shown, strict=True):
             card.show(self.album, index, chosen=index is not None and self.album.name(index) in self.chosen)
-        self.count.value = f'<span class="edk-hint">of {self.page.max} · {len(self.found):,} pictures</span>'
+        self.count.value = f'<span class="edk-hint">of {self.page.max} · {len(self.found):,} images</span>'
         self.previous.disabled = self.page.value <= 1
         self.next.disabled = self.page.value >= self.page.max
         self._report_selection()

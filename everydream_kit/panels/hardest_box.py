@@ -17,9 +17,9 @@ from everydream_kit.panels.thumbnails import image_tag
 
 LEAD = (
     "Images with the highest loss in the last epoch. A wrong caption, a crop that hides the subject or an image that does not "
-    "belong often stands on top. Losses differ by chance from use to use, so look at the trend as well."
+    "belong is often at the top. Losses differ by chance from use to use, so look at the trend as well."
 )
-EMPTY = "The table begins with the end of the first epoch."
+EMPTY = "The table appears after the first epoch."
 
 
 class HardestBox:

@@ -74,7 +74,8 @@ def has_token() -> bool:
 
 
 def token_environment(host: Host | None = None, bridge: ColabBridge | None = None) -> dict[str, str]:
-    """What a child process needs beside its inheritance to find the token: Colab's secrets are readable in the kernel only."""
+    """What a child process needs in addition to its environment to find the token: Colab's secrets are readable in the kernel
+    only."""
     host = host or detect_host()
     token = find_secret("HF_TOKEN", host, environ={}, bridge=bridge) if host.name == "colab" else None
     return {"HF_TOKEN": token} if token else {}

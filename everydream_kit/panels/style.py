@@ -1,6 +1,6 @@
 """How panels look: one style sheet (`assets/panel.css`, scoped to the class `edk`) and the pieces of HTML they share.
 
-Colours follow the notebook's theme where it has variables for them, with plain fallbacks. Every text from outside is
+Colors follow the notebook's theme where it has variables for them, with plain fallbacks. Every text from outside is
 escaped here.
 """
 
@@ -40,14 +40,14 @@ def panel_box(children: Sequence[widgets.Widget]) -> widgets.VBox:
 
 
 def row(*children: widgets.Widget, gap: str = "8px") -> widgets.HBox:
-    """Controls beside each other, wrapping on narrow pages."""
+    """Controls next to each other, wrapping on narrow pages."""
     return widgets.HBox(
         list(children), layout=widgets.Layout(flex_flow="row wrap", align_items="center", grid_gap=gap, width="100%")
     )
 
 
 def actions(*buttons: widgets.Widget, message: widgets.HTML) -> widgets.HBox:
-    """Buttons with the panel's message beside them, so that a message comes and goes without moving anything."""
+    """Buttons with the panel's message next to them, so that a message comes and goes without moving anything."""
     message.layout.flex, message.layout.width, message.layout.margin = "1 1 320px", "auto", "0"
     return row(*buttons, message)
 
@@ -59,7 +59,7 @@ def progress_bar() -> widgets.IntProgress:
 
 
 def show_progress(bar: widgets.IntProgress, status: Mapping[str, Any] | None) -> None:
-    """Show how far a chore is by its status; None hides the bar."""
+    """Show how far a background task is by its status; None hides the bar."""
     bar.layout.visibility = "hidden" if status is None else "visible"
     if status is not None:
         bar.max = max(1, status.get("num_steps") or 1)
@@ -83,7 +83,7 @@ def name_html(text: str) -> str:
 
 
 def set_hint(widget: widgets.Widget, text: str) -> None:
-    """Give a control a tooltip: the page sets it as an attribute, so names may stand in it.
+    """Give a control a tooltip: the page sets it as an attribute, so names may be in it.
 
     A `description` must be constant: ipywidgets 7 puts it into the page as HTML.
     """
@@ -142,6 +142,6 @@ def document(text: str, name: str) -> str:
 
 
 def log_view(lines: Sequence[str]) -> str:
-    """The end of a log, newest line in view without a script (the outer box lays out from its bottom)."""
+    """The end of a log, latest line in view without a script (the outer box lays out from its bottom)."""
     text = html.escape("\n".join(lines)) or "The log is empty so far."
     return f'<div class="edk-log" tabindex="0" role="log" aria-label="Log"><div>{text}</div></div>'

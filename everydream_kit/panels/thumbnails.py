@@ -1,4 +1,4 @@
-"""Sample pictures as small JPEGs inside HTML: a gallery that needs no files served, and stays light.
+"""Sample images as small JPEGs inside HTML: a gallery that needs no files served, and stays light.
 
 Thumbnails are made once per file and kept while the kernel lives. No widgets here.
 """
@@ -26,7 +26,7 @@ _known: OrderedDict[str, Path] = OrderedDict()
 
 
 def thumbnail(path: Path, side: int) -> bytes:
-    """A JPEG of the picture within `side` pixels; a grey tile where it cannot be read.
+    """A JPEG of the image within `side` pixels; a gray tile where it cannot be read.
 
     A file's thumbnail is made again when the file changes.
     """
@@ -89,7 +89,7 @@ def image_tag(path: Path, side: int, *, words: str = "", height: int | None = No
 
 
 def strip(images: Sequence[tuple[Path, str]], *, side: int = 220, height: int | None = None) -> str:
-    """Pictures beside each other, each with a caption below."""
+    """Images next to each other, each with a caption below."""
     figures = "".join(
         f"<figure>{image_tag(path, side, words=words, height=height)}"
         f"<figcaption>{html.escape(words)}</figcaption></figure>"

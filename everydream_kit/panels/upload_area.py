@@ -113,7 +113,7 @@ class Receiver:
         try:
             path = safe_name(name)
         except DataError:
-            return None  # its own message says so when it is sent
+            return None  # its own message reports it when it is sent
         return path if PurePosixPath(path).suffix.lower() in ACCEPTED else None
 
     def _free_stems(self, stems: set[str], sent: set[str]) -> dict[str, str]:

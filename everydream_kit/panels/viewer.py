@@ -1,8 +1,8 @@
-"""Looking at an image: a click on any thumbnail opens it large, keys go on to the next, and it can be downloaded.
+"""Looking at an image: a click on any thumbnail opens it large, keys go to the next, and it can be downloaded.
 
-Thumbnails carry a key (`image_key`), never a path. The page sends the key back, and the kernel answers with the image; so
-a page can have those images only that a panel has shown. `assets/viewer.js` is the page's side, one widget in each panel.
-Without anywidget thumbnails are just images.
+Thumbnails carry a key (`image_key`), never a path. The page sends the key back, and the kernel answers with the image;
+so a page can have those images only that a panel has shown. `assets/viewer.js` is the page's side, one widget in each
+panel. Without anywidget thumbnails are just images.
 """
 
 from __future__ import annotations
