@@ -29,10 +29,10 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("pictures")
     for number in range(12):
-        subject, colour = SUBJECTS[number % 3]
+        subject, color = SUBJECTS[number % 3]
         width, height = SIZES[number % 4]
         pixels = np.random.default_rng(number).integers(200, 255, (height, width, 3), dtype=np.uint8)
-        pixels[height // 4 : -height // 4, width // 4 : -width // 4] = colour
+        pixels[height // 4 : -height // 4, width // 4 : -width // 4] = color
         suffix = ".png" if number % 2 else ".jpg"
         Image.fromarray(pixels).save(folder / f"{number:02}{suffix}", quality=95)
         (folder / f"{number:02}.txt").write_text(f"a {subject}, plain, flat, number {number}", encoding="utf-8")

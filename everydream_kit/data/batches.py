@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 CaptionTransform = Callable[[str], str]
 """A plug-in's change to a composed caption."""
 
-NEUTRAL_GREY = 128
+NEUTRAL_GRAY = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def crop_for(request: BatchRequest, row: int, settings: LoadSettings) -> pixels.
     """The crop of one row of a request."""
     planned, image = request.planned, request.images[row]
     if settings.fixed:
-        return pixels.centre_crop(image.width, image.height, planned.bucket)
+        return pixels.center_crop(image.width, image.height, planned.bucket)
     return pixels.draw_crop(
         image.width,
         image.height,
@@ -144,7 +144,7 @@ def _assemble_pixels(
 ) -> Batch:
     """Stack decoded rows; a row that is None becomes gray with weight 0."""
     width, height = request.planned.bucket
-    stacked = np.full((len(rows), 3, height, width), NEUTRAL_GREY, np.uint8)
+    stacked = np.full((len(rows), 3, height, width), NEUTRAL_GRAY, np.uint8)
     for row, (_, loaded) in enumerate(rows):
         if loaded is not None:
             stacked[row] = loaded.pixels.transpose(2, 0, 1)

@@ -102,7 +102,7 @@ class LatentCache(ABC):
     ) -> pixels.Crop:
         """Which of an image's cached crops one use of it gets."""
         if self.settings.fixed:
-            return pixels.centre_crop(image.width, image.height, bucket)
+            return pixels.center_crop(image.width, image.height, bucket)
         variant = int(draws.generator(seed, "crop", *address).integers(self.settings.variants))
         crop = self._variant(index, image, bucket, variant)
         return replace(crop, flip=pixels.draw_flip(image.flip_p, seed=seed, address=address))
@@ -318,7 +318,7 @@ class DiskCache(LatentCache):
     def _crops(self, index: int, image: DatasetImage, bucket: Size) -> list[pixels.Crop]:
         """Every crop of an image that `draw_crop` can give."""
         if self.settings.fixed:
-            return [pixels.centre_crop(image.width, image.height, bucket)]
+            return [pixels.center_crop(image.width, image.height, bucket)]
         crops = [self._variant(index, image, bucket, variant) for variant in range(self.settings.variants)]
         return [replace(crop, flip=flip) for crop in crops for flip in possible_flips(image.flip_p)]
 

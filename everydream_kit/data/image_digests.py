@@ -61,16 +61,16 @@ def digest_images(
     """
     digests = np.zeros((count, DIGEST_BYTES), np.uint8)
     memo = _read_memo(memo_file)
-    learnt: _Memo = {}
+    learned: _Memo = {}
     try:
         with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
             for index, (digest, new) in enumerate(_in_order(pool, pairs, memo)):
                 digests[index] = np.frombuffer(digest, np.uint8)
-                learnt |= new
+                learned |= new
                 if progress is not None:
                     progress(index + 1)
     finally:  # interrupted: what was read is still known next time
-        _append_memo(memo_file, learnt)
+        _append_memo(memo_file, learned)
     return digests
 
 
@@ -86,14 +86,14 @@ def _read_memo(path: Path | None) -> _Memo:
     return {data[i : i + DIGEST_BYTES]: data[i + DIGEST_BYTES : i + size] for i in starts}
 
 
-def _append_memo(path: Path | None, learnt: _Memo) -> None:
-    if path is None or not learnt:
+def _append_memo(path: Path | None, learned: _Memo) -> None:
+    if path is None or not learned:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         torn = file.tell() % (2 * DIGEST_BYTES)
         file.truncate(file.tell() - torn)
-        file.write(b"".join(stamp + digest for stamp, digest in learnt.items()))
+        file.write(b"".join(stamp + digest for stamp, digest in learned.items()))
 
 
 def _in_order(pool: ThreadPoolExecutor, pairs: Iterable[PathPair], memo: _Memo) -> Iterator[tuple[bytes, _Memo]]:
@@ -110,23 +110,23 @@ def _in_order(pool: ThreadPoolExecutor, pairs: Iterable[PathPair], memo: _Memo) 
 def _digest_pair(pair: PathPair, memo: _Memo) -> tuple[bytes, _Memo]:
     """The digest of image and mask together, and what was newly learned of single files."""
     path, mask = pair
-    learnt: _Memo = {}
+    learned: _Memo = {}
     try:
-        state = hashlib.blake2b(_digest_known(path, memo, learnt), digest_size=DIGEST_BYTES)
+        state = hashlib.blake2b(_digest_known(path, memo, learned), digest_size=DIGEST_BYTES)
         if mask is not None:
-            state.update(b"alpha" if mask == path else b"mask" + _digest_known(mask, memo, learnt))
+            state.update(b"alpha" if mask == path else b"mask" + _digest_known(mask, memo, learned))
     except OSError:
-        return bytes(DIGEST_BYTES), learnt
-    return state.digest(), learnt
+        return bytes(DIGEST_BYTES), learned
+    return state.digest(), learned
 
 
-def _digest_known(path: str, memo: _Memo, learnt: _Memo) -> bytes:
+def _digest_known(path: str, memo: _Memo, learned: _Memo) -> bytes:
     stamp = stamp_file(path)
     digest = memo.get(stamp)
     if digest is None:
         digest = digest_file(path)
         if stamp_file(path) == stamp:  # it did not change while it was read
-            learnt[stamp] = digest
+            learned[stamp] = digest
     return digest
 
 

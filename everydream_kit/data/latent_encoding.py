@@ -142,8 +142,8 @@ class _Decoder(TorchDataset[_DecodedCrops]):
 
 def _batches(jobs: Iterable[EncodingJob], batch_size: int) -> Iterator[tuple[EncodingJob, ...]]:
     """Neighbors of one bucket together."""
-    for _, neighbours in groupby(jobs, key=lambda job: job.bucket):
-        while batch := tuple(islice(neighbours, batch_size)):
+    for _, neighbors in groupby(jobs, key=lambda job: job.bucket):
+        while batch := tuple(islice(neighbors, batch_size)):
             yield batch
 
 

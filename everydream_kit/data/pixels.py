@@ -1,6 +1,6 @@
 """From a file and a crop to uint8 pixels of one bucket's size.
 
-Here: choosing a crop (`draw_crop`, `centre_crop`: pure geometry), reading it (`load_pixels`), and the loss mask that
+Here: choosing a crop (`draw_crop`, `center_crop`: pure geometry), reading it (`load_pixels`), and the loss mask that
 goes with it. Not here: which image goes into which bucket (`buckets`), and tensors (`loader`).
 
 The trade-off: one resampling, never two. A crop is a box in the source's own pixels, possibly of fractional size, and
@@ -123,7 +123,7 @@ def draw_flip(flip_p: float, *, seed: int, address: tuple[int | str, ...]) -> bo
     return flip_p > 0 and bool(draws.generator(seed, "flip", *address).random() < flip_p)
 
 
-def centre_crop(width: int, height: int, bucket: Size) -> Crop:
+def center_crop(width: int, height: int, bucket: Size) -> Crop:
     """The largest crop of the bucket's aspect ratio, from the middle: for validation, where nothing is drawn."""
     return _trim((0, 0), (width, height), bucket, None)
 
@@ -253,8 +253,8 @@ def _stored_box(box: Box, orientation: int, stored: Size) -> Box:
 def _to_rgb_or_premultiplied(image: Image.Image) -> Image.Image:
     """RGB, or RGBa (colors multiplied by alpha) where there is transparency: both can be resampled without fringes."""
     if image.mode.startswith("I"):  # 16-bit gray: Pillow's own conversion would clip everything above 255 to white
-        grey = np.asarray(image).astype(np.uint32).clip(0, 65535)
-        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+        gray = np.asarray(image).astype(np.uint32).clip(0, 65535)
+        return Image.fromarray(((gray * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point images have no agreed range; save it as 8-bit PNG")
     if image.has_transparency_data:
@@ -264,9 +264,9 @@ def _to_rgb_or_premultiplied(image: Image.Image) -> Image.Image:
 
 def _composite(premultiplied: Image.Image, background: str) -> Image.Image:
     """Put a color behind an image whose colors are multiplied by alpha."""
-    colour = np.array([int(background[i : i + 2], 16) for i in (1, 3, 5)], np.uint16)
+    color = np.array([int(background[i : i + 2], 16) for i in (1, 3, 5)], np.uint16)
     values = np.asarray(premultiplied).astype(np.uint16)
-    behind = ((255 - values[..., 3:]) * colour + 127) // 255
+    behind = ((255 - values[..., 3:]) * color + 127) // 255
     return Image.fromarray(np.minimum(values[..., :3] + behind, 255).astype(np.uint8))
 
 
@@ -297,11 +297,11 @@ def _read_mask_file(mask_path: str | Path, cells: Size, crop: Crop, size: Size |
     """Cut the same part from a mask file, which may be of another size than its image."""
     with open_image(mask_path) as image:
         orientation = _orientation(image)
-        grey = image.convert("L")
+        gray = image.convert("L")
     if orientation in _TRANSPOSE:
-        grey = grey.transpose(_TRANSPOSE[orientation])
-    width, height = size or grey.size
-    x, y = grey.width / width, grey.height / height
+        gray = gray.transpose(_TRANSPOSE[orientation])
+    width, height = size or gray.size
+    x, y = gray.width / width, gray.height / height
     left, top, right, bottom = crop.box
-    box = (left * x, top * y, min(right * x, grey.width), min(bottom * y, grey.height))
-    return grey.resize(cells, Image.Resampling.BOX, box=box)
+    box = (left * x, top * y, min(right * x, gray.width), min(bottom * y, gray.height))
+    return gray.resize(cells, Image.Resampling.BOX, box=box)

@@ -92,7 +92,7 @@ def _draw_panel(draw: ImageDraw, top: int, lines: Sequence[tuple[str, Points, st
     draw.text((LEFT, bottom + 6), f"step {first:.0f}", fill=INK, font=font)
     draw.text((WIDTH - MARGIN, bottom + 6), f"{last:.0f}", fill=INK, font=font, anchor="ra")
     across = LEFT
-    for label, points, colour in lines:
-        draw.line([place(*point) for point in points], fill=colour, width=1 if colour == FAINT else 2, joint="curve")
-        draw.text((across, top + 6), label, fill=INK if colour == FAINT else colour, font=font)
+    for label, points, color in lines:
+        draw.line([place(*point) for point in points], fill=color, width=1 if color == FAINT else 2, joint="curve")
+        draw.text((across, top + 6), label, fill=INK if color == FAINT else color, font=font)
         across += int(draw.textlength(label, font=font)) + 24

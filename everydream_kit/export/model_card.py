@@ -57,7 +57,7 @@ class CardFacts:
         events: the run's events.
         pipeline_class: diffusers class that loads it, from model_index.json.
         is_lora: LoRA weights, to be loaded over the base.
-        learnt_tokens: words that were learned, each with the number of text encoders that know it.
+        learned_tokens: words that were learned, each with the number of text encoders that know it.
         single_file: name of the single file next to it, if there is one.
         has_folder: it can be loaded with from_pretrained.
         samples: (path in the repository, prompt, negative prompt).
@@ -67,12 +67,12 @@ class CardFacts:
     title: str
     repo_id: str
     base_model: str | None = None
-    licence: dict[str, str] = field(default_factory=dict)
+    license: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     events: Sequence[dict[str, Any]] = ()
     pipeline_class: str = "DiffusionPipeline"
     is_lora: bool = False
-    learnt_tokens: Mapping[str, int] = field(default_factory=dict)
+    learned_tokens: Mapping[str, int] = field(default_factory=dict)
     single_file: str | None = None
     has_folder: bool = True
     samples: Sequence[tuple[str, str, str]] = ()
@@ -90,7 +90,7 @@ def make_model_card(facts: CardFacts) -> str:
         *_section("Training data", dataset_summary(facts.events, facts.config)),
         *_section("Training settings", settings_table(facts.config)),
         *_section("Results", _results(facts)),
-        *_section("Licence", _licence(facts)),
+        *_section("License", _license(facts)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -104,9 +104,9 @@ def _metadata(facts: CardFacts) -> str:
     if facts.is_lora:
         tags += ["lora", "template:sd-lora"]
     else:
-        tags.append("textual_inversion" if facts.learnt_tokens else "diffusers-training")
+        tags.append("textual_inversion" if facts.learned_tokens else "diffusers-training")
     tags.append("everydream-kit")
-    card: dict[str, Any] = {**facts.licence}
+    card: dict[str, Any] = {**facts.license}
     if facts.base_model:
         card |= {"base_model": facts.base_model, "base_model_relation": _relation(facts)}
     card |= {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags, "inference": True}
@@ -120,11 +120,11 @@ def _metadata(facts: CardFacts) -> str:
 
 
 def _relation(facts: CardFacts) -> str:
-    return "adapter" if facts.is_lora or facts.learnt_tokens else "finetune"
+    return "adapter" if facts.is_lora or facts.learned_tokens else "finetune"
 
 
 def _introduction(facts: CardFacts) -> str:
-    kind = "A LoRA for" if facts.is_lora else "New words for" if facts.learnt_tokens else "Fine-tuned from"
+    kind = "A LoRA for" if facts.is_lora else "New words for" if facts.learned_tokens else "Fine-tuned from"
     base = (
         f"[{_inline(facts.base_model)}](https://huggingface.co/{quote(facts.base_model)})"
         if facts.base_model
@@ -137,7 +137,7 @@ def _introduction(facts: CardFacts) -> str:
 
 def _usage(facts: CardFacts) -> str:
     blocks = []
-    if facts.has_folder or facts.is_lora or facts.learnt_tokens:
+    if facts.has_folder or facts.is_lora or facts.learned_tokens:
         blocks.append("```python\n" + "\n".join(_usage_lines(facts)) + "\n```")
     if facts.single_file:
         blocks.append(f"`{_inline(facts.single_file)}` loads in every image app that takes checkpoint files.")
@@ -158,7 +158,7 @@ def _usage_lines(facts: CardFacts) -> list[str]:
     ]
     if facts.is_lora:
         lines.append(f"pipeline.load_lora_weights({facts.repo_id!r})")
-    if facts.learnt_tokens:
+    if facts.learned_tokens:
         lines += _token_lines(facts)
     return [*lines, f"image = pipeline({prompt!r}{argument}).images[0]"]
 
@@ -172,7 +172,7 @@ def _token_lines(facts: CardFacts) -> list[str]:
         "",
         f"vectors = load_file(hf_hub_download({facts.repo_id!r}, 'learned_embeds.safetensors'))",
     ]
-    for token, num_encoders in facts.learnt_tokens.items():
+    for token, num_encoders in facts.learned_tokens.items():
         for number in range(num_encoders):
             key, end = (token, "") if number == 0 else (f"{token}|{number}", f"_{number + 1}")
             parts = f"text_encoder=pipeline.text_encoder{end}, tokenizer=pipeline.tokenizer{end}"
@@ -237,9 +237,9 @@ def _hours(events: list[dict[str, Any]]) -> str:
     return f"Training took {minutes / 60:.1f} hours." if minutes >= 6 else ""
 
 
-def _licence(facts: CardFacts) -> str:
-    if facts.licence.get("license"):
-        return f"`{_inline(facts.licence.get('license_name') or facts.licence['license'])}`"
+def _license(facts: CardFacts) -> str:
+    if facts.license.get("license"):
+        return f"`{_inline(facts.license.get('license_name') or facts.license['license'])}`"
     return "Not stated. The license of the base model binds what is made from it."
 
 

@@ -81,7 +81,7 @@ def open_folder(
     configs = read_configs(folder)
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     refuse_unsupported(str(folder), configs, index)
-    found = family_by_name(family) if family else recognise_configs(str(folder), configs)
+    found = family_by_name(family) if family else recognize_configs(str(folder), configs)
     wanted = [component.folder for component in found.components]
     for name in wanted:
         if name not in configs:
@@ -151,7 +151,7 @@ def refuse_unsupported(where: str, configs: Mapping[str, Config], index: Config)
         )
 
 
-def recognise_configs(where: str, configs: Mapping[str, Config]) -> Family:
+def recognize_configs(where: str, configs: Mapping[str, Config]) -> Family:
     """The family whose table these configs fit."""
     for family in FAMILIES.values():
         if family.matches_configs(configs):

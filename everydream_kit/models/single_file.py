@@ -58,7 +58,7 @@ def open_single_file(path: Path, *, family: str | None = None, prediction_type: 
         raise ModelError(f"{path}: not a model file by its name; the kit reads {', '.join(WEIGHT_SUFFIXES)}.")
     tensors, metadata = open_weights(path)
     refuse_other_kinds(path, tensors)
-    found = family_by_name(family) if family else _recognise(path, tensors)
+    found = family_by_name(family) if family else _recognize(path, tensors)
     tensors = with_vae(path, without_scales(tensors))
     configs = _configs(path, found, metadata)
     refuse_unsupported(str(path), configs, {})
@@ -78,7 +78,7 @@ def open_single_file(path: Path, *, family: str | None = None, prediction_type: 
     )
 
 
-def _recognise(path: Path, tensors: Tensors) -> Family:
+def _recognize(path: Path, tensors: Tensors) -> Family:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     for family in FAMILIES.values():
         if family.matches_keys(shapes):

@@ -116,13 +116,13 @@ def token_parameters(model: Model) -> list[torch.nn.Parameter]:
     return [table.new for table in tables if isinstance(table, GrownEmbedding)]
 
 
-def learnt_embeddings(model: Model, weights: Weights | None = None) -> dict[str, list[LazyTensor]]:
+def learned_embeddings(model: Model, weights: Weights | None = None) -> dict[str, list[LazyTensor]]:
     """Each token's vectors (n, D), one tensor for each text encoder.
 
     Args:
         weights: state dicts by component that are read instead of the live ones.
     """
-    learnt: dict[str, list[LazyTensor]] = {token: [] for token in model.new_tokens}
+    learned: dict[str, list[LazyTensor]] = {token: [] for token in model.new_tokens}
     for slot, tokenizer, text_encoder in zip(
         model.family.text_encoders, model.tokenizers, model.text_encoders, strict=True
     ):
@@ -131,14 +131,14 @@ def learnt_embeddings(model: Model, weights: Weights | None = None) -> dict[str,
         first = len(_split_table(text_encoder)[0])
         for token, names in model.new_tokens.items():
             ids = [tokenizer.convert_tokens_to_ids(name) - first for name in names]
-            learnt[token].append(LazyTensor.of(rows[ids]))
-    return learnt
+            learned[token].append(LazyTensor.of(rows[ids]))
+    return learned
 
 
 def save_tokens(model: Model, path: Path, weights: Weights | None = None) -> None:
     """Write all learned tokens into one file: `<token>` for the first text encoder, `<token>|1` for the second."""
     tensors: Tensors = {}
-    for token, parts in learnt_embeddings(model, weights).items():
+    for token, parts in learned_embeddings(model, weights).items():
         for index, part in enumerate(parts):
             tensors[token if index == 0 else f"{token}|{index}"] = part
     write_safetensors(path, tensors, {"format": "pt"})

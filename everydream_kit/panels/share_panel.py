@@ -70,7 +70,7 @@ class SharePanel(Panel):
         self.export_button = style.button("Export", tone="primary", icon="file", hint="Write the file")
         self.repo = widgets.Text(placeholder="me/jets", description="Repository", **_wide())
         self.private = widgets.Checkbox(value=True, description="private", **_wide())
-        self.licence = widgets.Text(placeholder="of the base model", description="Licence", **_wide())
+        self.license = widgets.Text(placeholder="of the base model", description="License", **_wide())
         self.what = {
             name: widgets.Checkbox(
                 value=name != "single_file", description=text, indent=False, layout={"width": "auto"}
@@ -114,7 +114,7 @@ class SharePanel(Panel):
                 self.question.box,
                 style.section("On the Hugging Face Hub"),
                 self.repo,
-                self.licence,
+                self.license,
                 self.private,
                 style.row(*self.what.values(), gap="4px 22px"),
                 style.row(self.preview_button, self.push_button),
@@ -150,7 +150,7 @@ class SharePanel(Panel):
         """Show what a push would upload, and the model card."""
         from everydream_kit.export.hub import preview_push
 
-        preview = preview_push(self._source(), self._repo_id(), what=self._what(), license=self.licence.value or None)
+        preview = preview_push(self._source(), self._repo_id(), what=self._what(), license=self.license.value or None)
         files = sorted(preview.files, key=lambda file: -file.num_bytes)
         rows = [(file.path, style.size(file.num_bytes)) for file in files[:SHOWN_FILES]]
         if rest := files[SHOWN_FILES:]:
@@ -163,7 +163,7 @@ class SharePanel(Panel):
 
     def push(self) -> None:
         """Upload, in a process of its own; after an error, pressing again goes on where it stopped."""
-        options = {"private": self.private.value, "what": self._what(), "license": self.licence.value or None}
+        options = {"private": self.private.value, "what": self._what(), "license": self.license.value or None}
         arguments = [str(self._source()), self._repo_id(), json.dumps(options)]
         self._begin("push", arguments, f"Uploading to {self._repo_id()} …")
 

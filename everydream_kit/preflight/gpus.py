@@ -99,10 +99,10 @@ def this_gpu(device: int = 0) -> GpuSpec | None:
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(device)
-    return recognise(properties.name, properties.total_memory, has_bf16=properties.major >= 8)
+    return recognize(properties.name, properties.total_memory, has_bf16=properties.major >= 8)
 
 
-def recognise(name: str, memory_bytes: int, *, has_bf16: bool = True) -> GpuSpec:
+def recognize(name: str, memory_bytes: int, *, has_bf16: bool = True) -> GpuSpec:
     """The GPU of this name in the driver's words, with the memory that was measured.
 
     Args:

@@ -166,7 +166,7 @@ def open_configs(folder: Path, *, family: str | None = None, prediction_type: st
         prediction_type_of,
         read_configs,
         read_json,
-        recognise_configs,
+        recognize_configs,
         refuse_unsupported,
     )
 
@@ -175,7 +175,7 @@ def open_configs(folder: Path, *, family: str | None = None, prediction_type: st
         raise ModelError(f"{folder}: not a diffusers model (unet/config.json is missing).")
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     refuse_unsupported(str(folder), configs, index)
-    found = family_by_name(family) if family else recognise_configs(str(folder), configs)
+    found = family_by_name(family) if family else recognize_configs(str(folder), configs)
     wanted = [component.folder for component in found.components]
     missing = [name for name in wanted if name not in configs]
     if missing:

@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from everydream_kit.preflight.gpus import GpuSpec, recognise
+from everydream_kit.preflight.gpus import GpuSpec, recognize
 from everydream_kit.workspace import RunFolder, list_runs, read_small_object
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def _same_device(facts: dict[str, Any], gpu_spec: GpuSpec | None) -> bool:
     device = str(facts.get("device", ""))
     if gpu_spec is None:
         return device.startswith("cpu")
-    return device == gpu_spec.name or recognise(device, gpu_spec.memory_bytes).name == gpu_spec.name
+    return device == gpu_spec.name or recognize(device, gpu_spec.memory_bytes).name == gpu_spec.name
 
 
 def _images_per_second(run: RunFolder) -> float | None:

@@ -36,8 +36,8 @@ def tiny_blip(tmp_path_factory):
 def folder(tmp_path):
     root = tmp_path / "pictures"
     root.mkdir()
-    for name, colour in (("one", "red"), ("two", "green"), ("three", "blue")):
-        Image.new("RGB", (64, 48), colour).save(root / f"{name}.png")
+    for name, color in (("one", "red"), ("two", "green"), ("three", "blue")):
+        Image.new("RGB", (64, 48), color).save(root / f"{name}.png")
     (root / "two.txt").write_text("mine")
     return root
 

@@ -128,7 +128,7 @@ def test_the_difference_of_two_models_becomes_a_lora(
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_a_learnt_token_becomes_an_embedding_file(
+def test_a_learned_token_becomes_an_embedding_file(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = load_model(tiny_folder(family))

@@ -221,7 +221,7 @@ def test_guidance_rescale_gives_the_guided_prediction_the_spread_of_the_conditio
     assert torch.allclose(guide(unconditional, conditional, cfg, 1.0).std(), conditional.std())
 
 
-def test_zero_terminal_snr_is_recognised_kept_and_marked(tmp_path):
+def test_zero_terminal_snr_is_recognized_kept_and_marked(tmp_path):
     model = load_model(tiny_folder("sd2"))
     assert not model.zero_terminal_snr
     model.zero_terminal_snr = True

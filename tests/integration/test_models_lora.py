@@ -24,7 +24,7 @@ def family(request):
     return request.param
 
 
-def with_learnt_lora(family, **settings):
+def with_learned_lora(family, **settings):
     model = load_model(tiny_folder(family))
     for index, parameter in enumerate(add_lora(model, 4, alpha=8, text_encoder=True, **settings)):
         with torch.no_grad():
@@ -38,7 +38,7 @@ def distance(one, other):
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_an_adapter_survives_saving_merging_and_export(family, dora, tmp_path):
-    model = with_learnt_lora(family, dora=dora)
+    model = with_learned_lora(family, dora=dora)
     image = draw(model)
     assert distance(image, draw(load_model(tiny_folder(family)))) > 10
     save_model(model, tmp_path / "checkpoint")
@@ -67,7 +67,7 @@ def test_a_fresh_adapter_changes_nothing_and_trains_alone(family):
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 def test_lora_files_of_both_layouts_come_back(family, layout, tmp_path):
-    model = with_learnt_lora(family)
+    model = with_learned_lora(family)
     base = open_model(tiny_folder(family))
     path = tmp_path / "lora.safetensors"
     write_lora(path, lora_of(model), model.family, base.configs["unet"], layout=layout)
@@ -79,7 +79,7 @@ def test_lora_files_of_both_layouts_come_back(family, layout, tmp_path):
 def test_kohya_files_have_the_names_that_uis_know(tmp_path):
     names = {}
     for family in ("sd1", "sdxl"):
-        model = with_learnt_lora(family)
+        model = with_learned_lora(family)
         path = tmp_path / f"{family}.safetensors"
         write_lora(path, lora_of(model), model.family, dict(model.unet.config), layout="kohya")
         names[family] = open_safetensors(path)[0]
@@ -93,7 +93,7 @@ def test_kohya_files_have_the_names_that_uis_know(tmp_path):
 def test_diffusers_loads_our_lora_files_to_the_same_image(family, layout, tmp_path):
     import diffusers
 
-    model = with_learnt_lora(family)
+    model = with_learned_lora(family)
     write_lora(tmp_path / "a.safetensors", lora_of(model), model.family, dict(model.unet.config), layout=layout)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tiny_folder(family), dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -106,7 +106,7 @@ def test_diffusers_loads_our_lora_files_to_the_same_image(family, layout, tmp_pa
 
 
 def test_a_lora_of_another_family_is_refused(tmp_path):
-    model = with_learnt_lora("sdxl")
+    model = with_learned_lora("sdxl")
     write_lora(tmp_path / "a.safetensors", lora_of(model), model.family, dict(model.unet.config), layout="kohya")
     with pytest.raises(ModelError, match="made for another model family"):
         read_lora(tmp_path / "a.safetensors", open_model(tiny_folder("sd1")))

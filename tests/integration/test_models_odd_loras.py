@@ -55,7 +55,7 @@ def test_what_cannot_be_trained_on_says_so(kind, tmp_path):
         read_lora(path, open_model(tiny_folder(made.family)))
 
 
-def test_a_bundled_word_is_learnt_by_the_model_and_written_next_to_a_merge(tmp_path):
+def test_a_bundled_word_is_learned_by_the_model_and_written_next_to_a_merge(tmp_path):
     path, made = write_lora_layout("bundled embedding", tmp_path)
     model = open_for_sampling(tiny_folder("sd1"), lora=path)
     assert model.new_tokens == {"mytoken": ["mytoken", "mytoken_1"]}

@@ -88,8 +88,8 @@ def test_subfolder_and_variant_choose_the_files_of_a_folder(
 
 
 def test_family_and_prediction_type_win_over_what_the_files_say(settings: dict[str, Any]) -> None:
-    with prepared(**settings) as recognised:
-        model = recognised.run.model
+    with prepared(**settings) as recognized:
+        model = recognized.run.model
         assert (model.family.name, model.prediction_type) == ("sd1", "epsilon")
     with prepared(**settings, family="sd2", prediction_type="v_prediction") as said:
         model = said.run.model

@@ -164,7 +164,7 @@ def test_a_source_that_is_none_and_a_missing_token_are_reported(
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_learnt_words_go_with_a_card_whose_lines_load_them(family: str, tmp_path: Path) -> None:
+def test_learned_words_go_with_a_card_whose_lines_load_them(family: str, tmp_path: Path) -> None:
     import torch
     from diffusers import DiffusionPipeline
     from safetensors.torch import load_file

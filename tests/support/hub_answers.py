@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LFS_SUFFIXES = {".safetensors", ".ckpt", ".pt", ".bin", ".png", ".jpg", ".jpeg", ".webp"}
 LFS_FROM_BYTES = 10_000_000
-LICENCES = {
+LICENSES = {
     *("apache-2.0", "mit", "openrail", "openrail++", "creativeml-openrail-m", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0"),
     *("cc-by-nc-4.0", "bigscience-openrail-m", "gpl-3.0", "unknown", "other"),
 }
@@ -155,8 +155,8 @@ def _validate_card(call: Call) -> Reply:
     except yaml.YAMLError as error:
         return as_json({"errors": [{"message": str(error)}], "warnings": []}, 400)
     errors = []
-    if "license" in facts and facts["license"] not in LICENCES:
-        errors.append({"message": f'"license" must be one of {sorted(LICENCES)}'})
+    if "license" in facts and facts["license"] not in LICENSES:
+        errors.append({"message": f'"license" must be one of {sorted(LICENSES)}'})
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", facts.get("base_model", "a/b")):
         errors.append({"message": '"base_model" must be a Hub id'})
     warnings = [] if facts else [{"message": "empty or missing yaml metadata in repo card"}]

@@ -37,7 +37,7 @@ def problem_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[in
     return status, capsys.readouterr().err
 
 
-def test_an_unknown_flag_names_its_nearest_neighbour(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_flag_names_its_nearest_neighbor(capsys: pytest.CaptureFixture[str]) -> None:
     status, text = problem_of(["train", "--batchsize", "3"], capsys)
     assert (status, "did you mean --batch_size?" in text) == (2, True)
 
@@ -68,7 +68,7 @@ def test_names_of_other_trainers_mean_parameters_and_are_none() -> None:
     assert nearest_name("learning_rate") == "lr"
 
 
-def test_an_unknown_key_in_a_file_names_its_nearest_neighbour(
+def test_an_unknown_key_in_a_file_names_its_nearest_neighbor(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "c.json").write_text('{"resume_ckpt": "x", "max_epoch": 3}', "utf-8")

@@ -56,7 +56,7 @@ class FakeColab:
         ({"HOME": "/home/someone"}, "plain"),
     ],
 )
-def test_a_host_is_recognised_by_the_variables_that_it_sets(environ, name):
+def test_a_host_is_recognized_by_the_variables_that_it_sets(environ, name):
     assert detect_host(environ).name == name
 
 

@@ -162,7 +162,7 @@ def test_kill_ends_the_process_and_its_children(settings):
         job.kill()
 
 
-def test_a_process_that_was_killed_is_recognised_and_says_so(started):
+def test_a_process_that_was_killed_is_recognized_and_says_so(started):
     job = started("--steps", 400, "--die-at", 3, "--seconds-a-step", 0.02)
     status = job.watch(interval_seconds=0.02)
     assert status["state"] == "died"

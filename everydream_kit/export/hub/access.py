@@ -97,7 +97,7 @@ def open_repo(connection: HubConnection, repo_id: str, *, private: bool, revisio
     return HubAccess(user, full_id, f"{connection.endpoint}/{full_id}", bool(info.private), not there)
 
 
-def base_licence(connection: HubConnection, base: str | None) -> dict[str, str]:
+def base_license(connection: HubConnection, base: str | None) -> dict[str, str]:
     """License fields from the base model's card; none where it cannot be read, which a push survives."""
     if base is None:
         return {}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everydream_kit.export.curves import draw_curves
-from everydream_kit.export.hub.access import base_licence, open_repo
+from everydream_kit.export.hub.access import base_license, open_repo
 from everydream_kit.export.hub.connection import HubConnection, quiet_client, redact
 from everydream_kit.export.hub.repository_contents import (
     DEFAULT_WHAT,
@@ -28,7 +28,7 @@ from everydream_kit.export.hub.repository_contents import (
     without_folders,
 )
 from everydream_kit.export.hub.upload import Progress, Target, Upload, size_words
-from everydream_kit.export.licence import local_licence
+from everydream_kit.export.license import local_license
 from everydream_kit.export.model_card import CardFacts, make_model_card, read_base, read_pipeline_class
 
 if TYPE_CHECKING:
@@ -95,8 +95,8 @@ def preview_push(
     """
     source = find_source(run_or_checkpoint)
     wish = _Wish(repo_id, check_what(what, source), license, base_model, message)
-    licence = {"license": license} if license else _licence_on_disk(source, base_model)
-    files, card = _collect(source, wish, licence=licence, token=None, scratch=None)
+    found_license = {"license": license} if license else _license_on_disk(source, base_model)
+    files, card = _collect(source, wish, found_license=found_license, token=None, scratch=None)
     message = wish.message_for(source)
     return PushPreview(repo_id, revision, tuple(files), card, message, create_pr=create_pr, private=private)
 
@@ -173,10 +173,12 @@ def push_to_hub(
                     "%s is %s already, and stays so; %s is for new repositories.", access.repo_id, now, wanted
                 )
         base = base_model or read_base(source.config)
-        on_disk = _licence_on_disk(source, base_model)
-        licence = {"license": license} if license else on_disk or base_licence(connection, base)
+        on_disk = _license_on_disk(source, base_model)
+        found_license = {"license": license} if license else on_disk or base_license(connection, base)
         scratch = stack.enter_context(_scratch_next_to(source.place)) if _writes_single_file(source, wish) else None
-        files, _ = _collect(source, wish, licence=licence, token=connection.token, scratch=scratch, precision=precision)
+        files, _ = _collect(
+            source, wish, found_license=found_license, token=connection.token, scratch=scratch, precision=precision
+        )
         target = Target(
             repo_id=wish.repo_id,
             revision=revision,
@@ -189,7 +191,7 @@ def push_to_hub(
         return Upload(connection, target, files, advice=advice, progress=progress).run()
 
 
-def _licence_on_disk(source: Source, base_model: str | None) -> dict[str, str]:
+def _license_on_disk(source: Source, base_model: str | None) -> dict[str, str]:
     """What the base that the run started from states, else the pushed model itself; nothing where the Hub is asked."""
     if base_model is not None or read_base(source.config) is not None:
         return {}
@@ -198,7 +200,7 @@ def _licence_on_disk(source: Source, base_model: str | None) -> dict[str, str]:
         from everydream_kit.demo import base_model_path
 
         start = base_model_path()
-    return local_licence(Path(start).expanduser() if start else None) or local_licence(source.place)
+    return local_license(Path(start).expanduser() if start else None) or local_license(source.place)
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ def _collect(
     source: Source,
     wish: _Wish,
     *,
-    licence: dict[str, str],
+    found_license: dict[str, str],
     token: str | None,
     scratch: Path | None,
     precision: str = "fp16",
@@ -246,14 +248,14 @@ def _collect(
             title=source.title,
             repo_id=wish.repo_id,
             base_model=wish.base_model or read_base(source.config),
-            licence=licence,
+            license=found_license,
             config=without_folders(source.config),
             events=events,
             pipeline_class=read_pipeline_class(source.checkpoint),
             is_lora="lora" in what,
             single_file=next((f.path for f in files if "/" not in f.path and _is_single_file(f.path, source)), None),
-            has_folder="diffusers" in what and not source.learnt_tokens,
-            learnt_tokens=source.learnt_tokens if "diffusers" in what else {},
+            has_folder="diffusers" in what and not source.learned_tokens,
+            learned_tokens=source.learned_tokens if "diffusers" in what else {},
             samples=[(sample.path_in_repo, sample.prompt, sample.negative_prompt) for sample in samples],
             curves="training/curves.png" if curves is not None else None,
         )

@@ -91,7 +91,7 @@ class Source:
         return not any((folder / name).is_dir() for name in denoiser_folders())
 
     @property
-    def learnt_tokens(self) -> dict[str, int]:
+    def learned_tokens(self) -> dict[str, int]:
         """Learned tokens in the checkpoint, each with the number of text encoders that know it."""
         from safetensors import SafetensorError, safe_open
 

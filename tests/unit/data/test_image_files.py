@@ -26,13 +26,13 @@ from PIL import Image, features
 from everydream_kit.data import image_files
 from everydream_kit.data.dataset import Problem
 from everydream_kit.data.image_files import IMAGE_ERRORS, MAX_SIDE, UNREAD_EXTENSIONS, open_image
-from everydream_kit.data.pixels import centre_crop, load_pixels
+from everydream_kit.data.pixels import center_crop, load_pixels
 from everydream_kit.data.scanning import scan_dataset
 from everydream_kit.data.tidying import companions_of
 from everydream_kit.errors import DataError
 from everydream_kit.panels.thumbnails import thumbnail
 
-GREY_TILE = Image.new("RGB", (32, 32), "#c8ccd0")
+GRAY_TILE = Image.new("RGB", (32, 32), "#c8ccd0")
 HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None
 
 
@@ -64,12 +64,12 @@ def test_postscript_is_never_run_whatever_it_is_called(tmp_path, ghostscript):
     used, problems = scan(folder)
     assert used == ["a.png"]
     assert set(problems) == {"b.png", "c.jpg", "d.tif"}
-    crop = centre_crop(96, 96, (64, 64))
+    crop = center_crop(96, 96, (64, 64))
     with pytest.raises(DataError, match=r"a\.png: cannot be decoded"):
         load_pixels(folder / "a.png", (64, 64), crop, mask_path=folder / "a.mask.png")
     for name in ("a.mask.png", "b.png"):
         tile = Image.open(io.BytesIO(thumbnail(folder / name, 32)))
-        assert np.abs(np.asarray(tile, int) - np.asarray(GREY_TILE, int)).max() < 6
+        assert np.abs(np.asarray(tile, int) - np.asarray(GRAY_TILE, int)).max() < 6
         with pytest.raises(IMAGE_ERRORS):
             open_image(folder / name)
     assert not ghostscript.exists()
@@ -80,7 +80,7 @@ def test_a_png_with_long_notes_is_used_and_its_pixels_are_right(tmp_path, name):
     (tmp_path / name).write_bytes(long_notes()[name])
     used, problems = scan(tmp_path)
     assert (used, problems) == ([name], {})
-    loaded = load_pixels(tmp_path / name, (96, 96), centre_crop(96, 96, (96, 96)))
+    loaded = load_pixels(tmp_path / name, (96, 96), center_crop(96, 96, (96, 96)))
     assert np.array_equal(loaded.pixels, np.asarray(make_image()))
     assert Image.open(io.BytesIO(thumbnail(tmp_path / name, 32))).getpixel((0, 0)) != (200, 204, 208)
 
@@ -100,7 +100,7 @@ def test_an_image_of_impossible_size_is_a_problem_everywhere(tmp_path, size):
     assert used == []
     assert problems["a.png"].cause == "claims to have more than 178 million pixels or 65,535 on a side"
     with pytest.raises(DataError, match=r"a\.png: cannot be decoded"):
-        load_pixels(tmp_path / "a.png", (64, 64), centre_crop(*size, (64, 64)))
+        load_pixels(tmp_path / "a.png", (64, 64), center_crop(*size, (64, 64)))
     assert thumbnail(tmp_path / "a.png", 32)
 
 
@@ -113,7 +113,7 @@ def test_whatever_a_decoder_raises_is_a_problem_of_its_image(tmp_path, monkeypat
 
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", broken)
     with pytest.raises(DataError, match=r"a\.png: cannot be decoded"):
-        load_pixels(tmp_path / "a.png", (64, 64), centre_crop(96, 96, (64, 64)))
+        load_pixels(tmp_path / "a.png", (64, 64), center_crop(96, 96, (64, 64)))
     assert thumbnail(tmp_path / "a.png", 32)
 
 
@@ -139,7 +139,7 @@ def test_every_format_that_pillow_and_its_plugins_read_is_used(tmp_path, name, k
     dataset = scan_dataset(tmp_path)
     assert dataset.problems == []
     assert (dataset.image(0).caption.text, dataset.image(0).width) == ("a gradient", 96)
-    loaded = load_pixels(tmp_path / name, (96, 96), centre_crop(96, 96, (96, 96)))
+    loaded = load_pixels(tmp_path / name, (96, 96), center_crop(96, 96, (96, 96)))
     assert np.abs(loaded.pixels.astype(int) - np.asarray(make_image(), int)).mean() < 40  # lossy, GIF by 256 colors
     (tmp_path / name).write_bytes(data[: len(data) * 2 // 3])
     dataset = scan_dataset(tmp_path)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from everydream_kit.data import pixels
-from everydream_kit.data.pixels import Crop, centre_crop, draw_crop, load_pixels
+from everydream_kit.data.pixels import Crop, center_crop, draw_crop, load_pixels
 from everydream_kit.errors import DataError
 
 SIDES = st.integers(40, 3000)
@@ -52,7 +52,7 @@ def test_a_crop_lies_inside_and_has_the_buckets_aspect_ratio(width, height, buck
 @given(SIDES, SIDES, BUCKETS, st.integers(0, 10**6))
 def test_jitter_takes_at_most_its_share_and_nothing_from_small_images(width, height, bucket, epoch):
     crop = draw(width, height, bucket, address=(epoch, "a.jpg", 0))
-    widest = centre_crop(width, height, bucket)
+    widest = center_crop(width, height, bucket)
     lost = max(widest.width - crop.width, widest.height - crop.height)
     aspect = max(bucket) / min(bucket)
     assert lost <= 2 * 0.02 * min(width, height) * aspect + 1
@@ -69,7 +69,7 @@ def test_crops_are_drawn_from_the_address_alone():
     assert same[0] not in others
 
 
-def test_trimming_favours_the_middle():
+def test_trimming_favors_the_middle():
     lefts = [draw(1000, 500, (512, 512), crop_jitter=0.0, address=(epoch, "a.jpg", 0)).left for epoch in range(2000)]
     # triangular on 0..500 around 250: mean 250, standard deviation 500/sqrt(24) = 102
     assert np.mean(lefts) == pytest.approx(250, abs=10)
@@ -190,7 +190,7 @@ def load(path, **options):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "LA", "RGBA"])
-def test_every_colour_mode_becomes_rgb(tmp_path, mode):
+def test_every_color_mode_becomes_rgb(tmp_path, mode):
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     source = photograph(64, 64).convert(mode)
     source.save(path)
@@ -198,7 +198,7 @@ def test_every_colour_mode_becomes_rgb(tmp_path, mode):
     assert psnr(load(path).pixels, expected) > (30 if mode == "CMYK" else 60)
 
 
-def test_16_bit_grey_keeps_its_gradation(tmp_path):
+def test_16_bit_gray_keeps_its_gradation(tmp_path):
     values = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
     Image.fromarray(values).save(tmp_path / "a.png")
     loaded = load(tmp_path / "a.png").pixels
@@ -207,12 +207,12 @@ def test_16_bit_grey_keeps_its_gradation(tmp_path):
 
 
 def test_of_an_animation_the_first_frame_counts(tmp_path):
-    frames = [Image.new("RGB", (64, 64), colour) for colour in ("#c80000", "#0000c8")]
+    frames = [Image.new("RGB", (64, 64), color) for color in ("#c80000", "#0000c8")]
     frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
     assert load(tmp_path / "a.webp").pixels[32, 32].tolist() == [200, 0, 0]
 
 
-def test_transparency_shows_the_background_and_not_hidden_colours(tmp_path):
+def test_transparency_shows_the_background_and_not_hidden_colors(tmp_path):
     values = np.zeros((64, 64, 4), np.uint8)
     values[..., 0] = 255  # red everywhere, also where it cannot be seen
     values[:32, :, 3] = 255

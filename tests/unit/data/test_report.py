@@ -57,7 +57,7 @@ def test_exact_and_near_duplicates_are_reported_apart(folder):
     assert find_duplicates(dataset, near=False).near == ()
 
 
-def test_flat_images_of_different_colours_are_not_alike(tmp_path):
+def test_flat_images_of_different_colors_are_not_alike(tmp_path):
     for name in ("black", "red", "blue", "white", "gray"):
         Image.new("RGB", (64, 64), name).save(tmp_path / f"{name}.png")
     assert find_duplicates(scan_dataset(tmp_path)).near == ()

@@ -199,7 +199,7 @@ def test_only_large_images_are_resized(folder):
     assert [change.what for change in report.changes].count("resized") == 2
 
 
-def test_resizing_follows_exif_and_keeps_the_colour_profile(folder):
+def test_resizing_follows_exif_and_keeps_the_color_profile(folder):
     from PIL import ImageCms
 
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -118,14 +118,14 @@ def test_names_that_come_from_files_do_nothing_in_the_card() -> None:
         title=HOSTILE,
         repo_id="me/jets",
         base_model=HOSTILE,
-        licence={"license": "other", "license_name": HOSTILE},
+        license={"license": "other", "license_name": HOSTILE},
         config={"new_tokens": {HOSTILE: "cat"}, "clip_skip": HOSTILE, "resolution": HOSTILE, "lr": HOSTILE},
         events=[
             {"kind": "dataset", "pictures": 3, "captions": {HOSTILE: HOSTILE}},
             {"kind": "loss", "loss": 0.5, "step": HOSTILE},
         ],
         single_file=HOSTILE,
-        learnt_tokens={HOSTILE: 1},
+        learned_tokens={HOSTILE: 1},
         samples=[("samples/1.jpg", HOSTILE, HOSTILE)],
     )
     _, front, text = make_model_card(facts).split("---\n", 2)

@@ -37,13 +37,13 @@ def test_a_jpeg_carries_its_settings_as_a_user_comment(tmp_path, suffix):
 
 
 def test_a_grid_holds_every_image_unscaled():
-    colours = ["#ff0000", "#00ff00", "#0000ff"]
-    images = [Image.new("RGB", (64, 48), colour) for colour in colours]
+    colors = ["#ff0000", "#00ff00", "#0000ff"]
+    images = [Image.new("RGB", (64, 48), color) for color in colors]
     grid = label_grid(
         [images[:2], images[2:]], column_labels=["cfg 1", "cfg 7"], row_labels=["a", "b"], title="t " * 60
     )
-    counts = {colour: count for count, colour in grid.getcolors(maxcolors=2**20)}
-    assert [counts[colour] for colour in [(255, 0, 0), (0, 255, 0), (0, 0, 255)]] == [64 * 48] * 3
+    counts = {color: count for count, color in grid.getcolors(maxcolors=2**20)}
+    assert [counts[color] for color in [(255, 0, 0), (0, 255, 0), (0, 0, 255)]] == [64 * 48] * 3
     assert grid.width < 64 * 3  # a long title wraps, it does not widen the grid
 
 

@@ -15,9 +15,9 @@ from everydream_kit.panels.dataset_panel import DatasetPanel
 from everydream_kit.panels.upload_area import Receiver, safe_name
 
 
-def image(path, size=(64, 48), colour=(200, 80, 40)):
+def image(path, size=(64, 48), color=(200, 80, 40)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+    Image.new("RGB", size, color).save(path)
 
 
 @pytest.fixture
@@ -348,9 +348,9 @@ def send(receiver, name, data, piece=1000, *, replace=False):
     return [answer["error"] for answer in answers if "error" in answer]
 
 
-def png(colour):
+def png(color):
     buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), colour).save(buffer, "PNG")
+    Image.new("RGB", (64, 64), color).save(buffer, "PNG")
     return buffer.getvalue()
 
 

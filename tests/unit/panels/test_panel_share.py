@@ -408,7 +408,7 @@ def test_a_file_below_home_is_written_there_and_replaced_only_when_asked(lora_pr
     assert out.read_bytes() != b"another model"
 
 
-def test_learnt_words_are_one_small_file(tmp_path):
+def test_learned_words_are_one_small_file(tmp_path):
     from everydream_kit.models.adapters import TOKENS_FILE, write_adapter_file
 
     checkpoint = tmp_path / "jets-ep01-gs00001"

@@ -4,7 +4,7 @@ import pytest
 
 from everydream_kit.cli import main
 from everydream_kit.errors import ConfigError
-from everydream_kit.preflight.gpus import GIB, find_gpu, known_gpus, recognise
+from everydream_kit.preflight.gpus import GIB, find_gpu, known_gpus, recognize
 
 
 def test_every_card_has_what_a_plan_needs():
@@ -63,18 +63,18 @@ def test_only_turing_and_older_are_without_bf16():
 
 
 def test_the_card_that_is_here_keeps_the_memory_that_was_measured():
-    gpu_spec = recognise("Tesla T4", int(14.7 * GIB))
+    gpu_spec = recognize("Tesla T4", int(14.7 * GIB))
     assert (gpu_spec.name, gpu_spec.memory_bytes, gpu_spec.fp16_tflops) == ("T4", int(14.7 * GIB), 65)
 
 
 def test_cards_of_one_name_are_reported_apart_by_their_memory():
-    assert recognise("NVIDIA A100-SXM4-80GB", 79 * GIB).name == "A100 80GB"
-    small = recognise("NVIDIA GeForce RTX 3060", 8 * GIB)  # the 8 GB one, which is not in the list
+    assert recognize("NVIDIA A100-SXM4-80GB", 79 * GIB).name == "A100 80GB"
+    small = recognize("NVIDIA GeForce RTX 3060", 8 * GIB)  # the 8 GB one, which is not in the list
     assert (small.memory_bytes, small.bandwidth_bytes) == (8 * GIB, 0)
 
 
 def test_a_card_that_is_not_in_the_list_is_known_by_its_memory_only():
-    gpu_spec = recognise("NVIDIA GeForce RTX 2080 Ti", 11 * GIB, has_bf16=False)
+    gpu_spec = recognize("NVIDIA GeForce RTX 2080 Ti", 11 * GIB, has_bf16=False)
     assert (gpu_spec.name, gpu_spec.memory_bytes, gpu_spec.has_bf16, gpu_spec.half_tflops) == (
         "NVIDIA GeForce RTX 2080 Ti",
         11 * GIB,

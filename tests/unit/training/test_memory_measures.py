@@ -18,11 +18,11 @@ from everydream_kit.training.memory_measures import explain_out_of_memory, is_ou
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
     ],
 )
-def test_running_out_of_memory_is_recognised(error):
+def test_running_out_of_memory_is_recognized(error):
     assert is_out_of_memory(error)
 
 
-def test_torchs_own_failure_to_allocate_is_recognised():
+def test_torchs_own_failure_to_allocate_is_recognized():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)

@@ -13,10 +13,10 @@ from everydream_kit.training.rounding import RoundedOptimizer, stochastic_round
 def test_the_mean_of_many_roundings_is_the_value(value):
     values = torch.full((200_000,), value)
     rounded = stochastic_round(values, torch_generator(0, "test")).double()
-    neighbours = rounded.unique()
-    assert len(neighbours) == 2
-    assert neighbours[0] < torch.tensor(value).double() < neighbours[1]
-    gap = (neighbours[1] - neighbours[0]).item()
+    neighbors = rounded.unique()
+    assert len(neighbors) == 2
+    assert neighbors[0] < torch.tensor(value).double() < neighbors[1]
+    gap = (neighbors[1] - neighbors[0]).item()
     # The standard error of the mean is at most gap / 2 / sqrt(200 000) = gap / 894.
     assert rounded.mean().item() == pytest.approx(torch.tensor(value).item(), abs=gap / 200)
 

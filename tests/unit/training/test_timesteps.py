@@ -30,7 +30,7 @@ def test_uniform_timesteps_are_uniform():
     assert (counts - 1000).abs().max() < 110  # 4 standard deviations of binomial(4000, 1/4)
 
 
-def test_logit_normal_timesteps_favour_the_middle():
+def test_logit_normal_timesteps_favor_the_middle():
     drawn = draw_timesteps(list(range(4000)), 0, 1000, "logit_normal")
     middle = ((drawn >= 250) & (drawn < 750)).float().mean().item()
     assert middle == pytest.approx(0.728, abs=0.03)  # P(|z| < ln 3) for a standard normal z

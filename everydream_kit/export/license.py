@@ -41,7 +41,7 @@ _HUB_NAMES = {
 """Words of a license, without punctuation and the word "license" at their end -> the Hub's name of it."""
 
 
-def local_licence(model: Path | None) -> dict[str, str]:
+def local_license(model: Path | None) -> dict[str, str]:
     """License fields of a model folder or single file; none where it states nothing or is not there.
 
     An adapter's folder answers for its base. A damaged card or header counts as saying nothing: whether the model can
@@ -58,10 +58,10 @@ def local_licence(model: Path | None) -> dict[str, str]:
         if found:
             return found
     base = _adapter_base(model / ADAPTER_FILE)
-    return local_licence(base) if base is not None and base.resolve() != model.resolve() else {}
+    return local_license(base) if base is not None and base.resolve() != model.resolve() else {}
 
 
-def licence_fields(text: str) -> dict[str, str]:
+def license_fields(text: str) -> dict[str, str]:
     """Fields for a license in free text: a Hub name where it is known, else `other` and the text's own words."""
     text = text.strip()
     if not text:
@@ -100,7 +100,7 @@ def _from_header(path: Path) -> dict[str, str]:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError):
         return {}
-    return licence_fields(metadata.get(FILE_KEY, ""))
+    return license_fields(metadata.get(FILE_KEY, ""))
 
 
 def _adapter_base(path: Path) -> Path | None:

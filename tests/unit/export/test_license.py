@@ -11,7 +11,7 @@ from hub_runs import make_run
 from safetensors.torch import save_file
 
 from everydream_kit.export.hub import preview_push
-from everydream_kit.export.licence import licence_fields, local_licence
+from everydream_kit.export.license import license_fields, local_license
 from everydream_kit.workspace import RunFolder
 
 
@@ -25,23 +25,23 @@ def start_from(run: RunFolder, base: Path | str) -> RunFolder:
     return run
 
 
-def test_a_base_folders_card_states_the_licence(tmp_path: Path) -> None:
+def test_a_base_folders_card_states_the_license(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
     front = "license: other\nlicense_name: studio-license\nlicense_link: https://example.org/licence\ntags: [x]"
     (base / "README.md").write_text(f"---\n{front}\n---\n# Base\n", "utf-8")
     card = card_of(start_from(make_run(tmp_path / "logs"), base))
     assert "license: other\nlicense_name: studio-license\nlicense_link: https://example.org/licence\n" in card
-    assert card.endswith("## License\n\n`studio-licence`\n")
+    assert card.endswith("## License\n\n`studio-license`\n")
 
 
-def test_a_base_files_header_states_the_licence(tmp_path: Path) -> None:
+def test_a_base_files_header_states_the_license(tmp_path: Path) -> None:
     base = tmp_path / "base.safetensors"
     save_file({"x": torch.zeros(1)}, base, metadata={"modelspec.license": "CreativeML Open RAIL++-M License"})
     assert "\nlicense: openrail++\n" in card_of(start_from(make_run(tmp_path / "logs"), base))
 
 
-def test_what_is_pushed_may_state_it_itself_and_a_given_licence_wins(tmp_path: Path) -> None:
+def test_what_is_pushed_may_state_it_itself_and_a_given_license_wins(tmp_path: Path) -> None:
     file = tmp_path / "jets.safetensors"
     save_file({"x": torch.zeros(1)}, file, metadata={"modelspec.license": "MIT"})
     assert "\nlicense: mit\n" in card_of(file)
@@ -55,7 +55,7 @@ def test_the_embedded_base_and_the_base_of_a_lora_count_too(tmp_path: Path) -> N
         folder.mkdir()
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n", "utf-8")
     (lora / "adapter.json").write_text(json.dumps({"base": {"source": str(base)}}), "utf-8")
-    assert local_licence(lora) == {"license": "apache-2.0"}
+    assert local_license(lora) == {"license": "apache-2.0"}
 
 
 def test_a_base_on_the_hub_is_not_looked_for_on_disk(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_base_on_the_hub_is_not_looked_for_on_disk(tmp_path: Path) -> None:
 )
 def test_a_card_that_states_nothing_counts_as_silence(tmp_path: Path, text: str) -> None:
     (tmp_path / "README.md").write_text(text, "utf-8")
-    assert local_licence(tmp_path) == {}
+    assert local_license(tmp_path) == {}
 
 
 def test_damaged_or_absent_files_count_as_silence(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_damaged_or_absent_files_count_as_silence(tmp_path: Path) -> None:
     (tmp_path / "old.ckpt").write_bytes(b"x")
     (tmp_path / "adapter.json").write_text("{", "utf-8")
     for path in (tmp_path / "cut.safetensors", tmp_path / "old.ckpt", tmp_path, tmp_path / "nowhere", None):
-        assert local_licence(path) == {}
+        assert local_license(path) == {}
 
 
 @pytest.mark.parametrize(
@@ -111,4 +111,4 @@ def test_damaged_or_absent_files_count_as_silence(tmp_path: Path) -> None:
     ],
 )
 def test_free_text_becomes_what_the_hub_knows(text: str, fields: dict[str, str]) -> None:
-    assert licence_fields(text) == fields
+    assert license_fields(text) == fields
