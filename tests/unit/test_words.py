@@ -37,6 +37,11 @@ NAME_PARTS = {
     "innermost": "unwrap",
     "rejoin": "sync_ranks",
     "beside": "next_to",
+    "licence": "license",
+    "learnt": "learned",
+    "centre": "center",
+    "colour": "color",
+    "grey": "gray",
 }
 """Words of an identifier, split at underscores and capitals."""
 
@@ -59,6 +64,7 @@ PHRASES = {
     r"(is|are) there twice": "exact duplicates",
     r"not a number any more": "NaN or infinite",
     r"look again": "refresh, rescan",
+    r"\w*(colour|licence|behaviour|recognis|neighbour|favour|labelled)\w*|learnt|grey|centre": "American spelling",
 }
 """Phrases of comments, docstrings, messages and pages."""
 
@@ -72,6 +78,7 @@ ALLOWED = {
 ALLOWED_LINES = (
     (r"[\"']num_pictures[\"']|[\"']picture_table[\"']", "keys of resume states; runs of before hold them"),
     (r"[\"']pictures[\"']", "key of events and tables of runs before, and folder names of tests"),
+    (r"--licence|example\.org/licence", "a misspelled flag, an address"),
     (r"set-aside-duplicates", "name of a `tidy` step that scripts use"),
     (r"mark\.beside|not beside|^    beside:", "name of a pytest marker"),
     (r"(?i:picture) \{number\}|startswith\(.(?i:picture)", "captions that tests train with"),

@@ -125,7 +125,7 @@ def test_a_large_image_below_the_limit_is_used_without_a_warning(tmp_path):
 def test_every_kind_of_pixel_is_accepted(tmp_path):
     files = {
         "cmyk.jpg": encode(noise(mode="CMYK"), "JPEG"),
-        "grey.jpg": encode(noise(mode="L"), "JPEG"),
+        "gray.jpg": encode(noise(mode="L"), "JPEG"),
         "alpha.png": encode(noise(mode="RGBA"), "PNG"),
         "palette.png": encode(noise().convert("P"), "PNG"),
         "bits16.png": encode(Image.fromarray(np.zeros((32, 32), np.uint16)), "PNG"),
