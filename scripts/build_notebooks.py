@@ -76,6 +76,7 @@ def make_cell(kind: str, head: str, text: str, taken: set[str]) -> dict:
         metadata["tags"] = json.loads(tags[1])
     if "[setup]" in head or " form" in head:
         metadata["cellView"] = "form"
+        metadata["jupyter"] = {"source_hidden": True}
     number = 0
     while (name := hashlib.blake2b(f"{kind}{number}{text}".encode(), digest_size=6).hexdigest()) in taken:
         number += 1

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from everydream_kit.actions.project import EMBEDDED_MODEL
+from everydream_kit.actions.bases import EMBEDDED_MODEL
 from everydream_kit.atomic import write_atomic
 from everydream_kit.errors import ConfigError
 

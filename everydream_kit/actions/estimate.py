@@ -15,7 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from everydream_kit.actions.project import EMBEDDED_MODEL, Project
+from everydream_kit.actions.bases import EMBEDDED_MODEL
+from everydream_kit.actions.project import Project
 from everydream_kit.config import TrainConfig
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.data.epoch_plan import PlanSettings, plan_epoch

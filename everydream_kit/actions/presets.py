@@ -1,11 +1,26 @@
-"""Starting points for the training form: a name, a sentence, and the settings that differ from the defaults."""
+"""Starting points for the training form: a name, a sentence, and the settings that differ from the defaults.
+
+A preset replaces the one before it: what any of them sets goes back to where the form began, then its own settings come.
+A project's own presets are in its `presets.json`, and replace all settings but those that say what and where. No widgets
+here.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from everydream_kit.actions.bases import start_values
+from everydream_kit.atomic import write_atomic
 from everydream_kit.demo.main import TRAINING
+from everydream_kit.errors import ConfigError
+from everydream_kit.strict_json import read_json
+
+KEPT = ("resume_ckpt", "data_root", "project_name", "run_name", "logdir", "save_ckpt_dir", "sample_prompts")
+"""What is trained, on what and where to: no saved preset and no reset changes these."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +48,6 @@ PRESETS: dict[str, Preset] = {
         "Style",
         "A look: 30 to 300 images in one style. Mirrored images and a little more dropout push the style harder.",
         {
-            "resolution": 512,
             "batch_size": 4,
             "lr": 2e-6,
             "lr_scheduler": "cosine",
@@ -46,7 +60,6 @@ PRESETS: dict[str, Preset] = {
         "Person or character",
         "One subject: 15 to 60 images. Never mirrored, since faces are not symmetric.",
         {
-            "resolution": 512,
             "batch_size": 4,
             "lr": 1.5e-6,
             "lr_scheduler": "constant",
@@ -59,7 +72,6 @@ PRESETS: dict[str, Preset] = {
         "Big dataset",
         "Thousands of images: fewer epochs, larger batches, saves by time.",
         {
-            "resolution": 512,
             "batch_size": 8,
             "grad_accum": 2,
             "lr": 3e-6,
@@ -81,3 +93,55 @@ PRESETS: dict[str, Preset] = {
         },
     ),
 }
+
+TOUCHED = frozenset(name for preset in PRESETS.values() for name in preset.settings)
+"""Everything that one of these presets sets."""
+
+
+def with_preset(own: Mapping[str, Any], settings: Mapping[str, Any], touched: frozenset[str] | None) -> dict[str, Any]:
+    """The form's values with a preset in place of whatever preset was there.
+
+    Args:
+        own: all values as the person had set them.
+        settings: of the preset; none at all is the kit's defaults.
+        touched: settings that go back to where the form began; None: all but those in `KEPT`.
+    """
+    base = settings.get("resume_ckpt", own.get("resume_ckpt"))
+    start = start_values(base)
+    back = start.keys() if touched is None else touched & start.keys()
+    return {**own, **{name: start[name] for name in back if name not in KEPT}, "resume_ckpt": base, **settings}
+
+
+class SavedPresets:
+    """A project's own presets, by name, in a file that every notebook of it finds."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """All of them. Raises: ConfigError if the file is broken."""
+        held = {} if self._path is None else read_json(self._path, error=ConfigError, missing={})
+        if bad := next((name for name, settings in held.items() if not isinstance(settings, dict)), None):
+            raise ConfigError(f"{self._path}: {bad} is no object of settings. Fix it, or delete it.")
+        return dict(held)
+
+    def save(self, name: str, settings: Mapping[str, Any]) -> None:
+        """Add one, or replace the one of this name.
+
+        Raises:
+            ConfigError: the name is empty or one of the kit's presets.
+        """
+        taken = {preset.title.lower() for preset in PRESETS.values()}
+        if not name.strip() or name.strip().lower() in taken:
+            raise ConfigError("Give the preset a name of its own.")
+        chosen = {key: value for key, value in settings.items() if key not in KEPT}
+        self._write({**self.read(), name.strip(): chosen})
+
+    def remove(self, name: str) -> None:
+        """Remove one."""
+        self._write({key: value for key, value in self.read().items() if key != name})
+
+    def _write(self, presets: Mapping[str, Any]) -> None:
+        if self._path is None:
+            raise ConfigError("Presets are saved in a project; this form has none.")
+        write_atomic(self._path, json.dumps(presets, indent=2, ensure_ascii=False), make_folder=True)

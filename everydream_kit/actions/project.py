@@ -3,6 +3,7 @@
     workspace/jets/
         input/              the images and their captions
         settings.json       what the training form last held
+        presets.json        settings that were saved by name
         sample_prompts.txt  prompts of the samples, one a line; or a .json that says more
         logs/               run folders
         exports/            files for image apps
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from everydream_kit.actions.bases import EMBEDDED_MODEL, suggested_settings
 from everydream_kit.atomic import write_atomic
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ConfigError, JobError
@@ -29,8 +31,6 @@ from everydream_kit.workspace import read_small_object
 
 DEMO_SUBJECTS = ("guitar", "penguin", "red apple")
 """What the demo's samples show, the clearest change first."""
-EMBEDDED_MODEL = "embedded"
-"""The base model that ships with the kit."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,11 @@ class Project:
         return self.folder / "settings.json"
 
     @property
+    def presets_path(self) -> Path:
+        """The project's own presets."""
+        return self.folder / "presets.json"
+
+    @property
     def prompts_path(self) -> Path:
         """Prompts of the samples: the `.json`, which may say more than prompts, where it is there; else one a line.
 
@@ -99,7 +104,8 @@ class Project:
             saved = read_json(self.settings_path, error=ConfigError, missing={})
         except ConfigError as error:
             raise ConfigError(f"{error} Fix it, or delete it.") from error
-        return {**start, **{name: value for name, value in saved.items() if name in TrainConfig.model_fields}}
+        known = {name: value for name, value in saved.items() if name in TrainConfig.model_fields}
+        return {**suggested_settings(known.get("resume_ckpt", EMBEDDED_MODEL)), **start, **known}
 
     def save_settings(self, values: dict[str, Any]) -> None:
         """Write these settings; what else the file holds stays, since another panel may have written it.

@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import platform
+import re
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +51,8 @@ RUN_FOLDER_VARIABLE = "EVERYDREAM_RUN_FOLDER"
 """Environment variable that tells the trainer which run folder was made for it."""
 
 FINAL_STATES = (*ENDED_STATES, "died")
+_BAR_BEFORE_TEXT = re.compile(r"^[^|]*\d%\|[^|]*\|[^\]]*\]\s*(?=\S)")
+"""A state of a progress bar that had no line end when something else was written."""
 UNDER_WAY = "{}: another start is under way. Try again in a moment."
 
 
@@ -192,6 +195,7 @@ class Job:
         except OSError:
             return []
         lines = [line.rstrip("\r").rsplit("\r", 1)[-1].rstrip() for line in text.split("\n")]
+        lines = [_BAR_BEFORE_TEXT.sub("", line) for line in lines]
         return [line for line in lines if line][-num_lines:]
 
     def _last_words(self) -> dict[str, str]:

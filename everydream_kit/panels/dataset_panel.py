@@ -328,7 +328,7 @@ class DatasetPanel(Panel):
         named, missing = album.count_captions()
         entries = [
             ("images", f"{len(album):,}"),
-            ("folders", f"{len(album.folders()):,}"),
+            ("folder" if len(album.folders()) == 1 else "folders", f"{len(album.folders()):,}"),
             ("captions from file names", f"{named:,}"),
             ("without a caption", f"{missing:,}"),
             ("cannot be used", f"{worst:,}"),
@@ -345,7 +345,7 @@ class DatasetPanel(Panel):
         for index, title in enumerate(("Add pictures", "Pictures", "Report", f"Problems ({len(issues):,})")):
             self.tabs.set_title(index, title)
         self._render_report()
-        self.problems.show(issues)
+        self.problems.show(issues, complete=self._fresh)
 
     def _render_report(self) -> None:
         if not len(self.album):

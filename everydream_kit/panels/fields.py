@@ -14,6 +14,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from everydream_kit.errors import ConfigError
+from everydream_kit.panels.labels import label_of
 from everydream_kit.params import Parameter, check_value, format_value, parse_text
 
 LABEL_WIDTH = "190px"
@@ -56,7 +57,7 @@ class Field:
         self._quiet = True
         self._value = value
         if can_show(self.control, value):
-            self.control.value = show_value(self.control, value)
+            self.control.value = show_value(self.record, self.control, value)
         else:
             self._replace_control(value)
         self._quiet = False
@@ -102,6 +103,7 @@ def hint_html(record: Parameter, error: str | None) -> str:
     parts = ['<div class="edk-hint">']
     if error:
         parts.append(f'<span class="edk-error" role="alert">{html.escape(error)}</span>')
+    parts.append(f'<code class="edk-key-name">{html.escape(record.name)}</code>')
     parts.append(f'<span class="edk-help">{_inline_code(record.help)}</span>')
     parts.append(f'<span class="edk-range">{html.escape(" · ".join(fact for fact in facts if fact))}</span></div>')
     return "".join(parts)
@@ -118,19 +120,23 @@ def make_control(record: Parameter, value: Any) -> widgets.Widget:
     control = _natural_control(record)
     if control is None or not can_show(control, value):
         return _text_control(record, value)
-    control.value = show_value(control, value)
+    control.value = show_value(record, control, value)
     return control
 
 
 def _natural_control(record: Parameter) -> widgets.Widget | None:
     """Check box, list or slider, where one fits; None where the value is typed."""
-    options = {"description": record.name, "style": {"description_width": LABEL_WIDTH}, "layout": _control_layout()}
+    options = {
+        "description": label_of(record.name),
+        "style": {"description_width": LABEL_WIDTH},
+        "layout": _control_layout(),
+    }
     if record.kind == "bool":
         return widgets.Checkbox(indent=True, **options)
     if record.kind == "choice":
         choices = [(choice, choice) for choice in record.choices]
         return widgets.Dropdown(options=[("none", None), *choices] if record.optional else choices, **options)
-    if record.optional or record.minimum is None or record.maximum is None or record.exclusive_minimum:
+    if record.many or record.optional or record.minimum is None or record.maximum is None or record.exclusive_minimum:
         return None
     if record.kind == "int" and not (record.choices and not record.many):
         step = int(record.knob.step or record.multiple_of or 1)
@@ -147,13 +153,19 @@ def _natural_control(record: Parameter) -> widgets.Widget | None:
 
 def _text_control(record: Parameter, value: Any) -> widgets.Text:
     return widgets.Text(
-        value="" if value is None else format_value(value),
+        value="" if value is None else _as_typed(record, value),
         placeholder="none" if record.optional else "",
-        description=record.name,
+        description=label_of(record.name),
         continuous_update=True,
         style={"description_width": LABEL_WIDTH},
         layout=_control_layout(),
     )
+
+
+def _as_typed(record: Parameter, value: Any) -> str:
+    """A value as a person types it: `512, 768` for a list of numbers."""
+    several = isinstance(value, list) and len(value) > 1 and record.kind in ("int", "float")
+    return ", ".join(map(format_value, value)) if several else format_value(value)
 
 
 def _control_layout() -> widgets.Layout:
@@ -174,10 +186,10 @@ def can_show(control: widgets.Widget, value: Any) -> bool:
     return True
 
 
-def show_value(control: widgets.Widget, value: Any) -> Any:
+def show_value(record: Parameter, control: widgets.Widget, value: Any) -> Any:
     """A value in the form that a control takes."""
     if isinstance(control, widgets.Text):
-        return "" if value is None else format_value(value)
+        return "" if value is None else _as_typed(record, value)
     return float(value) if isinstance(control, widgets.FloatSlider) else value
 
 
@@ -188,5 +200,8 @@ def read_control(record: Parameter, control: widgets.Widget) -> Any:
         ConfigError: what was typed cannot be read.
     """
     if isinstance(control, widgets.Text):
+        typed = control.value.strip()
+        if record.many and record.kind in ("int", "float") and "," in typed and typed[:1] != "[":
+            return parse_text(record.name, [part.strip() for part in typed.split(",") if part.strip()])
         return parse_text(record.name, control.value)
     return round(control.value, 6) if isinstance(control, widgets.FloatSlider) else control.value

@@ -1,4 +1,5 @@
-"""The settings form, made from the declaration in `config.py`: basic parameters open, the rest folded by group.
+"""The settings form, made from the declaration in `config.py`: the first six settings open, the rest folded by group and
+found by a search.
 
 The form keeps the values; a folded group's controls are made when it is opened first, so that a hundred parameters
 cost nothing until somebody wants them. Rules about two settings are shown at both.
@@ -13,15 +14,23 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from everydream_kit.actions.presets import PRESETS
+from everydream_kit.actions.bases import suggested_settings
+from everydream_kit.actions.presets import SavedPresets
 from everydream_kit.atomic import write_atomic
 from everydream_kit.config import TrainConfig, config_warnings
 from everydream_kit.errors import ConfigError
 from everydream_kit.panels import style
+from everydream_kit.panels.base_choice import BaseChoice
 from everydream_kit.panels.fields import Field
+from everydream_kit.panels.labels import label_of
 from everydream_kit.panels.pages import Fold
+from everydream_kit.panels.preset_row import PresetRow
 from everydream_kit.params import Parameter, check_value, parameters
 from everydream_kit.settings import load_config
+
+SHORT = ("resume_ckpt", "data_root", "training_kind", "resolution", "max_epochs", "lr")
+"""What a run needs from a person; everything else is folded."""
+MOST_FOUND = 8
 
 
 class SettingsForm:
@@ -33,30 +42,48 @@ class SettingsForm:
         folds: the folded groups, in order.
     """
 
-    def __init__(self, values: dict[str, Any], on_change: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self,
+        values: dict[str, Any],
+        on_change: Callable[[], object] = lambda: None,
+        *,
+        presets_path: Path | None = None,
+    ) -> None:
+        """Show settings.
+
+        Args:
+            values: that are set; the others are at their default.
+            on_change: called after every change.
+            presets_path: the project's own presets.
+        """
         self.values: dict[str, Any] = {r.name: r.default for r in parameters() if not r.required}
         self.values.update(values)
         self._on_change = on_change
         self._fields: dict[str, Field] = {}
         self._unreadable: dict[str, str] = {}
         self._notes = widgets.HTML(layout=widgets.Layout(min_height="6px"))
-        basic: list[widgets.Widget] = []
-        for title, records in _group_records(basic=True).items():
-            basic.append(widgets.HTML(f'<div class="edk-group">{title}</div>'))
-            basic += [self._field(record).box for record in records]
-        self.folds = [self._make_fold(title, records) for title, records in _group_records(basic=False).items()]
+        self.presets = PresetRow(SavedPresets(presets_path), lambda: self.values, self.changed_values, self.set_values)
+        self.base = BaseChoice(self.field("resume_ckpt"), self._choose_base)
+        self.folds = [self._make_fold(title, records) for title, records in _group_records().items()]
         self.box = widgets.VBox(
             [
-                self._preset_row(),
+                self.presets.box,
                 self._notes,
-                *basic,
+                self.base.box,
+                *(self.field(name).box for name in SHORT[1:]),
                 style.section("All other settings"),
+                self._search_box(),
                 *(fold.box for fold in self.folds),
                 style.section("Settings file"),
                 self._file_row(),
             ]
         )
         self._check_together()
+
+    @property
+    def preset(self) -> widgets.Dropdown:
+        """The list of starting points."""
+        return self.presets.chooser
 
     @property
     def errors(self) -> dict[str, str]:
@@ -92,6 +119,7 @@ class SettingsForm:
             self._unreadable.pop(name, None)
             if name in self._fields:
                 self._fields[name].set_value(value)
+        self.base.show(self.values.get("resume_ckpt"))
         self._check_together()
         self._on_change()
 
@@ -138,9 +166,27 @@ class SettingsForm:
             self._unreadable[name] = field.error
         else:
             self._unreadable.pop(name, None)
-            self.values[name] = field.value
+            before, self.values[name] = self.values.get(name), field.value
+            if name == "resume_ckpt":
+                self._follow_base(before)
         self._check_together()
         self._on_change()
+
+    def _choose_base(self, source: str) -> None:
+        before = self.values.get("resume_ckpt")
+        self.set_values({"resume_ckpt": source})
+        self._follow_base(before)
+        self._check_together()
+        self._on_change()
+
+    def _follow_base(self, before: Any) -> None:
+        """Resolution, epochs and rates follow the base, unless somebody has set them."""
+        old, new = suggested_settings(before), suggested_settings(self.values["resume_ckpt"])
+        for name, value in new.items():
+            if self.values.get(name) == old[name] and name not in self._unreadable:
+                self.values[name] = value
+                if name in self._fields:
+                    self._fields[name].set_value(value)
 
     def _make_fold(self, title: str, records: Sequence[Parameter]) -> Fold:
         def make() -> list[widgets.Widget]:
@@ -169,25 +215,29 @@ class SettingsForm:
         warnings = [] if self._unreadable or combined else config_warnings(self.config())
         self._notes.value = style.note("\n".join(warnings), "warn")
 
-    def _preset_row(self) -> widgets.Widget:
-        options = [("your own", ""), *((preset.title, name) for name, preset in PRESETS.items())]
-        chooser = widgets.Dropdown(
-            options=options,
-            description="Start from",
+    def _search_box(self) -> widgets.Widget:
+        self.search = widgets.Text(
+            placeholder="such as ema, memory, save, tokens",
+            description="Find a setting",
             style={"description_width": "90px"},
-            layout=widgets.Layout(width="320px"),
+            layout=widgets.Layout(width="420px", max_width="100%"),
         )
-        why = widgets.HTML(layout=widgets.Layout(flex="1 1 300px", width="auto"))
+        self.found = widgets.VBox(layout=widgets.Layout(width="100%"))
+        self.search.observe(lambda change: self._find(change["new"]), "value")
+        return style.column(self.search, self.found)
 
-        def take(change: dict[str, Any]) -> None:
-            if change["new"]:
-                preset = PRESETS[change["new"]]
-                why.value = f'<div class="edk-hint">{preset.why}</div>'
-                self.set_values(preset.settings)
-
-        chooser.observe(take, "value")
-        self.preset = chooser
-        return style.row(chooser, why)
+    def _find(self, words: str) -> None:
+        """Show the settings whose name, label or help holds every word; those that are open already as well."""
+        wanted = words.lower().split()
+        records = [record for record in parameters() if wanted and all(word in _words_of(record) for word in wanted)]
+        records.sort(key=lambda record: not all(word in _name_words(record) for word in wanted))  # stable
+        shown: list[widgets.Widget] = [self._field(record).box for record in records[:MOST_FOUND]]
+        if wanted and len(records) != len(shown):
+            shown.append(widgets.HTML(f'<div class="edk-hint">and {len(records) - len(shown)} more; add a word</div>'))
+        if wanted and not records:
+            shown.append(widgets.HTML('<div class="edk-hint">No setting has these words.</div>'))
+        self.found.children = tuple(shown)
+        self._check_together()
 
     def _file_row(self) -> widgets.Widget:
         self.file_path = widgets.Text(
@@ -218,10 +268,18 @@ class SettingsForm:
         return style.column(style.row(self.file_path, self.load_button, self.save_button), report)
 
 
-def _group_records(*, basic: bool) -> dict[str, list[Parameter]]:
-    """Parameters by the title of their group, in order."""
+def _group_records() -> dict[str, list[Parameter]]:
+    """Parameters that are not in the short form, by the title of their group, in order."""
     groups: dict[str, list[Parameter]] = {}
     for record in parameters():
-        if record.knob.basic is basic:
+        if record.name not in SHORT:
             groups.setdefault(record.group, []).append(record)
     return groups
+
+
+def _name_words(record: Parameter) -> str:
+    return f"{record.name} {record.name.replace('_', ' ')} {label_of(record.name)} {record.group}".lower()
+
+
+def _words_of(record: Parameter) -> str:
+    return f"{_name_words(record)} {record.help} {record.knob.when} {record.knob.memory}".lower()

@@ -36,6 +36,7 @@ class ProblemsBox:
         """
         self._root, self._exclude = root, exclude
         self.issues: list[Issue] | None = None
+        self._is_complete = False
         self.state, self.lines = widgets.HTML(), widgets.VBox()
         self.box = style.column(self.state, self.lines)
 
@@ -43,14 +44,23 @@ class ProblemsBox:
         """Say how the search stands."""
         set_html(self.state, f'<p class="edk-lead">{html.escape(text)}</p>' if text else "")
 
-    def show(self, issues: list[Issue]) -> None:
-        """List findings; nothing is drawn anew where they are the same."""
-        if issues == self.issues:
+    def show(self, issues: list[Issue], *, complete: bool) -> None:
+        """List findings; nothing is drawn anew where they are the same.
+
+        Args:
+            issues: in order.
+            complete: every image was looked at, so that none is left to be found.
+        """
+        if (issues, complete) == (self.issues, self._is_complete):
             return
-        self.issues = issues
+        self.issues, self._is_complete = issues, complete
         kinds = list(dict.fromkeys(issue.kind for issue in issues))
         self.lines.children = tuple(self._kind([f for f in issues if f.kind == kind]) for kind in kinds) or (
-            widgets.HTML(style.note("No problems: every file can be used.", "good")),
+            widgets.HTML(
+                style.note("No problems: every file can be used.", "good")
+                if complete
+                else style.note("No problems so far; duplicates and damaged images are still being looked for.")
+            ),
         )
 
     def _kind(self, issues: Sequence[Issue]) -> widgets.Widget:

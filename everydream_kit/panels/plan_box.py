@@ -38,8 +38,8 @@ class PlanBox:
     Attributes:
         line: the plan in a line.
         fit_button: takes over what is advised.
-        fold: card, price and the whole plan, for those who want it.
-        box: the widget to show.
+        line_row: the line and the button, to show where they stay in view.
+        fold: GPU, price and the whole plan, for those who want it.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class PlanBox:
         for control in (self.gpu, self.price):
             control.observe(lambda _: self._changed(), "value")
         self.fold = Fold("What this run takes", lambda: [style.row(self.gpu, self.price), self.report])
-        self.box = style.column(style.row(self.line, self.fit_button), self.fold.box)
+        self.line_row = style.row(self.line, self.fit_button)
 
     @property
     def problem(self) -> str:
@@ -93,6 +93,13 @@ class PlanBox:
             return ""
         self._quick_estimate = quick_estimate(self._config, self._project)
         return self._quick_estimate.problem
+
+    @property
+    def caution(self) -> str:
+        """What to ask before a run of this length or size starts, or an empty text."""
+        is_here = self._config is not None and not self.gpu.value  # a plan for another GPU says nothing of this one
+        made = self._known.get(self._key, {}) if is_here else {}
+        return "" if self._quick_estimate is None else caution_of(self._quick_estimate, made)
 
     @property
     def blocked(self) -> bool:
@@ -191,11 +198,38 @@ class PlanBox:
             set_html(self.line, style.note(self._quick_estimate.problem, "warn"))
         else:
             text = html.escape(plan_line(self._quick_estimate, made))
-            too_large = made.get("fits") is False
+            too_large = made.get("fits") is False or bool(self.caution)
             tone = "edk-note warn" if too_large else "edk-plan"
             set_html(self.line, f'<div class="{tone}" role="status">{text}</div>')
         words = made.get("error") or made.get("text") or "Memory, time and cost are being foretold …"
         set_html(self.report, style.document(words, "The plan"))
+
+
+LONG_SECONDS = 24 * 3600.0
+"""A run that takes longer is asked for twice: a slip of the keyboard is likelier than a wish."""
+MANY_STEPS = 200_000
+"""The same, where the time is not known."""
+
+
+def caution_of(quick: QuickEstimate, made: dict[str, Any]) -> str:
+    """Why a run had better be asked for twice, or an empty text.
+
+    Args:
+        quick: what is known at once.
+        made: the full plan, or nothing.
+    """
+    reasons = []
+    seconds = made.get("seconds") or quick.seconds
+    if seconds and seconds > LONG_SECONDS:
+        reasons.append(f"takes about {style.duration(seconds)}")
+    elif not seconds and (quick.num_steps or 0) > MANY_STEPS:
+        reasons.append(f"has {quick.num_steps:,} steps")
+    disk = (made.get("disk") or {}).get("most_bytes")
+    if disk and quick.free_bytes is not None and disk > quick.free_bytes:
+        reasons.append(f"writes up to {style.size(disk)}, and {style.size(quick.free_bytes)} are free")
+    if made.get("fits") is False:
+        reasons.append("does not fit into the memory of this machine")
+    return f"This run {' and '.join(reasons)}." if reasons else ""
 
 
 def plan_line(quick: QuickEstimate, made: dict[str, Any]) -> str:

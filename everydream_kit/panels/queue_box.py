@@ -29,7 +29,7 @@ ALWAYS_SHOWN = ("lr", "max_epochs", "batch_size", "resolution")
 NEVER_SHOWN = frozenset(
     {"version", "given", "resume_ckpt", "data_root", "project_name", "logdir", "save_ckpt_dir", "sample_prompts"}
 )
-MAX_SHOWN = 6
+MAX_SHOWN = 8
 
 
 class QueueBox:

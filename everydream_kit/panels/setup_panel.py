@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -78,12 +79,25 @@ class SetupPanel(Panel):
         mark = style.badge(words[self.diagnosis.status], tone)
         lead = f"The project lives in {self.project.folder}; every notebook finds it there again."
         set_html(self.head, style.heading("Set-up", f"{self.project.name} on {self.host.title}", lead, badge=mark))
-        rows = "".join(_row(check) for check in self.diagnosis.checks)
-        set_html(self.checks, f'<table class="edk-table edk-checks">{rows}</table>')
+        set_html(self.checks, checks_html(self.diagnosis.checks))
         text = "A token is there: pushing and private models work." if has_token() else (
             "No token yet. You need one only for private models and for pushing; training works without."
         )  # fmt: skip
         set_html(self.hub, f'<div class="edk-hint">{html.escape(text)}</div>')
+
+
+def checks_html(checks: Sequence[Check]) -> str:
+    """What needs a look, and one line for all that is well, which opens."""
+    well = [check for check in checks if check.status == "ok"]
+    worse = [check for check in checks if check.status != "ok"]
+    shown = f'<table class="edk-table edk-checks">{"".join(map(_row, worse))}</table>' if worse else ""
+    if not well:
+        return shown
+    mark = '<span class="edk-mark good" aria-hidden="true">✓</span>'
+    words = f"{len(well)} check{'s' if len(well) != 1 else ''} passed: {', '.join(check.name for check in well)}"
+    rows = "".join(map(_row, well))
+    table = f'<table class="edk-table edk-checks">{rows}</table>'
+    return f"{shown}<details><summary>{mark} {html.escape(words)}</summary>{table}</details>"
 
 
 def _row(check: Check) -> str:

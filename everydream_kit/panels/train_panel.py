@@ -33,6 +33,7 @@ from everydream_kit.panels.pages import Pages
 from everydream_kit.panels.panel import Panel, display_widget, set_html
 from everydream_kit.panels.plan_box import PlanBox
 from everydream_kit.panels.prompts import prompt_lines, read_prompts, write_prompts
+from everydream_kit.panels.question import Question
 from everydream_kit.panels.queue_box import QueueBox
 from everydream_kit.workspace import RunFolder, read_small_object
 
@@ -126,13 +127,16 @@ class TrainPanel(Panel):
 
     def _build(self) -> None:
         self._settings_stamp = self._stamp_settings()
-        self.form = SettingsForm(self.project.settings(), self._settings_changed)
+        self.form = SettingsForm(
+            self.project.settings(), self._settings_changed, presets_path=self.project.presets_path
+        )
         self._saved = as_in_a_file(self.form.values)
         self.monitor = RunMonitor()
         self.waiting = QueueBox(
             jobs.Queue(self.project.folder / "queue.json"), self._checked_config, self.say,
             command=self._command, environment=self._environment,
         )  # fmt: skip
+        self.question = Question(self._press)
         self.head, self.plan = widgets.HTML(), PlanBox(self.project, self.form.set_values, self.say)
         self.start_button = style.button(
             "Start training", tone="primary", icon="play", hint="Train with these settings"
@@ -159,12 +163,16 @@ class TrainPanel(Panel):
         )
         self.runs.observe(self._choose_run, "value")
         self.clock = make_clock(self.on_beat)
+        buttons = style.row(
+            self.start_button, self.stop_button, self.resume_button, self.sample_button, self.save_button,
+            self.kill_button, self.refresh_button,
+        )  # fmt: skip
+        top = style.column(self.head, self.plan.line_row, buttons, self.question.box)
+        top.add_class("edk-top")  # stays in view, however long the form below is
         self.box = style.panel_box(
             [
-                self.head,
-                self.plan.box,
-                style.row(self.start_button, self.stop_button, self.resume_button, self.sample_button, self.save_button,
-                         self.kill_button, self.refresh_button),
+                top,
+                self.plan.fold.box,
                 self.monitor.bar,
                 self.monitor.figures,
                 self.message,
@@ -205,13 +213,22 @@ class TrainPanel(Panel):
     def start(self) -> None:
         """Start training with the form's settings.
 
+        A run that would take days, or does not fit, is asked for first.
+
         Raises:
             ConfigError, JobError: as `jobs.start`; also where the dataset is empty or the disk is full.
         """
         if self.job is not None and self.job.is_alive():  # a double click
             self.tabs.selected_index = PROGRESS
             return
-        self._attach(jobs.start(self._checked_config(), command=self._command, environment=self._environment))
+        config = self._checked_config()
+        if caution := self.plan.caution:
+            self.question.ask(caution, {"Start anyway": lambda: self._start(config)})
+        else:
+            self._start(config)
+
+    def _start(self, config: TrainConfig) -> None:
+        self._attach(jobs.start(config, command=self._command, environment=self._environment))
         self._list_runs()
         self.tabs.selected_index = PROGRESS
 

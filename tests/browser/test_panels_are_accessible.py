@@ -72,10 +72,11 @@ def test_pages_folds_and_sliders_work_from_the_keyboard(lab, driver, page):
     fold.focus()
     page.keyboard.press("Enter")
     panel.locator('.edk-fold[aria-expanded="true"]').wait_for()
-    handle = panel.get_by_role("slider", name="clip_skip")
+    panel.get_by_label("Find a setting").fill("clip_skip")
+    handle = panel.get_by_role("slider", name="Clip skip").first
     handle.focus()
     page.keyboard.press("ArrowRight")
-    panel.locator(".widget-slider", has_text="clip_skip").locator(".widget-readout", has_text="1").wait_for()
+    panel.locator(".widget-slider", has_text="Clip skip").first.locator(".widget-readout", has_text="1").wait_for()
     panel.get_by_role("button", name="Log", exact=True).focus()
     page.keyboard.press("Space")
     panel.get_by_role("log").wait_for()

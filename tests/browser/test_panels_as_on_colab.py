@@ -121,9 +121,9 @@ def test_the_training_panel_lives_in_notebook_6(classic, page, tmp_path):
     run_all(page, classic(CELL.format(double=str(double))))
     panel = page.locator(".edk").first
     panel.wait_for(timeout=60_000)
-    panel.get_by_label("lr", exact=True).fill("fast")
+    panel.get_by_label("Learning rate", exact=True).fill("fast")
     expect(panel.locator(".edk-error", has_text="must be a number")).to_be_visible()
-    panel.get_by_label("lr", exact=True).fill("1e-5")
+    panel.get_by_label("Learning rate", exact=True).fill("1e-5")
     panel.get_by_role("button", name="Start training").click()
     expect(panel.locator(".edk-badge")).to_have_text("finished", timeout=120_000)  # so the clock beats here, too
     expect(panel.locator(".edk-facts")).to_contain_text("40 / 40")

@@ -73,11 +73,11 @@ def test_the_training_panel(lab, driver, page, project):
         driver.wait_for_text(panel, ".edk-plan", "GiB memory")
         driver.photograph(panel, f"train-{title.lower()}")
     panel.get_by_role("button", name="Settings", exact=True).click()
-    panel.get_by_label("lr", exact=True).fill("fast")
+    panel.get_by_label("Learning rate", exact=True).fill("fast")
     driver.photograph(panel, "train-settings")
     for rate in ("2e-4", "4e-4"):
         panel.get_by_role("button", name="Settings", exact=True).click()
-        panel.get_by_label("lr", exact=True).fill(rate)
+        panel.get_by_label("Learning rate", exact=True).fill(rate)
         panel.get_by_role("button", name="Queue").click()
         panel.get_by_role("button", name="Add these settings").click()
     driver.wait_for_text(panel, ".edk-tabs", "Queue (2)")

@@ -49,6 +49,14 @@ def test_no_output_is_stored_and_ids_are_hashes(path):
 
 
 @pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
+def test_the_set_up_code_is_folded_in_lab_and_on_colab(path):
+    first, *others = code_cells(path)
+    assert first.source.startswith("#@title Set up")
+    assert first.metadata["jupyter"]["source_hidden"] is True and first.metadata["cellView"] == "form"
+    assert not any("jupyter" in cell.metadata for cell in others)
+
+
+@pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
 def test_every_code_cell_follows_a_short_text(path):
     cells = read(path).cells
     assert cells[0].cell_type == "markdown"

@@ -236,6 +236,13 @@ def test_of_a_progress_bar_the_log_shows_only_the_latest_state(tmp_path):
     assert jobs.attach(tmp_path).log_tail() == ["begin", "30%", "end"]
 
 
+def test_a_line_after_a_progress_bars_unfinished_state_stands_alone(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    bar = "epoch 1:  25%|##5       | 6/24 [00:02<00:07, 2.50step/s, loss 0.1, 9 images/s]"
+    (tmp_path / "train.log").write_text(f"  0%|          | 0/24 [00:00<?, ?step/s]0.37 s a step\n{bar}\n")
+    assert jobs.attach(tmp_path).log_tail() == ["0.37 s a step", bar]
+
+
 def test_a_queue_trains_its_configs_one_after_the_other(settings, tmp_path):
     configs = [{**settings, "project_name": name} for name in ("one", "two")]
     queue = jobs.start_queue(configs, tmp_path / "queue.json", command=double("--steps", 3, "--seconds-a-step", 0.01))

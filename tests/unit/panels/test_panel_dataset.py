@@ -232,6 +232,25 @@ def test_problems_are_listed_with_their_cure_and_set_aside(project):
     assert (project / "input" / "broken.jpg").exists()
 
 
+def test_no_problems_is_said_only_when_every_image_was_looked_at(project):
+    (project / "settings.json").write_text('{"resolution": 64}')
+    for path in (project / "input").rglob("*.[pj][np]g"):
+        image(path, size=(96, 96))
+    for path in list((project / "input").rglob("*.txt")):
+        path.write_text("a jet")
+    panel = DatasetPanel(project)
+    assert panel.problems.issues == []
+    (shown,) = panel.problems.lines.children
+    assert "still being looked for" in shown.value and "No problems:" not in shown.value
+    panel.problems.show([], complete=True)
+    assert "No problems: every file can be used" in panel.problems.lines.children[0].value
+
+
+def test_one_folder_is_one_folder(project):
+    shutil.rmtree(project / "input" / "night")
+    assert "<b>1</b><span>folder</span>" in DatasetPanel(project).figures.value
+
+
 def test_images_that_are_too_small_are_named_for_the_projects_resolution(project):
     panel = DatasetPanel(project)
     lines, every = issue_lines(panel, "Smaller than their bucket")

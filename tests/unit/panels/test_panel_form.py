@@ -7,10 +7,12 @@ import re
 import ipywidgets as widgets
 import pytest
 
+from everydream_kit.actions.bases import BASES, suggested_settings
 from everydream_kit.actions.presets import PRESETS
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ConfigError
 from everydream_kit.panels.form import SettingsForm
+from everydream_kit.panels.labels import LABELS, label_of
 from everydream_kit.params import parameters
 
 
@@ -29,15 +31,59 @@ def texts(widget):
 def test_every_parameter_has_a_control_with_label_help_and_range(form):
     for record in parameters():
         field = form.field(record.name)
-        assert field.control.description == record.name
+        assert field.control.description == label_of(record.name) != record.name
+        assert f">{record.name}</code>" in texts(field.box)
         hint = html.unescape(re.sub("</?(span|div|code)[^>]*>", "", texts(field.box)))
         assert record.help.replace("`", "") in hint
         assert record.range_text in hint
 
 
-def test_basic_parameters_are_open_and_the_others_folded(form):
+def test_the_first_six_settings_are_open_and_the_others_folded(form):
     assert not any(fold.is_open for fold in form.folds)
-    assert set(form._fields) == {record.name for record in parameters() if record.knob.basic}
+    assert set(form._fields) == {"resume_ckpt", "data_root", "training_kind", "resolution", "max_epochs", "lr"}
+    assert sum(int(fold.title.description.split("(")[1][:-1]) for fold in form.folds) == len(parameters()) - 6
+
+
+def test_labels_are_all_different_and_each_special_one_belongs_to_a_setting():
+    assert len({label_of(record.name) for record in parameters()}) == len(parameters())
+    assert set(LABELS) <= {record.name for record in parameters()}
+
+
+def found(form, words):
+    form.search.value = words
+    return [field.record.name for field in form._fields.values() if field.box in form.found.children]
+
+
+def test_a_setting_is_found_by_name_label_or_help_wherever_it_is_folded(form):
+    assert "ema_decay_rate" in found(form, "EMA rate")
+    assert "flip_p" in found(form, "mirror")
+    assert found(form, "max_epochs") == ["max_epochs"]
+    assert found(form, "no such thing") == [] and "No setting" in texts(form.found)
+    form.search.value = "flip_p"
+    form.field("flip_p").control.value = 0.5
+    assert form.config().flip_p == 0.5
+    assert found(form, "") == []
+
+
+def test_the_base_is_chosen_from_a_list_and_untouched_settings_follow_it(form):
+    assert form.base.chooser.value == "embedded" and form.base.field.box.layout.display == "none"
+    form.set_values(suggested_settings("embedded"))
+    sdxl = next(base for base in BASES if "XL" in base.title)
+    form.base.chooser.value = sdxl.source
+    assert (form.config().resume_ckpt, form.config().resolution, form.config().max_epochs) == (sdxl.source, 1024, 50)
+    assert "31.9 GiB" in texts(form.base.box)
+    form.field("max_epochs").control.value = "7"
+    form.base.chooser.value = BASES[1].source
+    assert (form.config().resolution, form.config().max_epochs) == (512, 7), "what was set by hand stays"
+    form.base.chooser.value = ""
+    assert form.base.field.box.layout.display == ""
+    form.base.field.control.value = "my/model"
+    assert form.config().resume_ckpt == "my/model" and form.base.chooser.value == ""
+
+
+def test_every_base_of_the_list_says_what_it_needs():
+    for base in BASES[1:]:
+        assert "GiB" in base.needs and "download" in base.needs and base.resolution in (512, 768, 1024)
 
 
 def test_a_folded_group_is_made_when_it_is_opened(form):
@@ -74,13 +120,71 @@ def test_a_rule_about_two_settings_is_shown_at_both(form):
 
 
 def test_a_value_that_a_slider_cannot_show_turns_it_into_a_text_field(form):
-    field = form.field("resolution")
+    field = form.field("clip_skip")
     assert isinstance(field.control, widgets.IntSlider)
-    form.set_values({"resolution": [512, 768]})
-    assert isinstance(field.control, widgets.Text)
+    form.set_values({"clip_skip": 9})
+    assert isinstance(field.control, widgets.Text) and "clip_skip" in form.errors
+    field.control.value = "2"
+    assert form.config().clip_skip == 2
+
+
+@pytest.mark.parametrize("typed", ["512, 768", "512,768", "[512, 768]"])
+def test_a_list_is_typed_with_commas_and_none_of_it_is_lost(form, typed):
+    control = form.field("resolution").control
+    control.value = typed
     assert form.config().resolutions == (512, 768)
-    field.control.value = "640"
-    assert form.config().resolution == 640
+    form.set_values({"resolution": [512, 768]})
+    assert form.field("resolution").control.value == "512, 768"
+    form.field("resolution").control.value = "512, x"
+    assert "whole number" in form.errors["resolution"]
+
+
+def test_presets_replace_each_other_and_say_what_they_changed(form):
+    form.set_values({"resume_ckpt": "my/model", "lr": 7e-6, "seed": 3, "resolution": 640})
+    mine = dict(form.values)
+    form.preset.value = "style"
+    assert form.config().flip_p == 0.5 and form.config().lr == 2e-6
+    assert "Mirror probability 0 → 0.5" in html.unescape(texts(form.presets.box))
+    form.preset.value = "low_memory"
+    config = form.config()
+    assert (config.flip_p, config.batch_size, config.gradient_checkpointing) == (0.0, 1, True)
+    assert config.lr == TrainConfig(resume_ckpt="x").lr, "nothing of the preset before is left"
+    assert (config.seed, config.resume_ckpt) == (3, "my/model")
+    form.field("max_steps").control.value = "9"
+    form.preset.value = ""
+    assert form.values == {**mine, "max_steps": 9}, "your own settings are back, with what was set by hand since"
+
+
+def test_the_kits_defaults_reset_all_but_what_and_where(form):
+    form.set_values({"seed": 3, "lr": 1e-3, "data_root": "elsewhere", "project_name": "jets"})
+    form.preset.value = "defaults"
+    config = form.config()
+    assert (config.seed, config.data_root, config.project_name) == (555, "elsewhere", "jets")
+    assert config.lr == suggested_settings("embedded")["lr"]
+    form.preset.value = ""
+    assert form.config().seed == 3
+
+
+def test_a_preset_is_saved_by_name_found_by_the_next_form_and_deleted(tmp_path):
+    path = tmp_path / "presets.json"
+    form = SettingsForm({"resume_ckpt": "embedded", "data_root": "here"}, presets_path=path)
+    form.set_values({"lr": 5e-6, "seed": 9})
+    form.presets.name.value = "my look"
+    form.presets.save_button.click()
+    other = SettingsForm({"resume_ckpt": "embedded", "data_root": "there", "grad_accum": 4}, presets_path=path)
+    other.preset.value = "saved: my look"
+    config = other.config()
+    assert (config.lr, config.seed, config.data_root, config.grad_accum) == (5e-6, 9, "there", 1)
+    other.presets.delete_button.click()
+    assert "saved: my look" not in [value for _, value in SettingsForm({}, presets_path=path).preset.options]
+    other.presets.name.value = "Style"
+    other.presets.save_button.click()
+    assert "a name of its own" in texts(other.presets.box)
+    path.write_text("{")
+    broken = SettingsForm({"resume_ckpt": "embedded"}, presets_path=path)
+    broken.presets.name.value = "x"
+    broken.presets.save_button.click()
+    assert "presets.json" in texts(broken.presets.box) and path.read_text() == "{"
 
 
 def test_an_emptied_field_means_none_where_none_is_allowed(form):

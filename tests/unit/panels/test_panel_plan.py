@@ -143,3 +143,26 @@ def test_the_process_makes_the_real_plan(project):
     assert "6 images × 3 epochs → 9 steps · about" in box.line.value and "on this CPU" in box.line.value
     assert "GiB memory" in box.line.value and "on disk" in box.line.value
     assert "training step" in box.report.value
+
+
+LONG = {"fits": True, "seconds": 53545 * 3600, "disk": {"most_bytes": 4.9e15}, "text": "plan"}
+
+
+@pytest.mark.parametrize("answer", [LONG, TOO_LARGE])
+def test_a_run_that_takes_days_or_does_not_fit_is_warned_of_in_color(project, answer):
+    box = PlanBox(project, lambda values: None, lambda *words: None, task=Answering(project.folder / "plan", answer))
+    plan_for(box, project.config(max_epochs=10))
+    assert "edk-note warn" in box.line.value
+    if answer is LONG:
+        assert "about 2,231 days" in box.caution and "4900.0 TB, and" in box.caution
+    else:
+        assert "does not fit into the memory of this machine" in box.caution
+    box.gpu.value = box.gpu.options[1][1]  # of another GPU nothing is known yet
+    assert box.caution == ""
+
+
+def test_an_ordinary_run_is_not_warned_of(project):
+    short = {"fits": True, "seconds": 600, "disk": {"most_bytes": 1e6}, "text": "plan"}
+    box = PlanBox(project, lambda values: None, lambda *words: None, task=Answering(project.folder / "plan", short))
+    plan_for(box, project.config(max_epochs=10))
+    assert box.caution == "" and "warn" not in box.line.value

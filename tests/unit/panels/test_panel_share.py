@@ -130,6 +130,14 @@ def test_setup_lists_what_is_wrong_with_the_cure(tmp_path):
     assert (tmp_path / "jets" / "input").is_dir()
 
 
+def test_what_is_well_is_one_line_that_opens(tmp_path):
+    well = Diagnosis(tuple(Check(name, "ok", "fine") for name in ("Python", "torch", "disk")))
+    checks = SetupPanel(tmp_path / "jets", diagnosis=well).checks.value
+    assert checks.startswith("<details><summary>") and "3 checks passed: Python, torch, disk" in checks
+    mixed = SetupPanel(tmp_path / "jets", diagnosis=SEEN).checks.value
+    assert mixed.index("Use a GPU") < mixed.index("<details>") and "1 checks" not in mixed
+
+
 def test_a_refused_token_is_one_sentence_without_the_token(tmp_path, monkeypatch):
     from everydream_kit.errors import HubError
     from everydream_kit.panels import setup_panel

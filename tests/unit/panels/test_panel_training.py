@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from everydream_kit import jobs
 from everydream_kit.foreign import Origin, write_origin
 from everydream_kit.hosts import Host
+from everydream_kit.panels import plan_box
 from everydream_kit.panels.compare_panel import ComparePanel
 from everydream_kit.panels.dataset_panel import DatasetPanel
 from everydream_kit.panels.train_panel import TrainPanel
@@ -452,3 +454,32 @@ def test_a_fresh_panel_shows_which_of_several_runs_it_shows(project):
     assert panel.job is not None
     assert panel.runs.value == str(panel.job.folder) and panel.runs.index is not None
     assert len(panel.runs.options) == 2
+
+
+def test_a_million_epochs_are_asked_for_before_they_start(project):
+    panel = TrainPanel(project, command=command("--steps", 4, "--seconds-a-step", 0.02))
+    panel.form.field("max_epochs").control.value = "1000000"
+    assert "edk-note warn" in panel.plan.line.value
+    panel.start_button.click()
+    assert panel.job is None and panel.question.is_open
+    assert "steps" in panel.question.box.children[0].value
+    panel.question.buttons[-1].click()
+    assert panel.job is None and not panel.question.is_open
+    panel.start_button.click()
+    panel.question.buttons[0].click()
+    assert panel.job is not None
+    panel.job.watch(interval_seconds=0.05)
+
+
+def test_start_is_off_while_the_dataset_folder_is_not_there_and_on_when_it_comes(project, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_box, "REST_SECONDS", 0.0)
+    panel = TrainPanel(project)
+    assert not panel.start_button.disabled
+    folder = tmp_path / "comes later"
+    panel.form.field("data_root").control.value = str(folder)
+    assert panel.start_button.disabled
+    assert f"data_root: {folder}: there is no such folder" in panel.plan.line.value
+    shutil.copytree(project / "input", folder)
+    panel.refresh()
+    panel.refresh()
+    assert not panel.start_button.disabled
