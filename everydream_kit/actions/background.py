@@ -21,7 +21,7 @@ from everydream_kit.errors import KitError
 from everydream_kit.identity import this_process
 from everydream_kit.workspace import RunFolder
 
-INSPECTION_FILE, PLAN_FILE = "report.json", "plan.json"
+INSPECTION_FILE, PLAN_FILE, CAPTIONS_FILE = "report.json", "plan.json", "captions.jsonl"
 POLITE, POLITENESS = ("inspect", "estimate"), 10
 """Work that nobody waits for at this moment leaves the processors to training and sampling."""
 REPORT_SECONDS = 0.5
@@ -143,6 +143,25 @@ def push(status: StatusWriter, folder: Path, source: str, repo_id: str, options:
     return {"url": str(url), "message": f"Pushed to {url}"}
 
 
+def suggest(status: StatusWriter, folder: Path, options: str) -> dict[str, Any]:
+    """Suggest captions of images, a line of JSON each, for review. Nothing in the dataset changes."""
+    from everydream_kit.data.captioning import suggest_captions
+
+    values = json.loads(options)
+    paths = list(map(Path, values.pop("paths")))
+    status.report("running", step=0, num_steps=len(paths), message=f"Loading {values['model']} …")
+    count = 0
+    with (folder / CAPTIONS_FILE).open("w", encoding="utf-8") as file:
+        for done, (path, text) in enumerate(suggest_captions(paths, **values), start=1):
+            if text is not None:
+                count += 1
+                file.write(json.dumps({"path": str(path), "caption": text}) + "\n")
+                file.flush()
+            words = f"Captioning: {done:,} of {len(paths):,} images"
+            status.report("running", step=done, num_steps=len(paths), message=words)
+    return {"message": f"{count:,} captions suggested. Look through them, then write them."}
+
+
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "fetch": fetch,
     "unpack": unpack,
@@ -151,6 +170,7 @@ TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "generate": generate_comparison,
     "export": export,
     "push": push,
+    "caption": suggest,
 }
 
 

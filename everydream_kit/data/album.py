@@ -9,12 +9,12 @@ that a line of text cannot. Nothing is deleted: excluded files are moved into a 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from everydream_kit.data.captions import is_camera_name
 from everydream_kit.data.changes import Changes, PrepReport, journal_label, undo
-from everydream_kit.data.dataset import FROM_FILE_NAME, Dataset, Problem
+from everydream_kit.data.dataset import FROM_FILE_NAME, MASK_SUFFIX, Dataset, Problem
 from everydream_kit.data.folders import FolderFiles
 from everydream_kit.data.image_settings import parse_settings
 from everydream_kit.data.scanning import scan_dataset
@@ -142,6 +142,41 @@ class Album:
     def edit(self, indices: Sequence[int], label: str, edit: Edit) -> PrepReport:
         """Rewrite captions as one step. What cannot be rewritten is in the report's problems."""
         return self._step(label, lambda changes: edit_captions(changes, self.dataset, indices, edit))
+
+    def set_captions(self, texts: Mapping[Path, str], label: str) -> PrepReport:
+        """Write captions of images, as one step. Images that are gone by now are passed over."""
+        indices = {self.path(index): index for index in range(len(self))}
+
+        def write(changes: Changes) -> None:
+            contents: dict[Path, bytes] = {}
+            for path in texts.keys() & indices.keys():
+                source = self.source(indices[path])
+                if source.locked:
+                    changes.leave(path, f"{source.locked}.", "Edit that file, or save it as UTF-8 text.")
+                else:
+                    contents[source.file] = texts[path].strip().encode()
+            changes.write_many(contents, "captions written")
+
+        return self._step(label, write)
+
+    def mask(self, index: int) -> Path | None:
+        """The file of an image's loss mask, or None."""
+        path = self.path(index)
+        mask = path.with_name(path.stem + MASK_SUFFIX)
+        return mask if mask.is_file() else None
+
+    def set_mask(self, index: int, mask: bytes | None) -> PrepReport:
+        """Write an image's loss mask, a PNG that is white where the image counts; None removes it."""
+        path = self.path(index)
+        file = path.with_name(path.stem + MASK_SUFFIX)
+
+        def write(changes: Changes) -> None:
+            if mask is not None:
+                changes.write(file, mask, "masks written", path)
+            elif file.is_file():
+                changes.remove(file)
+
+        return self._step(f"mask of {self.name(index)}", write)
 
     def set_for_folder(self, folder: str, name: str, value: float | None) -> PrepReport:
         """Write a one-value file into a folder; None removes it."""

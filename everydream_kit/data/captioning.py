@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,33 @@ def auto_caption(
         if progress is not None:
             progress(start + len(paths), len(images))
     return changes.report
+
+
+def suggest_captions(
+    paths: Sequence[Path],
+    *,
+    model: str | Path = DEFAULT_MODEL,
+    batch_size: int = 4,
+    prompt: str | None = None,
+    max_new_tokens: int = 60,
+    device: str | None = None,
+) -> Iterator[tuple[Path, str | None]]:
+    """Caption images without writing anything: each with its caption as soon as there is one, for somebody's review.
+
+    Args: as `auto_caption`.
+
+    Yields:
+        The image and its caption; None where the image cannot be decoded.
+
+    Raises:
+        ModelError: the model cannot be loaded, or is not an image-to-text model.
+    """
+    captioner = Captioner(model, device=device, max_new_tokens=max_new_tokens)
+    changes = Changes("Suggest captions", dry_run=True)
+    for start in range(0, len(paths), batch_size):
+        some = list(paths[start : start + batch_size])
+        texts = _caption(captioner, some, prompt, changes)
+        yield from ((path, texts.get(path)) for path in some)
 
 
 def _files_to_write(dataset: Dataset, overwrite: bool, changes: Changes) -> dict[Path, Path]:

@@ -22,16 +22,21 @@ from everydream_kit.data.report import fill_buckets
 from everydream_kit.data.sources import kind_of_source
 from everydream_kit.errors import ConfigError, DataError
 from everydream_kit.panels import style
+from everydream_kit.panels.auto_caption import AutoCaption
+from everydream_kit.panels.bulk_edit import BulkEdit
 from everydream_kit.panels.clock import make_clock
 from everydream_kit.panels.gallery import Gallery, count_images, count_things
 from everydream_kit.panels.issues_box import ProblemsBox
 from everydream_kit.panels.login import token_environment
+from everydream_kit.panels.mask_editor import MaskEditor
 from everydream_kit.panels.pages import Pages
 from everydream_kit.panels.panel import Panel, set_html
 from everydream_kit.panels.svg_charts import bar_chart
 from everydream_kit.panels.upload_area import Receiver, make_drop_zone
 
 SHOWN_TAGS = 16
+MASKS = 5
+"""Number of the page with the brush: its image is sent only while it is shown."""
 
 
 class DatasetPanel(Panel):
@@ -76,8 +81,11 @@ class DatasetPanel(Panel):
                 "Pictures": self._build_edit(),
                 "Report": style.column(self.report),
                 "Problems": self._build_problems(),
+                "Auto-caption": self._build_captioner(),
+                "Masks": self._build_masks(),
             }
         )
+        self.tabs.on_choose = lambda index: self.masks.show() if index == MASKS else None
         self.clock = make_clock(self.on_beat)
         self.box = style.panel_box(
             [
@@ -135,11 +143,33 @@ class DatasetPanel(Panel):
         self.on_press(self.remove_tag_button, lambda: self._change_tags(add=False))
         self.on_press(self.setting_button, self.apply_setting)
         self.on_press(self.exclude_button, self.exclude_selected)
+        self.bulk = BulkEdit(lambda: self.album, lambda: self.gallery.chosen_indices)
+        self.on_press(self.bulk.button, self.edit_captions)
         self.gallery.tools.children = (
             style.row(self.tag, self.add_tag_button, self.remove_tag_button, self.exclude_button),
+            self.bulk.box,
             style.row(self.setting, self.setting_value, self.setting_where, self.setting_button),
         )
         return self.gallery.box
+
+    def _build_captioner(self) -> widgets.Widget:
+        self.captioner = AutoCaption(
+            self.project.folder / "caption",
+            lambda: self.album,
+            lambda: self.gallery.chosen_indices,
+            token_environment(),
+        )
+        self.on_press(self.captioner.start_button, self.captioner.start)
+        self.on_press(self.captioner.stop_button, self.captioner.stop)
+        self.on_press(self.captioner.write_button, self.write_suggestions)
+        self.on_press(self.captioner.discard_button, self.captioner.discard)
+        lead = "A model suggests captions. Look through them, correct them, then write those that are ticked."
+        return style.column(widgets.HTML(f'<p class="edk-lead">{lead}</p>'), self.captioner.box)
+
+    def _build_masks(self) -> widgets.Widget:
+        self.masks = MaskEditor(lambda: self.album, lambda: self.gallery.found, self.save_mask, self.say)
+        lead = "Paint over what the model must not learn. The images are those of the search under Pictures."
+        return style.column(widgets.HTML(f'<p class="edk-lead">{lead}</p>'), self.masks.box)
 
     def _build_problems(self) -> widgets.Widget:
         self.problems = ProblemsBox(lambda: self.album.root, lambda files: self._press(lambda: self._exclude(files)))
@@ -187,6 +217,26 @@ class DatasetPanel(Panel):
             report = self.album.set_for_folder(self.setting_where.value, name, value)
         self._report(report, f"Written: {report.title}." if report.changes else "Nothing to change.")
 
+    def edit_captions(self) -> None:
+        """Edit the captions of the selected images as the row of actions says."""
+        report = self.bulk.apply()
+        self._report(report, f"{count_things(len(report.changes), 'caption')} changed in {self.album.root}.")
+
+    def write_suggestions(self) -> None:
+        """Write the suggested captions that are ticked."""
+        report = self.captioner.write()
+        self._report(report, f"{count_things(len(report.changes), 'caption')} written in {self.album.root}.")
+
+    def save_mask(self, index: int, mask: bytes | None) -> None:
+        """Write a mask, or remove it; the first one switches masks on for the project's training."""
+        name = self.album.name(index)
+        report = self.album.set_mask(index, mask)
+        words = f"Mask of {name} {'written' if mask else 'removed'}." if report.changes else f"{name} has no mask."
+        if mask is not None and self.project.settings().get("loss_mask", "off") == "off":
+            self.project.save_settings({"loss_mask": "file"})
+            words += " Training uses masks from now on (loss_mask: file)."
+        self._report(report, words)
+
     def exclude_selected(self) -> None:
         """Move the selected pictures out of the dataset."""
         self._require_selection()
@@ -198,7 +248,17 @@ class DatasetPanel(Panel):
             self._use_folder(self._dataset_folder())
         self._follow_fetching()
         self._follow_unpacking()
+        self._follow_captioning()
         self._follow_inspection()
+
+    def _follow_captioning(self) -> None:
+        status = self.captioner.refresh()
+        if status is not None:
+            style.show_progress(self.bar, status if status["alive"] else None)
+            good = status["alive"] or status["state"] == "finished"
+            self.say(
+                status.get("message") or status["state"], ("busy" if status["alive"] else "good") if good else "bad"
+            )
 
     def _follow_fetching(self) -> None:
         status = self.fetching.poll()
@@ -251,7 +311,12 @@ class DatasetPanel(Panel):
             self.inspecting.begin("inspect", str(self.album.root), json.dumps(settings))
 
     def _needs_inspection(self) -> bool:
-        idle = self.unpacking.job is None and self.fetching.job is None and not self._inspection_failed
+        idle = (
+            self.captioner.task.job is None
+            and self.unpacking.job is None
+            and self.fetching.job is None
+            and not self._inspection_failed
+        )
         return idle and len(self.album) > 0 and not self._fresh
 
     def _report_settings(self) -> PlanSettings:
@@ -308,6 +373,7 @@ class DatasetPanel(Panel):
         self.exclude_button.description = f"Exclude selected{end}"
         for control in (self.add_tag_button, self.remove_tag_button, self.exclude_button):
             control.tooltip = f"{control.description}: {count_images(number)} in {self.album.root}"
+        self.bulk.show()
 
     def _require_selection(self) -> None:
         if not self.gallery.chosen:
@@ -317,6 +383,8 @@ class DatasetPanel(Panel):
 
     def _rerender(self) -> None:
         self.gallery.update()
+        if self.tabs.selected_index == MASKS:
+            self.masks.show()
         self._render()
 
     def _render(self) -> None:
@@ -392,7 +460,7 @@ class DatasetPanel(Panel):
 
     def show_tab(self, title: str) -> None:
         """Bring a tab to the front, by the beginning of its title."""
-        titles: list[Any] = ["Add pictures", "Pictures", "Report", "Problems"]
+        titles: list[Any] = ["Add pictures", "Pictures", "Report", "Problems", "Auto-caption", "Masks"]
         self.tabs.selected_index = titles.index(title)
 
 

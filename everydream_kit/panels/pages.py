@@ -18,6 +18,7 @@ class Pages:
     Attributes:
         box: the widget to show.
         titles: the buttons, in order.
+        on_choose: called with the number of a page that was brought to the front.
     """
 
     def __init__(self, pages: Mapping[str, widgets.Widget]) -> None:
@@ -29,6 +30,7 @@ class Pages:
         row = widgets.HBox(self.titles, layout=widgets.Layout(flex_flow="row wrap", width="100%"))
         row.add_class("edk-tabs")
         self.box = style.column(row, *self._pages)
+        self.on_choose: Callable[[int], object] = lambda index: None
         self._choose(0)
 
     @property
@@ -49,6 +51,7 @@ class Pages:
         for number, (title, page) in enumerate(zip(self.titles, self._pages, strict=True)):
             (title.add_class if number == index else title.remove_class)("edk-current")
             page.layout.display = "" if number == index else "none"
+        self.on_choose(index)
 
 
 class Fold:

@@ -7,6 +7,7 @@ import time
 import zipfile
 
 import pytest
+from PIL import Image
 from playwright.sync_api import expect
 
 pytestmark = pytest.mark.timeout(1800)  # a net below the waits, which end when nothing moves any more
@@ -196,6 +197,25 @@ def test_captions_are_edited_in_place_and_images_uploaded(lab, driver, page, tmp
     driver.wait_for_text(panel, ".edk-note", "1 files unpacked.")
     assert (project / "input" / "more" / "air" / "balloon.webp").is_file()
     driver.wait_for_text(panel, ".edk-tabs", "Problems (2)")  # big.png is no picture, and the balloon is there twice
+
+    panel.get_by_role("button", name="Masks", exact=True).click()
+    canvas = panel.get_by_role("application")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + 60, box["y"] + 60)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 160, box["y"] + 90, steps=4)
+    page.mouse.up()
+    panel.get_by_role("button", name="Write the mask next to the image").click()
+    expect(panel.get_by_text("Training uses masks from now on", exact=False)).to_be_visible()
+    (file,) = (project / "input").glob("*.mask.png")
+    with Image.open(file) as mask:
+        painted = mask.histogram()[0]
+        assert mask.histogram()[255] > painted > 0
+    canvas.focus()  # by keys: the brush begins in the middle
+    page.keyboard.press("Space")
+    panel.get_by_role("button", name="Write the mask next to the image").click()
+    driver.wait_while_moving(lambda: Image.open(file).histogram()[0] > painted)
 
 
 def test_a_model_is_pushed_to_the_hub_and_the_token_stays_out_of_the_notebook(lab, driver, page, tmp_path):

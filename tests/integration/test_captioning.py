@@ -105,3 +105,49 @@ def test_what_is_no_captioning_model_is_said(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match="cannot be loaded as an image-to-text model"):
         auto_caption(folder, model=tmp_path / "empty")
+
+
+@pytest.mark.beside
+def test_the_panel_suggests_captions_for_review_and_writes_only_what_is_ticked(folder, tiny_blip):
+    from everydream_kit.panels.dataset_panel import DatasetPanel
+
+    project = folder.parent / "jets"
+    project.mkdir()
+    folder.rename(project / "input")
+    for name in ("one", "three"):  # names of cameras, so that the images have no caption
+        (project / "input" / f"{name}.png").rename(project / "input" / f"IMG_{name}.png")
+    panel = DatasetPanel(project)
+    panel.captioner.model.value = str(tiny_blip)
+    panel.captioner.prompt.value = "a photo of"
+    panel.captioner.start_button.click()
+    panel.captioner.task.job.watch(interval_seconds=0.05)
+    panel.refresh()
+    assert "2 captions suggested" in panel.message.value, panel.message.value
+    assert captions(project / "input") == {"two": "mine"}, "nothing is written before the review"
+    again = DatasetPanel(project)  # another kernel goes on with the review
+    assert [path.stem for path in again.captioner.suggestions] == ["IMG_one", "IMG_three"]
+    first, second, *rest = again.captioner.rows
+    assert first.text.value.startswith("a photo of") and rest[0].path is None
+    first.text.value = "a red square"
+    second.check.value = False
+    assert again.captioner.write_button.description == "Write 1 caption"
+    again.captioner.write_button.click()
+    assert captions(project / "input") == {"two": "mine", "IMG_one": "a red square"}
+    assert again.captioner.suggestions == {} and again.captioner.review.layout.display == "none"
+    again.undo_button.click()
+    assert captions(project / "input") == {"two": "mine"}
+
+
+@pytest.mark.beside
+def test_a_captioner_that_cannot_be_loaded_is_said_in_the_panel(folder):
+    from everydream_kit.panels.dataset_panel import DatasetPanel
+
+    project = folder.parent / "jets"
+    project.mkdir()
+    folder.rename(project / "input")
+    panel = DatasetPanel(project)
+    panel.captioner.model.value = str(project)
+    panel.captioner.start_button.click()
+    panel.captioner.task.job.watch(interval_seconds=0.05)
+    panel.refresh()
+    assert "cannot be loaded as an image-to-text model" in panel.message.value

@@ -62,7 +62,7 @@ def test_every_panel_is_built_twice_on_an_empty_project_by_its_public_name(name,
 
 STILL = (widgets.HTML, widgets.Box, widgets.Image, widgets.IntProgress)
 """What a person does not touch; everything else is a control."""
-OWN = {"Clock", "DropZone", "TokenField", "Viewer"}
+OWN = {"Brush", "Clock", "DropZone", "TokenField", "Viewer"}
 """Our own; what they show is seen in the browser's tests."""
 
 
@@ -84,17 +84,17 @@ def test_every_control_has_a_label_and_a_button_a_hint(name, project):
 def test_no_widget_is_one_that_colab_lacks(name, project):
     kinds = {type(widget).__name__ for widget in all_widgets(BUILDERS[name](project).box)}
     known = "HTML Text Textarea Dropdown IntSlider FloatSlider Checkbox Button IntProgress Image VBox HBox GridBox"
-    known += " BoundedIntText IntText IntRangeSlider Clock DropZone TokenField Viewer"
+    known += " BoundedIntText IntText IntRangeSlider Brush Clock DropZone TokenField Viewer"
     assert kinds <= set(known.split())
 
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_every_panel_is_built_without_anywidget(name, project, monkeypatch):
-    for module in ("clock", "upload_area", "login", "viewer"):
+    for module in ("clock", "upload_area", "login", "viewer", "mask_editor"):
         import importlib
 
         loaded = importlib.import_module(f"everydream_kit.panels.{module}")
-        kind = {"clock": "clock", "upload_area": "drop_zone", "login": "token_field", "viewer": "viewer"}[module]
+        kind = {"login": "token_field", "upload_area": "drop_zone", "mask_editor": "brush"}.get(module, module)
         monkeypatch.setattr(loaded, f"_{kind}_class", lambda: None)
     panel = BUILDERS[name](project)
     assert "edk-head" in texts(panel.box)
