@@ -75,7 +75,7 @@ class SetupPanel(Panel):
 
     def _render(self) -> None:
         tone: style.Tone = {"ok": "good", "warning": "warn", "error": "bad"}[self.diagnosis.status]  # type: ignore[assignment]
-        words = {"ok": "ready", "warning": "ready, with remarks", "error": "something is missing"}
+        words = {"ok": "ready", "warning": "ready, with notes", "error": "something is missing"}
         mark = style.badge(words[self.diagnosis.status], tone)
         lead = f"The project lives in {self.project.folder}; every notebook finds it there again."
         set_html(self.head, style.heading("Set-up", f"{self.project.name} on {self.host.title}", lead, badge=mark))

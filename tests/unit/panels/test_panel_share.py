@@ -126,7 +126,7 @@ def test_an_error_at_a_beat_of_the_clock_is_reported_and_the_clock_goes_on(proje
 def test_setup_lists_what_is_wrong_with_the_cure(tmp_path):
     panel = SetupPanel(tmp_path / "jets", diagnosis=SEEN)
     shown = texts(panel.box)
-    assert "ready, with remarks" in shown and "Use a GPU &lt;b&gt;" in shown
+    assert "ready, with notes" in shown and "Use a GPU &lt;b&gt;" in shown
     assert (tmp_path / "jets" / "input").is_dir()
 
 
