@@ -124,7 +124,7 @@ def test_the_panel_suggests_captions_for_review_and_writes_only_what_is_ticked(f
     panel.refresh()
     assert "2 captions suggested" in panel.message.value, panel.message.value
     assert captions(project / "input") == {"two": "mine"}, "nothing is written before the review"
-    again = DatasetPanel(project)  # another kernel goes on with the review
+    again = DatasetPanel(project)  # another kernel continues the review
     assert [path.stem for path in again.captioner.suggestions] == ["IMG_one", "IMG_three"]
     first, second, *rest = again.captioner.rows
     assert first.text.value.startswith("a photo of") and rest[0].path is None

@@ -82,7 +82,7 @@ def test_start_shows_progress_curves_samples_and_log_and_then_the_end(project):
     assert panel.job is not None and panel.start_button.disabled and not panel.stop_button.disabled
     wait_until(panel, lambda: "finished" in panel.head.value)
     assert panel.monitor.bar.value == 12
-    assert "12 / 12" in panel.monitor.figures.value and "1 / 300" in panel.monitor.figures.value
+    assert "12 / 12" in panel.monitor.figures.value and "1 / 40" in panel.monitor.figures.value
     assert "<polyline" in panel.monitor.curves.chart.value and "learning rate" in panel.monitor.curves.chart.value
     assert "Samples at step 10" in panel.monitor.latest.value
     assert panel.monitor.gallery.value.count("data:image/jpeg") == 2
