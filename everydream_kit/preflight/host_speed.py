@@ -41,7 +41,7 @@ def launch_seconds_here(card: Card, folder: Path) -> float | None:
     """Seconds a launch on this machine, measured or kept; None where this machine does not have that GPU.
 
     Args:
-        GPU: that the plan is for.
+        card: GPU that the plan is for.
         folder: where figures are kept.
     """
     from everydream_kit.preflight.gpus import this_gpu
