@@ -14,6 +14,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -126,19 +127,23 @@ def ends_with_line_end(path: Path) -> bool:
 
 
 def sweep(folder: str | os.PathLike[str]) -> list[Path]:
-    """Remove temporary files of processes that are gone. Returns what was removed."""
+    """Remove temporary files and folders of processes that are gone. Returns what was removed."""
     removed = []
     with contextlib.suppress(OSError):  # no folder, or none that can be listed: nothing of ours is in it
         for path in Path(folder).glob(f"{PREFIX}*{SUFFIX}"):
             if _is_left_behind(path):
-                path.unlink()
+                if stat.S_ISDIR(path.lstat().st_mode):
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
                 removed.append(path)
     return removed
 
 
 def _is_left_behind(path: Path) -> bool:
     parts = path.name.removeprefix(PREFIX).removesuffix(SUFFIX).split("-")
-    if len(parts) != 4 or not (parts[1].isdigit() and stat.S_ISREG(path.lstat().st_mode)):
+    mode = path.lstat().st_mode
+    if len(parts) != 4 or not (parts[1].isdigit() and (stat.S_ISREG(mode) or stat.S_ISDIR(mode))):
         return False  # not one of ours
     place, pid, started, _ = parts
     if place and place == this_process().place:

@@ -93,6 +93,8 @@ class BaseModelGroup(Group):
         Knob(when="a single file does not say that it is a v-prediction model"),
     ] = None
     """What the UNet predicts. Recognised from the files unless given."""
+    vae: Annotated[str | None, Knob(when="a single file holds no VAE, or another VAE is to go with the model")] = None
+    """VAE to use in place of the base's own, or where a single file holds none: its file, or a diffusers folder."""
     clip_skip: Annotated[
         int,
         Field(ge=0, le=4),

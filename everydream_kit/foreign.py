@@ -30,6 +30,7 @@ ASKED: dict[str, str] = {
     "base_revision": "revision of the base model's repository",
     "base_subfolder": "folder in the base model's repository",
     "base_variant": "variant of the base model's files",
+    "vae": "file or folder of the VAE",
     "data_root": "folder, archive or Hub dataset with the training images",
     "latent_cache_dir": "folder that the latent cache is written to",
     "optimizer": "Python class that runs as the optimizer",

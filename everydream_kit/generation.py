@@ -36,6 +36,8 @@ def sample(
     height: int | None = None,
     clip_skip: int = 0,
     lora: str | Path | None = None,
+    vae: str | Path | None = None,
+    adapter_base: str | Path | None = None,
     out: str | Path = "samples",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
@@ -49,6 +51,8 @@ def sample(
         num_images: images of each prompt, with seeds counting up from `seed`.
         width, height: in pixels; by default the model's own size.
         lora: a LoRA file or checkpoint to generate with.
+        vae: a VAE to use in place of the models' own: its file, or a diffusers folder.
+        adapter_base: for LoRA checkpoints, their base, where the one that they name has moved.
         out: folder for the images; made if it is not there.
         progress: called with (denoising steps done, in all).
 
@@ -68,8 +72,9 @@ def sample(
         raise ConfigError(f"{'prompt' if checkpoints else 'checkpoint'}: give at least one")
     wanted: list[SamplePrompt] = []
     drawn = []
-    for number, each in enumerate(checkpoints):
-        model = open_for_sampling(each, lora=lora)
+    bases = _adapter_bases(checkpoints, adapter_base)
+    for number, (each, base) in enumerate(zip(checkpoints, bases, strict=True)):
+        model = open_for_sampling(each, lora=lora, vae=vae, adapter_base=base)
         side = native_size(model)
         wanted = [
             SamplePrompt(text, negative_prompt, seed + index, width or side, height or side, tuple(cfgs))
@@ -87,6 +92,21 @@ def sample(
         drawn.append((_label(each), images))
         del model  # before the next one is loaded
     return _write_images(Path(out), wanted, drawn)
+
+
+def _adapter_bases(checkpoints: Sequence[Checkpoint], adapter_base: str | Path | None) -> Sequence[str | Path | None]:
+    """The base for each checkpoint: what is named for LoRA checkpoints, None for whole models and loaded ones."""
+    if adapter_base is None:
+        return [None] * len(checkpoints)
+    from everydream_kit.models.family import Model
+    from everydream_kit.models.loading import adapter_bases
+
+    sources = [each.source if isinstance(each, Model) else resolve_checkpoint(each) for each in checkpoints]
+    found = adapter_bases(sources, adapter_base)
+    return [
+        None if isinstance(each, Model) or base is None else adapter_base
+        for each, base in zip(checkpoints, found, strict=True)
+    ]
 
 
 def _part_of(progress: Callable[[int, int], None] | None, number: int, count: int) -> Callable[[int, int], None] | None:
@@ -135,8 +155,17 @@ def _label(checkpoint: Checkpoint) -> str:
     return Path(source).name
 
 
-def open_for_sampling(checkpoint: Checkpoint, *, lora: str | Path | None = None) -> Model:
+def open_for_sampling(
+    checkpoint: Checkpoint,
+    *,
+    lora: str | Path | None = None,
+    vae: str | Path | None = None,
+    adapter_base: str | Path | None = None,
+) -> Model:
     """Load the model that is meant, on the device there is, with a LoRA merged into it if one is given.
+
+    Args:
+        vae, adapter_base: as in `sample`.
 
     Raises:
         ModelError: the checkpoint or the LoRA cannot be used, or do not belong together.
@@ -148,18 +177,19 @@ def open_for_sampling(checkpoint: Checkpoint, *, lora: str | Path | None = None)
     from everydream_kit.models.loading import assemble, load_model, open_model
 
     if isinstance(checkpoint, Model):
-        if lora is not None:
-            raise ConfigError("lora: give the checkpoint's path, so that the LoRA can be merged while it is loaded")
+        for name, given in (("lora", lora), ("vae", vae)):
+            if given is not None:
+                raise ConfigError(f"{name}: give the checkpoint's path, so that it can be used while it is loaded")
         return checkpoint
     source = resolve_checkpoint(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
     if lora is None:
-        return load_model(source, dtype=dtype, device=device)
+        return load_model(source, dtype=dtype, device=device, vae=vae, adapter_base=adapter_base)
     from everydream_kit.models.lora_formats import apply_lora, read_lora_file
     from everydream_kit.models.tokens import put_tokens
 
-    files = open_model(source)
+    files = open_model(source, vae=vae, adapter_base=adapter_base)
     read = read_lora_file(Path(lora), files)
     model = assemble(apply_lora(files, read), dtype=dtype, device=device)
     if read.embeddings:

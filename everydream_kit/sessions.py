@@ -25,8 +25,10 @@ from everydream_kit.locks import hold
 from everydream_kit.preflight.auto_batch_size import resolve_batch_size
 from everydream_kit.preflight.timing import MeasuredPlan
 from everydream_kit.settings import give_again, load_config
+from everydream_kit.start_folder import KEY as START_FOLDER_KEY
+from everydream_kit.start_folder import read_start_folder, with_paths_from
 from everydream_kit.training.caching import require_output_folders
-from everydream_kit.training.checkpoints import choose_checkpoint, load_resume_tensors, sweep
+from everydream_kit.training.checkpoints import choose_checkpoint, load_resume_tensors, sweep, sweep_dead_runs
 from everydream_kit.training.control import StopSignal, signals_stop
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.listeners import build_listeners
@@ -85,6 +87,8 @@ def train(
         return resume(resume_from.folder if isinstance(resume_from, RunFolder) else resume_from, listeners=listeners)
     config = as_config(config)
     ranks = Ranks.find(config.gpuid)
+    if ranks.is_main:
+        sweep_dead_runs(config.logdir)
     folder = _new_folder(config, ranks)
     with _hold_folder(folder, ranks):
         return _session(config, folder, ranks, listeners, checkpoint=None, state={})
@@ -96,6 +100,7 @@ def resume(
     logdir: str | Path = "logs",
     changes: dict[str, Any] | None = None,
     listeners: Sequence[Listener] = (),
+    adapter_base: str | Path | None = None,
 ) -> RunFolder:
     """Continue a run from its latest complete checkpoint, as if it had never stopped.
 
@@ -105,6 +110,7 @@ def resume(
         changes: settings that are different from here on. They are logged; the file before is kept as
             `config-<step>.json`. For a fetched run also those that have to be given again on this machine
             (docs/hub.md).
+        adapter_base: for a run that trains a LoRA or new words, its base model, where that is not in its place any more.
 
     Raises:
         JobError: there is no such run.
@@ -119,6 +125,8 @@ def resume(
     changes = give_again(folder.folder, changes or {})
     warnings: list[str] = []
     config, _ = load_config(folder.config_path)
+    config, notes = with_paths_from(config, read_start_folder(folder.folder))
+    warnings += notes
     ranks = Ranks.find(changes.get("gpuid", config.gpuid))
     with _hold_folder(folder, ranks):
         if ranks.is_main:
@@ -127,7 +135,8 @@ def resume(
         checkpoint, state = choose_checkpoint(folder, warnings.append)
         if changes:
             config = _changed(config, changes, folder, state["position"]["step"], writes=ranks.is_main)
-        return _session(config, folder, ranks, listeners, checkpoint=checkpoint, state=state, warnings=warnings)
+        how: dict[str, Any] = {"checkpoint": checkpoint, "adapter_base": adapter_base, "state": state}
+        return _session(config, folder, ranks, listeners, **how, warnings=warnings)
 
 
 @contextmanager
@@ -174,6 +183,7 @@ def _session(
     *,
     checkpoint: Path | None,
     state: dict[str, Any],
+    adapter_base: str | Path | None = None,
     warnings: Sequence[str] = (),
 ) -> RunFolder:
     stop = StopSignal()
@@ -192,7 +202,8 @@ def _session(
                 config = resolve_batch_size(config, ranks, journal)
                 if ranks.is_main:  # the number: a run that continues takes the same
                     write_atomic(folder.config_path, config.to_json())
-            run = build_run(config, folder, journal, ranks, seed=state.get("seed"), weights_from=checkpoint, stop=stop)
+            how: dict[str, Any] = {"seed": state.get("seed"), "weights_from": checkpoint, "adapter_base": adapter_base}
+            run = build_run(config, folder, journal, ranks, **how, stop=stop)
             run.listeners = [*build_listeners(run, stop), *([MeasuredPlan()] if ranks.is_main else []), *listeners]
             if checkpoint is not None:
                 _restore(run, checkpoint, state)
@@ -347,6 +358,7 @@ def _write_facts(config: TrainConfig, folder: RunFolder) -> None:
     import torch
 
     facts = {
+        START_FOLDER_KEY: str(read_start_folder(folder.folder) or Path.cwd()),
         "everydream_kit": __version__,
         "python": sys.version.split()[0],
         "platform": platform.platform(),

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from everydream_kit.atomic import write_atomic
+from everydream_kit.atomic import PREFIX, SUFFIX, write_atomic
 from everydream_kit.errors import KitError
 from everydream_kit.identity import this_process
 from everydream_kit.workspace import RunFolder
@@ -60,7 +60,9 @@ def unpack(status: StatusWriter, folder: Path, archive: str, target: str) -> dic
         with ThreadPoolExecutor(1) as worker:
             unpacking = worker.submit(unpack_upload, path, Path(target))
             while not unpacking.done():
-                done = sum(len(names) for place in path.parent.glob(".unpacking-*") for _, _, names in os.walk(place))
+                done = sum(
+                    len(names) for place in path.parent.glob(f"{PREFIX}*{SUFFIX}") for _, _, names in os.walk(place)
+                )
                 status.report("running", step=done, num_steps=total, message=f"Unpacking: {done:,} of {total:,} files")
                 wait([unpacking], timeout=REPORT_SECONDS)
             unpacked = unpacking.result()

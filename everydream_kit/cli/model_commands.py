@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from everydream_kit.cli.command import Command
+from everydream_kit.cli.command import BASE_HELP, VAE_HELP, Command
 from everydream_kit.errors import ConfigError
 
 
@@ -27,6 +27,8 @@ def _add_sample_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int)
     parser.add_argument("--clip_skip", type=int, default=0)
     parser.add_argument("--lora", help="LoRA file or checkpoint to generate with")
+    parser.add_argument("--vae", help=VAE_HELP)
+    parser.add_argument("--base", help=BASE_HELP)
     parser.add_argument("--out", default="samples", help="folder for the images (default samples)")
 
 
@@ -48,6 +50,8 @@ def _run_sample(options: argparse.Namespace) -> None:
             height=options.height,
             clip_skip=options.clip_skip,
             lora=options.lora,
+            vae=options.vae,
+            adapter_base=options.base,
             out=options.out,
             progress=bar.show,
         )
@@ -77,24 +81,31 @@ def _add_export_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, help="of the weights (default fp16)")
     parser.add_argument("--ema", action="store_true", help="the averaged weights")
     parser.add_argument("--token", help="which learned token, where there are several (with --format embedding)")
+    parser.add_argument("--vae", help=VAE_HELP)
+    parser.add_argument("--base", help=BASE_HELP)
 
 
 def _run_export(options: argparse.Namespace) -> None:
     from everydream_kit.generation import resolve_checkpoint
 
-    if options.format == "embedding" and (options.precision or options.ema):
-        raise ConfigError("--precision and --ema do not apply to an embedding: it is written as it was learned.")
+    given = [name for name in ("precision", "ema", "vae", "base") if getattr(options, name)]
+    if options.format == "embedding" and given:
+        raise ConfigError(f"--{given[0]} does not apply to an embedding: it is written as it was learned.")
+    if options.format in LORA_LAYOUTS and options.vae:
+        raise ConfigError("--vae does not apply to a LoRA file, which holds no VAE.")
     if options.format != "embedding" and options.token:
         raise ConfigError("--token names a learned token: it goes with --format embedding.")
     source, precision = resolve_checkpoint(options.checkpoint), options.precision or "fp16"
+    how: dict[str, Any] = {"precision": precision, "ema": options.ema, "adapter_base": options.base}
+    parts = {} if options.vae is None else {"vae": options.vae}
     if options.format == "single_file":
         from everydream_kit.export.single_file_export import export_checkpoint
 
-        print(export_checkpoint(source, options.out, precision=precision, ema=options.ema))
+        print(export_checkpoint(source, options.out, **how, **parts))
     elif options.format == "diffusers":
         from everydream_kit.export.model_folder import export_folder
 
-        print(export_folder(source, options.out, precision, ema=options.ema))
+        print(export_folder(source, options.out, **how, **parts))
     elif options.format == "embedding":
         from everydream_kit.export.lora_files import export_token
 
@@ -103,7 +114,7 @@ def _run_export(options: argparse.Namespace) -> None:
         from everydream_kit.export.lora_files import export_lora
 
         layout = LORA_LAYOUTS[options.format]
-        print(export_lora(source, options.out, layout=layout, precision=precision, ema=options.ema))
+        print(export_lora(source, options.out, layout=layout, **how))
 
 
 def _add_merge_flags(parser: argparse.ArgumentParser) -> None:
@@ -115,6 +126,7 @@ def _add_merge_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strength", type=float, help="of the LoRA: 1 is as it was trained (default 1)")
     parser.add_argument("--weight", type=float, help="of the second model: 0 is the first, 1 the second (default 0.5)")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp16", help="of the result (default fp16)")
+    parser.add_argument("--base", help=BASE_HELP)
 
 
 def _run_merge(options: argparse.Namespace) -> None:
@@ -123,16 +135,17 @@ def _run_merge(options: argparse.Namespace) -> None:
     from everydream_kit.models.lora_formats import is_lora
 
     model, other = resolve_checkpoint(options.model), resolve_checkpoint(options.other)
+    how: dict[str, Any] = {"precision": options.precision, "adapter_base": options.base}
     if is_lora(Path(other)):
         if options.weight is not None:
             raise ConfigError(f"--weight mixes two models, and {other} is a LoRA: it is merged with --strength.")
         strength = 1.0 if options.strength is None else options.strength
-        print(merge_lora(model, other, options.out, strength=strength, precision=options.precision))
+        print(merge_lora(model, other, options.out, strength=strength, **how))
         return
     if options.strength is not None:
         raise ConfigError(f"--strength is for a LoRA, and {other} is not one: two models are mixed with --weight.")
     weight = 0.5 if options.weight is None else options.weight
-    print(merge_checkpoints(model, other, options.out, weight=weight, precision=options.precision))
+    print(merge_checkpoints(model, other, options.out, weight=weight, **how))
 
 
 def _add_extract_flags(parser: argparse.ArgumentParser) -> None:
@@ -143,6 +156,7 @@ def _add_extract_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--unet_only", action="store_true", help="ignore the text encoders' difference")
     parser.add_argument("--format", choices=list(LORA_LAYOUTS), default="lora", help="as for export (default lora)")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp16", help="of the weights (default fp16)")
+    parser.add_argument("--base", dest="adapter_base", help=BASE_HELP)
 
 
 def _run_extract(options: argparse.Namespace) -> None:
@@ -157,6 +171,7 @@ def _run_extract(options: argparse.Namespace) -> None:
         text_encoder=not options.unet_only,
         layout=LORA_LAYOUTS[options.format],
         precision=options.precision,
+        adapter_base=options.adapter_base,
     )
     print(out)
 

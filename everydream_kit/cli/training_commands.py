@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from everydream_kit.cli.command import Command
+from everydream_kit.cli.command import BASE_HELP, Command
 
 EXIT_STOPPED = {"SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143}
 
@@ -117,6 +117,7 @@ def _add_resume_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="change a setting from here on; may be repeated. --NAME VALUE does the same",
     )
+    parser.add_argument("--base", help=BASE_HELP)
     add_setting_flags(parser, skip=("logdir",))
 
 
@@ -132,7 +133,7 @@ def _run_resume(options: argparse.Namespace) -> int:
         changes[name] = parse_text(name, value)
     from everydream_kit.sessions import resume
 
-    return _report_outcome(resume(options.run, logdir=options.logdir, changes=changes))
+    return _report_outcome(resume(options.run, logdir=options.logdir, changes=changes, adapter_base=options.base))
 
 
 def _add_chain_flags(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,6 @@ import re
 import shutil
 import stat
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from everydream_kit.atomic import sweep, temporary_path
 from everydream_kit.data.image_files import EXTENSIONS
 from everydream_kit.errors import DataError, DiskSpaceError
 
@@ -120,7 +120,9 @@ def unpack_archive(
     if target.is_dir():
         return target
     work_dir.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=work_dir))
+    sweep(work_dir)  # of what was killed while it unpacked
+    unfinished = temporary_path(work_dir)
+    unfinished.mkdir()
     try:
         _unpack_into(archive, unfinished, max_bytes, max_entries)
         os.replace(unfinished, target)

@@ -12,7 +12,7 @@ import torch
 from everydream_kit.errors import ExportError
 from everydream_kit.export.single_file_export import live_or_averaged, precision_dtype
 from everydream_kit.models.adapters import LORA_FILE, TOKENS_FILE, is_adapter_folder, read_adapter_file
-from everydream_kit.models.loading import open_model
+from everydream_kit.models.loading import open_base, open_with_base
 from everydream_kit.models.lora import Lora, LoraLayer
 from everydream_kit.models.lora_formats import read_lora, without_scale, write_lora
 from everydream_kit.models.model_files import ModelFiles
@@ -29,6 +29,7 @@ def export_lora(
     layout: Literal["diffusers", "kohya"] = "kohya",
     precision: str = "fp16",
     ema: bool = False,
+    adapter_base: str | Path | None = None,
 ) -> Path:
     """Write a LoRA checkpoint as one file.
 
@@ -38,6 +39,7 @@ def export_lora(
         layout: `kohya` for image apps, `diffusers` for `load_lora_weights`.
         precision: fp16, bf16 or fp32.
         ema: take the averaged weights, which lie in the folder `<checkpoint>_ema` next to the checkpoint.
+        adapter_base: its base, where the one that it names has moved.
 
     Raises:
         ExportError: the checkpoint is no LoRA, the name ends otherwise, unknown precision, or no EMA weights.
@@ -48,7 +50,7 @@ def export_lora(
     if not is_adapter_folder(folder) or not (folder / LORA_FILE).is_file():
         raise ExportError(f"{folder}: no LoRA checkpoint. Full checkpoints are exported with export_checkpoint.")
     _check_name(out)
-    base = open_model(**read_adapter_file(folder)["base"])
+    base = open_base(folder, read_adapter_file(folder), adapter_base)
     out.parent.mkdir(parents=True, exist_ok=True)
     lora = read_lora(folder / LORA_FILE, base)
     if layout == "diffusers":
@@ -68,6 +70,7 @@ def extract_lora(
     text_encoder: bool = True,
     layout: Literal["diffusers", "kohya"] = "kohya",
     precision: str = "fp16",
+    adapter_base: str | Path | None = None,
 ) -> Path:
     """Write the difference of two models as a LoRA: the best one of its rank, by singular values (Eckart and Young
     1936).
@@ -78,6 +81,7 @@ def extract_lora(
         text_encoder: extract the text encoders' difference, too.
         layout: `kohya` for image apps, `diffusers` for `load_lora_weights`.
         precision: fp16, bf16 or fp32.
+        adapter_base: base of the one that is a LoRA checkpoint, where the one that it names has moved.
 
     Raises:
         ExportError: the models differ in shape, or not at all; a rank below 1; unknown precision.
@@ -87,7 +91,7 @@ def extract_lora(
     if rank < 1:
         raise ExportError(f"rank {rank}: must be at least 1.")
     _check_name(out)
-    one, other = open_model(tuned), open_model(base)
+    one, other = open_with_base([tuned, base], adapter_base)
     if one.family is not other.family:
         raise ExportError(
             f"{tuned} is {one.family.title} and {base} is {other.family.title}: no LoRA leads over there."

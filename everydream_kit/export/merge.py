@@ -13,7 +13,7 @@ import torch
 from everydream_kit.errors import ExportError
 from everydream_kit.export.model_folder import write_new_folder
 from everydream_kit.export.single_file_export import export_files
-from everydream_kit.models.loading import open_model
+from everydream_kit.models.loading import open_model, open_with_base
 from everydream_kit.models.lora_formats import apply_lora, read_lora_file
 from everydream_kit.models.model_files import ModelFiles
 from everydream_kit.models.tensors import LazyTensor
@@ -26,7 +26,13 @@ _MISSPELT = re.compile(r"\.(safe\w*|ckpt\w*|pt|pth|bin|sft)$", re.IGNORECASE)
 
 
 def merge_lora(
-    base: str | Path, lora: str | Path, out_path: str | Path, *, strength: float = 1.0, precision: str = "fp16"
+    base: str | Path,
+    lora: str | Path,
+    out_path: str | Path,
+    *,
+    strength: float = 1.0,
+    precision: str = "fp16",
+    adapter_base: str | Path | None = None,
 ) -> Path:
     """Write a base with a LoRA merged into it.
 
@@ -37,8 +43,9 @@ def merge_lora(
         out_path: `.safetensors` or `.ckpt` for a single file, anything else for a new diffusers folder.
         strength: 1 is the LoRA as it was trained.
         precision: of the result: fp16, bf16 or fp32.
+        adapter_base: where `base` is a LoRA checkpoint itself: its base, where the one that it names has moved.
     """
-    files = open_model(base)
+    files = open_model(base, adapter_base=adapter_base)
     read = read_lora_file(Path(lora), files)
     out = _write(apply_lora(files, read, strength), Path(out_path), precision)
     for token, parts in read.embeddings.items():
@@ -51,17 +58,24 @@ def merge_lora(
 
 
 def merge_checkpoints(
-    first: str | Path, second: str | Path, out_path: str | Path, *, weight: float = 0.5, precision: str = "fp16"
+    first: str | Path,
+    second: str | Path,
+    out_path: str | Path,
+    *,
+    weight: float = 0.5,
+    precision: str = "fp16",
+    adapter_base: str | Path | None = None,
 ) -> Path:
     """Write a mix of two models: (1 - weight) × first + weight × second. Configs and vocabulary are the first one's.
 
     Args:
         weight: 0 is the first model, 1 the second; beyond that it extrapolates.
+        adapter_base: base of those that are LoRA checkpoints, where the one that they name has moved.
 
     Raises:
         ExportError: the models differ in family or shape.
     """
-    one, other = open_model(first), open_model(second)
+    one, other = open_with_base([first, second], adapter_base)
     if one.family is not other.family:
         raise ExportError(f"{first} is {one.family.title} and {second} is {other.family.title}: they cannot be mixed.")
     tensors = {

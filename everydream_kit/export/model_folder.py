@@ -13,7 +13,15 @@ from everydream_kit.models.model_files import ModelFiles
 from everydream_kit.models.model_saving import write_folder
 
 
-def export_folder(checkpoint: str | Path, out: str | Path, precision: str = "fp16", *, ema: bool = False) -> Path:
+def export_folder(
+    checkpoint: str | Path,
+    out: str | Path,
+    precision: str = "fp16",
+    *,
+    ema: bool = False,
+    vae: str | Path | None = None,
+    adapter_base: str | Path | None = None,
+) -> Path:
     """Write a model as a diffusers folder.
 
     Args:
@@ -21,13 +29,16 @@ def export_folder(checkpoint: str | Path, out: str | Path, precision: str = "fp1
         out: must not be there yet, or be empty.
         precision: fp16, bf16 or fp32.
         ema: take the averaged weights, which lie in the folder `<checkpoint>_ema` next to the checkpoint.
+        vae: a VAE to use in place of the checkpoint's own: its file, or a diffusers folder.
+        adapter_base: for a LoRA checkpoint, its base, where the one that it names has moved.
 
     Raises:
         ExportError: unknown precision, a taken name, or no EMA weights.
         DiskSpaceError: not enough space; nothing was written.
         ModelError: the model cannot be read.
     """
-    return write_new_folder(open_model(live_or_averaged(checkpoint, ema=ema)), Path(out), precision)
+    files = open_model(live_or_averaged(checkpoint, ema=ema), vae=vae, adapter_base=adapter_base)
+    return write_new_folder(files, Path(out), precision)
 
 
 def write_new_folder(files: ModelFiles, out: Path, precision: str) -> Path:

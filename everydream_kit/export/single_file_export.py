@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from everydream_kit.atomic import open_atomic, write_atomic
+from everydream_kit.atomic import open_atomic, sweep, write_atomic
 from everydream_kit.errors import DiskSpaceError, ExportError
 from everydream_kit.models.convert import CLIP_VOCABULARY
 from everydream_kit.models.loading import open_model
@@ -41,6 +41,8 @@ def export_checkpoint(
     *,
     title: str | None = None,
     extra_metadata: Mapping[str, str] | None = None,
+    vae: str | Path | None = None,
+    adapter_base: str | Path | None = None,
 ) -> Path:
     """Write a checkpoint as one file that image apps load.
 
@@ -52,6 +54,8 @@ def export_checkpoint(
         ema: take the averaged weights, which lie in the folder `<checkpoint>_ema` next to the checkpoint.
         title: for the file's metadata; by default the file's name.
         extra_metadata: more text for the file's header.
+        vae: a VAE to use in place of the checkpoint's own: its file, or a diffusers folder.
+        adapter_base: for a LoRA checkpoint, its base, where the one that it names has moved.
 
     Returns:
         The file. SD 2.x gets a `.yaml` of the same name next to it, which older UIs need.
@@ -61,7 +65,7 @@ def export_checkpoint(
         DiskSpaceError: not enough space; nothing was written.
         ModelError: the checkpoint cannot be read.
     """
-    files = open_model(live_or_averaged(checkpoint_folder, ema=ema))
+    files = open_model(live_or_averaged(checkpoint_folder, ema=ema), vae=vae, adapter_base=adapter_base)
     return export_files(files, out_path, precision, title=title, extra_metadata=extra_metadata)
 
 
@@ -81,6 +85,7 @@ def export_files(
     tensors = {name: tensor.cast(dtype) for name, tensor in files.family.layout.to_single_file(files).items()}
     tensors |= _markers(files)
     out.parent.mkdir(parents=True, exist_ok=True)
+    sweep(out.parent)
     check_free_space(out.parent, _num_bytes(tensors))
     metadata = {**single_file_metadata(files, title or out.stem), **(extra_metadata or {})}
     if out.suffix == ".safetensors":

@@ -33,8 +33,6 @@ VAE_TRAINING_ONLY = ("loss.", "model_ema.")
 """What a VAE's own training left in the file: its discriminator and averages."""
 OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """diffusers' names before 0.15, and after."""
-TEXT_UNUSED = ("text_projection.", "logit_scale", "visual_projection.", "vision_model.", "text_model.text_projection.")
-"""What CLIP files hold that Stable Diffusion's text encoder without projection does not use."""
 
 Rename = tuple[str, str]
 """(diffusers prefix, single-file prefix); both end where a module's name ends."""
@@ -65,7 +63,7 @@ def from_single_file(tensors: Tensors, family: Family, configs: dict[str, Config
     skipped."""
     parts: dict[str, Tensors] = {
         "unet": dict(_backward(_under(tensors, UNET_PREFIX), unet_renames(configs["unet"]))),
-        "vae": _vae_from_single_file(_under(tensors, VAE_PREFIX), configs["vae"]),
+        "vae": vae_from_single_file(_under(tensors, VAE_PREFIX), configs["vae"]),
     }
     for slot in family.text_encoders:
         own = _under(tensors, slot.single_file_prefix)
@@ -76,7 +74,7 @@ def from_single_file(tensors: Tensors, family: Family, configs: dict[str, Config
     return parts
 
 
-def _vae_from_single_file(tensors: Tensors, config: Config) -> Tensors:
+def vae_from_single_file(tensors: Tensors, config: Config) -> Tensors:
     """A VAE by diffusers' names. Its attention is spelled `q` or `to_q`, and is a matrix or a 1 x 1 convolution:
     diffusers' conversion script of 0.17 and later, which EveryDream 2 uses, writes the second name and the matrix."""
     pairs = vae_renames(config)
@@ -229,8 +227,7 @@ def _text_to_hf(tensors: Tensors, slot: TextEncoderSlot) -> Tensors:
 
 
 def _text_from_hf(tensors: Tensors, slot: TextEncoderSlot) -> Tensors:
-    unused = TEXT_UNUSED if slot.class_name == "CLIPTextModel" else ("logit_scale",)
-    return _with_prefix({name: value for name, value in tensors.items() if not name.startswith(unused)})
+    return _with_prefix({name: value for name, value in tensors.items() if not name.startswith(slot.unused)})
 
 
 _OPENCLIP_LAYER = {
@@ -301,6 +298,14 @@ def _text_from_openclip(tensors: Tensors, slot: TextEncoderSlot, num_layers: int
         else:
             parts[f"{layer}.{back.get(found[2], found[2])}.{found[3]}"] = value
     return parts
+
+
+def num_text_blocks(tensors: Tensors, slot: TextEncoderSlot) -> int:
+    """How many text blocks a single file holds for one of its text encoders."""
+    return _num_layers(
+        _under(tensors, slot.single_file_prefix),
+        r"(?:text_model\.encoder\.layers|encoder\.layers|transformer\.resblocks)\.(\d+)\.",
+    )
 
 
 def _num_layers(tensors: Tensors, pattern: str) -> int:

@@ -143,7 +143,7 @@ def choose_files(
         for part in _parts():
             chosen += _choose_part([name for name in inside if name.startswith(f"{prefix}{part}/")], variant)
         return chosen
-    single = [name for name in inside if "/" not in name.removeprefix(prefix) and name.endswith(".safetensors")]
+    single = [name for name in inside if "/" not in name.removeprefix(prefix) and _is_single(name)]
     if len(single) == 1:
         return single
     if single:
@@ -165,6 +165,12 @@ def _parts() -> list[str]:
     weights = [component.folder for family in FAMILIES.values() for component in family.components]
     texts = [slot.tokenizer_folder for family in FAMILIES.values() for slot in family.text_encoders]
     return list(dict.fromkeys([*weights, *texts, "scheduler"]))
+
+
+def _is_single(name: str) -> bool:
+    from everydream_kit.models.weight_files import SAFETENSORS_SUFFIXES
+
+    return name.lower().endswith(SAFETENSORS_SUFFIXES)
 
 
 def _choose_part(names: Sequence[str], variant: str | None) -> list[str]:
@@ -216,7 +222,7 @@ def _announce(
 
 
 def _place(folder: Path, wanted: Sequence[str], subfolder: str | None) -> Path:
-    single = [name for name in wanted if name.endswith(".safetensors")]
+    single = [name for name in wanted if _is_single(name)]
     if len(wanted) == 1 and single:
         return folder / single[0]
     return folder / subfolder if subfolder else folder

@@ -104,6 +104,10 @@ class Sizes:
         return cls([(width, height)] * batch_size, [(0, 0)] * batch_size, (width, height))
 
 
+CLIP_UNUSED = ("text_projection", "logit_scale", "visual_projection.", "vision_model.", "text_model.text_projection.")
+"""What CLIP files hold that Stable Diffusion's text encoder without projection does not use."""
+
+
 @dataclass(frozen=True, slots=True)
 class TextEncoderSlot:
     """One text encoder of a family.
@@ -130,6 +134,11 @@ class TextEncoderSlot:
     blocks: tuple[str, ...] = ("CLIPEncoderLayer",)
     module: str = "transformers.models.clip.modeling_clip"
     tokenizer_class: str = "CLIPTokenizer"
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Starts of the names that CLIP files hold and this text encoder does not use."""
+        return CLIP_UNUSED if self.class_name == "CLIPTextModel" else ("logit_scale",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,7 +393,8 @@ class Model:
         scheduler_config: the model's own sampler (class name and settings) as found; saved back unchanged.
         prediction_type: `epsilon`, `v_prediction` or `sample`.
         source: where it came from, for messages and model cards.
-        origin: how to load it again: `load_model`'s arguments.
+        origin: how to load it again, from any folder: `load_model`'s arguments.
+        fingerprint: what its weights were known by when they were loaded; None where they were not.
         lora: the settings of its LoRA adapter (`lora.py`), if it has one.
         new_tokens: learned tokens (`tokens.py`): name -> the names of its vectors in the tokenizers.
     """
@@ -400,6 +410,7 @@ class Model:
     zero_terminal_snr: bool
     source: str
     origin: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str | None = None
     lora: LoraSettings | None = None
     new_tokens: dict[str, list[str]] = field(default_factory=dict)
 

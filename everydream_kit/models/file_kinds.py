@@ -123,6 +123,6 @@ def with_vae(path: Path, tensors: Tensors) -> Tensors:
             own = {name.removeprefix(VAE_PREFIX): value for name, value in open_weights(near)[0].items()}
             return {**tensors, **{VAE_PREFIX + name: value for name, value in own.items()}}
     raise ModelError(
-        f"{path}: holds no VAE. Put its VAE, or the one of its family's base model, next to it under the name "
-        f"{path.stem}.vae.safetensors, or take the full checkpoint."
+        f"{path}: holds no VAE. Give its VAE, or the one of its family's base model, with --vae PATH (in Python: vae), put "
+        f"it next to the file as {path.stem}.vae.safetensors, or take the full checkpoint."
     )

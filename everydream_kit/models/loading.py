@@ -9,25 +9,39 @@ there; here is only the assembly.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from everydream_kit.errors import ModelError
-from everydream_kit.models.adapters import LORA_FILE, TOKENS_FILE, is_adapter_folder, read_adapter_file
+from everydream_kit.models.adapters import (
+    LORA_FILE,
+    TOKENS_FILE,
+    AdapterBase,
+    base_to_open,
+    explaining_base,
+    is_adapter_folder,
+    kind_of_adapter,
+    read_adapter_file,
+)
 from everydream_kit.models.components import build_component, fill
 from everydream_kit.models.download import fetch_model, is_hub_id
 from everydream_kit.models.family import Model, configs_folder
+from everydream_kit.models.fingerprints import weights_fingerprint
 from everydream_kit.models.model_files import ModelFiles, open_folder, read_json
 from everydream_kit.models.number_formats import Formats
 from everydream_kit.models.single_file import open_single_file
 from everydream_kit.models.tokenizer import Vocabulary, build_tokenizer, load_tokenizer
+from everydream_kit.models.vae_files import with_given_vae
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
     from transformers import CLIPTokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -41,9 +55,10 @@ def load_model(
     token: str | None = None,
     family: str | None = None,
     prediction_type: str | None = None,
-    adapter_base: Mapping[str, Any] | None = None,
+    vae: str | Path | None = None,
+    adapter_base: AdapterBase | None = None,
 ) -> Model:
-    """Load a model for training or drawing.
+    """Load a model for training or sampling.
 
     Args:
         source: a diffusers folder, a `.safetensors` or `.ckpt` file, or a Hub id.
@@ -51,8 +66,9 @@ def load_model(
             several overflow in float16.
         revision, subfolder, variant, token: for Hub ids (subfolder and variant for folders, too).
         family, prediction_type: overrides of what the files say.
-        adapter_base: for a small checkpoint, the base to use in place of the one that it names: `source`, perhaps
-            `revision`, `subfolder`, `variant`, `family` and `prediction_type`.
+        vae: a VAE to use in place of the model's own: its file, or a diffusers folder.
+        adapter_base: for a small checkpoint, the base to use in place of the one that it names: path or Hub id, or these
+            arguments by name.
 
     Raises:
         ModelError: it is not there, damaged, or of a kind that the kit does not train.
@@ -60,21 +76,34 @@ def load_model(
     where: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "variant": variant}
     folder = Path(source).expanduser()
     if folder.is_dir() and is_adapter_folder(folder):
-        return _load_adapted(folder, adapter_base, dtype=dtype, device=device, token=token)
-    files = open_model(source, token=token, family=family, prediction_type=prediction_type, **where)
+        return _load_adapted(folder, adapter_base, dtype=dtype, device=device, token=token, vae=vae)
+    how: dict[str, Any] = {"family": family, "prediction_type": prediction_type, "vae": vae}
+    files = open_model(source, token=token, adapter_base=adapter_base, **how, **where)
+    wanted = {"source": str(source), **where, **how}
+    return _load_opened(files, wanted, dtype=dtype, device=device)
+
+
+def _load_opened(
+    files: ModelFiles, wanted: Mapping[str, Any], *, dtype: torch.dtype | Formats, device: torch.device | str
+) -> Model:
+    """Modules that know how to be loaded again, whatever the working folder is then."""
     model = assemble(files, dtype=dtype, device=device)
-    wanted = {"source": str(source), **where, "family": family, "prediction_type": prediction_type}
     model.origin = {name: value for name, value in wanted.items() if value is not None}
+    for name in model.origin.keys() & {"source", "vae"}:
+        local = Path(model.origin[name]).expanduser()
+        model.origin[name] = str(local.absolute() if local.exists() else model.origin[name])
+    model.fingerprint = weights_fingerprint(files)
     return model
 
 
 def _load_adapted(
     folder: Path,
-    own_base: Mapping[str, Any] | None,
+    own_base: AdapterBase | None,
     *,
     dtype: torch.dtype | Formats,
     device: torch.device | str,
     token: str | None,
+    vae: str | Path | None,
 ) -> Model:
     """A base with the live adapter of a small checkpoint."""
     from everydream_kit.models.lora import inject, set_lora
@@ -83,18 +112,52 @@ def _load_adapted(
     from everydream_kit.models.tokens import load_tokens
 
     note = read_adapter_file(folder)
-    origin = note["base"] if own_base is None else own_base
-    base = {name: value for name, value in origin.items() if name != "source"}
-    model = load_model(origin["source"], dtype=dtype, device=device, token=token, **base)
+    files = open_base(folder, note, own_base, token=token, vae=vae)
+    wanted = base_to_open(note, own_base)
+    model = _load_opened(files, wanted if vae is None else {**wanted, "vae": vae}, dtype=dtype, device=device)
     if (folder / TOKENS_FILE).is_file():
         load_tokens(model, folder / TOKENS_FILE)
     if "lora" in note:
         inject(model, LoraSettings.from_json(note["lora"]), dtype=as_formats(dtype).trained)
-        set_lora(model, read_lora(folder / LORA_FILE, open_model(origin["source"], token=token, **base)))
+        set_lora(model, read_lora(folder / LORA_FILE, files))
     for module in model.modules().values():
         module.to(device)  # what was added to the base
     model.source = str(folder)
     return model
+
+
+def open_base(
+    folder: Path,
+    note: Mapping[str, Any],
+    own_base: AdapterBase | None = None,
+    *,
+    token: str | None = None,
+    vae: str | Path | None = None,
+) -> ModelFiles:
+    """Open the base of a small checkpoint. Warns of one whose weights are not those that the checkpoint was trained on.
+
+    Args:
+        note: what `read_adapter_file` read.
+        own_base: the base to use in place of the one that the note names.
+
+    Raises:
+        ModelError: it cannot be used; the message says whose base it is, and how to name another.
+    """
+    wanted = base_to_open(note, own_base)
+    wanted["vae"] = vae or wanted.get("vae")
+    with explaining_base(folder, note, str(wanted["source"])):
+        files = open_model(token=token, **wanted)
+        trained_on = note.get("base_fingerprint")
+        if trained_on is not None and weights_fingerprint(files) != trained_on:
+            logger.warning(
+                "%s: the weights of %s are not those of the base that this %s was trained on (%s), so results will differ. "
+                "Name the right one with --base.",
+                folder,
+                wanted["source"],
+                kind_of_adapter(note),
+                note["base"]["source"],
+            )
+    return files
 
 
 def open_model(
@@ -106,31 +169,64 @@ def open_model(
     token: str | None = None,
     family: str | None = None,
     prediction_type: str | None = None,
+    vae: str | Path | None = None,
+    adapter_base: AdapterBase | None = None,
 ) -> ModelFiles:
     """Find and open a model without reading its weights. Arguments and errors as `load_model`."""
     path = Path(source).expanduser()
-    if path.is_file():
-        return open_single_file(path, family=family, prediction_type=prediction_type)
     if path.is_dir() and is_adapter_folder(path):
-        return _open_adapted(path, token)
+        return _open_adapted(path, adapter_base, token, vae)
+    if adapter_base is not None and path.exists():
+        raise ModelError(f"{source}: no LoRA checkpoint, so no base is needed. Leave --base (adapter_base) out.")
+    if path.is_file():
+        return open_single_file(path, family=family, prediction_type=prediction_type, vae=vae)
     if path.is_dir():
         folder = path / subfolder if subfolder else path
-        return open_folder(folder, family=family, prediction_type=prediction_type, variant=variant)
+        files = open_folder(folder, family=family, prediction_type=prediction_type, variant=variant)
+        return with_given_vae(files, vae)
     if not is_hub_id(str(source)):
         raise ModelError(
             f"{source}: there is no such file or folder, and it is not a Hub id (owner/repository) either."
         )
     where = fetch_model(str(source), revision=revision, subfolder=subfolder, variant=variant, token=token)
-    files = open_model(where, family=family, prediction_type=prediction_type, variant=variant, token=token)
+    how: dict[str, Any] = {"family": family, "prediction_type": prediction_type, "vae": vae}
+    how["adapter_base"] = adapter_base
+    files = open_model(where, variant=variant, token=token, **how)
     return dataclasses.replace(files, source=str(source))
 
 
-def _open_adapted(folder: Path, token: str | None) -> ModelFiles:
+def open_with_base(sources: Sequence[str | Path], adapter_base: AdapterBase | None) -> list[ModelFiles]:
+    """Open several models; those that are small checkpoints on the base that is named, if one is.
+
+    Raises:
+        ModelError: a base is named, and all of them are whole models.
+    """
+    bases = adapter_bases(sources, adapter_base)
+    return [open_model(source, adapter_base=base) for source, base in zip(sources, bases, strict=True)]
+
+
+def adapter_bases(sources: Sequence[str | Path], adapter_base: AdapterBase | None) -> list[AdapterBase | None]:
+    """The base for each of several models: what is named for small checkpoints, None for whole models.
+
+    Raises:
+        ModelError: a base is named, and all of them are whole models.
+    """
+    paths = [Path(source).expanduser() for source in sources]
+    is_small = [is_adapter_folder(path) for path in paths]
+    if not any(is_small):
+        is_small = [not path.exists() for path in paths]  # on the Hub: `open_model` says what it is
+    if adapter_base is not None and not any(is_small):
+        named = ", ".join(map(str, sources))
+        raise ModelError(f"{named}: no LoRA checkpoint, so no base is needed. Leave --base (adapter_base) out.")
+    return [adapter_base if small else None for small in is_small]
+
+
+def _open_adapted(folder: Path, own_base: AdapterBase | None, token: str | None, vae: str | Path | None) -> ModelFiles:
     """A base with the LoRA of a small checkpoint merged into it."""
     from everydream_kit.models.lora_formats import apply_lora, read_lora
 
     note = read_adapter_file(folder)
-    base = open_model(token=token, **note["base"])
+    base = open_base(folder, note, own_base, token=token, vae=vae)
     if "lora" not in note:
         return base
     return dataclasses.replace(apply_lora(base, read_lora(folder / LORA_FILE, base)), source=str(folder))

@@ -87,11 +87,15 @@ def open_folder(
         if name not in configs:
             raise ModelError(f"{folder}: {name}/config.json is missing, and {found.title} needs it.")
     scheduler = _read_scheduler(folder)
+    tensors = {name: open_component(folder / name, variant) for name in wanted}
+    for slot in found.text_encoders:  # what a whole CLIP model's file holds besides
+        own = tensors[slot.folder]
+        tensors[slot.folder] = {name: value for name, value in own.items() if not name.startswith(slot.unused)}
     return ModelFiles(
         family=found,
         source=str(folder),
         configs={name: configs[name] for name in wanted},
-        tensors={name: open_component(folder / name, variant) for name in wanted},
+        tensors=tensors,
         tokenizers={slot.tokenizer_folder: folder / slot.tokenizer_folder for slot in found.text_encoders},
         scheduler_config=scheduler,
         prediction_type=prediction_type or prediction_type_of(scheduler, str(folder)),

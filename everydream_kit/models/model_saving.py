@@ -78,7 +78,7 @@ def _save_adapter(model: Model, folder: Path, weights: Mapping[str, Mapping[str,
     if model.new_tokens:
         save_tokens(model, folder / TOKENS_FILE, weights)
         parts["new_tokens"] = model.new_tokens
-    write_adapter_file(folder, model.origin, **parts)
+    write_adapter_file(folder, model.origin, model.fingerprint, **parts)
 
 
 def write_folder(files: ModelFiles, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from everydream_kit.errors import ModelError
-from everydream_kit.models.convert import UNET_PREFIX
+from everydream_kit.models.convert import UNET_PREFIX, num_text_blocks
 from everydream_kit.models.families import FAMILIES, family_by_name
 from everydream_kit.models.family import Config, Family, configs_folder
 from everydream_kit.models.file_kinds import refuse_other_kinds, with_vae, without_scales
@@ -27,6 +27,7 @@ from everydream_kit.models.model_files import (
 from everydream_kit.models.part_configs import scheduler_values
 from everydream_kit.models.tensors import Tensors
 from everydream_kit.models.tokenizer import END, Vocabulary, checked_vocabulary
+from everydream_kit.models.vae_files import with_given_vae
 from everydream_kit.models.weight_files import WEIGHT_SUFFIXES, open_weights
 from everydream_kit.strict_json import parse_json
 
@@ -45,11 +46,14 @@ _V_THRESHOLD = 0.09
 """ComfyUI's rule for SD 2.x files that say nothing: this bias spreads wider in v-prediction models."""
 
 
-def open_single_file(path: Path, *, family: str | None = None, prediction_type: str | None = None) -> ModelFiles:
+def open_single_file(
+    path: Path, *, family: str | None = None, prediction_type: str | None = None, vae: str | Path | None = None
+) -> ModelFiles:
     """Open a single-file model.
 
     Args:
         family, prediction_type: overrides of what the file says.
+        vae: a VAE to use in place of the file's own (`vae_files.py`).
 
     Raises:
         ModelError: damaged, carrying code, no Stable Diffusion model, or of a kind that the kit does not train.
@@ -59,13 +63,13 @@ def open_single_file(path: Path, *, family: str | None = None, prediction_type: 
     tensors, metadata = open_weights(path)
     refuse_other_kinds(path, tensors)
     found = family_by_name(family) if family else _recognize(path, tensors)
-    tensors = with_vae(path, without_scales(tensors))
-    configs = _configs(path, found, metadata)
+    tensors = without_scales(tensors) if vae is not None else with_vae(path, without_scales(tensors))
+    configs = _with_found_blocks(path, tensors, found, _configs(path, found, metadata))
     refuse_unsupported(str(path), configs, {})
     scheduler = dict(scheduler_values(configs.pop("scheduler"), str(path)))
     predicted = prediction_type or _prediction_type(path, tensors, metadata, found, scheduler)
     rescaled = ZTSNR_MARKER in tensors or has_zero_terminal_snr(scheduler)
-    return ModelFiles(
+    files = ModelFiles(
         family=found,
         source=str(path),
         configs=configs,
@@ -76,6 +80,7 @@ def open_single_file(path: Path, *, family: str | None = None, prediction_type: 
         zero_terminal_snr=rescaled,
         metadata=metadata,
     )
+    return with_given_vae(files, vae)
 
 
 def _recognize(path: Path, tensors: Tensors) -> Family:
@@ -98,6 +103,20 @@ def _configs(path: Path, family: Family, metadata: dict[str, str]) -> dict[str, 
     if CONFIGS_KEY in metadata:
         own = parse_json(metadata[CONFIGS_KEY], f"{path}: metadata {CONFIGS_KEY}", error=ModelError)
         configs |= {name: own[name] for name in configs if isinstance(own.get(name), dict)}
+    return configs
+
+
+def _with_found_blocks(path: Path, tensors: Tensors, family: Family, configs: dict[str, Config]) -> dict[str, Config]:
+    """Configs whose text encoders are no deeper than the file's: some tools cut off the blocks that nothing reads."""
+    configs = dict(configs)
+    for slot in family.text_encoders:
+        found, published = num_text_blocks(tensors, slot), configs[slot.folder]["num_hidden_layers"]
+        if 0 < found < published:
+            logger.warning(
+                "%s: its %s has %d blocks where %s has %d; it is used as it is.",
+                *(path, slot.folder, found, family.title, published),
+            )
+            configs[slot.folder] = {**configs[slot.folder], "num_hidden_layers": found}
     return configs
 
 

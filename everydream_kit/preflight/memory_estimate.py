@@ -58,7 +58,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes", "pyto
 
 WITHOUT_EFFECT = frozenset(
     {
-        *("resume_ckpt", "base_revision", "base_subfolder", "base_variant", "family", "prediction_type"),
+        *("resume_ckpt", "base_revision", "base_subfolder", "base_variant", "family", "prediction_type", "vae"),
         *(
             "data_root",
             "flip_p",
@@ -339,6 +339,7 @@ def architecture_of(config: TrainConfig) -> Architecture:
         variant=config.base_variant,
         family=config.family,
         prediction_type=config.prediction_type,
+        vae=config.vae,
     )
 
 

@@ -70,6 +70,7 @@ def read_architecture(
     variant: str | None = None,
     family: str | None = None,
     prediction_type: str | None = None,
+    vae: str | Path | None = None,
     endpoint: str | None = None,
 ) -> Architecture:
     """Read a model's configs, wherever it is. Arguments as `load_model` has them; `endpoint` is another Hub's address.
@@ -80,16 +81,17 @@ def read_architecture(
     from everydream_kit.models.adapters import is_adapter_folder
     from everydream_kit.models.download import is_hub_id
     from everydream_kit.models.single_file import open_single_file
+    from everydream_kit.models.vae_files import with_given_vae
 
     how: dict[str, Any] = {"family": family, "prediction_type": prediction_type}
     path = Path(source).expanduser()
     if path.is_file():
-        return Architecture(open_single_file(path, **how))
+        return Architecture(open_single_file(path, vae=vae, **how))
     if path.is_dir() and is_adapter_folder(path):
-        return _read_adapted(path, endpoint)
+        return _read_adapted(path, endpoint, vae)
     if path.is_dir():
         folder = path / subfolder if subfolder else path
-        files = open_configs(folder, **how)
+        files = with_given_vae(open_configs(folder, **how), vae)
         return Architecture(files, stored=stored_dtypes(folder, files, variant))
     if not is_hub_id(str(source)):
         raise ModelError(
@@ -97,7 +99,7 @@ def read_architecture(
         )
     where = {"revision": revision, "endpoint": endpoint}
     files = _fetch_configs(str(source), subfolder, variant, where, how)
-    return Architecture(dataclasses.replace(files, source=str(source)))
+    return Architecture(dataclasses.replace(with_given_vae(files, vae), source=str(source)))
 
 
 def stored_dtypes(folder: Path, files: ModelFiles, variant: str | None) -> dict[str, torch.dtype]:
@@ -141,13 +143,15 @@ def shipped_architecture(
     return Architecture(files)
 
 
-def _read_adapted(folder: Path, endpoint: str | None) -> Architecture:
+def _read_adapted(folder: Path, endpoint: str | None, vae: str | Path | None) -> Architecture:
     """A base, and the adapter that a small checkpoint puts on it."""
-    from everydream_kit.models.adapters import read_adapter_file
+    from everydream_kit.models.adapters import explaining_base, read_adapter_file
     from everydream_kit.models.lora_settings import LoraSettings
 
     note = read_adapter_file(folder)
-    base = read_architecture(note["base"].pop("source"), endpoint=endpoint, **note["base"])
+    wanted = {**note["base"], **({} if vae is None else {"vae": vae})}
+    with explaining_base(folder, note, wanted["source"]):
+        base = read_architecture(wanted.pop("source"), endpoint=endpoint, **wanted)
     lora = LoraSettings.from_json(note["lora"]) if "lora" in note else None
     return Architecture(dataclasses.replace(base.files, source=str(folder)), lora)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from everydream_kit.config import mixes_precision
 from everydream_kit.foreign import read_origin
+from everydream_kit.models.adapters import AdapterBase, is_adapter_folder
 from everydream_kit.models.families import FAMILIES
 from everydream_kit.models.family import Model
 from everydream_kit.models.loading import load_model
@@ -36,8 +37,13 @@ TILE_PIXELS = 512
 """Side of a tile. SD 1.5's own images go through as a whole."""
 
 
-def load_base(config: TrainConfig, weights_from: Path | None, ranks: Ranks) -> Model:
+def load_base(
+    config: TrainConfig, weights_from: Path | None, ranks: Ranks, adapter_base: AdapterBase | None = None
+) -> Model:
     """Load the base model, or the weights of a run that is resumed, onto the device, each part in its format.
+
+    Args:
+        adapter_base: for a LoRA's or a learnt word's checkpoint, the base to use in place of the one that it names.
 
     Raises:
         ModelError, CheckpointError: it is not there or cannot be used.
@@ -52,7 +58,8 @@ def load_base(config: TrainConfig, weights_from: Path | None, ranks: Ranks) -> M
         variant=config.base_variant if weights_from is None else None,
         family=config.family,
         prediction_type=config.prediction_type,
-        adapter_base=_own_base(config, weights_from),
+        vae=config.vae if weights_from is None else None,  # a checkpoint holds or names its own
+        adapter_base=adapter_base or _own_base(config, weights_from),
     )
     if config.enable_zero_terminal_snr and not model.zero_terminal_snr:
         model.noise_scheduler = rescale_zero_terminal_snr(model.noise_scheduler, model.prediction_type)
@@ -62,7 +69,9 @@ def load_base(config: TrainConfig, weights_from: Path | None, ranks: Ranks) -> M
 
 def _own_base(config: TrainConfig, weights_from: Path | None) -> dict[str, str] | None:
     """The base that a person named for a fetched run; its adapter's file names the one of another machine."""
-    if weights_from is None or read_origin(weights_from.parent.parent) is None:
+    if weights_from is None or not is_adapter_folder(weights_from):
+        return None
+    if read_origin(weights_from.parent.parent) is None:
         return None
     named = {
         "source": str(find_base(config)),
@@ -71,6 +80,7 @@ def _own_base(config: TrainConfig, weights_from: Path | None) -> dict[str, str] 
         "variant": config.base_variant,
         "family": config.family,
         "prediction_type": config.prediction_type,
+        "vae": config.vae,
     }
     return {name: value for name, value in named.items() if value is not None}
 

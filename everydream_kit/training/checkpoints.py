@@ -14,20 +14,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from everydream_kit.atomic import write_atomic
-from everydream_kit.errors import CheckpointError, DiskSpaceError
+from everydream_kit.atomic import FOREIGN_SECONDS, write_atomic
+from everydream_kit.errors import CheckpointError, DiskSpaceError, JobError
+from everydream_kit.identity import Process, is_running
+from everydream_kit.locks import hold
 from everydream_kit.strict_json import read_json
 from everydream_kit.training.file_hashes import OpenFile, Receipts, digests_of, sync
 from everydream_kit.training.resume_state import check_state
 from everydream_kit.training.tensor_files import check_nested, read_nested, write_nested
-from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder
+from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder, list_runs, run_lock_path
 
 RESUMABLE_KEPT = 2
+LEFTOVERS = (".partial-*", ".gone-*", ".old-*")
+"""Names of folders that a killed process leaves among its checkpoints."""
 DISK_MARGIN = 1.05
 """Headers, JSON and file-system blocks come on top of the tensors."""
 
@@ -190,9 +196,36 @@ def sweep(checkpoints_folder: Path) -> None:
         final = replaced.with_name(replaced.name.removeprefix(".old-"))
         if not final.exists():
             os.replace(replaced, final)
-    for pattern in (".partial-*", ".gone-*", ".old-*"):
+    for pattern in LEFTOVERS:
         for folder in checkpoints_folder.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep_dead_runs(logdir: str | Path) -> list[Path]:
+    """Clear up after killed runs that nobody resumes: their half-written checkpoints are as large as whole ones.
+
+    Returns:
+        What was removed. Runs whose process may be alive, here or on another machine, are left alone.
+    """
+    removed = []
+    for run in list_runs(logdir):
+        leftovers = [path for pattern in LEFTOVERS for path in run.checkpoints_folder.glob(pattern)]
+        if not leftovers or not _is_dead(run):
+            continue
+        with suppress(JobError), hold(run_lock_path(run.folder), "in progress"):  # a resume has begun meanwhile
+            sweep(run.checkpoints_folder)
+            removed += [path for path in leftovers if not path.exists()]
+    return removed
+
+
+def _is_dead(run: RunFolder) -> bool:
+    status = run.status()
+    known = Process.from_json(status)
+    running = None if known is None else is_running(known)
+    if running is None:  # another machine's, or one from before a restart
+        heartbeat = status.get("heartbeat")
+        return isinstance(heartbeat, int | float) and time.time() - heartbeat > FOREIGN_SECONDS
+    return not running
 
 
 def _write_resume(folder: Path, tensors: dict[str, Any] | None, state: dict[str, Any], open_file: OpenFile) -> None:

@@ -25,7 +25,7 @@ def train_loop(run: Run, listeners: Sequence[Listener], stop: StopSignal) -> Pos
 
     Args:
         run: everything built: model, plan, optimizer ...; its `position` says where to begin.
-        listeners: called after every step, in this order.
+        listeners: called before and after every step, in this order.
         stop: set by Ctrl-C, SIGTERM, or a request in the run folder; the step in progress is finished.
 
     Returns:
@@ -39,6 +39,8 @@ def train_loop(run: Run, listeners: Sequence[Listener], stop: StopSignal) -> Pos
     for work in run.batches():
         step = run.position.step
         learning_rates = run.set_learning_rates(step)
+        for listener in listeners:
+            listener.before_step(run, work)
         losses = ImageLosses()
         for batch in work.batches:
             losses.add(batch, backward(run, batch, work))

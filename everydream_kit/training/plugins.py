@@ -10,7 +10,7 @@ A plug-in is any class with some of these methods; it need not derive from anyth
 
 EveryDream 2's signature works as well: a hook that takes keyword arguments (`**kwargs`) gets `epoch`, `global_step`,
 `local_step`, `epoch_length`, `project_name`, `log_folder`, `data_root`, `batch`, `ed_state`, `arg_update_callback`
-where it had them there, and `run`. What differs is in docs/differences.md.
+where it had them there, `max_epochs` and `run`. What differs is in docs/differences.md.
 
 A plug-in that transforms images switches the latent cache off, since what it makes cannot be known in advance. A hook
 that does nothing, such as one inherited from EveryDream 2's `BasePlugin`, is not a hook.
@@ -21,11 +21,13 @@ from __future__ import annotations
 import dis
 import importlib
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from everydream_kit.errors import ConfigError, KitError
 from everydream_kit.training.reports import Listener, StepReport
@@ -33,6 +35,7 @@ from everydream_kit.training.reports import Listener, StepReport
 if TYPE_CHECKING:
     from PIL import Image
 
+    from everydream_kit.data.records import Batch, StepBatches
     from everydream_kit.training.run import Run
 
 
@@ -43,6 +46,13 @@ HOOKS = frozenset(
     }
 )
 
+
+NOT_CALLED = frozenset(
+    {"on_model_load", "on_model_save", "on_backpropagation", "on_will_step_optimizer", "modify_sample_prompt"}
+)
+"""Hooks of EveryDream 2 and its fork that the kit does not have."""
+
+logger = logging.getLogger(__name__)
 
 _BASE_HINT = " EveryDream 2's BasePlugin is not needed: remove its import, and derive from nothing."
 
@@ -75,6 +85,9 @@ def load_plugins(names: Sequence[str]) -> list[Any]:
             raise ConfigError(
                 f"plugins: {name} is not a plug-in: a class with at least one of {', '.join(sorted(HOOKS))}."
             )
+        for hook in sorted(NOT_CALLED):
+            if has_hook(plugin_class, hook):
+                logger.warning("plugins: %s.%s is never called here (docs/differences.md).", name, hook)
         plugins.append(plugin_class())
     return plugins
 
@@ -87,7 +100,7 @@ def name_of(plugin: Any) -> str:
 def has_hook(plugin: Any, hook: str) -> bool:
     """Whether a plug-in does something at a hook."""
     method = getattr(plugin, hook, None)
-    return callable(method) and not _does_nothing(method, returns_argument=hook.startswith("transform_"))
+    return callable(method) and not _does_nothing(method, returns_argument=hook.startswith(("transform_", "modify_")))
 
 
 def _does_nothing(method: Any, *, returns_argument: bool) -> bool:
@@ -154,33 +167,35 @@ class PluginListener(Listener):
         self._call("on_training_start", run, facts=_run_facts(run))
         if run.position.step_in_epoch == 0:
             self._start_epoch(run, run.position.epoch)
-        self._start_step(run, run.position.step)
+
+    def before_step(self, run: Run, work: StepBatches) -> None:
+        if self._is_wanted("on_step_start"):
+            position = run.position
+            facts = _step_facts(run, position.epoch, position.step, position.step_in_epoch)
+            facts |= _batch_facts(run, work.batches)
+            self._call("on_step_start", run, position.step, facts=facts)
 
     def __call__(self, run: Run, report: StepReport) -> None:
-        batches = report.batches
-        facts = _step_facts(run, report.epoch, report.step - 1, report.step_in_epoch)
-        # a window of accumulated micro-batches is one step here; its last one is the batch
-        facts |= {"batch": _as_dict(batches[-1]) if batches else {}, "batches": [_as_dict(one) for one in batches]}
-        self._call("on_step_end", run, report, facts={**facts, "report": report})
+        if self._is_wanted("on_step_end"):
+            facts = _step_facts(run, report.epoch, report.step - 1, report.step_in_epoch)
+            facts |= {**_batch_facts(run, report.batches), "report": report}
+            self._call("on_step_end", run, report, facts=facts)
         if report.epoch_ended:
             end = _step_facts(run, report.epoch, report.step, report.step_in_epoch)
             self._call("on_epoch_end", run, report.epoch, facts={**end, "arg_update_callback": _refuse_update})
-        if not run.is_complete():
-            if report.epoch_ended:
+            if not run.is_complete():
                 self._start_epoch(run, report.epoch + 1)
-            self._start_step(run, report.step)
 
     def on_finish(self, run: Run) -> None:
-        self._call("on_training_end", run, facts={"run": run})
+        self._call("on_training_end", run, facts=_run_facts(run))
 
     def _start_epoch(self, run: Run, epoch: int) -> None:
         facts = _step_facts(run, epoch, run.position.step, 0)
         facts |= {"epoch_length": _epoch_length(run), "arg_update_callback": _refuse_update}
         self._call("on_epoch_start", run, epoch, facts=facts)
 
-    def _start_step(self, run: Run, step: int) -> None:
-        facts = _step_facts(run, run.position.epoch, step, run.position.step_in_epoch)
-        self._call("on_step_start", run, step, facts=facts)
+    def _is_wanted(self, hook: str) -> bool:
+        return any(has_hook(plugin, hook) for plugin in self.plugins)
 
     def _call(self, hook: str, *arguments: Any, facts: Mapping[str, Any]) -> None:
         for plugin in self.plugins:
@@ -189,28 +204,38 @@ class PluginListener(Listener):
 
 
 def _run_facts(run: Run) -> dict[str, Any]:
-    return {"run": run, "log_folder": str(run.folder.folder), "project_name": run.config.project_name}
+    return {
+        "run": run,
+        "log_folder": str(run.folder.folder),
+        "project_name": run.config.project_name,
+        "max_epochs": run.config.max_epochs,
+        "ed_state": _state(run),
+    }
 
 
 def _step_facts(run: Run, epoch: int, step: int, step_in_epoch: int) -> dict[str, Any]:
     """What EveryDream 2's hooks were given, under its names. Steps are optimizer steps, from 0."""
-    model = run.model
-    state = SimpleNamespace(
-        unet=model.denoiser,
-        vae=model.vae,
-        text_encoder=model.text_encoders[0],
-        tokenizer=model.tokenizers[0],
-        noise_scheduler=model.noise_scheduler,
-        optimizer=run.optimizer,
-    )
     return {
         **_run_facts(run),
         "epoch": epoch,
         "global_step": step,
         "local_step": step_in_epoch,
         "data_root": run.config.data_root,
-        "ed_state": state,
     }
+
+
+def _state(run: Run) -> SimpleNamespace:
+    """The parts of a run under the names of EveryDream 2's training state."""
+    model = run.model
+    return SimpleNamespace(
+        unet=model.denoiser,
+        vae=model.vae,
+        text_encoder=model.text_encoders[0],
+        tokenizer=model.tokenizers[0],
+        scheduler=model.noise_scheduler,
+        noise_scheduler=model.noise_scheduler,
+        optimizer=run.optimizer,
+    )
 
 
 def _epoch_length(run: Run) -> int:
@@ -218,9 +243,23 @@ def _epoch_length(run: Run) -> int:
     return max(1, round(run.num_steps / run.config.max_epochs))
 
 
-def _as_dict(batch: Any) -> dict[str, Any]:
-    """A micro-batch under EveryDream 2's names."""
-    return {"image": batch.pixels, "captions": batch.captions, "loss_scale": batch.loss_scale}
+def _batch_facts(run: Run, batches: Sequence[Batch]) -> dict[str, Any]:
+    """A window of accumulated micro-batches is one step here; its last one is the batch."""
+    found = [_as_dict(run, batch) for batch in batches]
+    return {"batch": found[-1] if found else {}, "batches": found}
+
+
+def _as_dict(run: Run, batch: Batch) -> dict[str, Any]:
+    """A micro-batch under EveryDream 2's names; `tokens` (B, 77) are those of the first text encoder."""
+    tokenizer = run.model.tokenizers[0]
+    how = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
+    return {
+        "image": batch.pixels,
+        "captions": batch.captions,
+        "tokens": torch.tensor(tokenizer(list(batch.captions), **how)["input_ids"]),
+        "loss_scale": batch.loss_scale,
+        "runt_size": 0,
+    }
 
 
 def caption_transform(plugins: Sequence[Any]) -> Callable[[str], str] | None:

@@ -99,6 +99,9 @@ class Listener:
     def on_start(self, run: Run) -> None:
         """Before the first step (again after a resume)."""
 
+    def before_step(self, run: Run, work: StepBatches) -> None:
+        """Before each step, when its images are loaded."""
+
     def __call__(self, run: Run, report: StepReport) -> None:
         """After each step."""
 
@@ -127,6 +130,9 @@ class BestEffort(Listener):
 
     def on_start(self, run: Run) -> None:
         self._try(run, self.listener.on_start, run)
+
+    def before_step(self, run: Run, work: StepBatches) -> None:
+        self._try(run, self.listener.before_step, run, work)
 
     def __call__(self, run: Run, report: StepReport) -> None:
         self._try(run, self.listener, run, report)

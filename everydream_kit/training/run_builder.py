@@ -17,7 +17,7 @@ from everydream_kit.config import TrainConfig
 from everydream_kit.data.cache import CacheSettings
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.errors import CheckpointError, ConfigError
-from everydream_kit.models.adapters import is_adapter_folder
+from everydream_kit.models.adapters import AdapterBase, is_adapter_folder
 from everydream_kit.models.components import renamed_for
 from everydream_kit.models.family import Model
 from everydream_kit.models.loading import load_model, open_model
@@ -79,6 +79,7 @@ def build_run(
     *,
     seed: int | None = None,
     weights_from: Path | None = None,
+    adapter_base: AdapterBase | None = None,
     stop: StopSignal | None = None,
 ) -> Run:
     """Build everything that a run consists of, standing at its beginning; listeners are added by the caller.
@@ -86,6 +87,7 @@ def build_run(
     Args:
         seed: of a resumed run; by default the config's, where -1 draws one.
         weights_from: checkpoint of a resumed run; by default `resume_ckpt`.
+        adapter_base: base of a small checkpoint, in place of the one that it names.
         stop: ends what takes long here.
 
     Raises:
@@ -109,7 +111,7 @@ def build_run(
         for warning in validation_config.warnings:
             journal.warn(warning)
         dataset, validation_sets = split_dataset(dataset, validation_config, partial(scan, config))
-    model = load_base(config, weights_from, ranks)
+    model = load_base(config, weights_from, ranks, adapter_base)
     return assemble_run(
         config,
         folder,

@@ -21,7 +21,8 @@ import pytest
 
 from everydream_kit.cli import main
 from everydream_kit.config import TrainConfig
-from everydream_kit.errors import CheckpointError, ConfigError, DiskSpaceError, JobError
+from everydream_kit.errors import CheckpointError, ConfigError, DataError, DiskSpaceError, JobError
+from everydream_kit.identity import Process, this_process
 from everydream_kit.locks import hold, is_held
 from everydream_kit.sessions import RUN_FOLDER_VARIABLE, resume, train
 from everydream_kit.training import checkpoint_saving
@@ -445,6 +446,29 @@ def test_a_session_holds_its_folder_from_beginning_to_end(settings: dict[str, An
     assert held
     assert all(held)
     assert not is_held(run_lock_path(run.folder))
+
+
+ELSEWHERE = {"host": "other", "place": "f" * 16, "pid": 1, "started": "1"}
+WHOSE = {
+    "a process that is gone": (lambda: Process(this_process().place, this_process().pid, "0").to_json(), True),
+    "a process that runs": (lambda: this_process().to_json(), False),
+    "another machine's": (lambda: {**ELSEWHERE, "heartbeat": time.time()}, False),
+    "another machine's of two days ago": (lambda: {**ELSEWHERE, "heartbeat": time.time() - 48 * 3600}, True),
+    "nobody's": (dict, False),
+}
+
+
+@pytest.mark.parametrize("whose", WHOSE)
+def test_half_written_checkpoints_of_dead_runs_go_when_another_run_starts(whose: str, tmp_path: Path) -> None:
+    status, is_swept = WHOSE[whose]
+    folder = tmp_path / "jets-20260101-000000"
+    half = folder / "ckpts" / ".partial-jets-ep01-gs00020"
+    half.mkdir(parents=True)
+    (folder / "config.json").write_text("{}", "utf-8")
+    (folder / "status.json").write_text(json.dumps(status()), "utf-8")
+    with pytest.raises(DataError, match="no-images"):
+        train({"resume_ckpt": "embedded", "data_root": str(tmp_path / "no-images"), "logdir": str(tmp_path)})
+    assert half.exists() is not is_swept
 
 
 def test_a_killed_half_line_of_the_events_does_not_end_a_resume(run: RunFolder) -> None:

@@ -48,6 +48,7 @@ TEST_OF = {
     "base_variant": FOLDER_MODEL,
     "family": SAID_MODEL,
     "prediction_type": SAID_MODEL,
+    "vae": "integration/test_given_vae.py::test_a_run_trains_with_it_and_resumes_without_being_reported",
     "clip_skip": LOSS,
     "data_root": f"{DATA}::test_the_dataset_may_be_several_folders",
     "resolution": f"{DATA}::test_every_resolution_has_its_batches",

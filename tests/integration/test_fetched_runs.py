@@ -27,6 +27,7 @@ ASKED_VALUES: dict[str, Any] = {
     "base_revision": "evil",
     "base_subfolder": "../..",
     "base_variant": "evil",
+    "vae": "/etc/vae",
     "data_root": "/etc",
     "latent_cache_dir": "/tmp/elsewhere",
     "optimizer": "os.getcwd",

@@ -150,7 +150,7 @@ def test_a_learned_token_becomes_an_embedding_file(
         ("export BASE OUT.safetensors --format lora", 1, "no LoRA checkpoint"),
         ("export LORA OUT.pt --format lora", 1, "must end in .safetensors"),
         ("export BASE OUT.safetensors --format embedding", 1, "no learned tokens here"),
-        ("export BASE OUT.safetensors --format embedding --precision fp32", 1, "do not apply to an embedding"),
+        ("export BASE OUT.safetensors --format embedding --precision fp32", 1, "does not apply to an embedding"),
         ("export BASE OUT.safetensors --token <cat>", 1, "goes with --format embedding"),
         ("export BASE OUT.safetensors --format kohya", 2, "invalid choice: 'kohya' (choose from"),
         ("export NOWHERE OUT.safetensors", 1, "no such file or folder"),

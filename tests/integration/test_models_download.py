@@ -7,16 +7,18 @@ import shutil
 import pytest
 from hub_runs import TOKEN
 from hub_stand_in import HubStandIn
+from huggingface_hub import HfApi
 from tiny_models import draw, tiny_folder
 
 from everydream_kit.errors import DiskSpaceError, ModelError
+from everydream_kit.export.single_file_export import export_checkpoint
 from everydream_kit.models.download import choose_files, fetch_model, is_hub_id
-from everydream_kit.models.loading import load_model
+from everydream_kit.models.loading import load_model, open_model
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     with HubStandIn(tmp_path / "hub") as server:
@@ -59,6 +61,16 @@ def test_too_little_room_is_said_before_anything_comes(hub, tmp_path, monkeypatc
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 10))
     with pytest.raises(DiskSpaceError, match=r"the download needs .* Nothing was downloaded"):
         fetch_model("me/tiny", token=TOKEN, endpoint=hub.url, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["tiny.sft", "TINY.SAFETENSORS", "tiny.safetensors"])
+def test_a_single_file_is_found_by_any_name_of_safetensors(hub, tmp_path, name):
+    HfApi(endpoint=hub.url, token=TOKEN).create_repo("me/single", private=True)
+    file = export_checkpoint(tiny_folder("sd1"), tmp_path / "x.safetensors", "fp32")
+    HfApi(endpoint=hub.url, token=TOKEN).upload_file(repo_id="me/single", path_in_repo=name, path_or_fileobj=file)
+    found = fetch_model("me/single", token=TOKEN, endpoint=hub.url, cache_dir=tmp_path / "cache")
+    assert found.name == name
+    assert open_model(found).family.name == "sd1"
 
 
 def test_one_set_of_weights_is_chosen():

@@ -62,8 +62,9 @@ class Recording(OldBase):
     def on_epoch_end(self, **kwargs):
         self.calls.append(("on_epoch_end", kwargs))
 
-    def on_step_start(self, *, global_step, local_step):
-        self.calls.append(("on_step_start", {"global_step": global_step, "local_step": local_step}))
+    def on_step_start(self, *, global_step, local_step, batch, ed_state):
+        facts = {"global_step": global_step, "local_step": local_step, "batch": batch, "ed_state": ed_state}
+        self.calls.append(("on_step_start", facts))
 
     def on_step_end(self, **kwargs):
         self.calls.append(("on_step_end", kwargs))
@@ -77,6 +78,19 @@ class Ours:
 
     def on_step_end(self, run, report):
         self.calls.append(("on_step_end", report.step))
+
+
+class Array(OldBase):
+    def transform_pil_image(self, img):
+        return 255 - np.asarray(img)
+
+
+class WithOtherHooks(Array):
+    def on_model_load(self, **kwargs):
+        pass
+
+    def modify_sample_prompt(self, prompt):
+        return f"{prompt}, in oil"
 
 
 class Steering(OldBase):
@@ -97,11 +111,6 @@ class CaptionOfNone:
 class RaisingCaption:
     def transform_caption(self, caption):
         raise ZeroDivisionError("oh")
-
-
-class Array(OldBase):
-    def transform_pil_image(self, img):
-        return 255 - np.asarray(img)
 
 
 class WrongArray:
@@ -131,6 +140,7 @@ def test_hooks_are_called_with_either_signature(settings):
     test_plugins.Recording.calls.clear()
     test_plugins.Ours.calls.clear()
     settings |= {"plugins": plugins("Recording", "Ours"), "batch_size": 2, "max_epochs": 2, "max_steps": None}
+    settings |= {"cache_latents": "off", "resolution": 64}
     run = train(settings)
     assert run.status()["state"] == "finished"
     calls = test_plugins.Recording.calls
@@ -151,6 +161,12 @@ def test_hooks_are_called_with_either_signature(settings):
         settings["data_root"],
     )
     assert len(last["batch"]["captions"]) == 2
+    begins = [facts for name, facts in calls if name == "on_step_start"]
+    assert [f["batch"]["captions"] for f in begins] == [f["batch"]["captions"] for f in ends]
+    assert begins[0]["batch"]["tokens"].shape == (2, 77)
+    assert begins[0]["batch"]["image"].shape == (2, 3, 64, 64)
+    assert begins[0]["ed_state"].scheduler is last["run"].model.noise_scheduler
+    assert calls[0][1]["max_epochs"] == 2
     assert tuple(last["batch"]["loss_scale"]) == (1.0, 1.0)
     assert last["ed_state"].unet is last["run"].model.unet
     starts = [facts for name, facts in calls if name == "on_epoch_start"]
@@ -172,6 +188,12 @@ def test_hooks_are_called_with_either_signature(settings):
 def test_a_plugin_that_fails_is_named(settings, name, message):
     with pytest.raises(ConfigError, match=message):
         train({**settings, "plugins": plugins(name), "max_steps": 1, "max_epochs": 1})
+
+
+def test_a_hook_that_the_kit_does_not_have_is_warned_of(settings, caplog):
+    load_plugins(plugins("WithOtherHooks"))
+    assert "plugins: test_plugins.WithOtherHooks.modify_sample_prompt is never called here" in caplog.text
+    assert "on_model_load" not in caplog.text  # it does nothing
 
 
 def test_a_hook_that_does_nothing_is_no_hook(settings):

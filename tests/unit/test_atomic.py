@@ -11,6 +11,15 @@ import pytest
 from everydream_kit import atomic, identity
 from everydream_kit.atomic import open_atomic, sweep, write_atomic
 
+FOLDER = """
+import sys
+from pathlib import Path
+from everydream_kit.atomic import temporary_path
+folder = temporary_path(Path(sys.argv[1]))
+(folder / "unet").mkdir(parents=True)
+(folder / "unet" / "weights").write_text("half")
+print(folder)
+"""
 HOLD = """
 import sys, time
 from everydream_kit.atomic import open_atomic
@@ -127,6 +136,18 @@ def test_only_what_killed_processes_left_is_swept(tmp_path):
     assert len(sweep(tmp_path)) == 1
     assert names(tmp_path) == [".edk-notes.tmp"]
     assert sweep(tmp_path / "no folder") == []
+
+
+def test_folders_of_killed_processes_are_swept_and_links_to_folders_stay(tmp_path):
+    gone = subprocess.run(
+        [sys.executable, "-c", FOLDER, tmp_path], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout.strip()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "weights").write_text("a person's own")
+    link = tmp_path / Path(gone).name.replace(".tmp", "0.tmp")
+    link.symlink_to(tmp_path / "kept")
+    assert sweep(tmp_path) == [Path(gone)]
+    assert (tmp_path / "kept" / "weights").read_text() == "a person's own"
 
 
 def test_files_of_other_machines_are_left_for_a_day(tmp_path):

@@ -37,6 +37,7 @@ ROOMS = [
         "export",
         "training",
         "preflight",
+        "start_folder",
         "sessions",
         "generation",
         "jobs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +175,15 @@ def test_file_names_are_cut_by_bytes_between_letters() -> None:
     assert clean_for_file_name("龍" * 100) == "龍" * 40
     assert len(clean_for_file_name("a" * 300)) == 100
     assert clean_for_file_name("a/b: c?.") == "ab c"
+
+
+def test_a_file_of_a_million_lines_is_refused_in_words_and_takes_no_memory(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"a photo of a cat on a sofa\n" * 1_000_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConfigError, match=r"prompts\.txt: larger than 1 MiB"):
+            read_prompt_file(path)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()

@@ -1,0 +1,56 @@
+"""A VAE that is given for itself (`vae`): in place of a model's own, or for a file that holds none.
+
+Read are a file of any tool (LDM's or diffusers' names, with or without `first_stage_model.`), a whole checkpoint, of which
+only the VAE counts, and a diffusers folder of a VAE or of a model. A file says nothing of its scale, so the config is then
+that of the model that it joins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from everydream_kit.errors import ModelError
+from everydream_kit.models.convert import VAE_PREFIX, vae_from_single_file
+from everydream_kit.models.family import Config
+from everydream_kit.models.model_files import ModelFiles, open_component, read_json
+from everydream_kit.models.tensors import Tensors
+from everydream_kit.models.weight_files import open_weights
+
+
+def with_given_vae(files: ModelFiles, vae: str | Path | None) -> ModelFiles:
+    """A model with the VAE at this path in place of its own; None keeps its own.
+
+    Raises:
+        ModelError: there is no VAE at this path.
+    """
+    if vae is None:
+        return files
+    config, tensors = read_vae(Path(vae).expanduser())
+    config = files.configs["vae"] if config is None else config
+    return dataclasses.replace(
+        files,
+        configs={**files.configs, "vae": config},
+        tensors={**files.tensors, "vae": vae_from_single_file(tensors, config)},
+    )
+
+
+def read_vae(path: Path) -> tuple[Config | None, Tensors]:
+    """A VAE's config, where a folder says it, and its weights by any layout's names.
+
+    Raises:
+        ModelError: there is none at this path.
+    """
+    if path.is_dir():
+        folder = path if (path / "config.json").is_file() else path / "vae"
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"vae: {path} holds no VAE (config.json or vae/config.json is missing).")
+        return read_json(folder / "config.json"), open_component(folder)
+    if not path.is_file():
+        raise ModelError(f"vae: {path} is no file or folder here. Give a VAE's file, or a diffusers folder of one.")
+    tensors = open_weights(path)[0]
+    own = {name.removeprefix(VAE_PREFIX): value for name, value in tensors.items() if name.startswith(VAE_PREFIX)}
+    own = own or {name: value for name, value in tensors.items() if not name.startswith("model.")}
+    if not any(name.startswith("decoder.") for name in own):
+        raise ModelError(f"vae: {path} holds no VAE.")
+    return None, own
