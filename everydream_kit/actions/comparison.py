@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from everydream_kit.actions.bases import EMBEDDED_MODEL
 from everydream_kit.atomic import write_atomic
 from everydream_kit.errors import ConfigError
+from everydream_kit.strict_json import read_json
 
 if TYPE_CHECKING:
     from everydream_kit.models.family import Model
@@ -89,8 +90,12 @@ class Comparison:
 
     @classmethod
     def load(cls, path: Path) -> Comparison:
-        values = json.loads(path.read_text("utf-8"))
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        """A saved comparison. Raises: ConfigError, if the file is damaged."""
+        values = read_json(path, error=ConfigError)
+        try:
+            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        except TypeError as error:
+            raise ConfigError(f"{path}: no saved comparison ({error}). Delete the file to begin a new one.") from error
 
 
 def generate_missing(comparison: Comparison, progress: Callable[[int, int], object]) -> int:

@@ -23,8 +23,9 @@ from everydream_kit.data.epoch_plan import PlanSettings, plan_epoch
 from everydream_kit.data.image_files import EXTENSIONS
 from everydream_kit.data.scanning import scan_dataset
 from everydream_kit.data.sources import kind_of_source
-from everydream_kit.errors import DataError
+from everydream_kit.errors import DataError, KitError
 from everydream_kit.preflight.units import size
+from everydream_kit.strict_json import read_json
 
 IMAGE_SUFFIXES = frozenset(EXTENSIONS)
 LARGEST_PLANNED = 3000
@@ -159,8 +160,8 @@ def last_speed(project: Project, config: TrainConfig) -> float | None:
     for job in project.jobs()[:5]:
         speed = job.status().get("images_per_second")
         try:
-            settings = json.loads((job.folder / "config.json").read_text("utf-8"))
-        except (OSError, ValueError):
+            settings = read_json(job.folder / "config.json", missing={})
+        except KitError:  # damaged: it says nothing of the speed
             continue
         same = all(settings.get(n) == getattr(config, n) for n in ("resolution", "resume_ckpt", "training_kind"))
         if speed and same:

@@ -18,6 +18,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -122,7 +123,7 @@ NUMBERS: dict[str, str] = {
     "batch": "i",  # index into Dataset.batch_names, or UNSET
     "loss_scale": "f",
     "rating": "f",
-    "mask": "b",  # 1: a mask file lies next to the image
+    "mask": "b",  # 1: a mask file of the image's own name lies next to it; 2: one of another spelling does
     "alpha": "b",  # 1: the image has transparency
     "stamp": "q",  # of the image and of all files that speak about it; the scan cache compares it
 }
@@ -198,10 +199,24 @@ class Dataset:
 
     def _mask_path(self, index: int, path: str) -> str | None:
         if self.defaults.loss_mask == "file" and self.numbers["mask"][index]:
-            return os.path.splitext(path)[0] + MASK_SUFFIX
+            own = os.path.splitext(path)[0] + MASK_SUFFIX
+            return self._spelled_mask(path, own) if self.numbers["mask"][index] == 2 else own
         if self.defaults.loss_mask == "alpha" and self.numbers["alpha"][index]:
             return path
         return None
+
+    def _spelled_mask(self, path: str, own: str) -> str:
+        """A mask whose name is the image's but for case, Unicode form, or the image's own ending."""
+        folder, name = os.path.split(path)
+        if folder not in self._mask_names:
+            self._mask_names[folder] = _masks_of_folder(folder)
+        found = self._mask_names[folder].get(name)
+        return own if found is None else os.path.join(folder, found)
+
+    @cached_property
+    def _mask_names(self) -> dict[str, dict[str, str]]:
+        """Masks by folder and image, filled as they are asked for."""
+        return {}
 
     def key(self, index: int) -> str:
         """Address of an image's random draws: its path relative to its root.
@@ -352,3 +367,14 @@ _UNSET_VALUES: dict[str, float] = {
     **dict.fromkeys(("cond_dropout", "flip_p", "loss_scale", "rating"), _NAN),
     "multiply": 1.0,
 }
+
+
+def _masks_of_folder(folder: str) -> dict[str, str]:
+    """Masks of a folder by the names of their images."""
+    from everydream_kit.data.folders import FolderFiles
+    from everydream_kit.data.image_files import EXTENSIONS
+
+    files = FolderFiles()
+    images = [name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in EXTENSIONS]
+    masks = {name: files.mask_of(Path(folder, name)) for name in images}
+    return {name: mask.name for name, mask in masks.items() if mask is not None}

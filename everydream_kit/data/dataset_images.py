@@ -83,7 +83,7 @@ def entries_of_folder(
     settings_word = hash_settings(settings)
     entries = []
     for name in names:
-        mask = name[: name.rfind(".")] + MASK_SUFFIX
+        mask = companions.mask_of(name)
         found = (companions.find(name, end) for end in SIDECAR_EXTENSIONS)
         entries.append(
             Entry(
@@ -93,7 +93,7 @@ def entries_of_folder(
                     place + file for file in found if file is not None and match_key(file) not in SETTINGS_FILES
                 ],
                 # masks were taken out of the images, so they are among the companions
-                mask=place + mask if mask in companions.names else None,
+                mask=None if mask is None else place + mask,
                 settings=settings,
                 settings_word=settings_word,
             )
@@ -143,7 +143,7 @@ def _stamp(entry: Entry, choose_lines: bool) -> _Stamp:
         OSError: the image, or a file next to it, has gone.
     """
     own = os.stat(entry.path)
-    words = [own.st_size, own.st_mtime_ns, choose_lines, entry.mask is None, entry.settings_word]
+    words = [own.st_size, own.st_mtime_ns, choose_lines, _mask_code(entry), entry.settings_word]
     for path in entry.companions:
         stat = os.stat(path)
         words += (ord(path[-2]), stat.st_size, stat.st_mtime_ns)  # the letter tells text, yaml and json apart
@@ -293,9 +293,16 @@ def _append(
         keep_tags=settings.keep_tags,
         loss_scale=settings.loss_scale,
         rating=settings.rating,
-        mask=entry.mask is not None,
+        mask=_mask_code(entry),
         alpha=header.has_alpha,
     )
+
+
+def _mask_code(entry: Entry) -> int:
+    """How the dataset finds the mask again: see its column `mask`."""
+    if entry.mask is None:
+        return 0
+    return 1 if entry.mask == os.path.splitext(entry.path)[0] + MASK_SUFFIX else 2
 
 
 def _problem(path: str, cause: str, cure: str) -> Problem:

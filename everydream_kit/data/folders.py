@@ -45,8 +45,8 @@ SIDECAR_EXTENSIONS = (".txt", ".caption", ".yml", ".yaml", ".json")
 class Companions:
     """The files of a folder that may speak about an image, found as people mean it.
 
-    A caption belongs to an image if its name is the image's stem and an ending (`a.txt`), or the whole name and an
-    ending (`a.png.txt`). Case and Unicode form do not count, unless the file fits another image to the letter.
+    A caption or mask belongs to an image if its name is the image's stem and an ending (`a.txt`, `a.mask.png`), or the
+    whole name and an ending (`a.png.txt`). Case and Unicode form do not count, unless the file fits another image to the letter.
     """
 
     def __init__(self, names: frozenset[str], images: tuple[str, ...]) -> None:
@@ -54,6 +54,7 @@ class Companions:
         self._by_key = {match_key(name): name for name in sorted(names)}
         self._stems = frozenset(name[: name.rfind(".")] for name in images)
         self._keys = frozenset(match_key(stem) for stem in (*self._stems, *images))
+        self._has_masks = any(key.endswith(MASK_SUFFIX) for key in self._by_key)
 
     def find(self, image: str, ending: str) -> str | None:
         """The file of this ending that belongs to an image, or None."""
@@ -66,6 +67,10 @@ class Companions:
         if image + ending in self.names:
             return image + ending
         return self._by_key.get(match_key(image + ending))
+
+    def mask_of(self, image: str) -> str | None:
+        """The loss mask that belongs to an image, or None."""
+        return self.find(image, MASK_SUFFIX) if self._has_masks else None
 
     def settings_file(self, name: str) -> str | None:
         """How a settings file is spelled in this folder, or None."""
@@ -95,11 +100,15 @@ class FolderFiles:
             return None
         return image.with_name(name)
 
+    def mask_of(self, image: Path) -> Path | None:
+        """The loss mask that belongs to an image, or None."""
+        name = self._folder(image.parent).mask_of(image.name)
+        return None if name is None else image.with_name(name)
+
     def companions(self, image: Path) -> list[Path]:
         """Caption, settings and mask files of an image."""
         found = [self.find(image, ending) for ending in SIDECAR_EXTENSIONS]
-        mask = image.with_name(image.stem + MASK_SUFFIX)
-        found.append(mask if mask.name in self._folder(image.parent).names else None)
+        found.append(self.mask_of(image))
         return [path for path in found if path is not None]
 
     def _folder(self, folder: Path) -> Companions:
@@ -227,12 +236,13 @@ def _list(path: str, report: Report) -> tuple[list[str], list[str]]:
 def _images_of(files: list[str], names: frozenset[str]) -> tuple[str, ...]:
     """Names of images. The loss mask of an image is none, whether masks are used or not."""
     images = [name for name in files if name[name.rfind(".") :].lower() in EXTENSIONS]
-    stems: set[str] | None = None
+    masked: set[str] | None = None
     kept = []
     for name in images:
-        if name.lower().endswith(MASK_SUFFIX):
-            stems = {os.path.splitext(other)[0] for other in images} if stems is None else stems
-            if name[: -len(MASK_SUFFIX)] in stems:
+        if match_key(name).endswith(MASK_SUFFIX):
+            if masked is None:
+                masked = {match_key(other) for image in images for other in (image, os.path.splitext(image)[0])}
+            if match_key(name)[: -len(MASK_SUFFIX)] in masked:
                 continue
         kept.append(name)
     return tuple(kept)

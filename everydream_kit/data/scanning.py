@@ -26,7 +26,6 @@ import numpy as np
 from everydream_kit.data.captions import caption_from_file_name, is_camera_name
 from everydream_kit.data.dataset import (
     FROM_FILE_NAME,
-    MASK_SUFFIX,
     Dataset,
     DatasetBuilder,
     Defaults,
@@ -35,7 +34,7 @@ from everydream_kit.data.dataset import (
     printable,
 )
 from everydream_kit.data.dataset_images import Entry, Job, entries_of_folder, hash_settings, read_job
-from everydream_kit.data.folders import SIDECAR_EXTENSIONS, Report, report_notes, walk_folders
+from everydream_kit.data.folders import SIDECAR_EXTENSIONS, FolderFiles, Report, report_notes, walk_folders
 from everydream_kit.data.image_settings import parse_settings
 from everydream_kit.data.scan_cache import Remembered, load_remembered, save_remembered
 from everydream_kit.data.textfiles import TextError, kind_of, parse_json, require_text
@@ -215,9 +214,10 @@ def _read_index(path: Path, base: str, report: Report) -> Iterator[Entry]:
             f'{path}: holds a {kind_of(items)}, but an index is a list: [{{"image": "a.jpg", "caption": "a cat"}}].'
         )
     seen: set[str] = set()
+    files = FolderFiles()
     for number, item in enumerate(items):
         try:
-            entry = _index_entry(item, base, path, report)
+            entry = _index_entry(item, base, path, files, report)
         except TextError as error:
             report(Problem(f"{path}, entry {number}", str(error), "Fix the entry; until then its image is skipped."))
             continue
@@ -231,7 +231,7 @@ def _read_index(path: Path, base: str, report: Report) -> Iterator[Entry]:
         yield entry
 
 
-def _index_entry(item: Any, base: str, index: Path, report: Report) -> Entry:
+def _index_entry(item: Any, base: str, index: Path, files: FolderFiles, report: Report) -> Entry:
     if not isinstance(item, Mapping):
         raise TextError(f"an object with an image is expected, found a {kind_of(item)}")
     image = item.get("image")
@@ -241,13 +241,18 @@ def _index_entry(item: Any, base: str, index: Path, report: Report) -> Entry:
     report_notes(settings, str(index), report)
     relative = require_text(image.strip()).replace("\\", "/")
     path = os.path.normpath(os.path.join(base, relative))
-    stem = os.path.splitext(path)[0]
     settings = replace(settings, unknown=(), notes=())
+    captions, mask = _files_of(Path(path), files)
     # an entry with a caption speaks for itself; others may have one next to the image
-    alongside = (
-        ()
-        if settings.main_prompt is not None
-        else tuple(file for file in (stem + extension for extension in SIDECAR_EXTENSIONS) if os.path.isfile(file))
-    )
-    mask = stem + MASK_SUFFIX
-    return Entry(path, relative, alongside, mask if os.path.isfile(mask) else None, settings, hash_settings(settings))
+    alongside = () if settings.main_prompt is not None else captions
+    return Entry(path, relative, alongside, mask, settings, hash_settings(settings))
+
+
+def _files_of(image: Path, files: FolderFiles) -> tuple[tuple[str, ...], str | None]:
+    """Captions and mask of an image; none where its folder is missing, which reading the image reports."""
+    try:
+        captions = [files.find(image, ending) for ending in SIDECAR_EXTENSIONS]
+        mask = files.mask_of(image)
+    except OSError:
+        return (), None
+    return tuple(str(file) for file in captions if file is not None), None if mask is None else str(mask)

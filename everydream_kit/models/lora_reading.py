@@ -15,7 +15,7 @@ from everydream_kit.models.lora_names import OTHER_KINDS, spellings, split_name
 from everydream_kit.models.model_files import ModelFiles
 from everydream_kit.models.tensors import LazyTensor, Tensors
 from everydream_kit.models.weight_files import WEIGHT_SUFFIXES, open_weights
-from everydream_kit.strict_json import parse_json
+from everydream_kit.strict_json import parse_json, read_json
 
 DIFFUSERS_METADATA = "lora_adapter_metadata"
 """Where diffusers keeps rank and alpha (JSON in the header)."""
@@ -249,7 +249,7 @@ def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     )
     peft = path.with_name(PEFT_CONFIG)
     if path.name.startswith("adapter_model") and peft.is_file():
-        own = parse_json(peft.read_text(encoding="utf-8"), str(peft), error=ModelError)
+        own = read_json(peft, error=ModelError)
         values |= {f"peft.{name}": value for name, value in own.items()}
     return values
 

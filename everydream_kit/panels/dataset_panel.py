@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from everydream_kit.data.changes import PrepReport
 from everydream_kit.data.epoch_plan import PlanSettings
 from everydream_kit.data.report import fill_buckets
 from everydream_kit.data.sources import kind_of_source
-from everydream_kit.errors import ConfigError, DataError
+from everydream_kit.errors import ConfigError, DataError, KitError
 from everydream_kit.panels import style
 from everydream_kit.panels.auto_caption import AutoCaption
 from everydream_kit.panels.bulk_edit import BulkEdit
@@ -33,6 +34,7 @@ from everydream_kit.panels.pages import Pages
 from everydream_kit.panels.panel import Panel, set_html
 from everydream_kit.panels.svg_charts import bar_chart
 from everydream_kit.panels.upload_area import Receiver, make_drop_zone
+from everydream_kit.strict_json import read_json
 
 SHOWN_TAGS = 16
 MASKS = 5
@@ -465,6 +467,9 @@ class DatasetPanel(Panel):
 
 
 SHOWN_PROBLEMS = 3
+MAX_REPORT_BYTES = 1 << 30
+"""A report lists every issue of a dataset, which may have a million images."""
+logger = logging.getLogger(__name__)
 
 
 def _left_alone(report: PrepReport) -> str:
@@ -479,4 +484,8 @@ def _left_alone(report: PrepReport) -> str:
 def read_report(folder: Path) -> dict[str, Any]:
     """What the last look through the pictures found; nothing where there was none."""
     path = folder / INSPECTION_FILE
-    return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
+    try:
+        return dict(read_json(path, missing={}, allow_nan=True, max_bytes=MAX_REPORT_BYTES))
+    except KitError as problem:  # it is made again
+        logger.warning("%s The dataset is inspected again.", problem)
+        return {}

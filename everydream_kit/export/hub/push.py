@@ -229,7 +229,7 @@ def _collect(
     """All files of a push, smallest first, and the text of the card among them."""
     what, files = wish.what, []
     if source.checkpoint is not None and ("diffusers" in what or "lora" in what):
-        files += checkpoint_files(source.checkpoint)
+        files += checkpoint_files(source.checkpoint, keep_paths="resume" in what)
     if "single_file" in what:
         files.append(_single_file(source, scratch, precision))
     if "resume" in what:

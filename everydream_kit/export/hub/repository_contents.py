@@ -28,6 +28,7 @@ from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder, is_checkpoi
 
 What = Literal["diffusers", "lora", "single_file", "samples", "training", "resume"]
 DEFAULT_WHAT: tuple[What, ...] = ("diffusers", "samples", "training")
+ADAPTER_FILE = "adapter.json"
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 TOKENS_FILE = "learned_embeds.safetensors"
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
@@ -172,15 +173,23 @@ def check_what(what: Iterable[str], source: Source) -> tuple[What, ...]:
     return cast("tuple[What, ...]", parts)
 
 
-def checkpoint_files(folder: Path) -> list[UploadFile]:
-    """The model's own files, at the repository's root: everything but `resume/`, hidden files and a card."""
+def checkpoint_files(folder: Path, *, keep_paths: bool) -> list[UploadFile]:
+    """The model's own files, at the repository's root: everything but `resume/`, hidden files and a card.
+
+    Args:
+        keep_paths: an adapter names its base by its full path, as its manifest says; else that is cut to its name.
+    """
     return [
-        UploadFile.of(path.relative_to(folder).as_posix(), path)
+        UploadFile.of(path.relative_to(folder).as_posix(), path if keep_paths else _without_paths(path))
         for path in sorted(folder.rglob("*"))
         if path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.relative_to(folder).parts[0] not in ("resume", "README.md")
     ]
+
+
+def _without_paths(path: Path) -> Path | bytes:
+    return _json(without_folders(read_json(path, error=ExportError))) if path.name == ADAPTER_FILE else path
 
 
 def resume_files(source: Source, token: str | None) -> list[UploadFile]:

@@ -284,6 +284,51 @@ def test_masks_are_no_images_and_are_found_when_asked_for(tmp_path):
     assert scan(tmp_path, loss_mask="alpha")["b.png"].mask_path == str(tmp_path / "b.png")
 
 
+MASK_NAMES = {
+    "the stem": ("cat.jpg", "cat.mask.png"),
+    "upper case": ("cat.jpg", "CAT.MASK.PNG"),
+    "the image in upper case": ("IMG_1.JPG", "img_1.mask.png"),
+    "the whole name": ("cat.jpg", "cat.jpg.mask.png"),
+    "decomposed": ("b\u00e4r.jpg", "ba\u0308r.mask.png"),
+    "composed": ("ba\u0308r.jpg", "b\u00e4r.Mask.Png"),
+}
+
+
+@pytest.mark.parametrize("with_cache", [False, True])
+@pytest.mark.parametrize("name", MASK_NAMES)
+def test_masks_are_matched_like_captions(tmp_path, name, with_cache):
+    image, mask = MASK_NAMES[name]
+    put(tmp_path, f"sub/{image}")
+    put(tmp_path, f"sub/{mask}")
+    how = {"loss_mask": "file", **({"cache_dir": tmp_path / ".cache"} if with_cache else {})}
+    for _ in range(2):
+        dataset = scan_dataset(tmp_path, **how)
+        assert [dataset.image(n).mask_path for n in range(len(dataset))] == [str(tmp_path / "sub" / mask)]
+
+
+def test_a_mask_that_fits_another_image_to_the_letter_is_that_images(tmp_path):
+    for one in ("cat.png", "CAT.png", "cat.mask.png"):
+        put(tmp_path, one)
+    masks = {key: p.mask_path for key, p in scan(tmp_path, loss_mask="file").items()}
+    assert masks == {"cat.png": str(tmp_path / "cat.mask.png"), "CAT.png": None}
+
+
+def test_an_index_finds_captions_and_masks_as_a_folder_does(tmp_path):
+    for one in ("IMG_1.JPG", "img_1.mask.png", "cat.png", "cat.png.mask.png"):
+        put(tmp_path, one)
+    (tmp_path / "IMG_1.TXT").write_text("a red car")
+    (tmp_path / "cat.png.txt").write_text("a cat")
+    (tmp_path / "index.json").write_text('[{"image": "IMG_1.JPG"}, {"image": "cat.png"}, {"image": "no/x.png"}]')
+    dataset = scan_dataset(tmp_path / "index.json", loss_mask="file")
+    found = {Path(dataset.image(n).path).name: dataset.image(n) for n in range(len(dataset))}
+    assert {name: dataset.caption(n).text for n, name in enumerate(found)} == {
+        "IMG_1.JPG": "a red car",
+        "cat.png": "a cat",
+    }
+    masks = {name: Path(image.mask_path).name for name, image in found.items()}
+    assert masks == {"IMG_1.JPG": "img_1.mask.png", "cat.png": "cat.png.mask.png"}
+
+
 def test_the_order_does_not_depend_on_threads_and_progress_counts_to_the_end(tmp_path):
     for number in range(600):
         put(tmp_path, f"f{number % 3}/{number}.bmp")
