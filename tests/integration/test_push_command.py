@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -183,6 +184,10 @@ def test_learned_words_go_with_a_card_whose_lines_load_them(family: str, tmp_pat
     save_model(model, tmp_path / "words")
     preview = preview_push(tmp_path / "words", "me/words", base_model="someone/base")
     assert {file.path for file in preview.files} == {"README.md", "adapter.json", "learned_embeds.safetensors"}
+    [adapter] = [file.source for file in preview.files if file.path == "adapter.json"]
+    assert (
+        json.loads(adapter)["base"]["source"] == tiny_folder(family).name
+    )  # whose machine it was is nobody's business
     assert "base_model_relation: adapter" in preview.card and "- textual_inversion\n" in preview.card
     assert "from_pretrained('someone/base'" in preview.card
 

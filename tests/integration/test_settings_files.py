@@ -199,11 +199,15 @@ def test_the_seed_and_the_batch_size_of_the_validation_config_are_those_of_the_m
     assert same == pytest.approx(loss, rel=1e-5)
     assert abs(other - loss) > 1e-3 * loss
     files = scan_dataset(twelve / "pictures")
-    splits = {
-        tuple(split_dataset(files, load_validation_config({"seed": seed}), scan_dataset)[1][0].dataset.path(0))
-        for seed in range(6)
-    }
-    assert len(splits) > 1
+
+    def held_out(seed: int) -> frozenset[str]:
+        training, (measured,) = split_dataset(files, load_validation_config({"seed": seed}), scan_dataset)
+        names = [frozenset(map(side.path, range(len(side)))) for side in (training, measured.dataset)]
+        assert len(names[0]) + len(names[1]) == len(names[0] | names[1]) == len(files) == 12
+        return names[1]
+
+    assert len({held_out(seed) for seed in range(6)}) >= 5  # two of twelve are held out: 66 splits
+    assert held_out(3) == held_out(3)
 
 
 def test_every_n_epochs_is_how_often_a_run_measures(settings: dict[str, Any]) -> None:

@@ -4,14 +4,16 @@ import io
 import itertools
 import shutil
 import zipfile
+from pathlib import Path
 
 import ipywidgets as widgets
 import pytest
 from PIL import Image
 
+from everydream_kit.actions.background import INSPECTION_FILE
 from everydream_kit.data.album import Album
 from everydream_kit.errors import DataError
-from everydream_kit.panels.dataset_panel import DatasetPanel
+from everydream_kit.panels.dataset_panel import DatasetPanel, read_report
 from everydream_kit.panels.upload_area import Receiver, safe_name
 
 
@@ -520,3 +522,13 @@ def test_names_cannot_lead_out_of_the_folder(name, safe):
 def test_a_name_of_nothing_is_refused():
     with pytest.raises(DataError, match="no usable file name"):
         safe_name("../..")
+
+
+@pytest.mark.parametrize("content", ['{"counts": ', "[" * 5000, "[1, 2]"])
+def test_a_damaged_report_is_no_report_and_is_logged(
+    content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / INSPECTION_FILE).write_text(content, "utf-8")
+    assert read_report(tmp_path) == {}
+    assert f"{INSPECTION_FILE}" in caplog.text
+    assert "The dataset is inspected again." in caplog.text

@@ -11,7 +11,7 @@ from hub_runs import make_run, write_checkpoint
 from PIL import Image
 
 from everydream_kit import panels
-from everydream_kit.actions.comparison import Comparison
+from everydream_kit.actions.comparison import SAVED_FILE, Comparison
 from everydream_kit.actions.project import Project
 from everydream_kit.doctor import Check, Diagnosis
 from everydream_kit.errors import ConfigError, ExportError
@@ -212,6 +212,10 @@ def test_an_image_depends_on_everything_that_it_is_drawn_from(project):
     assert one.image_path(str(checkpoint), "a jet", 7.0) != before
     assert len(paths) == 6
     assert Comparison.load(one.save()) == one
+    for broken, message in (("{", "line 1"), ('{"folder": 1, "banana": 2}', "no saved comparison"), ("[]", "a list")):
+        one.save().write_text(broken, "utf-8")
+        with pytest.raises(ConfigError, match=f"{SAVED_FILE}.*{message}"):
+            Comparison.load(Path(one.folder) / SAVED_FILE)
 
 
 ELSEWHERE = {"host": "elsewhere", "pid": 4242, "place": "another boot", "started": "1"}

@@ -1,6 +1,7 @@
 """The split by content, the grid of timesteps, and what follows from a curve."""
 
 import json
+from collections import Counter
 
 import pytest
 
@@ -33,6 +34,14 @@ def test_the_seed_decides_and_the_order_of_the_files_does_not():
     backwards = groups[::-1]
     assert taken == {backwards[index] for index in split_indices(backwards, 0.2, 1)[1]}
     assert taken != {groups[index] for index in split_indices(groups, 0.2, 2)[1]}
+
+
+def test_over_many_seeds_each_image_is_held_out_as_often_as_any_other():
+    groups = [str(n) for n in range(20)]
+    counts = Counter(index for seed in range(400) for index in split_indices(groups, 0.2, seed)[1])
+    assert sum(counts.values()) == 1600
+    # 400 draws at 0.2: mean 80, deviation 8
+    assert all(48 <= counts[index] <= 112 for index in range(20))
 
 
 def test_a_new_image_moves_one_other_at_most():
