@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import JobError
@@ -25,6 +26,8 @@ from everydream_kit.locks import hold
 from everydream_kit.strict_json import kind_of, read_json
 from everydream_kit.workspace import read_small_object
 
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 Config = TrainConfig | Mapping[str, Any] | str | Path
 LOCK_WAIT_SECONDS = 5.0
 POLL_SECONDS = 0.5
@@ -211,25 +214,51 @@ def entry_settings(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_queue(path: Path) -> None:
-    """Work through a queue file; the body of the queue's own process."""
+    """Work through a queue file; the body of the queue's own process.
+
+    While somebody edits the file into something broken, the queue waits; the run in progress goes on.
+    """
     queue = Queue(path)
-    while (entry := queue._take_next()) is not None:
+    while (entry := _once_fixed(queue, queue._take_next)) is not None:
         values = entry_settings(entry)
         try:
             _wait_while(lambda: _is_busy(entry) and not queue._is_to_stop())
             if queue._is_to_stop():
-                queue._set(entry["id"], state="waiting")
+                _note(queue, entry["id"], state="waiting")
                 break
             job = start(values, command=entry["command"])
         except JobError as error:
-            queue._set(entry["id"], state="failed", message=str(error))
+            _note(queue, entry["id"], state="failed", message=str(error))
             continue
-        queue._set(entry["id"], state="running", run=str(job.folder))
+        _note(queue, entry["id"], state="running", run=str(job.folder))
         if queue._is_to_stop():  # it came while the process was being started
             with contextlib.suppress(JobError):
                 job.stop()
         status = job.watch()
-        queue._set(entry["id"], state=status["state"], message=status.get("message", ""))
+        _note(queue, entry["id"], state=status["state"], message=status.get("message", ""))
+
+
+def _note(queue: Queue, entry_id: str, **changes: Any) -> None:
+    _once_fixed(queue, lambda: queue._set(entry_id, **changes))
+
+
+def _once_fixed(queue: Queue, use: Callable[[], Result]) -> Result:
+    """Use the queue's file as soon as it can be read. What is wrong with it is logged once.
+
+    Raises:
+        JobError: it cannot be read, and the queue is to stop.
+    """
+    has_warned = False
+    while True:
+        try:
+            return use()
+        except JobError as problem:
+            if queue._is_to_stop():
+                raise
+            if not has_warned:
+                has_warned = True
+                logger.warning("%s The queue waits until the file can be read again.", problem)
+            time.sleep(POLL_SECONDS)
 
 
 def _is_busy(entry: Mapping[str, Any]) -> bool:

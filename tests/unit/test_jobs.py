@@ -354,6 +354,22 @@ def test_a_broken_queue_is_refused_and_left_as_it_is(tmp_path, settings, text, w
     assert queue.path.read_text() == text
 
 
+def test_a_queue_that_is_broken_while_it_works_waits_until_it_is_fixed(settings, tmp_path):
+    queue = jobs.Queue(tmp_path / "queue.json")
+    first = queue.add({**settings, "project_name": "first"})
+    second = queue.add({**settings, "project_name": "second"})
+    queue.start(command=double("--steps", 20, "--seconds-a-step", 0.05))
+    wait_until(lambda: queue.entries[0]["state"] == "running")
+    whole = queue.path.read_text()
+    queue.path.write_text(whole.replace('"entries"', '"entries', 1))
+    log = queue.path.with_suffix(".log")
+    wait_until(lambda: "The queue waits until the file can be read again." in log.read_text())
+    assert queue.is_alive()
+    queue.path.write_text(whole)
+    wait_until(lambda: not queue.is_alive())
+    assert {entry["id"]: entry["state"] for entry in queue.entries} == {first: "finished", second: "finished"}
+
+
 def test_a_strangers_process_is_neither_taken_for_the_run_nor_killed(tmp_path):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
         known = identify(stranger.pid)
