@@ -110,7 +110,7 @@ def _with_found_blocks(path: Path, tensors: Tensors, family: Family, configs: di
     """Configs whose text encoders are no deeper than the file's: some tools cut off the blocks that nothing reads."""
     configs = dict(configs)
     for slot in family.text_encoders:
-        found, published = num_text_blocks(tensors, slot), configs[slot.folder]["num_hidden_layers"]
+        found, published = num_text_blocks(tensors, slot), configs[slot.folder].get("num_hidden_layers", 0)
         if 0 < found < published:
             logger.warning(
                 "%s: its %s has %d blocks where %s has %d; it is used as it is.",
