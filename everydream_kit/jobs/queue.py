@@ -216,7 +216,7 @@ def entry_settings(entry: Mapping[str, Any]) -> dict[str, Any]:
 def run_queue(path: Path) -> None:
     """Work through a queue file; the body of the queue's own process.
 
-    While somebody edits the file into something broken, the queue waits; the run in progress goes on.
+    While somebody edits the file into something broken, the queue waits; the run in progress is not disturbed.
     """
     queue = Queue(path)
     while (entry := _once_fixed(queue, queue._take_next)) is not None:
