@@ -90,7 +90,7 @@ def explaining_base(folder: Path, note: Mapping[str, Any], source: str) -> Itera
 
 def kind_of_adapter(note: Mapping[str, Any]) -> str:
     """For messages."""
-    return "LoRA" if "lora" in note else "learnt word"
+    return "LoRA" if "lora" in note else "learned word"
 
 
 def shown_name(name: str) -> str:

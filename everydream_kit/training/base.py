@@ -43,7 +43,7 @@ def load_base(
     """Load the base model, or the weights of a run that is resumed, onto the device, each part in its format.
 
     Args:
-        adapter_base: for a LoRA's or a learnt word's checkpoint, the base to use in place of the one that it names.
+        adapter_base: for a LoRA's or a learned word's checkpoint, the base to use in place of the one that it names.
 
     Raises:
         ModelError, CheckpointError: it is not there or cannot be used.
