@@ -22,6 +22,7 @@ from everydream_kit.config import TrainConfig, config_warnings
 from everydream_kit.errors import CheckpointError, ConfigError, JobError, KitError
 from everydream_kit.identity import Process, is_running
 from everydream_kit.locks import hold
+from everydream_kit.plain_text import PlainFormatter
 from everydream_kit.preflight.auto_batch_size import resolve_batch_size
 from everydream_kit.preflight.timing import MeasuredPlan
 from everydream_kit.settings import give_again, load_config
@@ -387,7 +388,7 @@ class _LogFile(logging.FileHandler):
 def _log_to(folder: RunFolder) -> logging.Handler:
     """Send the kit's log to `train.log` as well."""
     handler = _LogFile(folder.log_path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("everydream_kit")
     logger.addHandler(handler)
     if logger.level == logging.NOTSET:

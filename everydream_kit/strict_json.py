@@ -222,7 +222,11 @@ class _Reader:
     def parse(self) -> Any:
         try:
             return json.loads(
-                self.text, parse_int=self._integer, parse_float=self._float, parse_constant=self._constant
+                self.text,
+                parse_int=self._integer,
+                parse_float=self._float,
+                parse_constant=self._constant,
+                object_pairs_hook=self._object,
             )
         except json.JSONDecodeError as problem:
             cure = next((cure for message, cure in _CURES if problem.msg.startswith(message)), "")
@@ -240,6 +244,15 @@ class _Reader:
             depth += (first in "[{") - (first in "]}")
             if depth > max_depth:
                 self._refuse(token.start(), f"nested more than {max_depth} deep")
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """Raises where a name stands twice: which value counts depends on who reads the file."""
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            name = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            self._refuse(self._find_last(name), f"{_shortened(name)!r} stands twice in one object; keep one of the two")
+        return found
 
     def _integer(self, digits: str) -> int:
         if len(digits.lstrip("-")) > MAX_INTEGER_DIGITS:
@@ -262,6 +275,11 @@ class _Reader:
     def _find(self, wanted: str) -> int:
         """Where a number stands; the same digits inside a text are not meant."""
         return next((token.start() for token in _TOKEN.finditer(self.text) if token[0] == wanted), 0)
+
+    def _find_last(self, name: str) -> int:
+        """Where a name stands for the last time."""
+        places = (token.start() for token in _TOKEN.finditer(self.text) if token[0].strip('"') == name)
+        return max(places, default=0)
 
     def _refuse(self, place: int, what: str, cause: Exception | None = None) -> NoReturn:
         line = self.text.count("\n", 0, place) + 1

@@ -1,7 +1,7 @@
-"""Write docs/memory.md: what the pre-flight estimates for full-size models, GPU by GPU, compared with what others published.
+"""Write docs/memory.md and the README's table: estimates for full-size models by size of GPU, compared with what others published.
 
-    python scripts/build_memory_page.py            writes docs/memory.md
-    python scripts/build_memory_page.py --check    reports whether the page is what the script would write
+    python scripts/build_memory_page.py            writes both
+    python scripts/build_memory_page.py --check    reports whether they are what the script would write
 
 No weights and no GPU are needed. Estimates are kept in `.edk_cache`, so a second run is quick.
 """
@@ -16,12 +16,16 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "docs" / "memory.md"
+README = REPOSITORY / "README.md"
 CACHE = REPOSITORY / ".edk_cache" / "preflight"
 GIB, GB = 2**30, 1e9
-GPUS = ("RTX 3060 12GB", "T4", "L4", "RTX 4090", "A40", "A100 80GB")
-FULL_8BIT: dict[str, Any] = {"optimizer": "adamw8bit"}
+GPUS = {8: "RTX 3070", 12: "RTX 3060 12GB", 16: "T4", 24: "L4", 48: "A40", 80: "A100 80GB"}
+"""The GPU that stands for each size: the one with the least memory of those in `gpus.json`."""
+UNET_ONLY = "UNet only, bf16 weights, fused backward"
+README_ROWS = ("full", "LoRA", "textual inversion", UNET_ONLY)
+MARKS = ("<!-- memory table: scripts/build_memory_page.py writes it -->", "<!-- /memory table -->")
 LEAN: dict[str, Any] = {
-    **FULL_8BIT,
+    "optimizer": "adamw8bit",
     "disable_textenc_training": True,
     "offload_idle_models": True,
     "gradient_checkpointing": True,
@@ -50,66 +54,31 @@ class Published:
     source: str
 
 
+COMMON: dict[str, Any] = {"optimizer": "adamw8bit", "gradient_checkpointing": True}
+LORA: dict[str, Any] = {**COMMON, "training_kind": "lora"}
+WORDS: dict[str, Any] = {**COMMON, "training_kind": "textual_inversion", "new_tokens": {"<new>": "cat"}}
 ROWS = (
-    Row(
-        "SD 1.5", "sd1", 512, "full, 8-bit AdamW, checkpointing, batch 1", {**FULL_8BIT, "gradient_checkpointing": True}
+    *(
+        row
+        for model, family, resolution in (("SD 1.5", "sd1", 512), ("SD 2.1", "sd2", 768), ("SDXL", "sdxl", 1024))
+        for row in (
+            Row(model, family, resolution, "full", COMMON),
+            Row(model, family, resolution, "LoRA", LORA),
+            Row(model, family, resolution, "textual inversion", WORDS),
+        )
     ),
-    Row(
-        "SD 1.5",
-        "sd1",
-        512,
-        "full, 8-bit AdamW, checkpointing, batch 4",
-        {**FULL_8BIT, "gradient_checkpointing": True, "batch_size": 4},
-    ),
-    Row("SD 1.5", "sd1", 512, "full, 8-bit AdamW, batch 4", {**FULL_8BIT, "batch_size": 4}),
-    Row(
-        "SD 1.5",
-        "sd1",
-        512,
-        "full, AdamW, checkpointing, batch 1",
-        {"optimizer": "adamw", "gradient_checkpointing": True},
-    ),
+    Row("SDXL", "sdxl", 1024, UNET_ONLY, {**LEAN, "weight_dtype": "bfloat16", "fused_backward": True}),
+    Row("SD 1.5", "sd1", 512, "full, AdamW", {**COMMON, "optimizer": "adamw"}),
+    Row("SD 1.5", "sd1", 512, "full, batch 4", {**COMMON, "batch_size": 4}),
     Row(
         "SD 1.5",
         "sd1",
         512,
-        "LoRA 16, checkpointing, batch 4",
-        {**FULL_8BIT, "training_kind": "lora", "gradient_checkpointing": True, "batch_size": 4},
+        "full, batch 4, without checkpointing",
+        {**COMMON, "batch_size": 4, "gradient_checkpointing": False},
     ),
-    Row(
-        "SD 2.1", "sd2", 768, "full, 8-bit AdamW, checkpointing, batch 1", {**FULL_8BIT, "gradient_checkpointing": True}
-    ),
-    Row(
-        "SD 2.1",
-        "sd2",
-        768,
-        "LoRA 16, checkpointing, batch 4",
-        {**FULL_8BIT, "training_kind": "lora", "gradient_checkpointing": True, "batch_size": 4},
-    ),
-    Row(
-        "SDXL", "sdxl", 1024, "full, 8-bit AdamW, checkpointing, batch 1", {**FULL_8BIT, "gradient_checkpointing": True}
-    ),
-    Row(
-        "SDXL",
-        "sdxl",
-        1024,
-        "UNet only, bf16 weights, 8-bit AdamW, fused backward, idle models in host memory, checkpointing, batch 1",
-        {**LEAN, "weight_dtype": "bfloat16", "fused_backward": True},
-    ),
-    Row(
-        "SDXL",
-        "sdxl",
-        1024,
-        "LoRA 16, checkpointing, batch 1",
-        {**FULL_8BIT, "training_kind": "lora", "gradient_checkpointing": True},
-    ),
-    Row(
-        "SDXL",
-        "sdxl",
-        1024,
-        "LoRA 16, bf16 weights, idle models in host memory, checkpointing, batch 1",
-        {**LEAN, "training_kind": "lora", "weight_dtype": "bfloat16"},
-    ),
+    Row("SD 1.5", "sd1", 512, "LoRA, batch 4", {**LORA, "batch_size": 4}),
+    Row("SDXL", "sdxl", 1024, "LoRA, batch 4", {**LORA, "batch_size": 4}),
 )
 GITHUB = "https://github.com"
 SHIVAM = f"[ShivamShrirao/diffusers, examples/dreambooth]({GITHUB}/ShivamShrirao/diffusers/blob/main/examples/dreambooth), T4"
@@ -139,77 +108,105 @@ PUBLISHED = (
 
 
 def main() -> None:
-    """Write the page, or say whether it stands as it would be written."""
+    """Write the page and the README's table, or say whether they stand as they would be written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
-    parser.add_argument("--kept", action="store_true", help="only lines whose estimate is kept from an earlier run")
     arguments = parser.parse_args()
-    page = write_page(kept_only=arguments.kept)
-    if not arguments.check:
-        PAGE.write_text(page, encoding="utf-8")
-    elif PAGE.read_text(encoding="utf-8") != page:
-        sys.exit("docs/memory.md is not what scripts/build_memory_page.py writes; run it.")
+    page = write_page()
+    written = {PAGE: page, README: with_table(README.read_text(encoding="utf-8"), page)}
+    for file, text in written.items():
+        if not arguments.check:
+            file.write_text(text, encoding="utf-8")
+        elif file.read_text(encoding="utf-8") != text:
+            sys.exit(f"{file.name} is not what scripts/build_memory_page.py writes; run it.")
 
 
-def write_page(*, kept_only: bool = False) -> str:
+def write_page() -> str:
     """The whole page."""
     text = (Path(__file__).parent / "memory_page.md").read_text(encoding="utf-8")
-    return text.replace("{{gpus}}", gpus_table(kept_only)).replace("{{published}}", published_table(kept_only))
+    return text.replace("{{gpus}}", gpus_table()).replace("{{published}}", published_table())
 
 
-def estimate(family: str, resolution: int, settings: dict[str, Any], kept_only: bool = False) -> Any:
-    """An estimate without allowance, told on the way: full size takes its time. None where it would have to be made."""
+def with_table(readme: str, page: str) -> str:
+    """The README with its table as the page has it: without the figures, for the settings most people choose."""
+    before, rest = readme.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    table = next(block for block in page.split("\n\n") if block.startswith("| model | method |"))
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    chosen = [cells for cells in lines if cells[1] in {"method", "---", *README_ROWS}]
+    shown = ["| " + " | ".join([*cells[:3], *cells[6:]]) + " |" for cells in chosen]
+    return "\n".join([before + MARKS[0], *shown, MARKS[1] + after])
+
+
+def estimate(family: str, resolution: int, settings: dict[str, Any], *, has_bf16: bool = True) -> Any:
+    """An estimate without allowance. What is asked is printed: full-size models take up to a minute each."""
     from everydream_kit.config import TrainConfig
-    from everydream_kit.preflight.memory_estimate import estimate_memory, is_kept
+    from everydream_kit.preflight.memory_estimate import estimate_memory
     from everydream_kit.preflight.skeleton import shipped_architecture
 
     config = TrainConfig(resume_ckpt="shipped", resolution=resolution, **{"batch_size": 1, **settings})
-    how = {"architecture": shipped_architecture(family), "cache_folder": CACHE}
-    if kept_only and not is_kept(config, **how):
-        return None
-    print(family, resolution, settings, flush=True, file=sys.stderr)
-    return estimate_memory(config, context_bytes=0, fragmentation=0, **how)
+    print(family, resolution, settings, "bfloat16" if has_bf16 else "float16", flush=True, file=sys.stderr)
+    return estimate_memory(
+        config,
+        context_bytes=0,
+        fragmentation=0,
+        has_bf16=has_bf16,
+        architecture=shipped_architecture(family),
+        cache_folder=CACHE,
+    )
 
 
-def gpus_table(kept_only: bool) -> str:
-    """Settings against GPUs."""
+def gpus_table() -> str:
+    """Settings against sizes of GPUs."""
     from everydream_kit.preflight.gpus import find_gpu
-    from everydream_kit.preflight.memory_estimate import allowance
 
-    gpus = [find_gpu(name) for name in GPUS]
-    heads = [f"{gpu_spec.name} ({gpu_spec.memory_bytes / GIB:.1f})" for gpu_spec in gpus]
+    gpus = {size: find_gpu(name) for size, name in GPUS.items()}
+    heads = [f"{size} GB" for size in gpus]
     lines = [
-        "| model | settings | step | latents | samples | " + " | ".join(heads) + " |",
-        "|---|---|---|---|---|" + "---|" * len(gpus),
+        "| model | method | memory (GiB) | step | latents | samples | " + " | ".join(heads) + " |",
+        "|---|---|---|---|---|---|" + "---|" * len(gpus),
     ]
     for row in ROWS:
-        found = estimate(row.family, row.resolution, row.settings, kept_only)
-        if found is None:
-            continue
-        sizes = {phase.name: phase.peak_bytes / GIB for phase in found.phases}
-        cells = []
-        for gpu_spec in gpus:
-            need = found.worst.peak_bytes + allowance(found, "cuda", gpu_spec.context_bytes, gpu_spec.fragmentation)
-            step = need - found.worst.peak_bytes + sizes["training step"] * GIB
-            cells.append(
-                "yes" if need <= gpu_spec.memory_bytes else "step only" if step <= gpu_spec.memory_bytes else "no"
-            )
+        plain = estimate(row.family, row.resolution, row.settings)
+        sizes = {phase.name: phase.peak_bytes / GIB for phase in plain.phases}
         figures = [sizes[name] for name in ("training step", "latent caching", "sampling")]
-        shown = " | ".join(f"{figure:.1f}" for figure in figures)
+        shown = " | ".join(f"{figure:.1f}" for figure in [needs(plain, find_gpu("RTX 3060 12GB")) / GIB, *figures])
+        cells = [verdict(row, gpu_spec) for gpu_spec in gpus.values()]
         lines.append(f"| {row.model}, {row.resolution} px | {row.words} | {shown} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def published_table(kept_only: bool) -> str:
+def needs(found: Any, gpu_spec: Any, phase: str | None = None) -> int:
+    """Bytes of the worst phase, or of the one named, with the GPU's allowance."""
+    from everydream_kit.preflight.memory_estimate import allowance
+
+    worst = found.worst.peak_bytes
+    added = allowance(found, "cuda", gpu_spec.context_bytes, gpu_spec.fragmentation)
+    peaks = {one.name: one.peak_bytes for one in found.phases}
+    return added + (worst if phase is None else peaks[phase])
+
+
+def verdict(row: Row, gpu_spec: Any) -> str:
+    """Whether a run fits: as it is, with idle models in host memory, or its training alone."""
+    as_it_is = estimate(row.family, row.resolution, row.settings, has_bf16=gpu_spec.has_bf16)
+    if needs(as_it_is, gpu_spec) <= gpu_spec.memory_bytes:
+        return "yes"
+    settings = {**row.settings, "offload_idle_models": True}
+    offloaded = estimate(row.family, row.resolution, settings, has_bf16=gpu_spec.has_bf16)
+    if needs(offloaded, gpu_spec) <= gpu_spec.memory_bytes:
+        return "offload"
+    least = min(needs(found, gpu_spec, "training step") for found in (as_it_is, offloaded))
+    return "step only" if least <= gpu_spec.memory_bytes else "no"
+
+
+def published_table() -> str:
     """Others' figures compared with ours."""
     from everydream_kit.preflight.memory_estimate import allowance
 
     lines = ["| what | published | tensors | with allowance | source |", "|---|---|---|---|---|"]
     for one in PUBLISHED:
         resolution = {"sd1": 512, "sd2": 768, "sdxl": 1024}[one.family]
-        found = estimate(one.family, resolution, {**one.settings, "sample_steps": None}, kept_only)
-        if found is None:
-            continue
+        found = estimate(one.family, resolution, {**one.settings, "sample_steps": None})
         step = next(phase for phase in found.phases if phase.name == "training step").peak_bytes
         whole = step + allowance(found, "cuda", 450_000_000, 0.05)
         lines.append(f"| {one.what} | {one.figure} | {step / GB:.2f} GB | {whole / GB:.2f} GB | {one.source} |")

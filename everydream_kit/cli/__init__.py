@@ -24,6 +24,7 @@ from everydream_kit.cli import (
 from everydream_kit.cli.command import EXIT_PROBLEM, Command, Parser
 from everydream_kit.errors import KitError
 from everydream_kit.optional_packages import hide_unused
+from everydream_kit.plain_text import PlainFormatter, plain_lines
 
 COMMANDS: dict[str, Command] = {
     **training_commands.COMMANDS,
@@ -50,13 +51,15 @@ def main(arguments: list[str] | None = None) -> int:
     options, unknown = inner.parse_known_args(words[1:])
     if unknown:
         inner.error(_describe_unknown(inner, unknown[0]))
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PlainFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for noisy in ("httpx", "httpx2", "huggingface_hub", "PIL", "bitsandbytes", "torch", "diffusers", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         return command.run(options) or 0
     except KitError as problem:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {plain_lines(str(problem))}", file=sys.stderr)
         return EXIT_PROBLEM
 
 

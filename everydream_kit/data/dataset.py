@@ -31,6 +31,7 @@ from everydream_kit.data.captions import (
     parse_caption_lines,
 )
 from everydream_kit.data.strings import StringColumn, StringColumnBuilder
+from everydream_kit.plain_text import printable
 
 MaskMode = Literal["off", "file", "alpha"]
 
@@ -273,18 +274,6 @@ class Dataset:
 def _or_default(value: np.float32, default: float) -> float:
     # float32 holds 0.3 as 0.300000012; the shortest decimal that means the same float32 is what the person wrote
     return default if math.isnan(value) else float(str(value))
-
-
-def printable(text: str) -> str:
-    """A path that can be logged, hashed and saved on one line: bytes that are no text, and controls, as escapes."""
-    if text.isprintable():
-        return text
-    try:
-        data = text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # half a character, as JSON can spell it; no file name holds one
-        data = text.encode("utf-8", "backslashreplace")
-    text = data.decode("utf-8", "backslashreplace")
-    return "".join(repr(c)[1:-1] if c < " " or c == "\x7f" else c for c in text)
 
 
 class DatasetBuilder:

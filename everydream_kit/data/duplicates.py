@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from everydream_kit.data.dataset import Dataset, Problem, printable
+from everydream_kit.data.dataset import Dataset, Problem
 from everydream_kit.data.image_digests import digest_file
 from everydream_kit.data.image_files import IMAGE_ERRORS, open_header
+from everydream_kit.plain_text import printable
 
 MAX_DISTANCE = 4
 """Bits of 64 in which the hashes of near duplicates may differ; unrelated photographs differ in about 32."""

@@ -20,10 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from everydream_kit.data.buckets import assign_buckets, bucket_table, upscale_needed
-from everydream_kit.data.dataset import UNSET, Dataset, printable
+from everydream_kit.data.dataset import UNSET, Dataset
 from everydream_kit.data.records import Draw, MicroBatch, Size
 from everydream_kit.draws import derive_seed
 from everydream_kit.errors import ConfigError, DataError
+from everydream_kit.plain_text import printable
 
 FRACTION_STEPS = 2**40
 """Fractions of multipliers are counted in such steps, so that their sums are exact for any number of epochs."""

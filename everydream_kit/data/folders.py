@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from everydream_kit.data.dataset import MASK_SUFFIX, Problem, printable
+from everydream_kit.data.dataset import MASK_SUFFIX, Problem
 from everydream_kit.data.image_files import EXTENSIONS, UNREAD_EXTENSIONS
 from everydream_kit.data.image_settings import (
     ONE_VALUE_FILES,
@@ -23,6 +23,7 @@ from everydream_kit.data.image_settings import (
     parse_settings,
 )
 from everydream_kit.data.textfiles import TextError, read_mapping, read_text
+from everydream_kit.plain_text import printable
 
 GLOBAL_FILES = ("global.yaml", "global.yml")
 LOCAL_FILES = (
@@ -113,7 +114,7 @@ class FolderFiles:
 
     def _folder(self, folder: Path) -> Companions:
         if folder not in self._folders:
-            names = [entry.name for entry in os.scandir(folder) if entry.is_file()]
+            names = [entry.name for entry in os.scandir(folder) if _kind_of(entry) == "file"]
             images = tuple(name for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS)
             self._folders[folder] = Companions(frozenset(names), images)
         return self._folders[folder]
@@ -223,14 +224,25 @@ def _list(path: str, report: Report) -> tuple[list[str], list[str]]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            kind = _kind_of(entry)
+            if kind == "folder":
                 folders.append(entry.name)
-            elif entry.is_file():
+            elif kind == "file":
                 files.append(entry.name)
-            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+            elif os.path.splitext(entry.name)[1].lower() in (*EXTENSIONS, *SIDECAR_EXTENSIONS):
+                is_image = os.path.splitext(entry.name)[1].lower() in EXTENSIONS
                 cause = "the link leads nowhere" if entry.is_symlink() else "not a regular file"
-                report(Problem(printable(entry.path), cause, "Put the image itself there, or delete the entry."))
+                cure = f"Put the {'image' if is_image else 'file'} itself there, or delete the entry."
+                report(Problem(printable(entry.path), cause, cure, skipped=is_image))
     return sorted(files), sorted(folders)
+
+
+def _kind_of(entry: os.DirEntry[str]) -> str:
+    """What an entry is, links followed: "folder", "file", or "" for everything else, links in a circle included."""
+    try:
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else ""
+    except OSError:
+        return ""
 
 
 def _images_of(files: list[str], names: frozenset[str]) -> tuple[str, ...]:

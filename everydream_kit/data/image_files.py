@@ -192,11 +192,11 @@ def _without_long_notes(file: BinaryIO, with_trailer: bool) -> BinaryIO:
             break
         end = min(size, offset + length)
         if kind in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
-            num_bytes = _decompressed(file, kind, offset + 8, length - 12)
-            if num_bytes > _MAX_CHUNK_BYTES or num_bytes > room:
+            num_bytes = _decompressed(file, kind, offset + 8, length - 12) if room > 0 else length
+            room -= min(num_bytes, _MAX_CHUNK_BYTES)  # of those that are skipped as well: finding that out takes time
+            if num_bytes > _MAX_CHUNK_BYTES or room < 0:
                 skipped = True
                 continue
-            room -= num_bytes
         kept.append((offset, length))
     file.seek(0)
     if not skipped:

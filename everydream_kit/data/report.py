@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from everydream_kit.data.buckets import assign_buckets, bucket_table, upscale_needed
-from everydream_kit.data.dataset import FROM_FILE_NAME, Dataset, Problem, printable
+from everydream_kit.data.dataset import FROM_FILE_NAME, Dataset, Problem
 from everydream_kit.data.duplicates import find_duplicates
 from everydream_kit.data.epoch_plan import PlanSettings, plan_epoch
 from everydream_kit.data.records import Size
+from everydream_kit.plain_text import printable
 
 CLIP_WINDOW = 75
 """Tokens of a caption that CLIP text encoders read, start and end mark not counted."""

@@ -41,6 +41,9 @@ MAX_DEPTH = 64
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 2**20
+_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$) *(\..*)?", re.IGNORECASE)
+"""Names that Windows gives to devices, with any extension (learn.microsoft.com, "Naming Files, Paths, and Namespaces")."""
+_NOT_IN_NAMES = re.compile(r'[<>:"|?*\x00-\x1f]')
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, NotImplementedError)
 _HUB_ID = re.compile(r"()([\w.-]+/[\w.-]+)()()")
 _HUB_URL = re.compile(r"(hf://datasets/)([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.*))?")
@@ -212,9 +215,18 @@ def _safe_target(archive: Path, entry: _Entry, folder: Path) -> Path:
         raise refuse("is an absolute path")
     if "\0" in entry.name:
         raise refuse("has a zero byte in its name")
+    if os.name == "nt" and (part := next(filter(is_refused_by_windows, parts), None)):
+        raise refuse(f"has a part that Windows does not allow in names ({part!r})")
     if len(parts) > MAX_DEPTH:
         raise refuse(f"lies {len(parts) - 1} folders deep")
     return folder.joinpath(*(part for part in parts if part not in ("", ".")))
+
+
+def is_refused_by_windows(part: str) -> bool:
+    """Whether a file or folder cannot have this name on Windows, or would get another one there."""
+    if part in ("", "."):
+        return False
+    return bool(_DEVICES.fullmatch(part) or _NOT_IN_NAMES.search(part) or part.endswith((".", " ")))
 
 
 def _entries(archive: Path, stack: ExitStack) -> Iterator[_Entry]:

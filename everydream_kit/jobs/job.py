@@ -53,6 +53,8 @@ RUN_FOLDER_VARIABLE = "EVERYDREAM_RUN_FOLDER"
 FINAL_STATES = (*ENDED_STATES, "died")
 _BAR_BEFORE_TEXT = re.compile(r"^[^|]*\d%\|[^|]*\|[^\]]*\]\s*(?=\S)")
 """A state of a progress bar that had no line end when something else was written."""
+_KILLED = getattr(signal, "SIGKILL", 9)
+"""Windows has no such name."""
 UNDER_WAY = "{}: another start is under way. Try again in a moment."
 
 
@@ -206,7 +208,7 @@ class Job:
         cause = "The training process exited unexpectedly"
         if code is not None and code < 0:
             cause = f"The training process was ended by signal {-code}"
-            if code == -signal.SIGKILL:
+            if code == -_KILLED:
                 cause += " (someone killed it, or the machine was out of memory)"
         tail = self.log_tail(1)
         cause += f"; the last line of its log: {tail[-1]}" if tail else "."

@@ -6,6 +6,7 @@ run. Python 3.11 has `-P` against it; for 3.10 the folder is taken off the path 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -26,6 +27,7 @@ def module_command(module: str, arguments: Sequence[str], version: tuple[int, in
 def safe_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Variables under which children of a child are safe too; empty entries of PYTHONPATH mean the working folder."""
     safe = {**environment, "PYTHONSAFEPATH": "1"}
+    separator = ";" if os.name == "nt" else ":"  # a drive's colon does not end an entry
     if "PYTHONPATH" in safe:
-        safe["PYTHONPATH"] = ":".join(entry for entry in safe["PYTHONPATH"].split(":") if entry)
+        safe["PYTHONPATH"] = separator.join(entry for entry in safe["PYTHONPATH"].split(separator) if entry)
     return safe

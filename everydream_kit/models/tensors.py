@@ -49,6 +49,9 @@ HASH_KEY = "modelspec.hash_sha256"
 
 
 EARLY_SYNC_BYTES = 2**27
+MAX_HEADER_BYTES = 2**24
+"""Of a safetensors header. SDXL's has 400 kB; a LoRA's with all tags of its dataset has a few MB. The library's own limit,
+100 MB, takes it a minute to read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +139,7 @@ def open_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        _check_header_size(path)
         handle = safe_open(path, framework="pt", device="cpu")
         metadata = dict(handle.metadata() or {})
         tensors: Tensors = {}
@@ -154,6 +158,16 @@ def open_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
             f"{path}: not a whole safetensors file ({error}). It is damaged, or its download was cut short; "
             f"it has {path.stat().st_size if path.exists() else 0:,} bytes. Fetch it again."
         ) from error
+
+
+def _check_header_size(path: Path) -> None:
+    """Raises: ModelError: the header is larger than any model's. What is too short is for the library to say."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    if len(start) == 8 and MAX_HEADER_BYTES < struct.unpack("<Q", start)[0] <= path.stat().st_size:
+        raise ModelError(
+            f"{path}: its header is larger than {MAX_HEADER_BYTES:,} bytes; no model has one of that size."
+        )
 
 
 def _reader(handle: Any, name: str) -> Callable[[], torch.Tensor]:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from everydream_kit.errors import ModelError
 from everydream_kit.models.spans import CAN_READ_AT, OpenedFile, Span, read_whole
 from everydream_kit.models.tensors import LazyTensor, Tensors, open_safetensors
+from everydream_kit.plain_text import printable
 
 TRAINER_PACKAGES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.")
 PLAIN_NAMES = frozenset(
@@ -151,5 +152,5 @@ def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     for line in text.splitlines():
         if "GLOBAL" in line or "Unsupported" in line:
-            return line.strip()[:200]
-    return (text.splitlines() or [type(error).__name__])[0][:200]
+            return printable(line.strip()[:200])
+    return printable((text.splitlines() or [type(error).__name__])[0][:200])

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import ipywidgets as widgets
 
-from everydream_kit.data.dataset import printable
 from everydream_kit.panels.asset_files import read_asset
 from everydream_kit.panels.viewer import make_viewer
+from everydream_kit.plain_text import printable
 from everydream_kit.preflight.units import duration, size
 
 __all__ = [

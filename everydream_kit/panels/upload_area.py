@@ -239,8 +239,10 @@ def safe_name(name: str) -> str:
     Raises:
         DataError: nothing of a name is left.
     """
+    from everydream_kit.data.sources import is_refused_by_windows
+
     parts = [re.sub(r'[<>:"|?*\x00-\x1f]', "_", part).strip(". ") for part in name.replace("\\", "/").split("/")]
-    kept = [part for part in parts if part]
+    kept = [f"_{part}" if os.name == "nt" and is_refused_by_windows(part) else part for part in parts if part]
     if not kept:
         raise DataError(f"{name!r}: no usable file name")
     return "/".join(kept)

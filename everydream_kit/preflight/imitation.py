@@ -32,10 +32,10 @@ class ImitatedPrecision(Precision):
     The scaler's memory is a few numbers, and whether it lets a step happen depends on values that do not exist here.
     """
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self, *, keep_casts: bool = True) -> AbstractContextManager[Any]:
         if self.dtype == torch.float32:
             return nullcontext()
-        return torch.autocast("cpu", self.dtype)
+        return torch.autocast("cpu", self.dtype, cache_enabled=keep_casts)
 
 
 def imitate_precision(precision: Precision) -> ImitatedPrecision:

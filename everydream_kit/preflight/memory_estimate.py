@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from everydream_kit.preflight.skeleton import Architecture
     from everydream_kit.training.optimizer_config import OptimizerConfig
 
-VERSION = 5
+VERSION = 6
 """Of the method: raised where the same settings would now give other numbers."""
 
 DEFAULT_CONTEXT_BYTES = 600 * 2**20

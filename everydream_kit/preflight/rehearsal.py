@@ -312,7 +312,7 @@ def _rehearse_sampling(run: Run, tracker: StorageTracker, samples: SampleShape, 
         tracker.stretch("sampling"),
         torch.no_grad(),
         run.sampling_weights(averaged=averaged),
-        run.precision.autocast(),
+        run.precision.autocast(keep_casts=False),
     ):
         latents = torch.zeros(num, *model.family.latent_space.shape(model, width, height))
         encoded = encode_captions(model, ["", CAPTION], run.config.clip_skip)

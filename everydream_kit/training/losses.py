@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from everydream_kit.errors import NonFiniteLossError
+from everydream_kit.plain_text import printable
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,7 @@ def refuse_non_finite(losses: ImageLosses, step: int) -> None:
     bad = [path for path, loss in zip(losses.paths, losses.losses, strict=True) if not math.isfinite(loss)]
     if bad:
         raise NonFiniteLossError(
-            f"step {step}: loss is NaN or infinite for {', '.join(bad[:4])}"
+            f"step {step}: loss is NaN or infinite for {', '.join(map(printable, bad[:4]))}"
             + (f" and {len(bad) - 4} more" if len(bad) > 4 else "")
             + ". Nothing was updated in this step. Lower lr, set clip_grad_norm 1.0, or choose amp_dtype bf16; "
             "then resume from the last checkpoint."

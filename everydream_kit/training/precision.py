@@ -42,11 +42,16 @@ class Precision:
     tune_scaler: bool = True
     num_steps: int = field(default=0, repr=False)
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Where the forward pass belongs."""
+    def autocast(self, *, keep_casts: bool = True) -> AbstractContextManager[Any]:
+        """Where the forward pass belongs.
+
+        Args:
+            keep_casts: keep a copy of each trained weight in half precision until the end. Training needs them for the
+                backward pass; where nothing is learned they are a second model, and casting again costs little.
+        """
         if self.dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self.device_type, self.dtype)
+        return torch.autocast(self.device_type, self.dtype, cache_enabled=keep_casts)
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss to call backward on."""

@@ -190,7 +190,11 @@ class Sampler(Listener):
         with ShareBar("samples") as bar:
             progress = WorkProgress(run.journal, "sampling", bar, stop=self.stop, num_parts=len(variants))
             for prefix, averaged in variants:
-                with run.whole_model(), run.sampling_weights(averaged=averaged), run.precision.autocast():
+                with (
+                    run.whole_model(),
+                    run.sampling_weights(averaged=averaged),
+                    run.precision.autocast(keep_casts=False),
+                ):
                     _Grids(run, settings, prompts, prefix, progress).make()
                 progress.end_part()
 

@@ -18,7 +18,7 @@ PACKAGE = REPOSITORY / "everydream_kit"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = [
-    *("errors", "identity", "strict_json", "atomic", "locks", "draws", "config", "workspace", "foreign"),
+    *("errors", "identity", "plain_text", "strict_json", "atomic", "locks", "draws", "config", "workspace", "foreign"),
     *(
         "everydream2",
         "settings",

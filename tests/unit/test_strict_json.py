@@ -110,3 +110,17 @@ def test_a_line_without_end_is_never_held_whole(tmp_path):
     path = tmp_path / "events.jsonl"
     path.write_bytes(b'{"a": "' + b"x" * (3 * MAX_LINE_BYTES) + b'"}\n{"a": 2}\n')
     assert list(iterate_json_lines(path)) == [{"a": 2}]
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "name"),
+    [
+        ('{"lr": 1,\n "lr": 2}', "line 2, column 2", "lr"),
+        ('{"a": [{"b": 1, "c": "b", "b": 1}]}', "line 1, column 27", "b"),
+    ],
+)
+def test_a_name_that_stands_twice_is_refused(text, place, name):
+    """Which of the two counts depends on who reads it, so what was checked need not be what is used."""
+    with pytest.raises(KitError, match=rf"x, {place}: '{name}' stands twice"):
+        parse_json(text, "x")
+    assert parse_json('{"a": {"b": 1}, "b": {"a": 1}}', "x") == {"a": {"b": 1}, "b": {"a": 1}}

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from everydream_kit.data import image_files
 from everydream_kit.data.scanning import scan_dataset
 from everydream_kit.data.textfiles import TextError, parse_yaml, read_text
 
@@ -398,3 +399,37 @@ def test_paths_in_an_index_that_cannot_exist_are_named(tmp_path, image):
     assert list(dataset.paths) == ["good.png"]
     assert [p.skipped for p in dataset.problems].count(True) == 1
     assert json.dumps([p.cause for p in dataset.problems])
+
+
+def test_links_in_a_circle_cost_no_other_file(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    used, problems = scan_bytes(tmp_path, {"a.png": encode(noise(), "PNG")})
+    assert used == ["a.png"]
+    assert [(name, problem.cause) for name, problem in problems.items()] == [("loop.png", "the link leads nowhere")]
+
+
+def test_a_caption_that_is_no_file_is_said(tmp_path):
+    (tmp_path / "a.txt").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "b.yaml")
+    images = {name: encode(noise(), "PNG") for name in ("a.png", "b.png")}
+    used, problems = scan_bytes(tmp_path, images)
+    assert used == ["a.png", "b.png"]
+    assert {name: problem.skipped for name, problem in problems.items()} == {"a.txt": False, "b.yaml": False}
+
+
+def test_many_small_bombs_are_not_all_unpacked(tmp_path, monkeypatch):
+    """Each below the limit of a chunk: 300 of them would be 300 MB."""
+    bomb = zlib.compress(b"A" * 1_000_000, 9)
+    chunk = struct.pack(">I", len(bomb) + 3) + b"zTXtk\0\0" + bomb
+    chunk += struct.pack(">I", zlib.crc32(chunk[4:]))
+    plain = encode(noise(), "PNG")
+    unpacked = []
+    monkeypatch.setattr(
+        image_files,
+        "_decompressed",
+        lambda *words, real=image_files._decompressed: unpacked.append(real(*words)) or unpacked[-1],
+    )
+    used, problems = scan_bytes(tmp_path, {"a.png": plain[:33] + chunk * 300 + plain[33:]})
+    assert (used, problems) == (["a.png"], {})
+    assert sum(unpacked) < 80e6

@@ -14,6 +14,7 @@ from everydream_kit.models import spans
 from everydream_kit.models import tensors as tensors_module
 from everydream_kit.models.tensors import (
     HASH_KEY,
+    MAX_HEADER_BYTES,
     LazyTensor,
     concatenated,
     open_safetensors,
@@ -183,3 +184,12 @@ def test_a_header_longer_than_the_file_is_refused(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
     with pytest.raises(ModelError, match="not a whole safetensors file"):
         open_safetensors(tmp_path / "a.safetensors")
+
+
+def test_a_header_larger_than_any_models_is_refused_before_it_is_read(tmp_path):
+    """The library takes a minute for what it allows: a million names, or 100 MB of text."""
+    header = b'{"__metadata__":{"a":"' + b"x" * MAX_HEADER_BYTES + b'"}}'
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(ModelError, match="its header is larger than"):
+        open_safetensors(path)

@@ -211,3 +211,11 @@ def test_a_pickle_with_bytes_changed_is_read_or_one_clear_error(tmp_path):
         except ModelError:
             refused += 1
     assert refused > 30
+
+
+def test_a_class_whose_name_acts_on_terminals_is_named_as_text(tmp_path):
+    (tmp_path / "a.ckpt").write_bytes(b"\x80\x02c\x1b[2Jos\nsystem\n.")
+    with pytest.raises(ModelError, match="refused") as caught:
+        open_pickle(tmp_path / "a.ckpt")
+    assert "\\x1b[2Jos.system" in str(caught.value)
+    assert "\x1b" not in str(caught.value)

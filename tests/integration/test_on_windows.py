@@ -1,0 +1,124 @@
+"""What of Windows can be seen without it: the kit asks for nothing that only POSIX has. See tests/support/as_on_windows.py."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.support.rehearsals import square_images
+
+WINDOWS = Path(__file__).parents[1] / "support" / "as_on_windows.py"
+
+
+def on_windows(program: str, folder: Path) -> str:
+    """What a program prints whose kit sees Windows."""
+    file = folder / "program.py"
+    file.write_text(program, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(WINDOWS), str(file)], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+IMPORTS = """
+import importlib, pkgutil
+import everydream_kit
+names = [found.name for found in pkgutil.walk_packages(everydream_kit.__path__, "everydream_kit.")]
+for name in names:
+    if not name.endswith("__main__"):
+        importlib.import_module(name)
+import everydream_kit.atomic, everydream_kit.models.spans
+assert everydream_kit.atomic.os.name == "nt" and not everydream_kit.models.spans.CAN_READ_AT
+print(len(names))
+"""
+
+
+def test_every_module_is_imported_without_what_only_posix_has(tmp_path: Path) -> None:
+    assert int(on_windows(IMPORTS, tmp_path)) > 150
+
+
+RUN = r"""
+import everydream_kit as edk
+from everydream_kit.cli import main
+
+common = ["--max_steps", "2", "--data_root", "images", "--resolution", "64", "--batch_size", "2"]
+common += ["--sample_steps", "1", "--num_workers", "0"]
+assert main(["doctor"]) in (0, 1)
+assert main(["train", "--resume_ckpt", "embedded", "--project_name", "jets", "--save_every_n_steps", "1", *common]) == 0
+(run,) = edk.list_runs("logs")
+assert run.status()["state"] == "finished", run.status()
+assert main(["export", str(run.folder), "jets.safetensors"]) == 0
+assert main(["train", "--resume_ckpt", "jets.safetensors", "--training_kind", "lora", *common]) == 0
+assert main(["sample", "jets.safetensors", "--prompt", "a cat", "--num_inference_steps", "1", "--out", "cat.png"]) == 0
+"""
+
+
+def test_training_saving_exporting_and_sampling_ask_for_nothing_that_only_posix_has(tmp_path: Path) -> None:
+    square_images(tmp_path / "images", 4)
+    on_windows(RUN, tmp_path)
+    assert (tmp_path / "jets.safetensors").is_file()
+
+
+JOB = r"""
+import os, signal, sys
+from pathlib import Path
+from everydream_kit.jobs.job import Job
+from everydream_kit.jobs.process import exit_code, spawn, write_object
+from everydream_kit.jobs.safe_python import safe_environment
+
+path = r"C:\Users\me\kit;;D:\more"
+assert safe_environment({"PYTHONPATH": path})["PYTHONPATH"] == r"C:\Users\me\kit;D:\more"
+folder = Path("logs/jets-20261128-120000")
+folder.mkdir(parents=True)
+known = spawn([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], folder / "log", None, append=False)
+write_object(folder / "job.json", {**known.to_json()})
+while exit_code(known.to_json()) is None:
+    pass
+print(Job(folder).status()["message"])
+"""
+
+
+def test_a_process_that_was_killed_is_reported_where_there_is_no_sigkill(tmp_path: Path) -> None:
+    assert "ended by signal 9" in on_windows(JOB, tmp_path)
+
+
+UNPACK = """
+import sys
+from pathlib import Path
+from everydream_kit.data.sources import unpack_archive
+from everydream_kit.errors import DataError
+from everydream_kit.panels.upload_area import safe_name
+
+for archive in sorted(Path(".").glob("*.zip")):
+    try:
+        print(archive.name, sorted(path.name for path in unpack_archive(archive, Path("out")).rglob("*.png")))
+    except DataError as problem:
+        print(archive.name, "refused:", problem)
+print(safe_name("CON.png"), safe_name("sub/nul"), safe_name("lpt1.tar.gz"), safe_name("a./b .png"), safe_name("console.png"))
+"""
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["CON", "aux.txt", "sub/nul.png", "COM1.png", "a.png:stream", "dot./a.png", "space /a.png", "a?.png", "lpt¹.png"],
+)
+def test_names_that_windows_reserves_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "hostile.zip", "w") as file:
+        file.writestr(name, b"x")
+    shown = on_windows(UNPACK, tmp_path)
+    assert f"hostile.zip refused: hostile.zip: the entry {name!r}" in shown
+    assert "Windows" in shown
+
+
+def test_names_that_only_look_reserved_are_unpacked(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "plain.zip", "w") as file:
+        for name in ("console.png", "com.png", "auxiliary/com10.png"):
+            file.writestr(name, b"x")
+    shown = on_windows(UNPACK, tmp_path)
+    assert "plain.zip ['com.png', 'com10.png', 'console.png']" in shown
+    assert "_CON.png sub/_nul _lpt1.tar.gz a/b .png console.png" in shown
