@@ -93,6 +93,18 @@ VARIABLES = {
     "plain": {},
 }
 """By which each host is recognized, see `everydream_kit/hosts.py`."""
+ONE_PROCESS = """
+import glob, json, sys, time
+from everydream_kit.cli import main
+from everydream_kit.optional_packages import hide_unused
+hide_unused()
+for name, words in json.load(open(sys.argv[1])):
+    began = time.monotonic()
+    if main([max(glob.glob(word)) if "*" in word else word for word in words]):
+        sys.exit(f"{name} failed")
+    print(f"        {time.monotonic() - began:5.0f} s  {name}", flush=True)
+"""
+"""Runs commands as `everydream` would, one after the other."""
 LINE = re.compile(r"^([A-Za-z0-9][\w.-]*)==([^+\s]+)(\+\S+)?$")
 
 
@@ -104,7 +116,9 @@ def main() -> int:
         "--as", dest="host", choices=list(VARIABLES), default="colab", help="the host to be recognized as"
     )
     parser.add_argument("--python", help="the Python to use; by default the latest of 3.13 to 3.10 that is found")
-    parser.add_argument("--quick", action="store_true", help="without the panels' tests and the notebooks")
+    parser.add_argument(
+        "--quick", action="store_true", help="most commands in one process; without the panels' tests and the notebooks"
+    )
     parser.add_argument("--keep", type=Path, help="folder for the replica, which stays")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -112,7 +126,8 @@ def main() -> int:
         replica = Replica(folder, read_list(options.list), options.host)
         replica.build(options.python or find_python())
         replica.set_up()
-        replica.use()
+        replica.use(one_process=options.quick)
+        replica.push(every_flag=not options.quick)
         if not options.quick:
             replica.use_notebooks()
         return replica.report()
@@ -225,36 +240,50 @@ class Replica:
         )
         return {plain(name): version for name, version in json.loads(answer.stdout).items()}
 
-    def use(self) -> None:
-        """What people do there."""
-        kit = [self.python, "-m", "everydream_kit"]
-        self.run("doctor", [*kit, "doctor"])
+    def use(self, *, one_process: bool) -> None:
+        """What people do there.
+
+        Args:
+            one_process: all but the LoRA in one process, which imports the host's packages once. The LoRA is what these
+                packages have broken before, so it starts as people start it.
+        """
+        (self.work / "logs").mkdir(exist_ok=True)
+        steps = self.steps()
+        if one_process:
+            self.run("LoRA", [self.python, "-m", "everydream_kit", *steps.pop("LoRA")])
+            listed = self.folder / "steps.json"
+            listed.write_text(json.dumps([[name, words] for name, words in steps.items()]), encoding="utf-8")
+            print(self.run("the other commands", [self.python, "-c", ONE_PROCESS, listed]).strip()[-2000:], flush=True)
+            return
+        for name, words in steps.items():
+            found = [max(map(str, self.work.glob(word))) if "*" in word else word for word in words]
+            self.run(name, [self.python, "-m", "everydream_kit", *found])
+
+    def steps(self) -> dict[str, list[str]]:
+        """Name -> words of a command, in order. A word with a star is the latest of the files that it fits."""
         images = REPOSITORY / "everydream_kit" / "demo" / "images"
-        common = ["train", "--resume_ckpt", "embedded", "--data_root", images, "--max_steps", 2, "--resolution", 64]
         sample = {"samples": [{"prompt": "a cat", "cfgs": [3]}], "num_inference_steps": 2}
         (self.work / "prompts.json").write_text(json.dumps(sample), encoding="utf-8")
-        common += ["--batch_size", 2, "--sample_steps", 2, "--sample_prompts", self.work / "prompts.json"]
-        kinds: dict[str, list[object]] = {
-            "full training": ["--project_name", "full"],
-            "LoRA": ["--project_name", "lora", "--training_kind", "lora"],
-            "DoRA": ["--project_name", "dora", "--training_kind", "lora", "--lora_dora"],
-            "textual inversion": [
-                "--project_name",
-                "words",
-                "--training_kind",
-                "textual_inversion",
-                "--new_tokens",
-                '{"<my-cat>": "cat"}',
-            ],
-            "8-bit AdamW": ["--project_name", "eight", "--optimizer", "adamw8bit"],
+        common = ["train", "--resume_ckpt", "embedded", "--data_root", str(images), "--max_steps", "2"]
+        common += ["--resolution", "64", "--batch_size", "2", "--sample_steps", "2", "--sample_prompts", "prompts.json"]
+        words = ["--training_kind", "textual_inversion", "--new_tokens", '{"<my-cat>": "cat"}']
+        return {
+            "doctor": ["doctor"],
+            "full training": [*common, "--project_name", "full"],
+            "LoRA": [*common, "--project_name", "lora", "--training_kind", "lora"],
+            "DoRA": [*common, "--project_name", "dora", "--training_kind", "lora", "--lora_dora"],
+            "textual inversion": [*common, "--project_name", "words", *words],
+            "8-bit AdamW": [*common, "--project_name", "eight", "--optimizer", "adamw8bit"],
+            "export of full": ["export", "logs/full-*", "full.safetensors"],
+            "export of lora": ["export", "logs/lora-*", "lora.safetensors"],
         }
-        for name, flags in kinds.items():
-            self.run(name, [*kit, *common, *flags])
-        for project in ("full", "lora"):
-            for run in sorted((self.work / "logs").glob(f"{project}-*"))[-1:]:
-                self.run(f"export of {project}", [*kit, "export", run, self.work / f"{project}.safetensors"])
+
+    def push(self, *, every_flag: bool) -> None:
+        """Push against the stand-in for the Hub: from a shell, or with every flag."""
         self.run("test tools", [self.python, "-m", "pip", "install", "--quiet", "--no-compile", *TEST_TOOLS])
-        self.run("push (against the stand-in)", [*self.pytest(), "tests/integration/test_push_command.py"], tests=True)
+        chosen = [] if every_flag else ["-k", "from_a_shell"]
+        tests = [*self.pytest(), "tests/integration/test_push_command.py", *chosen]
+        self.run("push (against the stand-in)", tests, tests=True)
 
     def use_notebooks(self) -> None:
         """The panels with the host's ipywidgets, and every notebook from top to bottom."""
