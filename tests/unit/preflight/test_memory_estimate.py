@@ -214,3 +214,23 @@ def test_more_batch_more_resolution_or_less_checkpointing_never_need_less(estima
 
 def test_settings_that_are_left_out_of_the_key_are_settings():
     assert set(TrainConfig.model_fields) >= memory_estimate.WITHOUT_EFFECT
+
+
+def test_sampling_holds_no_second_copy_of_what_is_trained(estimate, real_model):
+    """Autocast's copies in half precision are for the backward pass."""
+    found = phase(estimate(sample_steps=100), "sampling")
+    unet = numbers(real_model.unet)
+    kept = found.by_category["activations"] + found.by_category.get("other", 0)
+    assert kept < 4 * unet  # 3.3 bytes for each of its numbers; a copy in bfloat16 would be 2 more
+
+
+def test_large_images_go_through_the_vae_in_tiles_where_there_is_no_bfloat16(kept):
+    config = TrainConfig(resume_ckpt="none", resolution=1024, batch_size=1, sample_steps=None, training_kind="lora")
+    peaks = [
+        phase(
+            estimate_memory(config, has_bf16=has_bf16, architecture=small_architecture(), cache_folder=kept),
+            "latent caching",
+        ).by_category["activations"]
+        for has_bf16 in (True, False)
+    ]
+    assert peaks[1] < peaks[0] / 2

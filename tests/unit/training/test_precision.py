@@ -156,3 +156,21 @@ def test_the_scalers_state_survives_a_resume():
     plain = choose_precision("cpu")
     plain.load_state_dict(plain.state_dict())
     assert plain.gradient_scale is None
+
+
+@pytest.mark.parametrize(("keep_casts", "casts"), [(True, 1), (False, 3)])
+def test_casts_of_trained_weights_are_kept_for_the_backward_pass_only(keep_casts, casts):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counter(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.found += func is torch.ops.aten._to_copy.default and args[0].shape == (5, 7)
+            return func(*args, **(kwargs or {}))
+
+    layer, precision = torch.nn.Linear(7, 5), choose_precision("cpu", amp_dtype="bf16")
+    with Counter() as counter, torch.no_grad(), precision.autocast(keep_casts=keep_casts):
+        for _ in range(3):
+            layer(torch.zeros(1, 7))
+    assert counter.found == casts
