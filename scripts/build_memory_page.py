@@ -1,4 +1,4 @@
-"""Write docs/memory.md and the README's table: estimates for full-size models by size of GPU, compared with what others published.
+"""Write docs/memory.md and the README's table: estimates for full-size models by size of GPU, and what others published.
 
     python scripts/build_memory_page.py            writes both
     python scripts/build_memory_page.py --check    reports whether they are what the script would write

@@ -253,7 +253,8 @@ class Replica:
             self.run("LoRA", [self.python, "-m", "everydream_kit", *steps.pop("LoRA")])
             listed = self.folder / "steps.json"
             listed.write_text(json.dumps([[name, words] for name, words in steps.items()]), encoding="utf-8")
-            print(self.run("the other commands", [self.python, "-c", ONE_PROCESS, listed]).strip()[-2000:], flush=True)
+            shown = self.run("the other commands", [self.python, "-c", ONE_PROCESS, listed])
+            print("\n".join(re.findall(r"^ {8} *\d+ s  .+$", shown, re.MULTILINE)), flush=True)
             return
         for name, words in steps.items():
             found = [max(map(str, self.work.glob(word))) if "*" in word else word for word in words]
