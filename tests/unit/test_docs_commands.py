@@ -51,7 +51,11 @@ def commands_of(page: Path) -> Iterator[list[str]]:
         for part in re.split(r"&&|\|\||[;|>]|(?<= )&$", line):
             start = STARTS.match(part.strip() + " ")
             words = shlex.split(part.strip()[start.end() - 1 :]) if start else []
-            words = [word for word in words if word not in TALK]
+            words = [
+                word
+                for word, before in zip(words, ["", *words], strict=False)
+                if word not in TALK or before.startswith("--")
+            ]
             if words and words[0] in COMMANDS and len(words) > 1:
                 yield words
 

@@ -24,7 +24,7 @@ def test_every_card_has_what_a_plan_needs():
     } <= set(names)
     assert len(names) == len(set(names))
     for gpu_spec in known_gpus():
-        assert 10 * GIB < gpu_spec.memory_bytes < 90 * GIB
+        assert 7 * GIB < gpu_spec.memory_bytes < 90 * GIB
         assert gpu_spec.fp32_tflops > 0 and gpu_spec.half_tflops > 0 and gpu_spec.bandwidth_bytes > 1e11
         assert gpu_spec.has_bf16 == (gpu_spec.bf16_tflops > 0)
         assert 0.2e9 < gpu_spec.context_bytes < 1e9 and 0 < gpu_spec.fragmentation < 0.2
