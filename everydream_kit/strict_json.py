@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
@@ -249,8 +250,7 @@ class _Reader:
         """Raises where a name stands twice: which value counts depends on who reads the file."""
         found = dict(pairs)
         if len(found) != len(pairs):
-            seen: set[str] = set()
-            name = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
             self._refuse(self._find_last(name), f"{_shortened(name)!r} stands twice in one object; keep one of the two")
         return found
 

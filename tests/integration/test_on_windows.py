@@ -7,8 +7,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-from tests.support.rehearsals import square_images
-
 WINDOWS = Path(__file__).parents[1] / "support" / "as_on_windows.py"
 
 
@@ -38,29 +36,6 @@ print(len(names))
 
 def test_every_module_is_imported_without_what_only_posix_has(tmp_path: Path) -> None:
     assert int(on_windows(IMPORTS, tmp_path)) > 150
-
-
-RUN = r"""
-from pathlib import Path
-from everydream_kit.cli import main
-from everydream_kit.workspace import RunFolder
-
-common = ["--max_steps", "2", "--data_root", "images", "--resolution", "64", "--batch_size", "2"]
-common += ["--sample_steps", "1", "--num_workers", "0"]
-assert main(["doctor"]) in (0, 1)
-assert main(["train", "--resume_ckpt", "embedded", "--project_name", "jets", "--save_every_n_steps", "1", *common]) == 0
-(run,) = map(RunFolder, Path("logs").iterdir())
-assert run.status()["state"] == "finished", run.status()
-assert main(["export", str(run.folder), "jets.safetensors"]) == 0
-assert main(["train", "--resume_ckpt", "jets.safetensors", "--training_kind", "lora", *common]) == 0
-assert main(["sample", "jets.safetensors", "--prompt", "a cat", "--num_inference_steps", "1", "--out", "cat.png"]) == 0
-"""
-
-
-def test_training_saving_exporting_and_sampling_ask_for_nothing_that_only_posix_has(tmp_path: Path) -> None:
-    square_images(tmp_path / "images", 4)
-    on_windows(RUN, tmp_path)
-    assert (tmp_path / "jets.safetensors").is_file()
 
 
 JOB = r"""
