@@ -226,7 +226,7 @@ def test_requests_reach_the_trainer(started):
 
 
 def test_attach_refuses_a_folder_that_is_no_run(tmp_path):
-    with pytest.raises(JobError, match="no run folder"):
+    with pytest.raises(JobError, match="not a run folder"):
         jobs.attach(tmp_path)
 
 
