@@ -1,6 +1,6 @@
 """Captions by a model in the dataset panel: suggested in a background task, reviewed here, written only when asked.
 
-What was suggested is a file in the project folder, so a review can go on in another kernel.
+What was suggested is a file in the project folder, so a review can continue in another kernel.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The dataset panel: add pictures, look through them, edit captions and settings, report, set problems aside."""
+"""The dataset panel: add images, look through them, edit captions and settings, report, exclude problems."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class DatasetPanel(Panel):
 
     Attributes:
         project: the project folder.
-        album: the pictures and what can be done with them.
-        gallery: the page of pictures.
+        album: the images and what can be done with them.
+        gallery: the page of images.
     """
 
     def __init__(self, folder: str | Path, *, demo: bool = False) -> None:
@@ -55,7 +55,7 @@ class DatasetPanel(Panel):
 
         Args:
             folder: the project's name or folder.
-            demo: put the kit's demo pictures into the project if it has none.
+            demo: put the kit's demo images into the project if it has none.
         """
         super().__init__()
         self.project = Project.open(folder)
@@ -79,8 +79,8 @@ class DatasetPanel(Panel):
         self.on_press(self.reload_button, self.reload)
         self.tabs = Pages(
             {
-                "Add pictures": self._build_add(),
-                "Pictures": self._build_edit(),
+                "Add images": self._build_add(),
+                "Images": self._build_edit(),
                 "Report": style.column(self.report),
                 "Problems": self._build_problems(),
                 "Auto-caption": self._build_captioner(),
@@ -114,7 +114,7 @@ class DatasetPanel(Panel):
         zone = make_drop_zone(self.receiver, self._received)
         where = html.escape(str(self.album.root))
         self.source = widgets.Text(
-            placeholder="/data/jets, pictures.zip, or owner/dataset on the Hub",
+            placeholder="/data/jets, images.zip, or owner/dataset on the Hub",
             description="Or use",
             style={"description_width": "60px"},
             layout=widgets.Layout(width="520px"),
@@ -170,7 +170,7 @@ class DatasetPanel(Panel):
 
     def _build_masks(self) -> widgets.Widget:
         self.masks = MaskEditor(lambda: self.album, lambda: self.gallery.found, self.save_mask, self.say)
-        lead = "Paint over what the model must not learn. The images are those of the search under Pictures."
+        lead = "Paint over what the model must not learn. The images are those of the search under Images."
         return style.column(widgets.HTML(f'<p class="edk-lead">{lead}</p>'), self.masks.box)
 
     def _build_problems(self) -> widgets.Widget:
@@ -206,7 +206,7 @@ class DatasetPanel(Panel):
         self.say(f"Fetching {text} …", "busy")
 
     def apply_setting(self) -> None:
-        """Write a setting for a folder or for the selected pictures."""
+        """Write a setting for a folder or for the selected images."""
         text, name = self.setting_value.value.strip(), self.setting.value
         try:
             value = float(text) if text else None
@@ -240,12 +240,12 @@ class DatasetPanel(Panel):
         self._report(report, words)
 
     def exclude_selected(self) -> None:
-        """Move the selected pictures out of the dataset."""
+        """Move the selected images out of the dataset."""
         self._require_selection()
         self._exclude([self.album.path(index) for index in self.gallery.chosen_indices])
 
     def refresh(self) -> None:
-        """Look after what is under way: fetching, unpacking, looking through the pictures."""
+        """Look after what is under way: fetching, unpacking, inspecting the images."""
         if self._dataset_folder().resolve() != self.album.root:  # the training panel has chosen another
             self._use_folder(self._dataset_folder())
         self._follow_fetching()
@@ -307,7 +307,7 @@ class DatasetPanel(Panel):
             self._render()
         elif status is not None:
             done, total = status.get("step") or 0, len(self.album)
-            self.problems.report(f"Looking for duplicates and broken pictures: {done:,} of {total:,} …")
+            self.problems.report(f"Checking for duplicates and broken images: {done:,} of {total:,} …")
         elif self._needs_inspection() and not self.inspecting.attach():
             settings = {**asdict(self._report_settings()), "base": str(self.project.settings()["resume_ckpt"])}
             self.inspecting.begin("inspect", str(self.album.root), json.dumps(settings))
@@ -379,7 +379,7 @@ class DatasetPanel(Panel):
 
     def _require_selection(self) -> None:
         if not self.gallery.chosen:
-            raise DataError("Select pictures first: tick them, or press Select page.")
+            raise DataError("Select images first: tick them, or press Select page.")
 
     # Showing
 
@@ -408,18 +408,18 @@ class DatasetPanel(Panel):
         self.undo_button.disabled = not album.last_change
         self.undo_button.tooltip = f"Undo: {album.last_change}" if album.last_change else "Nothing to undo"
         chosen = self.setting_where.value
-        options = [("the selected pictures", ""), *((f"folder {name}", name) for name in album.folders())]
+        options = [("the selected images", ""), *((f"folder {name}", name) for name in album.folders())]
         if tuple(options) != tuple(self.setting_where.options):
             self.setting_where.options = options
             self.setting_where.value = chosen if chosen in [value for _, value in options] else ""
-        for index, title in enumerate(("Add pictures", "Pictures", "Report", f"Problems ({len(issues):,})")):
+        for index, title in enumerate(("Add images", "Images", "Report", f"Problems ({len(issues):,})")):
             self.tabs.set_title(index, title)
         self._render_report()
         self.problems.show(issues, complete=self._fresh)
 
     def _render_report(self) -> None:
         if not len(self.album):
-            set_html(self.report, '<div class="edk-empty">The report begins with the first pictures.</div>')
+            set_html(self.report, '<div class="edk-empty">The report begins with the first images.</div>')
             return
         settings = self._report_settings()
         fills, num_images, num_steps = fill_buckets(self.album.dataset, settings)
@@ -441,18 +441,18 @@ class DatasetPanel(Panel):
         several = [(tag, float(count), f"{count:,}") for tag, count in counts if count > 1]
         rest = len(counts) - len(several)
         chart = bar_chart(several[:SHOWN_TAGS], title="Most frequent caption parts", label_width=300)
-        words = f"{rest:,} other parts stand in one caption each." if rest else ""
+        words = f"{rest:,} other parts are in one caption each." if rest else ""
         return chart + f'<div class="edk-hint">{words}{self._caption_words()}</div>'
 
     def _caption_words(self) -> str:
-        """Where captions come from, as the last look through the pictures counted it."""
+        """Where captions come from, as the last inspection counted them."""
         counts = self._inspection.get("captions")
         if not counts:
             return ""
         named, empty, shared = counts["from_file_name"], counts["empty"], len(counts["repeated"])
         return (
             f"<br>{named:,} captions come from file names, {empty:,} are empty, "
-            f"{shared:,} are shared by several pictures."
+            f"{shared:,} are shared by several images."
         )
 
     def show_image(self, path: Path) -> None:
@@ -462,7 +462,7 @@ class DatasetPanel(Panel):
 
     def show_tab(self, title: str) -> None:
         """Bring a tab to the front, by the beginning of its title."""
-        titles: list[Any] = ["Add pictures", "Pictures", "Report", "Problems", "Auto-caption", "Masks"]
+        titles: list[Any] = ["Add images", "Images", "Report", "Problems", "Auto-caption", "Masks"]
         self.tabs.selected_index = titles.index(title)
 
 
@@ -482,7 +482,7 @@ def _left_alone(report: PrepReport) -> str:
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """What the last look through the pictures found; nothing where there was none."""
+    """The result of the last inspection; nothing where there was none."""
     path = folder / INSPECTION_FILE
     try:
         return dict(read_json(path, missing={}, allow_nan=True, max_bytes=MAX_REPORT_BYTES))

@@ -1,4 +1,4 @@
-"""One control for one parameter, made from its record: the fitting widget, help and range beside it, its error below.
+"""One control for one parameter, made from its record: the fitting widget, help and range next to it, its error below.
 
 The control is chosen from the record alone (`make_control`); a value that a slider or list cannot show turns the
 control into a text field, so every value that a settings file may hold can be shown. A field checks its own value at
@@ -49,7 +49,7 @@ class Field:
 
     @property
     def value(self) -> Any:
-        """The value as it stands in a settings file. Only meaningful while `error` is None."""
+        """The value as it is in a settings file. Only meaningful while `error` is None."""
         return self._value
 
     def set_value(self, value: Any) -> None:
@@ -194,7 +194,7 @@ def show_value(record: Parameter, control: widgets.Widget, value: Any) -> Any:
 
 
 def read_control(record: Parameter, control: widgets.Widget) -> Any:
-    """A control's value as it stands in a settings file.
+    """A control's value as it is in a settings file.
 
     Raises:
         ConfigError: what was typed cannot be read.

@@ -1,4 +1,4 @@
-"""The list of findings in the dataset panel: each with its pictures, what to do, and a button that sets it aside."""
+"""The list of issues in the dataset panel: each with its images, what to do, and a button that excludes it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ProblemsBox:
         set_html(self.state, f'<p class="edk-lead">{html.escape(text)}</p>' if text else "")
 
     def show(self, issues: list[Issue], *, complete: bool) -> None:
-        """List findings; nothing is drawn anew where they are the same.
+        """List issues; nothing is rendered again where they are the same.
 
         Args:
             issues: in order.

@@ -89,10 +89,10 @@ class MaskEditor:
         self.remove_button.disabled = mask is None
         set_html(self.title, f'<span class="edk-hint">of {len(found):,} · {style.name_html(album.name(index))}</span>')
         words = (
-            "Red is left out of the loss: the model does not learn it." if mask else "No mask: everything is learned."
+            "Red is ignored in the loss: the model does not learn it." if mask else "No mask: everything is learned."
         )
         if self.brush is None:
-            words += f" To make one, save {path.stem}.mask.png next to the image: black is left out."
+            words += f" To make one, save {path.stem}.mask.png next to the image: black is ignored."
         set_html(self.hint, f'<div class="edk-hint">{style.name_html(words)}</div>')
         if self.brush is not None:
             with self.brush.hold_sync():
@@ -126,10 +126,10 @@ class MaskEditor:
 
 
 def check_mask(data: bytes) -> bytes | None:
-    """A mask from the page as a small gray PNG; None where nothing is left out.
+    """A mask from the page as a small gray PNG; None where nothing is masked.
 
     Raises:
-        DataError: it is no image, or larger than a mask can be.
+        DataError: it is not an image, or larger than a mask can be.
     """
     if len(data) > MAX_MASK_BYTES:
         raise DataError("The mask is too large.")

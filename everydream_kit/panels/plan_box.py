@@ -1,8 +1,9 @@
-"""The plan of the training panel: what a run will take, said at once as far as it is cheap, then in full.
+"""The plan of the training panel: the estimate of a run: at once as far as it is cheap, then in full.
 
-Pictures, steps and disk come from `estimate` at every change of the form. Memory, time and money take seconds (the trainer's own
-step is gone through without values), so a process of its own foretells them (`chores.foretell`) once the form has rested; what
-it said is kept by the settings that it was said for. *Make it fit* takes over the changes that it advises.
+Images, steps and disk come from `estimate` at every change of the form. Memory, time and cost take seconds (the
+trainer's own step is gone through without values), so a process of its own estimates them (`background.estimate`) once the
+form has rested; the result is kept with its settings. *Make it fit* takes over the changes that it
+advises.
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ class PlanBox:
             too_large = made.get("fits") is False or bool(self.caution)
             tone = "edk-note warn" if too_large else "edk-plan"
             set_html(self.line, f'<div class="{tone}" role="status">{text}</div>')
-        words = made.get("error") or made.get("text") or "Memory, time and cost are being foretold …"
+        words = made.get("error") or made.get("text") or "Estimating memory, time and cost …"
         set_html(self.report, style.document(words, "The plan"))
 
 

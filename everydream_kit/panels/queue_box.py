@@ -89,7 +89,7 @@ class QueueBox:
     def start(self) -> None:
         """Train what waits."""
         self.queue.start(command=self._command, environment=self._environment)
-        self._say("The queue is at work. Closing this tab does not stop it.", "busy")
+        self._say("The queue is running. Closing this tab does not stop it.", "busy")
 
     def stop(self) -> None:
         """Stop the run in progress and start no further one."""

@@ -1,4 +1,4 @@
-"""The set-up panel: where am I, what fits here, what is wrong and how it is mended; log in to the Hub."""
+"""The set-up panel: where am I, what fits here, what is wrong and how to fix it; log in to the Hub."""
 
 from __future__ import annotations
 

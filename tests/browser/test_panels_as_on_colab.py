@@ -1,8 +1,9 @@
-"""The panels with Colab's versions: ipywidgets 7.7.1, ipykernel 6.17.1, IPython 7.34, Notebook 6.5.7, traitlets of that time.
+"""The panels with Colab's versions: ipywidgets 7.7.1, ipykernel 6.17.1, IPython 7.34, Notebook 6.5.7, traitlets of that
+time.
 
-A second environment holds these and sees everything else through this one's site-packages. All plain panel tests run in it
-(but those of what happens in processes beside the widgets), and one panel is driven in a browser. Colab's own widget
-manager cannot be had here; core widgets behave alike in both.
+A second environment holds these and sees everything else through this one's site-packages. All plain panel tests run in
+it (but those of what happens in separate processes), and one panel is driven in a browser. Colab's own
+widget manager cannot be had here; core widgets behave alike in both.
 """
 
 import os

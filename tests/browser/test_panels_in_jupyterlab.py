@@ -167,7 +167,7 @@ def test_captions_are_edited_in_place_and_images_uploaded(lab, driver, page, tmp
 
     data = os.urandom(12_000_000)  # more than one message of Jupyter's may hold
     (tmp_path / "big.png").write_bytes(data)
-    panel.get_by_role("button", name="Add pictures", exact=True).click()
+    panel.get_by_role("button", name="Add images", exact=True).click()
     with page.expect_file_chooser() as chooser:
         panel.locator(".edk-drop").click()
     chooser.value.set_files(tmp_path / "big.png")
@@ -196,7 +196,9 @@ def test_captions_are_edited_in_place_and_images_uploaded(lab, driver, page, tmp
     chooser.value.set_files(tmp_path / "more.zip")
     driver.wait_for_text(panel, ".edk-note", "1 files unpacked.")
     assert (project / "input" / "more" / "air" / "balloon.webp").is_file()
-    driver.wait_for_text(panel, ".edk-tabs", "Problems (2)")  # big.png is no picture, and the balloon is there twice
+    driver.wait_for_text(
+        panel, ".edk-tabs", "Problems (2)"
+    )  # big.png is not an image, and the balloon is an exact duplicate
 
     panel.get_by_role("button", name="Masks", exact=True).click()
     canvas = panel.get_by_role("application")

@@ -1,4 +1,5 @@
-"""Takes the pictures of the panels in `docs/images/` anew, of the quickstart's project; only when asked, since they change."""
+"""Takes the screenshots of the panels in `docs/images/` anew, of the quickstart's project; only when asked, since they
+change."""
 
 import os
 import shutil
@@ -10,7 +11,7 @@ from PIL import Image
 
 pytestmark = [
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(os.environ.get("EDK_SCREENSHOTS") != "1", reason="takes pictures: set EDK_SCREENSHOTS=1"),
+    pytest.mark.skipif(os.environ.get("EDK_SCREENSHOTS") != "1", reason="takes screenshots: set EDK_SCREENSHOTS=1"),
 ]
 
 TRAIN = """

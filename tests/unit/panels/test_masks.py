@@ -41,7 +41,7 @@ def test_a_painted_mask_is_written_shown_removed_and_undone(panel):
     assert "Mask of a.png written" in panel.message.value
     with Image.open(file) as mask:
         assert (mask.mode, mask.size, mask.getpixel((0, 0)), mask.getpixel((40, 0))) == ("L", (64, 48), 0, 255)
-    assert len(panel.album) == 3, "a mask is no image of its own"
+    assert len(panel.album) == 3, "a mask is not an image of its own"
     settings = json.loads((panel.project.folder / "settings.json").read_text())
     assert settings["loss_mask"] == "file" and "loss_mask: file" in panel.message.value
     assert panel.album.dataset.with_defaults(loss_mask="file").image(0).mask_path == str(file)

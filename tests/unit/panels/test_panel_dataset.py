@@ -137,7 +137,7 @@ def test_the_panel_tags_a_selection_and_asks_for_one(project):
     panel = DatasetPanel(project)
     panel.tag.value = "3d"
     panel.add_tag_button.click()
-    assert "Select pictures first" in panel.message.value
+    assert "Select images first" in panel.message.value
     panel.gallery.search.value = "night"
     panel.gallery.choose_found.click()
     panel.add_tag_button.click()

@@ -1,4 +1,4 @@
-"""The queue of the training panel, on a double of the trainer: add, order, remove, start, watch it go on, stop."""
+"""The queue of the training panel, on a double of the trainer: add, order, remove, start, watch it continue, stop."""
 
 import sys
 import time
