@@ -29,7 +29,7 @@ class CheckpointList:
         self.update()
 
     def update(self) -> bool:
-        """Look again if it is time. Returns whether the list has changed."""
+        """Refresh if it is time. Returns whether the list has changed."""
         begin = time.monotonic()
         if begin < self._due_at:
             return False

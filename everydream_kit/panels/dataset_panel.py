@@ -70,7 +70,7 @@ class DatasetPanel(Panel):
         self._inspection_failed = False
         self.head, self.figures, self.report = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.undo_button = style.button("Undo", icon="undo")
-        self.reload_button = style.button("Look again", icon="refresh", hint="Scan the folder again")
+        self.reload_button = style.button("Rescan", icon="refresh", hint="Scan the folder again")
         self.add_tag_button, self.remove_tag_button = style.button(""), style.button("")
         self.exclude_button = style.button("", icon="archive")
         self.gallery = Gallery(self.album, self.say, self._render)
@@ -121,7 +121,7 @@ class DatasetPanel(Panel):
         )
         self.source_button = style.button("Use it")
         self.on_press(self.source_button, self.use_source)
-        hint = f'<div class="edk-hint">Files can also be copied into <code>{where}</code>; then press Look again.</div>'
+        hint = f'<div class="edk-hint">Files can also be copied into <code>{where}</code>; then press Rescan.</div>'
         return style.column(*([zone] if zone else []), style.row(self.source, self.source_button), widgets.HTML(hint))
 
     def _build_edit(self) -> widgets.Widget:

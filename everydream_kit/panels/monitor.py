@@ -193,7 +193,7 @@ def sample_strip(samples: list[Sample], step: int) -> str:
 
 
 def sample_rows(steps: dict[int, list[Sample]]) -> str:
-    """A row of thumbnails for each step, so that one prompt stands in one column."""
+    """A row of thumbnails for each step, so that one prompt is in one column."""
     rows = []
     for step, samples in steps.items():
         cells = "".join(

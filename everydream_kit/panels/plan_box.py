@@ -234,7 +234,7 @@ def caution_of(quick: QuickEstimate, made: dict[str, Any]) -> str:
 
 
 def plan_line(quick: QuickEstimate, made: dict[str, Any]) -> str:
-    """`32 pictures × 3 epochs → 24 steps · about 1 min on this CPU · 0.9 of 17.0 GiB memory · 96 MB on disk, 60 GB free`."""
+    """`32 images × 3 epochs → 24 steps · about 1 min on this CPU · 0.9 of 17.0 GiB memory · 96 MB on disk, 60 GB free`."""
     parts = [quick.steps_words()]
     seconds = made.get("seconds") or quick.seconds
     where = f" on {made['device']}" if made.get("device") else ""

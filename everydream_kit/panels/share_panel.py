@@ -162,7 +162,7 @@ class SharePanel(Panel):
         self.say(f"{len(files)} files, {style.size(preview.num_bytes)}; nothing is uploaded yet.")
 
     def push(self) -> None:
-        """Upload, in a process of its own; after an error, pressing again goes on where it stopped."""
+        """Upload, in a process of its own; after an error, pressing again continues where it stopped."""
         options = {"private": self.private.value, "what": self._what(), "license": self.license.value or None}
         arguments = [str(self._source()), self._repo_id(), json.dumps(options)]
         self._begin("push", arguments, f"Uploading to {self._repo_id()} …")
@@ -183,7 +183,7 @@ class SharePanel(Panel):
         return str(self.checkpoint.value)
 
     def _source(self) -> Path:
-        """The run, where its newest checkpoint is chosen (its samples and curves go along), else the checkpoint."""
+        """The run, where its latest checkpoint is chosen (its samples and curves go along), else the checkpoint."""
         chosen = Path(self._chosen())
         run = chosen.parent.parent
         latest = next((point for point in self.project.checkpoints() if point.parent.parent == run), None)
@@ -294,5 +294,5 @@ class SharePanel(Panel):
 
 
 def _wide() -> dict[str, Any]:
-    """Options of a control that stands in a line of its own. A layout of its own each: some are hidden."""
+    """Options of a control that is in a line of its own. A layout of its own each: some are hidden."""
     return {"style": {"description_width": "110px"}, "layout": widgets.Layout(width="560px", max_width="100%")}

@@ -1,6 +1,6 @@
 """Line and bar charts as SVG text, for an `HTML` widget: no script, no library, about a millisecond each.
 
-Colours and fonts come from the panel's style sheet (classes `edk-line-N`, `edk-axis`), so charts follow the theme.
+Colors and fonts come from the panel's style sheet (classes `edk-line-N`, `edk-axis`), so charts follow the theme.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def line_chart(
     """Curves over a common axis of steps.
 
     Args:
-        curves: name to points (x ascending). Empty curves are left out of the chart and of the legend.
+        curves: name to points (x ascending). Empty curves are left off the chart and the legend.
         title: what the values are; read aloud by screen readers with the last values.
-        faint: name of a curve that is pale and left out of the legend.
+        faint: name of a curve that is pale and off the legend.
         second: curves of another unit, dashed, with an axis of their own on the right.
         is_log: the left axis is logarithmic.
     """
@@ -147,7 +147,7 @@ def _legend(curves: Mapping[str, tuple[str, Sequence[Point]]], width: int, title
 
 
 def _style_of(name: str, drawn: Mapping[str, Sequence[Point]], faint: str | None) -> str:
-    """Class of a curve: colours go to the curves of the legend, in order."""
+    """Class of a curve: colors go to the curves of the legend, in order."""
     if name == faint:
         return "edk-faint"
     return f"edk-line-{[other for other in drawn if other != faint].index(name) % 4}"
@@ -161,7 +161,7 @@ def bar_chart(
     row_height: int = 22,
     label_width: int = 110,
 ) -> str:
-    """Horizontal bars in the given order: (name, length, words beside it)."""
+    """Horizontal bars in the given order: (name, length, words next to it)."""
     if not bars:
         return f'<div class="edk-empty">{html.escape(title)}: nothing to show yet</div>'
     most = max(value for _, value, _ in bars) or 1

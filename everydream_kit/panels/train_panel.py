@@ -46,18 +46,16 @@ IDLE_WORDS = {
     "running": "Training. Closing this tab or restarting the kernel does not stop it.",
     "saving": "Saving a checkpoint.",
     "sampling": "Drawing samples.",
-    "validating": "Measuring the loss on the pictures that are kept for validation.",
+    "validating": "Measuring the loss on the held-out images.",
     "finished": "Finished. Compare the checkpoints in the next notebook, or export the last one.",
-    "stopped": "Stopped, and saved. Resume goes on exactly where it ended.",
+    "stopped": "Stopped, and saved. Resume continues exactly where it stopped.",
     "failed": "It failed; the log says why.",
-    "died": "The process ended without a word. Resume goes on from the newest checkpoint.",
+    "died": "The process exited unexpectedly. Resume continues from the latest checkpoint.",
 }
 """What the message line says while there is nothing newer to say."""
 SETTINGS, PROGRESS, SAMPLES, HARDEST, LOG, QUEUE = range(6)
 """Numbers of the panel's pages."""
-FULL_DISK = (
-    "The disk of the run folder is full: free some. Training goes on meanwhile, and is saved as soon as there is room."
-)
+FULL_DISK = "The disk of the run folder is full: free some. Training continues meanwhile, and is saved as soon as there is space."
 NO_ROOM_BYTES = 1_000_000
 """Free disk below which the trainer cannot be trusted to tell anything."""
 
@@ -80,7 +78,7 @@ class TrainPanel(Panel):
 
     Attributes:
         project: the project folder.
-        job: the run that is shown: the one in progress, else the newest, or None.
+        job: the run that is shown: the one in progress, else the latest, or None.
     """
 
     def __init__(
@@ -142,8 +140,10 @@ class TrainPanel(Panel):
             "Start training", tone="primary", icon="play", hint="Train with these settings"
         )
         self.stop_button = style.button("Stop", icon="stop", hint="Finish the step, save a checkpoint, and end")
-        self.resume_button = style.button("Resume", icon="forward", hint="Go on from the newest checkpoint of this run")
-        self.sample_button = style.button("Sample now", icon="picture-o", hint="Draw the sample prompts now")
+        self.resume_button = style.button(
+            "Resume", icon="forward", hint="Continue from the latest checkpoint of this run"
+        )
+        self.sample_button = style.button("Sample now", icon="picture-o", hint="Generate the sample prompts now")
         self.save_button = style.button("Save now", icon="save", hint="Save a checkpoint now")
         self.kill_button = style.button("End without saving", hint="End the process at once; unsaved steps are lost")
         self.refresh_button = style.button("Refresh", icon="refresh")
@@ -391,7 +391,7 @@ class TrainPanel(Panel):
         if errors:
             first = "; ".join(f"{name} {message}" for name, message in list(errors.items())[:3])
             what = "1 setting" if len(errors) == 1 else f"{len(errors)} settings"
-            self.plan.take_errors(f"{what} to mend before training can start: {first}")
+            self.plan.take_errors(f"Fix {what} to start training: {first}")
             return
         self.plan.take(self.form.config())
 

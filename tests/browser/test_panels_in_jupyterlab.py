@@ -144,7 +144,7 @@ def test_a_run_outlives_its_kernel_and_the_reopened_panel_shows_it(lab, driver, 
 
 def test_captions_are_edited_in_place_and_images_uploaded(lab, driver, page, tmp_path):
     project = lab.project("drawings")
-    (project / "input" / "broken.jpg").write_bytes(b"no picture")
+    (project / "input" / "broken.jpg").write_bytes(b"no image")
     driver.open(lab.copy("01_prepare_dataset", PROJECT="drawings"))
     driver.run_all()
     panel = driver.panel("Dataset")

@@ -223,7 +223,7 @@ def look_through(panel):
 
 
 def test_problems_are_listed_with_their_cure_and_set_aside(project):
-    (project / "input" / "broken.jpg").write_bytes(b"no picture at all")
+    (project / "input" / "broken.jpg").write_bytes(b"no image at all")
     panel = DatasetPanel(project)
     ((line, button),), _ = issue_lines(panel, "Cannot be used")
     assert "broken.jpg" in line

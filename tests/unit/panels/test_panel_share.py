@@ -480,7 +480,7 @@ def test_an_unexpected_error_of_a_background_task_is_said_and_raised_on(tmp_path
     assert status["state"] == "failed" and "fetch failed: RecursionError: too deep." in status["message"]
 
 
-def test_chores_tell_their_failure_in_words(tmp_path):
+def test_background_tasks_report_their_failure_in_words(tmp_path):
     from everydream_kit.actions.background import main
 
     assert main(["fetch", str(tmp_path / "work"), str(tmp_path / "no.thing")]) == 1

@@ -73,7 +73,7 @@ def test_a_wrong_setting_closes_the_start_button(project):
     panel = TrainPanel(project)
     panel.form.field("lr").control.value = "x"
     assert panel.start_button.disabled
-    assert "1 setting to mend" in panel.plan.line.value
+    assert "Fix 1 setting to start training" in panel.plan.line.value
 
 
 def test_start_shows_progress_curves_samples_and_log_and_then_the_end(project):
@@ -127,7 +127,7 @@ def test_a_drawing_shows_how_far_it_is_and_other_messages_stay(project):
     assert "Training." in panel.message.value
     report(state="stopped")
     panel.refresh()
-    assert "Resume goes on" in panel.message.value
+    assert "Resume continues" in panel.message.value
 
 
 def test_a_full_disk_is_reported_by_the_panel_since_the_trainer_cannot_write_it_down(project, monkeypatch):
