@@ -208,7 +208,7 @@ def test_captions_are_edited_in_place_and_images_uploaded(lab, driver, page, tmp
     page.mouse.down()
     page.mouse.move(box["x"] + 160, box["y"] + 90, steps=4)
     page.mouse.up()
-    panel.get_by_role("button", name="Write the mask next to the image").click()
+    panel.get_by_role("button", name="Save mask").click()
     expect(panel.get_by_text("Training uses masks from now on", exact=False)).to_be_visible()
     (file,) = (project / "input").glob("*.mask.png")
     with Image.open(file) as mask:
@@ -216,7 +216,7 @@ def test_captions_are_edited_in_place_and_images_uploaded(lab, driver, page, tmp
         assert mask.histogram()[255] > painted > 0
     canvas.focus()  # by keys: the brush begins in the middle
     page.keyboard.press("Space")
-    panel.get_by_role("button", name="Write the mask next to the image").click()
+    panel.get_by_role("button", name="Save mask").click()
     driver.wait_while_moving(lambda: Image.open(file).histogram()[0] > painted)
 
 

@@ -11,7 +11,7 @@ function render({ model, el }) {
   canvas.setAttribute("aria-label", "Mask. Arrow keys move the brush, Space paints.");
   stage.append(image, canvas);
   const button = (text, label, act) => {
-    const b = part("button"); b.type = "button"; b.textContent = text; b.title = label; b.setAttribute("aria-label", label);
+    const b = part("button"); b.type = "button"; b.textContent = text; b.title = label;
     b.addEventListener("click", act); bar.append(b); return b;
   };
   let out = true, size = 40, at = null, dirty = false;
