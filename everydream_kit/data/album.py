@@ -161,14 +161,12 @@ class Album:
 
     def mask(self, index: int) -> Path | None:
         """The file of an image's loss mask, or None."""
-        path = self.path(index)
-        mask = path.with_name(path.stem + MASK_SUFFIX)
-        return mask if mask.is_file() else None
+        return self._files.mask_of(self.path(index))
 
     def set_mask(self, index: int, mask: bytes | None) -> PrepReport:
         """Write an image's loss mask, a PNG that is white where the image counts; None removes it."""
         path = self.path(index)
-        file = path.with_name(path.stem + MASK_SUFFIX)
+        file = self._files.mask_of(path) or path.with_name(path.stem + MASK_SUFFIX)
 
         def write(changes: Changes) -> None:
             if mask is not None:
