@@ -32,7 +32,6 @@ from everydream_kit.preflight.imitation import imitate_autocast, replace_bitsand
 from everydream_kit.preflight.skeleton import build_skeleton, shipped_architecture
 from everydream_kit.preflight.tracker import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTED, LaunchCounter, StorageTracker
 from everydream_kit.training.base import select_trained
-from everydream_kit.training.optimizer_config import load_optimizer_config
 from everydream_kit.training.step import backward
 
 PHASES = (FORWARD, BACKWARD, RECOMPUTED, OPTIMIZER)
@@ -57,15 +56,14 @@ def phase(counter: LaunchCounter, name: str) -> Any:
     counter.phase = before
 
 
-def build(config: TrainConfig, tracker: StorageTracker, changes: dict[str, Any]) -> tuple[Any, Any]:
+def build(config: TrainConfig, tracker: StorageTracker, changes: dict[str, Any]) -> Any:
     """A skeleton on fake tensors, and what may be trained of it is."""
-    optimizer_config = load_optimizer_config(None)
     model = build_skeleton(shipped_architecture("sd1", **changes), torch.float32)
-    select_trained(model, config, optimizer_config, config.seed)
-    return model, optimizer_config
+    select_trained(model, config, config.seed)
+    return model
 
 
-def our_step(config: TrainConfig, tracker: StorageTracker, model: Any, optimizer_config: Any) -> Step:
+def our_step(config: TrainConfig, tracker: StorageTracker, model: Any) -> Step:
     """The trainer's own."""
     bucket = (max(config.resolutions),) * 2
     with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +72,6 @@ def our_step(config: TrainConfig, tracker: StorageTracker, model: Any, optimizer
             model,
             rehearsal.stand_in_dataset(config, bucket),
             Path(folder),
-            optimizer_config,
             "cuda",
             True,
             tracker,
@@ -91,7 +88,7 @@ def our_step(config: TrainConfig, tracker: StorageTracker, model: Any, optimizer
     return step
 
 
-def bare_step(config: TrainConfig, tracker: StorageTracker, model: Any, _: Any) -> Step:
+def bare_step(config: TrainConfig, tracker: StorageTracker, model: Any) -> Step:
     """Forward, backward, optimizer on ready latents and token ids."""
     unet, text_encoder = model.unet, model.text_encoders[0]
     parameters = [p for module in (unet, text_encoder) for p in module.parameters()]
@@ -123,7 +120,7 @@ def bare_step(config: TrainConfig, tracker: StorageTracker, model: Any, _: Any) 
 def measure(make: Callable[..., Step], config: TrainConfig, steps: int, changes: dict[str, Any]) -> dict[str, Any]:
     """Counts of one step, and the fastest of several."""
     tracker = StorageTracker()
-    model, optimizer_config = build(config, tracker, changes)
+    model = build(config, tracker, changes)
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
         warnings.simplefilter("ignore")
         with tracker:
@@ -134,7 +131,7 @@ def measure(make: Callable[..., Step], config: TrainConfig, steps: int, changes:
         imitate_autocast(model.modules().values())
         best = float("inf")
         with tracker:  # it answers what optimizers ask of values
-            step = make(config, tracker, model, optimizer_config)
+            step = make(config, tracker, model)
         for _ in range(1 + steps):  # the first makes the optimizer's states
             with HostCounter() as counter, tracker.stretch("step") as stretch:
                 started = time.perf_counter()

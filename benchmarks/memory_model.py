@@ -186,7 +186,6 @@ def build(model: Any, config: Any, folder: Path, bucket: tuple[int, int]) -> tup
 
     from everydream_kit.preflight.rehearsal import make_batch, stand_in_dataset
     from everydream_kit.training.journal import Journal
-    from everydream_kit.training.optimizer_config import load_optimizer_config
     from everydream_kit.training.ranks import Ranks
     from everydream_kit.training.run_builder import assemble_run
     from everydream_kit.workspace import RunFolder
@@ -199,7 +198,6 @@ def build(model: Any, config: Any, folder: Path, bucket: tuple[int, int]) -> tup
         model=model,
         dataset=stand_in_dataset(config, bucket),
         seed=1,
-        optimizer_config=load_optimizer_config(None),
     )
     return run, make_batch(bucket, config.batch_size, with_moments=config.cache_latents != "off")
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from everydream_kit.disk_space import free_disk
 from everydream_kit.gpu_support import describe_unsupported
 from everydream_kit.hosts import Host, detect_host, outlives_machine
 
@@ -209,11 +210,8 @@ def _container_limit(root: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 def _disk_free_bytes(folder: Path) -> int | None:
     """Free bytes on the disk that holds a folder, which need not exist yet."""
-    folder = folder.absolute()
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
     try:
-        return shutil.disk_usage(folder).free
+        return free_disk(folder)
     except OSError:
         return None
 

@@ -18,72 +18,25 @@ from pathlib import Path
 from typing import Any
 
 from everydream_kit.atomic import write_atomic
-from everydream_kit.config import TrainConfig
+from everydream_kit.config import EMBEDDED_MODEL, TrainConfig, facts
 from everydream_kit.errors import ConfigError
 from everydream_kit.strict_json import read_json
 
 ORIGIN_FILE = "origin.json"
 VERSION = 1
 
-ASKED: dict[str, str] = {
-    "resume_ckpt": "base model",
-    "base_revision": "revision of the base model's repository",
-    "base_subfolder": "folder in the base model's repository",
-    "base_variant": "variant of the base model's files",
-    "vae": "file or folder of the VAE",
-    "data_root": "folder, archive or Hub dataset with the training images",
-    "latent_cache_dir": "folder that the latent cache is written to",
-    "optimizer": "Python class that runs as the optimizer",
-    "optimizer_config": "optimizer file, or a Python class in it",
-    "lora_targets": "regular expressions for the adapted layers",
-    "ema_device": "device of the averaged weights",
-    "ema_resume_model": "checkpoint that the average starts from",
-    "sample_prompts": "file of sample prompts",
-    "validation_config": "validation file, or folders in it",
-    "save_ckpt_dir": "folder that single files are written to",
-    "push_to": "Hub repository that checkpoints are uploaded to",
-    "wandb": "logging to Weights & Biases with this machine's account",
-    "plugins": "Python classes that run during training",
-}
+ASKED: dict[str, str] = {name: one.names for name, one in facts().items() if one.names and not one.decided_here}
 """Settings that name code, paths, repositories or services, each with what it names. A value that is the default, or
 that `_HARMLESS` finds harmless, travels all the same."""
 
-TRAVELS: frozenset[str] = frozenset(
-    {
-        *("family", "prediction_type", "clip_skip"),
-        *("resolution", "batch_size", "flip_p", "crop_jitter", "background", "loss_mask", "num_workers"),
-        *("cache_latents", "cache_variants", "rated_dataset", "rated_dataset_target_dropout_percent"),
-        *("write_schedule", "cond_dropout", "shuffle_tags", "keep_tags", "caption_lines"),
-        *("max_epochs", "max_steps", "grad_accum", "lr", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps"),
-        *("scale_lr", "seed", "clip_grad_norm", "disable_unet_training", "disable_textenc_training"),
-        *("training_kind", "lora_rank", "lora_alpha", "lora_dropout", "lora_text_encoder", "lora_dora", "new_tokens"),
-        *("loss_type", "min_snr_gamma", "debiased_estimation", "enable_zero_terminal_snr"),
-        *("zero_frequency_noise_ratio", "pyramid_noise_discount", "input_perturbation", "embedding_perturbation"),
-        *("timestep_start", "timestep_end", "timestep_sampling", "train_sampler"),
-        *(
-            "amp",
-            "disable_amp",
-            "amp_dtype",
-            "weight_dtype",
-            "frozen_dtype",
-            "gradient_checkpointing",
-            "fused_backward",
-        ),
-        *("offload_idle_models", "channels_last", "torch_compile", "attn_type", "gpuid", "parallel"),
-        *("ema_decay_rate", "ema_strength_target", "ema_update_interval"),
-        *("ema_sample_ema_model", "ema_sample_nonema_model", "sample_steps", "sample_before_training"),
-        *("early_stopping_patience", "project_name", "run_name", "ckpt_every_n_minutes", "save_every_n_epochs"),
-        *("save_every_n_steps", "save_ckpts_from_n_epochs", "keep_last_n", "save_full_precision", "save_optimizer"),
-        *("no_save_ckpt", "no_prepend_last", "push_every", "log_step", "load_settings_every_epoch"),
-    }
-)
+TRAVELS = frozenset(name for name, one in facts().items() if not one.names)
 """Settings that a fetched config may bring: they shape the training and name nothing outside it."""
 
-DECIDED_HERE: frozenset[str] = frozenset({"logdir"})
+DECIDED_HERE = frozenset(name for name, one in facts().items() if one.decided_here)
 """Settings that whoever fetches the run decides."""
 
-FOLLOWS: dict[str, str] = {"push_every": "push_to", "early_stopping_patience": "validation_config"}
-"""Settings that are valid together with another one only: they wait until that one is given."""
+FOLLOWS = {name: one.follows for name, one in facts().items() if one.follows}
+"""Settings that are valid together with others only: they wait where one of these is asked for, until one is given."""
 
 OPTIMIZER_MODULES = frozenset({"torch.optim", "bitsandbytes.optim", "pytorch_optimizer"})
 """Modules whose classes a fetched config may name as its optimizer."""
@@ -122,7 +75,11 @@ def split_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     Unknown names travel: the config's own check reports them.
     """
     asked = {name: value for name, value in values.items() if name in ASKED and not _may_travel(name, value)}
-    waiting = {name: values[name] for name, leader in FOLLOWS.items() if name in values and leader in asked}
+    waiting = {
+        name: values[name]
+        for name, leaders in FOLLOWS.items()
+        if name in values and not asked.keys().isdisjoint(leaders)
+    }
     skipped = {*asked, *waiting, *DECIDED_HERE}
     return {name: value for name, value in values.items() if name not in skipped}, asked, waiting
 
@@ -167,10 +124,14 @@ def _names_no_folder(value: Any) -> bool:
 
 
 _HARMLESS: dict[str, Callable[[Any], bool]] = {
-    "resume_ckpt": lambda value: value == "embedded",
+    "resume_ckpt": lambda value: value == EMBEDDED_MODEL,
     "optimizer": _is_known_optimizer,
     "optimizer_config": _is_plain_optimizer_config,
+    "unet_optimizer": _is_known_optimizer,
+    "text_encoder_optimizer": _is_known_optimizer,
     "lora_targets": is_plain_patterns,
+    "unet_train_layers": is_plain_patterns,
+    "unet_freeze_layers": is_plain_patterns,
     "ema_device": lambda value: value in ("cpu", "cuda"),
     "validation_config": _names_no_folder,
 }
@@ -196,7 +157,8 @@ def read_origin(folder: Path) -> Origin | None:
         if not isinstance(content.get(name), kind):
             raise ConfigError(f"{path}: damaged, {name} is missing. Fetch the run again into another logdir.")
     given = [name for name in content.get("given", ()) if name in ASKED]
-    return Origin(*(content[name] for name in ("source", "commit", "reference", "asked", "waiting")), given=given)
+    kept = {name: content[name] for name in ("source", "commit", "reference", "asked", "waiting")}
+    return Origin(**kept, given=given)
 
 
 def require_given(origin: Origin, names: Collection[str] = ()) -> None:

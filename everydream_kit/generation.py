@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from everydream_kit.config import EMBEDDED_MODEL, default_of
 from everydream_kit.errors import ConfigError
 from everydream_kit.workspace import RunFolder
 
@@ -30,7 +31,7 @@ def sample(
     cfgs: Sequence[float] = (7.0,),
     scheduler: str = "ddim",
     num_inference_steps: int = 30,
-    seed: int = 555,
+    seed: int = default_of("seed"),
     num_images: int = 1,
     width: int | None = None,
     height: int | None = None,
@@ -150,7 +151,7 @@ def _label(checkpoint: Checkpoint) -> str:
     from everydream_kit.models.family import Model
 
     source = checkpoint.source if isinstance(checkpoint, Model) else str(checkpoint)
-    if not isinstance(checkpoint, Model) and source != "embedded":
+    if not isinstance(checkpoint, Model) and source != EMBEDDED_MODEL:
         source = str(resolve_checkpoint(checkpoint))
     return Path(source).name
 
@@ -201,7 +202,7 @@ def resolve_checkpoint(checkpoint: str | Path | RunFolder) -> str | Path:
     """What a person means: a run's last checkpoint, the embedded model's folder, or what was given."""
     if isinstance(checkpoint, RunFolder):
         return checkpoint.last_checkpoint
-    if str(checkpoint) == "embedded":
+    if str(checkpoint) == EMBEDDED_MODEL:
         from everydream_kit.demo import base_model_path
 
         return base_model_path()
@@ -222,7 +223,7 @@ def token_counter(model: str | Path) -> Callable[[str], int]:
     """How many tokens a caption has for a model's first tokenizer, begin and end skipped: what a report counts by."""
     from everydream_kit.models.tokenizer import load_tokenizer
 
-    if str(model) == "embedded":
+    if str(model) == EMBEDDED_MODEL:
         from everydream_kit.demo import base_model_path
 
         model = base_model_path()

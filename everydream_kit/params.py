@@ -1,4 +1,4 @@
-"""Walks the declaration in `config.py`, for everything that shows parameters: command line, form, reference page.
+"""Walks the declaration in `config`, for everything that shows parameters: command line, form, reference page.
 
 `parameters()` lists them as plain records in the order of their declaration. `parse_text` turns what a person typed
 into a value, and `check_value` says what is wrong with one value. Nothing here knows any parameter by name.
@@ -17,7 +17,8 @@ import annotated_types
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from everydream_kit.config import GROUPS, Group, Knob, TrainConfig
+from everydream_kit.config import EMBEDDED_MODEL, GROUPS, Facts, Group, Knob, TrainConfig, facts
+from everydream_kit.config.declaration import FamilyName, TrainingKind
 from everydream_kit.errors import ConfigError
 from everydream_kit.strict_json import parse_json
 
@@ -41,6 +42,7 @@ class Parameter:
         help: its effect, in words.
         group: title of its group.
         knob: unit, memory, when to change it, basic or not.
+        facts: what it affects, when it may change, which trainings it has a meaning for.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Parameter:
     help: str
     group: str
     knob: Knob
+    facts: Facts
 
     @property
     def range_text(self) -> str:
@@ -119,7 +122,7 @@ def parse_text(name: str, texts: str | list[str]) -> Any:
 
 def check_value(name: str, value: Any) -> str | None:
     """What is wrong with a value for this parameter alone, as one sentence, or None if nothing is."""
-    given = {} if name == "resume_ckpt" else {"resume_ckpt": "embedded"}
+    given = {} if name == "resume_ckpt" else {"resume_ckpt": EMBEDDED_MODEL}
     try:
         TrainConfig(**given, **{name: value})
     except ConfigError as error:
@@ -146,7 +149,7 @@ def reference_page() -> str:
     lines = [
         "# Parameters",
         "",
-        "<!-- Made from everydream_kit/config.py by `everydream parameters`; a test compares. Do not edit. -->",
+        "<!-- Made from everydream_kit/config by `everydream parameters`; a test compares. Do not edit. -->",
         "",
         'Each one is a command-line flag (`--name value`), a key of the JSON file (`"name": value`), an argument of',
         "`TrainConfig(name=value)` and a control of the training panel. `none` means off, or chosen by the kit.",
@@ -178,6 +181,24 @@ def _reference_entry(record: Parameter) -> list[str]:
     ]
     if record.knob.when:
         lines.append(f"- When to change it: {record.knob.when}.")
+    return [*lines, *_reference_facts(record.facts)]
+
+
+CHANGE_WORDS = {"never": "a new run only", "resume": "on resume", "live": "on resume, and while a run trains"}
+EFFECT_WORDS = {"memory": "device memory", "speed": "images per second", "result": "the trained weights"}
+
+
+def _reference_facts(stated: Facts) -> list[str]:
+    affects = ", ".join(EFFECT_WORDS[one] for one in stated.affects) or "nothing that is trained"
+    lines = [f"- Affects: {affects}. Can be changed: {CHANGE_WORDS[stated.change]}."]
+    if len(stated.kinds) < len(get_args(TrainingKind)):
+        lines.append(f"- Only with training_kind {' or '.join(stated.kinds)}.")
+    if len(stated.families) < len(get_args(FamilyName)):
+        lines.append(f"- Only with models of {', '.join(stated.families)}.")
+    if stated.needs:
+        lines.append(f"- Only with {' or '.join(f'`{name}`' for name in stated.needs)}.")
+    if stated.unless:
+        lines.append(f"- Without effect with {' or '.join(f'`{name}`' for name in stated.unless)}.")
     return lines
 
 
@@ -203,6 +224,7 @@ def _describe_field(name: str, field: FieldInfo, group: type[Group]) -> Paramete
         help=" ".join((field.description or "").split()),
         group=group_title(group),
         knob=next((entry for entry in field.metadata if isinstance(entry, Knob)), Knob()),
+        facts=facts()[name],
     )
 
 

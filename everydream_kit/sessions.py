@@ -18,14 +18,14 @@ from typing import Any
 
 from everydream_kit import __version__
 from everydream_kit.atomic import write_atomic
-from everydream_kit.config import TrainConfig, config_warnings
+from everydream_kit.config import TrainConfig, config_warnings, facts
 from everydream_kit.errors import CheckpointError, ConfigError, JobError, KitError
 from everydream_kit.identity import Process, is_running
 from everydream_kit.locks import hold
 from everydream_kit.plain_text import PlainFormatter
 from everydream_kit.preflight.auto_batch_size import resolve_batch_size
 from everydream_kit.preflight.timing import MeasuredPlan
-from everydream_kit.settings import give_again, load_config
+from everydream_kit.settings import give_again, load_config, read_changes, with_side_files
 from everydream_kit.start_folder import KEY as START_FOLDER_KEY
 from everydream_kit.start_folder import read_start_folder, with_paths_from
 from everydream_kit.training.caching import require_output_folders
@@ -46,6 +46,7 @@ from everydream_kit.training.run_builder import build_run
 from everydream_kit.training.sharding import divide_optimizer_state
 from everydream_kit.training.summary import library_versions
 from everydream_kit.workspace import (
+    DEFAULT_LOGDIR,
     ENDED_STATES,
     FOREIGN_HEARTBEAT_SECONDS,
     RunFolder,
@@ -59,12 +60,6 @@ RUN_FOLDER_VARIABLE = "EVERYDREAM_RUN_FOLDER"
 
 ORPHANS_SECONDS = 20.0
 """How long a session waits for the lock of a run whose process is gone."""
-
-CANNOT_CHANGE = frozenset(
-    {"resume_ckpt", "seed", "training_kind", "optimizer", "project_name", "logdir", "new_tokens"}
-    | {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_text_encoder", "lora_dora"}
-)
-"""Settings that a resumed run cannot change: they say what its saved state is the state of."""
 
 
 def train(
@@ -98,7 +93,7 @@ def train(
 def resume(
     run: str | Path | None = None,
     *,
-    logdir: str | Path = "logs",
+    logdir: str | Path = DEFAULT_LOGDIR,
     changes: dict[str, Any] | None = None,
     listeners: Sequence[Listener] = (),
     adapter_base: str | Path | None = None,
@@ -123,8 +118,7 @@ def resume(
 
         run = fetch_run(run, logdir, given=changes or {})
     folder = find_run(run, logdir)
-    changes = give_again(folder.folder, changes or {})
-    warnings: list[str] = []
+    changes, warnings = read_changes(give_again(folder.folder, changes or {}))
     config, _ = load_config(folder.config_path)
     config, notes = with_paths_from(config, read_start_folder(folder.folder))
     warnings += notes
@@ -167,13 +161,16 @@ def _hold_folder(folder: RunFolder, ranks: Ranks) -> Iterator[None]:
 
 
 def as_config(config: TrainConfig | dict[str, Any] | str | Path) -> TrainConfig:
-    """Settings in any form that people give them. Raises: ConfigError."""
-    if isinstance(config, TrainConfig):
-        return config
-    settings, warnings = load_config(None, config) if isinstance(config, dict) else load_config(config)
-    for warning in warnings:
+    """Settings in any form that people give them, with what their side files say. Raises: ConfigError."""
+    warnings: list[str] = []
+    if isinstance(config, dict):
+        config, warnings = load_config(None, config)
+    elif not isinstance(config, TrainConfig):
+        config, warnings = load_config(config)
+    config, more = with_side_files(config)
+    for warning in [*warnings, *more]:
         logging.getLogger(__name__).warning("%s", warning)
-    return settings
+    return config
 
 
 def _session(
@@ -321,7 +318,7 @@ def _changed(
     changes = {name: value for name, value in changes.items() if getattr(config, name, changes) != value}
     if not changes:
         return config
-    fixed = sorted(CANNOT_CHANGE & changes.keys())
+    fixed = sorted(name for name, one in facts().items() if name in changes and one.change == "never")
     if fixed:
         raise CheckpointError(
             f"{', '.join(fixed)}: cannot change on resume. Start a new run from its weights with --resume_ckpt "

@@ -13,9 +13,10 @@ from typing import Any
 from everydream_kit.atomic import write_atomic
 from everydream_kit.config import RETIRED, VERSION, TrainConfig
 from everydream_kit.errors import ConfigError
-from everydream_kit.everydream2 import is_theirs, resolve, translate
+from everydream_kit.everydream2 import import_side_files, is_theirs, resolve, translate
+from everydream_kit.everydream2.importing import SIDE_FILES
+from everydream_kit.everydream2.side_files import read_json_object
 from everydream_kit.foreign import FOLLOWS, read_origin, require_given, write_origin
-from everydream_kit.strict_json import read_json
 
 
 def load_config(
@@ -25,7 +26,7 @@ def load_config(
 
     Args:
         path: a flat JSON object; EveryDream 2's `train.json` or a run's `config.json`. None: overrides alone.
-        overrides: values that win over the file's.
+        overrides: values that win over the file's. So does the side file that one of them names.
 
     Returns:
         The config, and warnings about names that have gone out of use (one sentence each).
@@ -38,20 +39,58 @@ def load_config(
         require_given(origin)
     values = read_json_object(Path(path)) if path is not None else {}
     is_ours, theirs = "version" in values, is_theirs(values)
-    values, warnings = upgrade(values)
     try:
+        values, warnings = upgrade(values)
         flags, more = translate(overrides or {}, from_file=False)
         warnings += more
-        if is_ours:
-            values.update(flags)
-        else:
+        if not is_ours:
             values, more = translate(values, from_file=True)
             warnings += more
-            values, more = resolve(values, flags, theirs=theirs)
-            warnings += more
+        values, more = _import_levels(values, flags, theirs=theirs)
+        warnings += more
         return TrainConfig(**values), warnings
     except ConfigError as error:
         raise ConfigError((f"{path}:\n" if path is not None else "") + str(error)) from None
+
+
+def _import_levels(values: dict[str, Any], flags: dict[str, Any], *, theirs: bool) -> tuple[dict[str, Any], list[str]]:
+    """A settings file and the flags together, each with what its side files say."""
+    values = {name: value for name, value in values.items() if not (name in SIDE_FILES and name in flags)}
+    reads_default = theirs and "optimizer_config" not in flags
+    if flags.get("optimizer") is not None:  # the file's settings of another optimizer do not go with it
+        values = {**values, "optimizer": flags["optimizer"]}
+    values, warnings = import_side_files(values, theirs=reads_default, must_exist=False)
+    flags, more = import_side_files(flags, must_exist=False)
+    values, resolved = resolve(values, flags, theirs=theirs)
+    return values, [*warnings, *more, *resolved]
+
+
+def read_changes(changes: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What is changed on resume: retired names are answered, and side files read, as at the start of a run.
+
+    Returns:
+        The changes, and warnings, one sentence each.
+
+    Raises:
+        ConfigError: a file is missing or wrong, or a setting trains differently elsewhere and does not exist here.
+    """
+    values, warnings = translate(changes, from_file=False)
+    values, more = import_side_files(values)
+    return values, [*warnings, *more]
+
+
+def with_side_files(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """A config with what its side files say in place of their names, for whoever begins a run or plans one.
+
+    Returns:
+        The config, and what could not be translated or lost, one sentence each.
+
+    Raises:
+        ConfigError: a file is missing, or wrong.
+    """
+    given = {name: getattr(config, name) for name in config.model_fields_set}
+    values, warnings = import_side_files(given)
+    return (TrainConfig(**values), warnings) if values != given else (config, [])
 
 
 def give_again(folder: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,32 +112,22 @@ def give_again(folder: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
     require_given(origin, changes)
     given = {name: changes[name] for name in origin.asked}
     values, _ = upgrade(read_json_object(folder / "config.json"))
-    waiting = {name: value for name, value in origin.waiting.items() if given.get(FOLLOWS[name]) is not None}
+    waiting = {
+        name: value
+        for name, value in origin.waiting.items()
+        if any(given.get(leader) is not None for leader in FOLLOWS[name])
+    }
     config = TrainConfig(**{**values, **waiting, **given})
     write_atomic(folder / "config.json", config.to_json())
     write_origin(folder, replace(origin, asked={}, waiting={}, given=sorted({*origin.given, *given})))
     return {name: value for name, value in changes.items() if name not in given}
 
 
-def read_json_object(path: Path, setting: str = "") -> dict[str, Any]:
-    """A settings file's object.
-
-    Args:
-        setting: the parameter that names the file, for messages; none for the settings of a run themselves.
-
-    Raises:
-        ConfigError: the file is not there, no text, no JSON, or no object; line and column are named.
-    """
-    place = f"{setting}: {path}" if setting else str(path)
-    try:
-        values: dict[str, Any] = read_json(path, error=ConfigError, name=place)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{place}: there is no such settings file. Give the path of a JSON file.") from None
-    return values
-
-
 def upgrade(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Bring an older file's names and habits to today's."""
+    """Bring an older file's names and habits to today's.
+
+    Files of version 1 may name side files; they are read afterwards, as those of any settings are.
+    """
     version = values.get("version", VERSION)
     if type(version) is not int or version > VERSION:
         raise ConfigError(

@@ -25,8 +25,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from everydream_kit.atomic import create_temporary, sweep, write_atomic
+from everydream_kit.config import default_of
 from everydream_kit.errors import CheckpointError, ConfigError, JobError, KitError, may_pass
 from everydream_kit.strict_json import JsonLines, iterate_json_lines, parse_json, read_json
+
+DEFAULT_LOGDIR: str = default_of("logdir")
+"""Where run folders are looked for."""
 
 CHECKPOINT_MANIFEST = "resume/manifest.json"
 MODEL_FILES = ("model_index.json", "adapter.json")
@@ -284,7 +288,9 @@ def list_runs(logdir: str | Path, project: str | None = None) -> list[RunFolder]
     return [run for _, _, run in sorted(found, key=lambda entry: entry[:2])]
 
 
-def find_run(reference: str | Path | None, logdir: str | Path = "logs", project: str | None = None) -> RunFolder:
+def find_run(
+    reference: str | Path | None, logdir: str | Path = DEFAULT_LOGDIR, project: str | None = None
+) -> RunFolder:
     """The run that a person means.
 
     Args:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from everydream_kit.config import EMBEDDED_MODEL
 from everydream_kit.demo.main import TRAINING
 from everydream_kit.params import parameters
 
-EMBEDDED_MODEL = "embedded"
-"""The base model that ships with the kit."""
 FIRST_EPOCHS = 50
 """Epochs that the form begins with; 30 to 100 are common. EveryDream 2's default of 300 is a day on a small GPU."""
 

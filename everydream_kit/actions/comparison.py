@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from everydream_kit.actions.bases import EMBEDDED_MODEL
 from everydream_kit.atomic import write_atomic
+from everydream_kit.config import EMBEDDED_MODEL
 from everydream_kit.errors import ConfigError
 from everydream_kit.strict_json import read_json
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from everydream_kit.actions.estimate import GUESSED_BATCH_SIZE
 from everydream_kit.atomic import write_atomic
-from everydream_kit.config import TrainConfig
+from everydream_kit.config import EMBEDDED_MODEL, TrainConfig
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.data.epoch_plan import PlanSettings
 from everydream_kit.data.report import find_undersized, make_report
@@ -137,7 +137,7 @@ def inspect_dataset(
 def _token_counter(base: str) -> Callable[[str], int] | None:
     from everydream_kit.generation import token_counter
 
-    if base != "embedded" and not (Path(base) / "tokenizer").is_dir():
+    if base != EMBEDDED_MODEL and not (Path(base) / "tokenizer").is_dir():
         return None
     try:
         return token_counter(base)

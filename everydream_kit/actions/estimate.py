@@ -10,19 +10,20 @@ from __future__ import annotations
 import json
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from everydream_kit.actions.bases import EMBEDDED_MODEL
 from everydream_kit.actions.project import Project
-from everydream_kit.config import TrainConfig
+from everydream_kit.config import EMBEDDED_MODEL, TrainConfig
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.data.epoch_plan import PlanSettings, plan_epoch
 from everydream_kit.data.image_files import EXTENSIONS
 from everydream_kit.data.scanning import scan_dataset
 from everydream_kit.data.sources import kind_of_source
+from everydream_kit.disk_space import free_disk
 from everydream_kit.errors import DataError, KitError
 from everydream_kit.preflight.units import size
 from everydream_kit.strict_json import read_json
@@ -183,9 +184,6 @@ def base_bytes(source: str) -> float | None:
 
 
 def _free_bytes(folder: Path) -> int | None:
-    import shutil
-
-    for place in (folder, *folder.absolute().parents):
-        if place.exists():
-            return shutil.disk_usage(place).free
+    with suppress(OSError):
+        return free_disk(folder)
     return None

@@ -15,6 +15,7 @@ from typing import Any
 
 from everydream_kit.actions.bases import start_values
 from everydream_kit.atomic import write_atomic
+from everydream_kit.config import EMBEDDED_MODEL
 from everydream_kit.demo.main import TRAINING
 from everydream_kit.errors import ConfigError
 from everydream_kit.strict_json import read_json
@@ -42,7 +43,7 @@ PRESETS: dict[str, Preset] = {
     "demo": Preset(
         "Demo (embedded base)",
         "Learn the panels in two minutes, on any machine: the small model that ships with the kit at 128 pixels.",
-        {"resume_ckpt": "embedded", **TRAINING, "sample_steps": 40, "sample_before_training": True, "log_step": 1},
+        {"resume_ckpt": EMBEDDED_MODEL, **TRAINING, "sample_steps": 40, "sample_before_training": True, "log_step": 1},
     ),
     "style": Preset(
         "Style",

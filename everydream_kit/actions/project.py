@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from everydream_kit.actions.bases import EMBEDDED_MODEL, suggested_settings
+from everydream_kit.actions.bases import suggested_settings
 from everydream_kit.atomic import write_atomic
-from everydream_kit.config import TrainConfig
+from everydream_kit.config import EMBEDDED_MODEL, TrainConfig
 from everydream_kit.errors import ConfigError, JobError
 from everydream_kit.jobs import Job, find_jobs, running_jobs
 from everydream_kit.settings import load_config

@@ -79,13 +79,11 @@ def _outer_parser() -> argparse.ArgumentParser:
 def _describe_unknown(parser: argparse.ArgumentParser, word: str) -> str:
     import difflib
 
-    from everydream_kit.config import IN_OPTIMIZER_CONFIG, OTHER_TRAINERS
+    from everydream_kit.config import OTHER_TRAINERS
 
     known = [flag for action in parser._actions for flag in action.option_strings]
     flag = word.split("=", maxsplit=1)[0]
     name = flag.lstrip("-").lower()
-    if "--optimizer_config" in known and name in IN_OPTIMIZER_CONFIG:
-        return f"unknown flag {word}; give {IN_OPTIMIZER_CONFIG[name]} in the file of --optimizer_config."
     meant = f"--{OTHER_TRAINERS.get(name, '')}"
     near = [meant] if meant in known else difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
     return f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags.")

@@ -22,13 +22,15 @@ TIDY_STEPS = {
 
 
 def _add_prepare_flags(parser: argparse.ArgumentParser) -> None:
+    from everydream_kit.config import EMBEDDED_MODEL, default_of
+
     parser.add_argument("data_root", help="folder, .json index, archive or Hub dataset id")
-    parser.add_argument("--resolution", type=int, nargs="+", default=[512])
-    parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--resolution", type=int, nargs="+", default=[default_of("resolution")])
+    parser.add_argument("--batch_size", type=int, default=default_of("batch_size"))
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--plot", metavar="FILE", help="draw bucket chart and contact sheet into an image file")
     parser.add_argument(
-        "--tokenizer", default="embedded", help="model whose tokenizer counts captions (a diffusers folder)"
+        "--tokenizer", default=EMBEDDED_MODEL, help="model whose tokenizer counts captions (a diffusers folder)"
     )
 
 

@@ -119,18 +119,20 @@ def _add_resume_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--base", help=BASE_HELP)
     add_setting_flags(parser, skip=("logdir",))
+    add_retired_flags(parser)
 
 
 def _run_resume(options: argparse.Namespace) -> int:
+    from everydream_kit.config import TrainConfig
     from everydream_kit.errors import ConfigError
     from everydream_kit.params import parse_text
 
-    changes = read_setting_flags(options, skip=("logdir",))
+    changes = {**read_setting_flags(options, skip=("logdir",)), **read_retired_flags(options)}
     for text in options.set:
         name, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set {text}: give it as NAME=VALUE, for instance --set lr=1e-6")
-        changes[name] = parse_text(name, value)
+        changes[name] = parse_text(name, value) if name in TrainConfig.model_fields else value
     from everydream_kit.sessions import resume
 
     return _report_outcome(resume(options.run, logdir=options.logdir, changes=changes, adapter_base=options.base))

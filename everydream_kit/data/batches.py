@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from everydream_kit import draws
+from everydream_kit.config import default_of
 from everydream_kit.data import pixels
 from everydream_kit.data.captions import compose_caption
 from everydream_kit.data.dataset import DatasetImage, Problem
@@ -45,8 +46,8 @@ class LoadSettings:
     """
 
     seed: int
-    crop_jitter: float = 0.02
-    background: str = "#ffffff"
+    crop_jitter: float = default_of("crop_jitter")
+    background: str = default_of("background")
     fixed: bool = False
     caption_transform: CaptionTransform | None = None
     image_transform: pixels.ImageTransform | None = None

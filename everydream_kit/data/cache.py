@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from everydream_kit import draws
+from everydream_kit.config import default_of
 from everydream_kit.data import pixels
 from everydream_kit.data.cache_room import MOMENT_CHANNELS, check_room, possible_flips
 from everydream_kit.data.dataset import Dataset, DatasetImage, Problem
@@ -52,8 +53,8 @@ class CacheSettings:
     """
 
     variants: int = 4
-    crop_jitter: float = 0.02
-    background: str = "#ffffff"
+    crop_jitter: float = default_of("crop_jitter")
+    background: str = default_of("background")
     fixed: bool = False
     channels: int = MOMENT_CHANNELS
 

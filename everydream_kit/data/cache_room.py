@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -14,6 +12,7 @@ from everydream_kit.data.dataset import Dataset
 from everydream_kit.data.epoch_plan import PlanSettings, possible_buckets
 from everydream_kit.data.pixels import LATENT_CELL_PIXELS
 from everydream_kit.data.records import Size
+from everydream_kit.disk_space import free_disk
 from everydream_kit.errors import DiskSpaceError
 
 CacheMode = Literal["off", "memory", "disk"]
@@ -90,14 +89,6 @@ def free_memory() -> int:
         return min(available, limit - used + int(statistics.get("inactive_file", 0)))
     except (OSError, ValueError):  # no container, or no limit ("max")
         return available
-
-
-def free_disk(folder: Path) -> int:
-    """Free bytes on the disk that a folder is on, or will be on."""
-    folder = Path(os.path.abspath(folder))
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def check_room(folder: Path, entries: Iterable[tuple[Size, bool]], channels: int = MOMENT_CHANNELS) -> None:

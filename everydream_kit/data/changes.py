@@ -306,7 +306,7 @@ def undo(
 
 def _folder_of(name: str, heads: list[dict[str, Any]], journal: Path) -> Path:
     """A folder that a journal names. Only those near it are believed: `name`, `../name`, or its own."""
-    named = {head.get(name) for head in heads if isinstance(head.get(name), str)}
+    named = {value for head in heads if isinstance(value := head.get(name), str)}
     parts = PurePosixPath(next(iter(named))).parts if len(named) == 1 else ("/",)
     if parts and parts[0] == "..":
         parts = parts[1:] or ("/",)

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from everydream_kit.config import default_of
 from everydream_kit.data.captions import (
     Caption,
     caption_from_file_name,
@@ -34,6 +35,7 @@ from everydream_kit.data.strings import StringColumn, StringColumnBuilder
 from everydream_kit.plain_text import printable
 
 MaskMode = Literal["off", "file", "alpha"]
+DEFAULT_MASK_MODE: MaskMode = default_of("loss_mask")
 
 FROM_FILE_NAME, FROM_TEXT, FROM_LINES, FROM_JSON = range(4)
 """How the caption column's text is to be read: not at all, as one caption, as one caption a line, as JSON."""
@@ -101,11 +103,11 @@ class DatasetImage:
 class Defaults:
     """What holds for an image that neither its own files nor its folder's say otherwise about."""
 
-    cond_dropout: float = 0.04
-    flip_p: float = 0.0
-    shuffle_tags: bool = False
-    keep_tags: int = 0
-    loss_mask: MaskMode = "off"
+    cond_dropout: float = default_of("cond_dropout")
+    flip_p: float = default_of("flip_p")
+    shuffle_tags: bool = default_of("shuffle_tags")
+    keep_tags: int = default_of("keep_tags")
+    loss_mask: MaskMode = DEFAULT_MASK_MODE
 
 
 NUMBERS: dict[str, str] = {

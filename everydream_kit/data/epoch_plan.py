@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from everydream_kit.config import default_of
 from everydream_kit.data.buckets import assign_buckets, bucket_table, upscale_needed
 from everydream_kit.data.dataset import UNSET, Dataset
 from everydream_kit.data.records import Draw, MicroBatch, Size
@@ -51,7 +52,7 @@ class PlanSettings:
     batch_size: int
     grad_accum: int = 1
     resolutions: tuple[int, ...] = (512,)
-    seed: int = 555
+    seed: int = default_of("seed")
     num_ranks: int = 1
     rated_dropout_percent: float | None = None
     max_epochs: int = 1

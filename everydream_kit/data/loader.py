@@ -26,6 +26,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
+from everydream_kit.config import default_of
 from everydream_kit.data.batches import (
     BatchRequest,
     CaptionTransform,
@@ -70,8 +71,8 @@ def make_loader(
     num_epochs: int = 1,
     rank: int = 0,
     num_workers: int = 0,
-    crop_jitter: float = 0.02,
-    background: str = "#ffffff",
+    crop_jitter: float = default_of("crop_jitter"),
+    background: str = default_of("background"),
     latent_cache: LatentCache | None = None,
     caption_transform: CaptionTransform | None = None,
     image_transform: ImageTransform | None = None,

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from everydream_kit import draws
+from everydream_kit.config import default_of
 from everydream_kit.data.image_files import IMAGE_ERRORS, open_image
 from everydream_kit.data.records import Size
 from everydream_kit.errors import DataError
@@ -151,7 +152,7 @@ def load_pixels(
     crop: Crop,
     *,
     size: Size | None = None,
-    background: str = "#ffffff",
+    background: str = default_of("background"),
     mask_path: str | Path | None = None,
     transform: ImageTransform | None = None,
     draft: bool = True,

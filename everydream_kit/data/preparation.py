@@ -9,11 +9,14 @@ from typing import Any
 
 from PIL import Image
 
+from everydream_kit.config import default_of
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.data.dataset_charts import draw_dataset
 from everydream_kit.data.epoch_plan import PlanSettings
 from everydream_kit.data.report import CLIP_WINDOW, DatasetReport, fill_buckets, make_report
 from everydream_kit.data.scanning import DataRoot, scan_dataset
+
+DEFAULT_RESOLUTION: int = default_of("resolution")
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,9 @@ class PreparedDataset:
 def prepare_dataset(
     data_root: DataRoot,
     *,
-    resolution: int | list[int] = 512,
-    batch_size: int = 2,
-    grad_accum: int = 1,
+    resolution: int | list[int] = DEFAULT_RESOLUTION,
+    batch_size: int = default_of("batch_size"),
+    grad_accum: int = default_of("grad_accum"),
     cache_dir: str | Path | None = None,
     **scan_settings: Any,
 ) -> PreparedDataset:

@@ -23,8 +23,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from everydream_kit.config import default_of
 from everydream_kit.data.captions import caption_from_file_name, is_camera_name
 from everydream_kit.data.dataset import (
+    DEFAULT_MASK_MODE,
     FROM_FILE_NAME,
     Dataset,
     DatasetBuilder,
@@ -52,12 +54,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def scan_dataset(
     data_root: DataRoot,
     *,
-    cond_dropout: float = 0.04,
-    flip_p: float = 0.0,
-    shuffle_tags: bool = False,
-    keep_tags: int = 0,
-    caption_lines: Literal["join", "choose"] = "join",
-    loss_mask: MaskMode = "off",
+    cond_dropout: float = default_of("cond_dropout"),
+    flip_p: float = default_of("flip_p"),
+    shuffle_tags: bool = default_of("shuffle_tags"),
+    keep_tags: int = default_of("keep_tags"),
+    caption_lines: Literal["join", "choose"] = default_of("caption_lines"),
+    loss_mask: MaskMode = DEFAULT_MASK_MODE,
     cache_dir: str | Path | None = None,
     num_threads: int | None = None,
     progress: Callable[[int], None] | None = None,

@@ -27,6 +27,7 @@ from typing import IO, Any, Literal
 
 from everydream_kit.atomic import sweep, temporary_path
 from everydream_kit.data.image_files import EXTENSIONS
+from everydream_kit.disk_space import free_disk
 from everydream_kit.errors import DataError, DiskSpaceError
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
@@ -152,7 +153,7 @@ class _Entry:
 
 
 def _unpack_into(archive: Path, folder: Path, max_bytes: int, max_entries: int) -> None:
-    free = shutil.disk_usage(folder).free
+    free = free_disk(folder)
     claimed = 0
     name = "its beginning"
     try:

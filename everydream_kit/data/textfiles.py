@@ -177,6 +177,11 @@ def parse_yaml(text: str) -> Any:
         raise TextError(f"not valid YAML: {str(error).splitlines()[0]}") from error
 
 
+def _line_of(event: yaml.Event) -> int:
+    """The line that an event of the parser begins on, from 1."""
+    return event.start_mark.line + 1 if event.start_mark is not None else 1
+
+
 class _Composer:
     """Builds plain values from YAML's events. PyYAML's own composer recurses, and its C one can crash the process."""
 
@@ -191,18 +196,19 @@ class _Composer:
             if isinstance(event, yaml.DocumentStartEvent):
                 num_documents += 1
                 if num_documents > 1:
-                    raise TextError(f"line {event.start_mark.line + 1}: a second document starts with `---`; keep one")
+                    raise TextError(f"line {_line_of(event)}: a second document starts with `---`; keep one")
             elif isinstance(event, yaml.NodeEvent):
                 value = self._node(event, 0)
         return value
 
     def _node(self, event: yaml.Event, depth: int) -> Any:
         if depth > MAX_NESTING:
-            raise TextError(f"line {event.start_mark.line + 1}: nested too deeply to be settings")
+            raise TextError(f"line {_line_of(event)}: nested too deeply to be settings")
         if isinstance(event, yaml.AliasEvent):
-            if event.anchor not in self._anchors:
-                raise TextError(f"line {event.start_mark.line + 1}: *{event.anchor} stands for nothing")
-            return self._anchors[event.anchor]
+            alias = getattr(event, "anchor", None)  # the stubs do not know it
+            if alias not in self._anchors:
+                raise TextError(f"line {_line_of(event)}: *{alias} stands for nothing")
+            return self._anchors[alias]
         if isinstance(event, yaml.ScalarEvent):
             # `implicit[0]`: plain and without a tag. The style is None or "" for it, with and without libyaml.
             is_plain = event.implicit[0] or event.tag == _NULL_TAG
@@ -211,8 +217,9 @@ class _Composer:
             value = self._sequence(depth)
         else:
             value = self._mapping(depth)
-        if event.anchor:
-            self._anchors[event.anchor] = value
+        anchor = getattr(event, "anchor", None)
+        if anchor:
+            self._anchors[anchor] = value
         return value
 
     def _sequence(self, depth: int) -> list[Any]:
@@ -229,7 +236,7 @@ class _Composer:
             key = self._node(event, depth + 1)
             value = self._node(next(self._events), depth + 1)
             if not isinstance(key, str):
-                raise TextError(f"line {event.start_mark.line + 1}: a name is expected, found a {kind_of(key)}")
+                raise TextError(f"line {_line_of(event)}: a name is expected, found a {kind_of(key)}")
             if key == "<<":
                 for source in value if isinstance(value, list) else [value]:
                     merged = {**source, **merged} if isinstance(source, dict) else merged

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from everydream_kit.config import default_of
 from everydream_kit.data.changes import Changes, PrepReport, undo
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.data.duplicates import find_duplicates
@@ -80,7 +81,7 @@ def convert_images(
     *,
     suffix: str = ".webp",
     quality: int = 95,
-    background: str = "#ffffff",
+    background: str = default_of("background"),
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> PrepReport:
@@ -223,7 +224,7 @@ def split_validation(
     target: str | Path,
     *,
     share: float = 0.15,
-    seed: int = 555,
+    seed: int = default_of("seed"),
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> PrepReport:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from everydream_kit.config import TrainConfig
+from everydream_kit.config import EMBEDDED_MODEL, TrainConfig, default_of
 from everydream_kit.demo import images_path
 from everydream_kit.errors import JobError
 from everydream_kit.workspace import RunFolder
@@ -79,7 +79,7 @@ class DemoOutcome:
         }
 
 
-def run_demo(out: Path, *, max_epochs: int | None = None, seed: int = 555) -> DemoOutcome:
+def run_demo(out: Path, *, max_epochs: int | None = None, seed: int = default_of("seed")) -> DemoOutcome:
     """Run the demo.
 
     Args:
@@ -102,7 +102,7 @@ def run_demo(out: Path, *, max_epochs: int | None = None, seed: int = 555) -> De
     prompts.write_text("".join(f"{subject}, ink drawing\n" for subject in SUBJECTS), encoding="utf-8")
     config = TrainConfig(
         **{
-            "resume_ckpt": "embedded",
+            "resume_ckpt": EMBEDDED_MODEL,
             "data_root": str(images_path()),
             "project_name": "demo",
             "logdir": str(out / "logs"),
@@ -110,17 +110,15 @@ def run_demo(out: Path, *, max_epochs: int | None = None, seed: int = 555) -> De
             "sample_prompts": str(prompts),
             "seed": seed,
             # validation measures the training images themselves: the demo shows that something was learned
-            "validation_config": {
-                "val_split_mode": "manual",
-                "manual_data_root": str(images_path()),
-                "every_n_epochs": epochs.get("max_epochs", TRAINING["max_epochs"]),
-                "batch_size": 8,
-            },
+            "validation_split_mode": "manual",
+            "validation_data_root": str(images_path()),
+            "validation_every_n_epochs": epochs.get("max_epochs", TRAINING["max_epochs"]),
+            "validation_batch_size": 8,
             **TRAINING,
             **epochs,
         }
     )
-    before = generate_subjects(open_for_sampling("embedded"), seed)
+    before = generate_subjects(open_for_sampling(EMBEDDED_MODEL), seed)
     run = train(config)
     if run.status()["state"] != "finished":
         raise JobError(

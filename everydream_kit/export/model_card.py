@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 import yaml
 
+from everydream_kit.config import facts
 from everydream_kit.errors import ExportError
 from everydream_kit.strict_json import read_json
 
@@ -25,20 +26,12 @@ MAIN_SETTINGS = (
     *("clip_skip", "cond_dropout", "flip_p", "shuffle_tags", "seed", "loss_type", "min_snr_gamma"),
 )
 """Always in the table, in this order; of the others, those that were changed."""
+NAMED_AND_SHOWN = ("base_revision", "base_subfolder", "base_variant", "optimizer", "lora_targets", "ema_device")
 HIDDEN_SETTINGS = frozenset(
-    {
-        "version",
-        "resume_ckpt",
-        "data_root",
-        "logdir",
-        "save_ckpt_dir",
-        "project_name",
-        "run_name",
-        "push_to",
-        "push_every",
-    }
-    | {"wandb", "gpuid", "plugins", "latent_cache_dir", "sample_prompts", "num_workers"}
+    {"version", "project_name", "run_name", "push_every", "gpuid", "num_workers"}
+    | {name for name, one in facts().items() if one.names and name not in NAMED_AND_SHOWN}
 )
+"""Settings that say nothing about the model, or name a place or a service of the machine that trained it."""
 PIPELINES = {
     "StableDiffusionPipeline": ("stable-diffusion", "stable-diffusion-diffusers"),
     "StableDiffusionXLPipeline": ("stable-diffusion-xl", "stable-diffusion-xl-diffusers"),

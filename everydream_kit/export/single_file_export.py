@@ -10,7 +10,6 @@ import dataclasses
 import datetime
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 import yaml
 
 from everydream_kit.atomic import open_atomic, sweep, write_atomic
+from everydream_kit.disk_space import free_disk
 from everydream_kit.errors import DiskSpaceError, ExportError
 from everydream_kit.models.convert import CLIP_VOCABULARY
 from everydream_kit.models.loading import open_model
@@ -179,7 +179,7 @@ def check_free_space(folder: Path, num_bytes: int) -> None:
     Raises:
         DiskSpaceError: less is free than the bytes and a little more.
     """
-    free = shutil.disk_usage(folder).free
+    free = free_disk(folder)
     needed = num_bytes + 16 * 2**20
     if free < needed:
         raise DiskSpaceError(

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from everydream_kit.disk_space import free_disk
 from everydream_kit.errors import DiskSpaceError, ModelError
 from everydream_kit.models.families import FAMILIES
 from everydream_kit.models.model_files import denoiser_folders
@@ -211,12 +211,11 @@ def _announce(
     if not needed:
         return
     place = Path(cache_dir or constants.HF_HUB_CACHE)
-    existing = next(folder for folder in (place, *place.parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_disk(place)
     logger.info("%s: %d files, %.2f GB to download; %.1f GB are free.", repo_id, len(missing), needed / 1e9, free / 1e9)
     if free < needed + 64 * 2**20:
         raise DiskSpaceError(
-            f"{repo_id}: the download needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in {existing}. "
+            f"{repo_id}: the download needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in {place}. "
             "Free space, or set HF_HOME to a folder on a larger disk. Nothing was downloaded."
         )
 

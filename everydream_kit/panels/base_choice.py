@@ -7,7 +7,8 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from everydream_kit.actions.bases import BASES, EMBEDDED_MODEL, find_base, is_downloaded
+from everydream_kit.actions.bases import BASES, find_base, is_downloaded
+from everydream_kit.config import EMBEDDED_MODEL
 from everydream_kit.panels import style
 from everydream_kit.panels.fields import CONTROL_WIDTH, LABEL_WIDTH, Field
 from everydream_kit.panels.panel import set_html

@@ -1,4 +1,4 @@
-"""The settings form, made from the declaration in `config.py`: the first six settings open, the rest folded by group and
+"""The settings form, made from the declaration in `config`: the first six settings open, the rest folded by group and
 found by a search.
 
 The form keeps the values; a folded group's controls are made when it is opened first, so that a hundred parameters

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from everydream_kit.atomic import write_atomic
+from everydream_kit.config.sample_settings import SampleGroup
 from everydream_kit.training.prompt_file import SampleSettings, read_prompt_file
 
 
@@ -16,7 +17,8 @@ def read_prompts(path: Path) -> SampleSettings:
     Raises:
         ConfigError: it cannot be read at all.
     """
-    return read_prompt_file(path).settings if path.is_file() else SampleSettings()
+    defaults = SampleSettings.of(SampleGroup())
+    return read_prompt_file(path, defaults).settings if path.is_file() else defaults
 
 
 def prompt_lines(settings: SampleSettings) -> list[str]:

@@ -7,7 +7,6 @@ and made again at any time. All callbacks return at once: training is a process 
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from everydream_kit.actions.presets import PRESETS
 from everydream_kit.actions.project import Project
 from everydream_kit.actions.tensorboard import TensorBoard
 from everydream_kit.config import TrainConfig
+from everydream_kit.disk_space import free_disk
 from everydream_kit.errors import ConfigError
 from everydream_kit.foreign import read_origin
 from everydream_kit.hosts import detect_host
@@ -63,7 +63,7 @@ NO_ROOM_BYTES = 1_000_000
 def has_no_room(folder: Path) -> bool:
     """Whether a folder's disk is full, which the trainer cannot write down for us."""
     try:
-        return shutil.disk_usage(folder).free < NO_ROOM_BYTES
+        return free_disk(folder) < NO_ROOM_BYTES
     except OSError:  # the folder is gone: other parts of the panel say so
         return False
 

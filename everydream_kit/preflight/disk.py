@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from everydream_kit.data.cache_room import estimate_bytes, free_disk
+from everydream_kit.data.cache_room import estimate_bytes
+from everydream_kit.disk_space import free_disk
 from everydream_kit.preflight.units import size
 from everydream_kit.training.caching import choose_latent_mode, latent_folder
 from everydream_kit.training.checkpoint_saving import DEFAULT_MINUTES
@@ -181,7 +182,9 @@ def _checkpoints(config: TrainConfig, estimate: MemoryEstimate, saves: Sequence[
     """Go through the saves: the latest two stay resumable (or all), `keep_last_n` stay at all, and the best next to
     them."""
     weights = estimate.weight_bytes_written
-    best = 0 if config.validation_config is None else weights // (2 if _averages(config) else 1)  # live weights only
+    best = (
+        0 if config.validation_split_mode == "none" else weights // (2 if _averages(config) else 1)
+    )  # live weights only
     kept = most = 0  # the most grows with every save until pruning holds it
     for number in range(1, len(saves) + 1):
         before, resumable_before = kept, min(number - 1, RESUMABLE_KEPT)

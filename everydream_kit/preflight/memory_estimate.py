@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from everydream_kit.data.dataset import Dataset
     from everydream_kit.preflight.rehearsal import Rehearsal, SampleShape
     from everydream_kit.preflight.skeleton import Architecture
-    from everydream_kit.training.optimizer_config import OptimizerConfig
 
 VERSION = 6
 """Of the method: raised where the same settings would now give other numbers."""
@@ -50,50 +50,21 @@ RECOMPUTED_COSTS = 2.7
 figure with checkpointing in docs/gpu.md."""
 
 CATEGORIES = ("weights", "gradients", "optimizer states", "activations", "EMA", "other")
-SAMPLED_TOGETHER = 4
-"""Images that `sample_images` generates together."""
-DEFAULT_SAMPLES = 12
-"""Four captions of the dataset at three guidance scales: what is drawn where there is no prompt file."""
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes", "pytorch_optimizer", "everydream-kit")
 
-WITHOUT_EFFECT = frozenset(
-    {
-        *("resume_ckpt", "base_revision", "base_subfolder", "base_variant", "family", "prediction_type", "vae"),
-        *(
-            "data_root",
-            "flip_p",
-            "crop_jitter",
-            "background",
-            "loss_mask",
-            "num_workers",
-            "cache_variants",
-            "latent_cache_dir",
-        ),
-        *("rated_dataset", "rated_dataset_target_dropout_percent", "write_schedule", "cond_dropout", "caption_lines"),
-        *("max_epochs", "max_steps", "lr", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps", "scale_lr", "seed"),
-        *("timestep_start", "timestep_end", "timestep_sampling", "train_sampler", "gpuid", "ema_decay_rate"),
-        *("ema_strength_target", "ema_update_interval", "ema_resume_model", "sample_prompts", "sample_steps"),
-        *("sample_before_training", "early_stopping_patience", "project_name", "run_name", "logdir", "save_ckpt_dir"),
-        *(
-            "ckpt_every_n_minutes",
-            "save_every_n_epochs",
-            "save_every_n_steps",
-            "save_ckpts_from_n_epochs",
-            "keep_last_n",
-        ),
-        *(
-            "save_full_precision",
-            "save_optimizer",
-            "no_save_ckpt",
-            "no_prepend_last",
-            "push_to",
-            "push_every",
-            "log_step",
-        ),
-        *("wandb", "load_settings_every_epoch", "lora_alpha", "optimizer_config", "validation_config", "resolution"),
+KEY_HAS_OTHERWISE = frozenset(
+    {"resume_ckpt", "resolution", "shuffle_tags", "ema_decay_rate", "ema_strength_target", "sample_steps"}
+    | {"sample_prompts", "optimizer_config", "validation_config", "validation_split_mode", "validation_batch_size"}
+    | {
+        "validation_extra_data_roots",
+        "stabilize_training_loss",
+        "sample_cfgs",
+        "sample_resolution",
+        "sample_batch_size",
     }
 )
-"""Settings whose value changes no number here, or that are in the key in another form."""
+"""Settings that affect the memory and stand in the key in another form: what the base is made of, the bucket, whether
+captions vary, whether an average is kept, the shapes of samples and of validation."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +221,6 @@ class _Question:
     has_bf16: bool
     bucket: Size
     captions_vary: bool
-    optimizer_config: OptimizerConfig
     validates: int | None
     samples: SampleShape | None
     dataset: Dataset | None
@@ -267,8 +237,9 @@ class _Question:
     ) -> _Question:
         from everydream_kit.data.text_cache import captions_vary
         from everydream_kit.preflight.rehearsal import largest_bucket
-        from everydream_kit.training.optimizer_config import load_optimizer_config
+        from everydream_kit.settings import with_side_files
 
+        config, _ = with_side_files(config)
         return cls(
             config=config,
             architecture=architecture or architecture_of(config),
@@ -276,7 +247,6 @@ class _Question:
             has_bf16=has_bf16,
             bucket=bucket or largest_bucket(config.resolutions),
             captions_vary=config.shuffle_tags if dataset is None else captions_vary(dataset),
-            optimizer_config=load_optimizer_config(config.optimizer_config),
             validates=validated_together(config),
             samples=sampled_together(config, dataset),
             dataset=dataset,
@@ -287,14 +257,13 @@ class _Question:
         settings = self.config.model_dump(mode="json")
         facts = {
             "version": VERSION,
-            "settings": {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT},
+            "settings": {name: settings[name] for name in settings_in_key()},
             "has_ema": has_ema(self.config),
             "grad_accum": min(2, self.config.grad_accum),
             "architecture": self.architecture.identity(),
             "device": [self.device, self.has_bf16],
             "bucket": self.bucket,
             "captions_vary": self.captions_vary,
-            "optimizer_config": self.optimizer_config.model_dump(mode="json"),
             "validates": self.validates,
             "samples": None if self.samples is None else asdict(self.samples),
             "libraries": [_version(name) for name in LIBRARIES],
@@ -310,7 +279,6 @@ class _Question:
             self.architecture,
             device_type=self.device,
             has_bf16=self.has_bf16,
-            optimizer_config=self.optimizer_config,
             bucket=self.bucket,
             latents=estimate_latent_mode(self.config),
             validates=self.validates,
@@ -318,6 +286,13 @@ class _Question:
             dataset=self.dataset,
         )
         return _conclude(self.config, rehearsal, self.device)
+
+
+def settings_in_key() -> list[str]:
+    """Names of the settings whose values decide an estimate."""
+    from everydream_kit.config import facts
+
+    return [name for name, one in facts().items() if "memory" in one.affects and name not in KEY_HAS_OTHERWISE]
 
 
 def estimate_latent_mode(config: TrainConfig) -> CacheMode:
@@ -357,13 +332,12 @@ def _version(name: str) -> str:
 
 def validated_together(config: TrainConfig) -> int | None:
     """Images whose loss is measured together, or None without validation."""
-    if config.validation_config is None:
-        return None
-    from everydream_kit.training.validation_config import load_validation_config
+    from everydream_kit.config import measures_losses
 
-    own = load_validation_config(config.validation_config).batch_size
+    if not measures_losses(config):
+        return None
     assert isinstance(config.batch_size, int)
-    return own or config.batch_size
+    return config.validation_batch_size or config.batch_size
 
 
 def sampled_together(config: TrainConfig, dataset: Dataset | None = None) -> SampleShape | None:
@@ -371,18 +345,15 @@ def sampled_together(config: TrainConfig, dataset: Dataset | None = None) -> Sam
     if config.sample_steps is None:
         return None
     from everydream_kit.preflight.rehearsal import SampleShape
-    from everydream_kit.training.prompt_file import read_prompt_file
+    from everydream_kit.training.prompt_file import SampleSettings, read_prompt_file
     from everydream_kit.training.sampling_listener import NUM_RANDOM_CAPTIONS, plan_prompts
 
     path = Path(config.sample_prompts)
     side = max(config.resolutions)
-    usual = SampleShape(min(SAMPLED_TOGETHER, DEFAULT_SAMPLES), (side, side))
-    if not path.is_file():
-        return usual
-    try:
-        settings = read_prompt_file(path).settings
-    except ConfigError:  # a warning when it is read in training, where it may have been fixed
-        return usual
+    settings = SampleSettings.of(config)
+    if path.is_file():
+        with suppress(ConfigError):  # a warning when it is read in training, where it may have been fixed
+            settings = read_prompt_file(path, settings).settings
     written = [entry.model_copy(update={"random_caption": False}) for entry in settings.samples]
     if written:
         read = settings.model_copy(update={"samples": written})
@@ -393,7 +364,7 @@ def sampled_together(config: TrainConfig, dataset: Dataset | None = None) -> Sam
     counts: dict[tuple[int, int], int] = {}
     for size, number in images:
         counts[size] = counts.get(size, 0) + number
-    together = settings.batch_size or SAMPLED_TOGETHER
+    together = settings.batch_size
     size = max(counts, key=lambda size: min(together, counts[size]) * size[0] * size[1])
     return SampleShape(min(together, counts[size]), size)
 

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from everydream_kit.config import TrainConfig
+from everydream_kit.config import TrainConfig, measures_losses
 from everydream_kit.data.cache_room import free_memory, possible_flips
 from everydream_kit.data.epoch_plan import PlanSettings
 from everydream_kit.data.image_files import EXTENSIONS
@@ -39,7 +39,7 @@ from everydream_kit.preflight.disk import DiskUse, estimate_disk, latent_cache_b
 from everydream_kit.preflight.gpus import GpuSpec, find_gpu, this_gpu
 from everydream_kit.preflight.plan import Offer, Plan, StepCount
 from everydream_kit.preflight.step_time import StepSeconds, estimate_step
-from everydream_kit.settings import load_config
+from everydream_kit.settings import load_config, with_side_files
 from everydream_kit.training.training_images import estimate_steps, make_plan_settings, scan
 from everydream_kit.workspace import RunFolder
 
@@ -203,7 +203,7 @@ def read_dataset(config: TrainConfig) -> _Images:
         return _Images(count, None, f"{count:,} image files were counted and not opened: all are taken as usable")
     try:
         dataset = scan(config, config.data_root)
-        if config.validation_config is not None:
+        if measures_losses(config):
             dataset = _training_part(config, dataset)
     except DataError as problem:
         return _Images(0, None, str(problem))
@@ -229,14 +229,17 @@ def count_steps(config: TrainConfig, images: _Images, settings: PlanSettings) ->
 
 def _read_config(given: TrainConfig | dict[str, Any] | str | Path | RunFolder) -> tuple[TrainConfig, int]:
     """Settings, and the steps that are done where they are a run's."""
+    steps_done = 0
     if isinstance(given, TrainConfig):
-        return given, 0
-    if isinstance(given, dict):
-        return load_config(None, given)[0], 0
-    if isinstance(given, RunFolder) or Path(given).is_dir():
+        config = given
+    elif isinstance(given, dict):
+        config, _ = load_config(None, given)
+    elif isinstance(given, RunFolder) or Path(given).is_dir():
         run = given if isinstance(given, RunFolder) else RunFolder.open(given)
-        return load_config(run.config_path)[0], int(run.status().get("step") or 0)
-    return load_config(given)[0], 0
+        config, steps_done = load_config(run.config_path)[0], int(run.status().get("step") or 0)
+    else:
+        config, _ = load_config(given)
+    return with_side_files(config)[0], steps_done
 
 
 def _is_local(data_root: Any) -> bool:
@@ -253,10 +256,8 @@ def _image_files(data_root: Any) -> Iterator[str]:
 def _training_part(config: TrainConfig, dataset: Dataset) -> Dataset:
     """The images that validation leaves for training."""
     from everydream_kit.training.held_out_images import split_dataset
-    from everydream_kit.training.validation_config import load_validation_config
 
-    assert config.validation_config is not None
-    return split_dataset(dataset, load_validation_config(config.validation_config), partial(scan, config))[0]
+    return split_dataset(dataset, config, partial(scan, config))[0]
 
 
 def _latents(config: TrainConfig, images: _Images, settings: PlanSettings) -> tuple[str, int]:
@@ -316,12 +317,13 @@ def _prompt_file(config: TrainConfig) -> PromptFile:
     from everydream_kit.training.prompt_file import PromptFile, SampleSettings, read_prompt_file
 
     path = Path(config.sample_prompts)
+    defaults = SampleSettings.of(config)
     if config.sample_steps is None or not path.is_file():
-        return PromptFile(SampleSettings())
+        return PromptFile(defaults)
     try:
-        return read_prompt_file(path)
+        return read_prompt_file(path, defaults)
     except ConfigError as error:
-        return PromptFile(SampleSettings(), (str(error).removeprefix(f"sample_prompts: {path}: "),))
+        return PromptFile(defaults, (str(error).removeprefix(f"sample_prompts: {path}: "),))
 
 
 def _disk(made: Plan, latent_bytes: int) -> DiskUse | None:

@@ -125,13 +125,14 @@ def probe(
 def build_on_gpu(config: TrainConfig, folder: Path) -> Run:
     """The run that training would build, around gray images."""
     from everydream_kit.preflight.rehearsal import largest_bucket, stand_in_dataset
+    from everydream_kit.settings import with_side_files
     from everydream_kit.training.base import load_base
     from everydream_kit.training.journal import Journal
-    from everydream_kit.training.optimizer_config import load_optimizer_config
     from everydream_kit.training.ranks import Ranks
     from everydream_kit.training.run_builder import assemble_run
     from everydream_kit.workspace import RunFolder
 
+    config, _ = with_side_files(config)
     ranks = Ranks.find(config.gpuid)
     return assemble_run(
         config.replace(cache_latents="off", ema_resume_model=None),
@@ -141,7 +142,6 @@ def build_on_gpu(config: TrainConfig, folder: Path) -> Run:
         model=load_base(config, None, ranks),
         dataset=stand_in_dataset(config, largest_bucket(config.resolutions)),
         seed=max(0, config.seed),
-        optimizer_config=load_optimizer_config(config.optimizer_config),
     )
 
 

@@ -29,14 +29,12 @@ from everydream_kit.models.encoding import decode_latents, encode_captions, enco
 from everydream_kit.models.family import Sizes
 from everydream_kit.models.sampling import guide
 from everydream_kit.preflight.imitation import imitate_autocast, imitate_precision, replace_bitsandbytes
-from everydream_kit.preflight.kernel_scratch import scratch_of
 from everydream_kit.preflight.skeleton import Architecture, build_skeleton
 from everydream_kit.preflight.tracker import OPTIMIZER, SCRATCH, Lives, StorageTracker
 from everydream_kit.training.base import choose_formats, precision_of, select_trained
 from everydream_kit.training.flat import flat_optimizers
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.offload import idle_modules
-from everydream_kit.training.optimizer_config import OptimizerConfig
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.run_builder import assemble_run
 from everydream_kit.training.step import backward, image_losses
@@ -100,7 +98,6 @@ def rehearse(
     *,
     device_type: str,
     has_bf16: bool,
-    optimizer_config: OptimizerConfig,
     bucket: Size,
     latents: CacheMode,
     validates: int | None,
@@ -120,20 +117,20 @@ def rehearse(
         samples: images generated together, or None.
         dataset: says whether captions vary; None: as the settings say.
     """
-    tracker = StorageTracker(scratch_of(device_type), ALLOCATOR_GRANULE if device_type == "cuda" else 1)
+    tracker = StorageTracker(granule=ALLOCATOR_GRANULE if device_type == "cuda" else 1)
     dataset = dataset or stand_in_dataset(config, bucket)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         logdir = stack.enter_context(tempfile.TemporaryDirectory())
         config = _as_on(device_type, has_bf16, config)
         model = build_skeleton(architecture, choose_formats(config, precision_of(config, device_type)))
-        select_trained(model, config, optimizer_config, config.seed)  # on meta: adapters are drawn at random
+        select_trained(model, config, config.seed)  # on meta: adapters are drawn at random
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(tracker)
         _materialise(model, tracker)
         if device_type == "cuda":
             imitate_autocast(model.modules().values())
-        run = _assemble(config, model, dataset, Path(logdir), optimizer_config, device_type, tracker)
+        run = _assemble(config, model, dataset, Path(logdir), device_type, tracker)
         for module in _idle(config, run, latents) if device_type != "cpu" else []:
             tracker.label(module.parameters(), IDLE_VAE if module is model.vae else IDLE)
         channels = model.family.latent_space.stored_channels
@@ -202,7 +199,6 @@ def _assemble(  # noqa: PLR0917 - what a run is made of, each once
     model: Model,
     dataset: Dataset,
     logdir: Path,
-    optimizer_config: OptimizerConfig,
     device_type: str,
     tracker: StorageTracker,
 ) -> Run:
@@ -218,7 +214,6 @@ def _assemble(  # noqa: PLR0917 - what a run is made of, each once
             model=model,
             dataset=dataset,
             seed=max(0, config.seed),
-            optimizer_config=optimizer_config,
             device_type=device_type,
         )
     for flat in flat_optimizers(run.optimizer):

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from everydream_kit.models.model_files import ModelFiles
     from everydream_kit.models.number_formats import Formats
 
-SMALL_FILES = ("*.json", "*/*.json")
-"""What is fetched of a Hub repository. Vocabularies are the shipped ones: they change no size."""
 LARGEST_HEADER = 100 * 2**20
 """safetensors' own bound."""
 

@@ -22,6 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from everydream_kit.config import facts
 from everydream_kit.preflight.gpus import GpuSpec, recognize
 from everydream_kit.workspace import RunFolder, list_runs, read_small_object
 
@@ -45,20 +46,8 @@ LAUNCH_SECONDS = 50e-6
 CPU_SHARE = 0.35
 """Of the speed of a large matrix product that a training step reaches on a CPU (tiny SD 1.x at 128 px, two cores)."""
 
-SPEED_SETTINGS = (
-    *("resume_ckpt", "resolution", "training_kind", "gradient_checkpointing", "amp", "disable_amp", "amp_dtype"),
-    *(
-        "weight_dtype",
-        "frozen_dtype",
-        "optimizer",
-        "disable_unet_training",
-        "disable_textenc_training",
-        "cache_latents",
-        "lora_rank",
-    ),
-    *("fused_backward", "torch_compile", "channels_last", "attn_type", "offload_idle_models", "clip_skip"),
-)
-"""Settings that two runs must share for one's images a second to be the other's."""
+SCALED = ("batch_size", "grad_accum")
+"""Settings that affect the speed and may differ between two runs: their images per second are compared."""
 FULL_SIZE_PARAMETERS = {"sd1": 1_066_000_000, "sd2": 1_290_000_000, "sdxl": 3_470_000_000}
 """UNet, VAE and text encoders together. Published figures are about these; smaller models of a family are other models."""
 RUNS_LOOKED_AT = 20
@@ -111,12 +100,14 @@ def estimate_step(
 
 
 def measured_here(config: TrainConfig, gpu_spec: GpuSpec | None) -> StepSeconds | None:
-    """From the latest run in `logdir` on the same GPU with the same settings; another batch size is scaled by
-    images."""
-    wanted = {name: config.model_dump(mode="json")[name] for name in SPEED_SETTINGS}
+    """From the latest run in `logdir` on the same GPU with the same settings; other batch sizes are scaled by images."""
+    names = [name for name, one in facts().items() if "speed" in one.affects and name not in SCALED]
+    fields, values = type(config).model_fields, config.model_dump(mode="json")
+    wanted = {name: values[name] for name in names}
     for run in reversed(list_runs(config.logdir)[-RUNS_LOOKED_AT:]):
-        settings, facts = _read(run.config_path), _read(run.folder / "environment.json")
-        if {name: settings.get(name) for name in SPEED_SETTINGS} != wanted or not _same_device(facts, gpu_spec):
+        settings, environment = _read(run.config_path), _read(run.folder / "environment.json")
+        theirs = {name: settings.get(name, fields[name].default) for name in names}
+        if theirs != wanted or not _same_device(environment, gpu_spec):
             continue
         images_per_second = _images_per_second(run)
         if images_per_second:

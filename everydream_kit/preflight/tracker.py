@@ -5,7 +5,7 @@ and the floating-point operations of each operator; nothing is decided while the
 gradient, an optimizer's state ...) may be said afterwards, and `Lives` then answers how much of what was alive at the worst
 moment of a stretch of time.
 
-Not here: what runs (`rehearsal`), and how a GPU's or a CPU's kernels differ from what is traced (`imitation`, `kernel_scratch`).
+Not here: what runs (`rehearsal`), and how a GPU's or a CPU's kernels differ from what is traced (`imitation`).
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ FORWARD, BACKWARD, RECOMPUTED, OPTIMIZER = "forward", "backward", "recomputed", 
 """Phases of a step; "recomputed" is what gradient checkpointing computes again within the backward pass."""
 ACTIVATIONS, SCRATCH = "activations", "other"
 """What a storage is unless somebody says otherwise, and what a kernel takes for itself while it runs."""
-
-Scratch = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], int]
-"""(operator, its arguments, named arguments, its result) -> bytes that its kernel takes and gives back."""
 
 
 def _attention_flops(query: torch.Tensor, key: torch.Tensor, *_: Any, **__: Any) -> int:
@@ -182,14 +179,12 @@ class StorageTracker(TorchDispatchMode):
     that does not exist (a norm, a loss), it gets 1.
 
     Args:
-        scratch: what kernels take for themselves, see `Scratch`.
         granule: sizes are rounded up to this, as the device's allocator does.
     """
 
-    def __init__(self, scratch: Scratch | None = None, granule: int = 1) -> None:
+    def __init__(self, *, granule: int = 1) -> None:
         super().__init__()
         self.record = Lives()
-        self._scratch = scratch
         self._granule = granule
         self._moment = 0
         self._known: dict[int, Life] = {}
@@ -283,8 +278,6 @@ class StorageTracker(TorchDispatchMode):
         formula = FLOP_FORMULAS.get(func._overloadpacket)
         if formula is not None and self._open:
             self.add_flops(int(formula(*args, **kwargs, out_val=result)))
-        if self._scratch is not None:
-            self.add_scratch(self._scratch(func, args, dict(kwargs), result))
 
     def _life_of(self, tensor: torch.Tensor) -> Life:
         storage = tensor.untyped_storage()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from everydream_kit.config import mixes_precision
+from everydream_kit.config import EMBEDDED_MODEL
 from everydream_kit.foreign import read_origin
 from everydream_kit.models.adapters import AdapterBase, is_adapter_folder
 from everydream_kit.models.families import FAMILIES
@@ -20,6 +20,7 @@ from everydream_kit.models.number_formats import Formats
 from everydream_kit.training.objectives import rescale_zero_terminal_snr
 from everydream_kit.training.offload import idle_modules
 from everydream_kit.training.parameters import TrainedPart, select_parameters
+from everydream_kit.training.parts import TEXT_ENCODER, UNET
 from everydream_kit.training.precision import Precision, choose_precision
 from everydream_kit.workspace import find_last_checkpoint
 
@@ -29,10 +30,8 @@ if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
     from everydream_kit.data.dataset import Dataset
     from everydream_kit.training.journal import Journal
-    from everydream_kit.training.optimizer_config import OptimizerConfig
     from everydream_kit.training.ranks import Ranks
 
-UNET, TEXT_ENCODER = "unet", "text encoder"
 TILE_PIXELS = 512
 """Side of a tile. SD 1.5's own images go through as a whole."""
 
@@ -85,17 +84,9 @@ def _own_base(config: TrainConfig, weights_from: Path | None) -> dict[str, str] 
     return {name: value for name, value in named.items() if value is not None}
 
 
-def precision_of(config: TrainConfig, device_type: str, *, tune_scaler: bool = True) -> Precision:
+def precision_of(config: TrainConfig, device_type: str) -> Precision:
     """The formats that a run computes in. Raises: ConfigError, where they do not go together."""
-    return choose_precision(
-        device_type,
-        amp=mixes_precision(config),
-        amp_dtype=config.amp_dtype,
-        weight_dtype=config.weight_dtype,
-        frozen_dtype=config.frozen_dtype,
-        tune_scaler=tune_scaler,
-        fused_backward=config.fused_backward,
-    )
+    return choose_precision(device_type, config)
 
 
 def choose_formats(config: TrainConfig, precision: Precision) -> Formats:
@@ -124,7 +115,7 @@ def shards(config: TrainConfig, ranks: Ranks) -> bool:
 
 def find_base(config: TrainConfig) -> str | Path:
     """What `resume_ckpt` means: the embedded model, the project's latest checkpoint, or the value itself."""
-    if config.resume_ckpt == "embedded":
+    if config.resume_ckpt == EMBEDDED_MODEL:
         from everydream_kit.demo import base_model_path
 
         return base_model_path()
@@ -133,22 +124,19 @@ def find_base(config: TrainConfig) -> str | Path:
     return config.resume_ckpt
 
 
-def select_trained(
-    model: Model, config: TrainConfig, optimizer_config: OptimizerConfig, seed: int
-) -> list[TrainedPart]:
+def select_trained(model: Model, config: TrainConfig, seed: int) -> list[TrainedPart]:
     """Choose what is trained, and freeze the rest: all weights, an adapter, or new tokens.
 
     A model that comes from such a run's checkpoint has its adapter or tokens already, and continues with them.
     """
     if config.training_kind == "full":
-        unet_freezing = optimizer_config.unet_freezing
         return select_parameters(
             model,
             train_unet=not config.disable_unet_training,
             train_text_encoder=not config.disable_textenc_training,
-            freezing=optimizer_config.text_encoder_freezing,
-            unet_patterns=unet_freezing.train if unet_freezing else None,
-            unet_frozen_patterns=unet_freezing.freeze if unet_freezing else None,
+            freezing=config,
+            unet_patterns=config.unet_train_layers,
+            unet_frozen_patterns=config.unet_freeze_layers,
         )
     if config.training_kind == "lora":
         import torch

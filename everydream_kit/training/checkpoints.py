@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from everydream_kit.atomic import FOREIGN_SECONDS, write_atomic
+from everydream_kit.disk_space import free_disk
 from everydream_kit.errors import CheckpointError, DiskSpaceError, JobError
 from everydream_kit.identity import Process, is_running
 from everydream_kit.locks import hold
@@ -88,7 +89,7 @@ def write_checkpoint(
 
 def require_disk(folder: Path, num_bytes: int, what: str) -> None:
     """Raises: DiskSpaceError if a folder's disk has less room than this."""
-    free = shutil.disk_usage(folder).free
+    free = free_disk(folder)
     if num_bytes > free:
         raise DiskSpaceError(
             f"{what}: needs {_gigabytes(num_bytes)}, and {folder} has {_gigabytes(free)} free. "

@@ -1,14 +1,14 @@
-"""Which images are measured: those that the validation config takes from the training, and sets of their own."""
+"""Which images are measured: those that the settings take from the training, and sets of their own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from everydream_kit.config.sample_settings import ValidationGroup
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.errors import DataError
 from everydream_kit.training.validation import content_groups, split_indices
-from everydream_kit.training.validation_config import ValidationConfig
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class ValidationSet:
 
 
 def split_dataset(
-    dataset: Dataset, config: ValidationConfig, scan: Callable[[str], Dataset]
+    dataset: Dataset, settings: ValidationGroup, scan: Callable[[str], Dataset]
 ) -> tuple[Dataset, list[ValidationSet]]:
     """Divide the images into those that are trained on and the sets that are measured.
 
     Args:
         dataset: all images.
-        config: the validation config.
+        settings: which images are measured.
         scan: reads a folder (manual and extra sets).
 
     Raises:
@@ -35,23 +35,27 @@ def split_dataset(
     """
     sets = []
     training = dataset
-    if config.validate_training and config.val_split_mode != "none":
-        if config.splits_training_set:
-            kept, held_out = split_indices(content_groups(dataset), config.auto_split_proportion, config.seed)
+    if settings.validation_split_mode != "none":
+        if settings.validation_split_mode == "automatic":
+            kept, held_out = split_indices(
+                content_groups(dataset), settings.validation_split_proportion, settings.validation_seed
+            )
             if not kept:
                 raise DataError(
-                    f"validation_config: the split leaves none of {len(dataset)} images for training; lower "
-                    "auto_split_proportion or add images."
+                    f"validation_split_proportion: the split leaves none of {len(dataset)} images for training; lower "
+                    "it, or add images."
                 )
             training, measured = dataset.subset(kept), dataset.subset(held_out)
         else:
-            measured = _scan_some(scan, str(config.manual_data_root))
+            measured = _scan_some(scan, str(settings.validation_data_root))
         sets.append(ValidationSet("loss/val", measured, decides=True))
-    if config.stabilize_training_loss:
+    if settings.stabilize_training_loss:
         groups = content_groups(training)
-        _, stable = split_indices(groups, config.stabilize_split_proportion, config.seed, "stabilized loss")
+        _, stable = split_indices(
+            groups, settings.stabilize_split_proportion, settings.validation_seed, "stabilized loss"
+        )
         sets.append(ValidationSet("loss/train-stabilized", training.subset(stable)))
-    for name, folder in config.extra_manual_datasets.items():
+    for name, folder in (settings.validation_extra_data_roots or {}).items():
         sets.append(ValidationSet(f"loss/{name}", _scan_some(scan, folder)))
     return training, sets
 
@@ -59,5 +63,5 @@ def split_dataset(
 def _scan_some(scan: Callable[[str], Dataset], folder: str) -> Dataset:
     dataset = scan(folder)
     if not len(dataset):
-        raise DataError(f"validation_config: {folder} holds no usable image.")
+        raise DataError(f"validation: {folder} holds no usable image.")
     return dataset

@@ -51,13 +51,12 @@ def build_listeners(run: Run, stop: StopSignal) -> list[Listener]:
         listeners.append(BestEffort(LiveSettingsReader(sampler, saver)))
     if run.plugins:
         listeners.append(PluginListener(run.plugins))
-    if run.validation_config is not None:
+    if run.validation_sets:
         listeners.append(
             Validator(
-                run.validation_config,
+                config,
                 run.validation_sets,
                 save_best=saver.save_best,
-                patience=config.early_stopping_patience,
             )
         )
     control = ControlFile(stop, {"save": saver.save, "sample": sampler.draw})

@@ -7,10 +7,11 @@ sample and save. A wrong file is a warning, and the values before it stay.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from everydream_kit.config import TrainConfig, facts
 from everydream_kit.training.checkpoint_saving import Saver
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.resume_state import number_of
@@ -20,16 +21,24 @@ if TYPE_CHECKING:
     from everydream_kit.training.run import Run
 
 
-class LiveSettings(BaseModel):
-    """What `live.json` may hold. A setting that is absent stays as it is."""
+class _LiveSettings(BaseModel):
+    """What `live.json` may hold besides the settings whose facts say "live". What is not given stays as it is."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     lr_factor: Annotated[float, Field(ge=0, le=100)] | None = None
-    sample_steps: Annotated[int, Field(ge=1)] | None = None
-    sample_prompts: str | None = None
-    ckpt_every_n_minutes: Annotated[float, Field(gt=0)] | None = None
-    save_every_n_epochs: Annotated[int, Field(ge=1)] | None = None
-    save_every_n_steps: Annotated[int, Field(ge=1)] | None = None
+
+
+def _live_fields() -> dict[str, Any]:
+    """The declarations of the live settings, with None for "not given"."""
+    fields = TrainConfig.model_fields
+    return {
+        name: (Annotated[(fields[name].annotation, *fields[name].metadata)] | None, None)
+        for name, one in facts().items()
+        if one.change == "live"
+    }
+
+
+LiveSettings = create_model("LiveSettings", __base__=_LiveSettings, **_live_fields())
 
 
 class LiveSettingsReader(Listener):
@@ -66,14 +75,14 @@ class LiveSettingsReader(Listener):
         changed = live.model_dump(exclude_none=True)
         if live.lr_factor is not None:
             run.lr_factor = self.lr_factor = live.lr_factor
-        if live.sample_steps is not None:
-            self.sampler.schedule = SampleSchedule(live.sample_steps, self.sampler.schedule.before_training)
-        if live.sample_prompts is not None:
-            self.sampler.prompts_path = Path(live.sample_prompts)
+        if "sample_steps" in changed:
+            self.sampler.schedule = SampleSchedule(changed["sample_steps"], self.sampler.schedule.before_training)
+        if "sample_prompts" in changed:
+            self.sampler.prompts_path = Path(changed["sample_prompts"])
         rules = self.saver.rules
-        rules.every_n_minutes = live.ckpt_every_n_minutes or rules.every_n_minutes
-        rules.every_n_epochs = live.save_every_n_epochs or rules.every_n_epochs
-        rules.every_n_steps = live.save_every_n_steps or rules.every_n_steps
+        rules.every_n_minutes = changed.get("ckpt_every_n_minutes", rules.every_n_minutes)
+        rules.every_n_epochs = changed.get("save_every_n_epochs", rules.every_n_epochs)
+        rules.every_n_steps = changed.get("save_every_n_steps", rules.every_n_steps)
         run.report("live settings", step=run.position.step, **changed)
 
     def state(self) -> dict[str, float]:

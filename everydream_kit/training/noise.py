@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -18,19 +17,6 @@ Source = int | torch.Generator
 """Where an image's numbers come from: a seed, or a CPU generator (see `draws.torch_generator`)."""
 
 MAX_PYRAMID_LEVELS = 10
-
-
-@dataclass(frozen=True)
-class NoiseSettings:
-    """How noise and timesteps are drawn; the fields are the parameters of the same names."""
-
-    zero_frequency_noise_ratio: float = 0.0
-    pyramid_noise_discount: float | None = None
-    input_perturbation: float = 0.0
-    embedding_perturbation: float = 0.0
-    timestep_start: int = 0
-    timestep_end: int = 1000
-    timestep_sampling: str = "uniform"
 
 
 def as_generator(source: Source) -> torch.Generator:

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import torch
 
+from everydream_kit.config.objective_settings import ObjectiveGroup
 from everydream_kit.errors import ConfigError
 from everydream_kit.training.timesteps import whole_timesteps
 
@@ -103,9 +104,9 @@ class DiffusionObjective:
 
     alphas_cumprod: torch.Tensor
     prediction_type: str
-    loss_type: str = "mse"
-    min_snr_gamma: float | None = None
-    debiased_estimation: bool = False
+    loss_type: str
+    min_snr_gamma: float | None
+    debiased_estimation: bool
     _by_device: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -192,30 +193,32 @@ class DiffusionObjective:
 def build_objective(
     noise_scheduler: Any,
     prediction_type: str,
-    *,
-    loss_type: str = "mse",
-    min_snr_gamma: float | None = None,
-    debiased_estimation: bool = False,
+    settings: ObjectiveGroup,
 ) -> DiffusionObjective:
     """Make the objective of a diffusion model.
 
     Args:
         noise_scheduler: a diffusers scheduler; only its `alphas_cumprod` is read.
         prediction_type: epsilon, v_prediction or sample.
+        settings: kind and weighting of the loss.
 
     Raises:
-        ConfigError: an unknown name, epsilon on a zero-terminal schedule, or two weightings at once.
+        ConfigError: an unknown prediction type, epsilon on a zero-terminal schedule, or two weightings at once.
     """
     if prediction_type not in PREDICTION_TYPES:
         raise ConfigError(f"prediction_type: must be one of {', '.join(PREDICTION_TYPES)} (got {prediction_type!r})")
-    if loss_type not in _COSTS:
-        raise ConfigError(f"loss_type: must be one of {', '.join(_COSTS)} (got {loss_type!r})")
-    if min_snr_gamma is not None and debiased_estimation:
+    if settings.min_snr_gamma is not None and settings.debiased_estimation:
         raise ConfigError("min_snr_gamma, debiased_estimation: two weightings of the same thing; give one of them")
     alphas_cumprod = noise_scheduler.alphas_cumprod.detach().to("cpu", torch.float32)
     if prediction_type == "epsilon" and alphas_cumprod[-1] <= 0:
         raise ConfigError(_ZERO_TERMINAL_EPSILON)
-    return DiffusionObjective(alphas_cumprod, prediction_type, loss_type, min_snr_gamma, debiased_estimation)
+    return DiffusionObjective(
+        alphas_cumprod,
+        prediction_type,
+        loss_type=settings.loss_type,
+        min_snr_gamma=settings.min_snr_gamma,
+        debiased_estimation=settings.debiased_estimation,
+    )
 
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {"diffusion": build_objective}
@@ -270,6 +273,6 @@ def _mean_over_cells(cost: torch.Tensor, mask: torch.Tensor | None) -> torch.Ten
         return cost.mean(dim=(1, 2, 3))
     mask = mask.float()
     if mask.shape[2:] != cost.shape[2:]:  # masks have one value for each 8 pixels, some latents for each 16
-        mask = torch.nn.functional.adaptive_avg_pool2d(mask, cost.shape[2:])
+        mask = torch.nn.functional.adaptive_avg_pool2d(mask, (cost.shape[2], cost.shape[3]))
     area = mask.sum(dim=(1, 2, 3))  # (B,)
     return (cost.mean(dim=1, keepdim=True) * mask).sum(dim=(1, 2, 3)) / area.clamp(min=1e-6)

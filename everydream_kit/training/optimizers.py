@@ -1,7 +1,7 @@
 """Optimizers by name, and one optimizer for all parts that are trained.
 
 torch's own where it has one, bitsandbytes for 8-bit states, pytorch_optimizer for the rest; any other class by its
-`module.Class`. The settings come from `optimizer_config`; the learning rate of each step from `schedules`, which writes
+`module.Class`. The settings come from `parts`; the learning rate of each step from `schedules`, which writes
 it into the groups. Each group carries the `name` of its part and its `peak_lr`.
 """
 
@@ -21,13 +21,7 @@ import torch
 from everydream_kit.errors import ConfigError
 from everydream_kit.training.combined import CombinedOptimizer, FusedBackwardOptimizer
 from everydream_kit.training.flat import FlatOptimizer
-from everydream_kit.training.optimizer_config import (
-    DEFAULT_WEIGHT_DECAY,
-    OptimizerConfig,
-    PartSettings,
-    load_optimizer_config,
-    part_settings,
-)
+from everydream_kit.training.parts import PartSettings, plain_name
 from everydream_kit.training.rounding import RoundedOptimizer
 
 if TYPE_CHECKING:
@@ -35,13 +29,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CombinedOptimizer",
-    "OptimizerConfig",
     "PartSettings",
     "build_optimizer",
     "build_optimizer_for_parts",
     "default_optimizer_name",
-    "load_optimizer_config",
-    "part_settings",
     "restore_optimizer",
 ]
 
@@ -49,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 Group = dict[str, Any]
 Builder = Callable[[list[Group]], Any]
+DEFAULT_WEIGHT_DECAY = 0.01
+"""EveryDream 2's, and torch's for AdamW; of optimizers whose decay is decoupled and scaled by a small rate."""
 COMMON = ("betas", "eps", "weight_decay")
 """What a group has of its own, where the optimizer knows it. lr is known by all."""
 
@@ -267,11 +260,6 @@ def is_elementwise(name: str) -> bool:
     """Whether each number's update depends on that number alone (needed for flat weights)."""
     kind = OPTIMIZERS.get(plain_name(name))
     return kind is not None and kind.elementwise
-
-
-def plain_name(name: str) -> str:
-    """An optimizer's name as the table has it; a `module.Class` as it is."""
-    return name if "." in name else name.lower().replace("_", "").replace("-", "")
 
 
 def _make_builder(name: str, groups: Sequence[Group], device_type: str, kwargs: Mapping[str, Any]) -> Builder:

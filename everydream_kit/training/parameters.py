@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from everydream_kit.config.part_settings import TextEncoderGroup
 from everydream_kit.errors import ConfigError
-from everydream_kit.training.optimizer_config import TextEncoderFreezing
 
 if TYPE_CHECKING:
     import torch
@@ -48,18 +48,18 @@ class TrainedPart:
 def select_parameters(
     model: Any,
     *,
-    train_unet: bool = True,
-    train_text_encoder: bool = True,
-    freezing: TextEncoderFreezing | None = None,
-    unet_patterns: Sequence[str] | None = None,
-    unet_frozen_patterns: Sequence[str] | None = None,
+    train_unet: bool,
+    train_text_encoder: bool,
+    freezing: TextEncoderGroup,
+    unet_patterns: Sequence[str] | None,
+    unet_frozen_patterns: Sequence[str] | None,
 ) -> list[TrainedPart]:
     """Choose what is trained, and freeze the rest of the UNet, the text encoders and the VAE.
 
     Args:
         model: has `denoiser`, `vae` and `text_encoders`.
         train_unet, train_text_encoder: False freezes the whole part.
-        freezing: layers of the text encoders that stay.
+        freezing: says which layers of the text encoders stay.
         unet_patterns: train only UNet parameters in whose name one of these regular expressions is found.
         unet_frozen_patterns: and none in whose name one of these is found.
 
@@ -74,7 +74,7 @@ def select_parameters(
     unet = TrainedPart("unet", [model.denoiser], _freeze_except(model.denoiser, trained_names))
     text = TrainedPart("text encoder", list(model.text_encoders))
     for number, text_encoder in enumerate(model.text_encoders):
-        names = trained_text_encoder_names(text_encoder, freezing or TextEncoderFreezing())
+        names = trained_text_encoder_names(text_encoder, freezing)
         kept = _freeze_except(text_encoder, names if train_text_encoder else set())
         prefix = f"{number}." if len(model.text_encoders) > 1 else ""
         text.parameters += [(prefix + name, parameter) for name, parameter in kept]
@@ -82,28 +82,37 @@ def select_parameters(
     parts = [part for part in (unet, text) if part.parameters]
     if not parts:
         raise ConfigError(
-            "disable_unet_training, disable_textenc_training, optimizer_config freezing: nothing is left to train; "
+            "disable_unet_training, disable_textenc_training, what is frozen: nothing is left to train; "
             "switch one of them off"
         )
     return parts
 
 
-def trained_text_encoder_names(text_encoder: torch.nn.Module, freezing: TextEncoderFreezing) -> set[str]:
+def trained_text_encoder_names(text_encoder: torch.nn.Module, freezing: TextEncoderGroup) -> set[str]:
     """Names of a text encoder's parameters that are trained under this freezing."""
     names = [name for name, _ in text_encoder.named_parameters()]
     num_layers = 1 + max((int(found[1]) for found in map(_LAYER.search, names) if found), default=-1)
-    first_trained = num_layers - freezing.num_trained_layers(num_layers)
+    first_trained = num_layers - num_trained_layers(freezing, num_layers)
     return {name for name in names if not _is_frozen(name, freezing, first_trained)}
 
 
-def _is_frozen(name: str, freezing: TextEncoderFreezing, first_trained: int) -> bool:
+def num_trained_layers(freezing: TextEncoderGroup, num_layers: int) -> int:
+    """How many of a text encoder's layers are trained, counted from the end."""
+    if freezing.text_encoder_freeze_front_n_layers is not None:
+        front = freezing.text_encoder_freeze_front_n_layers
+        return min(num_layers, max(0, num_layers - front if front >= 0 else -front))
+    last = freezing.text_encoder_unfreeze_last_n_layers
+    return num_layers if last is None else min(last, num_layers)
+
+
+def _is_frozen(name: str, freezing: TextEncoderGroup, first_trained: int) -> bool:
     layer = _LAYER.search(name)
     if layer is not None:
         return int(layer[1]) < first_trained
     plain = name.removeprefix("text_model.")
     if plain.startswith("embeddings."):
-        return bool(freezing.freeze_embeddings)
-    return plain.startswith("final_layer_norm.") and bool(freezing.freeze_final_layer_norm)
+        return freezing.text_encoder_freeze_embeddings
+    return plain.startswith("final_layer_norm.") and freezing.text_encoder_freeze_final_layer_norm
 
 
 def _freeze_except(module: torch.nn.Module, names: set[str]) -> list[NamedParameter]:
@@ -118,8 +127,8 @@ def _freeze_except(module: torch.nn.Module, names: set[str]) -> list[NamedParame
 
 
 def _match_names(names: Sequence[str], train: Sequence[str] | None, freeze: Sequence[str] | None) -> set[str]:
-    chosen = set(names) if train is None else _union(names, train, "unet_freezing.train")
-    return chosen - _union(names, freeze or (), "unet_freezing.freeze")
+    chosen = set(names) if train is None else _union(names, train, "unet_train_layers")
+    return chosen - _union(names, freeze or (), "unet_freeze_layers")
 
 
 def _union(names: Sequence[str], patterns: Iterable[str], setting: str) -> set[str]:
@@ -128,13 +137,11 @@ def _union(names: Sequence[str], patterns: Iterable[str], setting: str) -> set[s
         try:
             matches = [name for name in names if re.search(pattern, name)]
         except re.error as error:
-            raise ConfigError(
-                f"optimizer_config.{setting}: {pattern!r} is not a regular expression: {error}"
-            ) from error
+            raise ConfigError(f"{setting}: {pattern!r} is not a regular expression: {error}") from error
         if not matches:
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
             raise ConfigError(
-                f"optimizer_config.{setting}: {pattern!r} is found in no parameter of the UNet"
+                f"{setting}: {pattern!r} is found in no parameter of the UNet"
                 + (f"; one of them is {near[0]}" if near else "")
             )
         found.update(matches)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from everydream_kit.config import mixes_precision
+from everydream_kit.config.precision_settings import PrecisionGroup
 from everydream_kit.errors import ConfigError
 
 INITIAL_SCALE = 2**17.5
@@ -36,7 +38,7 @@ class Precision:
 
     device_type: str
     dtype: torch.dtype
-    weight_dtype: torch.dtype = torch.float32
+    weight_dtype: torch.dtype
     frozen_dtype: torch.dtype | None = None
     scaler: torch.amp.GradScaler | None = None
     tune_scaler: bool = True
@@ -89,49 +91,35 @@ class Precision:
             self.scaler.load_state_dict(state["scaler"])
 
 
-def choose_precision(
-    device: torch.device | str,
-    *,
-    amp: bool = True,
-    amp_dtype: str = "auto",
-    weight_dtype: str = "float32",
-    frozen_dtype: str = "auto",
-    tune_scaler: bool = True,
-    fused_backward: bool = False,
-) -> Precision:
+def choose_precision(device: torch.device | str, settings: PrecisionGroup) -> Precision:
     """Choose the formats.
 
     Args:
         device: where the model runs.
-        amp: mixed precision; off means float32.
-        amp_dtype: "bf16", "fp16", or "auto": on a GPU bfloat16 where it has it and else float16, elsewhere float32, or
-            `frozen_dtype` where that is in half precision.
-        weight_dtype: "float32" or "bfloat16"; the latter computes in bfloat16 as well.
-        frozen_dtype: "float32", "float16", "bfloat16", or "auto": on a GPU the format of the arithmetic; elsewhere, and
-            with bfloat16 weights, that of the trained weights.
-        tune_scaler: raise float16's scale more slowly as the run continues (EveryDream 2's step tweaks).
-        fused_backward: whether weights are updated inside the backward pass.
+        settings: with `amp_dtype` auto, the arithmetic is bfloat16 on a GPU that has it and else float16, elsewhere float32,
+            or `frozen_dtype` where that is in half precision; bfloat16 weights compute in bfloat16. With `frozen_dtype`
+            auto, frozen parts have the arithmetic's format on a GPU, elsewhere that of the trained weights.
 
     Raises:
         ConfigError: float16 arithmetic together with bfloat16 weights, or with a fused backward, which updates weights
             before its scaled gradients can be brought back to their size.
     """
     device_type = torch.device(device).type
-    if weight_dtype == "bfloat16":
-        if amp and amp_dtype == "fp16":
+    amp, frozen = mixes_precision(settings), FROZEN[settings.frozen_dtype]
+    if settings.weight_dtype == "bfloat16":
+        if amp and settings.amp_dtype == "fp16":
             raise ConfigError(
                 "weight_dtype, amp_dtype: bfloat16 weights compute in bfloat16; set amp_dtype to auto or bf16"
             )
-        return Precision(device_type, torch.bfloat16, torch.bfloat16, FROZEN[frozen_dtype])
-    dtype = _amp_dtype(device_type, amp_dtype) if amp else torch.float32
-    frozen = FROZEN[frozen_dtype]
+        return Precision(device_type, torch.bfloat16, torch.bfloat16, frozen)
+    dtype = _amp_dtype(device_type, settings.amp_dtype) if amp else torch.float32
     if frozen is None and device_type == "cuda" and dtype != torch.float32:
         frozen = dtype
     if frozen not in (None, torch.float32) and dtype == torch.float32:
         dtype = frozen
     scaler = None
     if dtype == torch.float16:
-        if fused_backward:
+        if settings.fused_backward:
             raise ConfigError(
                 "fused_backward, amp_dtype: float16 needs its gradients unscaled before the update, and a fused backward "
                 "does not wait for that; set amp_dtype to bf16, or fused_backward off"
@@ -139,7 +127,7 @@ def choose_precision(
         scaler = torch.amp.GradScaler(
             device_type, init_scale=INITIAL_SCALE, growth_factor=2.0, backoff_factor=0.5, growth_interval=25
         )
-    return Precision(device_type, dtype, torch.float32, frozen, scaler, tune_scaler)
+    return Precision(device_type, dtype, torch.float32, frozen, scaler, settings.apply_grad_scaler_step_tweaks)
 
 
 def _amp_dtype(device_type: str, amp_dtype: str) -> torch.dtype:

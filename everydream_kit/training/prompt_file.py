@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from everydream_kit.config.sample_settings import Cfgs, SampleGroup
 from everydream_kit.data.textfiles import TextError, read_text, require_text
 from everydream_kit.errors import ConfigError
 from everydream_kit.models.sampling_schedulers import sampler_by_name
@@ -31,7 +32,6 @@ MOST_SAMPLES = 1000
 """Read from one file: more would take longer than any training between two samplings."""
 DOCUMENTATION = ("doc", "documentation", "comment")
 
-Cfgs = Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1, max_length=100)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 """What torch's generator takes; -1 is another one at each sampling."""
 Side = Annotated[int, Field(ge=64, le=LARGEST_SIDE, multiple_of=8)]
@@ -58,21 +58,36 @@ class SampleEntry(BaseModel):
 
 
 class SampleSettings(BaseModel):
-    """The whole prompt file. Field names are EveryDream 2's; `show_progress_bars` is accepted and has no effect."""
+    """The whole prompt file. Field names are EveryDream 2's; `show_progress_bars` is accepted and has no effect.
+
+    What the file does not give comes from the run's settings (`sample_cfgs`, ...).
+    """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-    cfgs: Cfgs = [7.0, 4.0, 1.01]
-    scheduler: str = "ddim"
-    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 30
+    cfgs: Cfgs
+    scheduler: str
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)]
     seed: Seed | None = None
     resolution: Side | None = None
-    batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=4096)]
     show_progress_bars: bool = False
     generate_samples_every_n_steps: Annotated[int, Field(ge=0)] | None = None
     generate_pretrain_samples: bool = False
     samples: list[SampleEntry] = []
 
     _one_cfg = field_validator("cfgs", mode="before")(_as_list)
+
+    @classmethod
+    def of(cls, settings: SampleGroup) -> SampleSettings:
+        """What holds where there is no prompt file."""
+        return cls(
+            cfgs=settings.sample_cfgs,
+            scheduler=settings.sample_scheduler,
+            num_inference_steps=settings.sample_num_inference_steps,
+            seed=settings.sample_seed,
+            resolution=settings.sample_resolution,
+            batch_size=settings.sample_batch_size,
+        )
 
     @field_validator("scheduler")
     @classmethod
@@ -104,8 +119,11 @@ class PromptFile:
         return bool(self.num_skipped) and not self.settings.samples
 
 
-def read_prompt_file(path: Path) -> PromptFile:
+def read_prompt_file(path: Path, defaults: SampleSettings) -> PromptFile:
     """Read a prompt file, as far as it can be used.
+
+    Args:
+        defaults: what holds where the file says nothing, or something wrong.
 
     Raises:
         ConfigError: it is not there, is not text, or its JSON is invalid or not an object; the message names line and
@@ -116,26 +134,25 @@ def read_prompt_file(path: Path) -> PromptFile:
             raise ConfigError(f"sample_prompts: {path} is not there.")
         text = read_text(path)
         if path.suffix.lower() != ".json":
-            return _from_lines(text)
+            return _from_lines(text, defaults)
         values = parse_json(_without_comments(text), f"sample_prompts: {path}", error=ConfigError)
     except OSError as error:
         raise ConfigError(f"sample_prompts: {path} cannot be read: {error.strerror or error}.") from error
     except TextError as error:
         raise ConfigError(f"sample_prompts: {path}: {error}.") from error
-    return _from_object(values)
+    return _from_object(values, defaults)
 
 
-def _from_lines(text: str) -> PromptFile:
+def _from_lines(text: str, defaults: SampleSettings) -> PromptFile:
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     problems = _too_many(len(prompts))
-    return PromptFile(
-        SampleSettings(samples=[SampleEntry(prompt=prompt) for prompt in prompts[:MOST_SAMPLES]]), problems
-    )
+    samples = [SampleEntry(prompt=prompt) for prompt in prompts[:MOST_SAMPLES]]
+    return PromptFile(defaults.model_copy(update={"samples": samples}), problems)
 
 
-def _from_object(values: dict[str, Any]) -> PromptFile:
+def _from_object(values: dict[str, Any], defaults: SampleSettings) -> PromptFile:
     entries = values.get("samples")
-    others, problems = _usable({key: value for key, value in values.items() if key != "samples"}, SampleSettings, "")
+    others, problems = _usable({key: value for key, value in values.items() if key != "samples"}, defaults)
     if entries is not None and not isinstance(entries, list):
         problems.append(
             f"samples: must be a list (got {_shown(entries)}); captions of the dataset are sampled instead."
@@ -153,18 +170,19 @@ def _from_object(values: dict[str, Any]) -> PromptFile:
     return PromptFile(others.model_copy(update={"samples": samples}), tuple(problems), num_skipped)
 
 
-def _usable(values: dict[str, Any], schema: type[SampleSettings], place: str) -> tuple[SampleSettings, list[str]]:
-    """The file's own values; a wrong one is left at its default."""
-    given, problems = _known(values, schema, place)
+def _usable(values: dict[str, Any], defaults: SampleSettings) -> tuple[SampleSettings, list[str]]:
+    """The file's own values over the defaults; a wrong one is left at its default."""
+    given, problems = _known(values, SampleSettings, "")
+    plain = defaults.model_dump()
     try:
-        return schema.model_validate(given), problems
+        return SampleSettings.model_validate({**plain, **given}), problems
     except ValidationError as error:
         wrong = _by_name(error)
     for name, message in wrong.items():
-        default = schema.model_fields[name].default
-        instead = "the run's own value" if default is None else _shown(default)
-        problems.append(f"{place}{name}: {message}; {instead} is used instead.")
-    return schema.model_validate({name: value for name, value in given.items() if name not in wrong}), problems
+        instead = "the run's own value" if plain[name] is None else _shown(plain[name])
+        problems.append(f"{name}: {message}; {instead} is used instead.")
+    right = {name: value for name, value in given.items() if name not in wrong}
+    return SampleSettings.model_validate({**plain, **right}), problems
 
 
 def _entry(entry: Any, place: str) -> tuple[SampleEntry | None, list[str]]:

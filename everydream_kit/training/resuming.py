@@ -64,7 +64,7 @@ def refuse_other_training(run: Run, state: dict[str, Any]) -> None:
             found.append(f"other parameters of the {part} were trained")
     raise CheckpointError(
         f"step {state['position']['step']}: {'; '.join(found)}. What is trained, and with which optimizer, cannot change on a "
-        "resume: set optimizer, optimizer_config and what is frozen as they were, or start a new run with resume_ckpt."
+        "resume: set the optimizers and what is frozen as they were, or start a new run with resume_ckpt."
     )
 
 

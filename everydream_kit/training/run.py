@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from everydream_kit.config import TrainConfig
+    from everydream_kit.config.objective_settings import ObjectiveGroup
     from everydream_kit.data.cache import LatentCache
     from everydream_kit.data.dataset import Dataset
     from everydream_kit.data.epoch_plan import PlanSettings
@@ -44,13 +45,11 @@ if TYPE_CHECKING:
     from everydream_kit.training.held_out_images import ValidationSet
     from everydream_kit.training.journal import Journal
     from everydream_kit.training.losses import ImageLosses
-    from everydream_kit.training.noise import NoiseSettings
     from everydream_kit.training.objectives import Objective
     from everydream_kit.training.parameters import TrainedPart
     from everydream_kit.training.precision import Precision
     from everydream_kit.training.ranks import Ranks
     from everydream_kit.training.reports import Listener
-    from everydream_kit.training.validation_config import ValidationConfig
     from everydream_kit.workspace import RunFolder
 
 NOTHING, WEIGHTS, EVERYTHING = range(3)
@@ -74,11 +73,11 @@ class Run:
     optimizer: torch.optim.Optimizer
     make_schedules: Callable[[int], dict[str, Callable[[int], float]]]  # of the run's number of steps
     objective: Objective
-    noise_settings: NoiseSettings
+    noise_settings: ObjectiveGroup
     precision: Precision
     write_model: Callable[[Path, dict[str, dict[str, torch.Tensor]], OpenFile], None]
+    ema_update_interval: int
     ema: Ema | None = None
-    ema_update_interval: int = 1
     latent_cache: LatentCache | None = None
     text_cache: TextCache | None = None
     loader_options: dict[str, Any] = field(default_factory=dict)
@@ -89,7 +88,6 @@ class Run:
     updates_in_backward: bool = False
     wants_gradient_norm: Callable[[int], bool] = lambda step: False
     validation_sets: list[ValidationSet] = field(default_factory=list)
-    validation_config: ValidationConfig | None = None
     plugins: list[Any] = field(default_factory=list)
     idle_models: IdleModels = field(default_factory=IdleModels)
     sharding: Sharding | None = None

@@ -8,12 +8,11 @@ model it starts from in `base.py`; starting, resuming and ending a run are in `s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from everydream_kit.config import TrainConfig
+from everydream_kit.config import TrainConfig, measures_losses, settings_without_meaning
 from everydream_kit.data.cache import CacheSettings
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.errors import CheckpointError, ConfigError
@@ -23,9 +22,9 @@ from everydream_kit.models.family import Model
 from everydream_kit.models.loading import load_model, open_model
 from everydream_kit.models.model_saving import save_model
 from everydream_kit.models.tensors import LazyTensor, Tensors
+from everydream_kit.settings import with_side_files
 from everydream_kit.training import schedules
 from everydream_kit.training.base import (
-    TEXT_ENCODER,
     choose_idle_modules,
     load_base,
     precision_of,
@@ -39,12 +38,11 @@ from everydream_kit.training.ema import Ema, decay_from_strength_target
 from everydream_kit.training.file_hashes import OpenFile
 from everydream_kit.training.held_out_images import ValidationSet, split_dataset
 from everydream_kit.training.journal import Journal
-from everydream_kit.training.noise import NoiseSettings
 from everydream_kit.training.objectives import OBJECTIVES
 from everydream_kit.training.offload import IdleModels
-from everydream_kit.training.optimizer_config import OptimizerConfig, PartSettings, load_optimizer_config, part_settings
 from everydream_kit.training.optimizers import build_optimizer_for_parts, default_optimizer_name
 from everydream_kit.training.parameters import TrainedPart
+from everydream_kit.training.parts import TEXT_ENCODER, PartSettings, not_inherited, part_settings
 from everydream_kit.training.plugins import caption_transform, image_transform, load_plugins
 from everydream_kit.training.precision import Precision
 from everydream_kit.training.ranks import Ranks
@@ -59,16 +57,12 @@ from everydream_kit.training.training_images import (
     resolve_seed,
     scan,
 )
-from everydream_kit.training.validation_config import ValidationConfig, load_validation_config
 from everydream_kit.workspace import RunFolder, find_last_checkpoint
 
 if TYPE_CHECKING:
     import torch
 
     from everydream_kit.training.control import StopSignal
-
-PASSED_TO_OPTIMIZER = ("optimizer", "lr", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps")
-"""Settings that win over `optimizer_config`'s base where a person gave them."""
 
 
 def build_run(
@@ -95,10 +89,9 @@ def build_run(
         KitError: something cannot be used; the message names it and the cure.
     """
     seed = resolve_seed(config.seed) if seed is None else seed
-    optimizer_config = load_optimizer_config(config.optimizer_config)
-    for warning in optimizer_config.warnings:
+    config, warnings = with_side_files(config)
+    for warning in warnings:
         journal.warn(warning)
-    validation_config = None if config.validation_config is None else load_validation_config(config.validation_config)
     if config.fused_backward and ranks.num_ranks > 1:
         raise ConfigError(
             "fused_backward: works on one process only, since gradients must be summed over all of them first"
@@ -107,11 +100,11 @@ def build_run(
         journal.warn("parallel fsdp2: has no effect on one process; start several with accelerate launch or torchrun.")
     plugins = load_plugins(config.plugins)
     dataset, validation_sets = read_dataset(config, journal), []
-    if validation_config is not None:
-        for warning in validation_config.warnings:
-            journal.warn(warning)
-        dataset, validation_sets = split_dataset(dataset, validation_config, partial(scan, config))
+    if measures_losses(config):
+        dataset, validation_sets = split_dataset(dataset, config, partial(scan, config))
     model = load_base(config, weights_from, ranks, adapter_base)
+    for warning in settings_without_meaning(config, model.family.name):
+        journal.warn(warning)
     return assemble_run(
         config,
         folder,
@@ -120,8 +113,6 @@ def build_run(
         model=model,
         dataset=dataset,
         seed=seed,
-        optimizer_config=optimizer_config,
-        validation_config=validation_config,
         validation_sets=validation_sets,
         plugins=plugins,
         resumes=weights_from is not None,
@@ -138,8 +129,6 @@ def assemble_run(
     model: Model,
     dataset: Dataset,
     seed: int,
-    optimizer_config: OptimizerConfig,
-    validation_config: ValidationConfig | None = None,
     validation_sets: Sequence[ValidationSet] = (),
     plugins: Sequence[Any] = (),
     resumes: bool = False,
@@ -165,12 +154,13 @@ def assemble_run(
         seed=seed,
         captions=summarise_captions(dataset),
     )
-    parts = select_trained(model, config, optimizer_config, seed)
-    settings = [resolve_part(part.name, config, optimizer_config, device_type) for part in parts]
+    parts = select_trained(model, config, seed)
+    settings = [resolve_part(part.name, config, device_type) for part in parts]
     for how in settings:
+        for warning in not_inherited(config, how.part):
+            journal.warn(warning)
         announce_schedule(how, make_schedule(how, config, num_steps, ranks.num_ranks), num_steps, journal)
-    tweaks = optimizer_config.apply_grad_scaler_step_tweaks is not False
-    precision = precision_of(config, device_type, tune_scaler=tweaks)
+    precision = precision_of(config, device_type)
     tile_large_images(model, precision)
     optimizers = [how.optimizer for how in settings]
     sharding = build_sharding(model, parts, optimizers, precision, ranks) if shards(config, ranks) else None
@@ -235,11 +225,9 @@ def assemble_run(
         objective=OBJECTIVES[model.family.objective](
             model.noise_scheduler,
             model.prediction_type,
-            loss_type=config.loss_type,
-            min_snr_gamma=config.min_snr_gamma,
-            debiased_estimation=config.debiased_estimation,
+            config,
         ),
-        noise_settings=NoiseSettings(**{field.name: getattr(config, field.name) for field in fields(NoiseSettings)}),
+        noise_settings=config,
         precision=precision,
         write_model=partial(_write_model, model),
         ema=build_ema(config, model, parts, num_steps, resumes=resumes),
@@ -255,7 +243,6 @@ def assemble_run(
         },
         updates_in_backward=config.fused_backward,
         validation_sets=list(validation_sets),
-        validation_config=validation_config,
         plugins=list(plugins),
         idle_models=idle_models,
         wants_gradient_norm=lambda step: step % config.log_step == 0,
@@ -271,17 +258,9 @@ def build_sharding(
     return Sharding(model, parts, ranks, precision.dtype)
 
 
-def resolve_part(name: str, config: TrainConfig, optimizer_config: OptimizerConfig, device_type: str) -> PartSettings:
-    """How one part is trained, from the settings that were given and the optimizer file."""
-    given = {key: getattr(config, key) for key in PASSED_TO_OPTIMIZER if key in config.model_fields_set}
-    return part_settings(
-        optimizer_config,
-        name,
-        given=given,
-        default_optimizer="adamw" if config.parallel == "fsdp2" else default_optimizer_name(device_type),
-        default_lr=config.lr,
-        default_lr_scheduler=config.lr_scheduler,
-    )
+def resolve_part(name: str, config: TrainConfig, device_type: str) -> PartSettings:
+    """How one part is trained, with the optimizer of the device where none is given."""
+    return part_settings(config, name, "adamw" if config.parallel == "fsdp2" else default_optimizer_name(device_type))
 
 
 def make_schedule(how: PartSettings, config: TrainConfig, num_steps: int, num_ranks: int) -> partial[float]:

@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 NUM_RANDOM_CAPTIONS = 4
 """Prompts taken from the dataset where there is no prompt file."""
-SAMPLED_TOGETHER = 4
-"""Images that go through the UNet together, where the prompt file gives no `batch_size`."""
 IMAGES_OF_A_GROUP = 12
 """Grids of about so many images are made, and then written."""
 NAME_BYTES = 120
@@ -219,9 +217,9 @@ class Sampler(Listener):
                 run.warn(
                     f"sample_prompts: {self.prompts_path} is not there; captions of the dataset are sampled instead."
                 )
-            return PromptFile(SampleSettings())
+            return PromptFile(SampleSettings.of(run.config))
         try:
-            file = read_prompt_file(self.prompts_path)
+            file = read_prompt_file(self.prompts_path, SampleSettings.of(run.config))
         except ConfigError as error:
             run.warn(f"{error} There are no samples until the file is fixed.")
             return None
@@ -263,7 +261,7 @@ class _Grids:
             def report(done: int, total: int, number: int = number) -> None:
                 self.progress(number * total + done, len(groups) * total)
 
-            self._try(group, report, together=self.settings.batch_size or SAMPLED_TOGETHER)
+            self._try(group, report, together=self.settings.batch_size)
             for index in group:
                 problem = None if index in self.made else self._try([index], report, together=1)
                 if problem is not None:

@@ -5,7 +5,7 @@ A training loss is mostly chance: which timestep, which noise. Here each image i
 the weights alone. That costs a forward pass for each image and timestep, without gradients.
 
 Here are the split, the pass, and what follows from a curve (best, trend, early stopping). When it is due is in
-`validation_config`; how the loss is drawn and logged is the listener's.
+the settings; how the loss is drawn and logged is the listener's.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def split_indices(
     stays = [index for index in range(len(groups)) if index not in chosen]
     if not stays:
         raise ConfigError(
-            f"validation_config: of {len(groups)} images ({len(members)} different ones), taking {wanted} out for "
-            "validation leaves none to train on; add images, lower the proportion, or set val_split_mode to none"
+            f"validation_split_proportion: of {len(groups)} images ({len(members)} different ones), taking {wanted} out for "
+            "validation leaves none to train on; add images, lower the proportion, or set validation_split_mode to none"
         )
     return stays, sorted(taken)
 
@@ -168,7 +168,7 @@ def validate(
                 sums[row] += losses.double().cpu()[counts].sum()
             num_images += int(counts.sum())
     if not num_images:
-        raise ConfigError("validation_config: there are no images to validate with")
+        raise ConfigError("validation: there are no images to validate with")
     means = (sums / num_images).tolist()
     return ValidationLoss(sum(means) / len(means), dict(zip(timesteps, means, strict=True)), num_images)
 
@@ -260,3 +260,22 @@ class LossCurve:
         best = {name: None if state[name] is None else number_of(state, name) for name in ("best_loss", "best_step")}
         values = [(int(step), float(loss)) for step, loss in state["values"]]
         return cls(**{**state, **counts, **best, "values": values})
+
+
+def validation_steps(every_n_epochs: float, epoch: int, num_steps: int) -> frozenset[int]:
+    """After which optimizer steps of an epoch to measure.
+
+    Below 1 an epoch has n = round(1 / every_n_epochs) measurements, after steps ceil(i·L / n) - 1 for i = 1 .. n;
+    above, the last step of every round(every_n_epochs)-th epoch.
+
+    Args:
+        epoch: from 0.
+        num_steps: L, optimizer steps in this epoch.
+
+    Returns:
+        Steps within the epoch, from 0.
+    """
+    if every_n_epochs < 1:
+        times = max(1, round(1 / every_n_epochs))
+        return frozenset(math.ceil(i * num_steps / times) - 1 for i in range(1, times + 1))
+    return frozenset({num_steps - 1}) if (epoch + 1) % round(every_n_epochs) == 0 else frozenset()

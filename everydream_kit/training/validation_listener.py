@@ -18,10 +18,11 @@ from everydream_kit.training.validation import (
     once_each,
     timestep_grid,
     validate,
+    validation_steps,
 )
-from everydream_kit.training.validation_config import ValidationConfig, validation_steps
 
 if TYPE_CHECKING:
+    from everydream_kit.config.sample_settings import ValidationGroup
     from everydream_kit.data.dataset import Dataset
     from everydream_kit.data.records import Batch
     from everydream_kit.models.family import Conditioning
@@ -33,26 +34,23 @@ class Validator(Listener):
     """Measures every set when it is due, and before the first step.
 
     Args:
-        config: the validation config.
+        settings: how often and how it is measured, and when the run ends for lack of improvement.
         sets: what is measured.
         save_best: called when the deciding set's loss is the lowest so far.
-        patience: measurements without improvement after which the run ends; None: never.
     """
 
     name = "validator"
 
     def __init__(
         self,
-        config: ValidationConfig,
+        settings: ValidationGroup,
         sets: list[ValidationSet],
         *,
         save_best: Callable[[Run], None],
-        patience: int | None = None,
     ) -> None:
-        self.config = config
+        self.settings = settings
         self.sets = sets
         self.save_best = save_best
-        self.patience = patience
         self.curves = {entry.tag: LossCurve() for entry in sets}
 
     def on_start(self, run: Run) -> None:
@@ -60,7 +58,7 @@ class Validator(Listener):
             self.measure(run, is_start=True)
 
     def __call__(self, run: Run, report: StepReport) -> None:
-        due = validation_steps(self.config.every_n_epochs, report.epoch, report.num_steps_in_epoch)
+        due = validation_steps(self.settings.validation_every_n_epochs, report.epoch, report.num_steps_in_epoch)
         if report.step_in_epoch in due:
             self.measure(run)
 
@@ -68,13 +66,13 @@ class Validator(Listener):
         """Measure every set now."""
         run.set_state("validating")
         for entry in self.sets:
-            loss = measure_loss(run, entry.dataset, self.config)
+            loss = measure_loss(run, entry.dataset, self.settings)
             curve = self.curves[entry.tag]
             is_best = curve.add(run.position.step, loss)
             run.scalar(entry.tag, loss, run.position.step)
             averaged = {}
             if run.ema is not None:
-                averaged["ema_loss"] = measure_loss(run, entry.dataset, self.config, averaged=True)
+                averaged["ema_loss"] = measure_loss(run, entry.dataset, self.settings, averaged=True)
                 run.scalar(f"{entry.tag}_ema", averaged["ema_loss"], run.position.step)
             run.report("validation", step=run.position.step, set=entry.tag, loss=loss, best=is_best, **averaged)
             if entry.decides:
@@ -89,7 +87,7 @@ class Validator(Listener):
                 f"step {run.position.step}: the validation loss has been rising; the best was {curve.best_loss:.5f} at step "
                 f"{curve.best_step}. The model is probably overfitting; ckpts/best holds its best weights."
             )
-        if curve.should_stop(self.patience):
+        if curve.should_stop(self.settings.early_stopping_patience):
             run.ended_early = True
             run.report("stopping early", step=run.position.step, best_step=curve.best_step, best_loss=curve.best_loss)
 
@@ -101,15 +99,14 @@ class Validator(Listener):
             self.curves[tag] = LossCurve.restore(state[tag])
 
 
-def measure_loss(run: Run, dataset: Dataset, config: ValidationConfig, *, averaged: bool = False) -> float:
-    """The mean loss of a dataset on the fixed grid of timesteps, with the run's live weights, or the averaged (EMA)
-    ones.
+def measure_loss(run: Run, dataset: Dataset, settings: ValidationGroup, *, averaged: bool = False) -> float:
+    """The mean loss of a dataset on the fixed grid of timesteps, with the run's live weights, or the averaged (EMA) ones.
 
     Plain settings: center crops, captions as written, no extra noise; the training's own objective.
     """
-    settings = replace(
+    plan = replace(
         run.plan_settings,
-        batch_size=config.batch_size or run.plan_settings.batch_size,
+        batch_size=settings.validation_batch_size or run.plan_settings.batch_size,
         grad_accum=1,
         num_ranks=1,
         resolutions=run.plan_settings.resolutions[:1],
@@ -117,7 +114,7 @@ def measure_loss(run: Run, dataset: Dataset, config: ValidationConfig, *, averag
     )
     dataset = once_each(dataset)
     loader = make_loader(
-        dataset, settings, seed=config.seed, fixed=True, background=run.config.background, num_workers=0
+        dataset, plan, seed=settings.validation_seed, fixed=True, background=run.config.background, num_workers=0
     )
 
     def encode(batch: Batch) -> tuple[torch.Tensor, Conditioning]:
@@ -137,6 +134,6 @@ def measure_loss(run: Run, dataset: Dataset, config: ValidationConfig, *, averag
             predict=predict,
             objective=run.objective,
             timesteps=timestep_grid(run.config.timestep_start, run.config.timestep_end),
-            seed=config.seed,
+            seed=settings.validation_seed,
             modules=[run.model.denoiser, *run.model.text_encoders],
         ).mean

@@ -130,15 +130,33 @@ def test_other_batches_in_the_middle_of_an_epoch_begin_it_anew_and_skip_nothing(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"optimizer_config": {"base": {"optimizer": "lion"}}}, "the unet's optimizer was AdamW and is Lion"),
-        ({"optimizer_config": {"unet_freezing": {"train": ["attn2"]}}}, "other parameters of the unet were trained"),
-        ({"disable_textenc_training": False}, "the text encoder was not trained"),
+        ({"optimizer_config": {"base": {"optimizer": "lion"}}}, "optimizer: cannot change"),
+        ({"optimizer_config": {"unet_freezing": {"train": ["attn2"]}}}, "unet_train_layers: cannot change"),
+        ({"disable_textenc_training": False}, "disable_textenc_training: cannot change"),
         ({"lora_rank": 8}, "lora_rank: cannot change"),
     ],
 )
 def test_another_training_is_refused_before_it_begins(run: RunFolder, change: dict[str, Any], words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
         resume(run.folder, changes=change)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        ({"optimizer": "lion"}, "the unet's optimizer was AdamW and is Lion"),
+        ({"unet_train_layers": ["attn2"]}, "other parameters of the unet were trained"),
+        ({"disable_textenc_training": False}, "the text encoder was not trained"),
+    ],
+)
+def test_a_run_whose_settings_file_was_edited_is_checked_against_its_checkpoint(
+    run: RunFolder, edit: dict[str, Any], words: str
+) -> None:
+    values = {**json.loads(run.config_path.read_text("utf-8")), **edit}
+    values["given"] = sorted({*values["given"], *edit})
+    run.config_path.write_text(json.dumps(values), "utf-8")
+    with pytest.raises(CheckpointError, match=words):
+        resume(run.folder)
 
 
 def test_a_learning_rate_that_jumps_is_said_beforehand(

@@ -37,9 +37,19 @@ AVERAGE = f"{SAVING}::test_the_average_follows_its_decay_its_target_and_its_inte
 SAMPLES = f"{SAVING}::test_samples_come_before_training_every_so_many_steps_and_from_the_prompt_file"
 STANDSTILL = f"{SAVING}::test_a_run_whose_validation_loss_stands_still_stops_early"
 EPOCHS = f"{SAVING}::test_epochs_are_saved_from_the_first_that_counts_as_single_files_too"
+OF_PARTS = "integration/test_parameters_parts.py"
+OPTIMIZER = f"{OF_PARTS}::test_each_setting_of_an_optimizer_reaches_both_parts_or_its_own"
+FROZEN = f"{OF_PARTS}::test_each_setting_of_what_is_frozen_changes_what_is_trained"
+SPLIT = f"{OF_PARTS}::test_each_setting_of_a_split_decides_what_is_trained_and_measured"
+SAMPLING = f"{OF_PARTS}::test_each_sampling_setting_holds_where_the_prompt_file_says_nothing"
+MEASURE = f"{OF_PARTS}::test_validation_seed_batch_size_and_interval_are_those_of_the_measurements"
 STEPS = f"{SAVING}::test_steps_are_saved_and_as_many_stay_as_were_asked_for"
 PUSH = f"{SAVING}::test_checkpoints_are_pushed_while_training_as_often_as_asked"
 WANDB = f"{SAVING}::test_wandb_gets_the_points_under_the_runs_name"
+
+OF_AN_OPTIMIZER = ("betas", "eps", "weight_decay", "d0", "decouple", "momentum", "optimizer_args")
+OF_A_SCHEDULE = ("optimizer", "lr", "lr_scheduler", "lr_warmup_steps", "lr_decay_steps")
+PREFIXES = ("unet_", "text_encoder_")
 
 TEST_OF = {
     "resume_ckpt": f"{DATA}::test_findlast_is_the_latest_checkpoint_of_the_project",
@@ -79,6 +89,15 @@ TEST_OF = {
     "seed": f"{TRAINING}::test_the_seed_decides_all_draws_and_minus_one_is_a_new_one_that_is_reported",
     "optimizer": f"{TRAINING}::test_the_optimizer_is_the_one_that_is_named",
     "optimizer_config": f"{TRAINING}::test_the_optimizer_config_sets_the_text_encoders_rate_and_freezes_layers",
+    **{f"{prefix}{name}": f"{OPTIMIZER}:name" for prefix in ("", *PREFIXES) for name in OF_AN_OPTIMIZER},
+    **{f"{prefix}{name}": f"{OPTIMIZER}:name" for prefix in PREFIXES for name in OF_A_SCHEDULE},
+    "text_encoder_lr_scale": f"{OF_PARTS}::test_text_encoder_lr_scale_is_a_factor_on_lr_unless_a_rate_is_given",
+    "unet_train_layers": FROZEN,
+    "unet_freeze_layers": FROZEN,
+    "text_encoder_freeze_embeddings": FROZEN,
+    "text_encoder_unfreeze_last_n_layers": FROZEN,
+    "text_encoder_freeze_front_n_layers": FROZEN,
+    "text_encoder_freeze_final_layer_norm": FROZEN,
     "clip_grad_norm": f"{TRAINING}::test_clipping_bounds_the_gradient_that_is_applied",
     "disable_unet_training": f"{LAWS}::test_frozen_parts_keep_their_bytes",
     "disable_textenc_training": f"{LAWS}::test_frozen_parts_keep_their_bytes",
@@ -107,6 +126,7 @@ TEST_OF = {
     "amp": AMP,
     "disable_amp": AMP,
     "amp_dtype": f"{TRAINING}::test_bfloat16_arithmetic_gives_nearly_the_same_losses",
+    "apply_grad_scaler_step_tweaks": "integration/test_text_and_rates.py::test_the_grad_scalers_step_tweaks_can_be_switched_off",
     "weight_dtype": f"{TRAINING}::test_weights_are_kept_in_the_named_format",
     "frozen_dtype": (
         "integration/test_frozen_formats.py::test_a_base_in_half_precision_gives_the_same_losses_as_in_float32"
@@ -131,7 +151,22 @@ TEST_OF = {
     "sample_steps": SAMPLES,
     "sample_prompts": SAMPLES,
     "sample_before_training": SAMPLES,
+    "sample_cfgs": SAMPLING,
+    "sample_scheduler": SAMPLING,
+    "sample_num_inference_steps": SAMPLING,
+    "sample_seed": SAMPLING,
+    "sample_resolution": SAMPLING,
+    "sample_batch_size": SAMPLING,
     "validation_config": STANDSTILL,
+    "validation_split_mode": SPLIT,
+    "validation_split_proportion": SPLIT,
+    "validation_data_root": SPLIT,
+    "validation_extra_data_roots": SPLIT,
+    "validation_every_n_epochs": MEASURE,
+    "validation_seed": MEASURE,
+    "validation_batch_size": MEASURE,
+    "stabilize_training_loss": SPLIT,
+    "stabilize_split_proportion": SPLIT,
     "early_stopping_patience": STANDSTILL,
     "project_name": f"{COMMAND}::test_the_last_checkpoint_and_the_single_file_hold_trained_weights:last-t-ep03",
     "run_name": WANDB,

@@ -9,15 +9,16 @@ from named_tests import check_named_test
 from pydantic import BaseModel
 
 from everydream_kit.data.image_settings import _READERS, ONE_VALUE_FILES
+from everydream_kit.everydream2.optimizer_file import OptimizerFile
+from everydream_kit.everydream2.validation_file import FORK_NAMES, OLD_NAMES, ValidationFile
 from everydream_kit.training.live import LiveSettings
-from everydream_kit.training.optimizer_config import OptimizerConfig
 from everydream_kit.training.prompt_file import SampleSettings
-from everydream_kit.training.validation_config import FORK_NAMES, OLD_NAMES, ValidationConfig
 
 FILES = "integration/test_settings_files.py"
 SECTION = f"{FILES}::test_every_setting_of_a_section_reaches_its_parts_and_no_other"
 FREEZING = f"{FILES}::test_every_setting_of_what_is_frozen_changes_what_is_trained"
 NO_EFFECT = f"{FILES}::test_keys_without_an_effect_are_warned_about_in_the_run"
+SCALE = f"{FILES}::test_the_scale_of_an_optimizer_file_is_of_the_text_encoders_rate"
 SPLIT = f"{FILES}::test_the_validation_config_decides_what_is_trained_and_what_is_measured"
 MEASURED = f"{FILES}::test_the_seed_and_the_batch_size_of_the_validation_config_are_those_of_the_measurement"
 SAMPLED = f"{FILES}::test_the_prompt_file_decides_what_is_sampled"
@@ -61,7 +62,7 @@ TEST_OF = {
     **{f"optimizer.unet_freezing.{key}": FREEZING for key in ("train", "freeze")},
     "optimizer.apply_grad_scaler_step_tweaks": SCALER,
     "optimizer.log_grad_norm": NO_EFFECT,
-    "optimizer.text_encoder_lr_scale": NO_EFFECT,
+    "optimizer.text_encoder_lr_scale": SCALE,
     **{f"validation.{key}": SPLIT for key in OF_A_SPLIT},
     "validation.every_n_epochs": f"{FILES}::test_every_n_epochs_is_how_often_a_run_measures",
     "validation.seed": MEASURED,
@@ -99,7 +100,7 @@ def keys_of(schema: type[BaseModel], prefix: str) -> list[str]:
 
 
 def test_the_table_names_every_key_of_every_settings_file_and_no_other() -> None:
-    keys = keys_of(OptimizerConfig, "optimizer") + keys_of(ValidationConfig, "validation")
+    keys = keys_of(OptimizerFile, "optimizer") + keys_of(ValidationFile, "validation")
     keys += keys_of(SampleSettings, "prompts") + keys_of(LiveSettings, "live")
     keys += [f"validation.{key}" for key in (*OLD_NAMES, *FORK_NAMES)]
     keys += [f"data.{key}" for key in (*_READERS, "tags", "caption")]

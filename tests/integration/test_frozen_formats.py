@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from everydream_kit.config import TrainConfig
+from everydream_kit.config.precision_settings import PrecisionGroup
 from everydream_kit.models.loading import load_model
 from everydream_kit.models.model_saving import save_model
 from everydream_kit.preflight.skeleton import build_skeleton, read_architecture
@@ -101,7 +102,7 @@ def test_a_full_runs_checkpoint_holds_frozen_parts_as_precisely_as_the_base(
     base = tmp_path / "base"
     save_model(load_model(tiny_folder("sd1")), base, dtype=stored)
     config = TrainConfig(resume_ckpt=str(base), data_root=str(tmp_path), disable_textenc_training=True)
-    formats = choose_formats(config, choose_precision("cuda", amp_dtype="bf16"))
+    formats = choose_formats(config, choose_precision("cuda", PrecisionGroup(amp_dtype="bf16")))
     model = load_model(base, dtype=formats)
     save_model(model, tmp_path / "saved")
     assert model.unet.conv_in.weight.dtype == torch.float32
@@ -129,7 +130,7 @@ def test_the_plan_counts_each_weight_in_the_format_that_it_is_loaded_in(
     save_model(load_model(tiny_folder("sdxl")), tmp_path / "base", dtype=torch.float16)
     config = TrainConfig(resume_ckpt=str(tmp_path / "base"), data_root=str(tmp_path), **changes)
     precision = choose_precision(
-        "cuda", amp_dtype="bf16", weight_dtype=config.weight_dtype, frozen_dtype=config.frozen_dtype
+        "cuda", PrecisionGroup(amp_dtype="bf16", weight_dtype=config.weight_dtype, frozen_dtype=config.frozen_dtype)
     )
     formats = choose_formats(config, precision)
     skeleton = build_skeleton(read_architecture(tmp_path / "base"), formats)

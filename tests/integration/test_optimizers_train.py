@@ -7,12 +7,13 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
+from everydream_kit.config.objective_settings import ObjectiveGroup
 from everydream_kit.draws import derive_seed
 from everydream_kit.training.noise import make_noise
 from everydream_kit.training.objectives import build_objective
-from everydream_kit.training.optimizer_config import PartSettings
 from everydream_kit.training.optimizers import OPTIMIZERS, build_optimizer_for_parts
 from everydream_kit.training.parameters import TrainedPart
+from everydream_kit.training.parts import PartSettings
 from everydream_kit.training.timesteps import draw_timesteps
 
 RATES = {
@@ -49,12 +50,14 @@ class Trainee:
         middle = len(named) // 2  # two parts, as UNet and text encoder are
         parts = [TrainedPart("unet", [self.unet], named[:middle]), TrainedPart("text encoder", [], named[middle:])]
         settings = [
-            PartSettings(part.name, name, rate_of(name), weight_decay=0.01)
+            PartSettings(part.name, name, rate_of(name), "constant", weight_decay=0.01)
             for part, name in zip(parts, names, strict=True)
         ]
         self.optimizer = build_optimizer_for_parts(parts, settings, **options)
         self.objective = build_objective(
-            DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"), "epsilon"
+            DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+            "epsilon",
+            ObjectiveGroup(),
         )
         self.latents = make_noise((4, 8, 8), [1, 2, 3, 4])
         self.states = make_noise((1, 5, 16), [5, 6, 7, 8])[:, 0]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny_models import tiny_folder
 
 from everydream_kit.config import TrainConfig
+from everydream_kit.config.precision_settings import PrecisionGroup
 from everydream_kit.errors import ConfigError
 from everydream_kit.sessions import resume, train
 from everydream_kit.training.checkpoints import verify_checkpoint
@@ -144,9 +145,9 @@ def test_what_does_not_work_on_slices_is_refused_with_the_cure(change: dict[str,
 
 
 def test_an_optimizer_or_a_format_that_does_not_work_on_slices_is_refused_by_name() -> None:
-    plain = choose_precision("cpu")
+    plain = choose_precision("cpu", PrecisionGroup())
     refuse_unshardable(plain, ["AdamW"])
     with pytest.raises(ConfigError, match="adamw8bit does not work on the slices of fsdp2; use adamw"):
         refuse_unshardable(plain, ["adamw", "adamw8bit"])
     with pytest.raises(ConfigError, match="fsdp2 works in bfloat16 or float32"):
-        refuse_unshardable(choose_precision("cpu", amp_dtype="fp16"), ["adamw"])
+        refuse_unshardable(choose_precision("cpu", PrecisionGroup(amp_dtype="fp16")), ["adamw"])

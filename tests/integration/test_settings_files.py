@@ -15,19 +15,20 @@ from PIL import Image
 from rehearsals import Rehearsal, plain_settings, prepared, square_images
 
 from everydream_kit.config import TrainConfig
+from everydream_kit.config.sample_settings import ValidationGroup
 from everydream_kit.data.scanning import scan_dataset
+from everydream_kit.everydream2.validation_file import import_validation_file
 from everydream_kit.sessions import train
+from everydream_kit.settings import with_side_files
 from everydream_kit.training.base import select_trained
 from everydream_kit.training.control import StopSignal
 from everydream_kit.training.held_out_images import split_dataset
 from everydream_kit.training.listeners import build_sampler
-from everydream_kit.training.optimizer_config import load_optimizer_config
 from everydream_kit.training.optimizers import build_optimizer_for_parts, unwrap_optimizers
 from everydream_kit.training.parameters import TrainedPart
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.run import Run
 from everydream_kit.training.run_builder import make_schedule, resolve_part
-from everydream_kit.training.validation_config import load_validation_config
 from everydream_kit.training.validation_listener import measure_loss
 
 FAST = {"cfgs": [1.0], "num_inference_steps": 1}
@@ -53,10 +54,9 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path)
 
 def resolved(file: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """For each part: its optimizer, the settings of its group, and its rate in the steps of a run of ten."""
-    config = TrainConfig(resume_ckpt="m", data_root="d")
-    optimizer_config = load_optimizer_config(file)
+    config, _ = with_side_files(TrainConfig(resume_ckpt="m", data_root="d", optimizer_config=file))
     parts = [TrainedPart(name, [("w", torch.nn.Parameter(torch.zeros(2)))]) for name in ("unet", "text encoder")]
-    hows = [resolve_part(part.name, config, optimizer_config, "cpu") for part in parts]
+    hows = [resolve_part(part.name, config, "cpu") for part in parts]
     optimizer = build_optimizer_for_parts(parts, hows)
     seen = {}
     for how in hows:
@@ -120,7 +120,8 @@ def test_every_setting_of_what_is_frozen_changes_what_is_trained(
     rehearsal: Rehearsal, section: str, values: dict[str, Any], trained: str, frozen: str
 ) -> None:
     def names(file: dict[str, Any]) -> list[str]:
-        parts = select_trained(rehearsal.run.model, rehearsal.run.config, load_optimizer_config(file), 7)
+        config, _ = with_side_files(rehearsal.run.config.replace(optimizer_config=file))
+        parts = select_trained(rehearsal.run.model, config, 7)
         return [name for part in parts for name, _ in part.parameters]
 
     before, after = names({}), names({section: values})
@@ -131,15 +132,26 @@ def test_every_setting_of_what_is_frozen_changes_what_is_trained(
 
 def test_keys_without_an_effect_are_warned_about_in_the_run(settings: dict[str, Any]) -> None:
     files = {
-        "optimizer_config": {"log_grad_norm": False, "text_encoder_lr_scale": 0.5},
+        "optimizer_config": {"log_grad_norm": False},
         "validation_config": {"use_relative_loss": True},
     }
     with prepared(**{**settings, **files}) as rehearsal:
-        for key in ("log_grad_norm", "text_encoder_lr_scale", "use_relative_loss"):
+        for key in ("log_grad_norm", "use_relative_loss"):
             assert f"{key}: has no effect" in rehearsal.warnings
 
 
+@pytest.mark.parametrize(("overrides", "rate"), [({}, 5e-4), ({"lr": 3e-4}, 3e-4)])
+def test_the_scale_of_an_optimizer_file_is_of_the_text_encoders_rate(overrides: dict[str, Any], rate: float) -> None:
+    seen = resolved({"base": {"lr": 1e-3}, "text_encoder_lr_scale": 0.5, "text_encoder_overrides": overrides})
+    assert (seen["unet"]["rates"][0], seen["text encoder"]["rates"][0]) == (1e-3, rate)
+
+
 # validation.json ------------------------------------------------------------------------------------------------------
+
+
+def validation(file: dict[str, Any]) -> ValidationGroup:
+    """The settings that a validation config means."""
+    return ValidationGroup(**import_validation_file(file)[0])
 
 
 @pytest.fixture(scope="module")
@@ -176,9 +188,8 @@ def twelve(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_validation_config_decides_what_is_trained_and_what_is_measured(
     twelve: Path, file: dict[str, Any], sizes: dict[str, int]
 ) -> None:
-    config = load_validation_config(file)
     dataset = scan_dataset(twelve / "pictures")
-    training, sets = split_dataset(dataset, config, lambda folder: scan_dataset(twelve / folder))
+    training, sets = split_dataset(dataset, validation(file), lambda folder: scan_dataset(twelve / folder))
     assert {"training": len(training), **{entry.tag: len(entry.dataset) for entry in sets}} == sizes
 
 
@@ -191,7 +202,7 @@ def test_the_seed_and_the_batch_size_of_the_validation_config_are_those_of_the_m
 
     def measured(**file: Any) -> tuple[float, int]:
         together.clear()
-        return measure_loss(run, dataset, load_validation_config(file)), max(together)
+        return measure_loss(run, dataset, validation(file)), max(together)
 
     with handle:
         (loss, whole), (same, single), (other, _) = measured(), measured(batch_size=1), measured(seed=8)
@@ -201,7 +212,7 @@ def test_the_seed_and_the_batch_size_of_the_validation_config_are_those_of_the_m
     files = scan_dataset(twelve / "pictures")
 
     def held_out(seed: int) -> frozenset[str]:
-        training, (measured,) = split_dataset(files, load_validation_config({"seed": seed}), scan_dataset)
+        training, (measured,) = split_dataset(files, validation({"seed": seed}), scan_dataset)
         names = [frozenset(map(side.path, range(len(side)))) for side in (training, measured.dataset)]
         assert len(names[0]) + len(names[1]) == len(names[0] | names[1]) == len(files) == 12
         return names[1]

@@ -8,6 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from everydream_kit.config.objective_settings import ObjectiveGroup
+from everydream_kit.config.sample_settings import ValidationGroup
 from everydream_kit.data.epoch_plan import PlanSettings
 from everydream_kit.data.loader import make_loader
 from everydream_kit.data.scanning import scan_dataset
@@ -18,7 +20,6 @@ from everydream_kit.models.loading import load_model
 from everydream_kit.training.held_out_images import split_dataset
 from everydream_kit.training.objectives import build_objective
 from everydream_kit.training.validation import content_groups, once_each, split_indices, validate
-from everydream_kit.training.validation_config import ValidationConfig
 
 TIMESTEPS = [250, 750]
 
@@ -51,7 +52,7 @@ def measure(model, dataset, *, batch_size=4, seed=555, num_ranks=1, rank=0, time
             keys=lambda batch: [dataset.key(draw.image) for draw in batch.planned.draws],
             encode=encode,
             predict=predict,
-            objective=objective or build_objective(model.noise_scheduler, "epsilon"),
+            objective=objective or build_objective(model.noise_scheduler, "epsilon", ObjectiveGroup()),
             timesteps=timesteps,
             seed=seed,
             modules=[model.unet, *model.text_encoders],
@@ -105,13 +106,13 @@ def test_another_seed_and_other_timesteps_are_other_measurements(model, dataset)
 
 def test_the_objective_is_the_trainings_own(model, dataset):
     some = dataset.subset([0, 1])
-    huber = build_objective(model.noise_scheduler, "epsilon", loss_type="huber")
+    huber = build_objective(model.noise_scheduler, "epsilon", ObjectiveGroup(loss_type="huber"))
     assert measure(model, some, objective=huber).mean < measure(model, some).mean
 
 
 def test_modes_come_back_after_an_error(model, dataset):
     model.unet.train()
-    objective = build_objective(model.noise_scheduler, "epsilon")
+    objective = build_objective(model.noise_scheduler, "epsilon", ObjectiveGroup())
     with pytest.raises(IndexError):
         measure(model, dataset.subset([0]), objective=objective, timesteps=[5000])
     assert model.unet.training
@@ -124,7 +125,7 @@ def test_without_images_there_is_nothing_to_measure(model):
             keys=list,
             encode=lambda batch: (torch.zeros(1), None),
             predict=lambda *arguments: torch.zeros(1),
-            objective=build_objective(model.noise_scheduler, "epsilon"),
+            objective=build_objective(model.noise_scheduler, "epsilon", ObjectiveGroup()),
             timesteps=[1],
             seed=1,
         )
@@ -145,7 +146,7 @@ def test_a_copy_that_was_resized_and_compressed_again_is_never_on_the_other_side
     for path in sorted(images.glob("*.png")):
         with Image.open(path) as image:
             image.resize((112, 112)).save(images / f"copy of {path.stem}.jpg", quality=70)
-    config = ValidationConfig(auto_split_proportion=0.25)
+    config = ValidationGroup(validation_split_mode="automatic", validation_split_proportion=0.25)
     for seed in range(5):
         dataset = scan_dataset(images)
         training, (held_out,) = split_dataset(dataset, config.model_copy(update={"seed": seed}), scan_dataset)

@@ -43,21 +43,23 @@ def test_an_unknown_flag_names_its_nearest_neighbor(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    ("word", "meant"), [("--learning_rate=1e-6", "lr"), ("--train_batch_size", "batch_size"), ("--rank", "lora_rank")]
+    ("word", "meant"),
+    [
+        ("--learning_rate=1e-6", "lr"),
+        ("--train_batch_size", "batch_size"),
+        ("--rank", "lora_rank"),
+        ("--te_lr", "text_encoder_lr"),
+    ],
 )
 def test_a_name_of_another_trainer_is_understood(word: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, text = problem_of(["train", word, "1"], capsys)
     assert (status, f"unknown flag {word}; did you mean --{meant}?" in text) == (2, True)
 
 
-@pytest.mark.parametrize("word", ["--weight_decay", "--text_encoder_lr=1e-6"])
-def test_a_flag_that_stands_in_the_optimizer_config_says_so(word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    status, text = problem_of(["train", word, "1"], capsys)
-    assert (status, f"unknown flag {word}; give " in text, "in the file of --optimizer_config" in text) == (
-        2,
-        True,
-        True,
-    )
+@pytest.mark.parametrize("flag", ["--lowvram", "--useadam8bit", "--resume_ckpt_variant=fp16"])
+def test_resume_knows_the_flags_that_train_knows(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = problem_of(["resume", str(tmp_path / "none"), flag], capsys)
+    assert (status, "unknown flag" in text) == (1, False)  # there is no such run
 
 
 def test_names_of_other_trainers_mean_parameters_and_are_none() -> None:

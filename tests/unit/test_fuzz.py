@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import KitError
+from everydream_kit.everydream2.optimizer_file import import_optimizer_file
+from everydream_kit.everydream2.validation_file import import_validation_file
 from everydream_kit.foreign import Origin, read_origin, require_given, split_settings, write_origin
 from everydream_kit.jobs import Job
 from everydream_kit.models.adapters import read_adapter_file
@@ -27,11 +29,9 @@ from everydream_kit.models.tokenizer import read_vocabulary
 from everydream_kit.params import parameters, parse_text
 from everydream_kit.settings import give_again, load_config, upgrade
 from everydream_kit.training.checkpoints import verify_checkpoint
-from everydream_kit.training.optimizer_config import load_optimizer_config
 from everydream_kit.training.reports import Averages, LossLog
 from everydream_kit.training.resume_state import RESTORE_ERRORS, check_state
 from everydream_kit.training.validation import LossCurve
-from everydream_kit.training.validation_config import load_validation_config
 from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder
 
 BOUNDED = settings(
@@ -259,8 +259,8 @@ def test_files_of_model_folders(place: Path, adapter: bytes, scheduler: bytes, e
 @BOUNDED
 @given(damaged(OPTIMIZER), damaged(VALIDATION), damaged(CURVE))
 def test_side_files_and_curves(place: Path, optimizer: bytes, validation: bytes, curve: bytes) -> None:
-    answers(lambda: load_optimizer_config(written(place / "side", "optimizer.json", optimizer)))
-    answers(lambda: load_validation_config(written(place / "side", "validation.json", validation)))
+    answers(lambda: import_optimizer_file(written(place / "side", "optimizer.json", optimizer)))
+    answers(lambda: import_validation_file(written(place / "side", "validation.json", validation)))
     answers(lambda: LossCurve.restore(json.loads(curve)), *RESTORE_ERRORS, RecursionError)
 
 

@@ -68,7 +68,7 @@ def test_one_value_is_checked_by_itself_as_a_form_does() -> None:
 
 
 def test_ranges_are_said_in_words() -> None:
-    assert parameter("lr").range_text == "above 0 to 1"
+    assert parameter("lr").range_text == "above 0 to 100"
     assert parameter("resolution").range_text == "from 64 to 2048 in steps of 8"
     assert parameter("loss_type").range_text == "mse, huber, mse_huber, huber_mse"
     assert (format_value(1e-6), format_value(None), format_value(True), format_value(0.25)) == (

@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from everydream_kit.atomic import write_atomic
 from everydream_kit.config import TrainConfig
+from everydream_kit.disk_space import free_disk
 from everydream_kit.errors import CheckpointError, ConfigError, HubError
+from everydream_kit.everydream2 import import_side_files
 from everydream_kit.export.hub.connection import HubConnection, quiet_client
 from everydream_kit.export.hub.fetched_events import write_clean_events
 from everydream_kit.export.hub.repository_contents import RUN_FACTS
@@ -212,7 +214,7 @@ class _Fetch:
                 here["resume_ckpt"] = str(run.checkpoints_folder / checkpoint)
             if not travels.get("no_save_ckpt"):  # elsewhere a file of the same name might be replaced
                 here["save_ckpt_dir"] = str(run.folder)
-            return TrainConfig(**{**travels, **here}), origin
+            return TrainConfig(**import_side_files({**travels, **here}, must_exist=False)[0]), origin
         except ConfigError as error:
             if str(error).startswith(self.source):
                 raise
@@ -245,7 +247,7 @@ class _Fetch:
 
     def _fetch_all(self, wanted: list[RepoFile], partial: Path) -> None:
         total, done = sum(file.size for file in wanted), 0
-        free = shutil.disk_usage(partial).free
+        free = free_disk(partial)
         if total > free:
             raise HubError(
                 f"hf://{self.repo_id}: needs {size_words(total)}, and {partial.parent} has {size_words(free)} free. "
@@ -336,7 +338,8 @@ class _Fetch:
         """Checkpoints of other settings do not belong into one run."""
         if not run.config_path.is_file():
             return
-        here = TrainConfig(**upgrade(read_json(run.config_path, error=CheckpointError))[0])
+        values, _ = upgrade(read_json(run.config_path, error=CheckpointError))
+        here = TrainConfig(**import_side_files(values, must_exist=False)[0])
         names = sorted(TRAVELS - FOLLOWS.keys())
         differing = [name for name in names if getattr(here, name) != getattr(config, name)]
         if differing:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from everydream_kit.config import EMBEDDED_MODEL
 from everydream_kit.export.curves import draw_curves
 from everydream_kit.export.hub.access import base_license, open_repo
 from everydream_kit.export.hub.connection import HubConnection, quiet_client, redact
@@ -196,7 +197,7 @@ def _license_on_disk(source: Source, base_model: str | None) -> dict[str, str]:
     if base_model is not None or read_base(source.config) is not None:
         return {}
     start = source.config.get("resume_ckpt")
-    if start == "embedded":
+    if start == EMBEDDED_MODEL:
         from everydream_kit.demo import base_model_path
 
         start = base_model_path()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from everydream_kit.config.precision_settings import PrecisionGroup
 from everydream_kit.models import latent_spaces
 from everydream_kit.models.encoding import decode_latents, encode_moments
 from everydream_kit.models.random_models import build_tiny_model
@@ -57,13 +58,13 @@ def test_a_large_image_goes_through_in_tiles_where_a_gpu_computes_in_float16():
     small, large = (torch.zeros(1, 3, 512, width, dtype=torch.uint8) for width in (512, 640))
     whole = weights_identity(model.vae)
 
-    tile_large_images(model, choose_precision("cuda", amp_dtype="bf16"))
+    tile_large_images(model, choose_precision("cuda", PrecisionGroup(amp_dtype="bf16")))
     encode_moments(model, large)
-    tile_large_images(model, Precision("cpu", torch.float16))
+    tile_large_images(model, Precision("cpu", torch.float16, torch.float32))
     assert not model.vae.use_tiling
     assert sides == [(512, 640)]
 
-    tile_large_images(model, Precision("cuda", torch.float16))
+    tile_large_images(model, Precision("cuda", torch.float16, torch.float32))
     moments = encode_moments(model, large)
     images = decode_latents(model, moments[:, :4])
     assert (moments.shape, images.shape) == ((1, 8, 64, 80), (1, 3, 512, 640))

@@ -137,7 +137,7 @@ def test_a_full_disk_is_reported_by_the_panel_since_the_trainer_cannot_write_it_
     panel.refresh()
     assert "Training." in panel.message.value
     with monkeypatch.context() as patch:
-        patch.setattr("everydream_kit.panels.train_panel.shutil.disk_usage", lambda path: SimpleNamespace(free=4096))
+        patch.setattr("everydream_kit.disk_space.shutil.disk_usage", lambda path: SimpleNamespace(free=4096))
         panel.refresh()
         assert "full: free some" in panel.message.value
     panel.refresh()

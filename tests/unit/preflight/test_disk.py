@@ -64,7 +64,7 @@ def test_pruning_bounds_the_disk_whatever_the_length():
 
 
 def test_the_best_stays_next_to_them():
-    assert use(validation_config={}).last_bytes == 2 * WEIGHTS + STATE
+    assert use(validation_split_mode="automatic").last_bytes == 2 * WEIGHTS + STATE
 
 
 def test_single_files_are_never_pruned():

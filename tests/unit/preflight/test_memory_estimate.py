@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_architecture import SMALL, small_architecture
 
-from everydream_kit.config import TrainConfig
+from everydream_kit.config import TrainConfig, facts
 from everydream_kit.errors import ConfigError
 from everydream_kit.models.random_models import build_model
 from everydream_kit.preflight import memory_estimate
@@ -131,7 +131,7 @@ def test_what_waits_in_host_memory_is_no_part_of_a_step_and_part_of_sampling(est
 
 
 def test_every_phase_of_a_run_is_there(estimate):
-    found = estimate(sample_steps=5, validation_config={"batch_size": 2})
+    found = estimate(sample_steps=5, validation_split_mode="automatic", validation_batch_size=2)
     names = ["latent caching", "training step", "validation", "sampling", "saving"]
     assert [one.name for one in found.phases] == names
     assert all(one.peak_bytes == sum(one.by_category.values()) > 0 for one in found.phases)
@@ -212,8 +212,12 @@ def test_more_batch_more_resolution_or_less_checkpointing_never_need_less(estima
     assert peak(batch_size, side, False) >= here
 
 
-def test_settings_that_are_left_out_of_the_key_are_settings():
-    assert set(TrainConfig.model_fields) >= memory_estimate.WITHOUT_EFFECT
+def test_the_key_has_what_affects_the_memory_and_nothing_else():
+    kept = memory_estimate.settings_in_key()
+    assert {"batch_size", "amp", "lora_rank", "optimizer", "gradient_checkpointing"} <= set(kept)
+    assert not {"lr", "seed", "data_root", "logdir", "log_step", "push_to"} & set(kept)
+    named = {name for name, one in facts().items() if "memory" in one.affects}
+    assert named == memory_estimate.KEY_HAS_OTHERWISE | set(kept)
 
 
 def test_sampling_holds_no_second_copy_of_what_is_trained(estimate, real_model):

@@ -12,7 +12,6 @@ from everydream_kit.preflight.memory_estimate import MemoryEstimate, Phase
 from everydream_kit.preflight.probe import NO_GPU, Meter, Probe, probe
 from everydream_kit.preflight.rehearsal import largest_bucket, stand_in_dataset
 from everydream_kit.training.journal import Journal
-from everydream_kit.training.optimizer_config import load_optimizer_config
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.run_builder import assemble_run
 from everydream_kit.workspace import RunFolder
@@ -44,12 +43,12 @@ def build_on_cpu(config, folder):
         model=build_model("sd1", **SMALL),
         dataset=stand_in_dataset(config, largest_bucket(config.resolutions)),
         seed=1,
-        optimizer_config=load_optimizer_config(None),
     )
 
 
 def config_of(**changes):
-    base = {"resume_ckpt": "none", "resolution": 64, "batch_size": 1, "validation_config": {"batch_size": 2}}
+    base = {"resume_ckpt": "none", "resolution": 64, "batch_size": 1, "validation_split_mode": "automatic"}
+    base["validation_batch_size"] = 2
     return TrainConfig(**{**base, **changes})
 
 

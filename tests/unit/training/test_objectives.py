@@ -4,13 +4,16 @@ The schedule of most tests has two timesteps with alphas_cumprod 0.64 and 0.36: 
 9/16.
 """
 
+from typing import get_args
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
 from diffusers.training_utils import compute_snr
 
+from everydream_kit.config.objective_settings import ObjectiveGroup
 from everydream_kit.errors import ConfigError
-from everydream_kit.training.objectives import build_objective, rescale_zero_terminal_snr
+from everydream_kit.training.objectives import _COSTS, build_objective, rescale_zero_terminal_snr
 
 BOTH = torch.tensor([0, 1])
 
@@ -24,7 +27,7 @@ def stable_diffusion_scheduler(**options):
 
 
 def objective(prediction_type="epsilon", **options):
-    return build_objective(two_step_scheduler(), prediction_type, **options)
+    return build_objective(two_step_scheduler(), prediction_type, ObjectiveGroup(**options))
 
 
 def constant(value):
@@ -46,7 +49,7 @@ def test_targets_of_the_three_prediction_types():
 
 def test_mixing_and_v_agree_with_diffusers():
     scheduler = stable_diffusion_scheduler()
-    ours = build_objective(scheduler, "v_prediction")
+    ours = build_objective(scheduler, "v_prediction", ObjectiveGroup())
     x, n = torch.randn(5, 4, 8, 8), torch.randn(5, 4, 8, 8)
     timesteps = torch.tensor([0, 1, 500, 998, 999])
     assert torch.allclose(ours.add_noise(x, n, timesteps), scheduler.add_noise(x, n, timesteps), atol=1e-6)
@@ -57,7 +60,7 @@ def test_mixing_and_v_agree_with_diffusers():
 @pytest.mark.parametrize("kind", [DDIMScheduler, PNDMScheduler])
 def test_any_scheduler_with_a_noise_schedule_will_do(kind):
     scheduler = kind(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    assert build_objective(scheduler, "v_prediction").num_timesteps == 1000
+    assert build_objective(scheduler, "v_prediction", ObjectiveGroup()).num_timesteps == 1000
 
 
 @pytest.mark.parametrize(
@@ -113,7 +116,7 @@ def test_a_weighting_means_the_same_for_epsilon_and_v(options):
     scheduler = stable_diffusion_scheduler()
     timesteps = torch.tensor([10, 300, 700, 990])
     x, n, wrong_x = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8)
-    epsilon, v = (build_objective(scheduler, kind, **options) for kind in ("epsilon", "v_prediction"))
+    epsilon, v = (build_objective(scheduler, kind, ObjectiveGroup(**options)) for kind in ("epsilon", "v_prediction"))
     noisy = epsilon.add_noise(x, n, timesteps)
     a = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     wrong_n = (noisy - a.sqrt() * wrong_x) / (1 - a).sqrt()
@@ -127,7 +130,7 @@ def test_without_weighting_every_timestep_weighs_one():
 
 
 def test_debiased_estimation_is_bounded():
-    weights = build_objective(stable_diffusion_scheduler(), "epsilon", debiased_estimation=True).weight(
+    weights = build_objective(stable_diffusion_scheduler(), "epsilon", ObjectiveGroup(debiased_estimation=True)).weight(
         torch.arange(1000)
     )
     assert weights.min().item() == pytest.approx(1000**-0.5)  # SNR 1175 at the first timestep
@@ -152,7 +155,7 @@ def test_a_full_mask_is_no_mask_and_an_empty_one_costs_nothing():
 
 
 def test_four_images_at_once_give_the_gradients_of_two_and_two():
-    one = build_objective(stable_diffusion_scheduler(), "epsilon", min_snr_gamma=5.0)
+    one = build_objective(stable_diffusion_scheduler(), "epsilon", ObjectiveGroup(min_snr_gamma=5.0))
     x, n, timesteps = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8), torch.tensor([3, 200, 700, 999])
 
     def gradient(parts):
@@ -175,7 +178,7 @@ def test_zero_terminal_snr_ends_without_signal_and_keeps_the_first_timestep():
     assert rescaled.alphas_cumprod[-1].item() == pytest.approx(0.0, abs=1e-9)
     assert rescaled.alphas_cumprod[0].item() == pytest.approx(scheduler.alphas_cumprod[0].item(), abs=1e-6)
     assert rescaled.config.rescale_betas_zero_snr is True
-    ours = build_objective(rescaled, "v_prediction", min_snr_gamma=5.0)
+    ours = build_objective(rescaled, "v_prediction", ObjectiveGroup(min_snr_gamma=5.0))
     last = torch.tensor([999])
     x, n = torch.ones(1, 4, 2, 2), torch.full((1, 4, 2, 2), 2.0)
     assert torch.allclose(ours.add_noise(x, n, last), n)
@@ -188,17 +191,20 @@ def test_zero_terminal_snr_is_refused_for_epsilon():
         rescale_zero_terminal_snr(stable_diffusion_scheduler(), "epsilon")
     rescaled = stable_diffusion_scheduler(rescale_betas_zero_snr=True)
     with pytest.raises(ConfigError, match="enable_zero_terminal_snr"):
-        build_objective(rescaled, "epsilon")
+        build_objective(rescaled, "epsilon", ObjectiveGroup())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"prediction_type": "noise"}, "prediction_type: must be one of epsilon, v_prediction, sample .*'noise'"),
-        ({"loss_type": "l1"}, "loss_type: must be one of mse, huber.*'l1'"),
         ({"min_snr_gamma": 5.0, "debiased_estimation": True}, "min_snr_gamma, debiased_estimation"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         objective(**options)
+
+
+def test_the_setting_offers_every_loss():
+    assert get_args(ObjectiveGroup.model_fields["loss_type"].annotation) == tuple(_COSTS)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from everydream_kit.errors import ConfigError
-from everydream_kit.training.optimizer_config import PartSettings
 from everydream_kit.training.optimizers import (
     OPTIMIZERS,
     build_optimizer,
@@ -17,6 +16,7 @@ from everydream_kit.training.optimizers import (
     restore_optimizer,
 )
 from everydream_kit.training.parameters import TrainedPart
+from everydream_kit.training.parts import PartSettings
 
 
 def parameter(*shape):
@@ -159,8 +159,8 @@ def test_a_small_lr_for_an_optimizer_that_finds_its_own_is_warned_about(caplog):
 def test_parts_with_one_optimizer_share_it_and_keep_their_own_settings():
     unet, text = part("unet", parameter(), parameter()), part("text encoder", parameter())
     settings = [
-        PartSettings("unet", "adamw", 1e-3, weight_decay=0.1),
-        PartSettings("text encoder", "adamw", 0.0, betas=(0.5, 0.6), weight_decay=0.0),
+        PartSettings("unet", "adamw", 1e-3, "constant", weight_decay=0.1),
+        PartSettings("text encoder", "adamw", 0.0, "constant", betas=(0.5, 0.6), weight_decay=0.0),
     ]
     optimizer = build_optimizer_for_parts([unet, text], settings)
     assert type(optimizer) is torch.optim.AdamW
@@ -178,8 +178,8 @@ def test_parts_with_different_optimizers_step_as_one():
     optimizer = build_optimizer_for_parts(
         [part("unet", first), part("text encoder", second)],
         [
-            PartSettings("unet", "sgd", 0.5, weight_decay=0.0),
-            PartSettings("text encoder", "lion", 0.25, weight_decay=0.0),
+            PartSettings("unet", "sgd", 0.5, "constant", weight_decay=0.0),
+            PartSettings("text encoder", "lion", 0.25, "constant", weight_decay=0.0),
         ],
     )
     assert [group["name"] for group in optimizer.param_groups] == ["unet", "text encoder"]
@@ -200,7 +200,7 @@ def test_a_fused_backward_with_an_optimizer_that_needs_all_gradients_is_refused(
     assert may_step_by_parameter("AdamW8bit")
     with pytest.raises(ConfigError, match="fused_backward, optimizer: prodigy needs all gradients together"):
         build_optimizer_for_parts(
-            [part("unet", parameter())], [PartSettings("unet", "prodigy", 1.0)], fused_backward=True
+            [part("unet", parameter())], [PartSettings("unet", "prodigy", 1.0, "constant")], fused_backward=True
         )
 
 
@@ -215,7 +215,7 @@ def test_a_restored_optimizer_has_the_old_state_and_the_new_settings(options, na
             for _ in "ab"
         ]
         settings = [
-            PartSettings(part, name, 0.1, betas=betas, weight_decay=weight_decay)
+            PartSettings(part, name, 0.1, "constant", betas=betas, weight_decay=weight_decay)
             for part, name in zip(["unet", "text encoder"], names, strict=True)
         ]
         parts = [part("unet", weights[0]), part("text encoder", weights[1])]
@@ -240,7 +240,9 @@ def test_the_settings_of_a_rounded_optimizer_reach_its_inner_ones_after_a_restor
     weight = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     built = [
         build_optimizer_for_parts(
-            [part("unet", weight)], [PartSettings("unet", "adamw", 0.5, weight_decay=decay)], rounding_seed=1
+            [part("unet", weight)],
+            [PartSettings("unet", "adamw", 0.5, "constant", weight_decay=decay)],
+            rounding_seed=1,
         )
         for decay in (0.0, 1.0)
     ]

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from everydream_kit.config.precision_settings import PrecisionGroup
 from everydream_kit.errors import ConfigError
 from everydream_kit.training.precision import choose_precision
 
 
 def test_on_a_cpu_automatic_precision_is_float32():
-    precision = choose_precision("cpu")
+    precision = choose_precision("cpu", PrecisionGroup())
     assert (precision.dtype, precision.scaler, precision.gradient_scale) == (torch.float32, None, None)
     with precision.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
@@ -16,7 +17,7 @@ def test_on_a_cpu_automatic_precision_is_float32():
 
 @pytest.mark.parametrize(("amp_dtype", "expected"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_a_named_format_is_used_on_any_device(amp_dtype, expected):
-    precision = choose_precision("cpu", amp_dtype=amp_dtype)
+    precision = choose_precision("cpu", PrecisionGroup(amp_dtype=amp_dtype))
     with precision.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
 
@@ -28,23 +29,23 @@ def test_on_a_gpu_the_format_follows_what_it_has(monkeypatch, has_bfloat16, expe
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, **options: options)
-    precision = choose_precision("cuda")
+    precision = choose_precision("cuda", PrecisionGroup())
     assert precision.dtype == expected
     assert (precision.scaler is None) == has_bfloat16
 
 
 def test_amp_off_means_float32():
-    assert choose_precision("cpu", amp=False, amp_dtype="bf16").dtype == torch.float32
+    assert choose_precision("cpu", PrecisionGroup(amp=False, amp_dtype="bf16")).dtype == torch.float32
 
 
 def test_bfloat16_weights_compute_in_bfloat16_even_without_amp():
-    precision = choose_precision("cpu", amp=False, weight_dtype="bfloat16")
+    precision = choose_precision("cpu", PrecisionGroup(amp=False, weight_dtype="bfloat16"))
     assert (precision.dtype, precision.weight_dtype) == (torch.bfloat16, torch.bfloat16)
 
 
 def test_bfloat16_weights_and_float16_arithmetic_are_refused():
     with pytest.raises(ConfigError, match="weight_dtype, amp_dtype: bfloat16 weights compute in bfloat16"):
-        choose_precision("cpu", amp_dtype="fp16", weight_dtype="bfloat16")
+        choose_precision("cpu", PrecisionGroup(amp_dtype="fp16", weight_dtype="bfloat16"))
 
 
 @pytest.mark.parametrize(
@@ -62,15 +63,15 @@ def test_bfloat16_weights_and_float16_arithmetic_are_refused():
     ],
 )
 def test_frozen_weights_have_the_format_of_the_arithmetic_on_a_gpu(device, settings, arithmetic, frozen):
-    precision = choose_precision(device, **settings)
+    precision = choose_precision(device, PrecisionGroup(**settings))
     assert (precision.dtype, precision.frozen_dtype) == (arithmetic, frozen)
     assert (precision.scaler is not None) == (arithmetic == torch.float16)
 
 
 def test_float16_and_a_fused_backward_are_refused():
     with pytest.raises(ConfigError, match="fused_backward, amp_dtype: float16 needs its gradients unscaled"):
-        choose_precision("cpu", amp_dtype="fp16", fused_backward=True)
-    assert choose_precision("cpu", amp_dtype="bf16", fused_backward=True).dtype == torch.bfloat16
+        choose_precision("cpu", PrecisionGroup(amp_dtype="fp16", fused_backward=True))
+    assert choose_precision("cpu", PrecisionGroup(amp_dtype="bf16", fused_backward=True)).dtype == torch.bfloat16
 
 
 def trained_parameter():
@@ -79,7 +80,7 @@ def trained_parameter():
 
 
 def test_without_a_scaler_the_loss_is_the_loss():
-    precision = choose_precision("cpu")
+    precision = choose_precision("cpu", PrecisionGroup())
     parameter, optimizer = trained_parameter()
     precision.scale(0.25 * parameter.sum()).backward()
     precision.unscale(optimizer)
@@ -88,7 +89,7 @@ def test_without_a_scaler_the_loss_is_the_loss():
 
 
 def test_float16_scales_the_loss_and_unscales_the_gradients():
-    precision = choose_precision("cpu", amp_dtype="fp16")
+    precision = choose_precision("cpu", PrecisionGroup(amp_dtype="fp16"))
     assert precision.gradient_scale == pytest.approx(2**17.5)
     parameter, optimizer = trained_parameter()
     precision.scale(0.25 * parameter.sum()).backward()
@@ -100,7 +101,7 @@ def test_float16_scales_the_loss_and_unscales_the_gradients():
 
 
 def test_an_overflow_skips_the_step_and_halves_the_scale():
-    precision = choose_precision("cpu", amp_dtype="fp16")
+    precision = choose_precision("cpu", PrecisionGroup(amp_dtype="fp16"))
     parameter, optimizer = trained_parameter()
     parameter.grad = torch.tensor([float("inf")])
     precision.scale(torch.zeros(()))  # makes the scaler's tensors
@@ -123,7 +124,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale():
     ],
 )
 def test_the_scale_grows_more_slowly_as_the_run_goes_on(num_steps, factor, interval):
-    precision = choose_precision("cpu", amp_dtype="fp16")
+    precision = choose_precision("cpu", PrecisionGroup(amp_dtype="fp16"))
     precision.num_steps = num_steps
     parameter, optimizer = trained_parameter()
     precision.scale(parameter.sum()).backward()
@@ -135,7 +136,7 @@ def test_the_scale_grows_more_slowly_as_the_run_goes_on(num_steps, factor, inter
 
 
 def test_the_tuning_can_be_left_out():
-    precision = choose_precision("cpu", amp_dtype="fp16", tune_scaler=False)
+    precision = choose_precision("cpu", PrecisionGroup(amp_dtype="fp16", apply_grad_scaler_step_tweaks=False))
     precision.num_steps = 5000
     parameter, optimizer = trained_parameter()
     precision.scale(parameter.sum()).backward()
@@ -144,7 +145,7 @@ def test_the_tuning_can_be_left_out():
 
 
 def test_the_scalers_state_survives_a_resume():
-    first, second = (choose_precision("cpu", amp_dtype="fp16") for _ in range(2))
+    first, second = (choose_precision("cpu", PrecisionGroup(amp_dtype="fp16")) for _ in range(2))
     parameter, optimizer = trained_parameter()
     first.scale(torch.zeros(()))
     parameter.grad = torch.tensor([float("inf")])
@@ -153,7 +154,7 @@ def test_the_scalers_state_survives_a_resume():
     second.load_state_dict(first.state_dict())
     assert second.gradient_scale == first.gradient_scale
     assert second.num_steps == 1
-    plain = choose_precision("cpu")
+    plain = choose_precision("cpu", PrecisionGroup())
     plain.load_state_dict(plain.state_dict())
     assert plain.gradient_scale is None
 

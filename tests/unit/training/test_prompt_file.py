@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import tracemalloc
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from everydream_kit.config.sample_settings import SampleGroup, SamplerName
 from everydream_kit.errors import ConfigError
-from everydream_kit.models.sampling_schedulers import sampler_by_name
+from everydream_kit.models.sampling_schedulers import SAMPLERS, sampler_by_name
 from everydream_kit.training.prompt_file import MOST_SAMPLES, PromptFile, SampleSettings, read_prompt_file
 from everydream_kit.training.sampling_listener import clean_for_file_name
 
+DEFAULTS = SampleSettings.of(SampleGroup())
 EVERYDREAM_2 = """{
   "batch_size": 3,    # lower this if memory is short
   "seed": 555,
@@ -33,7 +35,7 @@ EVERYDREAM_2 = """{
 def read(tmp_path: Path, content: Any) -> PromptFile:
     path = tmp_path / "prompts.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
-    return read_prompt_file(path)
+    return read_prompt_file(path, DEFAULTS)
 
 
 def test_everydream_2s_own_file_is_read_whole(tmp_path: Path) -> None:
@@ -56,7 +58,7 @@ def test_everydream_2s_own_file_is_read_whole(tmp_path: Path) -> None:
         ("seed", 2**64, "the run's own value"),
         ("resolution", 500, "the run's own value"),
         ("resolution", 10**9, "the run's own value"),
-        ("batch_size", 0, "the run's own value"),
+        ("batch_size", 0, "4"),
         ("generate_samples_every_n_steps", "often", "the run's own value"),
         ("generate_pretrain_samples", "perhaps", "False"),
     ],
@@ -67,7 +69,7 @@ def test_a_wrong_value_is_named_and_replaced_and_all_else_holds(
     file = read(tmp_path, {name: value, "show_progress_bars": True, "samples": [{"prompt": "a cat"}]})
     [problem] = file.problems
     assert problem.startswith(f"{name}: ") and problem.endswith(f"; {instead} is used instead.")
-    assert getattr(file.settings, name) == SampleSettings.model_fields[name].default
+    assert getattr(file.settings, name) == getattr(DEFAULTS, name)
     assert [entry.prompt for entry in file.settings.samples] == ["a cat"]
 
 
@@ -107,7 +109,7 @@ def test_unknown_names_are_named_and_the_rest_is_used(tmp_path: Path) -> None:
 
 def test_null_means_not_given_and_a_lone_number_or_text_is_a_list_or_a_prompt(tmp_path: Path) -> None:
     names = [*SampleSettings.model_fields]
-    assert read(tmp_path, dict.fromkeys(names)) == PromptFile(SampleSettings())
+    assert read(tmp_path, dict.fromkeys(names)) == PromptFile(DEFAULTS)
     file = read(tmp_path, {"cfgs": 5, "samples": ["a cat", {"prompt": "a dog", "size": None, "cfgs": 3}]})
     assert (file.problems, file.settings.cfgs, file.settings.samples[1].cfgs) == ((), [5], [3])
     assert [entry.prompt for entry in file.settings.samples] == ["a cat", "a dog"]
@@ -139,7 +141,7 @@ def test_a_file_that_cannot_be_read_is_refused_in_words(tmp_path: Path, content:
 def test_of_lines_only_so_many_are_read_and_any_text_encoding_is(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a cat\n\n" * (MOST_SAMPLES + 5), "utf-16")
-    file = read_prompt_file(path)
+    file = read_prompt_file(path, DEFAULTS)
     assert len(file.settings.samples) == MOST_SAMPLES
     assert file.problems == ("samples: the first 1,000 of 1,005 are used.",)
 
@@ -169,6 +171,22 @@ def test_of_lines_only_so_many_are_read_and_any_text_encoding_is(tmp_path: Path)
 )
 def test_every_scheduler_of_everydream_2_is_the_one_that_it_names(name: str, title: str) -> None:
     assert sampler_by_name(name).title == title
+
+
+def test_the_setting_offers_every_scheduler() -> None:
+    assert get_args(SamplerName) == tuple(SAMPLERS)
+
+
+def test_what_the_file_says_wins_over_the_settings_and_the_rest_is_theirs(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_text('{"cfgs": [2], "num_inference_steps": "many"}', "utf-8")
+    settings = SampleGroup(sample_cfgs=[5.0], sample_num_inference_steps=12, sample_seed=3, sample_scheduler="euler")
+    file = read_prompt_file(path, SampleSettings.of(settings))
+    read = file.settings
+    assert (read.cfgs, read.num_inference_steps, read.seed, read.scheduler) == ([2], 12, 3, "euler")
+    [problem] = file.problems
+    assert problem.startswith("num_inference_steps: ")
+    assert problem.endswith("; 12 is used instead.")
 
 
 def test_file_names_are_cut_by_bytes_between_letters() -> None:

@@ -59,7 +59,9 @@ def test_two_purposes_draw_different_splits():
 
 @pytest.mark.parametrize("groups", [["a"], ["a", "a", "a"]])
 def test_a_split_that_leaves_nothing_to_train_on_is_refused(groups):
-    with pytest.raises(ConfigError, match=r"validation_config: of \d images \(1 different ones\).*leaves none"):
+    with pytest.raises(
+        ConfigError, match=r"validation_split_proportion: of \d images \(1 different ones\).*leaves none"
+    ):
         split_indices(groups, 0.15, 1)
 
 

@@ -1,7 +1,7 @@
 """What the settings of EveryDream 2's files and flags mean here: retired names, "off" as 0, clamped values, its order.
 
-Here: its own settings and those of damian0815's fork, one by one. Not here: `optimizer.json` and the validation config
-(`training`), and null, which means "the default" in its files (`settings`).
+Here: its own settings and those of damian0815's fork, one by one. Not here: `optimizer.json` and the validation config,
+and null, which means "the default" in its files (`settings`).
 
 A setting that changed nothing there and one that is off pass with a warning. One that would train differently there and
 does not exist here is an error: the run would not be the one that the file describes.
@@ -10,12 +10,11 @@ does not exist here is an error: the run would not be the one that the file desc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, get_args
 
 from everydream_kit.config import RETIRED, TrainConfig
 from everydream_kit.errors import ConfigError
-from everydream_kit.strict_json import read_json
+from everydream_kit.everydream2.side_files import is_comment
 
 OFF_AT_ZERO = (
     "ckpt_every_n_minutes",
@@ -34,8 +33,16 @@ OFF_AT_ZERO = (
 CLAMPED = {"clip_skip": (0, 4), "rated_dataset_target_dropout_percent": (0, 100)}
 """Values outside are taken as the nearest bound, with a warning."""
 
-RENAMED = {"resume_ckpt_variant": "base_variant", "num_dataloader_workers": "num_workers"}
-"""The fork's names for settings of ours."""
+RENAMED = {
+    "resume_ckpt_variant": "base_variant",
+    "num_dataloader_workers": "num_workers",
+    "validate_every_n_epochs": "validation_every_n_epochs",
+    "val_split_mode": "validation_split_mode",
+    "auto_split_proportion": "validation_split_proportion",
+    "manual_data_root": "validation_data_root",
+    "extra_manual_datasets": "validation_extra_data_roots",
+}
+"""Names of EveryDream 2's files and of the fork for settings of ours."""
 
 FORK_WITHOUT_EFFECT = frozenset(
     {
@@ -168,14 +175,6 @@ FORK: dict[str, tuple[Any, ...]] = {
 }
 """The fork's settings that change the training, with the values that leave it as it is; nothing and zero always do."""
 
-OPTIMIZER_FIRST = ("lr_scheduler", "lr_warmup_steps", "lr_decay_steps")
-"""What the optimizer file's `base` decides before the run's own settings, there."""
-
-
-def is_comment(name: str) -> bool:
-    """Whether a key of a settings file is a note for people, as EveryDream 2's and its fork's files carry them."""
-    return name.startswith("_") or name.lower() in ("comment", "comments", "doc", "documentation")
-
 
 def is_theirs(values: Mapping[str, Any]) -> bool:
     """Whether a settings file is one of EveryDream 2 or the fork: it holds a name that no file of ours does."""
@@ -238,28 +237,7 @@ def resolve(values: Mapping[str, Any], flags: Mapping[str, Any], *, theirs: bool
     if theirs and values.get("amp") is False and "amp" not in flags:
         del kept["amp"]
         warnings.append("amp false: has no effect in EveryDream 2's files; give disable_amp to switch it off.")
-    base = _base_of(kept.get("optimizer_config"))
-    for name in OPTIMIZER_FIRST:
-        own, other = values.get(name), base.get(name)
-        if name in flags or own is None or not other or other == own:
-            continue
-        if theirs:
-            del kept[name]
-            warnings.append(f"{name}: {other} of optimizer_config is used, not {own}, as in EveryDream 2.")
-        else:
-            warnings.append(f"{name}: {own} is used, not {other} of optimizer_config.")
     return kept, warnings
-
-
-def _base_of(source: Any) -> Mapping[str, Any]:
-    """The `base` of an optimizer file. Of one that cannot be read, nothing: whoever builds the optimizer reports it."""
-    if isinstance(source, str):
-        try:
-            source = read_json(Path(source), error=ConfigError)
-        except (ConfigError, OSError):
-            return {}
-    base = source.get("base") if isinstance(source, Mapping) else None
-    return base if isinstance(base, Mapping) else {}
 
 
 def _is_on(value: Any, off: tuple[Any, ...] = ()) -> bool:

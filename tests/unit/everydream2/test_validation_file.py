@@ -4,19 +4,21 @@ import json
 
 import pytest
 
+from everydream_kit.config import TrainConfig
+from everydream_kit.config.sample_settings import ValidationGroup
 from everydream_kit.errors import ConfigError
-from everydream_kit.training.validation_config import load_validation_config, validation_steps
+from everydream_kit.everydream2.validation_file import SETTING_OF_KEY, ValidationFile, import_validation_file
+from everydream_kit.settings import with_side_files
+from everydream_kit.training.validation import validation_steps
 
 
-def test_the_defaults_are_everydream_2s():
-    config = load_validation_config(None)
-    assert config.validate_training
-    assert config.val_split_mode == "automatic"
-    assert config.auto_split_proportion == 0.15
-    assert config.stabilize_split_proportion == 0.15
-    assert not config.stabilize_training_loss
-    assert (config.every_n_epochs, config.seed, config.batch_size) == (1, 555, None)
-    assert config.splits_training_set
+def test_an_empty_file_means_an_automatic_split_with_everydream_2s_defaults():
+    assert import_validation_file({}) == ({"validation_split_mode": "automatic"}, [])
+    settings = ValidationGroup()
+    assert (settings.validation_split_proportion, settings.stabilize_split_proportion) == (0.15, 0.15)
+    assert not settings.stabilize_training_loss
+    assert (settings.validation_every_n_epochs, settings.validation_seed) == (1, 555)
+    assert settings.validation_batch_size is None
 
 
 def test_the_shipped_file_with_old_names_loads(tmp_path):
@@ -35,15 +37,36 @@ def test_the_shipped_file_with_old_names_loads(tmp_path):
         "extra_manual_datasets": {"santa": "images/santa"},
     }
     path.write_text(json.dumps(shipped), encoding="utf-8")
-    config = load_validation_config(path)
-    assert (config.manual_data_root, config.auto_split_proportion) == ("held out", 0.2)
-    assert config.extra_manual_datasets == {"santa": "images/santa"}
-    assert not config.splits_training_set
-    assert config.warnings == []
+    values, notes = import_validation_file(path)
+    assert values == {
+        "validation_split_mode": "manual",
+        "validation_data_root": "held out",
+        "validation_split_proportion": 0.2,
+        "stabilize_training_loss": False,
+        "stabilize_split_proportion": 0.15,
+        "validation_every_n_epochs": 1,
+        "validation_seed": 555,
+        "validation_extra_data_roots": {"santa": "images/santa"},
+    }
+    assert notes == []
+    config, _ = with_side_files(TrainConfig(resume_ckpt="x", validation_config=str(path), validation_seed=7))
+    assert (config.validation_seed, config.validation_data_root) == (7, "held out")
+
+
+def test_every_key_of_the_file_is_translated_or_named():
+    assert set(ValidationFile.model_fields) == {*SETTING_OF_KEY, "validate_training", "use_relative_loss"}
+    assert set(SETTING_OF_KEY.values()) <= set(ValidationGroup.model_fields)
+
+
+@pytest.mark.parametrize("mode", ["automatic", "manual", "none"])
+def test_validate_training_false_takes_no_image_out_of_training(mode):
+    assert import_validation_file({"validate_training": False, "val_split_mode": mode})[0] == {
+        "validation_split_mode": "none"
+    }
 
 
 def test_null_means_the_default():
-    assert load_validation_config({"val_data_root": None, "every_n_epochs": None}) == load_validation_config(None)
+    assert import_validation_file({"val_data_root": None, "every_n_epochs": None}) == import_validation_file({})
 
 
 @pytest.mark.parametrize(
@@ -62,11 +85,11 @@ def test_null_means_the_default():
 )
 def test_what_is_wrong_is_named(values, message):
     with pytest.raises(ConfigError, match=message):
-        load_validation_config(values)
+        import_validation_file(values)
 
 
 def test_use_relative_loss_is_warned_about():
-    assert load_validation_config({"use_relative_loss": True}).warnings == [
+    assert import_validation_file({"use_relative_loss": True})[1] == [
         "use_relative_loss: has no effect; compare with the first value of the curve."
     ]
 

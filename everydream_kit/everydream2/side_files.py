@@ -15,8 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from everydream_kit.config import value_problem
 from everydream_kit.errors import ConfigError
-from everydream_kit.everydream2 import is_comment
-from everydream_kit.settings import read_json_object
+from everydream_kit.strict_json import read_json
 
 
 class Section(BaseModel):
@@ -35,11 +34,33 @@ class Section(BaseModel):
 SectionT = TypeVar("SectionT", bound=Section)
 
 
-def read_section(source: str | Path | dict[str, Any] | None, schema: type[SectionT], setting: str) -> SectionT:
+def is_comment(name: str) -> bool:
+    """Whether a key of a settings file is a note for people, as EveryDream 2's and its fork's files carry them."""
+    return name.startswith("_") or name.lower() in ("comment", "comments", "doc", "documentation")
+
+
+def read_json_object(path: Path, setting: str = "") -> dict[str, Any]:
+    """A settings file's object.
+
+    Args:
+        setting: the parameter that names the file, for messages; none for the settings of a run themselves.
+
+    Raises:
+        ConfigError: the file is not there, no text, no JSON, or no object; line and column are named.
+    """
+    place = f"{setting}: {path}" if setting else str(path)
+    try:
+        values: dict[str, Any] = read_json(path, error=ConfigError, name=place)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{place}: there is no such settings file. Give the path of a JSON file.") from None
+    return values
+
+
+def read_section(source: str | Path | dict[str, Any], schema: type[SectionT], setting: str) -> SectionT:
     """Read and check one side file.
 
     Args:
-        source: path of a JSON file, the object itself, or None for the defaults.
+        source: path of a JSON file, or the object itself.
         schema: what it should look like.
         setting: the parameter that names it, for messages.
 
@@ -68,9 +89,7 @@ def _without_comments(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _object(source: str | Path | dict[str, Any] | None, setting: str) -> dict[str, Any]:
-    if source is None:
-        return {}
+def _object(source: str | Path | dict[str, Any], setting: str) -> dict[str, Any]:
     if isinstance(source, dict):
         return source
     return read_json_object(Path(source), setting)

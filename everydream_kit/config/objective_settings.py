@@ -1,0 +1,83 @@
+"""The objective: noise, timesteps and loss."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from everydream_kit.config.declaration import MEMORY_AND_RESULT, NOTHING, RESULT, Facts, Group, Knob
+
+
+class ObjectiveGroup(Group):
+    """Objective: what the loss asks for."""
+
+    loss_type: Annotated[
+        Literal["mse", "huber", "mse_huber", "huber_mse"],
+        Knob(when="outliers dominate the loss; docs/training-objective.md shows the curves"),
+        Facts(MEMORY_AND_RESULT, "resume"),
+    ] = "mse"
+    """Plain squared error, Huber (delta 1), or a mix that goes over with the timestep: `mse_huber` is MSE at high noise and
+    Huber at low noise, `huber_mse` the reverse."""
+    min_snr_gamma: Annotated[
+        Annotated[float, Field(gt=0)] | None,
+        Knob(when="faster convergence on larger sets: 5"),
+        Facts(MEMORY_AND_RESULT, "resume"),
+    ] = None
+    """Min-SNR weighting (arXiv 2303.09556): min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v-prediction."""
+    debiased_estimation: Annotated[
+        bool, Knob(when="instead of min_snr_gamma, for epsilon models"), Facts(MEMORY_AND_RESULT, "resume")
+    ] = False
+    """Weigh by 1 / sqrt(SNR) (arXiv 2310.08442), bounded."""
+    enable_zero_terminal_snr: Annotated[
+        bool, Knob(when="a v-prediction model should reach true black and white"), Facts(RESULT, "resume")
+    ] = False
+    """Rescale the noise schedule to zero terminal SNR (arXiv 2305.08891). Needs a v-prediction model."""
+    zero_frequency_noise_ratio: Annotated[
+        Annotated[float, Field(ge=0, le=1)],
+        Knob(when="dark and bright images: 0.02 to 0.1"),
+        Facts(MEMORY_AND_RESULT, "resume"),
+    ] = 0.0
+    """Offset noise: this share of a constant per image and channel is added to the noise."""
+    pyramid_noise_discount: Annotated[
+        Annotated[float, Field(gt=0, lt=1)] | None,
+        Knob(when="richer contrast: 0.03 as EveryDream 2 ships it"),
+        Facts(MEMORY_AND_RESULT, "resume"),
+    ] = None
+    """Multi-resolution noise: each coarser level is added with this factor to the power of its level."""
+    input_perturbation: Annotated[
+        Annotated[float, Field(ge=0, le=1)],
+        Knob(when="small sets that overfit: 0.1"),
+        Facts(MEMORY_AND_RESULT, "resume"),
+    ] = 0.0
+    """Extra noise on the UNet's input only (arXiv 2301.11706)."""
+    embedding_perturbation: Annotated[
+        Annotated[float, Field(ge=0, le=100)],
+        Knob(when="captions are memorized: 1.0"),
+        Facts(MEMORY_AND_RESULT, "resume"),
+    ] = 0.0
+    """Noise on the text embeddings, gamma / sqrt(dim) (arXiv 2405.20494)."""
+    timestep_start: Annotated[
+        int,
+        Field(ge=0, le=999),
+        Knob(unit="timesteps", when="only coarse structure should be trained"),
+        Facts(RESULT, "resume"),
+    ] = 0
+    """First noise level that is trained on."""
+    timestep_end: Annotated[
+        int,
+        Field(ge=1, le=1000),
+        Knob(unit="timesteps", when="only fine detail should be trained"),
+        Facts(RESULT, "resume"),
+    ] = 1000
+    """Noise levels from here on are not trained on."""
+    timestep_sampling: Annotated[
+        Literal["uniform", "logit_normal", "stratified"],
+        Knob(when="stratified for a calmer loss; logit_normal favors the middle"),
+        Facts(RESULT, "resume"),
+    ] = "uniform"
+    """How timesteps are drawn. Stratified spreads the images of one optimizer step evenly over the range."""
+    train_sampler: Annotated[
+        Literal["ddpm", "pndm", "ddim"], Knob(when="never: all three add noise alike"), Facts(NOTHING, "resume")
+    ] = "ddpm"
+    """Kept for EveryDream 2's files: the noise schedule is the model's own in every case."""

@@ -1,0 +1,173 @@
+"""Precision, memory, and the moving average of the weights."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from everydream_kit.config.declaration import (
+    EVERYTHING,
+    MEMORY,
+    MEMORY_AND_RESULT,
+    MEMORY_AND_SPEED,
+    NOTHING,
+    RESULT,
+    SPEED_AND_RESULT,
+    Facts,
+    Group,
+    Knob,
+)
+
+
+class PrecisionGroup(Group):
+    """Precision and memory."""
+
+    amp: Annotated[
+        bool,
+        Knob(memory="halves the activations", when="off only to hunt numerical trouble"),
+        Facts(EVERYTHING, "resume"),
+    ] = True
+    """Automatic mixed precision on a GPU: bfloat16 where it has it, else float16 with a gradient scaler. On a CPU see
+    `amp_dtype`."""
+    disable_amp: Annotated[
+        bool,
+        Knob(memory="doubles the activations", when="EveryDream 2's name for amp off"),
+        Facts(EVERYTHING, "resume"),
+    ] = False
+    """Train in plain float32; the same as `amp: false`."""
+    amp_dtype: Annotated[
+        Literal["auto", "bf16", "fp16"],
+        Knob(when="to force a format; bf16 pays on a CPU from 256 px on"),
+        Facts(EVERYTHING, "resume", needs=("amp",), unless=("disable_amp",), fsdp2=("auto", "bf16")),
+    ] = "auto"
+    """Format of mixed precision. `auto` chooses by the GPU, and means float32 on a CPU."""
+    apply_grad_scaler_step_tweaks: Annotated[
+        bool,
+        Knob(when="float16 runs that lose steps to overflows: off"),
+        Facts(RESULT, "resume", needs=("amp",), unless=("disable_amp",)),
+    ] = True
+    """Float16 only: raise the loss scale more and more slowly as the run continues."""
+    weight_dtype: Annotated[
+        Literal["float32", "bfloat16"],
+        Knob(memory="bfloat16 halves weights and gradients", when="a GPU too small by a third"),
+        Facts(EVERYTHING, "resume", fsdp2=("float32",)),
+    ] = "float32"
+    """Format of the trained weights. bfloat16 weights are updated with stochastic rounding."""
+    frozen_dtype: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16"],
+        Knob(memory="a half-precision base takes half", when="to compare with a float32 base"),
+        Facts(EVERYTHING, "resume", fsdp2=("auto", "float32")),
+    ] = "auto"
+    """Format of the parts that are not trained: the base of a LoRA, a frozen text encoder. `auto` is the format of mixed
+    precision on a GPU (float16 or bfloat16), which leaves the numbers as they are, and float32 on a CPU. The VAE stays
+    float32. In full training, `auto` keeps a frozen part as precise as its file, since checkpoints hold it too."""
+    gradient_checkpointing: Annotated[
+        bool,
+        Knob(basic=True, memory="saves most of the activations", when="out of memory; costs about a quarter in speed"),
+        Facts(MEMORY_AND_SPEED, "resume"),
+    ] = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    fused_backward: Annotated[
+        bool,
+        Knob(memory="saves the gradients", when="memory is short and grad_accum is 1"),
+        Facts(MEMORY_AND_SPEED, "resume", fsdp2=(False,)),
+    ] = False
+    """Step the optimizer for each parameter inside the backward pass, so that gradients are never all alive."""
+    offload_idle_models: Annotated[
+        bool,
+        Knob(memory="saves the VAE and frozen text encoders", when="memory is short; costs a little time"),
+        Facts(MEMORY_AND_SPEED, "resume"),
+    ] = False
+    """Keep the VAE and frozen text encoders in host memory while they are not needed."""
+    channels_last: Annotated[
+        bool,
+        Knob(when="a GPU with tensor cores; often a few percent faster"),
+        Facts(MEMORY_AND_SPEED, "resume", fsdp2=(False,)),
+    ] = False
+    """Keep convolution weights in channels-last order."""
+    torch_compile: Annotated[
+        bool,
+        Knob(when="long runs on a GPU; minutes of compiling first"),
+        Facts(MEMORY_AND_SPEED, "resume", fsdp2=(False,)),
+    ] = False
+    """Compile the UNet's blocks with torch.compile, shapes dynamic."""
+    attn_type: Annotated[
+        Literal["sdp", "slice", "xformers"],
+        Knob(when="slice when even one image does not fit"),
+        Facts(MEMORY_AND_SPEED, "resume"),
+    ] = "sdp"
+    """Attention: torch's own, or sliced to save memory. `xformers` is taken as `sdp`, with a warning."""
+    gpuid: Annotated[
+        int,
+        Field(ge=0, le=63),
+        Knob(when="the machine has several GPUs and one should be used"),
+        Facts(NOTHING, "resume"),
+    ] = 0
+    """Number of the GPU of a single-process run."""
+    parallel: Annotated[
+        Literal["ddp", "fsdp2"],
+        Knob(
+            memory="fsdp2 divides weights, gradients and optimizer state by the number of processes",
+            when="several GPUs, and the model with its optimizer does not fit on one of them: fsdp2; slower",
+        ),
+        Facts(MEMORY_AND_SPEED, "resume"),
+    ] = "ddp"
+    """What several processes (`accelerate launch`, `torchrun`) have: `ddp` the whole model each, `fsdp2` a slice of it."""
+
+
+class EmaGroup(Group):
+    """EMA: a slowly moving average of the weights."""
+
+    ema_decay_rate: Annotated[
+        Annotated[float, Field(gt=0, lt=1)] | None,
+        Knob(memory="a second copy of the trained weights", when="0.99 to 0.9999; smooths long runs"),
+        Facts(MEMORY_AND_RESULT, "resume", fsdp2=(None,)),
+    ] = None
+    """Share of the average that stays at each update, the first included: n updates leave ema_decay_rate^n of the starting
+    weights. None and no strength target: EMA is off."""
+    ema_strength_target: Annotated[
+        Annotated[float, Field(gt=0, lt=1)] | None,
+        Knob(when="instead of ema_decay_rate: 0.1"),
+        Facts(MEMORY_AND_RESULT, "resume", fsdp2=(None,)),
+    ] = None
+    """Share of the starting weights that is left in the average after the whole run; the decay rate is computed from it."""
+    ema_update_interval: Annotated[
+        int,
+        Field(ge=1),
+        Knob(unit="optimizer steps", when="1 is exact; more is cheaper", step=1),
+        Facts(SPEED_AND_RESULT, "resume", needs=("ema_decay_rate", "ema_strength_target")),
+    ] = 500
+    """Optimizer steps between updates of the average."""
+    ema_device: Annotated[
+        str,
+        Knob(memory="`cpu` costs none of the GPU's", when="cuda is faster if there is room"),
+        Facts(
+            MEMORY_AND_SPEED,
+            "resume",
+            needs=("ema_decay_rate", "ema_strength_target"),
+            names="device of the averaged weights",
+        ),
+    ] = "cpu"
+    """Where the average lives: cpu or cuda."""
+    ema_sample_ema_model: Annotated[
+        bool, Knob(when="EMA is on"), Facts(MEMORY, "resume", needs=("ema_decay_rate", "ema_strength_target"))
+    ] = False
+    """Generate the samples with the averaged weights."""
+    ema_sample_nonema_model: Annotated[
+        bool,
+        Knob(when="EMA is on and both should be seen"),
+        Facts(MEMORY, "resume", needs=("ema_decay_rate", "ema_strength_target")),
+    ] = False
+    """Generate samples with the live weights as well."""
+    ema_resume_model: Annotated[
+        str | None,
+        Knob(when="continuing an EveryDream 2 run with EMA"),
+        Facts(
+            RESULT,
+            "resume",
+            needs=("ema_decay_rate", "ema_strength_target"),
+            names="checkpoint that the average starts from",
+        ),
+    ] = None
+    """Checkpoint from which the average starts; `findlast` for the latest EMA checkpoint."""

@@ -1,0 +1,168 @@
+"""The facts on the declarations: every parameter states them, and what is derived from them is right."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import typing
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+
+from everydream_kit.config import (
+    Facts,
+    Group,
+    TrainConfig,
+    config_warnings,
+    facts,
+    settings_without_meaning,
+)
+from everydream_kit.config.declaration import Effect, facts_of
+from everydream_kit.errors import ConfigError
+from everydream_kit.foreign import ASKED, DECIDED_HERE, TRAVELS
+
+EFFECTS = set(typing.get_args(Effect))
+
+
+@pytest.mark.parametrize("name", TrainConfig.model_fields)
+def test_every_parameter_states_its_facts(name: str) -> None:
+    stated = facts()[name]
+    assert set(stated.affects) <= EFFECTS
+    assert stated.kinds
+    assert stated.families
+    assert {*stated.needs, *stated.unless, *stated.follows} <= TrainConfig.model_fields.keys()
+    if stated.fsdp2 is not None:
+        assert TrainConfig.model_fields[name].default in stated.fsdp2
+
+
+def test_a_parameter_without_facts_is_an_error() -> None:
+    class Bare(Group):
+        """Bare."""
+
+        one: Annotated[int, Facts(("result",), "resume")] = 1
+        two: int = 2
+
+    with pytest.raises(TypeError, match=r"^two: a parameter states its Facts once"):
+        facts_of(Bare.model_fields)
+    assert [name for name, one in inspect.signature(Facts).parameters.items() if one.default is one.empty] == [
+        "affects",
+        "change",
+    ]
+
+
+def test_a_setting_for_another_training_kind_is_warned_about() -> None:
+    given = TrainConfig(resume_ckpt="x", lora_rank=4, new_tokens={"<a>": "b"})
+    assert sorted(config_warnings(given)) == [
+        "lora_rank: has no effect with training_kind full, only with lora.",
+        "new_tokens: has no effect with training_kind full, only with textual_inversion.",
+    ]
+    assert config_warnings(TrainConfig(resume_ckpt="x", training_kind="lora", lora_rank=4)) == []
+
+
+def test_a_setting_without_what_it_needs_is_warned_about() -> None:
+    lonely = {"ema_update_interval": 3, "rated_dataset_target_dropout_percent": 9, "run_name": "a"}
+    said = config_warnings(TrainConfig(resume_ckpt="x", **lonely))
+    assert sorted(said) == [
+        "ema_update_interval: has no effect without ema_decay_rate or ema_strength_target.",
+        "rated_dataset_target_dropout_percent: has no effect without rated_dataset.",
+        "run_name: has no effect without wandb.",
+    ]
+    together = {**lonely, "ema_decay_rate": 0.9, "rated_dataset": True, "wandb": True}
+    assert config_warnings(TrainConfig(resume_ckpt="x", **together)) == []
+
+
+def test_a_setting_for_other_families_is_named() -> None:
+    class Wide(TrainConfig):
+        """With a setting that one family has."""
+
+        crop_conditioning: Annotated[bool, Facts(("result",), "resume", families=("sdxl",))] = False
+
+    given = Wide(resume_ckpt="x", crop_conditioning=True)
+    assert settings_without_meaning(given, "sdxl") == []
+    assert settings_without_meaning(given, "sd1") == [
+        "crop_conditioning: has no effect with a model of the family sd1, only with sdxl."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ({"torch_compile": True}, "torch_compile"),
+        ({"weight_dtype": "bfloat16"}, "weight_dtype"),
+        ({"training_kind": "lora"}, "training_kind"),
+        ({"ema_decay_rate": 0.9}, "ema_decay_rate"),
+        ({"amp_dtype": "fp16"}, "amp_dtype"),
+        ({"amp_dtype": "fp16", "disable_amp": True}, None),
+        ({"amp_dtype": "bf16", "gradient_checkpointing": True}, None),
+    ],
+)
+def test_only_values_that_work_on_a_sharded_model_are_accepted_with_fsdp2(
+    settings: dict[str, object], refused: str | None
+) -> None:
+    if refused is None:
+        assert TrainConfig(resume_ckpt="x", parallel="fsdp2", **settings).parallel == "fsdp2"
+        return
+    with pytest.raises(ConfigError, match=rf"^parallel, {refused}: fsdp2 does not work with {refused} "):
+        TrainConfig(resume_ckpt="x", parallel="fsdp2", **settings)
+
+
+def test_what_a_fetched_run_may_bring_follows_from_the_facts() -> None:
+    assert TRAVELS | ASKED.keys() | DECIDED_HERE == set(TrainConfig.model_fields)
+    assert {"plugins", "optimizer", "push_to", "data_root", "wandb", "save_ckpt_dir"} <= ASKED.keys()
+    assert frozenset({"logdir"}) == DECIDED_HERE
+
+
+PACKAGE = Path(__file__).parents[2] / "everydream_kit"
+OTHER_MEANING = {
+    "data/cache.py": {"num_workers", "batch_size"},  # how many are encoded together
+    "data/captioning.py": {"batch_size"},  # images that a captioning model sees together
+    "data/captions.py": {"keep_tags"},  # of one caption
+    "data/epoch_plan.py": {"grad_accum", "max_epochs"},  # a plan of one epoch
+    "data/latent_encoding.py": {"num_workers", "batch_size"},
+    "data/loader.py": {"num_workers"},
+    "models/encoding.py": {"clip_skip"},
+    "models/family.py": {"clip_skip", "lora_targets"},  # of one family
+    "models/lora.py": {"seed"},
+    "models/random_models.py": {"seed"},
+    "models/sampling.py": {"seed", "clip_skip", "batch_size"},  # of images without a run
+    "actions/comparison.py": {"seed", "clip_skip"},
+    "generation.py": {"clip_skip"},
+    "training/coordinate.py": {"lr", "eps", "weight_decay", "d0"},  # torch's form of an optimizer
+    "training/dowg.py": {"lr", "d0", "weight_decay"},
+    "training/ranks.py": {"gpuid"},
+    "training/optimizers.py": {"fused_backward", "weight_decay"},  # a table of optimizers has its own
+    "training/run_builder.py": {"plugins"},
+}
+"""Arguments that share a setting's name and stand for something else, or come without a run, by file."""
+
+
+def arguments_with_literal_defaults(path: Path) -> set[str]:
+    """Names of arguments and fields whose default is written out, None and calls excluded."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        pairs: list[tuple[str, ast.expr | None]] = []
+        if isinstance(node, ast.FunctionDef):
+            positional = [*node.args.posonlyargs, *node.args.args]
+            names = [one.arg for one in positional[len(positional) - len(node.args.defaults) :]]
+            pairs += zip(names, node.args.defaults, strict=True)
+            pairs += zip([one.arg for one in node.args.kwonlyargs], node.args.kw_defaults, strict=True)
+        elif isinstance(node, ast.ClassDef):
+            fields = [one for one in node.body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)]
+            pairs += [(one.target.id, one.value) for one in fields if isinstance(one.target, ast.Name)]
+        found |= {
+            name
+            for name, default in pairs
+            if isinstance(default, (ast.Constant, ast.Tuple, ast.List)) and getattr(default, "value", 0) is not None
+        }
+    return found
+
+
+def test_a_settings_default_stands_in_its_declaration_only() -> None:
+    again = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        place = path.relative_to(PACKAGE).as_posix()
+        if not place.startswith(("config/", "everydream2/", "cli/", "panels/")):
+            names = arguments_with_literal_defaults(path) & TrainConfig.model_fields.keys()
+            again |= {place: names} if names else {}
+    assert again == OTHER_MEANING
