@@ -79,8 +79,9 @@ class SampleSettings(BaseModel):
 
     @classmethod
     def of(cls, settings: SampleGroup) -> SampleSettings:
-        """What holds where there is no prompt file."""
-        return cls(
+        """What holds where there is no prompt file. Nothing of it counts as set, so that a file is written as it was."""
+        return cls.model_construct(
+            _fields_set=set(),
             cfgs=settings.sample_cfgs,
             scheduler=settings.sample_scheduler,
             num_inference_steps=settings.sample_num_inference_steps,
@@ -175,14 +176,20 @@ def _usable(values: dict[str, Any], defaults: SampleSettings) -> tuple[SampleSet
     given, problems = _known(values, SampleSettings, "")
     plain = defaults.model_dump()
     try:
-        return SampleSettings.model_validate({**plain, **given}), problems
+        return _with_given(defaults, given), problems
     except ValidationError as error:
         wrong = _by_name(error)
     for name, message in wrong.items():
         instead = "the run's own value" if plain[name] is None else _shown(plain[name])
         problems.append(f"{name}: {message}; {instead} is used instead.")
     right = {name: value for name, value in given.items() if name not in wrong}
-    return SampleSettings.model_validate({**plain, **right}), problems
+    return _with_given(defaults, right), problems
+
+
+def _with_given(defaults: SampleSettings, given: dict[str, Any]) -> SampleSettings:
+    """The defaults with the file's own values, which alone count as set."""
+    checked = SampleSettings.model_validate({**defaults.model_dump(), **given})
+    return defaults.model_copy(update={name: getattr(checked, name) for name in given})
 
 
 def _entry(entry: Any, place: str) -> tuple[SampleEntry | None, list[str]]:
