@@ -170,7 +170,7 @@ def test_casts_of_trained_weights_are_kept_for_the_backward_pass_only(keep_casts
             self.found += func is torch.ops.aten._to_copy.default and args[0].shape == (5, 7)
             return func(*args, **(kwargs or {}))
 
-    layer, precision = torch.nn.Linear(7, 5), choose_precision("cpu", amp_dtype="bf16")
+    layer, precision = torch.nn.Linear(7, 5), choose_precision("cpu", PrecisionGroup(amp_dtype="bf16"))
     with Counter() as counter, torch.no_grad(), precision.autocast(keep_casts=keep_casts):
         for _ in range(3):
             layer(torch.zeros(1, 7))

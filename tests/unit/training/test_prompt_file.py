@@ -129,7 +129,7 @@ def test_seeds_are_taken_up_to_the_last_that_torch_takes(tmp_path: Path) -> None
         ("[" * 100_000, "nested more than 64 deep"),
         ('{"seed": ' + "9" * 10_000 + "}", "a whole number of 10,000 digits"),
         ('{"cfgs": [NaN]}', "NaN is not a number"),
-        ("\x00\x01", "no text"),
+        ("\x00\x01", "not text"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused_in_words(tmp_path: Path, content: str, words: str) -> None:
@@ -201,7 +201,7 @@ def test_a_file_of_a_million_lines_is_refused_in_words_and_takes_no_memory(tmp_p
     tracemalloc.start()
     try:
         with pytest.raises(ConfigError, match=r"prompts\.txt: larger than 1 MiB"):
-            read_prompt_file(path)
+            read_prompt_file(path, DEFAULTS)
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
