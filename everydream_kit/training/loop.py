@@ -35,12 +35,13 @@ def train_loop(run: Run, listeners: Sequence[Listener], stop: StopSignal) -> Pos
         NonFiniteLossError: a loss became NaN or infinite; nothing was updated in that step.
         MemoryLimitError: the device ran out of memory.
     """
+    before = [listener.before_step for listener in listeners if isinstance(listener, Listener)]  # or a plain function
     clock = time.perf_counter()
     for work in run.batches():
         step = run.position.step
         learning_rates = run.set_learning_rates(step)
-        for listener in listeners:
-            listener.before_step(run, work)
+        for before_step in before:
+            before_step(run, work)
         losses = ImageLosses()
         for batch in work.batches:
             losses.add(batch, backward(run, batch, work))
