@@ -371,17 +371,17 @@ def sampled_together(config: TrainConfig, dataset: Dataset | None = None) -> Sam
 
 def _conclude(config: TrainConfig, rehearsal: Rehearsal, device: str) -> MemoryEstimate:
     """Phases from a trace."""
-    from everydream_kit.preflight.rehearsal import EMA, GRADIENTS, HOST, IDLE, IDLE_VAE, STATES
+    from everydream_kit.preflight.rehearsal import EMA, GRADIENTS, HOST, IDLE, IDLE_VAE, SHARED_GRADIENTS, STATES
     from everydream_kit.preflight.tracker import OPTIMIZER
 
     lives, phases = rehearsal.lives, []
     for stretch in lives.stretches:
         caching = stretch.name == "latent caching"
         before_run = caching and estimate_latent_mode(config) == "disk"
-        never = [HOST, *([EMA, GRADIENTS] if before_run else [IDLE] if caching else [])]
+        never = [HOST, *([EMA, GRADIENTS, SHARED_GRADIENTS] if before_run else [IDLE] if caching else [])]
         if stretch.name == "training step":
             never += [IDLE, IDLE_VAE]
-        peak = lives.peak(stretch, always=() if before_run else (STATES,), never=never)
+        peak = lives.peak(stretch, always=() if before_run else (STATES, SHARED_GRADIENTS), never=never)
         if before_run:
             peak.num_bytes -= peak.by_category.pop(STATES, 0)
         phases.append(_phase(stretch.name, peak.by_category))
@@ -412,9 +412,10 @@ def _launches_of_passes(launches: Counter[str]) -> int:
 
 def _phase(name: str, by_category: dict[str, int]) -> Phase:
     """A phase under the public categories: what waited and came back is weights again."""
-    from everydream_kit.preflight.rehearsal import IDLE, IDLE_VAE
+    from everydream_kit.preflight.rehearsal import GRADIENTS, IDLE, IDLE_VAE, SHARED_GRADIENTS, WEIGHTS
 
+    public = {IDLE: WEIGHTS, IDLE_VAE: WEIGHTS, SHARED_GRADIENTS: GRADIENTS}
     named = dict.fromkeys(CATEGORIES, 0)
     for category, num_bytes in by_category.items():
-        named["weights" if category in {IDLE, IDLE_VAE} else category] += num_bytes
+        named[public.get(category, category)] += num_bytes
     return Phase(name, sum(named.values()), {key: value for key, value in named.items() if value})

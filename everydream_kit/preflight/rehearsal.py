@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 WEIGHTS, GRADIENTS, STATES, EMA = "weights", "gradients", "optimizer states", "EMA"
 HOST, IDLE, IDLE_VAE = "host", "idle weights", "idle VAE"
 """What is in host memory, and what is kept there while steps are made."""
+SHARED_GRADIENTS = "shared gradients"
+"""What the buffers of flat weights lay their gradients in; it is there all the time, as the states are."""
 CACHED_TOGETHER = {"disk": 4, "memory": 1}
 """Crops that are encoded together: before the run, or next to everything that it holds."""
 FIRST_UPDATE = "first update"
@@ -218,7 +220,7 @@ def _assemble(  # noqa: PLR0917 - what a run is made of, each once
         )
     for flat in flat_optimizers(run.optimizer):
         tracker.label(flat.weights, WEIGHTS)
-        tracker.label(flat.gradients, STATES)
+        tracker.label(flat.gradients, SHARED_GRADIENTS)
     run.precision = imitate_precision(run.precision)
     run.updates_in_backward = False  # the optimizer's hooks stay; only the look at losses that have no values goes
     replace_bitsandbytes(run.optimizer, tracker, HOST, device_type=device_type)

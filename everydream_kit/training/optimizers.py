@@ -59,6 +59,7 @@ class OptimizerKind:
             or is multiplied by a rate that is not a share of the weight.
         by_parameter: each parameter's update depends on that parameter alone, so it may be stepped by itself.
         elementwise: each number's update depends on that number alone (8-bit states: on its block), see `flat`.
+            Not said of the paged ones: their states move to the GPU tensor by tensor.
         substitute: what is used where the library is missing.
         unpaged: what is used on a CPU, for the paged ones.
     """
@@ -88,17 +89,11 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
     "adafactor": OptimizerKind("torch.optim.Adafactor", takes_epsilon=False),
     "sgd": OptimizerKind("torch.optim.SGD", {"momentum": 0.9}, weight_decay=0.0, elementwise=True),
     "adamw8bit": OptimizerKind("bitsandbytes.optim.AdamW8bit", substitute="adamw", elementwise=True),
-    "pagedadamw": OptimizerKind(
-        "bitsandbytes.optim.PagedAdamW32bit", substitute="adamw", unpaged="adamw", elementwise=True
-    ),
-    "pagedadamw8bit": OptimizerKind(
-        "bitsandbytes.optim.PagedAdamW8bit", substitute="adamw", unpaged="adamw8bit", elementwise=True
-    ),
+    "pagedadamw": OptimizerKind("bitsandbytes.optim.PagedAdamW32bit", substitute="adamw", unpaged="adamw"),
+    "pagedadamw8bit": OptimizerKind("bitsandbytes.optim.PagedAdamW8bit", substitute="adamw", unpaged="adamw8bit"),
     "ademamix8bit": OptimizerKind("bitsandbytes.optim.AdEMAMix8bit", substitute="adamw"),
     "lion8bit": OptimizerKind("bitsandbytes.optim.Lion8bit", substitute="lion", elementwise=True),
-    "pagedlion8bit": OptimizerKind(
-        "bitsandbytes.optim.PagedLion8bit", substitute="lion", unpaged="lion8bit", elementwise=True
-    ),
+    "pagedlion8bit": OptimizerKind("bitsandbytes.optim.PagedLion8bit", substitute="lion", unpaged="lion8bit"),
     "lion": OptimizerKind("pytorch_optimizer.Lion"),
     "adan": OptimizerKind("pytorch_optimizer.Adan"),
     "came": OptimizerKind("pytorch_optimizer.CAME"),
