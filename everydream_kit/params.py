@@ -7,6 +7,8 @@ into a value, and `check_value` says what is wrong with one value. Nothing here 
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from everydream_kit.config import EMBEDDED_MODEL, GROUPS, Facts, Group, Knob, Tr
 from everydream_kit.config.declaration import FamilyName, TrainingKind
 from everydream_kit.errors import ConfigError
 from everydream_kit.strict_json import parse_json
+
+PAGE_COLUMNS = 100
 
 Kind = Literal["bool", "int", "float", "choice", "text", "object"]
 
@@ -151,9 +155,11 @@ def reference_page() -> str:
         "",
         "<!-- Made from everydream_kit/config by `everydream parameters`; a test compares. Do not edit. -->",
         "",
-        'Each one is a command-line flag (`--name value`), a key of the JSON file (`"name": value`), an argument of',
-        "`TrainConfig(name=value)` and a control of the training panel. `none` means off, or chosen by the kit.",
-        "Parameters in **bold** are the basic ones.",
+        *_sentences(
+            'Each one is a command-line flag (`--name value`), a key of the JSON file (`"name": value`), an argument of '
+            "`TrainConfig(name=value)` and a control of the training panel. `none` means off, or chosen by the kit. "
+            "Parameters in **bold** are the basic ones."
+        ),
     ]
     title = None
     for record in parameters():
@@ -173,15 +179,32 @@ def _reference_entry(record: Parameter) -> list[str]:
     lines = [
         f"### {'**' + heading + '**' if record.knob.basic else heading}",
         "",
-        " · ".join(fact for fact in facts if fact),
+        *_sentences(" · ".join(fact for fact in facts if fact)),
         "",
-        record.help,
+        *_sentences(record.help),
         "",
-        f"- Memory: {record.knob.memory}.",
     ]
+    points = [f"Memory: {record.knob.memory}."]
     if record.knob.when:
-        lines.append(f"- When to change it: {record.knob.when}.")
-    return [*lines, *_reference_facts(record.facts)]
+        points.append(f"When to change it: {record.knob.when}.")
+    points += _reference_facts(record.facts)
+    return [*lines, *(line for point in points for line in _sentences(point, "- ", "  "))]
+
+
+def _sentences(text: str, first: str = "", rest: str = "") -> list[str]:
+    """Markdown lines of a text: one sentence a line, of at most PAGE_COLUMNS."""
+    lines: list[str] = []
+    for sentence in re.split(r"(?<=[.!?]) (?=[A-Z`(])", text):
+        indent = rest if lines else first
+        lines += textwrap.wrap(
+            sentence,
+            PAGE_COLUMNS,
+            initial_indent=indent,
+            subsequent_indent=rest,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return lines
 
 
 CHANGE_WORDS = {"never": "a new run only", "resume": "on resume", "live": "on resume, and while a run trains"}
@@ -190,15 +213,15 @@ EFFECT_WORDS = {"memory": "device memory", "speed": "images per second", "result
 
 def _reference_facts(stated: Facts) -> list[str]:
     affects = ", ".join(EFFECT_WORDS[one] for one in stated.affects) or "nothing that is trained"
-    lines = [f"- Affects: {affects}. Can be changed: {CHANGE_WORDS[stated.change]}."]
+    lines = [f"Affects: {affects}. Can be changed: {CHANGE_WORDS[stated.change]}."]
     if len(stated.kinds) < len(get_args(TrainingKind)):
-        lines.append(f"- Only with training_kind {' or '.join(stated.kinds)}.")
+        lines.append(f"Only with training_kind {' or '.join(stated.kinds)}.")
     if len(stated.families) < len(get_args(FamilyName)):
-        lines.append(f"- Only with models of {', '.join(stated.families)}.")
+        lines.append(f"Only with models of {', '.join(stated.families)}.")
     if stated.needs:
-        lines.append(f"- Only with {' or '.join(f'`{name}`' for name in stated.needs)}.")
+        lines.append(f"Only with {' or '.join(f'`{name}`' for name in stated.needs)}.")
     if stated.unless:
-        lines.append(f"- Without effect with {' or '.join(f'`{name}`' for name in stated.unless)}.")
+        lines.append(f"Without effect with {' or '.join(f'`{name}`' for name in stated.unless)}.")
     return lines
 
 

@@ -61,7 +61,7 @@ def read_small_object(path: Path) -> dict[str, Any]:
 def require_writable(folder: Path, setting: str) -> None:
     """Make a folder where it is missing, and write and remove a file in it. What killed processes left there goes.
 
-    A full disk is not refused: room may come while training goes on.
+    A full disk is not refused: room may come while training continues.
 
     Raises:
         ConfigError: it cannot be written; the setting that names it is named.
@@ -124,7 +124,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
-        """Raises: CheckpointError if the folder is no checkpoint."""
+        """Raises: CheckpointError if the folder is not a checkpoint."""
         folder = Path(folder)
         if not is_checkpoint(folder):
             raise CheckpointError(f"{folder}: no checkpoint; one has a {' or an '.join(MODEL_FILES)}.")
@@ -258,7 +258,7 @@ class RunFolder:
 
     @property
     def last_checkpoint(self) -> Path:
-        """The newest whole checkpoint with the live weights. Raises: CheckpointError if there is none."""
+        """The latest whole checkpoint with the live weights. Raises: CheckpointError if there is none."""
         live = [c for c in self.checkpoints() if not c.folder.name.endswith("_ema")]
         if not live:
             raise CheckpointError(f"{self.folder}: holds no whole checkpoint yet.")
@@ -271,12 +271,12 @@ class RunFolder:
         return folder if is_checkpoint(folder) else None
 
     def samples(self) -> list[Path]:
-        """Sample pictures, in order of their step."""
+        """Sample images, in order of their step."""
         return sorted(self.samples_folder.glob("gs*.jpg")) if self.samples_folder.is_dir() else []
 
 
 def list_runs(logdir: str | Path, project: str | None = None) -> list[RunFolder]:
-    """Runs under a folder, newest last by the time in their name (not by file times, which copying changes)."""
+    """Runs under a folder, latest last by the time in their name (not by file times, which copying changes)."""
     root = Path(logdir)
     if not root.is_dir():
         return []
@@ -294,9 +294,9 @@ def find_run(
     """The run that a person means.
 
     Args:
-        reference: a run folder, a run's name under logdir, a checkpoint inside a run, or None for the newest run.
+        reference: a run folder, a run's name under logdir, a checkpoint inside a run, or None for the latest run.
         logdir: where runs are looked for by name.
-        project: narrows the newest run to one project.
+        project: narrows the latest run to one project.
 
     Raises:
         JobError: there is no such run.
@@ -313,11 +313,12 @@ def find_run(
             if (candidate / "config.json").is_file() and (candidate / "ckpts").is_dir():
                 return RunFolder(candidate)
     known = ", ".join(run.name for run in list_runs(logdir)[-5:]) or "none"
-    raise JobError(f"{reference}: no such run folder. Newest runs in {logdir}: {known}.")
+    raise JobError(f"{reference}: no such run folder. Latest runs in {logdir}: {known}.")
 
 
 def find_last_checkpoint(logdir: str | Path, project: str, *, averaged: bool = False) -> Path:
-    """The newest checkpoint of a project, over all its runs (`--resume_ckpt findlast`), or the newest with averaged weights.
+    """The latest checkpoint of a project, over all its runs (`--resume_ckpt findlast`), or the latest with averaged
+    weights.
 
     Raises:
         CheckpointError: no run of the project holds a whole checkpoint.

@@ -166,7 +166,7 @@ def test_settings_that_are_probably_not_meant_are_warned_about() -> None:
 
 
 def test_none_that_was_said_comes_back_from_a_runs_own_file(tmp_path):
-    """It is not EveryDream 2's null for the default: a run without samples has none when it goes on, either."""
+    """It is not EveryDream 2's null for the default: a run without samples has none when it continues, either."""
     path = tmp_path / "config.json"
     path.write_text(TrainConfig(resume_ckpt="base", sample_steps=None).to_json(), "utf-8")
     assert load_config(path)[0].sample_steps is None
