@@ -74,6 +74,14 @@ class PrecisionGroup(Group):
         Facts(MEMORY_AND_SPEED, "resume", fsdp2=(False,)),
     ] = False
     """Step the optimizer for each parameter inside the backward pass, so that gradients are never all alive."""
+    flat_weights: Annotated[
+        Literal["auto", "on", "off"],
+        Knob(memory="up to 512 MiB for gradients side by side", when="a GPU run misbehaves: off, to compare"),
+        Facts(MEMORY_AND_SPEED, "resume", fsdp2=("auto", "off")),
+    ] = "auto"
+    """Lay the trained weights in a few large buffers, so that an optimizer's update takes a few kernels in place of
+    hundreds. `auto` does so on a GPU. Optimizers that need each tensor's shape, paged ones, bfloat16 weights and
+    `fused_backward` train as without."""
     offload_idle_models: Annotated[
         bool,
         Knob(memory="saves the VAE and frozen text encoders", when="memory is short; costs a little time"),

@@ -219,7 +219,8 @@ def assemble_run(
             device_type=device_type,
             rounding_seed=seed if config.weight_dtype == "bfloat16" else None,
             fused_backward=config.fused_backward,
-            flat=device_type == "cuda" and sharding is None,
+            flat=config.flat_weights == "on"
+            or (config.flat_weights == "auto" and device_type == "cuda" and sharding is None),
         ),
         make_schedules=lambda steps: {how.part: make_schedule(how, config, steps, ranks.num_ranks) for how in settings},
         objective=OBJECTIVES[model.family.objective](

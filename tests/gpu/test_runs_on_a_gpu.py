@@ -19,7 +19,6 @@ from everydream_kit.errors import MemoryLimitError
 from everydream_kit.models.model_saving import save_model
 from everydream_kit.models.random_models import build_tiny_model
 from everydream_kit.sessions import resume, train
-from everydream_kit.training import optimizers
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.run import Run
 from everydream_kit.workspace import RunFolder
@@ -121,13 +120,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert losses_of(parted) == losses_of(complete)
 
 
-def test_flat_weights_train_as_separate_ones(
-    settings: dict[str, Any], tmp_path: Path, deterministic: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flat_weights_train_as_separate_ones(settings: dict[str, Any], tmp_path: Path, deterministic: None) -> None:
     config = TrainConfig(**{**settings, "optimizer": "adamw8bit", "max_epochs": 8, "max_steps": 20})
-    flat = train(config)
-    monkeypatch.setattr(optimizers, "is_elementwise", lambda name: False)
-    separate = train(config.replace(logdir=str(tmp_path / "separate")))
+    flat = train(config.replace(flat_weights="on"))
+    separate = train(config.replace(flat_weights="off", logdir=str(tmp_path / "separate")))
     assert losses_of(flat) == pytest.approx(losses_of(separate), rel=1e-6)
 
 

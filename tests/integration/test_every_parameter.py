@@ -132,6 +132,7 @@ TEST_OF = {
         "integration/test_frozen_formats.py::test_a_base_in_half_precision_gives_the_same_losses_as_in_float32"
     ),
     "gradient_checkpointing": MEMORY,
+    "flat_weights": f"{TRAINING}::test_flat_weights_are_stepped_together_and_give_the_same_losses",
     "fused_backward": f"{TRAINING}::test_a_fused_backward_keeps_no_gradient_and_gives_the_same_losses",
     "offload_idle_models": f"{SAVING}::test_idle_models_are_at_work_for_new_images_and_captions_and_for_sampling_only",
     "channels_last": MEMORY,

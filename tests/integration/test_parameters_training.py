@@ -272,6 +272,15 @@ def test_a_fused_backward_keeps_no_gradient_and_gives_the_same_losses(
     assert all(p.grad is None for p in fused.run.parameters())
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_flat_weights_are_stepped_together_and_give_the_same_losses(settings: dict[str, Any], optimizer: str) -> None:
+    apart = rehearse(**{**settings, "optimizer": optimizer})
+    flat = rehearse(**{**settings, "optimizer": optimizer, "flat_weights": "on"})
+    assert flat.losses == pytest.approx(apart.losses, rel=1e-6)
+    storages = [len({p.untyped_storage().data_ptr() for p in one.run.parameters()}) for one in (apart, flat)]
+    assert storages[1] * 10 < storages[0]
+
+
 def test_what_has_no_effect_here_is_said(settings: dict[str, Any]) -> None:
     with prepared(**{**settings, "offload_idle_models": True, "attn_type": "xformers"}) as rehearsal:
         assert "offload_idle_models: has no effect on a CPU" in rehearsal.warnings

@@ -80,10 +80,11 @@ class StopAfter(Listener):
             "cache_latents": "off",
         },
         {"optimizer": "adamw8bit", "lr_scheduler": "cosine"},
+        {"optimizer": "adamw8bit", "flat_weights": "on", "clip_grad_norm": 0.5},
         {"weight_dtype": "bfloat16", "disable_textenc_training": True},
         {"fused_backward": True, "gradient_checkpointing": True, "timestep_sampling": "stratified"},
     ],
-    ids=["plain", "accumulated with EMA", "8 bit", "bfloat16", "fused"],
+    ids=["plain", "accumulated with EMA", "8 bit", "flat", "bfloat16", "fused"],
 )
 def test_stopping_and_resuming_equals_never_having_stopped_to_the_bit(
     settings: dict[str, Any], tmp_path: Path, extra: dict[str, Any]

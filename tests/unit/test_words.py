@@ -85,6 +85,7 @@ ALLOWED_LINES = (
 )
 """Lines that may hold a retired word, and why."""
 
+
 def name_of(path):
     return path.relative_to(REPOSITORY).as_posix()
 
