@@ -134,7 +134,7 @@ HOSTILE_CELLS = (
     "import everydream_kit as edk\nproject = {project!r}\nedk.panels.setup(project)",
     "edk.panels.dataset(project)",
     "panel = edk.panels.train(project)\n[fold.set_open(True) for fold in [*panel.form.folds, panel.plan.fold]]\npanel",
-    "panel = edk.panels.compare(project)\npanel.comparison = panel.asked()\npanel._draw(force=True)\npanel",
+    "panel = edk.panels.compare(project)\npanel.comparison = panel.asked()\npanel._render(force=True)\npanel",
     "edk.panels.share(project)",
 )
 
