@@ -405,9 +405,10 @@ def test_single_files_of_another_run_stay_and_those_of_this_one_are_counted(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    changes = {"no_save_ckpt": False, "save_ckpt_dir": str(out), "save_every_n_steps": 2, "keep_last_n": 2}
+    changes = {"no_save_ckpt": False, "save_ckpt_dir": str(out), "save_every_n_steps": 1, "keep_last_n": 2}
     changes |= {"max_epochs": 1}
     first = train({**settings, **changes})
+    assert len(list(first.events("saved"))) > 2
     assert len(list(out.iterdir())) == 2
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     second = train({**settings, **changes, "seed": 7})
