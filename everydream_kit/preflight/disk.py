@@ -118,9 +118,10 @@ def estimate_disk(
     if not config.no_save_ckpt:
         one = single_file_bytes(config, estimate) * (2 if _averages(config) else 1)
         folder = Path(config.save_ckpt_dir or ".")
-        items.append(
-            DiskItem("single files", folder, one * len(saves), one * len(saves), f"{len(saves)} of {size(one)}")
-        )
+        kept = min(config.keep_last_n or len(saves), len(saves))
+        most = min(kept + 1, len(saves))  # the next is written before the oldest is removed
+        note = f"{len(saves)} saved, {kept} kept, {size(one)} each"
+        items.append(DiskItem("single files", folder, most * one, kept * one, note))
     if latent_bytes:
         items.append(
             DiskItem("latent cache", latent_folder(config), latent_bytes, latent_bytes, "stays for the next run")

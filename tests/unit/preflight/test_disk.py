@@ -67,11 +67,12 @@ def test_the_best_stays_next_to_them():
     assert use(validation_split_mode="automatic").last_bytes == 2 * WEIGHTS + STATE
 
 
-def test_single_files_are_never_pruned():
-    disk = use(save_every_n_steps=250, keep_last_n=1, no_save_ckpt=False, save_ckpt_dir="models")
-    files = next(item for item in disk.items if item.name == "single files")
-    assert files.folder == Path("models")
-    assert files.last_bytes == pytest.approx(4 * FILE)
+def test_single_files_go_with_their_checkpoints():
+    every = {"save_every_n_steps": 250, "no_save_ckpt": False, "save_ckpt_dir": "models"}
+    for keep, last, most in ((None, 4, 4), (1, 1, 2), (2, 2, 3), (9, 4, 4)):
+        files = next(item for item in use(**every, keep_last_n=keep).items if item.name == "single files")
+        assert files.folder == Path("models")
+        assert (files.last_bytes, files.most_bytes) == pytest.approx((last * FILE, most * FILE))
     full = use(no_save_ckpt=False, save_full_precision=True)
     assert full.items[1].last_bytes == pytest.approx(2 * FILE)
     averaged = use(no_save_ckpt=False, ema_decay_rate=0.99)
