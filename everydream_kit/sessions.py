@@ -23,7 +23,7 @@ from everydream_kit.errors import CheckpointError, ConfigError, JobError, KitErr
 from everydream_kit.identity import Process, is_running
 from everydream_kit.locks import hold
 from everydream_kit.plain_text import PlainFormatter
-from everydream_kit.preflight.auto_batch_size import resolve_batch_size
+from everydream_kit.preflight.auto_settings import resolve_auto_settings
 from everydream_kit.preflight.timing import MeasuredPlan
 from everydream_kit.settings import give_again, load_config, read_changes, with_side_files
 from everydream_kit.start_folder import KEY as START_FOLDER_KEY
@@ -196,9 +196,10 @@ def _session(
             if ranks.is_main:
                 require_output_folders(config)
                 _write_facts(config, folder)
-            if config.batch_size == "auto":
-                config = resolve_batch_size(config, ranks, journal)
-                if ranks.is_main:  # the number: a run that continues takes the same
+            resolved = resolve_auto_settings(config, ranks, journal)
+            if resolved is not config:
+                config = resolved
+                if ranks.is_main:  # what was chosen: a run that continues takes the same
                     write_atomic(folder.config_path, config.to_json())
             how: dict[str, Any] = {"seed": state.get("seed"), "weights_from": checkpoint, "adapter_base": adapter_base}
             run = build_run(config, folder, journal, ranks, **how, stop=stop)

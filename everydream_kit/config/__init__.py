@@ -44,6 +44,7 @@ from everydream_kit.config.rules import (
     measures_losses,
     mixes_precision,
     settings_without_meaning,
+    wants_auto_optimizer,
 )
 from everydream_kit.config.sample_settings import SampleGroup, ValidationGroup
 from everydream_kit.config.saving_settings import LoggingGroup, SavingGroup
@@ -68,6 +69,7 @@ __all__ = [
     "nearest_name",
     "settings_without_meaning",
     "value_problem",
+    "wants_auto_optimizer",
 ]
 
 VERSION = 2

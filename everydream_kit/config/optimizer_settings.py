@@ -28,13 +28,14 @@ class OptimizerGroup(Group):
         str | None,
         Knob(
             memory="8-bit states take a quarter of AdamW's 8 bytes a weight",
-            when="adamw8bit on a GPU, adamw elsewhere; lion8bit or adafactor when memory is short",
+            when="auto where memory may be plenty; lion8bit or adafactor when it is short",
         ),
         Facts(EVERYTHING, "never", names="Python class that runs as the optimizer"),
     ] = None
     """Optimizer by name (adamw, adamw8bit, pagedadamw8bit, lion, lion8bit, adafactor, prodigy, dadaptadam, dowg ...) or
     `module.Class`. adafactor's lr is relative: it is multiplied by the size of each weight, so 1e-3 and below is usual there.
-    By default bitsandbytes' AdamW8bit on a CUDA GPU and fused AdamW elsewhere."""
+    By default bitsandbytes' AdamW8bit on a CUDA GPU and fused AdamW elsewhere. `auto` takes fused AdamW on a GPU, too, where
+    the run fits with it; the log says what was chosen."""
     optimizer_config: Annotated[
         str | dict[str, Any] | None,
         Knob(when="you have an `optimizer.json` of EveryDream 2"),

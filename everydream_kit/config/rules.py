@@ -10,6 +10,7 @@ import json
 from typing import TYPE_CHECKING
 
 from everydream_kit.config.declaration import Facts, facts_of
+from everydream_kit.config.optimizer_settings import OptimizerGroup
 from everydream_kit.config.precision_settings import PrecisionGroup
 from everydream_kit.config.sample_settings import MEASURED, ValidationGroup
 
@@ -30,6 +31,11 @@ def frozen_in_half(config: TrainConfig) -> bool:
 def measures_losses(config: ValidationGroup) -> bool:
     """Whether a run measures validation losses."""
     return any(getattr(config, name) not in (None, False, "none", {}) for name in MEASURED)
+
+
+def wants_auto_optimizer(config: OptimizerGroup) -> bool:
+    """Whether the optimizer is to be chosen by the memory (`optimizer: auto`)."""
+    return config.optimizer is not None and config.optimizer.strip().lower() == "auto"
 
 
 def combination_problems(config: TrainConfig) -> list[str]:

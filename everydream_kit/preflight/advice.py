@@ -1,4 +1,5 @@
-"""What to change so that a run fits a GPU, and how far it could go: the largest batch and resolution.
+"""What to change so that a run fits a GPU, and how far it could go: the largest batch and resolution,
+and the optimizer.
 
 A question to the memory model costs seconds, so few are asked: the measures of `training.memory_measures`, cheapest first, form
 a ladder on which each rung takes no more memory than the one before, and the first rung that fits is found by halving;
@@ -26,6 +27,8 @@ MARGIN = 0.07
 """Share of the GPU that stays free: the memory model is right to within a tenth, on both sides."""
 LARGEST_BATCH = 16
 """Beyond it a step learns hardly more and takes as much longer; `auto` and the advice stop here."""
+EXACT_OPTIMIZER, SMALL_OPTIMIZER = "adamw", "adamw8bit"
+"""What `optimizer: auto` chooses between."""
 SMALLEST_RESOLUTION, LARGEST_RESOLUTION, RESOLUTION_STEP = 256, 1536, 64
 
 
@@ -151,6 +154,34 @@ def largest_batch(
             f"{limit / GIB:.1f} GiB{f' on the {gpu_spec.name}' if gpu_spec else ''}. `everydream plan` says what to lower."
         )
     return found
+
+
+def choose_optimizer(
+    config: TrainConfig, gpu_spec: GpuSpec | None, *, estimate: Estimate, limit_bytes: int
+) -> tuple[TrainConfig, str]:
+    """The config with an optimizer's name in the place of `auto`, and what was chosen in words.
+
+    On a GPU fused AdamW, whose states are exact, where the estimate leaves the margin free with it; else bitsandbytes' 8-bit
+    AdamW, whose states take a quarter. On a CPU fused AdamW: 8 bits save little there and cost much time.
+
+    Args:
+        config: with its batch size as a number.
+        gpu_spec: or None for this CPU.
+        estimate: the memory model.
+        limit_bytes: what the run's estimate may reach.
+    """
+    exact = config.replace(optimizer=EXACT_OPTIMIZER)
+    if gpu_spec is None:
+        return exact, "optimizer auto: AdamW (fused), as always on a CPU"
+    if config.parallel == "fsdp2":
+        return exact, "optimizer auto: AdamW (fused); 8-bit states do not work on the slices of fsdp2"
+    needed = ask(exact, gpu_spec, estimate).peak_bytes
+    numbers = f"{needed / GIB:.1f} GiB estimated, {limit_bytes / GIB:.1f} GiB available"
+    if needed <= limit_bytes:
+        return exact, f"optimizer auto: AdamW (fused), which fits ({numbers})"
+    return config.replace(
+        optimizer=SMALL_OPTIMIZER
+    ), f"optimizer auto: 8-bit AdamW; AdamW (fused) does not fit ({numbers})"
 
 
 def largest_resolution(

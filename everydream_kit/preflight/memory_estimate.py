@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everydream_kit.atomic import write_atomic
+from everydream_kit.config import wants_auto_optimizer
 from everydream_kit.data.records import Size
 from everydream_kit.errors import ConfigError, KitError
 from everydream_kit.strict_json import read_json
@@ -167,6 +168,8 @@ def estimate_memory(
         raise ConfigError(
             "batch_size: memory can be estimated for a number only; give one, or ask the advice for the largest"
         )
+    if wants_auto_optimizer(config):
+        raise ConfigError("optimizer: memory can be estimated for a named one only; give its name, or ask the advice")
     question = _Question.of(config, device, has_bf16, bucket, dataset, architecture)
     folder = cache_folder or Path(config.logdir) / ".edk_cache" / "preflight"
     kept = folder / f"{question.key()}.json"

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from everydream_kit.config import TrainConfig, measures_losses
+from everydream_kit.config import TrainConfig, measures_losses, wants_auto_optimizer
 from everydream_kit.data.cache_room import free_memory, possible_flips
 from everydream_kit.data.epoch_plan import PlanSettings
 from everydream_kit.data.image_files import EXTENSIONS
@@ -29,6 +29,7 @@ from everydream_kit.preflight.advice import (
     MARGIN,
     Estimate,
     ask,
+    choose_optimizer,
     largest_batch,
     largest_resolution,
     make_it_fit,
@@ -99,9 +100,8 @@ def plan(
     device_bytes = gpu_spec.memory_bytes if gpu_spec is not None else free_memory()
     room_bytes = room(gpu_spec) if gpu_spec is not None else cpu_room()
     assumptions, warnings = list(_assumptions(config, gpu_spec)), []
-    if config.batch_size == "auto":
-        config, note = resolve_for_plan(config, gpu_spec, asked, room_bytes)
-        assumptions.append(note)
+    config, notes = resolve_for_plan(config, gpu_spec, asked, room_bytes)
+    assumptions += notes
     logger.info("Estimating the memory; kept for the next time …")
     memory = ask(config, gpu_spec, asked)
     images = read_dataset(config)
@@ -182,8 +182,25 @@ def cpu_room() -> int:
 
 def resolve_for_plan(
     config: TrainConfig, gpu_spec: GpuSpec | None, estimate: Estimate, room_bytes: int
+) -> tuple[TrainConfig, list[str]]:
+    """`batch_size: auto` as a number and `optimizer: auto` as a name, and what was chosen in words, one line each."""
+    notes: list[str] = []
+    wants_optimizer = wants_auto_optimizer(config)
+    if wants_optimizer:
+        config = config.replace(optimizer=None)  # the batch is chosen with the device's own
+    if config.batch_size == "auto":
+        config, note = _resolve_batch_size(config, gpu_spec, estimate, room_bytes)
+        notes.append(note)
+    if wants_optimizer:
+        config, note = choose_optimizer(config, gpu_spec, estimate=estimate, limit_bytes=room_bytes)
+        notes.append(note)
+    return config, notes
+
+
+def _resolve_batch_size(
+    config: TrainConfig, gpu_spec: GpuSpec | None, estimate: Estimate, room_bytes: int
 ) -> tuple[TrainConfig, str]:
-    """`batch_size: auto` as a number, and what was chosen in words; 1 where not even one image fits."""
+    """A number, and why in words; 1 where not even one image fits."""
     largest = LARGEST_BATCH if gpu_spec is not None else LARGEST_BATCH_ON_CPU
     try:
         chosen, found = largest_batch(config, gpu_spec, estimate=estimate, limit_bytes=room_bytes, largest=largest)

@@ -1,8 +1,10 @@
-"""`batch_size: auto`, settled before the run writes its settings down, so that a resumed run takes the same number.
+"""`batch_size: auto` and `optimizer: auto`, resolved before the run writes its settings down, so that a resumed run takes the
+same.
 
 The largest batch whose estimated memory fits what is free right now, on the GPU, or in host memory on a CPU; the search
 is `advice.largest_batch`. On a GPU two real steps then prove it, and where they run out of memory a smaller one is
-tried. Of several processes the main one decides for all, and nothing is proved.
+tried. Of several processes the main one decides for all, and nothing is proved. The optimizer is chosen after the batch, which
+is chosen with the device's own (`advice.choose_optimizer`).
 """
 
 from __future__ import annotations
@@ -10,8 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from everydream_kit.config import wants_auto_optimizer
 from everydream_kit.errors import MemoryLimitError
-from everydream_kit.preflight.advice import LARGEST_BATCH, MARGIN, Estimate, largest_batch
+from everydream_kit.preflight.advice import (
+    EXACT_OPTIMIZER,
+    LARGEST_BATCH,
+    MARGIN,
+    SMALL_OPTIMIZER,
+    Estimate,
+    choose_optimizer,
+    largest_batch,
+)
 from everydream_kit.preflight.gpus import GIB, GpuSpec, this_gpu
 from everydream_kit.preflight.planning import LARGEST_BATCH_ON_CPU, cpu_room, memory_model
 
@@ -20,6 +31,36 @@ if TYPE_CHECKING:
     from everydream_kit.preflight.probe import Probe
     from everydream_kit.training.journal import Journal
     from everydream_kit.training.ranks import Ranks
+
+
+def resolve_auto_settings(
+    config: TrainConfig, ranks: Ranks, journal: Journal, *, estimate: Estimate | None = None
+) -> TrainConfig:
+    """The config with a number and a name where `batch_size` and `optimizer` are `auto`; the config itself where neither is.
+
+    What was chosen is reported in the log and as events `batch size` and `optimizer`. The main process decides for all.
+
+    Args:
+        estimate: the memory model.
+
+    Raises:
+        MemoryLimitError: not even one image fits.
+    """
+    if not wants_auto_optimizer(config):
+        return resolve_batch_size(config, ranks, journal, estimate=estimate)
+    config = resolve_batch_size(config.replace(optimizer=None), ranks, journal, estimate=estimate)
+    is_exact = True
+    if ranks.is_main:
+        gpu_spec, free_bytes = device_room(ranks)
+        journal.set_state("starting", message="choosing the optimizer")
+        chosen, reason = choose_optimizer(
+            config, gpu_spec, estimate=estimate or memory_model(config), limit_bytes=free_bytes
+        )
+        journal.set_state("starting", message=None)
+        journal.note(reason)
+        journal.report("optimizer", optimizer=chosen.optimizer, reason=reason)
+        is_exact = chosen.optimizer == EXACT_OPTIMIZER
+    return config.replace(optimizer=EXACT_OPTIMIZER if ranks.share(is_exact) else SMALL_OPTIMIZER)
 
 
 def resolve_batch_size(
@@ -54,7 +95,7 @@ def resolve_batch_size(
 
 
 def _choose(config: TrainConfig, ranks: Ranks, journal: Journal, estimate: Estimate) -> int:
-    gpu_spec, free_bytes = _device(ranks)
+    gpu_spec, free_bytes = device_room(ranks)
     largest = LARGEST_BATCH if gpu_spec is not None else LARGEST_BATCH_ON_CPU
     chosen, found = largest_batch(config, gpu_spec, estimate=estimate, limit_bytes=free_bytes, largest=largest)
     where = gpu_spec.name if gpu_spec is not None else "this CPU"
@@ -88,7 +129,7 @@ def _prove(config: TrainConfig, chosen: int, journal: Journal, measure: Callable
     )
 
 
-def _device(ranks: Ranks) -> tuple[GpuSpec | None, int]:
+def device_room(ranks: Ranks) -> tuple[GpuSpec | None, int]:
     """The GPU, or None for a CPU, and what a run's estimate may reach there: of what is free, less the margin."""
     if ranks.device.type != "cuda":
         return None, cpu_room()
