@@ -24,6 +24,7 @@ from everydream_kit.config import TrainConfig
 from everydream_kit.data.records import StepBatches
 from everydream_kit.demo import base_model_path
 from everydream_kit.models.encoding import encode_moments
+from everydream_kit.runs import RunFolder
 from everydream_kit.training.control import StopSignal
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.listeners import build_listeners
@@ -33,7 +34,6 @@ from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.reports import ProgressBar
 from everydream_kit.training.run import Run
 from everydream_kit.training.run_builder import build_run
-from everydream_kit.workspace import RunFolder
 
 
 def make_run(folder: Path, resolution: int, cache: str) -> Run:
@@ -77,7 +77,7 @@ def bare_epoch(run: Run, step: Callable[[StepBatches], None], ready: list[StepBa
     for work in ready:
         if encodes:
             (batch,) = work.batches
-            batch.moments = encode_moments(run.model, batch.pixels)
+            batch.moments = encode_moments(run.learner.model, batch.pixels)
         step(work)
     return time.perf_counter() - started
 

@@ -26,7 +26,7 @@ from PIL import Image
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.export.single_file_export import export_files, precision_dtype
-from everydream_kit.models.model_files import ModelFiles
+from everydream_kit.models.family import ModelFiles
 from everydream_kit.models.model_saving import files_of, write_folder
 from everydream_kit.models.random_models import build_model
 from everydream_kit.models.tensors import LazyTensor

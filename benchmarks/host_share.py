@@ -32,7 +32,6 @@ from everydream_kit.preflight.imitation import imitate_autocast, replace_bitsand
 from everydream_kit.preflight.skeleton import build_skeleton, shipped_architecture
 from everydream_kit.preflight.tracker import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTED, LaunchCounter, StorageTracker
 from everydream_kit.training.base import select_trained
-from everydream_kit.training.step import backward
 
 PHASES = (FORWARD, BACKWARD, RECOMPUTED, OPTIMIZER)
 OPTIMIZERS = ("adamw8bit", "adamw")
@@ -73,17 +72,16 @@ def our_step(config: TrainConfig, tracker: StorageTracker, model: Any) -> Step:
             rehearsal.stand_in_dataset(config, bucket),
             Path(folder),
             "cuda",
-            True,
             tracker,
         )
     batch = rehearsal.make_batch(bucket, config.batch_size, with_moments=True)
     work = StepBatches(0, 0, 1, config.batch_size, config.batch_size, [batch])
 
     def step(counter: LaunchCounter) -> None:
-        run.set_learning_rates(0)
-        backward(run, batch, work)
+        run.learner.set_learning_rates(0)
+        run.learner.backward(batch, work, 0)
         with phase(counter, OPTIMIZER):
-            run.update_weights(0)
+            run.learner.update_weights(0)
 
     return step
 

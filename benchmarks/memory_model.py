@@ -185,10 +185,10 @@ def build(model: Any, config: Any, folder: Path, bucket: tuple[int, int]) -> tup
     import torch
 
     from everydream_kit.preflight.rehearsal import make_batch, stand_in_dataset
+    from everydream_kit.runs import RunFolder
     from everydream_kit.training.journal import Journal
     from everydream_kit.training.ranks import Ranks
     from everydream_kit.training.run_builder import assemble_run
-    from everydream_kit.workspace import RunFolder
 
     run = assemble_run(
         config.replace(cache_latents="off"),
@@ -205,16 +205,15 @@ def build(model: Any, config: Any, folder: Path, bucket: tuple[int, int]) -> tup
 def train_step(run: Any, batch: Any) -> None:
     """One optimizer step as the loop makes it."""
     from everydream_kit.data.records import StepBatches
-    from everydream_kit.training.step import backward
 
     num = run.config.grad_accum
-    work = StepBatches(0, 0, 1, num * len(batch.paths), [batch] * num)
-    run.set_learning_rates(0)
+    work = StepBatches(0, 0, 1, num * len(batch.paths), num * len(batch.paths), [batch] * num)
+    run.learner.set_learning_rates(0)
     for _ in range(num):
-        backward(run, batch, work)
-    run.update_weights(0)
-    if run.ema is not None:
-        run.ema.update(1)
+        run.learner.backward(batch, work, 0)
+    run.learner.update_weights(0)
+    if run.learner.ema is not None:
+        run.learner.ema.update(1)
 
 
 def resident_after_cleaning() -> int:

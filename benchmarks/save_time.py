@@ -28,6 +28,7 @@ from everydream_kit.models.model_saving import save_model
 from everydream_kit.models.random_models import build_model
 from everydream_kit.training.checkpoints import write_checkpoint
 from everydream_kit.training.run import Run
+from everydream_kit.training.run_snapshot import Snapshots
 
 
 def large_base(folder: Path) -> Path:
@@ -57,7 +58,7 @@ def write_floor(folder: Path, tensors: list[torch.Tensor]) -> None:
 def save(run: Run, folder: Path, *, copy: bool) -> float:
     """Save as the saver does. Returns the seconds of the copy."""
     started = time.perf_counter()
-    snapshot = run.snapshot(copy=copy)
+    snapshot = Snapshots(run).take(copy=copy)
     copied = time.perf_counter() - started
     write_checkpoint(
         folder,
@@ -81,11 +82,11 @@ def timed(folder: Path, work: Callable[[Path], object]) -> float:
 
 def measure(folder: Path, rounds: int, base: Path | None) -> None:
     run = make_run(folder, resolution=128, batch_size=4, base=base)
-    for group in run.optimizer.param_groups:  # one step of zero gradients, so that the optimizer has its state
+    for group in run.learner.optimizer.param_groups:  # one step of zero gradients, so that the optimizer has its state
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.learner.optimizer.step()
+    run.learner.optimizer.zero_grad(set_to_none=True)
     save(run, folder / "first", copy=False)
     tensors = make_bytes(folder / "first")
     copies: list[float] = []

@@ -27,6 +27,7 @@ from everydream_kit.config import TrainConfig
 from everydream_kit.data.records import StepBatches
 from everydream_kit.demo import base_model_path, images_path
 from everydream_kit.models.encoding import encode_captions, latents_from_moments
+from everydream_kit.runs import RunFolder
 from everydream_kit.training.control import StopSignal
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.listeners import build_listeners
@@ -35,7 +36,6 @@ from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.reports import Listener, ProgressBar
 from everydream_kit.training.run import Run
 from everydream_kit.training.run_builder import build_run
-from everydream_kit.workspace import RunFolder
 
 
 def square_images(folder: Path, resolution: int) -> Path:
@@ -72,18 +72,18 @@ def make_run(folder: Path, resolution: int, batch_size: int, base: Path | None =
 
 def bare_steps(run: Run) -> Callable[[StepBatches], None]:
     """The floor: forward, backward and fused AdamW on ready latents, noise and token ids; nothing is read back."""
-    parameters = run.parameters()
+    parameters = run.learner.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
-    unet = run.model.unet
+    unet = run.learner.model.unet
 
     def step(work: StepBatches) -> None:
         (batch,) = work.batches
         moments = batch.moments.float()
-        latents = latents_from_moments(run.model, moments, torch.zeros_like(moments[:, :4]))
+        latents = latents_from_moments(run.learner.model, moments, torch.zeros_like(moments[:, :4]))
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, 1000, (len(latents),))
-        noisy = run.model.noise_scheduler.add_noise(latents, noise, timesteps)
-        text = encode_captions(run.model, batch.captions).encoder_hidden_states
+        noisy = run.learner.model.noise_scheduler.add_noise(latents, noise, timesteps)
+        text = encode_captions(run.learner.model, batch.captions).encoder_hidden_states
         loss = torch.nn.functional.mse_loss(unet(noisy, timesteps, encoder_hidden_states=text).sample, noise)
         loss.backward()
         optimizer.step()

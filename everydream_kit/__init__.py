@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from everydream_kit.jobs import start as start
     from everydream_kit.models.loading import load_model as load_model
     from everydream_kit.preflight.planning import plan as plan
+    from everydream_kit.runs import RunFolder as RunFolder
     from everydream_kit.sessions import resume as resume
     from everydream_kit.sessions import train as train
     from everydream_kit.settings import load_config as load_config
-    from everydream_kit.workspace import RunFolder as RunFolder
 
 __version__ = "0.1.0"
 
 _PLACES = {
     "KitError": "errors",
-    "RunFolder": "workspace",
+    "RunFolder": "runs",
     "TrainConfig": "config",
     "attach": "jobs",
     "export_checkpoint": "export.single_file_export",

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from everydream_kit.errors import ConfigError, may_pass
 from everydream_kit.identity import Process, is_running, this_process
 
 PREFIX, SUFFIX = ".edk-", ".tmp"
@@ -75,6 +76,32 @@ def open_atomic(path: str | os.PathLike[str], *, replace: bool = True, durable: 
         with contextlib.suppress(OSError):  # the first error is the one to report
             temporary.unlink()
         raise
+
+
+def require_writable(folder: Path, setting: str) -> None:
+    """Make a folder where it is missing, and write and remove a file in it. What killed processes left there goes.
+
+    A full disk is not refused: there may be room again while training continues.
+
+    Raises:
+        ConfigError: it cannot be written; the setting that names it is named.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe, descriptor = create_temporary(folder)
+        try:
+            os.write(descriptor, b"x")
+        finally:
+            os.close(descriptor)
+            probe.unlink()
+    except (OSError, ValueError) as error:
+        if may_pass(error):
+            return
+        cause = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"{setting}: {folder} cannot be written ({cause}). Give a folder that you can write to. Nothing was started."
+        ) from error
+    sweep(folder)
 
 
 def create_temporary(folder: Path) -> tuple[Path, int]:

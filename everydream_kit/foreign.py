@@ -20,9 +20,9 @@ from typing import Any
 from everydream_kit.atomic import write_atomic
 from everydream_kit.config import EMBEDDED_MODEL, TrainConfig, facts
 from everydream_kit.errors import ConfigError
+from everydream_kit.runs import RunFolder
 from everydream_kit.strict_json import read_json
 
-ORIGIN_FILE = "origin.json"
 VERSION = 1
 
 ASKED: dict[str, str] = {name: one.names for name, one in facts().items() if one.names and not one.decided_here}
@@ -140,7 +140,7 @@ _HARMLESS: dict[str, Callable[[Any], bool]] = {
 def write_origin(folder: Path, origin: Origin) -> None:
     """Mark a run folder."""
     text = json.dumps({"version": VERSION, **asdict(origin)}, indent=1, ensure_ascii=False)
-    write_atomic(folder / ORIGIN_FILE, text + "\n")
+    write_atomic(RunFolder(folder).origin_path, text + "\n")
 
 
 def read_origin(folder: Path) -> Origin | None:
@@ -149,7 +149,7 @@ def read_origin(folder: Path) -> Origin | None:
     Raises:
         ConfigError: the mark is damaged. It counts as a mark all the same.
     """
-    path = folder / ORIGIN_FILE
+    path = RunFolder(folder).origin_path
     content = read_json(path, error=ConfigError, missing=None)
     if content is None:
         return None

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from everydream_kit.config import EMBEDDED_MODEL, default_of
 from everydream_kit.errors import ConfigError
-from everydream_kit.workspace import RunFolder
+from everydream_kit.runs import RunFolder
+from everydream_kit.runs.run_folder import is_run
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -206,7 +207,7 @@ def resolve_checkpoint(checkpoint: str | Path | RunFolder) -> str | Path:
         from everydream_kit.demo import base_model_path
 
         return base_model_path()
-    if (Path(checkpoint) / "ckpts").is_dir():
+    if is_run(Path(checkpoint)):
         return RunFolder(Path(checkpoint)).last_checkpoint
     return checkpoint
 

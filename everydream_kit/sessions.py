@@ -25,6 +25,9 @@ from everydream_kit.locks import hold
 from everydream_kit.plain_text import PlainFormatter
 from everydream_kit.preflight.auto_settings import resolve_auto_settings
 from everydream_kit.preflight.timing import MeasuredPlan
+from everydream_kit.runs import DEFAULT_LOGDIR, ENDED_STATES, Checkpoint, RunFolder, find_run
+from everydream_kit.runs.resume_state import RESTORE_ERRORS
+from everydream_kit.runs.run_folder import FOREIGN_HEARTBEAT_SECONDS, is_fresh
 from everydream_kit.settings import give_again, load_config, read_changes, with_side_files
 from everydream_kit.start_folder import KEY as START_FOLDER_KEY
 from everydream_kit.start_folder import read_start_folder, with_paths_from
@@ -39,21 +42,11 @@ from everydream_kit.training.optimizers import restore_optimizer
 from everydream_kit.training.progress import StopRequested
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.reports import Listener
-from everydream_kit.training.resume_state import RESTORE_ERRORS
 from everydream_kit.training.resuming import refuse_other_training, resolve_position, warn_of_rates
 from everydream_kit.training.run import Run
 from everydream_kit.training.run_builder import build_run
 from everydream_kit.training.sharding import divide_optimizer_state
 from everydream_kit.training.summary import library_versions
-from everydream_kit.workspace import (
-    DEFAULT_LOGDIR,
-    ENDED_STATES,
-    FOREIGN_HEARTBEAT_SECONDS,
-    RunFolder,
-    find_run,
-    is_fresh,
-    run_lock_path,
-)
 
 RUN_FOLDER_VARIABLE = "EVERYDREAM_RUN_FOLDER"
 """Environment variable by which whoever starts a process names the run folder that was made for it."""
@@ -150,7 +143,7 @@ def _hold_folder(folder: RunFolder, ranks: Ranks) -> Iterator[None]:
     refusal = f"{folder.folder}: this run is in progress (process {process}). Stop it first, or name another run."
     # After a kill the loader's processes hold the lock until they notice, which takes them up to 5 s.
     patience = 0.0 if is_here else ORPHANS_SECONDS
-    with hold(run_lock_path(folder.folder), refusal, wait_seconds=patience):
+    with hold(folder.lock_path, refusal, wait_seconds=patience):
         elsewhere = is_here is None and status.get("host") != platform.node()
         if elsewhere and is_fresh(status) and status.get("state") not in ENDED_STATES:
             raise JobError(
@@ -179,7 +172,7 @@ def _session(
     ranks: Ranks,
     listeners: Sequence[Listener],
     *,
-    checkpoint: Path | None,
+    checkpoint: Checkpoint | None,
     state: dict[str, Any],
     adapter_base: str | Path | None = None,
     warnings: Sequence[str] = (),
@@ -243,21 +236,21 @@ def _start_wandb(config: TrainConfig, folder: RunFolder) -> Any:
 def _work(run: Run, stop: StopSignal) -> None:
     """Train, then tell everyone that it has ended; files and threads are given back in any case."""
     try:
-        run.set_state("running", step=run.position.step, num_steps=run.num_steps, epoch=run.position.epoch)
+        run.journal.set_state("running", step=run.position.step, num_steps=run.num_steps, epoch=run.position.epoch)
         for listener in run.listeners:
             listener.on_start(run)
-        run.sync_ranks()
+        run.sync.sync_ranks()
         if not run.is_complete():
             train_loop(run, run.listeners, stop)
         for listener in run.listeners:
             listener.on_finish(run)
-        run.sync_ranks()
+        run.sync.sync_ranks()
     finally:
         for listener in run.listeners:
             listener.close()
     finished = run.is_complete()
-    run.report("finished" if finished else "stopped", step=run.position.step, reason=stop.reason)
-    run.set_state(
+    run.journal.report("finished" if finished else "stopped", step=run.position.step, reason=stop.reason)
+    run.journal.set_state(
         "finished" if finished else "stopped",
         step=run.position.step,
         epoch=run.position.epoch,
@@ -266,49 +259,50 @@ def _work(run: Run, stop: StopSignal) -> None:
     )
 
 
-def _restore(run: Run, checkpoint: Path, state: dict[str, Any]) -> None:
+def _restore(run: Run, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
     """Put a freshly built run where its checkpoint stands."""
     now = library_versions()
     before = ", ".join(f"{name} {one}" for name, one in state.get("versions", {}).items() if now.get(name) != one)
     if before:
-        run.warn(f"This was saved with {before}: with other versions the run may differ in the last digits.")
-    tensors = load_resume_tensors(checkpoint)
+        run.journal.warn(f"This was saved with {before}: with other versions the run may differ in the last digits.")
+    learner, tensors = run.learner, load_resume_tensors(checkpoint)
     try:
         refuse_other_training(run, state)
         resolve_position(run, state, tensors)
         warn_of_rates(run, state)
     except RESTORE_ERRORS as error:
         raise CheckpointError(
-            f"{checkpoint}: its record of the run is damaged ({error!r}). Remove it, and resume from the checkpoint before."
+            f"{checkpoint.folder}: its record of the run is damaged ({error!r}). Remove it, and resume from the checkpoint "
+            "before."
         ) from error
     try:
         optimizer_state = tensors["optimizer"]
-        if run.sharding is not None:
-            optimizer_state = divide_optimizer_state(run.optimizer, optimizer_state)
-        restore_optimizer(run.optimizer, optimizer_state)
-        run.precision.load_state_dict(tensors["precision"])
-        if run.ema is not None and "ema" in tensors:
-            run.ema.load_state_dict(tensors["ema"])
-        elif run.ema is not None:
-            run.warn("EMA was off when this was saved: the averages start from the current weights.")
+        if learner.is_sharded:
+            optimizer_state = divide_optimizer_state(learner.optimizer, optimizer_state)
+        restore_optimizer(learner.optimizer, optimizer_state)
+        learner.precision.load_state_dict(tensors["precision"])
+        if learner.ema is not None and "ema" in tensors:
+            learner.ema.load_state_dict(tensors["ema"])
+        elif learner.ema is not None:
+            run.journal.warn("EMA was off when this was saved: the averages start from the current weights.")
     except RESTORE_ERRORS as error:
         raise CheckpointError(
-            f"{checkpoint}: its optimizer state does not fit these settings ({error}). What is trained cannot change on "
+            f"{checkpoint.folder}: its optimizer state does not fit these settings ({error}). What is trained cannot change on "
             "a resume; start a new run with --resume_ckpt instead."
         ) from error
     for listener in run.listeners:
         if listener.name in state["listeners"]:
             _restore_listener(listener, state["listeners"][listener.name], checkpoint)
     run.journal.forget_after(run.position.step)
-    run.report("resumed", step=run.position.step, checkpoint=str(checkpoint))
+    run.journal.report("resumed", step=run.position.step, checkpoint=str(checkpoint.folder))
 
 
-def _restore_listener(listener: Listener, saved: dict[str, Any], checkpoint: Path) -> None:
+def _restore_listener(listener: Listener, saved: dict[str, Any], checkpoint: Checkpoint) -> None:
     try:
         listener.restore(saved)
     except RESTORE_ERRORS as error:
         raise CheckpointError(
-            f"{checkpoint}: the state of {listener.name} is damaged ({type(error).__name__}: {error}). Remove this "
+            f"{checkpoint.folder}: the state of {listener.name} is damaged ({type(error).__name__}: {error}). Remove this "
             "checkpoint's folder, and resume from the one before."
         ) from error
 
@@ -327,8 +321,7 @@ def _changed(
         )
     changed = config.replace(**changes)
     if writes:
-        kept = folder.folder / f"config-{step:05}.json"
-        write_atomic(kept, folder.config_path.read_text("utf-8"))
+        write_atomic(folder.changed_config_path(step), folder.config_path.read_text("utf-8"))
         write_atomic(folder.config_path, changed.to_json())
         logging.getLogger("everydream_kit").info(f"changed from step {step} on: {changes}")
     return changed
@@ -339,8 +332,7 @@ def _new_folder(config: TrainConfig, ranks: Ranks) -> RunFolder:
     prepared = os.environ.get(RUN_FOLDER_VARIABLE)
     if prepared:
         folder = RunFolder(Path(prepared))
-        folder.samples_folder.mkdir(parents=True, exist_ok=True)
-        folder.checkpoints_folder.mkdir(exist_ok=True)
+        folder.make_folders()
         return folder
     if ranks.num_ranks == 1:
         return RunFolder.create(config.logdir, config.project_name)
@@ -367,7 +359,7 @@ def _write_facts(config: TrainConfig, folder: RunFolder) -> None:
         else f"cpu, {torch.get_num_threads()} threads",
         "cuda": torch.version.cuda,
     }
-    write_atomic(folder.folder / "environment.json", json.dumps(facts, indent=2))
+    write_atomic(folder.environment_path, json.dumps(facts, indent=2))
 
 
 class _LogFile(logging.FileHandler):

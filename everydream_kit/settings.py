@@ -17,6 +17,7 @@ from everydream_kit.everydream2 import import_side_files, is_theirs, resolve, tr
 from everydream_kit.everydream2.importing import SIDE_FILES
 from everydream_kit.everydream2.side_files import read_json_object
 from everydream_kit.foreign import FOLLOWS, read_origin, require_given, write_origin
+from everydream_kit.runs import RunFolder
 
 
 def load_config(
@@ -111,14 +112,14 @@ def give_again(folder: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
         return dict(changes)
     require_given(origin, changes)
     given = {name: changes[name] for name in origin.asked}
-    values, _ = upgrade(read_json_object(folder / "config.json"))
+    values, _ = upgrade(read_json_object(RunFolder(folder).config_path))
     waiting = {
         name: value
         for name, value in origin.waiting.items()
         if any(given.get(leader) is not None for leader in FOLLOWS[name])
     }
     config = TrainConfig(**{**values, **waiting, **given})
-    write_atomic(folder / "config.json", config.to_json())
+    write_atomic(RunFolder(folder).config_path, config.to_json())
     write_origin(folder, replace(origin, asked={}, waiting={}, given=sorted({*origin.given, *given})))
     return {name: value for name, value in changes.items() if name not in given}
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import JobError
+from everydream_kit.runs import RunFolder
 from everydream_kit.strict_json import read_json
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ PATHS = (
 def read_start_folder(run_folder: Path) -> Path | None:
     """Where a run was started; None for one of an older version or another machine's."""
     try:
-        facts = read_json(run_folder / "environment.json", error=JobError, missing={})
+        facts = read_json(RunFolder(run_folder).environment_path, error=JobError, missing={})
     except JobError as problem:
         logger.warning("%s Relative paths are looked for in %s.", problem, Path.cwd())
         return None

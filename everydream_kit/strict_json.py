@@ -81,6 +81,19 @@ def read_json(
     return parse_json(content, source, expect=expect, error=error, max_bytes=max_bytes, allow_nan=allow_nan)
 
 
+def read_small_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a process last said about itself; {} where there is nothing, or nothing that can be read.
+
+    For files that processes replace whole and that nobody writes back from what was read. Files that people may edit are read
+    with `read_json`, which tells missing from broken.
+    """
+    try:
+        value: dict[str, Any] = read_json(path, missing={}, allow_nan=True)
+    except KitError:
+        return {}
+    return value
+
+
 def parse_json(
     content: str | bytes,
     source: str,
@@ -128,11 +141,14 @@ class JsonLines:
         values: one for each line that could be read, in order.
         bad: what is wrong with the others, with file and line; empty lines are no error.
         unfinished: the last line has no end: its writer is busy with it, or was killed. It is in neither list.
+        num_lines, num_bytes: how far the file has been read: its finished lines.
     """
 
     values: list[Any] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
     unfinished: bool = False
+    num_lines: int = 0
+    num_bytes: int = 0
 
 
 def read_json_lines(
@@ -165,21 +181,27 @@ def iterate_json_lines(
 ) -> Iterator[Any]:
     """The values of a file of JSON lines, one after the other, without holding the file. Bad lines go to `report.bad`.
 
+    Args:
+        report: of an earlier reading, to continue where that ended; a new one begins at the beginning.
+
     Raises: as `read_json_lines`.
     """
     report = JsonLines() if report is None else report
+    report.unfinished = False
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(_bounded_lines(file, max_line_bytes), 1):
+            file.seek(report.num_bytes)
+            for line in _bounded_lines(file, max_line_bytes):
                 if not line.endswith(b"\n"):
                     report.unfinished = True
                     return
+                report.num_lines, report.num_bytes = report.num_lines + 1, file.tell()
                 if not line.strip():
                     continue
                 try:
                     yield parse_json(
                         line.rstrip(),
-                        f"{path}, line {number}",
+                        f"{path}, line {report.num_lines}",
                         expect=expect,
                         error=KitError,
                         max_bytes=max_line_bytes,

@@ -20,7 +20,7 @@ PACKAGE = "everydream_kit"
 LONG_FUNCTION = 60
 RUN_FILES = {
     *("events.jsonl", "status.json", "control.json", "live.json", "job.json", "environment.json", "train.log"),
-    *("plan.json", "state.json", "resume/manifest.json", "manifest.json", "undersized_images.txt", "ckpts", "_ema"),
+    *("plan.json", "state.json", "resume/manifest.json", "manifest.json", "undersized_images.txt", "ckpts"),
 }
 """Names that are of run folders and checkpoints alone: as a text of their own they count wherever they stand."""
 SHARED_NAMES = {"config.json", "samples", "resume", "losses", "best", "adapter.json"}
@@ -185,6 +185,9 @@ def readers_of_run_folders(modules: list[Module]) -> dict[str, list[str]]:
         for node in ast.walk(module.tree):
             if isinstance(node, ast.Constant) and node.value in RUN_FILES:
                 found[module.name].add(str(node.value))
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("endswith", "with_name")):
+                if "_ema" in ast.unparse(node):
+                    found[module.name].add("_ema")
             elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
                 name = node.right.value if isinstance(node.right, ast.Constant) else None
                 if name in SHARED_NAMES and not (name == "config.json" and module.room in WITH_OTHER_CONFIGS):

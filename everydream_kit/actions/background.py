@@ -19,9 +19,9 @@ from typing import Any
 from everydream_kit.atomic import PREFIX, SUFFIX, write_atomic
 from everydream_kit.errors import KitError
 from everydream_kit.identity import this_process
-from everydream_kit.workspace import RunFolder
+from everydream_kit.runs import RunFolder, layout
 
-INSPECTION_FILE, PLAN_FILE, CAPTIONS_FILE = "report.json", "plan.json", "captions.jsonl"
+INSPECTION_FILE, PLAN_FILE, CAPTIONS_FILE = "report.json", layout.PLAN, "captions.jsonl"
 POLITE, POLITENESS = ("inspect", "estimate"), 10
 """Work that nobody waits for at this moment leaves the processors to training and sampling."""
 REPORT_SECONDS = 0.5

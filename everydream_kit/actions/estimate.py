@@ -24,9 +24,9 @@ from everydream_kit.data.image_files import EXTENSIONS
 from everydream_kit.data.scanning import scan_dataset
 from everydream_kit.data.sources import kind_of_source
 from everydream_kit.disk_space import free_disk
-from everydream_kit.errors import DataError, KitError
+from everydream_kit.errors import DataError
 from everydream_kit.preflight.units import size
-from everydream_kit.strict_json import read_json
+from everydream_kit.runs import Checkpoint
 
 IMAGE_SUFFIXES = frozenset(EXTENSIONS)
 LARGEST_PLANNED = 3000
@@ -160,10 +160,7 @@ def last_speed(project: Project, config: TrainConfig) -> float | None:
     """Images a second of the latest run of this project with the same resolution and base, or None."""
     for job in project.jobs()[:5]:
         speed = job.status().get("images_per_second")
-        try:
-            settings = read_json(job.folder / "config.json", missing={})
-        except KitError:  # damaged: it says nothing of the speed
-            continue
+        settings = job.run.settings()
         same = all(settings.get(n) == getattr(config, n) for n in ("resolution", "resume_ckpt", "training_kind"))
         if speed and same:
             return float(speed)
@@ -179,7 +176,7 @@ def base_bytes(source: str) -> float | None:
     if path.is_file():
         return float(path.stat().st_size)
     if path.is_dir():
-        return float(sum(file.stat().st_size for file in path.rglob("*.safetensors") if "resume" not in file.parts))
+        return float(sum(f.stat().st_size for f in Checkpoint.at(path).model_files() if f.suffix == ".safetensors"))
     return SINGLE_FILE_BYTES[False]
 
 

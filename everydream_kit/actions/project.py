@@ -26,8 +26,7 @@ from everydream_kit.config import EMBEDDED_MODEL, TrainConfig
 from everydream_kit.errors import ConfigError, JobError
 from everydream_kit.jobs import Job, find_jobs, running_jobs
 from everydream_kit.settings import load_config
-from everydream_kit.strict_json import read_json
-from everydream_kit.workspace import read_small_object
+from everydream_kit.strict_json import read_json, read_small_object
 
 DEMO_SUBJECTS = ("guitar", "penguin", "red apple")
 """What the demo's samples show, the clearest change first."""
@@ -152,9 +151,7 @@ class Project:
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints of all runs, latest run first, each run's latest first."""
-        from everydream_kit.workspace import RunFolder
-
-        return [point.folder for job in self.jobs() for point in reversed(RunFolder(job.folder).checkpoints())]
+        return [point.folder for job in self.jobs() for point in reversed(job.run.checkpoints())]
 
     @property
     def winner(self) -> Path | None:

@@ -37,6 +37,7 @@ def _read_settings(options: argparse.Namespace) -> Any:
     from pathlib import Path
 
     from everydream_kit.errors import ConfigError
+    from everydream_kit.runs import RunFolder
     from everydream_kit.settings import load_config
 
     if options.settings is not None and options.config is not None:
@@ -45,7 +46,7 @@ def _read_settings(options: argparse.Namespace) -> Any:
     if path is not None and Path(path).is_dir():
         if not changes:
             return path
-        path = Path(path) / "config.json"
+        path = RunFolder(Path(path)).config_path
     config, warnings = load_config(path, changes)
     for warning in warnings:
         logging.getLogger("everydream_kit").warning(warning)

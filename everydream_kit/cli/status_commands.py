@@ -12,7 +12,7 @@ def _add_runs_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_runs(options: argparse.Namespace) -> None:
-    from everydream_kit.workspace import list_runs
+    from everydream_kit.runs import list_runs
 
     for run in list_runs(options.logdir):
         status = run.status()

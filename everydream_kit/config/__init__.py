@@ -13,6 +13,7 @@ steps, the resolved seed) live on the run.
 |---|---|
 | `declaration` | what a declaration is made of: `Group`, `Knob`, `Facts` |
 | `*_settings` | the parameters, by group |
+| `groups` | all groups together, without rules |
 | `rules` | rules about several settings at once |
 | `names` | names that are no parameters, and what to write instead |
 | `messages` | validation errors in words |
@@ -27,16 +28,11 @@ from typing import Any
 
 from pydantic import ValidationError, model_validator
 
-from everydream_kit.config.base_model_settings import EMBEDDED_MODEL, BaseModelGroup
-from everydream_kit.config.data_settings import CaptionGroup, DataGroup
+from everydream_kit.config.base_model_settings import EMBEDDED_MODEL
 from everydream_kit.config.declaration import Facts, Group, Knob, facts_of
-from everydream_kit.config.length_settings import LengthGroup
+from everydream_kit.config.groups import AllGroups
 from everydream_kit.config.messages import describe, value_problem
 from everydream_kit.config.names import OTHER_TRAINERS, RETIRED, closest_setting, describe_unknown
-from everydream_kit.config.objective_settings import ObjectiveGroup
-from everydream_kit.config.optimizer_settings import OptimizerGroup
-from everydream_kit.config.part_settings import TextEncoderGroup, UnetGroup
-from everydream_kit.config.precision_settings import EmaGroup, PrecisionGroup
 from everydream_kit.config.rules import (
     combination_problems,
     config_warnings,
@@ -46,8 +42,6 @@ from everydream_kit.config.rules import (
     settings_without_meaning,
     wants_auto_optimizer,
 )
-from everydream_kit.config.sample_settings import SampleGroup, ValidationGroup
-from everydream_kit.config.saving_settings import LoggingGroup, SavingGroup
 from everydream_kit.errors import ConfigError
 
 __all__ = [
@@ -76,22 +70,7 @@ VERSION = 2
 """Of the saved file's layout. `settings.load_config` upgrades older files. 2: what side files say are settings."""
 
 
-class TrainConfig(
-    BaseModelGroup,
-    DataGroup,
-    CaptionGroup,
-    LengthGroup,
-    OptimizerGroup,
-    UnetGroup,
-    TextEncoderGroup,
-    ObjectiveGroup,
-    PrecisionGroup,
-    EmaGroup,
-    SampleGroup,
-    ValidationGroup,
-    SavingGroup,
-    LoggingGroup,
-):
+class TrainConfig(AllGroups):
     """All settings of one training run. See `docs/parameters.md` for each.
 
     Raises:
@@ -136,7 +115,7 @@ class TrainConfig(
         return json.dumps({**head, **self.model_dump(mode="json")}, indent=2, ensure_ascii=False)
 
 
-GROUPS: tuple[type[Group], ...] = tuple(base for base in TrainConfig.__bases__ if issubclass(base, Group))
+GROUPS: tuple[type[Group], ...] = tuple(base for base in AllGroups.__bases__ if issubclass(base, Group))
 """In the order in which forms and the reference page show them."""
 
 

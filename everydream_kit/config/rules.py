@@ -7,15 +7,12 @@ meaning for, and which values work on a sharded model. Rules of their own are wr
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
 
 from everydream_kit.config.declaration import Facts, facts_of
+from everydream_kit.config.groups import AllGroups
 from everydream_kit.config.optimizer_settings import OptimizerGroup
 from everydream_kit.config.precision_settings import PrecisionGroup
 from everydream_kit.config.sample_settings import MEASURED, ValidationGroup
-
-if TYPE_CHECKING:
-    from everydream_kit.config import TrainConfig
 
 
 def mixes_precision(config: PrecisionGroup) -> bool:
@@ -23,7 +20,7 @@ def mixes_precision(config: PrecisionGroup) -> bool:
     return config.amp and not config.disable_amp
 
 
-def frozen_in_half(config: TrainConfig) -> bool:
+def frozen_in_half(config: AllGroups) -> bool:
     """Whether frozen weights were requested in half precision."""
     return config.frozen_dtype in ("float16", "bfloat16")
 
@@ -38,7 +35,7 @@ def wants_auto_optimizer(config: OptimizerGroup) -> bool:
     return config.optimizer is not None and config.optimizer.strip().lower() == "auto"
 
 
-def combination_problems(config: TrainConfig) -> list[str]:
+def combination_problems(config: AllGroups) -> list[str]:
     """Rules about two settings; each names both and the cure."""
     c = config
     problems = []
@@ -79,7 +76,7 @@ def combination_problems(config: TrainConfig) -> list[str]:
     return problems + sharding_problems(c)
 
 
-def sharding_problems(config: TrainConfig) -> list[str]:
+def sharding_problems(config: AllGroups) -> list[str]:
     """Settings that do not work where the model is sharded."""
     if config.parallel != "fsdp2":
         return []
@@ -96,7 +93,7 @@ def sharding_problems(config: TrainConfig) -> list[str]:
     ]
 
 
-def _reason(config: TrainConfig, facts: Facts) -> str:
+def _reason(config: AllGroups, facts: Facts) -> str:
     """Why a setting has no effect next to the others; empty if it has one."""
     if config.training_kind not in facts.kinds:
         return f"with training_kind {config.training_kind}, only with {' or '.join(facts.kinds)}"
@@ -105,11 +102,11 @@ def _reason(config: TrainConfig, facts: Facts) -> str:
     return next((f"with {name}" for name in facts.unless if _is_on(config, name)), "")
 
 
-def _is_on(config: TrainConfig, name: str) -> bool:
+def _is_on(config: AllGroups, name: str) -> bool:
     return getattr(config, name) not in (None, False, "none")
 
 
-def settings_without_effect(config: TrainConfig) -> list[str]:
+def settings_without_effect(config: AllGroups) -> list[str]:
     """Settings that were given and change nothing in this combination, a sentence each."""
     fields = type(config).model_fields
     given = {name: one for name, one in facts_of(fields).items() if getattr(config, name) != fields[name].default}
@@ -117,7 +114,7 @@ def settings_without_effect(config: TrainConfig) -> list[str]:
     return [f"{name}: has no effect {reason}." for name, reason in reasons.items() if reason]
 
 
-def settings_without_meaning(config: TrainConfig, family: str) -> list[str]:
+def settings_without_meaning(config: AllGroups, family: str) -> list[str]:
     """Settings that were given and have no meaning for a model family, a sentence each."""
     fields = type(config).model_fields
     return [
@@ -127,7 +124,7 @@ def settings_without_meaning(config: TrainConfig, family: str) -> list[str]:
     ]
 
 
-def config_warnings(config: TrainConfig) -> list[str]:
+def config_warnings(config: AllGroups) -> list[str]:
     """Settings that are allowed, and probably not what is meant, or without effect next to the others."""
     c = config
     warnings = settings_without_effect(c)

@@ -104,6 +104,7 @@ class LatentCache(ABC):
         """Which of an image's cached crops one use of it gets."""
         if self.settings.fixed:
             return pixels.center_crop(image.width, image.height, bucket)
+        # two draws: which of the K crops is of the run's seed and the use, the crop itself of the image's contents alone
         variant = int(draws.generator(seed, "crop", *address).integers(self.settings.variants))
         crop = self._variant(index, image, bucket, variant)
         return replace(crop, flip=pixels.draw_flip(image.flip_p, seed=seed, address=address))
@@ -128,6 +129,7 @@ class LatentCache(ABC):
         return pixels.draw_crop(*size, bucket, crop_jitter=jitter, flip_p=0.0, seed=0, address=address)
 
     def _name(self, index: int, image: DatasetImage, bucket: Size, crop: pixels.Crop) -> bytes:
+        # repr of a float is exact, so two crops that differ in the last bit have two names
         box = ",".join(map(repr, (*bucket, crop.left, crop.top, crop.width, crop.height, crop.flip)))
         return hashlib.blake2b(self._digest(index, image) + box.encode(), digest_size=16).digest()
 

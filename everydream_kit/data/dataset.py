@@ -31,6 +31,7 @@ from everydream_kit.data.captions import (
     parse_caption,
     parse_caption_lines,
 )
+from everydream_kit.data.reading_problems import MASK_SUFFIX, Problem
 from everydream_kit.data.strings import StringColumn, StringColumnBuilder
 from everydream_kit.plain_text import printable
 
@@ -40,30 +41,9 @@ DEFAULT_MASK_MODE: MaskMode = default_of("loss_mask")
 FROM_FILE_NAME, FROM_TEXT, FROM_LINES, FROM_JSON = range(4)
 """How the caption column's text is to be read: not at all, as one caption, as one caption a line, as JSON."""
 
-MASK_SUFFIX = ".mask.png"
 
 UNSET = -1
 """In integer columns: neither the image nor its folder says anything."""
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A file that cannot be used, or is used, but not the way its settings suggest.
-
-    Attributes:
-        path: the file.
-        cause: what is wrong with it, without a full stop.
-        cure: what the person can do.
-        skipped: it is excluded from training; else it is used, and this is a note.
-    """
-
-    path: str
-    cause: str
-    cure: str
-    skipped: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.cause}. {self.cure}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from everydream_kit.data.dataset import MASK_SUFFIX, Problem
 from everydream_kit.data.image_files import EXTENSIONS, UNREAD_EXTENSIONS
 from everydream_kit.data.image_settings import (
     ONE_VALUE_FILES,
@@ -22,6 +21,7 @@ from everydream_kit.data.image_settings import (
     parse_one_value,
     parse_settings,
 )
+from everydream_kit.data.reading_problems import MASK_SUFFIX, Problem
 from everydream_kit.data.textfiles import TextError, read_mapping, read_text
 from everydream_kit.plain_text import printable
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from everydream_kit.config import EMBEDDED_MODEL, TrainConfig, default_of
 from everydream_kit.demo import images_path
 from everydream_kit.errors import JobError
-from everydream_kit.workspace import RunFolder
+from everydream_kit.runs import RunFolder
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from everydream_kit.errors import ExportError
+from everydream_kit.runs import Checkpoint
 from everydream_kit.strict_json import parse_json
 
 LARGEST_HEADER_BYTES = 100_000_000
@@ -71,7 +72,7 @@ def estimate_bytes(checkpoint: Path, form: Format, precision: str) -> float | No
     source = checkpoint if form.name == "single" else Path(read_adapter_file(checkpoint)["base"]["source"])
     if source.is_file():
         return float(source.stat().st_size)
-    weights = [file for file in source.rglob("*.safetensors") if "resume" not in file.parts]
+    weights = [file for file in Checkpoint.at(source).model_files() if file.suffix == ".safetensors"]
     return float(sum(map(count_weights, weights)) * BYTES[precision]) if weights else None
 
 

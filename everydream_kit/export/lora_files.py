@@ -12,10 +12,10 @@ import torch
 from everydream_kit.errors import ExportError
 from everydream_kit.export.single_file_export import live_or_averaged, precision_dtype
 from everydream_kit.models.adapters import LORA_FILE, TOKENS_FILE, is_adapter_folder, read_adapter_file
+from everydream_kit.models.family import ModelFiles
 from everydream_kit.models.loading import open_base, open_with_base
 from everydream_kit.models.lora import Lora, LoraLayer
 from everydream_kit.models.lora_formats import read_lora, without_scale, write_lora
-from everydream_kit.models.model_files import ModelFiles
 from everydream_kit.models.tensors import LazyTensor, open_safetensors
 from everydream_kit.models.tokens import write_embedding
 

@@ -13,9 +13,9 @@ import torch
 from everydream_kit.errors import ExportError
 from everydream_kit.export.model_folder import write_new_folder
 from everydream_kit.export.single_file_export import export_files
+from everydream_kit.models.family import ModelFiles
 from everydream_kit.models.loading import open_model, open_with_base
 from everydream_kit.models.lora_formats import apply_lora, read_lora_file
-from everydream_kit.models.model_files import ModelFiles
 from everydream_kit.models.tensors import LazyTensor
 from everydream_kit.models.tokens import write_embedding
 

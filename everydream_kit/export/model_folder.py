@@ -8,8 +8,8 @@ from pathlib import Path
 from everydream_kit.atomic import sweep, temporary_path
 from everydream_kit.errors import ExportError
 from everydream_kit.export.single_file_export import check_free_space, live_or_averaged, precision_dtype
+from everydream_kit.models.family import ModelFiles
 from everydream_kit.models.loading import open_model
-from everydream_kit.models.model_files import ModelFiles
 from everydream_kit.models.model_saving import write_folder
 
 

@@ -20,11 +20,12 @@ from everydream_kit.atomic import open_atomic, sweep, write_atomic
 from everydream_kit.disk_space import free_disk
 from everydream_kit.errors import DiskSpaceError, ExportError
 from everydream_kit.models.convert import CLIP_VOCABULARY
+from everydream_kit.models.family import ModelFiles
 from everydream_kit.models.loading import open_model
-from everydream_kit.models.model_files import ModelFiles
 from everydream_kit.models.single_file import CONFIGS_KEY, V_PRED_MARKER, VOCABULARY_KEY, ZTSNR_MARKER
 from everydream_kit.models.tensors import HASH_KEY, LazyTensor, Tensors, write_safetensors
 from everydream_kit.models.tokenizer import Vocabulary, read_vocabulary
+from everydream_kit.runs import Checkpoint
 
 PRECISIONS: dict[str, torch.dtype] = {
     "fp16": torch.float16,
@@ -115,13 +116,12 @@ def live_or_averaged(checkpoint: str | Path, *, ema: bool) -> str | Path:
     """
     if not ema:
         return checkpoint
-    folder = Path(checkpoint)
-    averaged = folder.with_name(f"{folder.name}_ema")
-    if not averaged.is_dir():
+    averaged = Checkpoint.at(checkpoint).averaged
+    if not averaged.exists:
         raise ExportError(
-            f"{folder}: no EMA weights were saved with it ({averaged.name} is not there). Export without ema."
+            f"{checkpoint}: no EMA weights were saved with it ({averaged.name} is not there). Export without ema."
         )
-    return averaged
+    return averaged.folder
 
 
 def single_file_metadata(files: ModelFiles, title: str) -> dict[str, str]:

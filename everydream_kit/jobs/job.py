@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import platform
-import re
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from everydream_kit.atomic import write_atomic
+from everydream_kit.atomic import require_writable, write_atomic
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ConfigError, JobError
 from everydream_kit.jobs.process import (
@@ -33,26 +31,14 @@ from everydream_kit.jobs.process import (
 )
 from everydream_kit.jobs.safe_python import module_command
 from everydream_kit.locks import hold, is_held
+from everydream_kit.runs import ENDED_STATES, Action, RunFolder, Status, list_runs
+from everydream_kit.runs.run_folder import is_fresh
 from everydream_kit.settings import give_again, load_config
-from everydream_kit.workspace import (
-    ENDED_STATES,
-    Action,
-    RunFolder,
-    is_fresh,
-    list_runs,
-    read_small_object,
-    require_writable,
-    run_lock_path,
-)
 
-JOB_FILE = "job.json"
-LOG_FILE = "train.log"
 RUN_FOLDER_VARIABLE = "EVERYDREAM_RUN_FOLDER"
 """Environment variable that tells the trainer which run folder was made for it."""
 
 FINAL_STATES = (*ENDED_STATES, "died")
-_BAR_BEFORE_TEXT = re.compile(r"^[^|]*\d%\|[^|]*\|[^\]]*\]\s*(?=\S)")
-"""A state of a progress bar that had no line end when something else was written."""
 _KILLED = getattr(signal, "SIGKILL", 9)
 """Windows has no such name."""
 UNDER_WAY = "{}: another start is under way. Try again in a moment."
@@ -69,28 +55,26 @@ class Job:
     folder: Path
 
     @property
+    def run(self) -> RunFolder:
+        """Its folder's reader."""
+        return RunFolder(self.folder)
+
+    @property
     def name(self) -> str:
         return self.folder.name
 
-    @property
-    def log_path(self) -> Path:
-        return self.folder / LOG_FILE
-
-    def status(self) -> dict[str, Any]:
+    def status(self) -> Status:
         """What the trainer last said, with `alive`, and with `state` corrected where the process is gone.
 
         `state` is one of starting, running, saving, sampling, validating, finished, stopped, failed, or `died`: the process
         ended without saying so (killed, out of memory, machine restarted). `message` then says what is known. `progress` is
         the share of a drawing or an encoding that is done, or None.
         """
-        written = read_small_object(self.folder / "status.json")
+        written = self.run.status()
         alive = self.is_alive()
-        status = {"state": "starting", "step": 0, "num_steps": None, "message": "", **written, "alive": alive}
+        status: Status = {"state": "starting", "step": 0, "num_steps": None, "message": "", **written, "alive": alive}
         if not alive and status["state"] not in FINAL_STATES:
-            written = read_small_object(
-                self.folder / "status.json"
-            )  # its last words may have come between the two looks
-            status.update(written)
+            status.update(self.run.status())  # its last words may have come between the two looks
             if status["state"] not in FINAL_STATES:
                 status.update(self._last_words())
         return status
@@ -107,7 +91,7 @@ class Job:
         status = records[-1]
         if status.get("state") in FINAL_STATES or not is_fresh(status) or may_be_running(status) is False:
             return False
-        return status.get("host", platform.node()) != platform.node() or is_held(run_lock_path(self.folder))
+        return status.get("host", platform.node()) != platform.node() or is_held(self.run.lock_path)
 
     def stop(self, *, timeout_seconds: float | None = None) -> bool:
         """Ask the trainer to save and end. Returns whether it has ended within the time (None: do not wait).
@@ -116,8 +100,8 @@ class Job:
             JobError: nothing is running.
         """
         self._require_alive("stop")
-        asked_before = read_small_object(self.folder / "control.json").get("action") == "stop"
-        listens = read_small_object(self.folder / "status.json").get("state") in ("running", "saving", "sampling")
+        asked_before = self.run.pending_action() == "stop"
+        listens = self.run.status().get("state") in ("running", "saving", "sampling")
         process = self._find_process()
         if process is not None and not listens and not asked_before:
             # A trainer that still loads reads no requests yet. Never twice: a second signal ends it without saving.
@@ -156,11 +140,9 @@ class Job:
         """
         if action not in ("stop", "save", "sample"):
             raise JobError(f"{action!r}: no such request; there are stop, save and sample.")
-        return RunFolder(self.folder).request(action)
+        return self.run.request(action)
 
-    def watch(
-        self, on_update: Callable[[dict[str, Any]], object] | None = None, *, interval_seconds: float = 0.5
-    ) -> dict[str, Any]:
+    def watch(self, on_update: Callable[[Status], object] | None = None, *, interval_seconds: float = 0.5) -> Status:
         """Wait for the end, calling `on_update(status)` twice a second. An interrupt only detaches: the run continues.
 
         Returns:
@@ -177,7 +159,7 @@ class Job:
                 status = self.status()
         return status
 
-    def wait(self, timeout_seconds: float = math.inf) -> dict[str, Any]:
+    def wait(self, timeout_seconds: float = math.inf) -> Status:
         """Wait until the process has ended, for scripts; panels follow it by themselves. An interrupt only detaches.
 
         Returns:
@@ -187,39 +169,26 @@ class Job:
             self._wait(timeout_seconds)
         return self.status()
 
-    def log_tail(self, num_lines: int = 200) -> list[str]:
-        """The last lines of the log. Of a progress bar only the latest state is kept."""
-        try:
-            with self.log_path.open("rb") as file:
-                file.seek(0, os.SEEK_END)
-                file.seek(max(0, file.tell() - 400 * num_lines))
-                text = file.read().decode("utf-8", errors="replace")
-        except OSError:
-            return []
-        lines = [line.rstrip("\r").rsplit("\r", 1)[-1].rstrip() for line in text.split("\n")]
-        lines = [_BAR_BEFORE_TEXT.sub("", line) for line in lines]
-        return [line for line in lines if line][-num_lines:]
-
-    def _last_words(self) -> dict[str, str]:
+    def _last_words(self) -> Status:
         """State and message of a run whose process is gone without having said so."""
-        code = exit_code(read_small_object(self.folder / JOB_FILE))
-        if read_small_object(self.folder / "control.json").get("action") == "stop":  # before it could read the request
+        code = exit_code(self.run.job_record())
+        if self.run.pending_action() == "stop":  # before it could read the request
             return {"state": "stopped", "message": "Stopped before training began; nothing was saved."}
         cause = "The training process exited unexpectedly"
         if code is not None and code < 0:
             cause = f"The training process was ended by signal {-code}"
             if code == -_KILLED:
                 cause += " (someone killed it, or the machine was out of memory)"
-        tail = self.log_tail(1)
+        tail = self.run.log_tail(1)
         cause += f"; the last line of its log: {tail[-1]}" if tail else "."
         return {"state": "died", "message": f"{cause} Resume continues from the latest checkpoint."}
 
     def _find_process(self) -> psutil.Process | None:
         return next(filter(None, map(find_process, self._records())), None)
 
-    def _records(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _records(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Who works on it, as whoever started it wrote down, and as the trainer itself says."""
-        return read_small_object(self.folder / JOB_FILE), read_small_object(self.folder / "status.json")
+        return self.run.job_record(), self.run.status()
 
     def _require_alive(self, what: str) -> None:
         if not self.folder.is_dir():
@@ -264,10 +233,10 @@ def start(
             raise JobError(
                 f"{running[0].folder}: this project is being trained already. Stop that run first, or wait for it."
             )
-        folder = RunFolder.create(logdir, checked.project_name).folder.resolve()
-        write_atomic(folder / "config.json", checked.to_json())
-        arguments = command or module_command("everydream_kit", ["train", "--config", "{run}/config.json"])
-        return _launch(folder, arguments, environment)
+        run = RunFolder(RunFolder.create(logdir, checked.project_name).folder.resolve())
+        write_atomic(run.config_path, checked.to_json())
+        arguments = command or module_command("everydream_kit", ["train", "--config", str(run.config_path)])
+        return _launch(run, arguments, environment)
 
 
 def resume(
@@ -291,20 +260,19 @@ def resume(
     """
     folder = Path(folder).resolve()
     job = attach(folder)
-    if command is None and not job.is_alive() and not RunFolder(folder).checkpoints():
+    if command is None and not job.is_alive() and not job.run.checkpoints():
         raise JobError(
             f"{folder.name}: nothing was saved yet, so there is nothing to continue from. Start training instead."
         )
     left = give_again(folder, changes or {})
     if left:
         raise ConfigError(f"{', '.join(left)}: give only what {folder.name} asks for; nothing else changes here.")
-    with hold(folder / ".starting", UNDER_WAY.format(folder)):
+    with hold(job.run.starting_lock_path, UNDER_WAY.format(folder)):
         if job.is_alive():
             raise JobError(f"{folder}: this run is in progress already; attach to it instead of resuming it.")
-        for stale in ("control.json", "status.json"):  # an old request must not stop the new process at its first step
-            (folder / stale).unlink(missing_ok=True)
+        job.run.forget_session()  # an old request must not stop the new process at its first step
         arguments = command or module_command("everydream_kit", ["resume", "{run}"])
-        return _launch(folder, arguments, environment)
+        return _launch(job.run, arguments, environment)
 
 
 def attach(folder: str | Path) -> Job:
@@ -314,7 +282,8 @@ def attach(folder: str | Path) -> Job:
         JobError: there is no run in this folder.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file() and not (folder / "status.json").is_file():
+    run = RunFolder(folder)
+    if not run.config_path.is_file() and not run.status_path.is_file():
         raise JobError(f"{folder}: not a run folder (neither config.json nor status.json is in it).")
     return Job(folder.resolve())
 
@@ -342,8 +311,8 @@ def start_module(
     job = Job(folder)
     if job.is_alive():
         raise JobError(f"{folder}: still running. Wait for it, or stop it.")
-    (folder / "status.json").unlink(missing_ok=True)
-    return _launch(folder, module_command(module, arguments), environment, append=False)
+    job.run.forget_session()
+    return _launch(job.run, module_command(module, arguments), environment, append=False)
 
 
 def as_config(config: TrainConfig | Mapping[str, Any] | str | Path) -> TrainConfig:
@@ -356,10 +325,10 @@ def as_config(config: TrainConfig | Mapping[str, Any] | str | Path) -> TrainConf
 
 
 def _launch(
-    folder: Path, arguments: Sequence[str], environment: Mapping[str, str] | None, *, append: bool = True
+    run: RunFolder, arguments: Sequence[str], environment: Mapping[str, str] | None, *, append: bool = True
 ) -> Job:
-    command = [argument.replace("{run}", str(folder)) for argument in arguments]
-    added = {RUN_FOLDER_VARIABLE: str(folder), **(environment or {})}
-    process = spawn(command, folder / LOG_FILE, added, append=append)
-    write_object(folder / JOB_FILE, {**process.to_json(), "command": command})
-    return Job(folder)
+    command = [argument.replace("{run}", str(run.folder)) for argument in arguments]
+    added = {RUN_FOLDER_VARIABLE: str(run.folder), **(environment or {})}
+    process = spawn(command, run.log_path, added, append=append)
+    write_object(run.job_path, {**process.to_json(), "command": command})
+    return Job(run.folder)

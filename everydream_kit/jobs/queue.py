@@ -23,8 +23,8 @@ from everydream_kit.jobs.job import FINAL_STATES, Job, as_config, running_jobs, 
 from everydream_kit.jobs.process import may_be_running, spawn, write_object
 from everydream_kit.jobs.safe_python import module_command
 from everydream_kit.locks import hold
-from everydream_kit.strict_json import kind_of, read_json
-from everydream_kit.workspace import read_small_object
+from everydream_kit.runs import Status
+from everydream_kit.strict_json import kind_of, read_json, read_small_object
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -275,7 +275,7 @@ def _resolve(entries: list[dict[str, Any]]) -> None:
     """Say what became of entries whose queue was ended from outside."""
     for entry in entries:
         if entry["state"] in ACTIVE:
-            status = Job(Path(entry["run"])).status() if entry["run"] else {"state": "waiting", "alive": False}
+            status = Job(Path(entry["run"])).status() if entry["run"] else Status(state="waiting", alive=False)
             if not status["alive"]:
                 entry["state"] = status["state"] if status["state"] in (*FINAL_STATES, "waiting") else "died"
 

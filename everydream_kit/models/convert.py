@@ -23,7 +23,7 @@ from everydream_kit.models.family import Config, Family, TextEncoderSlot
 from everydream_kit.models.tensors import LazyTensor, Tensors, concatenated
 
 if TYPE_CHECKING:
-    from everydream_kit.models.model_files import ModelFiles
+    from everydream_kit.models.family import ModelFiles
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."

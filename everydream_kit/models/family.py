@@ -10,6 +10,7 @@ same function.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
@@ -19,14 +20,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from everydream_kit.errors import ConfigError
+from everydream_kit.models.number_formats import widest
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
     from transformers import CLIPTokenizer
 
     from everydream_kit.models.lora_settings import LoraSettings
-    from everydream_kit.models.model_files import ModelFiles
     from everydream_kit.models.tensors import Tensors
+    from everydream_kit.models.tokenizer import Vocabulary
 
 Config = Mapping[str, Any]
 """A component's `config.json`."""
@@ -434,3 +436,39 @@ class Model:
     def vae_scale_factor(self) -> int:
         """Pixels per latent cell."""
         return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+
+
+@dataclass
+class ModelFiles:
+    """A model's parts, by the names of their folders in the diffusers layout.
+
+    Attributes:
+        configs: "unet", "vae", "text_encoder", ... -> its `config.json`.
+        tensors: the same names -> weights by diffusers' names.
+        tokenizers: "tokenizer", ... -> its folder, a vocabulary of its own, or None for the shipped one.
+        scheduler_config: the model's own sampler, as found.
+        extra_embeddings: folder of learned tokens, if the model carries any.
+    """
+
+    family: Family
+    source: str
+    configs: dict[str, Config]
+    tensors: dict[str, Tensors]
+    tokenizers: dict[str, Path | Vocabulary | None]
+    scheduler_config: dict[str, Any]
+    prediction_type: str
+    zero_terminal_snr: bool
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def num_elements(self) -> int:
+        """How many numbers all weights hold together."""
+        return sum(math.prod(tensor.shape) for part in self.tensors.values() for tensor in part.values())
+
+    def stored_dtype(self, component: str) -> torch.dtype | None:
+        """The format that holds all weights of a component as its file does; None where no weights were opened."""
+        return widest([tensor.dtype for tensor in self.tensors.get(component, {}).values()])
+
+    def num_bytes(self) -> int:
+        """Size of all weights as they are stored."""
+        lazy = [tensor for part in self.tensors.values() for tensor in part.values()]
+        return sum(tensor.dtype.itemsize * math.prod(tensor.shape) for tensor in lazy)

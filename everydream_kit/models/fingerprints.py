@@ -11,7 +11,7 @@ import hashlib
 
 import torch
 
-from everydream_kit.models.model_files import ModelFiles
+from everydream_kit.models.family import ModelFiles
 from everydream_kit.models.spans import read_whole
 from everydream_kit.models.tensors import LazyTensor
 

@@ -29,9 +29,9 @@ from everydream_kit.models.adapters import (
 )
 from everydream_kit.models.components import build_component, fill
 from everydream_kit.models.download import fetch_model, is_hub_id
-from everydream_kit.models.family import Model, configs_folder
+from everydream_kit.models.family import Model, ModelFiles, configs_folder
 from everydream_kit.models.fingerprints import weights_fingerprint
-from everydream_kit.models.model_files import ModelFiles, open_folder, read_json
+from everydream_kit.models.model_files import open_folder, read_json
 from everydream_kit.models.number_formats import Formats
 from everydream_kit.models.single_file import open_single_file
 from everydream_kit.models.tokenizer import Vocabulary, build_tokenizer, load_tokenizer

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 
 from everydream_kit.errors import ModelError
+from everydream_kit.models.family import ModelFiles
 from everydream_kit.models.lora import LoraLayer
-from everydream_kit.models.model_files import ModelFiles
 from everydream_kit.models.tensors import LazyTensor, Tensors
 
 

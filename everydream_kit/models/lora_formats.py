@@ -20,12 +20,11 @@ from typing import Literal, TypeVar
 import torch
 
 from everydream_kit.errors import ModelError
-from everydream_kit.models.family import Config, Family
+from everydream_kit.models.family import Config, Family, ModelFiles
 from everydream_kit.models.lora import Lora, LoraLayer
 from everydream_kit.models.lora_changes import Change, LoraFile, apply_changes, change_of, delta
 from everydream_kit.models.lora_names import kohya_name
 from everydream_kit.models.lora_reading import DIFFUSERS_METADATA, is_lora, lora_file, read_lora_file
-from everydream_kit.models.model_files import ModelFiles
 from everydream_kit.models.tensors import LazyTensor, Tensors, write_safetensors
 
 Layout = Literal["diffusers", "kohya"]

@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 
 from everydream_kit.models.convert import rename, unet_renames
-from everydream_kit.models.family import Config, Family
-from everydream_kit.models.model_files import ModelFiles
+from everydream_kit.models.family import Config, Family, ModelFiles
 
 Place = tuple[str, str]
 """(component, layer by its diffusers name; text encoders' with `text_model.`)"""

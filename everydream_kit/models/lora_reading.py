@@ -10,9 +10,9 @@ from typing import Any
 
 from everydream_kit.errors import ModelError
 from everydream_kit.models.adapters import LORA_FILE
+from everydream_kit.models.family import ModelFiles
 from everydream_kit.models.lora_changes import Change, LoraFile, base_key
 from everydream_kit.models.lora_names import OTHER_KINDS, spellings, split_name
-from everydream_kit.models.model_files import ModelFiles
 from everydream_kit.models.tensors import LazyTensor, Tensors
 from everydream_kit.models.weight_files import WEIGHT_SUFFIXES, open_weights
 from everydream_kit.strict_json import parse_json, read_json

@@ -9,60 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everydream_kit import strict_json
 from everydream_kit.errors import ModelError
 from everydream_kit.models.families import FAMILIES, family_by_name
-from everydream_kit.models.family import Config, Family
-from everydream_kit.models.number_formats import widest
+from everydream_kit.models.family import Config, Family, ModelFiles
 from everydream_kit.models.part_configs import scheduler_values
 from everydream_kit.models.tensors import Tensors
-from everydream_kit.models.tokenizer import Vocabulary
 from everydream_kit.models.weight_files import open_weights
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-
-
-@dataclass
-class ModelFiles:
-    """A model's parts, by the names of their folders in the diffusers layout.
-
-    Attributes:
-        configs: "unet", "vae", "text_encoder", ... -> its `config.json`.
-        tensors: the same names -> weights by diffusers' names.
-        tokenizers: "tokenizer", ... -> its folder, a vocabulary of its own, or None for the shipped one.
-        scheduler_config: the model's own sampler, as found.
-        extra_embeddings: folder of learned tokens, if the model carries any.
-    """
-
-    family: Family
-    source: str
-    configs: dict[str, Config]
-    tensors: dict[str, Tensors]
-    tokenizers: dict[str, Path | Vocabulary | None]
-    scheduler_config: dict[str, Any]
-    prediction_type: str
-    zero_terminal_snr: bool
-    metadata: dict[str, str] = field(default_factory=dict)
-
-    def num_elements(self) -> int:
-        """How many numbers all weights hold together."""
-        return sum(math.prod(tensor.shape) for part in self.tensors.values() for tensor in part.values())
-
-    def stored_dtype(self, component: str) -> torch.dtype | None:
-        """The format that holds all weights of a component as its file does; None where no weights were opened."""
-        return widest([tensor.dtype for tensor in self.tensors.get(component, {}).values()])
-
-    def num_bytes(self) -> int:
-        """Size of all weights as they are stored."""
-        lazy = [tensor for part in self.tensors.values() for tensor in part.values()]
-        return sum(tensor.dtype.itemsize * math.prod(tensor.shape) for tensor in lazy)
 
 
 def open_folder(

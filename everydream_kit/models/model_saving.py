@@ -18,10 +18,9 @@ import torch
 from everydream_kit.errors import ModelError
 from everydream_kit.models.adapters import LORA_FILE, TOKENS_FILE, write_adapter_file
 from everydream_kit.models.components import BOOKKEEPING
-from everydream_kit.models.family import Config, Model
+from everydream_kit.models.family import Config, Model, ModelFiles
 from everydream_kit.models.loading import _tokenizer
 from everydream_kit.models.lora import base_name
-from everydream_kit.models.model_files import ModelFiles
 from everydream_kit.models.tensors import LazyTensor, OpenFile, Tensors, write_safetensors
 from everydream_kit.models.tokenizer import save_tokenizer
 

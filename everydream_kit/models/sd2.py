@@ -28,37 +28,40 @@ def _matches_keys(shapes: Shapes) -> bool:
     return any(name.startswith("cond_stage_model.model.") for name in shapes)
 
 
+_LEGACY_UNET = {
+    "use_checkpoint": True,
+    "use_fp16": True,
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "attention_resolutions": [4, 2, 1],
+    "num_res_blocks": 2,
+    "channel_mult": [1, 2, 4, 4],
+    "num_head_channels": 64,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": True,
+    "transformer_depth": 1,
+    "context_dim": 1024,
+    "legacy": False,
+}
+
+_LEGACY_VAE = {
+    "double_z": True,
+    "z_channels": 4,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 128,
+    "ch_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
+
+
 def _legacy_config(prediction_type: str) -> dict[str, Any]:
     """What Stability AI published as `v2-inference.yaml` and `v2-inference-v.yaml`."""
-    unet = {
-        "use_checkpoint": True,
-        "use_fp16": True,
-        "image_size": 32,
-        "in_channels": 4,
-        "out_channels": 4,
-        "model_channels": 320,
-        "attention_resolutions": [4, 2, 1],
-        "num_res_blocks": 2,
-        "channel_mult": [1, 2, 4, 4],
-        "num_head_channels": 64,
-        "use_spatial_transformer": True,
-        "use_linear_in_transformer": True,
-        "transformer_depth": 1,
-        "context_dim": 1024,
-        "legacy": False,
-    }
-    vae = {
-        "double_z": True,
-        "z_channels": 4,
-        "resolution": 256,
-        "in_channels": 3,
-        "out_ch": 3,
-        "ch": 128,
-        "ch_mult": [1, 2, 4, 4],
-        "num_res_blocks": 2,
-        "attn_resolutions": [],
-        "dropout": 0.0,
-    }
     params: dict[str, Any] = {"parameterization": "v"} if prediction_type == "v_prediction" else {}
     params |= {
         "linear_start": 0.00085,
@@ -75,13 +78,13 @@ def _legacy_config(prediction_type: str) -> dict[str, Any]:
         "monitor": "val/loss_simple_ema",
         "scale_factor": 0.18215,
         "use_ema": False,
-        "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},
+        "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": dict(_LEGACY_UNET)},
         "first_stage_config": {
             "target": "ldm.models.autoencoder.AutoencoderKL",
             "params": {
                 "embed_dim": 4,
                 "monitor": "val/rec_loss",
-                "ddconfig": vae,
+                "ddconfig": dict(_LEGACY_VAE),
                 "lossconfig": {"target": "torch.nn.Identity"},
             },
         },

@@ -15,15 +15,9 @@ from typing import Any
 from everydream_kit.errors import ModelError
 from everydream_kit.models.convert import UNET_PREFIX, num_text_blocks
 from everydream_kit.models.families import FAMILIES, family_by_name
-from everydream_kit.models.family import Config, Family, configs_folder
+from everydream_kit.models.family import Config, Family, ModelFiles, configs_folder
 from everydream_kit.models.file_kinds import refuse_other_kinds, with_vae, without_scales
-from everydream_kit.models.model_files import (
-    ModelFiles,
-    has_zero_terminal_snr,
-    prediction_type_of,
-    read_json,
-    refuse_unsupported,
-)
+from everydream_kit.models.model_files import has_zero_terminal_snr, prediction_type_of, read_json, refuse_unsupported
 from everydream_kit.models.part_configs import scheduler_values
 from everydream_kit.models.tensors import Tensors
 from everydream_kit.models.tokenizer import END, Vocabulary, checked_vocabulary

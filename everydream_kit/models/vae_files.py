@@ -12,8 +12,8 @@ from pathlib import Path
 
 from everydream_kit.errors import ModelError
 from everydream_kit.models.convert import VAE_PREFIX, vae_from_single_file
-from everydream_kit.models.family import Config
-from everydream_kit.models.model_files import ModelFiles, open_component, read_json
+from everydream_kit.models.family import Config, ModelFiles
+from everydream_kit.models.model_files import open_component, read_json
 from everydream_kit.models.tensors import Tensors
 from everydream_kit.models.weight_files import open_weights
 

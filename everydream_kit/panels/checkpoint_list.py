@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from everydream_kit.actions.project import Project
+from everydream_kit.runs import Checkpoint
 
 LOOKING_SHARE = 0.05
 """Of the time goes into looking at most."""
@@ -43,4 +44,4 @@ class CheckpointList:
     def label(self, checkpoint: Path) -> str:
         """Its name, with its run's where the project has several of this name."""
         same = [other for other in self.known if other.name == checkpoint.name]
-        return checkpoint.name if len(same) < 2 else f"{checkpoint.name} · {checkpoint.parent.parent.name}"
+        return checkpoint.name if len(same) < 2 else Checkpoint.at(checkpoint).label

@@ -8,8 +8,8 @@ import ipywidgets as widgets
 
 from everydream_kit.panels import style
 from everydream_kit.panels.panel import set_html
-from everydream_kit.panels.run_view import RunView, smooth, thin
-from everydream_kit.panels.svg_charts import Point, line_chart
+from everydream_kit.panels.svg_charts import Point, line_chart, smooth, thin
+from everydream_kit.runs.history import RunHistory
 
 SMOOTHING = 0.9
 """As TensorBoard begins."""
@@ -25,7 +25,7 @@ class CurveBox:
     """
 
     def __init__(self) -> None:
-        self._view: RunView | None = None
+        self._view: RunHistory | None = None
         self.smoothing = widgets.FloatSlider(
             value=SMOOTHING, min=0.0, max=0.99, step=0.01, description="Smoothing", continuous_update=False,
             style={"description_width": "80px"}, layout=widgets.Layout(width="300px"),
@@ -49,7 +49,7 @@ class CurveBox:
         self.zoom.min, self.zoom.max = 0, 1
         self.zoom.value = (0, 1)
 
-    def show(self, view: RunView) -> None:
+    def show(self, view: RunHistory) -> None:
         """Show what a run has said by now."""
         self._view = view
         last = max([1, *(points[-1][0] for points in (view.loss, view.validation) if points)])

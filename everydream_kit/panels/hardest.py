@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from everydream_kit.data.captions import caption_from_file_name
 from everydream_kit.data.folders import FolderFiles
 from everydream_kit.data.textfiles import TextError, read_text
-from everydream_kit.panels.run_view import Point
-from everydream_kit.workspace import read_small_object
+from everydream_kit.panels.svg_charts import Point
+from everydream_kit.runs import RunFolder
 
 MOST_IMAGES = 24
 MOST_EPOCHS = 12
@@ -44,26 +42,24 @@ class HardestReader:
     """
 
     def __init__(self, run: Path) -> None:
-        self._folder = run / "losses"
+        self._run = RunFolder(run)
         self._means: dict[int, dict[str, float]] = {}
         self.epoch: int | None = None
         self.images: list[HardImage] = []
 
     def update(self) -> bool:
         """Read what is new. Returns whether anything was."""
-        epochs = sorted(
-            int(match[1]) for path in self._folder.glob("ep*.json") if (match := _EPOCH.fullmatch(path.name))
-        )
+        epochs = self._run.epochs_with_losses()
         if not epochs or epochs[-1] == self.epoch:
             return False
-        rows = self._read(epochs[-1])
+        rows = self._run.image_losses(epochs[-1])
         if not rows:
             return False
         self.epoch = epochs[-1]
         chosen = evenly(epochs, MOST_EPOCHS)
         for epoch in chosen:
             if epoch not in self._means:
-                self._means[epoch] = {row["path"]: row["mean_loss"] for row in self._read(epoch)}
+                self._means[epoch] = {row["path"]: row["mean_loss"] for row in self._run.image_losses(epoch)}
         self._means = {epoch: self._means[epoch] for epoch in chosen}
         self.images = [
             HardImage(
@@ -75,19 +71,6 @@ class HardestReader:
             for row in rows[:MOST_IMAGES]
         ]
         return True
-
-    def _read(self, epoch: int) -> list[dict[str, Any]]:
-        """The images of an epoch, the hardest first; none where the file is damaged."""
-        held = read_small_object(self._folder / f"ep{epoch}.json")
-        rows = held.get("images", held.get("pictures"))
-        return [row for row in rows if _is_row(row)] if isinstance(rows, list) else []
-
-
-_EPOCH = re.compile(r"ep(\d+)\.json")
-
-
-def _is_row(row: Any) -> bool:
-    return isinstance(row, dict) and isinstance(row.get("path"), str) and isinstance(row.get("mean_loss"), float | int)
 
 
 def evenly(values: list[int], most: int) -> list[int]:

@@ -15,8 +15,9 @@ from everydream_kit import jobs
 from everydream_kit.panels import style
 from everydream_kit.panels.curves import CurveBox
 from everydream_kit.panels.panel import set_html
-from everydream_kit.panels.run_view import RunView, Sample
 from everydream_kit.panels.thumbnails import image_tag
+from everydream_kit.runs import RunFolder
+from everydream_kit.runs.history import RunHistory, Sample
 
 STATE_TONES: dict[str, style.Tone] = {
     "starting": "busy",
@@ -46,7 +47,7 @@ class RunMonitor:
     """
 
     def __init__(self) -> None:
-        self.view: RunView | None = None
+        self.view: RunHistory | None = None
         self._job: jobs.Job | None = None
         self._shown: dict[str, Any] = {}
         self._samples: list[Sample] = []
@@ -76,7 +77,7 @@ class RunMonitor:
     def attach(self, job: jobs.Job | None) -> None:
         """Begin to show another run."""
         self._job = job
-        self.view = RunView(job.folder) if job is not None else None
+        self.view = RunHistory(job.run) if job is not None else None
         self._shown.clear()
         self.step_slider.max = 0
         self.curves.reset()
@@ -85,7 +86,7 @@ class RunMonitor:
         """Show what is new. Cheap where nothing is."""
         self._render_figures(status)
         if self.view is None or self._job is None:
-            self.curves.show(RunView(Path()))
+            self.curves.show(RunHistory(RunFolder(Path())))
             self._render_samples([])
             set_html(self.log, style.log_view([]))
             return
@@ -93,7 +94,7 @@ class RunMonitor:
             self._shown["curves"] = True
             self.curves.show(self.view)
         self._render_samples(self.view.samples())
-        set_html(self.log, style.log_view(self._job.log_tail()))
+        set_html(self.log, style.log_view(self._job.run.log_tail()))
 
     def _render_figures(self, status: dict[str, Any]) -> None:
         step, total = int(status.get("step") or 0), status.get("num_steps")

@@ -21,6 +21,7 @@ from everydream_kit.panels.clock import has_clock, make_clock
 from everydream_kit.panels.login import token_environment
 from everydream_kit.panels.panel import Panel, set_html
 from everydream_kit.panels.question import Question
+from everydream_kit.runs import Checkpoint
 
 PRECISIONS = {"half (fp16): what apps expect": "fp16", "bfloat16": "bf16", "full (fp32): to train on": "fp32"}
 SHOWN_FILES = 8
@@ -185,9 +186,9 @@ class SharePanel(Panel):
     def _source(self) -> Path:
         """The run, where its latest checkpoint is chosen (its samples and curves go along), else the checkpoint."""
         chosen = Path(self._chosen())
-        run = chosen.parent.parent
-        latest = next((point for point in self.project.checkpoints() if point.parent.parent == run), None)
-        return run if latest == chosen else chosen
+        run = Checkpoint.at(chosen).run
+        latest = run.checkpoints()[-1].folder if run is not None and run.checkpoints() else None
+        return run.folder if run is not None and latest == chosen else chosen
 
     def _repo_id(self) -> str:
         name = self.repo.value.strip()
@@ -237,7 +238,7 @@ class SharePanel(Panel):
         """Fill the list with what can be shared now: a person's choice stays, else the winner, else the latest."""
         winner = self._shown_winner = self.project.winner
         known = self.checkpoints.known
-        options = [(f"{p.name} · {p.parent.parent.name}" + (" · winner" if p == winner else ""), str(p)) for p in known]
+        options = [(Checkpoint.at(p).label + (" · winner" if p == winner else ""), str(p)) for p in known]
         before = self.checkpoint.value
         chosen = before if self._has_chosen else str(winner)
         values = [value for _, value in options]

@@ -225,3 +225,22 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
     first = math.floor(low / step)
     last = math.ceil(high / step)
     return [round(i * step, 12 - math.floor(math.log10(step))) for i in range(first, last + 1)]
+
+
+def thin(points: Sequence[Point], most: int = 300) -> list[Point]:
+    """At most so many points, evenly taken, the last one always."""
+    if len(points) <= most:
+        return list(points)
+    stride = len(points) / most
+    return [points[int(i * stride)] for i in range(most - 1)] + [points[-1]]
+
+
+def smooth(points: Sequence[Point], weight: float = 0.9) -> list[Point]:
+    """Exponential moving average with bias correction, as TensorBoard draws it."""
+    result: list[Point] = []
+    average = scale = 0.0
+    for step, value in points:
+        average = weight * average + (1 - weight) * value
+        scale = weight * scale + (1 - weight)
+        result.append((step, average / scale))
+    return result

@@ -35,7 +35,6 @@ from everydream_kit.panels.plan_box import PlanBox
 from everydream_kit.panels.prompts import prompt_lines, read_prompts, write_prompts
 from everydream_kit.panels.question import Question
 from everydream_kit.panels.queue_box import QueueBox
-from everydream_kit.workspace import RunFolder, read_small_object
 
 if TYPE_CHECKING:
     from everydream_kit.panels.dataset_panel import DatasetPanel
@@ -324,14 +323,14 @@ class TrainPanel(Panel):
             return
         if self.job.status()["state"] == "finished":
             return
-        if RunFolder(self.job.folder).checkpoints():
+        if self.job.run.checkpoints():
             self.resume()
         else:  # it saved nothing, so there is nothing to continue
             self.start()
 
     @staticmethod
     def _was_started_with(job: jobs.Job, settings: dict[str, Any]) -> bool:
-        held = read_small_object(job.folder / "config.json")
+        held = job.run.settings()
         return all(held.get(name, value) == value for name, value in as_in_a_file(settings).items())
 
     def _ask(self, action: Any) -> None:

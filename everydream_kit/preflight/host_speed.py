@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everydream_kit.atomic import write_atomic
-from everydream_kit.workspace import read_small_object
+from everydream_kit.strict_json import read_small_object
 
 if TYPE_CHECKING:
     from everydream_kit.preflight.gpus import Card

@@ -40,9 +40,9 @@ from everydream_kit.preflight.disk import DiskUse, estimate_disk, latent_cache_b
 from everydream_kit.preflight.gpus import GpuSpec, find_gpu, this_gpu
 from everydream_kit.preflight.plan import Offer, Plan, StepCount
 from everydream_kit.preflight.step_time import StepSeconds, estimate_step
+from everydream_kit.runs import RunFolder
 from everydream_kit.settings import load_config, with_side_files
 from everydream_kit.training.training_images import estimate_steps, make_plan_settings, scan
-from everydream_kit.workspace import RunFolder
 
 if TYPE_CHECKING:
     from everydream_kit.data.dataset import Dataset

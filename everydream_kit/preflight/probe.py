@@ -125,12 +125,12 @@ def probe(
 def build_on_gpu(config: TrainConfig, folder: Path) -> Run:
     """The run that training would build, around gray images."""
     from everydream_kit.preflight.rehearsal import largest_bucket, stand_in_dataset
+    from everydream_kit.runs import RunFolder
     from everydream_kit.settings import with_side_files
     from everydream_kit.training.base import load_base
     from everydream_kit.training.journal import Journal
     from everydream_kit.training.ranks import Ranks
     from everydream_kit.training.run_builder import assemble_run
-    from everydream_kit.workspace import RunFolder
 
     config, _ = with_side_files(config)
     ranks = Ranks.find(config.gpuid)
@@ -198,7 +198,6 @@ class _Session:
 
         from everydream_kit.models.sampling import SamplePrompt, sample_images
         from everydream_kit.preflight.rehearsal import CACHED_TOGETHER, largest_bucket, make_batch
-        from everydream_kit.training.step import image_losses
 
         config, bucket = self._config, largest_bucket(self._config.resolutions)
         run = self._run = self._build(config, self._folder)
@@ -216,16 +215,16 @@ class _Session:
             self._cache_latents(run, bucket, CACHED_TOGETHER[latents])
         together = validated_together(config)
         if together is not None:
-            with self._phase("validation"), torch.no_grad(), run.whole_model():
+            with self._phase("validation"), torch.no_grad(), run.sync.whole_model():
                 measured = make_batch(bucket, together, with_moments=False)
-                image_losses(run, measured, _work(measured, 1))
+                run.learner.image_losses(measured, _work(measured, 1))
         samples = sampled_together(config)
         if samples is not None:
-            with self._phase("sampling"), run.whole_model(), run.sampling_weights(averaged=config.ema_sample_ema_model):
+            with self._phase("sampling"), run.sync.whole_model(averaged=config.ema_sample_ema_model):
                 width, height = samples.size
                 cfgs = tuple(7.0 + number for number in range(samples.num_images))
                 sample_images(
-                    run.model, [SamplePrompt("", width=width, height=height, cfgs=cfgs)], num_inference_steps=1
+                    run.learner.model, [SamplePrompt("", width=width, height=height, cfgs=cfgs)], num_inference_steps=1
                 )
 
     def _cache_latents(self, run: Run, bucket: Size, num_together: int) -> None:
@@ -233,20 +232,18 @@ class _Session:
 
         from everydream_kit.models.encoding import encode_moments
 
-        with self._phase("latent caching"), run.idle_models.at_work([run.model.vae]):
-            encode_moments(run.model, torch.zeros(num_together, 3, bucket[1], bucket[0], dtype=torch.uint8))
+        with self._phase("latent caching"), run.learner.idle_models.at_work([run.learner.model.vae]):
+            encode_moments(run.learner.model, torch.zeros(num_together, 3, bucket[1], bucket[0], dtype=torch.uint8))
 
     def _step(self, run: Run, batch: Any) -> None:
         """An optimizer step as the loop makes it, with at most two of its micro-batches."""
-        from everydream_kit.training.step import backward
-
         num = min(2, self._config.grad_accum)
-        run.set_learning_rates(0)
+        run.learner.set_learning_rates(0)
         for _ in range(num):
-            backward(run, batch, _work(batch, num))
-        run.update_weights(0)
-        if run.ema is not None:
-            run.ema.update(1)
+            run.learner.backward(batch, _work(batch, num), 0)
+        run.learner.update_weights(0)
+        if run.learner.ema is not None:
+            run.learner.ema.update(1)
 
 
 def _work(batch: Any, num: int) -> Any:

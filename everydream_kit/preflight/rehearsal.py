@@ -1,8 +1,7 @@
 """A run on tensors without values: every phase is gone through once, and every byte is followed.
 
-What runs is the trainer's own: `assemble_run` builds the run around a skeleton of the model, `backward` and
-`update_weights` make the step. The images are one batch of the largest bucket. Nothing is read but config files,
-nothing is written.
+What runs is the trainer's own: `assemble_run` builds the run around a skeleton of the model, its learner makes the step.
+The images are one batch of the largest bucket. Nothing is read but config files, nothing is written.
 
 Not here: what the numbers mean for a GPU (`memory_estimate`).
 """
@@ -12,7 +11,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,14 +30,14 @@ from everydream_kit.models.sampling import guide
 from everydream_kit.preflight.imitation import imitate_autocast, imitate_precision, replace_bitsandbytes
 from everydream_kit.preflight.skeleton import Architecture, build_skeleton
 from everydream_kit.preflight.tracker import OPTIMIZER, SCRATCH, Lives, StorageTracker
+from everydream_kit.runs import RunFolder
 from everydream_kit.training.base import choose_formats, precision_of, select_trained
 from everydream_kit.training.flat import flat_optimizers
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.offload import idle_modules
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.run_builder import assemble_run
-from everydream_kit.training.step import backward, image_losses
-from everydream_kit.workspace import RunFolder
+from everydream_kit.training.run_snapshot import count_bytes
 
 if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
@@ -218,14 +217,15 @@ def _assemble(  # noqa: PLR0917 - what a run is made of, each once
             seed=max(0, config.seed),
             device_type=device_type,
         )
-    for flat in flat_optimizers(run.optimizer):
+    learner = run.learner
+    for flat in flat_optimizers(learner.optimizer):
         tracker.label(flat.weights, WEIGHTS)
         tracker.label(flat.gradients, SHARED_GRADIENTS)
-    run.precision = imitate_precision(run.precision)
-    run.updates_in_backward = False  # the optimizer's hooks stay; only the look at losses that have no values goes
-    replace_bitsandbytes(run.optimizer, tracker, HOST, device_type=device_type)
-    if run.ema is not None and device_type != "cpu" and config.ema_device == "cpu":
-        tracker.label(run.ema.averages, HOST)
+    learner.precision = imitate_precision(learner.precision)
+    learner.updates_in_backward = False  # the optimizer's hooks stay; only the look at losses that have no values goes
+    replace_bitsandbytes(learner.optimizer, tracker, HOST, device_type=device_type)
+    if learner.ema is not None and device_type != "cpu" and config.ema_device == "cpu":
+        tracker.label(learner.ema.averages, HOST)
     return run
 
 
@@ -233,10 +233,10 @@ def _idle(config: TrainConfig, run: Run, latents: CacheMode) -> list[torch.nn.Mo
     if not config.offload_idle_models:
         return []
     return idle_modules(
-        run.model,
+        run.learner.model,
         run.dataset,
         latents_cached=latents != "off",
-        trains_text=run.trains_text,
+        trains_text=run.learner.trains_text,
         transforms_captions=bool(config.plugins),
     )
 
@@ -259,7 +259,7 @@ def make_batch(bucket: Size, batch_size: int, *, with_moments: bool, channels: i
 
 def _rehearse_caching(run: Run, tracker: StorageTracker, bucket: Size, num_together: int) -> None:
     with tracker.stretch("latent caching"):
-        encode_moments(run.model, torch.zeros(num_together, 3, bucket[1], bucket[0], dtype=torch.uint8))
+        encode_moments(run.learner.model, torch.zeros(num_together, 3, bucket[1], bucket[0], dtype=torch.uint8))
 
 
 def _rehearse_step(run: Run, tracker: StorageTracker, batch: Batch) -> int:
@@ -267,13 +267,13 @@ def _rehearse_step(run: Run, tracker: StorageTracker, batch: Batch) -> int:
     num = min(2, run.config.grad_accum)
     work = StepBatches(0, 0, 1, num * len(batch.paths), num * len(batch.paths), [batch] * num)
     with tracker.stretch("training step"):
-        run.set_learning_rates(0)
+        run.learner.set_learning_rates(0)
         for _ in range(num):
-            backward(run, batch, work)
+            run.learner.backward(batch, work, 0)
         with tracker.births_are(SCRATCH), tracker.phase(FIRST_UPDATE):
-            run.update_weights(0)
-        if run.ema is not None:
-            run.ema.update(1)
+            run.learner.update_weights(0)
+        if run.learner.ema is not None:
+            run.learner.ema.update(1)
         tracker.label(_states(run), STATES, unless=HOST)
     tracker.record.named("training step").launches[OPTIMIZER] = _launches_of_update(run, tracker)
     return num
@@ -281,35 +281,35 @@ def _rehearse_step(run: Run, tracker: StorageTracker, batch: Batch) -> int:
 
 def _launches_of_update(run: Run, tracker: StorageTracker) -> int:
     """Of every update but the first, which creates the states; it does not belong to the memory's trace."""
-    for parameter in run.parameters():
+    for parameter in run.learner.parameters():
         parameter.grad = torch.zeros_like(parameter)
     with tracker.stretch("update") as stretch:
-        run.update_weights(1)
+        run.learner.update_weights(1)
     tracker.record.stretches.pop()
     return stretch.launches.total()
 
 
 def _states(run: Run) -> list[torch.Tensor]:
     """The optimizer's tensors, but for those that were given another place."""
-    return [leaf for leaf in tree_leaves(list(run.optimizer.state.values())) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in tree_leaves(list(run.learner.optimizer.state.values())) if isinstance(leaf, torch.Tensor)]
 
 
 def _rehearse_validation(run: Run, tracker: StorageTracker, batch: Batch) -> None:
     """As `measure_loss` does it: pixels, the whole model on the device, no gradients."""
     work = StepBatches(0, 0, 1, len(batch.paths), len(batch.paths), [batch])
-    with tracker.stretch("validation"), torch.no_grad(), run.whole_model():
-        image_losses(run, batch, work)
+    with tracker.stretch("validation"), torch.no_grad(), run.sync.whole_model():
+        run.learner.image_losses(batch, work)
 
 
 def _rehearse_sampling(run: Run, tracker: StorageTracker, samples: SampleShape, *, averaged: bool) -> None:
     """One denoising step with guidance and the decoding, as `sample_images` does them."""
-    model, (width, height) = run.model, samples.size
+    model, (width, height) = run.learner.model, samples.size
     num = samples.num_images
     with (
         tracker.stretch("sampling"),
         torch.no_grad(),
-        run.sampling_weights(averaged=averaged),
-        run.precision.autocast(keep_casts=False),
+        run.learner.averaged_weights() if averaged else nullcontext(),
+        run.learner.precision.autocast(keep_casts=False),
     ):
         latents = torch.zeros(num, *model.family.latent_space.shape(model, width, height))
         encoded = encode_captions(model, ["", CAPTION], run.config.clip_skip)
@@ -324,24 +324,24 @@ def _rehearse_sampling(run: Run, tracker: StorageTracker, samples: SampleShape, 
 
 
 def _summarise(config: TrainConfig, run: Run, tracker: StorageTracker, num_micro_batches: int) -> Rehearsal:
-    modules = run.model.modules().values()
-    state_bytes = _count(run.optimizer.state.values())
-    trained = run.weight_bytes() - _count(run.optimizer.state_dict())
+    modules = run.learner.model.modules().values()
+    state_bytes = _count(run.learner.optimizer.state.values())
+    trained = count_bytes(run.learner.trained_weights())
     whole = sum(_count(module.state_dict()) for module in modules) if config.training_kind == "full" else trained
-    ema_bytes = 0 if run.ema is None else _count(run.ema.averages)
-    averaged = 0 if run.ema is None else whole
+    ema_bytes = 0 if run.learner.ema is None else _count(run.learner.ema.averages)
+    averaged = 0 if run.learner.ema is None else whole
     return Rehearsal(
         lives=tracker.record,
         num_micro_batches=num_micro_batches,
         standing=tracker.alive(),
-        ema_on_device=run.ema is not None and config.ema_device != "cpu",
+        ema_on_device=run.learner.ema is not None and config.ema_device != "cpu",
         num_parameters=sum(p.numel() for module in modules for p in module.parameters()),
-        num_trained_parameters=sum(part.num_parameters for part in run.parts),
+        num_trained_parameters=sum(part.num_parameters for part in run.learner.parts),
         checkpoint_bytes=whole,
         averaged_bytes=averaged,
         state_bytes=state_bytes + ema_bytes,
         ema_bytes=ema_bytes,
-        snapshot_bytes=trained + state_bytes + (trained + ema_bytes if run.ema is not None else 0),
+        snapshot_bytes=trained + state_bytes + (trained + ema_bytes if run.learner.ema is not None else 0),
     )
 
 

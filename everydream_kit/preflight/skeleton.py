@@ -21,9 +21,8 @@ from everydream_kit.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
-    from everydream_kit.models.family import Model, TextEncoderSlot
+    from everydream_kit.models.family import Model, ModelFiles, TextEncoderSlot
     from everydream_kit.models.lora_settings import LoraSettings
-    from everydream_kit.models.model_files import ModelFiles
     from everydream_kit.models.number_formats import Formats
 
 LARGEST_HEADER = 100 * 2**20
@@ -161,8 +160,8 @@ def open_configs(folder: Path, *, family: str | None = None, prediction_type: st
         ModelError: a config is missing, or of a kind that the kit does not train.
     """
     from everydream_kit.models.families import family_by_name
+    from everydream_kit.models.family import ModelFiles
     from everydream_kit.models.model_files import (
-        ModelFiles,
         denoiser_folders,
         has_zero_terminal_snr,
         prediction_type_of,

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from everydream_kit.config import facts
 from everydream_kit.preflight.gpus import GpuSpec, recognize
-from everydream_kit.workspace import RunFolder, list_runs, read_small_object
+from everydream_kit.runs import RunFolder, list_runs
 
 if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
@@ -105,7 +104,7 @@ def measured_here(config: TrainConfig, gpu_spec: GpuSpec | None) -> StepSeconds 
     fields, values = type(config).model_fields, config.model_dump(mode="json")
     wanted = {name: values[name] for name in names}
     for run in reversed(list_runs(config.logdir)[-RUNS_LOOKED_AT:]):
-        settings, environment = _read(run.config_path), _read(run.folder / "environment.json")
+        settings, environment = run.settings(), run.environment()
         theirs = {name: settings.get(name, fields[name].default) for name in names}
         if theirs != wanted or not _same_device(environment, gpu_spec):
             continue
@@ -209,20 +208,12 @@ def _same_device(facts: dict[str, Any], gpu_spec: GpuSpec | None) -> bool:
 
 def _images_per_second(run: RunFolder) -> float | None:
     """Median over a run's log points but the first, which pays for warming up; its status where it has logged one only."""
-    points = [float(event["images_per_second"]) for event in _loss_events(run)]
-    points = [speed for speed in points[1:] or points if speed]
-    if points:
-        return statistics.median(points)
-    speed = _read(run.folder / "status.json").get("images_per_second")
+    points = [event.get("images_per_second") for event in run.events("loss")]
+    known = [speed for speed in points[1:] or points if speed]
+    if known:
+        return statistics.median(known)
+    speed = run.status().get("images_per_second")
     return float(speed) if speed else None
-
-
-def _loss_events(run: RunFolder) -> Iterator[dict[str, Any]]:
-    return (event for event in run.events("loss") if "images_per_second" in event)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return read_small_object(path)
 
 
 def _whole(batch_size: int | str) -> int:

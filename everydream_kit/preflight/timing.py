@@ -8,18 +8,13 @@ the estimate.
 from __future__ import annotations
 
 import statistics
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from everydream_kit.preflight.units import cost, duration
-from everydream_kit.training.reports import Listener, StepReport
-from everydream_kit.workspace import read_small_object
-
-if TYPE_CHECKING:
-    from everydream_kit.training.run import Run
+from everydream_kit.training.reports import Listener, ObservedRun, StepReport
 
 WARM_UP_STEPS = 2
 MEASURED_STEPS = 8
-PLAN_FILE = "plan.json"
 
 
 class MeasuredPlan(Listener):
@@ -28,14 +23,14 @@ class MeasuredPlan(Listener):
     def __init__(self) -> None:
         self._seconds: list[float] = []
 
-    def __call__(self, run: Run, report: StepReport) -> None:
+    def __call__(self, run: ObservedRun, report: StepReport) -> None:
         enough = WARM_UP_STEPS + MEASURED_STEPS
         if len(self._seconds) < enough:
             self._seconds.append(report.seconds)
             if len(self._seconds) == enough:
                 self._report(run, report, statistics.median(self._seconds[WARM_UP_STEPS:]))
 
-    def _report(self, run: Run, report: StepReport, seconds_per_step: float) -> None:
+    def _report(self, run: ObservedRun, report: StepReport, seconds_per_step: float) -> None:
         left = max(0, run.num_steps - report.step) * seconds_per_step
         plan = _read_plan(run)
         usd = (plan.get("price") or {}).get("usd_per_hour")
@@ -46,7 +41,7 @@ class MeasuredPlan(Listener):
         if estimated is not None:
             words += f" (the estimate was {estimated:.2f} s a step)"
         run.journal.note(words)
-        run.report(
+        run.journal.report(
             "plan",
             step=report.step,
             seconds_per_step=round(seconds_per_step, 4),
@@ -57,6 +52,6 @@ class MeasuredPlan(Listener):
         )
 
 
-def _read_plan(run: Run) -> dict[str, Any]:
+def _read_plan(run: ObservedRun) -> dict[str, Any]:
     """The plan that was made before the run, or nothing."""
-    return read_small_object(run.folder.folder / PLAN_FILE)
+    return run.folder.plan()

@@ -17,12 +17,12 @@ from everydream_kit.models.families import FAMILIES
 from everydream_kit.models.family import Model
 from everydream_kit.models.loading import load_model
 from everydream_kit.models.number_formats import Formats
+from everydream_kit.runs import Checkpoint, find_last_checkpoint
 from everydream_kit.training.objectives import rescale_zero_terminal_snr
 from everydream_kit.training.offload import idle_modules
 from everydream_kit.training.parameters import TrainedPart, select_parameters
 from everydream_kit.training.parts import TEXT_ENCODER, UNET
 from everydream_kit.training.precision import Precision, choose_precision
-from everydream_kit.workspace import find_last_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ TILE_PIXELS = 512
 
 
 def load_base(
-    config: TrainConfig, weights_from: Path | None, ranks: Ranks, adapter_base: AdapterBase | None = None
+    config: TrainConfig, weights_from: Checkpoint | None, ranks: Ranks, adapter_base: AdapterBase | None = None
 ) -> Model:
     """Load the base model, or the weights of a run that is resumed, onto the device, each part in its format.
 
@@ -49,7 +49,7 @@ def load_base(
         ConfigError: zero terminal SNR is asked of an epsilon model.
     """
     model = load_model(
-        weights_from or find_base(config),
+        weights_from.folder if weights_from is not None else find_base(config),
         dtype=choose_formats(config, precision_of(config, ranks.device.type)),
         device="cpu" if shards(config, ranks) else ranks.device,
         revision=config.base_revision,
@@ -66,11 +66,11 @@ def load_base(
     return model
 
 
-def _own_base(config: TrainConfig, weights_from: Path | None) -> dict[str, str] | None:
+def _own_base(config: TrainConfig, weights_from: Checkpoint | None) -> dict[str, str] | None:
     """The base that a person named for a fetched run; its adapter's file names the one of another machine."""
-    if weights_from is None or not is_adapter_folder(weights_from):
+    if weights_from is None or not is_adapter_folder(weights_from.folder):
         return None
-    if read_origin(weights_from.parent.parent) is None:
+    if weights_from.run is None or read_origin(weights_from.run.folder) is None:
         return None
     named = {
         "source": str(find_base(config)),

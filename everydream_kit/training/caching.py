@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from everydream_kit.atomic import require_writable
 from everydream_kit.data.cache import CacheSettings, DiskCache, LatentCache, MemoryCache
 from everydream_kit.data.cache_room import MOMENT_CHANNELS, CacheMode, choose_cache_mode, estimate_bytes
 from everydream_kit.data.text_cache import TextCache
@@ -15,7 +16,6 @@ from everydream_kit.models.encoding import encode_captions, encode_moments
 from everydream_kit.models.family import join_conditioning
 from everydream_kit.share_bar import ShareBar
 from everydream_kit.training.progress import WorkProgress
-from everydream_kit.workspace import require_writable
 
 if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig

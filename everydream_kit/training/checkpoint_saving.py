@@ -19,18 +19,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 import psutil
 
 from everydream_kit.errors import DiskSpaceError, KitError, may_pass
+from everydream_kit.runs import Checkpoint, layout
+from everydream_kit.runs.layout import checkpoint_name
 from everydream_kit.training.checkpoints import (
     RESUMABLE_KEPT,
     drop_resume_state,
     remove_checkpoint,
     write_checkpoint,
 )
-from everydream_kit.training.reports import Listener, StepReport
-from everydream_kit.workspace import checkpoint_name
+from everydream_kit.training.reports import Listener, ObservedRun, StepReport
 
 if TYPE_CHECKING:
-    from everydream_kit.training.run import Run
-    from everydream_kit.training.run_snapshot import Snapshot
+    from everydream_kit.training.decisions import Decisions
+    from everydream_kit.training.run_snapshot import Snapshot, Snapshots
 
 DEFAULT_MINUTES = 20.0
 """Saving interval where no rule is given, as in EveryDream 2."""
@@ -91,6 +92,8 @@ class Saver(Listener):
 
     Args:
         rules: when.
+        snapshots: of the run.
+        decisions: a run that ended early is final too.
         keep_last_n: how many live-weight checkpoints stay (the best and the last are not counted out); None: all.
         keep_all_resume_state: every checkpoint stays resumable.
         prepend_last: name the final checkpoint `last-...`.
@@ -104,6 +107,8 @@ class Saver(Listener):
     def __init__(
         self,
         rules: SavingRules,
+        snapshots: Snapshots,
+        decisions: Decisions,
         *,
         keep_last_n: int | None = None,
         keep_all_resume_state: bool = False,
@@ -115,6 +120,8 @@ class Saver(Listener):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.rules = rules
+        self.snapshots = snapshots
+        self.decisions = decisions
         self.keep_last_n = keep_last_n
         self.keep_all_resume_state = keep_all_resume_state
         self.prepend_last = prepend_last
@@ -132,20 +139,20 @@ class Saver(Listener):
         self._waited = 0.0
         self._has_warned = False
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, run: ObservedRun) -> None:
         for event in run.folder.events("saved"):
             files = event.get("files")
             if isinstance(files, list) and files:
                 self._files_of[Path(str(event.get("path"))).name] = [Path(str(file)) for file in files]
         self._began = self._last_save = self.clock()
 
-    def __call__(self, run: Run, report: StepReport) -> None:
+    def __call__(self, run: ObservedRun, report: StepReport) -> None:
         self._report_failure(run)
         if self.rules.due(report, (self.clock() - self._last_save) / 60) and report.step < run.num_steps:
             self.save(run)
             self._warn_of_pending(run)
 
-    def save(self, run: Run, *, ends: bool = False) -> None:
+    def save(self, run: ObservedRun, *, ends: bool = False) -> None:
         """Save a checkpoint of the run as it stands, in the background where there is memory for a copy of it.
 
         Args:
@@ -155,11 +162,11 @@ class Saver(Listener):
             DiskSpaceError: only for the one at the end; before, it is a warning and training continues.
         """
         self.wait()
-        final = ends and (run.position.step >= run.num_steps or run.ended_early)
+        final = ends and (run.position.step >= run.num_steps or self.decisions.ended_early)
         prefix = "last-" if final and self.prepend_last else ""
         name = checkpoint_name(run.config.project_name, run.position.epoch, run.position.step, prefix=prefix)
         started = self.clock()
-        snapshot = run.snapshot(copy=not ends and _memory_allows(run.weight_bytes()))
+        snapshot = self.snapshots.take(copy=not ends and _memory_allows(self.snapshots.num_bytes()))
         self._last_save = self.clock()
         last = run.is_complete()  # now: while it is written in the background, the run may end
         if ends or not snapshot.copied:
@@ -170,19 +177,21 @@ class Saver(Listener):
             self._writer.start()
         self._waited += self.clock() - started
 
-    def save_best(self, run: Run) -> None:
+    def save_best(self, run: ObservedRun) -> None:
         """Keep the weights as they stand as `ckpts/best`, in place of the best so far."""
         self.wait()
-        snapshot = run.snapshot(copy=False)
-        folder = run.folder.checkpoints_folder / "best"
+        snapshot = self.snapshots.take(copy=False)
+        folder = run.folder.checkpoint(layout.BEST).folder
         try:
             write_checkpoint(folder, snapshot.write_model, expected_bytes=snapshot.model_bytes)
         except (DiskSpaceError, OSError) as problem:
-            run.warn(f"{problem} Training continues; the best weights so far, of step {snapshot.step}, are not kept.")
+            run.journal.warn(
+                f"{problem} Training continues; the best weights so far, of step {snapshot.step}, are not kept."
+            )
             return
-        run.report("saved", step=snapshot.step, path=str(folder), files=[], best=True)
+        run.journal.report("saved", step=snapshot.step, path=str(folder), files=[], best=True)
 
-    def on_finish(self, run: Run) -> None:
+    def on_finish(self, run: ObservedRun) -> None:
         """Save. Where the disk is full or gone, wait for it: what was trained is nowhere else.
 
         Other failures are not waited for. A single file that fails leaves a complete checkpoint, so it ends in a warning.
@@ -190,7 +199,7 @@ class Saver(Listener):
         Raises:
             DiskSpaceError: there was no room for too long, or somebody asked to stop meanwhile.
         """
-        run.set_state("saving")
+        run.journal.set_state("saving")
         kept = "The trained state stays in memory, {}, and is saved as soon as there is space. Stopping discards it."
         self._patiently(run, lambda: self.save(run, ends=True), kept)
         name, self._unfinished = self._unfinished, None
@@ -202,7 +211,7 @@ class Saver(Listener):
         except (KitError, OSError) as problem:
             self._warn_of_single_file(run, name, problem)
 
-    def _patiently(self, run: Run, save: Callable[[], None], kept: str) -> None:
+    def _patiently(self, run: ObservedRun, save: Callable[[], None], kept: str) -> None:
         """Save, and again while the failure may pass, until patience ends or a stop is asked for."""
         patience = ROOM_PATIENCE_SECONDS if run.ranks.num_ranks == 1 else ROOM_PATIENCE_SECONDS_WITH_OTHERS
         end = self.clock() + patience
@@ -216,7 +225,7 @@ class Saver(Listener):
                     raise
                 if not has_warned:
                     has_warned = True
-                    run.warn(f"{problem} {kept.format(f'for {patience / 60:.0f} minutes from now')}")
+                    run.journal.warn(f"{problem} {kept.format(f'for {patience / 60:.0f} minutes from now')}")
             time.sleep(ROOM_INTERVAL_SECONDS)
 
     def _is_stopped(self) -> bool:
@@ -235,8 +244,8 @@ class Saver(Listener):
         if self.uploader is not None:
             self.uploader.close()
 
-    def _write(self, run: Run, snapshot: Snapshot, name: str, last: bool, ends: bool) -> None:
-        folder = run.folder.checkpoints_folder / name
+    def _write(self, run: ObservedRun, snapshot: Snapshot, name: str, last: bool, ends: bool) -> None:
+        folder = run.folder.checkpoint(name).folder
         started = self.clock()
         try:
             write_checkpoint(
@@ -247,7 +256,7 @@ class Saver(Listener):
                 expected_bytes=snapshot.num_bytes,
             )
             if snapshot.write_ema is not None:
-                write_checkpoint(folder.with_name(f"{name}_ema"), snapshot.write_ema)
+                write_checkpoint(run.folder.checkpoint(name).averaged.folder, snapshot.write_ema)
         except KitError as error:
             self._failure = error
             return
@@ -264,7 +273,7 @@ class Saver(Listener):
             if not (ends and may_pass(error)):
                 self._unfinished = None
                 self._warn_of_single_file(run, folder, error)
-        run.report(
+        run.journal.report(
             "saved",
             step=snapshot.step,
             path=str(folder),
@@ -280,11 +289,11 @@ class Saver(Listener):
         if self.single_files is None or self.write_single_file is None:
             return []
         self.single_files.mkdir(parents=True, exist_ok=True)
-        folders = [one for one in (folder, folder.with_name(f"{folder.name}_ema")) if one.is_dir()]
+        checkpoint = Checkpoint.at(folder)
         written = []
-        for source in folders:
+        for source in (one for one in (checkpoint, checkpoint.averaged) if one.exists):
             target = self._single_file_path(folder, source.name)
-            self.write_single_file(source, target)
+            self.write_single_file(source.folder, target)
             written.append(target)
         self._files_of[folder.name] = written
         return written
@@ -299,50 +308,49 @@ class Saver(Listener):
             path = self.single_files / f"{stem}-{number}.safetensors"
         return path
 
-    def _write_single_files_again(self, run: Run, folder: Path) -> None:
+    def _write_single_files_again(self, run: ObservedRun, folder: Path) -> None:
         files = self._write_single_files(folder)
-        run.report("saved", step=run.position.step, path=str(folder), files=[str(path) for path in files])
+        run.journal.report("saved", step=run.position.step, path=str(folder), files=[str(path) for path in files])
 
-    def _warn_of_single_file(self, run: Run, folder: Path, problem: Exception) -> None:
-        run.warn(
+    def _warn_of_single_file(self, run: ObservedRun, folder: Path, problem: Exception) -> None:
+        run.journal.warn(
             f"{problem} The checkpoint {folder} is complete; only its single file is missing. Write it with: "
             f"everydream export {folder}"
         )
 
-    def _prune(self, run: Run) -> None:
+    def _prune(self, run: ObservedRun) -> None:
         """Latest last: the two latest stay resumable, `keep_last_n` stay at all."""
-        live = [c for c in run.folder.checkpoints() if not c.folder.name.endswith("_ema")]
+        live = run.folder.checkpoints(averaged=False)
         if not self.keep_all_resume_state:
             for checkpoint in live[:-RESUMABLE_KEPT]:
-                drop_resume_state(checkpoint.folder)
+                drop_resume_state(checkpoint)
         if self.keep_last_n is not None:
             for checkpoint in live[: -self.keep_last_n]:
-                averaged = checkpoint.folder.with_name(f"{checkpoint.folder.name}_ema")
-                for folder in (checkpoint.folder, averaged):
-                    if folder.is_dir():
-                        remove_checkpoint(folder)
-                for file in self._files_of.pop(checkpoint.folder.name, []):
+                for one in (checkpoint, checkpoint.averaged):
+                    if one.exists:
+                        remove_checkpoint(one)
+                for file in self._files_of.pop(checkpoint.name, []):
                     with contextlib.suppress(OSError):  # the folder of single files may be gone
                         file.unlink()
 
-    def _warn_of_pending(self, run: Run) -> None:
+    def _warn_of_pending(self, run: ObservedRun) -> None:
         """Once, where saving costs more than a tenth of the run."""
         share = self._waited / max(self.clock() - self._began, 1e-9)
         if self._has_warned or self._waited < NOT_WORTH_A_WARNING_SECONDS or share <= WORTH_A_WARNING:
             return
         self._has_warned = True
-        run.warn(
+        run.journal.warn(
             f"Training has waited {self._waited:.0f} s for its checkpoints, {share:.0%} of its time so far. Save less often "
             "(ckpt_every_n_minutes, save_every_n_epochs, save_every_n_steps), or put logdir on a faster disk."
         )
 
-    def _report_failure(self, run: Run, *, fatal: bool = False) -> None:
+    def _report_failure(self, run: ObservedRun, *, fatal: bool = False) -> None:
         failure, self._failure = self._failure, None
         if failure is None:
             return
         if fatal or not isinstance(failure, DiskSpaceError):
             raise failure
-        run.warn(f"{failure} Training continues and saves again later.")
+        run.journal.warn(f"{failure} Training continues and saves again later.")
 
 
 def _memory_allows(num_bytes: int) -> bool:

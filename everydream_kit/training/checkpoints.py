@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -26,15 +26,13 @@ from everydream_kit.disk_space import free_disk
 from everydream_kit.errors import CheckpointError, DiskSpaceError, JobError
 from everydream_kit.identity import Process, is_running
 from everydream_kit.locks import hold
+from everydream_kit.runs import Checkpoint, RunFolder, layout, list_runs
+from everydream_kit.runs.resume_state import State, check_state
 from everydream_kit.strict_json import read_json
 from everydream_kit.training.file_hashes import OpenFile, Receipts, digests_of, sync
-from everydream_kit.training.resume_state import check_state
 from everydream_kit.training.tensor_files import check_nested, read_nested, write_nested
-from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder, list_runs, run_lock_path
 
 RESUMABLE_KEPT = 2
-LEFTOVERS = (".partial-*", ".gone-*", ".old-*")
-"""Names of folders that a killed process leaves among its checkpoints."""
 DISK_MARGIN = 1.05
 """Headers, JSON and file-system blocks come on top of the tensors."""
 
@@ -44,7 +42,7 @@ def write_checkpoint(
     write_model: Callable[[Path, OpenFile], None],
     *,
     tensors: dict[str, Any] | None = None,
-    state: dict[str, Any] | None = None,
+    state: Mapping[str, Any] | None = None,
     expected_bytes: int = 0,
 ) -> Path:
     """Write a checkpoint folder so that it appears at once or not at all.
@@ -63,19 +61,19 @@ def write_checkpoint(
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     require_disk(final.parent, int(expected_bytes * DISK_MARGIN), f"checkpoint {final.name}")
-    partial = final.with_name(f".partial-{final.name}")
+    partial = final.with_name(f"{layout.PARTIAL}{final.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
         with Receipts(partial) as receipts, ThreadPoolExecutor(1, "resume state") as alongside:
-            resume = alongside.submit(_write_resume, partial / "resume", tensors, state or {}, receipts.open)
+            resume = alongside.submit(_write_resume, Checkpoint.at(partial), tensors, state or {}, receipts.open)
             write_model(partial, receipts.open)
             resume.result()
             facts = receipts.facts()
         if tensors is not None:
             manifest = {"version": 1, "files": facts}
-            write_atomic(partial / CHECKPOINT_MANIFEST, json.dumps(manifest, indent=1))
-            sync(partial / "resume")
+            write_atomic(Checkpoint.at(partial).manifest_path, json.dumps(manifest, indent=1))
+            sync(Checkpoint.at(partial).resume_folder)
         _put_in_place(partial, final)
     except OSError as error:
         raise DiskSpaceError(
@@ -106,14 +104,14 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no manifest, or a file is missing, shorter, or changed; it is named.
     """
-    manifest_path = folder / CHECKPOINT_MANIFEST
-    manifest = read_json(manifest_path, error=CheckpointError, missing=None)
+    checkpoint = Checkpoint.at(folder)
+    manifest = read_json(checkpoint.manifest_path, error=CheckpointError, missing=None)
     if manifest is None:
         raise CheckpointError(
             f"{folder}: holds no resume state (only the latest {RESUMABLE_KEPT} checkpoints of a run do, or all with "
             "save_optimizer). Start a new run from its weights with --resume_ckpt."
         )
-    files = _listed_files(manifest, manifest_path)
+    files = _listed_files(manifest, checkpoint.manifest_path)
     for name, facts in files.items():
         path = folder / name
         if not path.is_file():
@@ -124,9 +122,9 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     for (name, facts), digest in zip(files.items(), digests, strict=True):
         if digest != facts["sha256"]:
             raise CheckpointError(f"{folder / name}: its content has changed (SHA-256 differs).")
-    state = read_json(folder / "resume" / "state.json", error=CheckpointError, missing=None, allow_nan=True)
+    state = read_json(checkpoint.state_path, error=CheckpointError, missing=None, allow_nan=True)
     if state is None:
-        raise CheckpointError(f"{folder / 'resume' / 'state.json'}: missing, so the position in training is not known.")
+        raise CheckpointError(f"{checkpoint.state_path}: missing, so the position in training is not known.")
     return dict(state)
 
 
@@ -143,12 +141,12 @@ def _listed_files(manifest: dict[str, Any], path: Path) -> dict[str, dict[str, A
     return files
 
 
-def load_resume_tensors(folder: Path) -> dict[str, Any]:
+def load_resume_tensors(checkpoint: Checkpoint) -> dict[str, Any]:
     """The objects of `resume/*.safetensors`, by name, on the CPU."""
-    return {path.stem: read_nested(path) for path in sorted((folder / "resume").glob("*.safetensors"))}
+    return {name: read_nested(path) for name, path in checkpoint.resume_tensors().items()}
 
 
-def choose_checkpoint(run: RunFolder, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+def choose_checkpoint(run: RunFolder, warn: Callable[[str], None]) -> tuple[Checkpoint, State]:
     """The latest checkpoint of a run that can be resumed from, with its state.
 
     A damaged one is named through `warn` and the one before is tried.
@@ -157,15 +155,12 @@ def choose_checkpoint(run: RunFolder, warn: Callable[[str], None]) -> tuple[Path
         CheckpointError: none can be resumed from.
     """
     problems = []
-    for checkpoint in reversed(run.checkpoints()):
-        if checkpoint.folder.name.endswith("_ema"):
-            continue
+    for checkpoint in reversed(run.checkpoints(averaged=False)):
         try:
-            state = verify_checkpoint(checkpoint.folder)
-            check_state(state, checkpoint.folder)
-            for path in sorted((checkpoint.folder / "resume").glob("*.safetensors")):
+            state = check_state(verify_checkpoint(checkpoint.folder), checkpoint.folder)
+            for path in checkpoint.resume_tensors().values():
                 check_nested(path)
-            return checkpoint.folder, state
+            return checkpoint, state
         except CheckpointError as error:
             problems.append(str(error))
             if checkpoint.resumable:
@@ -173,19 +168,18 @@ def choose_checkpoint(run: RunFolder, warn: Callable[[str], None]) -> tuple[Path
     raise CheckpointError("\n".join([f"{run.folder}: no resumable checkpoint.", *problems]))
 
 
-def drop_resume_state(folder: Path) -> None:
+def drop_resume_state(checkpoint: Checkpoint) -> None:
     """Make a checkpoint an ordinary model folder. The rename makes it happen at once for every reader."""
-    resume = folder / "resume"
-    if resume.is_dir():
-        gone = folder.parent / f".gone-{folder.name}-resume"
-        shutil.rmtree(gone, ignore_errors=True)
-        os.replace(resume, gone)
-        shutil.rmtree(gone)
+    if checkpoint.resume_folder.is_dir():
+        _remove(checkpoint.resume_folder, checkpoint.folder.with_name(f"{layout.REMOVED}{checkpoint.name}-resume"))
 
 
-def remove_checkpoint(folder: Path) -> None:
+def remove_checkpoint(checkpoint: Checkpoint) -> None:
     """Remove a checkpoint, at once for every reader."""
-    gone = folder.parent / f".gone-{folder.name}"
+    _remove(checkpoint.folder, checkpoint.folder.with_name(f"{layout.REMOVED}{checkpoint.name}"))
+
+
+def _remove(folder: Path, gone: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
     os.replace(folder, gone)
     shutil.rmtree(gone)
@@ -193,12 +187,12 @@ def remove_checkpoint(folder: Path) -> None:
 
 def sweep(checkpoints_folder: Path) -> None:
     """Clear up after a killed process: finish removals, drop half-written folders, put back what was being replaced."""
-    for replaced in checkpoints_folder.glob(".old-*"):
-        final = replaced.with_name(replaced.name.removeprefix(".old-"))
+    for replaced in checkpoints_folder.glob(f"{layout.REPLACED}*"):
+        final = replaced.with_name(replaced.name.removeprefix(layout.REPLACED))
         if not final.exists():
             os.replace(replaced, final)
-    for pattern in LEFTOVERS:
-        for folder in checkpoints_folder.glob(pattern):
+    for prefix in layout.LEFTOVERS:
+        for folder in checkpoints_folder.glob(f"{prefix}*"):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -210,10 +204,10 @@ def sweep_dead_runs(logdir: str | Path) -> list[Path]:
     """
     removed = []
     for run in list_runs(logdir):
-        leftovers = [path for pattern in LEFTOVERS for path in run.checkpoints_folder.glob(pattern)]
+        leftovers = [path for prefix in layout.LEFTOVERS for path in run.checkpoints_folder.glob(f"{prefix}*")]
         if not leftovers or not _is_dead(run):
             continue
-        with suppress(JobError), hold(run_lock_path(run.folder), "in progress"):  # a resume has begun meanwhile
+        with suppress(JobError), hold(run.lock_path, "in progress"):  # a resume has begun meanwhile
             sweep(run.checkpoints_folder)
             removed += [path for path in leftovers if not path.exists()]
     return removed
@@ -225,21 +219,24 @@ def _is_dead(run: RunFolder) -> bool:
     running = None if known is None else is_running(known)
     if running is None:  # another machine's, or one from before a restart
         heartbeat = status.get("heartbeat")
-        return isinstance(heartbeat, int | float) and time.time() - heartbeat > FOREIGN_SECONDS
+        return heartbeat is not None and time.time() - heartbeat > FOREIGN_SECONDS
     return not running
 
 
-def _write_resume(folder: Path, tensors: dict[str, Any] | None, state: dict[str, Any], open_file: OpenFile) -> None:
+def _write_resume(
+    checkpoint: Checkpoint, tensors: dict[str, Any] | None, state: Mapping[str, Any], open_file: OpenFile
+) -> None:
     if tensors is None:
         return
-    folder.mkdir()
+    checkpoint.resume_folder.mkdir()
     for name, value in tensors.items():
-        write_nested(folder / f"{name}.safetensors", value, open_file=open_file)
-    (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        write_nested(checkpoint.resume_tensors_path(name), value, open_file=open_file)
+    checkpoint.state_path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.state_path.write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 
 def _put_in_place(partial: Path, final: Path) -> None:
-    replaced = final.with_name(f".old-{final.name}")
+    replaced = final.with_name(f"{layout.REPLACED}{final.name}")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
         os.replace(final, replaced)

@@ -17,11 +17,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from everydream_kit.training.reports import Listener, StepReport
+from everydream_kit.training.reports import Listener, ObservedRun, StepReport
 
 if TYPE_CHECKING:
-    from everydream_kit.training.run import Run
-    from everydream_kit.workspace import RunFolder
+    from everydream_kit.runs import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -96,19 +95,19 @@ def _print_nowhere() -> None:
 class ControlFile(Listener):
     """Obeys `control.json`: stop, save now, sample now; anything else is named in the log and left."""
 
-    def __init__(self, stop: StopSignal, actions: dict[str, Callable[[Run], Any]]) -> None:
+    def __init__(self, stop: StopSignal, actions: dict[str, Callable[[ObservedRun], Any]]) -> None:
         self.stop = stop
         self.actions = actions
 
-    def __call__(self, run: Run, report: StepReport) -> None:
+    def __call__(self, run: ObservedRun, report: StepReport) -> None:
         request = run.folder.take_request()
         if request is None:
             return
         action = request.get("action")
-        run.report("request", step=report.step, action=action, id=request.get("id"))
+        run.journal.report("request", step=report.step, action=action, id=request.get("id"))
         if action == "stop":
             self.stop.ask("request")
         elif action in self.actions:
             self.actions[action](run)
         else:
-            run.warn(f"control.json: unknown action {action!r}; known are stop, {', '.join(self.actions)}.")
+            run.journal.warn(f"control.json: unknown action {action!r}; known are stop, {', '.join(self.actions)}.")

@@ -26,6 +26,7 @@ class Ema:
         decay: share of the average that stays at each update.
             The same at every update: the number does what it says.
         device: where the averages live; None: with the parameters.
+        update_interval: optimizer steps between two updates.
     """
 
     def __init__(
@@ -33,12 +34,19 @@ class Ema:
         parameters: Iterable[torch.nn.Parameter],
         decay: float,
         device: torch.device | str | None = None,
+        update_interval: int = 1,
     ) -> None:
         self.parameters = list(parameters)
         self.decay = decay
+        self.update_interval = update_interval
         self.num_updates = 0
         # The copy is explicit: `to` alone would hand out the parameter's own memory.
         self.averages = [p.detach().to(device or p.device, torch.float32, copy=True) for p in self.parameters]
+
+    def after_step(self, step: int) -> None:
+        """Update where that is due after so many optimizer steps."""
+        if step % self.update_interval == 0:
+            self.update(step // self.update_interval)
 
     @torch.no_grad()
     def update(self, num_updates: int | None = None) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from everydream_kit.atomic import ends_with_line_end
 from everydream_kit.identity import this_process
 from everydream_kit.optional_packages import keep_tensorflow_out_of_tensorboard
-from everydream_kit.workspace import RunFolder
+from everydream_kit.runs import RunFolder
 
 HEARTBEAT_SECONDS = 20.0
 """The longest that `status.json` goes silently: other machines that share the disk take a run for ended after 90 s."""

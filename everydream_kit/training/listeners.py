@@ -6,6 +6,7 @@ before the requests from outside.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +21,14 @@ from everydream_kit.training.reports import (
     ImageTable,
     Listener,
     LossLog,
+    ObservedRun,
     ProgressBar,
     StatusFile,
     StepReport,
 )
+from everydream_kit.training.run_snapshot import Snapshots
 from everydream_kit.training.sampling_listener import Sampler, SampleSchedule
-from everydream_kit.training.validation_listener import Validator
+from everydream_kit.training.validation_listener import Validator, measure_loss
 
 if TYPE_CHECKING:
     from everydream_kit.training.run import Run
@@ -48,14 +51,17 @@ def build_listeners(run: Run, stop: StopSignal) -> list[Listener]:
     if config.write_schedule:
         listeners.append(BestEffort(ScheduleWriter()))
     if config.load_settings_every_epoch:
-        listeners.append(BestEffort(LiveSettingsReader(sampler, saver)))
+        listeners.append(BestEffort(LiveSettingsReader(sampler, saver, run.decisions)))
     if run.plugins:
-        listeners.append(PluginListener(run.plugins))
+        listeners.append(PluginListener(run.plugins, run.learner))
     if run.validation_sets:
         listeners.append(
             Validator(
                 config,
                 run.validation_sets,
+                run.decisions,
+                measure=partial(measure_loss, run, settings=config),
+                has_averages=run.learner.ema is not None,
                 save_best=saver.save_best,
             )
         )
@@ -67,10 +73,11 @@ def build_listeners(run: Run, stop: StopSignal) -> list[Listener]:
 def build_sampler(run: Run, stop: StopSignal) -> Sampler:
     """What generates samples while training, with the live weights, the averaged ones, or both."""
     config = run.config
-    averaged = run.ema is not None and config.ema_sample_ema_model
+    averaged = run.learner.ema is not None and config.ema_sample_ema_model
     return Sampler(
         Path(config.sample_prompts),
         SampleSchedule(config.sample_steps, config.sample_before_training),
+        run.sync,
         live=not averaged or config.ema_sample_nonema_model,
         averaged=averaged,
         stop=stop,
@@ -88,6 +95,8 @@ def build_saver(run: Run, stop: StopSignal | None = None) -> Saver:
             config.save_every_n_steps,
             config.save_ckpts_from_n_epochs,
         ),
+        Snapshots(run),
+        run.decisions,
         keep_last_n=config.keep_last_n,
         keep_all_resume_state=config.save_optimizer,
         prepend_last=not config.no_prepend_last,
@@ -113,9 +122,9 @@ def build_uploader(run: Run) -> Uploader | None:
 
     def report(kind: str, step: int, message: str) -> None:
         if kind == "warning":
-            run.warn(message)
+            run.journal.warn(message)
         else:
-            run.report(kind, step=step, message=message)
+            run.journal.report(kind, step=step, message=message)
 
     return HubUploader(access.repo_id, config.push_every, report=report)
 
@@ -123,24 +132,24 @@ def build_uploader(run: Run) -> Uploader | None:
 class UndersizedList(Listener):
     """Writes `undersized_images.txt` at the start: images that have to be enlarged for their bucket, and how much."""
 
-    def on_start(self, run: Run) -> None:
-        write_undersized(run.folder.folder / "undersized_images.txt", run.dataset, run.plan_settings)
+    def on_start(self, run: ObservedRun) -> None:
+        write_undersized(run.folder.undersized_path, run.dataset, run.plan_settings)
 
 
 class ScheduleWriter(Listener):
     """Writes each epoch's plan before it is run: `ep<N>_batch_schedule.txt`, and a ledger of uses in `ep<N>_uses.txt`."""
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, run: ObservedRun) -> None:
         self._write(run, run.position.epoch)
 
-    def __call__(self, run: Run, report: StepReport) -> None:
+    def __call__(self, run: ObservedRun, report: StepReport) -> None:
         if report.epoch_ended and not run.is_complete():
             self._write(run, run.position.epoch)
 
-    def _write(self, run: Run, epoch: int) -> None:
+    def _write(self, run: ObservedRun, epoch: int) -> None:
         plan = plan_epoch(run.dataset, run.plan_settings, epoch)
-        plan.write_schedule(run.folder.folder / f"ep{epoch}_batch_schedule.txt", run.dataset)
-        plan.write_ledger(run.folder.folder / f"ep{epoch}_uses.txt", run.dataset)
+        plan.write_schedule(run.folder.schedule_path(epoch), run.dataset)
+        plan.write_ledger(run.folder.uses_path(epoch), run.dataset)
 
 
 def _export(source: Path, target: Path, precision: str) -> None:

@@ -7,18 +7,18 @@ sample and save. A wrong file is a warning, and the values before it stay.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from everydream_kit.config import TrainConfig, facts
+from everydream_kit.errors import ConfigError
+from everydream_kit.runs.resume_state import number_of
+from everydream_kit.strict_json import read_json
 from everydream_kit.training.checkpoint_saving import Saver
-from everydream_kit.training.reports import Listener, StepReport
-from everydream_kit.training.resume_state import number_of
+from everydream_kit.training.decisions import Decisions
+from everydream_kit.training.reports import Listener, ObservedRun, StepReport
 from everydream_kit.training.sampling_listener import Sampler, SampleSchedule
-
-if TYPE_CHECKING:
-    from everydream_kit.training.run import Run
 
 
 class _LiveSettings(BaseModel):
@@ -46,35 +46,36 @@ class LiveSettingsReader(Listener):
 
     name = "live"
 
-    def __init__(self, sampler: Sampler, saver: Saver) -> None:
+    def __init__(self, sampler: Sampler, saver: Saver, decisions: Decisions) -> None:
         self.sampler = sampler
         self.saver = saver
+        self.decisions = decisions
         self.lr_factor = 1.0
 
-    def on_start(self, run: Run) -> None:
-        run.lr_factor = self.lr_factor
+    def on_start(self, run: ObservedRun) -> None:
+        self.decisions.lr_factor = self.lr_factor
         if run.position.step_in_epoch == 0:
             self._read(run)
 
-    def __call__(self, run: Run, report: StepReport) -> None:
+    def __call__(self, run: ObservedRun, report: StepReport) -> None:
         if report.epoch_ended:
             self._read(run)
 
-    def _read(self, run: Run) -> None:
-        path = run.folder.folder / "live.json"
+    def _read(self, run: ObservedRun) -> None:
+        path = run.folder.live_settings_path
         if not path.is_file():
             return
         try:
-            live = LiveSettings.model_validate_json(path.read_text("utf-8"))
-        except (ValidationError, UnicodeDecodeError) as error:
-            run.warn(f"live.json: {error} The settings before it stay.")
+            live = LiveSettings.model_validate(read_json(path, error=ConfigError))
+        except (ValidationError, ConfigError) as error:
+            run.journal.warn(f"live.json: {error} The settings before it stay.")
             return
         self._apply(run, live)
 
-    def _apply(self, run: Run, live: LiveSettings) -> None:
+    def _apply(self, run: ObservedRun, live: LiveSettings) -> None:
         changed = live.model_dump(exclude_none=True)
         if live.lr_factor is not None:
-            run.lr_factor = self.lr_factor = live.lr_factor
+            self.decisions.lr_factor = self.lr_factor = live.lr_factor
         if "sample_steps" in changed:
             self.sampler.schedule = SampleSchedule(changed["sample_steps"], self.sampler.schedule.before_training)
         if "sample_prompts" in changed:
@@ -83,7 +84,7 @@ class LiveSettingsReader(Listener):
         rules.every_n_minutes = changed.get("ckpt_every_n_minutes", rules.every_n_minutes)
         rules.every_n_epochs = changed.get("save_every_n_epochs", rules.every_n_epochs)
         rules.every_n_steps = changed.get("save_every_n_steps", rules.every_n_steps)
-        run.report("live settings", step=run.position.step, **changed)
+        run.journal.report("live settings", step=run.position.step, **changed)
 
     def state(self) -> dict[str, float]:
         return {"lr_factor": self.lr_factor}

@@ -1,7 +1,7 @@
 """The training loop, and nothing else. Read it aloud.
 
 A step is one optimizer update over the images of one accumulation window. What a step computes is in `step.py`, what
-it is computed with is built in `runs.py`, what is told about it is in the listeners.
+it is computed with is built in `run_builder.py`, what is told about it is in the listeners.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from everydream_kit.training.losses import ImageLosses, refuse_non_finite
 from everydream_kit.training.position import Position
 from everydream_kit.training.reports import Listener, StepReport
-from everydream_kit.training.step import backward
 
 if TYPE_CHECKING:
     from everydream_kit.training.control import StopSignal
@@ -35,27 +34,35 @@ def train_loop(run: Run, listeners: Sequence[Listener], stop: StopSignal) -> Pos
         NonFiniteLossError: a loss became NaN or infinite; nothing was updated in that step.
         MemoryLimitError: the device ran out of memory.
     """
+    learner, clock = run.learner, time.perf_counter()
     before = [listener.before_step for listener in listeners if isinstance(listener, Listener)]  # or a plain function
-    clock = time.perf_counter()
     for work in run.batches():
         step = run.position.step
-        learning_rates = run.set_learning_rates(step)
+        learning_rates = learner.set_learning_rates(step)
         for before_step in before:
             before_step(run, work)
         losses = ImageLosses()
         for batch in work.batches:
-            losses.add(batch, backward(run, batch, work))
-        losses = run.gather(losses)
+            losses.add(batch, learner.backward(batch, work, step))
+        losses = run.ranks.gather(losses)
         refuse_non_finite(losses, step)
-        gradient_norm = run.update_weights(step)
-        run.update_ema(step + 1)
+        gradient_norm = learner.update_weights(step)
+        learner.update_ema(step + 1)
         run.position = run.position.after(work)
 
         seconds = time.perf_counter() - clock - work.encoding_seconds
-        report = StepReport.make(run, work, losses, learning_rates, gradient_norm=gradient_norm, seconds=seconds)
+        report = StepReport.make(
+            run.position.step,
+            work,
+            losses,
+            learning_rates,
+            gradient_norm=gradient_norm,
+            gradient_scale=learner.precision.gradient_scale,
+            seconds=seconds,
+        )
         for listener in listeners:
             listener(run, report)
-        if run.sync_ranks(stop.is_set()):
+        if run.sync.sync_ranks(stop.is_set()):
             break
         clock = time.perf_counter()
     return run.position

@@ -12,9 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import psutil
+
 from everydream_kit.errors import MemoryLimitError
 
 if TYPE_CHECKING:
+    import torch
+
     from everydream_kit.config import TrainConfig
 
 _SIGNS = (
@@ -25,6 +29,15 @@ _SIGNS = (
     "DefaultCPUAllocator: not enough memory",
 )
 """What libraries write where they have no exception of their own for it."""
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes of device memory in use at its peak on a GPU, of the process's memory on a CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return int(psutil.Process().memory_info().rss)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -30,13 +30,13 @@ import numpy as np
 import torch
 
 from everydream_kit.errors import ConfigError, KitError
-from everydream_kit.training.reports import Listener, StepReport
+from everydream_kit.training.reports import Listener, ObservedRun, StepReport
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from everydream_kit.data.records import Batch, StepBatches
-    from everydream_kit.training.run import Run
+    from everydream_kit.training.step import Learner
 
 
 HOOKS = frozenset(
@@ -160,37 +160,38 @@ def _refuse_update(name: str, value: Any) -> None:
 class PluginListener(Listener):
     """Calls the plug-ins' hooks."""
 
-    def __init__(self, plugins: Sequence[Any]) -> None:
+    def __init__(self, plugins: Sequence[Any], learner: Learner) -> None:
         self.plugins = plugins
+        self.learner = learner
 
-    def on_start(self, run: Run) -> None:
-        self._call("on_training_start", run, facts=_run_facts(run))
+    def on_start(self, run: ObservedRun) -> None:
+        self._call("on_training_start", run, facts=_run_facts(run, self.learner))
         if run.position.step_in_epoch == 0:
             self._start_epoch(run, run.position.epoch)
 
-    def before_step(self, run: Run, work: StepBatches) -> None:
+    def before_step(self, run: ObservedRun, work: StepBatches) -> None:
         if self._is_wanted("on_step_start"):
             position = run.position
-            facts = _step_facts(run, position.epoch, position.step, position.step_in_epoch)
-            facts |= _batch_facts(run, work.batches)
+            facts = _step_facts(run, self.learner, position.epoch, position.step, position.step_in_epoch)
+            facts |= _batch_facts(self.learner, work.batches)
             self._call("on_step_start", run, position.step, facts=facts)
 
-    def __call__(self, run: Run, report: StepReport) -> None:
+    def __call__(self, run: ObservedRun, report: StepReport) -> None:
         if self._is_wanted("on_step_end"):
-            facts = _step_facts(run, report.epoch, report.step - 1, report.step_in_epoch)
-            facts |= {**_batch_facts(run, report.batches), "report": report}
+            facts = _step_facts(run, self.learner, report.epoch, report.step - 1, report.step_in_epoch)
+            facts |= {**_batch_facts(self.learner, report.batches), "report": report}
             self._call("on_step_end", run, report, facts=facts)
         if report.epoch_ended:
-            end = _step_facts(run, report.epoch, report.step, report.step_in_epoch)
+            end = _step_facts(run, self.learner, report.epoch, report.step, report.step_in_epoch)
             self._call("on_epoch_end", run, report.epoch, facts={**end, "arg_update_callback": _refuse_update})
             if not run.is_complete():
                 self._start_epoch(run, report.epoch + 1)
 
-    def on_finish(self, run: Run) -> None:
-        self._call("on_training_end", run, facts=_run_facts(run))
+    def on_finish(self, run: ObservedRun) -> None:
+        self._call("on_training_end", run, facts=_run_facts(run, self.learner))
 
-    def _start_epoch(self, run: Run, epoch: int) -> None:
-        facts = _step_facts(run, epoch, run.position.step, 0)
+    def _start_epoch(self, run: ObservedRun, epoch: int) -> None:
+        facts = _step_facts(run, self.learner, epoch, run.position.step, 0)
         facts |= {"epoch_length": _epoch_length(run), "arg_update_callback": _refuse_update}
         self._call("on_epoch_start", run, epoch, facts=facts)
 
@@ -203,20 +204,20 @@ class PluginListener(Listener):
                 call_hook(plugin, hook, arguments, facts)
 
 
-def _run_facts(run: Run) -> dict[str, Any]:
+def _run_facts(run: ObservedRun, learner: Learner) -> dict[str, Any]:
     return {
         "run": run,
         "log_folder": str(run.folder.folder),
         "project_name": run.config.project_name,
         "max_epochs": run.config.max_epochs,
-        "ed_state": _state(run),
+        "ed_state": _state(learner),
     }
 
 
-def _step_facts(run: Run, epoch: int, step: int, step_in_epoch: int) -> dict[str, Any]:
+def _step_facts(run: ObservedRun, learner: Learner, epoch: int, step: int, step_in_epoch: int) -> dict[str, Any]:
     """What EveryDream 2's hooks were given, under its names. Steps are optimizer steps, from 0."""
     return {
-        **_run_facts(run),
+        **_run_facts(run, learner),
         "epoch": epoch,
         "global_step": step,
         "local_step": step_in_epoch,
@@ -224,9 +225,9 @@ def _step_facts(run: Run, epoch: int, step: int, step_in_epoch: int) -> dict[str
     }
 
 
-def _state(run: Run) -> SimpleNamespace:
+def _state(learner: Learner) -> SimpleNamespace:
     """The parts of a run under the names of EveryDream 2's training state."""
-    model = run.model
+    model = learner.model
     return SimpleNamespace(
         unet=model.denoiser,
         vae=model.vae,
@@ -234,24 +235,24 @@ def _state(run: Run) -> SimpleNamespace:
         tokenizer=model.tokenizers[0],
         scheduler=model.noise_scheduler,
         noise_scheduler=model.noise_scheduler,
-        optimizer=run.optimizer,
+        optimizer=learner.optimizer,
     )
 
 
-def _epoch_length(run: Run) -> int:
+def _epoch_length(run: ObservedRun) -> int:
     """Optimizer steps of an epoch, on average."""
     return max(1, round(run.num_steps / run.config.max_epochs))
 
 
-def _batch_facts(run: Run, batches: Sequence[Batch]) -> dict[str, Any]:
+def _batch_facts(learner: Learner, batches: Sequence[Batch]) -> dict[str, Any]:
     """A window of accumulated micro-batches is one step here; its last one is the batch."""
-    found = [_as_dict(run, batch) for batch in batches]
+    found = [_as_dict(learner, batch) for batch in batches]
     return {"batch": found[-1] if found else {}, "batches": found}
 
 
-def _as_dict(run: Run, batch: Batch) -> dict[str, Any]:
+def _as_dict(learner: Learner, batch: Batch) -> dict[str, Any]:
     """A micro-batch under EveryDream 2's names; `tokens` (B, 77) are those of the first text encoder."""
-    tokenizer = run.model.tokenizers[0]
+    tokenizer = learner.model.tokenizers[0]
     how = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
     return {
         "image": batch.pixels,

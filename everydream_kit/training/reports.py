@@ -13,16 +13,23 @@ import math
 import os
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from everydream_kit.training.resume_state import number_of
+from everydream_kit.runs.resume_state import number_of
+from everydream_kit.training.memory_measures import memory_in_use
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from everydream_kit.config import TrainConfig
+    from everydream_kit.data.dataset import Dataset
+    from everydream_kit.data.epoch_plan import PlanSettings
     from everydream_kit.data.records import Batch, StepBatches
+    from everydream_kit.runs import RunFolder
+    from everydream_kit.training.journal import Journal
     from everydream_kit.training.losses import ImageLosses
-    from everydream_kit.training.run import Run
+    from everydream_kit.training.position import Position
+    from everydream_kit.training.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -62,18 +69,23 @@ class StepReport:
     @classmethod
     def make(
         cls,
-        run: Run,
+        step: int,
         work: StepBatches,
         losses: ImageLosses,
         learning_rates: dict[str, float],
         *,
         gradient_norm: float | None,
+        gradient_scale: float | None,
         seconds: float,
     ) -> StepReport:
-        """The report of the step that has just been done; the run's position already counts it."""
+        """The report of the step that has just been done.
+
+        Args:
+            step: optimizer steps done, this one included.
+        """
         epoch_ended = work.step + 1 == work.num_steps
         return cls(
-            step=run.position.step,
+            step=step,
             epoch=work.epoch,
             step_in_epoch=work.step,
             num_steps_in_epoch=work.num_steps,
@@ -82,12 +94,40 @@ class StepReport:
             losses=losses,
             learning_rates=learning_rates,
             gradient_norm=gradient_norm,
-            gradient_scale=run.precision.gradient_scale,
+            gradient_scale=gradient_scale,
             num_images=work.num_images,
             seconds=seconds,
             encoding_seconds=work.encoding_seconds,
             batches=work.batches,
         )
+
+
+class ObservedRun(Protocol):
+    """What listeners read of a run (`training.run.Run`). They change nothing of it.
+
+    Those that need more are given it when they are made: the saver snapshots, the sampler the model, the validator a measurement.
+    What a listener may decide about the run is in `Decisions`.
+    """
+
+    @property
+    def config(self) -> TrainConfig: ...
+    @property
+    def folder(self) -> RunFolder: ...
+    @property
+    def journal(self) -> Journal: ...
+    @property
+    def ranks(self) -> Ranks: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def dataset(self) -> Dataset: ...
+    @property
+    def plan_settings(self) -> PlanSettings: ...
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def position(self) -> Position: ...
+    def is_complete(self) -> bool: ...
 
 
 class Listener:
@@ -96,16 +136,16 @@ class Listener:
     name = ""
     """Key of its state in the checkpoint; empty where it has none."""
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, run: ObservedRun) -> None:
         """Before the first step (again after a resume)."""
 
-    def before_step(self, run: Run, work: StepBatches) -> None:
+    def before_step(self, run: ObservedRun, work: StepBatches) -> None:
         """Before each step, when its images are loaded."""
 
-    def __call__(self, run: Run, report: StepReport) -> None:
+    def __call__(self, run: ObservedRun, report: StepReport) -> None:
         """After each step."""
 
-    def on_finish(self, run: Run) -> None:
+    def on_finish(self, run: ObservedRun) -> None:
         """After the last step, or after a stop that was asked for. Not after an error."""
 
     def close(self) -> None:
@@ -128,16 +168,16 @@ class BestEffort(Listener):
         self.name = listener.name
         self._has_warned = False
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, run: ObservedRun) -> None:
         self._try(run, self.listener.on_start, run)
 
-    def before_step(self, run: Run, work: StepBatches) -> None:
+    def before_step(self, run: ObservedRun, work: StepBatches) -> None:
         self._try(run, self.listener.before_step, run, work)
 
-    def __call__(self, run: Run, report: StepReport) -> None:
+    def __call__(self, run: ObservedRun, report: StepReport) -> None:
         self._try(run, self.listener, run, report)
 
-    def on_finish(self, run: Run) -> None:
+    def on_finish(self, run: ObservedRun) -> None:
         self._try(run, self.listener.on_finish, run)
 
     def close(self) -> None:
@@ -150,13 +190,15 @@ class BestEffort(Listener):
     def restore(self, state: dict[str, Any]) -> None:
         self.listener.restore(state)
 
-    def _try(self, run: Run, report: Callable[..., object], *arguments: object) -> None:
+    def _try(self, run: ObservedRun, report: Callable[..., object], *arguments: object) -> None:
         try:
             report(*arguments)
         except OSError as problem:
             if not self._has_warned:
                 self._has_warned = True
-                run.warn(f"{type(self.listener).__name__} cannot read or write: {problem}. Training continues without.")
+                run.journal.warn(
+                    f"{type(self.listener).__name__} cannot read or write: {problem}. Training continues without."
+                )
 
 
 class Averages:
@@ -193,14 +235,14 @@ class LossLog(Listener):
         self.log_step = log_step
         self.since_log, self.epoch = Averages(), Averages()
 
-    def __call__(self, run: Run, report: StepReport) -> None:
+    def __call__(self, run: ObservedRun, report: StepReport) -> None:
         self.since_log.add(report)
         self.epoch.add(report)
         if report.step % self.log_step == 0 or report.epoch_ended:
             self._log_point(run, report)
         if report.epoch_ended:
             minutes = self.epoch.seconds / 60
-            run.report(
+            run.journal.report(
                 "epoch",
                 step=report.step,
                 epoch=report.epoch,
@@ -208,13 +250,13 @@ class LossLog(Listener):
                 minutes=minutes,
                 encoding_minutes=self.epoch.encoding_seconds / 60,
             )
-            run.scalar("loss/epoch", self.epoch.loss, report.step)
-            run.scalar("performance/minutes per epoch", minutes, report.step)
+            run.journal.scalar("loss/epoch", self.epoch.loss, report.step)
+            run.journal.scalar("performance/minutes per epoch", minutes, report.step)
             self.epoch.clear()
 
-    def _log_point(self, run: Run, report: StepReport) -> None:
-        average, memory = self.since_log, run.memory_bytes()
-        run.report(
+    def _log_point(self, run: ObservedRun, report: StepReport) -> None:
+        average, memory = self.since_log, memory_in_use(run.ranks.device)
+        run.journal.report(
             "loss",
             step=report.step,
             epoch=report.epoch,
@@ -229,15 +271,15 @@ class LossLog(Listener):
             f"step {report.step}, epoch {report.epoch + 1}: loss {average.loss:.4f}, {rates}, "
             f"{average.images_per_second:.2f} images/s"
         )
-        run.scalar("loss/log_step", average.loss, report.step)
+        run.journal.scalar("loss/log_step", average.loss, report.step)
         for part, rate in report.learning_rates.items():
-            run.scalar(f"hyperparameter/lr {part.replace('_', ' ')}", rate, report.step)
+            run.journal.scalar(f"hyperparameter/lr {part.replace('_', ' ')}", rate, report.step)
         if report.gradient_scale is not None:
-            run.scalar("hyperparameter/grad scale", report.gradient_scale, report.step)
+            run.journal.scalar("hyperparameter/grad scale", report.gradient_scale, report.step)
         if report.gradient_norm is not None:
-            run.scalar("optimizer/gradient norm", report.gradient_norm, report.step)
-        run.scalar("performance/images per second", average.images_per_second, report.step)
-        run.scalar("performance/vram", memory / 2**20, report.step)
+            run.journal.scalar("optimizer/gradient norm", report.gradient_norm, report.step)
+        run.journal.scalar("performance/images per second", average.images_per_second, report.step)
+        run.journal.scalar("performance/vram", memory / 2**20, report.step)
         average.clear()
 
     def state(self) -> dict[str, Any]:
@@ -257,24 +299,24 @@ class StatusFile(Listener):
         self._last_written = -math.inf
         self._speed: float | None = None
 
-    def on_start(self, run: Run) -> None:
-        run.set_state("running")
+    def on_start(self, run: ObservedRun) -> None:
+        run.journal.set_state("running")
 
-    def __call__(self, run: Run, report: StepReport) -> None:
+    def __call__(self, run: ObservedRun, report: StepReport) -> None:
         speed = report.seconds
         self._speed = speed if self._speed is None else 0.9 * self._speed + 0.1 * speed
         if time.monotonic() - self._last_written < self.interval_seconds and report.step < run.num_steps:
             return
         self._last_written = time.monotonic()
         remaining = max(0, run.num_steps - report.step)
-        run.set_state(
+        run.journal.set_state(
             "running",
             step=report.step,
             epoch=report.epoch,
             loss=report.losses.mean,
             images_per_second=round(report.num_images / self._speed, 3) if self._speed else None,
             eta_seconds=round(remaining * self._speed, 1),
-            memory_bytes=run.memory_bytes(),
+            memory_bytes=memory_in_use(run.ranks.device),
         )
 
 
@@ -284,7 +326,7 @@ class ProgressBar(Listener):
     def __init__(self) -> None:
         self._bar: Any = None
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, run: ObservedRun) -> None:
         from tqdm import tqdm
 
         self._bar = tqdm(
@@ -296,7 +338,7 @@ class ProgressBar(Listener):
             smoothing=0.1,
         )
 
-    def __call__(self, run: Run, report: StepReport) -> None:
+    def __call__(self, run: ObservedRun, report: StepReport) -> None:
         speed = report.num_images / report.seconds if report.seconds else 0.0
         self._bar.set_description(f"epoch {report.epoch + 1}", refresh=False)
         self._bar.set_postfix_str(f"loss {report.losses.mean:.4f}, {speed:.1f} images/s", refresh=False)
@@ -316,7 +358,7 @@ class ImageTable(Listener):
         self.num_worst = num_worst
         self._rows: dict[str, list[Any]] = {}  # by the image's key: sum of losses, uses, path
 
-    def __call__(self, run: Run, report: StepReport) -> None:
+    def __call__(self, run: ObservedRun, report: StepReport) -> None:
         losses = report.losses
         for image, loss, path in zip(losses.images, losses.losses, losses.paths, strict=True):
             row = self._rows.setdefault(run.dataset.key(image), [0.0, 0, path])
@@ -328,12 +370,12 @@ class ImageTable(Listener):
             finally:
                 self._rows.clear()
 
-    def _write(self, run: Run, epoch: int) -> None:
+    def _write(self, run: ObservedRun, epoch: int) -> None:
         means = sorted(((total / count, path, count) for total, count, path in self._rows.values()), reverse=True)
         rows = [{"path": path, "mean_loss": round(mean, 6), "count": count} for mean, path, count in means]
-        folder = run.folder.folder / "losses"
-        folder.mkdir(exist_ok=True)
-        with (folder / f"ep{epoch}.json").open("w", encoding="utf-8") as file:
+        path = run.folder.losses_path(epoch)
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
             json.dump({"epoch": epoch, "worst": rows[: self.num_worst], "images": rows}, file, indent=1)
 
     def state(self) -> dict[str, Any]:

@@ -23,8 +23,10 @@ from everydream_kit.training.training_images import estimate_steps
 
 if TYPE_CHECKING:
     from everydream_kit.data.dataset import Dataset
-    from everydream_kit.data.epoch_plan import EpochPlan
+    from everydream_kit.data.epoch_plan import PlanSettings
+    from everydream_kit.runs.resume_state import Rates, State, TrainedFacts
     from everydream_kit.training.run import Run
+    from everydream_kit.training.step import Learner, Schedules
 
 RATE_JUMP = 0.05
 """Share by which the next learning rate may differ from the one that would have come, before it is a warning."""
@@ -33,15 +35,31 @@ PLAN_SETTINGS = ("batch_size", "grad_accum", "resolution", "rated_dataset", "rat
 """Settings that decide which images share a step, next to the dataset and the number of processes."""
 
 
-def resume_facts(run: Run) -> dict[str, Any]:
-    """For the checkpoint's `state.json`."""
-    step = run.position.step
-    rates = {part: (rate(max(0, step - 1)), rate(step)) for part, rate in run.schedules.items()}
-    return {
-        "trained": _trained(run),
-        "plan": _plan_digest(run),
-        "learning_rates": {part: {"last": last, "next": following} for part, (last, following) in rates.items()},
-    }
+def learning_rates_around(schedules: Schedules, step: int) -> dict[str, Rates]:
+    """Each part's rate of the last of so many steps, and of the one that follows."""
+    return {part: {"last": rate(max(0, step - 1)), "next": rate(step)} for part, rate in schedules.items()}
+
+
+def trained_facts(learner: Learner) -> dict[str, TrainedFacts]:
+    """For each part its optimizer's class, and a digest of the names and shapes of its parameters."""
+    classes = {g["name"]: type(one).__name__ for one in unwrap_optimizers(learner.optimizer) for g in one.param_groups}
+    facts: dict[str, TrainedFacts] = {}
+    for part in learner.parts:
+        names = "\n".join(f"{name} {tuple(parameter.shape)}" for name, parameter in part.parameters)
+        digest = hashlib.blake2b(names.encode(), digest_size=16).hexdigest()
+        facts[part.name] = {"optimizer": classes[part.name], "parameters": digest}
+    return facts
+
+
+def plan_digest(dataset: Dataset, plan_settings: PlanSettings, epoch: int) -> str:
+    """Of an epoch's batches: equal for one process and for several that share the same batches."""
+    plan = plan_epoch(dataset, plan_settings, epoch)
+    digest = hashlib.blake2b(digest_size=16)
+    sizes = np.array(plan.buckets)[plan.batch_bucket] if plan.num_batches else np.zeros((0, 2))
+    columns = (dataset.key_hashes[plan.images], plan.repeats, plan.batch_starts, plan.step_starts, sizes)
+    for column in columns:
+        digest.update(np.ascontiguousarray(column).astype("<u8").tobytes())
+    return digest.hexdigest()
 
 
 def image_keys(run: Run) -> dict[str, torch.Tensor]:
@@ -49,9 +67,9 @@ def image_keys(run: Run) -> dict[str, torch.Tensor]:
     return {"keys": torch.from_numpy(np.sort(run.dataset.key_hashes).view(np.int64).copy())}
 
 
-def refuse_other_training(run: Run, state: dict[str, Any]) -> None:
+def refuse_other_training(run: Run, state: State) -> None:
     """Raises: CheckpointError, if other parameters are trained now, or with another optimizer."""
-    before, now = state.get("trained"), _trained(run)
+    before, now = state.get("trained"), trained_facts(run.learner)
     if before is None or before == now:  # None: saved before this was noted
         return
     found = []
@@ -68,7 +86,7 @@ def refuse_other_training(run: Run, state: dict[str, Any]) -> None:
     )
 
 
-def resolve_position(run: Run, state: dict[str, Any], tensors: dict[str, Any]) -> None:
+def resolve_position(run: Run, state: State, tensors: dict[str, Any]) -> None:
     """Put the run where it continues. What is different from when it was saved is a warning.
 
     An epoch whose batches are others now starts over: which of its images were seen cannot be told by counting steps.
@@ -76,10 +94,10 @@ def resolve_position(run: Run, state: dict[str, Any], tensors: dict[str, Any]) -
     """
     run.position = position = Position(**state["position"])
     _warn_of_other_images(run, state, tensors)
-    if "plan" not in state or state["plan"] == _plan_digest(run):
+    if "plan" not in state or state["plan"] == plan_digest(run.dataset, run.plan_settings, position.epoch):
         return
     if position.step_in_epoch:
-        run.warn(
+        run.journal.warn(
             f"Epoch {position.epoch + 1} starts over: {_what_changed(run, state)}, so its batches differ now. "
             f"Images of its first {position.step_in_epoch} steps are trained on again."
         )
@@ -87,53 +105,25 @@ def resolve_position(run: Run, state: dict[str, Any], tensors: dict[str, Any]) -
         state["listeners"].pop("picture_table", None)
         state["listeners"].get("loss_log", {})["epoch"] = vars(Averages())
     run.resolve_steps(position.step + _steps_left(run, position))
-    return position
 
 
-def warn_of_rates(run: Run, state: dict[str, Any]) -> None:
+def warn_of_rates(run: Run, state: State) -> None:
     """A warning for each part whose next learning rate is not the one that would have come."""
     step = run.position.step
     for part, rates in state.get("learning_rates", {}).items():
-        if part not in run.schedules or run.is_complete():
+        schedule = run.learner.schedules.get(part)
+        if schedule is None or run.is_complete():
             continue
-        rate = run.schedules[part](step)
+        rate = schedule(step)
         if abs(rate - rates["next"]) > RATE_JUMP * max(rate, rates["next"]):
-            run.warn(
+            run.journal.warn(
                 f"The learning rate of the {part} goes from {rates['last']:.3g} at step {step} to {rate:.3g} at step "
                 f"{step + 1}, since lr, its schedule or the run's length changed. "
                 "If you do not want that, set lr or lr_decay_steps."
             )
 
 
-def _trained(run: Run) -> dict[str, dict[str, str]]:
-    """For each part its optimizer's class, and a digest of the names and shapes of its parameters."""
-    classes = {g["name"]: type(one).__name__ for one in unwrap_optimizers(run.optimizer) for g in one.param_groups}
-    facts = {}
-    for part in run.parts:
-        names = "\n".join(f"{name} {tuple(parameter.shape)}" for name, parameter in part.parameters)
-        digest = hashlib.blake2b(names.encode(), digest_size=16).hexdigest()
-        facts[part.name] = {"optimizer": classes[part.name], "parameters": digest}
-    return facts
-
-
-def _plan_digest(run: Run) -> str:
-    """Of the current epoch's batches: equal for one process and for several that share the same batches."""
-    epoch, dataset = run.position.epoch, run.dataset
-    if epoch not in run.plan_digests:
-        run.plan_digests = {epoch: _digest_plan(dataset, plan_epoch(dataset, run.plan_settings, epoch))}
-    return run.plan_digests[epoch]
-
-
-def _digest_plan(dataset: Dataset, plan: EpochPlan) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    sizes = np.array(plan.buckets)[plan.batch_bucket] if plan.num_batches else np.zeros((0, 2))
-    columns = (dataset.key_hashes[plan.images], plan.repeats, plan.batch_starts, plan.step_starts, sizes)
-    for column in columns:
-        digest.update(np.ascontiguousarray(column).astype("<u8").tobytes())
-    return digest.hexdigest()
-
-
-def _warn_of_other_images(run: Run, state: dict[str, Any], tensors: dict[str, Any]) -> None:
+def _warn_of_other_images(run: Run, state: State, tensors: dict[str, Any]) -> None:
     now = run.dataset.key_hashes
     if "dataset" in tensors:
         before = tensors["dataset"]["keys"].numpy().view(np.uint64)
@@ -142,13 +132,13 @@ def _warn_of_other_images(run: Run, state: dict[str, Any], tensors: dict[str, An
         difference = len(now) - state["num_pictures"]
         num_gone, num_new = max(0, -difference), max(0, difference)
     if num_gone or num_new:
-        run.warn(
+        run.journal.warn(
             f"The dataset has changed since this was saved: {num_gone} images are gone and {num_new} are new. "
             "The run continues with those that are there, and will differ from an uninterrupted run."
         )
 
 
-def _what_changed(run: Run, state: dict[str, Any]) -> str:
+def _what_changed(run: Run, state: State) -> str:
     before, now = state.get("config", {}), run.config.model_dump(mode="json")
     changed = [
         f"{name} was {before.get(name)} and is {now[name]}" for name in PLAN_SETTINGS if before.get(name) != now[name]

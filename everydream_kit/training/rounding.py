@@ -33,9 +33,13 @@ def stochastic_round(values: torch.Tensor, generator: torch.Generator) -> torch.
     Returns:
         bfloat16, same shape. NaN and infinity stay what they are.
     """
-    bits = values.contiguous().view(torch.int32)
+    # bfloat16 is the upper half of a float32 word: sign, exponent and 7 bits of the mantissa. Adding noise to the lower half
+    # carries into the upper one with the probability lower / 2**16, which is the nearness to the next bfloat16; for negative
+    # numbers too, since sign and magnitude are stored apart.
+    bits = values.contiguous().view(torch.int32)  # same shape, the bits as whole numbers
     noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
-    rounded = ((bits + noise) & -(1 << 16)).view(torch.float32)
+    rounded = ((bits + noise) & -(1 << 16)).view(torch.float32)  # lower half cut off, so the cast below is exact
+    # NaN and infinity have the largest exponent: a carry would turn one into the other, or into a zero with a sign
     return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
 
 
@@ -49,8 +53,8 @@ class RoundedOptimizer:
         build: makes an inner optimizer from groups; called once for each chunk of parameters.
         param_groups: groups of the real parameters.
         seed: of the run; the rounding's address is (seed, "rounding", step, name).
-        by_parameter: whether an optimizer's update of a parameter depends on that one alone. If not, there is one
-        chunk. name: tells the rounding of several RoundedOptimizers apart.
+        by_parameter: whether an optimizer's update of a parameter depends on that one alone. If not, there is one chunk.
+        name: tells the rounding of several RoundedOptimizers apart.
     """
 
     def __init__(
@@ -121,6 +125,7 @@ class _Chunk:
         self.pairs: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []
         inner_groups = []
         for group, parameters in plan:
+            # The optimizer wants parameters of the right shape when it is built; `_release` empties them right after.
             stand_ins = [torch.nn.Parameter(p.detach().float()) for p in parameters]
             self.pairs += zip(parameters, stand_ins, strict=True)
             inner_groups.append({**group, "params": stand_ins})
@@ -129,13 +134,14 @@ class _Chunk:
 
     def step(self, generator_on: Callable[[torch.device], torch.Generator]) -> None:
         for group, inner in zip(self.groups, self.optimizer.param_groups, strict=True):
-            inner["lr"] = group["lr"]
+            inner["lr"] = group["lr"]  # the loop sets the outer groups' rates
         active = [(p, stand_in) for p, stand_in in self.pairs if p.grad is not None]
         for parameter, stand_in in active:
+            # `.data`: the optimizer's state is keyed by the stand-in, which stays
             stand_in.data = parameter.detach().float()
             stand_in.grad = parameter.grad.float()
         self.optimizer.step()
-        for parameter, stand_in in active:
+        for parameter, stand_in in active:  # in the parameters' order, which the generator's numbers depend on
             if parameter.dtype == torch.bfloat16:
                 parameter.copy_(stochastic_round(stand_in.detach(), generator_on(parameter.device)))
             else:

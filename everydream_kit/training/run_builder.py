@@ -1,13 +1,14 @@
 """From settings to a run: the one place where a config meets the components.
 
 `build_run` checks what is cheap first (settings, dataset, optimizer file), so that a mistake costs seconds and no GPU; then it
-loads the model and hands both to `assemble_run`, which builds the rest. What a run trains on is in `training_images.py`, the
-model it starts from in `base.py`; starting, resuming and ending a run are in `sessions.py`.
+loads the model and hands both to `assemble_run`, which builds the rest: caches, averages, the learner, and the run. What a run
+trains on is in `training_images.py`, the model it starts from in `base.py`; starting, resuming and ending a run are in
+`sessions.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,11 @@ from typing import TYPE_CHECKING, Any
 from everydream_kit.config import TrainConfig, measures_losses, settings_without_meaning
 from everydream_kit.data.cache import CacheSettings
 from everydream_kit.data.dataset import Dataset
-from everydream_kit.errors import CheckpointError, ConfigError
-from everydream_kit.models.adapters import AdapterBase, is_adapter_folder
-from everydream_kit.models.components import renamed_for
+from everydream_kit.errors import ConfigError
+from everydream_kit.models.adapters import AdapterBase
 from everydream_kit.models.family import Model
-from everydream_kit.models.loading import load_model, open_model
 from everydream_kit.models.model_saving import save_model
-from everydream_kit.models.tensors import LazyTensor, Tensors
+from everydream_kit.runs import Checkpoint, RunFolder
 from everydream_kit.settings import with_side_files
 from everydream_kit.training import schedules
 from everydream_kit.training.base import (
@@ -34,7 +33,8 @@ from everydream_kit.training.base import (
     tile_large_images,
 )
 from everydream_kit.training.caching import build_latent_cache, build_text_cache, choose_latent_mode, latent_folder
-from everydream_kit.training.ema import Ema, decay_from_strength_target
+from everydream_kit.training.ema import Ema
+from everydream_kit.training.ema_builder import build_ema
 from everydream_kit.training.file_hashes import OpenFile
 from everydream_kit.training.held_out_images import ValidationSet, split_dataset
 from everydream_kit.training.journal import Journal
@@ -48,7 +48,9 @@ from everydream_kit.training.precision import Precision
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.run import Run
 from everydream_kit.training.sharding import Sharding, refuse_unshardable
+from everydream_kit.training.step import Learner, Schedules
 from everydream_kit.training.summary import summarise_captions
+from everydream_kit.training.sync import RankSync
 from everydream_kit.training.training_images import (
     choose_num_workers,
     estimate_steps,
@@ -57,11 +59,10 @@ from everydream_kit.training.training_images import (
     resolve_seed,
     scan,
 )
-from everydream_kit.workspace import RunFolder, find_last_checkpoint
 
 if TYPE_CHECKING:
-    import torch
-
+    from everydream_kit.data.cache import LatentCache
+    from everydream_kit.data.epoch_plan import PlanSettings
     from everydream_kit.training.control import StopSignal
 
 
@@ -72,7 +73,7 @@ def build_run(
     ranks: Ranks,
     *,
     seed: int | None = None,
-    weights_from: Path | None = None,
+    weights_from: Checkpoint | None = None,
     adapter_base: AdapterBase | None = None,
     stop: StopSignal | None = None,
 ) -> Run:
@@ -146,6 +147,94 @@ def assemble_run(
     device_type = device_type or ranks.device.type
     plan_settings = make_plan_settings(config, seed, ranks.num_ranks)
     num_steps = estimate_steps(dataset, plan_settings, config.max_epochs, config.max_steps)
+    _report_dataset(dataset, num_steps, seed, journal)
+    sync, latent_cache, make_schedules = build_learning(
+        config,
+        model,
+        dataset,
+        plan_settings,
+        num_steps=num_steps,
+        journal=journal,
+        ranks=ranks,
+        seed=seed,
+        plugins=plugins,
+        resumes=resumes,
+        device_type=device_type,
+        stop=stop,
+    )
+    return Run(
+        config=config,
+        folder=folder,
+        journal=journal,
+        ranks=ranks,
+        seed=seed,
+        dataset=dataset,
+        plan_settings=plan_settings,
+        num_steps=num_steps,
+        make_schedules=make_schedules,
+        learner=sync.learner,
+        sync=sync,
+        write_model=partial(_write_model, model),
+        latent_cache=latent_cache,
+        loader_options=_loader_options(config, plugins),
+        validation_sets=list(validation_sets),
+        plugins=list(plugins),
+    )
+
+
+def build_learning(
+    config: TrainConfig,
+    model: Model,
+    dataset: Dataset,
+    plan_settings: PlanSettings,
+    *,
+    num_steps: int,
+    journal: Journal,
+    ranks: Ranks,
+    seed: int,
+    plugins: Sequence[Any],
+    resumes: bool,
+    device_type: str,
+    stop: StopSignal | None,
+) -> tuple[RankSync, LatentCache | None, Callable[[int], Schedules]]:
+    """The learner and where its processes meet, the latent cache, and the learning rates of a run of so many steps.
+
+    The order matters for memory: latents are encoded before the averages of the weights exist.
+    """
+    parts = select_trained(model, config, seed)
+    settings = [resolve_part(part.name, config, device_type) for part in parts]
+    make_schedules = partial(schedules_of, settings, config, ranks.num_ranks)
+    for how, schedule in zip(settings, make_schedules(num_steps).values(), strict=True):
+        for warning in not_inherited(config, how.part):
+            journal.warn(warning)
+        announce_schedule(how, schedule, num_steps, journal)
+    precision = precision_of(config, device_type)
+    tile_large_images(model, precision)
+    sharding = None
+    if shards(config, ranks):
+        sharding = build_sharding(model, parts, [how.optimizer for how in settings], precision, ranks)
+    latent_cache, idle_models = build_caches(
+        config, model, dataset, plan_settings, journal=journal, ranks=ranks, plugins=plugins, stop=stop
+    )
+    prepare_modules(model, config)
+    learner = build_learner(
+        config,
+        model,
+        parts,
+        settings,
+        dataset=dataset,
+        precision=precision,
+        ranks=ranks,
+        seed=seed,
+        device_type=device_type,
+        idle_models=idle_models,
+        is_sharded=sharding is not None,
+        ema=build_ema(config, model, parts, num_steps, resumes=resumes),
+    )
+    return RankSync(ranks, learner, sharding), latent_cache, make_schedules
+
+
+def _report_dataset(dataset: Dataset, num_steps: int, seed: int, journal: Journal) -> None:
     journal.report(
         "dataset",
         images=len(dataset),
@@ -154,18 +243,21 @@ def assemble_run(
         seed=seed,
         captions=summarise_captions(dataset),
     )
-    parts = select_trained(model, config, seed)
-    settings = [resolve_part(part.name, config, device_type) for part in parts]
-    for how in settings:
-        for warning in not_inherited(config, how.part):
-            journal.warn(warning)
-        announce_schedule(how, make_schedule(how, config, num_steps, ranks.num_ranks), num_steps, journal)
-    precision = precision_of(config, device_type)
-    tile_large_images(model, precision)
-    optimizers = [how.optimizer for how in settings]
-    sharding = build_sharding(model, parts, optimizers, precision, ranks) if shards(config, ranks) else None
-    num_workers = choose_num_workers(config.num_workers)
-    latent_mode = choose_latent_mode(
+
+
+def build_caches(
+    config: TrainConfig,
+    model: Model,
+    dataset: Dataset,
+    plan_settings: PlanSettings,
+    *,
+    journal: Journal,
+    ranks: Ranks,
+    plugins: Sequence[Any],
+    stop: StopSignal | None,
+) -> tuple[LatentCache | None, IdleModels]:
+    """What is encoded once, and the models that wait in host memory for that."""
+    mode = choose_latent_mode(
         config.cache_latents,
         dataset,
         plan_settings,
@@ -180,7 +272,7 @@ def assemble_run(
         dataset,
         journal,
         device_type=ranks.device.type,
-        latents_cached=latent_mode != "off",
+        latents_cached=mode != "off",
         transforms_captions=caption_transform(plugins) is not None,
     )
     idle_models = IdleModels(idle, ranks.device)
@@ -190,7 +282,7 @@ def assemble_run(
         plan_settings,
         journal,
         idle_models,
-        mode=latent_mode,
+        mode=mode,
         settings=CacheSettings(
             config.cache_variants,
             config.crop_jitter,
@@ -198,57 +290,68 @@ def assemble_run(
             channels=model.family.latent_space.stored_channels,
         ),
         folder=latent_folder(config),
-        num_workers=num_workers,
+        num_workers=choose_num_workers(config.num_workers),
         stop=stop,
     )
-    prepare_modules(model, config)
-    return Run(
-        config=config,
-        folder=folder,
-        journal=journal,
+    return latent_cache, idle_models
+
+
+def build_learner(
+    config: TrainConfig,
+    model: Model,
+    parts: list[TrainedPart],
+    settings: Sequence[PartSettings],
+    *,
+    dataset: Dataset,
+    precision: Precision,
+    ranks: Ranks,
+    seed: int,
+    device_type: str,
+    idle_models: IdleModels,
+    is_sharded: bool,
+    ema: Ema | None,
+) -> Learner:
+    """The model with what its steps need; its schedules come with the run's number of steps."""
+    optimizer = build_optimizer_for_parts(
+        parts,
+        settings,
+        device_type=device_type,
+        rounding_seed=seed if config.weight_dtype == "bfloat16" else None,
+        fused_backward=config.fused_backward,
+        flat=config.flat_weights == "on"
+        or (config.flat_weights == "auto" and device_type == "cuda" and not is_sharded),
+    )
+    return Learner(
+        model=model,
+        parts=parts,
+        optimizer=optimizer,
+        schedules={},
+        objective=OBJECTIVES[model.family.objective](model.noise_scheduler, model.prediction_type, config),
+        noise_settings=config,
+        precision=precision,
         ranks=ranks,
         seed=seed,
         dataset=dataset,
-        plan_settings=plan_settings,
-        num_steps=num_steps,
-        model=model,
-        parts=parts,
-        optimizer=build_optimizer_for_parts(
-            parts,
-            settings,
-            device_type=device_type,
-            rounding_seed=seed if config.weight_dtype == "bfloat16" else None,
-            fused_backward=config.fused_backward,
-            flat=config.flat_weights == "on"
-            or (config.flat_weights == "auto" and device_type == "cuda" and sharding is None),
-        ),
-        make_schedules=lambda steps: {how.part: make_schedule(how, config, steps, ranks.num_ranks) for how in settings},
-        objective=OBJECTIVES[model.family.objective](
-            model.noise_scheduler,
-            model.prediction_type,
-            config,
-        ),
-        noise_settings=config,
-        precision=precision,
-        write_model=partial(_write_model, model),
-        ema=build_ema(config, model, parts, num_steps, resumes=resumes),
-        ema_update_interval=config.ema_update_interval,
-        latent_cache=latent_cache,
+        clip_skip=config.clip_skip,
+        clip_grad_norm=config.clip_grad_norm,
+        ema=ema,
         text_cache=build_text_cache(model, config.clip_skip, trains_text=any(p.name == TEXT_ENCODER for p in parts)),
-        loader_options={
-            "num_workers": num_workers,
-            "crop_jitter": config.crop_jitter,
-            "background": config.background,
-            "caption_transform": caption_transform(plugins),
-            "image_transform": image_transform(plugins),
-        },
-        updates_in_backward=config.fused_backward,
-        validation_sets=list(validation_sets),
-        plugins=list(plugins),
         idle_models=idle_models,
+        updates_in_backward=config.fused_backward,
         wants_gradient_norm=lambda step: step % config.log_step == 0,
-        sharding=sharding,
+        is_sharded=is_sharded,
+        saves_components=config.training_kind == "full",
     )
+
+
+def _loader_options(config: TrainConfig, plugins: Sequence[Any]) -> dict[str, Any]:
+    return {
+        "num_workers": choose_num_workers(config.num_workers),
+        "crop_jitter": config.crop_jitter,
+        "background": config.background,
+        "caption_transform": caption_transform(plugins),
+        "image_transform": image_transform(plugins),
+    }
 
 
 def build_sharding(
@@ -262,6 +365,13 @@ def build_sharding(
 def resolve_part(name: str, config: TrainConfig, device_type: str) -> PartSettings:
     """How one part is trained, with the optimizer of the device where none is given."""
     return part_settings(config, name, "adamw" if config.parallel == "fsdp2" else default_optimizer_name(device_type))
+
+
+def schedules_of(
+    settings: Sequence[PartSettings], config: TrainConfig, num_ranks: int, num_steps: int
+) -> dict[str, partial[float]]:
+    """The learning rate of each part, by its name, in a run of so many steps. Raises: ConfigError."""
+    return {how.part: make_schedule(how, config, num_steps, num_ranks) for how in settings}
 
 
 def make_schedule(how: PartSettings, config: TrainConfig, num_steps: int, num_ranks: int) -> partial[float]:
@@ -301,61 +411,6 @@ def announce_schedule(how: PartSettings, schedule: partial[float], num_steps: in
             f"lr_warmup_steps: the warm-up of the {how.part} takes {warmup_steps} steps and the run {num_steps}, so its "
             f"rate never reaches lr; lower lr_warmup_steps."
         )
-
-
-def build_ema(
-    config: TrainConfig, model: Model, parts: list[TrainedPart], num_steps: int, *, resumes: bool
-) -> Ema | None:
-    """The average of the trained weights, or None where it is off."""
-    parameters = [parameter for part in parts for _, parameter in part.parameters]
-    device = None if config.ema_device == "cuda" else config.ema_device
-    if config.ema_strength_target is not None:
-        decay = decay_from_strength_target(config.ema_strength_target, num_steps, config.ema_update_interval)
-        ema = Ema(parameters, decay, device)
-    elif config.ema_decay_rate is not None:
-        ema = Ema(parameters, config.ema_decay_rate, device)
-    else:
-        return None
-    if config.ema_resume_model is not None and not resumes:
-        ema.load_averages(averages_of(config, model, parameters))
-    return ema
-
-
-def averages_of(config: TrainConfig, model: Model, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
-    """The weights of the checkpoint that `ema_resume_model` names, in the order of the trained parameters.
-
-    Raises:
-        CheckpointError, ModelError: it is not there, or is another model's.
-    """
-    import torch
-
-    source = config.ema_resume_model
-    if source == "findlast":
-        source = str(find_last_checkpoint(config.logdir, config.project_name, averaged=True))
-    other = _weights_of(str(source), model)
-    places = {id(p): (name, key) for name, module in model.modules().items() for key, p in module.named_parameters()}
-    averages = []
-    for parameter in parameters:
-        name, key = places[id(parameter)]
-        found = other.get(name, {}).get(key)
-        if found is None or found.shape != tuple(parameter.shape):
-            raise CheckpointError(
-                f"ema_resume_model {source}: has no {name}.{key} of the shape {tuple(parameter.shape)}."
-            )
-        averages.append(found.load(torch.float32))
-    return averages
-
-
-def _weights_of(source: str, model: Model) -> dict[str, Tensors]:
-    """A checkpoint's weights by this model's names, unread; an adapter's checkpoint is loaded with its base."""
-    if is_adapter_folder(Path(source)):
-        modules = load_model(source).modules()
-        return {
-            name: {key: LazyTensor.of(value) for key, value in module.state_dict().items()}
-            for name, module in modules.items()
-        }
-    files = open_model(source)
-    return {name: renamed_for(module, files.tensors.get(name, {})) for name, module in model.modules().items()}
 
 
 def _write_model(model: Model, folder: Path, weights: dict[str, dict[str, Any]], open_file: OpenFile) -> None:

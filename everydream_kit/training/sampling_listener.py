@@ -25,7 +25,7 @@ from everydream_kit.share_bar import ShareBar
 from everydream_kit.training.memory_measures import is_out_of_memory
 from everydream_kit.training.progress import StopRequested, WorkProgress
 from everydream_kit.training.prompt_file import PromptFile, SampleEntry, SampleSettings, read_prompt_file
-from everydream_kit.training.reports import Listener, StepReport
+from everydream_kit.training.reports import Listener, ObservedRun, StepReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from everydream_kit.data.dataset import Dataset
+    from everydream_kit.models.family import Model
     from everydream_kit.models.sampling import SamplePrompt
     from everydream_kit.training.control import StopSignal
-    from everydream_kit.training.run import Run
+    from everydream_kit.training.sync import RankSync
 
 NUM_RANDOM_CAPTIONS = 4
 """Prompts taken from the dataset where there is no prompt file."""
@@ -113,6 +114,7 @@ class Sampler(Listener):
     Args:
         prompts_path: the prompt file.
         schedule: when, unless the prompt file says otherwise.
+        sync: has the model, whole.
         live, averaged: generate with the live weights, with the EMA weights, or both.
         stop: ends sampling in progress: it is saved first, and generated when the run continues.
     """
@@ -123,6 +125,7 @@ class Sampler(Listener):
         self,
         prompts_path: Path,
         schedule: SampleSchedule,
+        sync: RankSync,
         *,
         live: bool = True,
         averaged: bool = False,
@@ -130,6 +133,7 @@ class Sampler(Listener):
     ) -> None:
         self.prompts_path = prompts_path
         self.schedule = schedule
+        self.sync = sync
         self.live = live
         self.averaged = averaged
         self.stop = stop
@@ -137,7 +141,7 @@ class Sampler(Listener):
         self._is_owed = False
         self._read: tuple[object, PromptFile | None] | None = None
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, run: ObservedRun) -> None:
         settings = self._settings(run)  # read here, so that a mistake is reported before the first step
         if self._is_owed:
             self.draw(run)
@@ -146,20 +150,20 @@ class Sampler(Listener):
         if self.schedule.before_training or (settings is not None and settings.generate_pretrain_samples):
             self.draw(run)
 
-    def __call__(self, run: Run, report: StepReport) -> None:
+    def __call__(self, run: ObservedRun, report: StepReport) -> None:
         every = self._every(run)
         if every is not None and report.step % every == 0:
             self.draw(run)
 
-    def on_finish(self, run: Run) -> None:
+    def on_finish(self, run: ObservedRun) -> None:
         if run.is_complete() and self._every(run) is not None and self._last_step != run.position.step:
             self.draw(run)
 
-    def draw(self, run: Run) -> None:
+    def draw(self, run: ObservedRun) -> None:
         """Sample now. Whatever fails is a warning. Where the run is asked to stop, the rest is sampled later."""
         settings = self._settings(run)
         if settings is None:
-            run.warn(
+            run.journal.warn(
                 f"No samples were generated: nothing in {self.prompts_path} can be used. Fix the file to have samples."
             )
             return
@@ -172,8 +176,10 @@ class Sampler(Listener):
             run.journal.note("Sampling was interrupted; it will run again on resume.")
         except FAILURES as problem:
             logger.debug("sampling failed", exc_info=True)
-            run.warn(f"The samples of step {run.position.step} failed: {_in_words(problem)}. Training continues.")
-        run.set_state("running")
+            run.journal.warn(
+                f"The samples of step {run.position.step} failed: {_in_words(problem)}. Training continues."
+            )
+        run.journal.set_state("running")
 
     def state(self) -> dict[str, Any]:
         return {"is_owed": self._is_owed}
@@ -181,29 +187,26 @@ class Sampler(Listener):
     def restore(self, state: dict[str, Any]) -> None:
         self._is_owed = bool(state["is_owed"])
 
-    def _sample_variants(self, run: Run, settings: SampleSettings) -> None:
+    def _sample_variants(self, run: ObservedRun, settings: SampleSettings) -> None:
         variants = [("", False)] * self.live + [("ema-", True)] * self.averaged
         resolution = max(run.plan_settings.resolutions)
         prompts = plan_prompts(settings, run.dataset, seed=run.seed, resolution=resolution, step=run.position.step)
         with ShareBar("samples") as bar:
             progress = WorkProgress(run.journal, "sampling", bar, stop=self.stop, num_parts=len(variants))
             for prefix, averaged in variants:
-                with (
-                    run.whole_model(),
-                    run.sampling_weights(averaged=averaged),
-                    run.precision.autocast(keep_casts=False),
-                ):
-                    _Grids(run, settings, prompts, prefix, progress).make()
+                learner = self.sync.learner
+                with self.sync.whole_model(averaged=averaged), learner.precision.autocast(keep_casts=False):
+                    _Grids(run, learner.model, settings, prompts, prefix, progress).make()
                 progress.end_part()
 
-    def _every(self, run: Run) -> int | None:
+    def _every(self, run: ObservedRun) -> int | None:
         if self.schedule.every_n_steps is None:
             return None
         settings = self._settings(run)
         own = settings.generate_samples_every_n_steps if settings is not None else None
         return own or self.schedule.every_n_steps
 
-    def _settings(self, run: Run) -> SampleSettings | None:
+    def _settings(self, run: ObservedRun) -> SampleSettings | None:
         """What the prompt file says now; None where nothing of it can be used. Its problems are reported when it changes."""
         version = _version_of(self.prompts_path)
         if self._read is None or self._read[0] != version:
@@ -211,24 +214,24 @@ class Sampler(Listener):
         file = self._read[1]
         return None if file is None or file.is_empty else file.settings
 
-    def _read_anew(self, run: Run) -> PromptFile | None:
+    def _read_anew(self, run: ObservedRun) -> PromptFile | None:
         if _version_of(self.prompts_path)[1] is None:
             if "sample_prompts" in run.config.model_fields_set:
-                run.warn(
+                run.journal.warn(
                     f"sample_prompts: {self.prompts_path} is not there; captions of the dataset are sampled instead."
                 )
             return PromptFile(SampleSettings.of(run.config))
         try:
             file = read_prompt_file(self.prompts_path, SampleSettings.of(run.config))
         except ConfigError as error:
-            run.warn(f"{error} There are no samples until the file is fixed.")
+            run.journal.warn(f"{error} There are no samples until the file is fixed.")
             return None
         for problem in file.problems:
-            run.warn(f"sample_prompts: {self.prompts_path}: {problem}")
+            run.journal.warn(f"sample_prompts: {self.prompts_path}: {problem}")
         try:
-            build_scheduler(run.model, file.settings.scheduler)
+            build_scheduler(self.sync.learner.model, file.settings.scheduler)
         except ConfigError as error:
-            run.warn(f"sample_prompts: {self.prompts_path}: {error} ddim is used instead.")
+            run.journal.warn(f"sample_prompts: {self.prompts_path}: {error} ddim is used instead.")
             file = replace(file, settings=file.settings.model_copy(update={"scheduler": "ddim"}))
         return file
 
@@ -242,7 +245,8 @@ class _Grids:
         made: indices of the grids that are written.
     """
 
-    run: Run
+    run: ObservedRun
+    model: Model
     settings: SampleSettings
     prompts: Sequence[SamplePrompt]
     prefix: str
@@ -266,7 +270,7 @@ class _Grids:
                 problem = None if index in self.made else self._try([index], report, together=1)
                 if problem is not None:
                     prompt = self.prompts[index]
-                    self.run.warn(
+                    self.run.journal.warn(
                         f"Sample {index} ({prompt.prompt[:60]!r}, {prompt.width} x {prompt.height}) of step "
                         f"{self.run.position.step} failed: {problem}. Training continues."
                     )
@@ -287,7 +291,7 @@ class _Grids:
 
         images = iter(
             sample_images(
-                self.run.model,
+                self.model,
                 [self.prompts[index] for index in indices],
                 scheduler=self.settings.scheduler,
                 num_inference_steps=self.settings.num_inference_steps,
@@ -312,8 +316,8 @@ class _Grids:
             path.with_suffix(".txt"),
             f"{prompt.prompt}\nnegative prompt: {prompt.negative_prompt}\nseed: {prompt.seed}\n",
         )
-        run.image(f"sample_{index:03}_{self.prefix}{clean_for_file_name(prompt.prompt)[:60]}", grid, step)
-        run.report("sample", step=step, path=str(path), index=index, prompt=prompt.prompt, seed=prompt.seed)
+        run.journal.image(f"sample_{index:03}_{self.prefix}{clean_for_file_name(prompt.prompt)[:60]}", grid, step)
+        run.journal.report("sample", step=step, path=str(path), index=index, prompt=prompt.prompt, seed=prompt.seed)
 
 
 def _groups(prompts: Sequence[SamplePrompt]) -> Iterator[list[int]]:

@@ -62,6 +62,7 @@ class Sharding:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         self.model, self.device = model, ranks.device
+        # before `fully_shard` changes classes and parameters: `whole` needs ordinary modules to put gathered weights into
         self._blueprints = {id(module): _blueprint(module) for part in parts for module in part.modules}
         mesh = init_device_mesh(ranks.device.type, (ranks.num_ranks,))
         policy = MixedPrecisionPolicy(
@@ -72,10 +73,11 @@ class Sharding:
         blocks = {name for component in model.family.components for name in component.blocks}  # merged one at a time
         for part in parts:
             for module in part.modules:
-                for block in module.modules():
+                for block in module.modules():  # blocks first: `fully_shard` of a module takes what its parts left over
                     if type(block).__name__ in blocks:
                         fully_shard(block, mesh=mesh, mp_policy=policy)
                 fully_shard(module, mesh=mesh, mp_policy=policy)
+            # DTensors now: each process has about 1/n of the rows of dimension 0, and `shape` is still that of the whole
             divided = [p for module in part.modules for p in module.parameters() if p.requires_grad]
             part.parameters = [(name, p) for (name, _), p in zip(part.parameters, divided, strict=True)]
         for module in model.modules().values():
@@ -98,7 +100,7 @@ class Sharding:
         if weights is None or id(module) not in self._blueprints:
             return module
         whole = copy.deepcopy(self._blueprints[id(module)])
-        whole.load_state_dict(weights, assign=True)
+        whole.load_state_dict(weights, assign=True)  # assign: the blueprint's parameters have no memory to copy into
         return whole.to(self.device)
 
 
@@ -109,7 +111,7 @@ def gather(value: Any, *, keep: bool) -> Any:
         keep: whether this process wants the result; others take part and get nothing worth having.
     """
     if isinstance(value, torch.Tensor):
-        whole = as_whole(value.detach())
+        whole = as_whole(value.detach())  # a collective: every process must come by here for each tensor, in one order
         return whole.to("cpu", copy=True) if keep else None
     if isinstance(value, dict):
         return {key: gather(entry, keep=keep) for key, entry in value.items()}
@@ -132,11 +134,13 @@ def divide_optimizer_state(optimizer: Any, state: dict[str, Any]) -> dict[str, A
         inner = zip(optimizer.optimizers, state["optimizers"], strict=True)
         return {**state, "optimizers": [divide_optimizer_state(*one) for one in inner]}
     (torch_optimizer,) = unwrap_optimizers(optimizer)
+    # torch's state dicts number parameters in the order of the groups, and keep state by that number
     parameters = [p for group in torch_optimizer.param_groups for p in group["params"]]
     divided = {}
     for index, entries in state["state"].items():
         parameter = parameters[index]
         divided[index] = {
+            # moments have the parameter's shape and its slices; counters such as Adam's `step` are whole on every process
             key: distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
             if isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and value.shape == parameter.shape
             else value

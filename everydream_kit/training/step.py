@@ -1,43 +1,274 @@
-"""The arithmetic of one optimizer step: images in, one loss for each, gradients out.
+"""The arithmetic of one optimizer step: images in, one loss for each, gradients, and the update of the weights.
 
-Every random number here has the address (seed, purpose, epoch, image, repeat), so an image's noise does not depend
-on which batch, process or worker it came through. One loss per image is kept to the end; weights, masks and per-image
-logs need no second path. The loss of the step is the sum over all its images (accumulated micro-batches and all
-processes), divided by the images of the epoch's fullest step: a full step is a mean, a shorter one weighs by its
-images.
+Every random number here has the address (seed, purpose, epoch, image, repeat), so an image's noise does not depend on which
+batch, process or worker it came through. One loss per image is kept to the end; weights, masks and per-image logs need no second
+path. The loss of the step is the sum over all its images (accumulated micro-batches and all processes), divided by the images of
+the epoch's fullest step: a full step is a mean, a shorter one weighs by its images.
+
+Not here: which images a step has (`data.epoch_plan`), what other processes do meanwhile (`sync`), what is written
+(`run_snapshot`).
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from everydream_kit.draws import torch_generator
-from everydream_kit.models.family import Conditioning
+from everydream_kit.data.pixels import LATENT_CELL_PIXELS
+from everydream_kit.draws import derive_seed, torch_generator
+from everydream_kit.models.encoding import encode_captions, encode_moments, latents_from_moments
+from everydream_kit.models.family import Conditioning, Sizes
+from everydream_kit.training.combined import measure_gradient_norm, take_gradient_norm
+from everydream_kit.training.decisions import Decisions
 from everydream_kit.training.losses import ImageLosses, refuse_non_finite
 from everydream_kit.training.noise import make_noise, perturb_embeddings, perturb_input
 from everydream_kit.training.objectives import denoising_losses
+from everydream_kit.training.offload import IdleModels
+from everydream_kit.training.sharding import as_whole
 from everydream_kit.training.timesteps import draw_timesteps
 
 if TYPE_CHECKING:
+    from everydream_kit.config.objective_settings import ObjectiveGroup
+    from everydream_kit.data.dataset import Dataset
     from everydream_kit.data.records import Batch, StepBatches
-    from everydream_kit.training.run import Run
+    from everydream_kit.data.text_cache import TextCache
+    from everydream_kit.models.family import Model
+    from everydream_kit.training.ema import Ema
+    from everydream_kit.training.objectives import Objective
+    from everydream_kit.training.parameters import TrainedPart
+    from everydream_kit.training.precision import Precision
+    from everydream_kit.training.ranks import Ranks
+
+Weights = dict[str, dict[str, torch.Tensor]]
+"""State dicts of components, by their folder's name."""
+Schedules = Mapping[str, Callable[[int], float]]
+"""Learning rate of each part, by its name, as a function of the optimizer step (from 0)."""
 
 
-def backward(run: Run, batch: Batch, work: StepBatches) -> torch.Tensor:
-    """Compute a micro-batch's losses and add its share to the gradients.
+@dataclass
+class Learner:
+    """A model, and all that one optimizer step does to it.
 
-    Returns:
-        (B,) float32 losses, detached, before `loss_scale`.
+    Attributes:
+        schedules: replaced when the run's number of steps changes.
+        dataset: of which the keys of images are read.
+        text_cache: encoded captions, where the text encoders are frozen.
+        idle_models: those that wait in host memory while steps are made.
+        updates_in_backward: the weights change inside `backward`, so there is nothing left to clip or to refuse.
+        wants_gradient_norm: whether the norm is wanted after so many steps.
+        is_sharded: the trained modules are divided among the processes (`sharding`).
+        saves_components: a checkpoint holds whole components, and not only what is trained of them (adapters, tokens).
     """
-    losses = image_losses(run, batch, work)
-    if run.updates_in_backward:  # weights change inside backward(), so it is now or never
-        refuse_non_finite(_single(batch, losses), run.position.step)
-    run.scale_loss(share_of_step(losses, batch.loss_scale, work.loss_divisor)).backward()
-    return losses.detach()
+
+    model: Model
+    parts: list[TrainedPart]
+    optimizer: torch.optim.Optimizer
+    schedules: Schedules
+    objective: Objective
+    noise_settings: ObjectiveGroup
+    precision: Precision
+    ranks: Ranks
+    seed: int
+    dataset: Dataset
+    clip_skip: int
+    clip_grad_norm: float | None = None
+    ema: Ema | None = None
+    text_cache: TextCache | None = None
+    idle_models: IdleModels = field(default_factory=IdleModels)
+    updates_in_backward: bool = False
+    wants_gradient_norm: Callable[[int], bool] = lambda step: False
+    is_sharded: bool = False
+    saves_components: bool = True
+    decisions: Decisions = field(default_factory=Decisions)
+    has_dropout: bool = field(init=False)  # an adapter's, or the base model's own
+
+    def __post_init__(self) -> None:
+        self.has_dropout = any(_drops_out(m) for m in [self.model.denoiser, *self.model.text_encoders])
+
+    # The step, in the order of the loop
+
+    def set_learning_rates(self, step: int) -> dict[str, float]:
+        """Set every parameter group's rate for this step (counted from 0); returns them by part."""
+        rates = {name: schedule(step) * self.decisions.lr_factor for name, schedule in self.schedules.items()}
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates[group["name"]]
+        if self.updates_in_backward:
+            measure_gradient_norm(self.optimizer, self.wants_gradient_norm(step + 1))
+        if self.has_dropout:  # dropout layers read torch's own generator; an address makes them resumable
+            torch.manual_seed(derive_seed(self.seed, "dropout", step, self.ranks.rank))
+        return rates
+
+    def backward(self, batch: Batch, work: StepBatches, step: int) -> torch.Tensor:
+        """Compute a micro-batch's losses and add its share to the gradients.
+
+        Args:
+            batch: the micro-batch.
+            work: the step that it belongs to.
+            step: optimizer steps done, for messages.
+
+        Returns:
+            (B,) float32 losses, detached, before `loss_scale`.
+
+        Raises:
+            NonFiniteLossError: where weights change inside the backward pass; elsewhere the loop looks at the whole step.
+        """
+        losses = self.image_losses(batch, work)
+        if self.updates_in_backward:  # it is now or never
+            refuse_non_finite(_single(batch, losses), step)
+        share = share_of_step(losses, batch.loss_scale, work.loss_divisor)
+        if self.is_sharded:
+            share = share * self.ranks.num_ranks  # FSDP takes the mean over the processes where we want the sum
+        self.precision.scale(share).backward()
+        return losses.detach()
+
+    def update_weights(self, step: int) -> float | None:
+        """Reduce, measure, clip, step, zero. Returns the gradients' norm before clipping where it is wanted."""
+        if self.updates_in_backward:
+            return take_gradient_norm(self.optimizer)
+        parameters = self.parameters()
+        if not self.is_sharded:
+            self.ranks.sum_gradients(parameters)
+        self.precision.unscale(self.optimizer)
+        norm, bound = None, self.clip_grad_norm
+        if bound is not None or self.wants_gradient_norm(step + 1):
+            total = as_whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+            if bound is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, bound, total)
+            norm = float(total)
+        self.precision.step(self.optimizer)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def update_ema(self, step: int) -> None:
+        """Take the weights after so many steps into the average, where there is one and it is due."""
+        if self.ema is not None:
+            self.ema.after_step(step)
+
+    # The forward pass, piece by piece
+
+    def image_losses(self, batch: Batch, work: StepBatches) -> torch.Tensor:
+        """(B,) float32: the objective's loss for each image of a micro-batch."""
+        settings = self.noise_settings
+        latents = self.encode_images(batch)  # (B, C, h, w), as the denoiser knows them
+        noise = make_noise(
+            tuple(latents.shape[1:]),
+            self.generators(batch, "noise"),
+            offset=settings.zero_frequency_noise_ratio,
+            pyramid_discount=settings.pyramid_noise_discount,
+        ).to(latents)
+        timesteps = self._draw_timesteps(batch, work).to(latents.device)  # (B,)
+        input_noise = noise
+        if settings.input_perturbation:
+            input_noise = perturb_input(noise, settings.input_perturbation, self.generators(batch, "input noise"))
+
+        def predict(noisy_latents: torch.Tensor) -> torch.Tensor:
+            with self.precision.autocast():
+                conditioning = self.encode_captions(batch.captions)
+                if settings.embedding_perturbation:
+                    generators = self.generators(batch, "embedding")
+                    conditioning = _perturbed(conditioning, settings.embedding_perturbation, generators)
+                return self.predict(batch, noisy_latents, timesteps, conditioning)
+
+        return denoising_losses(
+            self.objective, predict, latents, noise, timesteps, mask=batch.mask, input_noise=input_noise
+        )
+
+    def generators(self, batch: Batch, purpose: str) -> list[torch.Generator]:
+        """One generator for each image of the batch, by its address."""
+        planned = batch.planned
+        return [
+            torch_generator(self.seed, purpose, planned.epoch, self.dataset.key(draw.image), draw.repeat)
+            for draw in planned.draws
+        ]
+
+    def encode_images(self, batch: Batch, *, mean_only: bool = False) -> torch.Tensor:
+        """(B, C, h, w) latents for the denoiser, drawn from the VAE's posterior at each image's address, or its mean."""
+        device = self.ranks.device
+        with torch.no_grad():
+            if batch.moments is not None:
+                moments = batch.moments.to(device, torch.float32, non_blocking=True)
+            else:
+                assert batch.pixels is not None
+                with self.idle_models.at_work([self.model.vae]):
+                    moments = encode_moments(self.model, batch.pixels.to(device, non_blocking=True)).float()
+            height, width = (side * LATENT_CELL_PIXELS for side in moments.shape[2:])  # moments: (B, stored, H/8, W/8)
+            shape = self.model.family.latent_space.shape(self.model, width, height)
+            if mean_only:
+                noise = torch.zeros((len(moments), *shape), device=device)
+            else:
+                noise = make_noise(shape, self.generators(batch, "posterior")).to(moments)
+            return latents_from_moments(self.model, moments, noise)
+
+    def encode_captions(self, captions: list[str]) -> Conditioning:
+        """What the denoiser is conditioned on, computed under autocast. Remembered by caption where the text encoder is frozen.
+
+        Autocast belongs here and not to the caller: what is remembered must not depend on who asks first.
+        """
+        with self.precision.autocast():
+            if self.trains_text:
+                return encode_captions(self.model, captions, self.clip_skip)
+            with torch.no_grad():
+                if self.text_cache is None:
+                    return encode_captions(self.model, captions, self.clip_skip)
+                if self.text_cache.knows(captions):
+                    return self.text_cache.encode(captions)
+                with self.idle_models.at_work(self.model.text_encoders):
+                    return self.text_cache.encode(captions)
+
+    def predict(
+        self, batch: Batch, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> torch.Tensor:
+        """The denoiser's prediction, (B, C, h, w) float32, with the sizes that its family is conditioned on."""
+        sizes = Sizes(batch.original_sizes, batch.crop_top_lefts, batch.planned.bucket)
+        return self.model.family.predict(self.model, noisy_latents, timesteps, conditioning, sizes)
+
+    def _draw_timesteps(self, batch: Batch, work: StepBatches) -> torch.Tensor:
+        settings = self.noise_settings
+        shift = self.model.family.shift(self.model.scheduler_config, *batch.planned.bucket)
+        positions = [batch.planned.position + row for row in range(len(batch.planned.draws))]
+        return draw_timesteps(
+            self.generators(batch, "timestep"),
+            settings.timestep_start,
+            settings.timestep_end,
+            how=settings.timestep_sampling,
+            positions=positions,
+            num_images=work.num_images,
+            step_generator=torch_generator(self.seed, "timestep strata", work.epoch, work.step),
+            to_timesteps=partial(self.objective.timesteps, shift=shift),
+        )
+
+    # What is trained
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Everything that is trained, in the optimizer's order."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether gradients flow into a text encoder."""
+        return any(p.requires_grad for encoder in self.model.text_encoders for p in encoder.parameters())
+
+    def trained_weights(self) -> Weights:
+        """State dicts of the components that are trained; of adapters and tokens only these. Slices where they are divided."""
+        trained = {id(module) for part in self.parts for module in part.modules}
+        components = {}
+        for name, module in self.model.modules().items():
+            if id(module) in trained:
+                wanted = {key for key, p in module.named_parameters() if p.requires_grad}
+                state = module.state_dict()
+                components[name] = {
+                    key: value for key, value in state.items() if self.saves_components or key in wanted
+                }
+        return components
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """While inside, the model holds the averaged weights, where there is an EMA."""
+        return self.ema.swapped() if self.ema is not None else nullcontext()
 
 
 def share_of_step(losses: torch.Tensor, loss_scale: torch.Tensor, loss_divisor: int) -> torch.Tensor:
@@ -51,54 +282,19 @@ def share_of_step(losses: torch.Tensor, loss_scale: torch.Tensor, loss_divisor: 
     return (losses * loss_scale.to(losses.device)).sum() / loss_divisor
 
 
-def image_losses(run: Run, batch: Batch, work: StepBatches) -> torch.Tensor:
-    """(B,) float32: the objective's loss for each image of a micro-batch."""
-    settings = run.noise_settings
-    latents = run.encode_images(batch)  # (B, C, h, w), as the denoiser knows them
-    noise = make_noise(
-        tuple(latents.shape[1:]),
-        run.generators(batch, "noise"),
-        offset=settings.zero_frequency_noise_ratio,
-        pyramid_discount=settings.pyramid_noise_discount,
-    ).to(latents)
-    timesteps = _timesteps(run, batch, work).to(latents.device)
-    input_noise = noise
-    if settings.input_perturbation:
-        input_noise = perturb_input(noise, settings.input_perturbation, run.generators(batch, "input noise"))
-
-    def predict(noisy_latents: torch.Tensor) -> torch.Tensor:
-        with run.precision.autocast():
-            conditioning = run.encode_captions(batch.captions)
-            if settings.embedding_perturbation:
-                generators = run.generators(batch, "embedding")
-                conditioning = _perturbed(conditioning, settings.embedding_perturbation, generators)
-            return run.predict(batch, noisy_latents, timesteps, conditioning)
-
-    return denoising_losses(run.objective, predict, latents, noise, timesteps, mask=batch.mask, input_noise=input_noise)
-
-
 def _single(batch: Batch, losses: torch.Tensor) -> ImageLosses:
     single = ImageLosses()
     single.add(batch, losses.detach())
     return single
 
 
-def _timesteps(run: Run, batch: Batch, work: StepBatches) -> torch.Tensor:
-    settings = run.noise_settings
-    positions = [batch.planned.position + row for row in range(len(batch.planned.draws))]
-    shift = run.model.family.shift(run.model.scheduler_config, *batch.planned.bucket)
-    return draw_timesteps(
-        run.generators(batch, "timestep"),
-        settings.timestep_start,
-        settings.timestep_end,
-        how=settings.timestep_sampling,
-        positions=positions,
-        num_images=work.num_images,
-        step_generator=torch_generator(run.seed, "timestep strata", work.epoch, work.step),
-        to_timesteps=partial(run.objective.timesteps, shift=shift),
-    )
-
-
 def _perturbed(conditioning: Conditioning, gamma: float, generators: list[torch.Generator]) -> Conditioning:
     embeddings = perturb_embeddings(conditioning.encoder_hidden_states, gamma, generators)
     return replace(conditioning, encoder_hidden_states=embeddings)
+
+
+def _drops_out(module: torch.nn.Module) -> bool:
+    """Whether some layer drops out by chance: a Dropout, or an attention that has the share as a number."""
+    layers = list(module.modules())
+    shares = [layer.p if isinstance(layer, torch.nn.Dropout) else vars(layer).get("dropout") for layer in layers]
+    return any(isinstance(share, float) and share > 0 for share in shares)

@@ -16,8 +16,8 @@ import torch
 
 from everydream_kit.errors import CheckpointError
 from everydream_kit.models.tensors import LazyTensor, OpenFile, write_safetensors
+from everydream_kit.runs.resume_state import RESTORE_ERRORS
 from everydream_kit.strict_json import parse_json
-from everydream_kit.training.resume_state import RESTORE_ERRORS
 
 STRUCTURE = "structure"
 MAX_HEADER_BYTES = 100_000_000

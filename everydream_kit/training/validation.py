@@ -23,9 +23,9 @@ from everydream_kit.data.duplicates import find_duplicates
 from everydream_kit.data.image_digests import digest_images
 from everydream_kit.draws import derive_seed, torch_generator
 from everydream_kit.errors import ConfigError
+from everydream_kit.runs.resume_state import number_of
 from everydream_kit.training.noise import make_noise
 from everydream_kit.training.objectives import denoising_losses
-from everydream_kit.training.resume_state import number_of
 
 if TYPE_CHECKING:
     from everydream_kit.data.dataset import Dataset

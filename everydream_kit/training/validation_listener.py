@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from everydream_kit.data.loader import make_loader
-from everydream_kit.training.reports import Listener, StepReport
+from everydream_kit.training.reports import Listener, ObservedRun, StepReport
 from everydream_kit.training.validation import (
     LossCurve,
     once_each,
@@ -26,8 +26,15 @@ if TYPE_CHECKING:
     from everydream_kit.data.dataset import Dataset
     from everydream_kit.data.records import Batch
     from everydream_kit.models.family import Conditioning
+    from everydream_kit.training.decisions import Decisions
     from everydream_kit.training.held_out_images import ValidationSet
     from everydream_kit.training.run import Run
+
+
+class Measurement(Protocol):
+    """The mean loss of a dataset, with the live weights or the averaged ones."""
+
+    def __call__(self, dataset: Dataset, *, averaged: bool) -> float: ...
 
 
 class Validator(Listener):
@@ -36,6 +43,9 @@ class Validator(Listener):
     Args:
         settings: how often and how it is measured, and when the run ends for lack of improvement.
         sets: what is measured.
+        decisions: told of an early end.
+        measure: `measure_loss` of the run.
+        has_averages: there is an EMA, which is measured as well.
         save_best: called when the deciding set's loss is the lowest so far.
     """
 
@@ -45,51 +55,59 @@ class Validator(Listener):
         self,
         settings: ValidationGroup,
         sets: list[ValidationSet],
+        decisions: Decisions,
         *,
-        save_best: Callable[[Run], None],
+        measure: Measurement,
+        has_averages: bool,
+        save_best: Callable[[ObservedRun], None],
     ) -> None:
         self.settings = settings
         self.sets = sets
+        self.decisions = decisions
+        self.measure_loss = measure
+        self.has_averages = has_averages
         self.save_best = save_best
         self.curves = {entry.tag: LossCurve() for entry in sets}
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, run: ObservedRun) -> None:
         if run.position.step == 0:
             self.measure(run, is_start=True)
 
-    def __call__(self, run: Run, report: StepReport) -> None:
+    def __call__(self, run: ObservedRun, report: StepReport) -> None:
         due = validation_steps(self.settings.validation_every_n_epochs, report.epoch, report.num_steps_in_epoch)
         if report.step_in_epoch in due:
             self.measure(run)
 
-    def measure(self, run: Run, *, is_start: bool = False) -> None:
+    def measure(self, run: ObservedRun, *, is_start: bool = False) -> None:
         """Measure every set now."""
-        run.set_state("validating")
+        run.journal.set_state("validating")
         for entry in self.sets:
-            loss = measure_loss(run, entry.dataset, self.settings)
+            loss = self.measure_loss(entry.dataset, averaged=False)
             curve = self.curves[entry.tag]
             is_best = curve.add(run.position.step, loss)
-            run.scalar(entry.tag, loss, run.position.step)
+            run.journal.scalar(entry.tag, loss, run.position.step)
             averaged = {}
-            if run.ema is not None:
-                averaged["ema_loss"] = measure_loss(run, entry.dataset, self.settings, averaged=True)
-                run.scalar(f"{entry.tag}_ema", averaged["ema_loss"], run.position.step)
-            run.report("validation", step=run.position.step, set=entry.tag, loss=loss, best=is_best, **averaged)
+            if self.has_averages:
+                averaged["ema_loss"] = self.measure_loss(entry.dataset, averaged=True)
+                run.journal.scalar(f"{entry.tag}_ema", averaged["ema_loss"], run.position.step)
+            run.journal.report("validation", step=run.position.step, set=entry.tag, loss=loss, best=is_best, **averaged)
             if entry.decides:
                 self._follow(run, curve, is_best=is_best and not is_start)
-        run.set_state("running")
+        run.journal.set_state("running")
 
-    def _follow(self, run: Run, curve: LossCurve, *, is_best: bool) -> None:
+    def _follow(self, run: ObservedRun, curve: LossCurve, *, is_best: bool) -> None:
         if is_best:
             self.save_best(run)
         if curve.is_rising():
-            run.warn(
+            run.journal.warn(
                 f"step {run.position.step}: the validation loss has been rising; the best was {curve.best_loss:.5f} at step "
                 f"{curve.best_step}. The model is probably overfitting; ckpts/best holds its best weights."
             )
         if curve.should_stop(self.settings.early_stopping_patience):
-            run.ended_early = True
-            run.report("stopping early", step=run.position.step, best_step=curve.best_step, best_loss=curve.best_loss)
+            self.decisions.ended_early = True
+            run.journal.report(
+                "stopping early", step=run.position.step, best_step=curve.best_step, best_loss=curve.best_loss
+            )
 
     def state(self) -> dict[str, Any]:
         return {tag: curve.state() for tag, curve in self.curves.items()}
@@ -117,23 +135,25 @@ def measure_loss(run: Run, dataset: Dataset, settings: ValidationGroup, *, avera
         dataset, plan, seed=settings.validation_seed, fixed=True, background=run.config.background, num_workers=0
     )
 
+    learner = run.learner
+
     def encode(batch: Batch) -> tuple[torch.Tensor, Conditioning]:
-        return run.encode_images(batch, mean_only=True), run.encode_captions(batch.captions)
+        return learner.encode_images(batch, mean_only=True), learner.encode_captions(batch.captions)
 
     def predict(
         batch: Batch, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
-        with run.precision.autocast():
-            return run.predict(batch, noisy_latents, timesteps, conditioning)
+        with learner.precision.autocast():
+            return learner.predict(batch, noisy_latents, timesteps, conditioning)
 
-    with loader, run.whole_model(), run.sampling_weights(averaged=averaged):
+    with loader, run.sync.whole_model(averaged=averaged):
         return validate(
             (batch for work in loader for batch in work.batches),
             keys=lambda batch: [dataset.key(draw.image) for draw in batch.planned.draws],
             encode=encode,
             predict=predict,
-            objective=run.objective,
+            objective=learner.objective,
             timesteps=timestep_grid(run.config.timestep_start, run.config.timestep_end),
             seed=settings.validation_seed,
-            modules=[run.model.denoiser, *run.model.text_encoders],
+            modules=[learner.model.denoiser, *learner.model.text_encoders],
         ).mean

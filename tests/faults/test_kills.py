@@ -20,8 +20,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from everydream_kit.runs import RunFolder, list_runs
 from everydream_kit.training.checkpoints import verify_checkpoint
-from everydream_kit.workspace import RunFolder, list_runs
 
 SECONDS_TO_START = 120
 

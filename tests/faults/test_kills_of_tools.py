@@ -29,8 +29,8 @@ from everydream_kit.export.hub import fetch_run
 from everydream_kit.export.model_folder import export_folder
 from everydream_kit.export.single_file_export import export_checkpoint
 from everydream_kit.jobs.queue import Queue
+from everydream_kit.runs import list_runs
 from everydream_kit.training.checkpoints import verify_checkpoint
-from everydream_kit.workspace import list_runs
 
 KILLS = {"export": 8, "folder": 5, "tidy": 6, "fetch": 5, "queue": 6}
 """With the thirty of `test_kills.py` sixty."""

@@ -24,12 +24,12 @@ from everydream_kit.config import TrainConfig
 from everydream_kit.errors import CheckpointError, ConfigError, DataError, DiskSpaceError, JobError
 from everydream_kit.identity import Process, this_process
 from everydream_kit.locks import hold, is_held
+from everydream_kit.runs import RunFolder, list_runs
 from everydream_kit.sessions import RUN_FOLDER_VARIABLE, resume, train
 from everydream_kit.training import checkpoint_saving
 from everydream_kit.training.checkpoints import sweep, verify_checkpoint, write_checkpoint
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.run import Run
-from everydream_kit.workspace import RunFolder, list_runs, run_lock_path
 
 
 def settings_in(folder: Path, tiny_model_folder: Path, image_folder: Path) -> dict[str, Any]:
@@ -421,7 +421,7 @@ def test_a_run_in_progress_is_not_joined_and_what_it_is_writing_stays(run: RunFo
     half = run.checkpoints_folder / ".partial-stop-ep09-gs00099"
     half.mkdir()
     events = run.events_path.read_bytes()
-    with hold(run_lock_path(run.folder), ""), pytest.raises(JobError, match=r"this run is in progress \(process \d+\)"):
+    with hold(run.lock_path, ""), pytest.raises(JobError, match=r"this run is in progress \(process \d+\)"):
         resume(run.folder)
     assert half.is_dir()
     assert run.events_path.read_bytes() == events
@@ -441,12 +441,12 @@ def test_a_session_holds_its_folder_from_beginning_to_end(settings: dict[str, An
 
     class Looking(Listener):
         def __call__(self, run: Run, report: StepReport) -> None:
-            held.append(is_held(run_lock_path(run.folder.folder)))
+            held.append(is_held(run.folder.lock_path))
 
     run = train({**settings, "max_epochs": 1}, listeners=[Looking()])
     assert held
     assert all(held)
-    assert not is_held(run_lock_path(run.folder))
+    assert not is_held(run.lock_path)
 
 
 ELSEWHERE = {"host": "other", "place": "f" * 16, "pid": 1, "started": "1"}

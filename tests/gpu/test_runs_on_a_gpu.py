@@ -18,10 +18,10 @@ from everydream_kit.config import TrainConfig
 from everydream_kit.errors import MemoryLimitError
 from everydream_kit.models.model_saving import save_model
 from everydream_kit.models.random_models import build_tiny_model
+from everydream_kit.runs import RunFolder
 from everydream_kit.sessions import resume, train
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.run import Run
-from everydream_kit.workspace import RunFolder
 
 needs_cuda = pytest.mark.needs_cuda
 

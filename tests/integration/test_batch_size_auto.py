@@ -11,8 +11,8 @@ from memory_stand_in import LinearMemory
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import MemoryLimitError
 from everydream_kit.preflight.planning import plan
+from everydream_kit.runs import list_runs
 from everydream_kit.sessions import resume, train
-from everydream_kit.workspace import list_runs
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="chooses by host memory, which a machine with a GPU does not"

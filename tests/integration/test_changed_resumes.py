@@ -12,10 +12,10 @@ import pytest
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import CheckpointError
+from everydream_kit.runs import RunFolder
 from everydream_kit.sessions import resume, train
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.run import Run
-from everydream_kit.workspace import RunFolder
 
 
 class StopAfter(Listener):

@@ -55,14 +55,14 @@ def test_a_base_in_half_precision_gives_the_same_losses_as_in_float32(
     half = rehearse(**{**lora, "amp_dtype": "auto"}, frozen_dtype=frozen)
     assert half.losses == whole.losses
     assert len(set(half.losses)) == 3
-    for trained, other in zip(half.run.parameters(), whole.run.parameters(), strict=True):
+    for trained, other in zip(half.run.learner.parameters(), whole.run.learner.parameters(), strict=True):
         assert trained.dtype == torch.float32
         assert torch.equal(trained, other)
-    module = half.run.model.unet
+    module = half.run.learner.model.unet
     held = {type(part): p.dtype for part in module.modules() for p in part.parameters(recurse=False)}
     assert held[torch.nn.Conv2d] == getattr(torch, frozen)
     assert held[torch.nn.GroupNorm] == held[torch.nn.LayerNorm] == torch.float32
-    assert {p.dtype for p in half.run.model.vae.parameters()} == {torch.float32}
+    assert {p.dtype for p in half.run.learner.model.vae.parameters()} == {torch.float32}
 
 
 def test_new_words_and_a_trained_text_encoder_learn_over_a_base_in_half_precision(tmp_path: Path, images: Path) -> None:
@@ -73,24 +73,24 @@ def test_new_words_and_a_trained_text_encoder_learn_over_a_base_in_half_precisio
     ):
         whole, half = (rehearse(**common, **changes, frozen_dtype=dtype) for dtype in ("float32", "bfloat16"))
         assert half.losses == whole.losses
-        assert half.run.model.unet.conv_in.weight.dtype == torch.bfloat16
-        assert {p.dtype for p in half.run.parameters()} == {torch.float32}
+        assert half.run.learner.model.unet.conv_in.weight.dtype == torch.bfloat16
+        assert {p.dtype for p in half.run.learner.parameters()} == {torch.float32}
 
 
 def test_doras_magnitudes_are_measured_in_float32(tmp_path: Path, images: Path) -> None:
     dora = settings_of(tmp_path, images, "sd1", training_kind="lora", lora_dora=True, amp_dtype="bf16", max_steps=1)
     whole, half = (rehearse(**dora, frozen_dtype=dtype) for dtype in ("float32", "bfloat16"))
     assert half.losses == pytest.approx(whole.losses, rel=1e-2)
-    assert {p.dtype for p in half.run.parameters()} == {torch.float32}
+    assert {p.dtype for p in half.run.learner.parameters()} == {torch.float32}
 
 
 def test_an_adapter_goes_on_over_a_base_in_half_precision(tmp_path: Path, images: Path) -> None:
     lora = settings_of(tmp_path, images, "sd1", training_kind="lora", lora_rank=4, frozen_dtype="bfloat16")
     first = rehearse(**lora)
-    save_model(first.run.model, tmp_path / "adapter")
+    save_model(first.run.learner.model, tmp_path / "adapter")
     with prepared(**{**lora, "resume_ckpt": str(tmp_path / "adapter")}) as resumed:
-        assert resumed.run.model.unet.conv_in.weight.dtype == torch.bfloat16
-        for loaded, trained in zip(resumed.run.parameters(), first.run.parameters(), strict=True):
+        assert resumed.run.learner.model.unet.conv_in.weight.dtype == torch.bfloat16
+        for loaded, trained in zip(resumed.run.learner.parameters(), first.run.learner.parameters(), strict=True):
             assert loaded.dtype == torch.float32
             assert torch.equal(loaded, trained)
 

@@ -13,7 +13,7 @@ from hub_stand_in import HubStandIn
 
 from everydream_kit.errors import KitError
 from everydream_kit.export.hub import fetch_run
-from everydream_kit.workspace import CHECKPOINT_MANIFEST
+from everydream_kit.runs.layout import RESUME_MANIFEST
 
 DEEP = "[" * 100_000
 DIGITS = b'{"max_epochs": ' + b"9" * 6000 + b"}"
@@ -114,10 +114,10 @@ CASES: list[tuple[str, dict[str, Content]]] = [
         for name in BAD_CHECKPOINT_NAMES
     ),
     *((f"run.json {text!r:.20}", {"training/run.json": text}) for text in ("", "[]", "null", DEEP, b"\xff", "{}")),
-    *((f"lists {name!r:.40}", {CHECKPOINT_MANIFEST: {"files": {name: {}}}, "evil": name}) for name in BAD_LISTED),
+    *((f"lists {name!r:.40}", {RESUME_MANIFEST: {"files": {name: {}}}, "evil": name}) for name in BAD_LISTED),
     *((f"config {str(config)[:40]}", {"training/config.json": completed(config)}) for config in BAD_CONFIGS),
-    *((f"manifest {str(text)[:40]}", {CHECKPOINT_MANIFEST: text}) for text in BAD_MANIFESTS),
-    ("no manifest", {CHECKPOINT_MANIFEST: None}),
+    *((f"manifest {str(text)[:40]}", {RESUME_MANIFEST: text}) for text in BAD_MANIFESTS),
+    ("no manifest", {RESUME_MANIFEST: None}),
     ("no run.json", {"training/run.json": None}),
     ("no config", {"training/config.json": None}),
     ("no weights", {"unet/model.safetensors": None}),
@@ -125,9 +125,9 @@ CASES: list[tuple[str, dict[str, Content]]] = [
     ("large run.json", {"training/run.json": json.dumps({**RUN, "a": "a" * 200_000})}),
     (
         "patterns",
-        {"adapter.json": {"lora": {"targets": ["(a+)+$"]}}, CHECKPOINT_MANIFEST: {"files": {"adapter.json": {}}}},
+        {"adapter.json": {"lora": {"targets": ["(a+)+$"]}}, RESUME_MANIFEST: {"files": {"adapter.json": {}}}},
     ),
-    ("adapter", {"adapter.json": DEEP, CHECKPOINT_MANIFEST: {"files": {"adapter.json": {}}}}),
+    ("adapter", {"adapter.json": DEEP, RESUME_MANIFEST: {"files": {"adapter.json": {}}}}),
 ]
 
 

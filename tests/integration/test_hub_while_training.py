@@ -16,8 +16,8 @@ from hub_stand_in import HubStandIn
 
 from everydream_kit.errors import CheckpointError, HubError
 from everydream_kit.export.hub import HubUploader, fetch_run, push_to_hub
+from everydream_kit.runs import RunFolder
 from everydream_kit.training.checkpoints import verify_checkpoint
-from everydream_kit.workspace import RunFolder
 
 
 @pytest.fixture(autouse=True)

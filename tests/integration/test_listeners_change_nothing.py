@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from everydream_kit.config import TrainConfig
+from everydream_kit.runs import RunFolder
 from everydream_kit.sessions import resume, train
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.run import Run
-from everydream_kit.workspace import RunFolder
 
 MIXED = {"amp_dtype": "bf16", "disable_textenc_training": True}
 """What a GPU does by default where the text encoder is frozen: its captions are remembered."""

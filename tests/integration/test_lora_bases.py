@@ -20,10 +20,10 @@ from everydream_kit.export.single_file_export import export_checkpoint
 from everydream_kit.models.fingerprints import weights_fingerprint
 from everydream_kit.models.loading import load_model, open_model
 from everydream_kit.models.random_models import build_tiny_model, write_model
+from everydream_kit.runs import RunFolder, list_runs
 from everydream_kit.sessions import resume, train
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.run import Run
-from everydream_kit.workspace import RunFolder, list_runs
 
 NAME = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
 

@@ -80,7 +80,7 @@ def test_subfolder_and_variant_choose_the_files_of_a_folder(
     )
     inside = {**settings, "resume_ckpt": str(tmp_path / "models")}
     with prepared(**inside, base_subfolder="inner", base_variant="fp16") as rehearsal:
-        assert rehearsal.run.model.family.name == "sd1"
+        assert rehearsal.run.learner.model.family.name == "sd1"
     with pytest.raises(ModelError, match="no weights here"), prepared(**inside, base_subfolder="inner"):
         pass
     with pytest.raises(ModelError, match="not a diffusers model"), prepared(**inside, base_variant="fp16"):
@@ -89,12 +89,12 @@ def test_subfolder_and_variant_choose_the_files_of_a_folder(
 
 def test_family_and_prediction_type_win_over_what_the_files_say(settings: dict[str, Any]) -> None:
     with prepared(**settings) as recognized:
-        model = recognized.run.model
+        model = recognized.run.learner.model
         assert (model.family.name, model.prediction_type) == ("sd1", "epsilon")
     with prepared(**settings, family="sd2", prediction_type="v_prediction") as said:
-        model = said.run.model
+        model = said.run.learner.model
         assert (model.family.name, model.prediction_type) == ("sd2", "v_prediction")
-        assert said.run.objective.prediction_type == "v_prediction"
+        assert said.run.learner.objective.prediction_type == "v_prediction"
 
 
 # Data -----------------------------------------------------------------------------------------------------------------

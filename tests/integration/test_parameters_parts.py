@@ -93,10 +93,10 @@ def test_each_setting_of_what_is_frozen_changes_what_is_trained(
     settings: dict[str, Any], name: str, value: Any, trained: str, frozen: str
 ) -> None:
     with prepared(**{**settings, name: value}) as rehearsal:
-        model = rehearsal.run.model
+        model = rehearsal.run.learner.model
         module = model.denoiser if name.startswith("unet") else model.text_encoders[0]
         asked = [key for key, parameter in module.named_parameters() if parameter.requires_grad]
-        listed = [key for part in rehearsal.run.parts for key, _ in part.parameters]
+        listed = [key for part in rehearsal.run.learner.parts for key, _ in part.parameters]
     assert any(trained in key for key in asked)
     assert not any(frozen in key for key in asked)
     assert set(asked) <= set(listed)
@@ -147,19 +147,19 @@ def test_each_setting_of_a_split_decides_what_is_trained_and_measured(
 def test_validation_seed_batch_size_and_interval_are_those_of_the_measurements(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from everydream_kit.training import validation_listener
+    from everydream_kit.training import listeners
 
     together: list[int] = []
-    noted = validation_listener.measure_loss
+    noted = listeners.measure_loss
 
-    def measure(run: Any, dataset: Any, given: Any) -> float:
-        hook = run.model.denoiser.register_forward_pre_hook(
+    def measure(run: Any, dataset: Any, settings: Any, *, averaged: bool) -> float:
+        hook = run.learner.model.denoiser.register_forward_pre_hook(
             lambda module, arguments: together.append(len(arguments[0]))
         )
         with hook:
-            return noted(run, dataset, given)
+            return noted(run, dataset, settings, averaged=averaged)
 
-    monkeypatch.setattr(validation_listener, "measure_loss", measure)
+    monkeypatch.setattr(listeners, "measure_loss", measure)
     short = {**settings, "max_epochs": 2, "max_steps": None, "batch_size": 4, "disable_textenc_training": True}
     whole = {**short, "validation_split_mode": "automatic", "validation_split_proportion": 0.4}
     seen = {}
@@ -204,7 +204,7 @@ def test_each_sampling_setting_holds_where_the_prompt_file_says_nothing(
     def sampled(**given: Any) -> dict[str, Any]:
         with prepared(**{**settings, "sample_prompts": str(tmp_path / "p.txt"), **plain, **given}) as rehearsal:
             run, calls = rehearsal.run, []
-            hook = run.model.denoiser.register_forward_pre_hook(
+            hook = run.learner.model.denoiser.register_forward_pre_hook(
                 lambda _, arguments: calls.append(tuple(arguments[0].shape))
             )
             with hook:

@@ -17,6 +17,7 @@ from rehearsals import NotingPlugin, plain_settings, prepared, rehearse, square_
 from safetensors.torch import load_file
 
 from everydream_kit.errors import ConfigError, HubError
+from everydream_kit.runs import RunFolder
 from everydream_kit.sessions import train
 from everydream_kit.training import run_builder
 from everydream_kit.training.base import choose_idle_modules
@@ -24,7 +25,6 @@ from everydream_kit.training.checkpoint_saving import Saver
 from everydream_kit.training.offload import IdleModels
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.run import Run
-from everydream_kit.workspace import RunFolder
 
 DRAW_FAST = {"cfgs": [1.0], "num_inference_steps": 1}
 
@@ -63,7 +63,7 @@ def test_averaged_weights_are_saved_drawn_with_and_taken_up_again(
     class Noting(Listener):
         def __call__(self, run: Run, report: StepReport) -> None:
             if report.step == 1:
-                weights = run.model.unet.state_dict()
+                weights = run.learner.model.unet.state_dict()
                 after_one_step.update({key: value.clone() for key, value in weights.items()})
 
     run = train({**settings, **ema, **drawn}, listeners=[Noting()])
@@ -77,8 +77,8 @@ def test_averaged_weights_are_saved_drawn_with_and_taken_up_again(
     assert [path.name for path in run.samples()] == ["gs00002-000-ema-x.jpg", "gs00002-000-x.jpg"]
 
     with prepared(**{**settings, **ema, "ema_resume_model": "findlast"}) as rehearsal:
-        parameters = dict(rehearsal.run.model.unet.named_parameters())
-        with rehearsal.run.ema.swapped():
+        parameters = dict(rehearsal.run.learner.model.unet.named_parameters())
+        with rehearsal.run.learner.ema.swapped():
             taken_up = {key: value.detach().clone() for key, value in parameters.items()}
     assert all(torch.equal(taken_up[key], averaged[key]) for key in averaged)
 
@@ -86,13 +86,13 @@ def test_averaged_weights_are_saved_drawn_with_and_taken_up_again(
 def test_the_average_follows_its_decay_its_target_and_its_interval(settings: dict[str, Any]) -> None:
     common = {**settings, "ema_strength_target": 0.1, "max_steps": 4}
     with prepared(**{**common, "ema_update_interval": 2, "ema_device": "meta"}) as rehearsal:
-        assert rehearsal.run.ema.decay == pytest.approx(0.1**0.5)  # two updates leave a tenth
-        assert {average.device.type for average in rehearsal.run.ema.averages} == {"meta"}
+        assert rehearsal.run.learner.ema.decay == pytest.approx(0.1**0.5)  # two updates leave a tenth
+        assert {average.device.type for average in rehearsal.run.learner.ema.averages} == {"meta"}
     for interval, moved in ((3, False), (2, True)):
         after = rehearse(**{**common, "ema_update_interval": interval, "max_steps": 2}).run
         with prepared(**common) as before:
-            start = before.run.ema.averages
-        assert any(not torch.equal(a, b) for a, b in zip(after.ema.averages, start, strict=True)) is moved
+            start = before.run.learner.ema.averages
+        assert any(not torch.equal(a, b) for a, b in zip(after.learner.ema.averages, start, strict=True)) is moved
 
 
 def test_after_twenty_steps_of_a_run_each_decay_has_its_own_average(
@@ -108,12 +108,12 @@ def test_after_twenty_steps_of_a_run_each_decay_has_its_own_average(
         class ByHand(Listener):
             def __call__(self, run: Run, report: StepReport, decay: float = decay, interval: int = interval) -> None:
                 if report.step % interval == 0:
-                    weights = run.model.unet.state_dict()[key].double()
+                    weights = run.learner.model.unet.state_dict()[key].double()
                     by_hand.mul_(decay).add_((1 - decay) * weights)  # noqa: B023 - the run ends within this turn
 
         ema = {"ema_decay_rate": decay, "ema_update_interval": interval, "lr": 1e-2, "optimizer": "adamw"}
         run = train({**settings, **ema, "max_steps": 20, "max_epochs": 20}, listeners=[ByHand()])
-        averaged = unet_of(run.last_checkpoint.with_name(f"{run.last_checkpoint.name}_ema"))[key].double()
+        averaged = unet_of(run.checkpoints(averaged=True)[-1].folder)[key].double()
         torch.testing.assert_close(averaged, by_hand, rtol=0, atol=1e-5)
         distance[decay, interval] = float((averaged - start).abs().mean())
     assert distance[0.9, 1] > 2 * distance[0.99, 1] > 20 * distance[0.9999, 1] > 0
@@ -327,13 +327,13 @@ def test_checkpoints_that_training_waits_for_a_tenth_of_its_time_are_reported_on
         now[0] += seconds
 
     def meet(run: Run, saver: Saver) -> None:
-        snapshot = run.snapshot
+        snapshot = saver.snapshots.take
 
         def slow(*, copy: bool) -> Any:
             pass_by(seconds_of_a_copy)
             return snapshot(copy=copy)
 
-        saver.clock, run.snapshot = lambda: now[0], slow
+        saver.clock, saver.snapshots.take = lambda: now[0], slow
         saver.on_start(run)
 
     given = {"save_every_n_steps": 1, "max_epochs": 5, "max_steps": 5}
@@ -412,7 +412,7 @@ def test_live_settings_are_read_at_each_epochs_start_and_a_broken_file_changes_n
         def __call__(self, run: Run, report: StepReport) -> None:
             texts = {1: '{"lr_factor": 0.5, "save_every_n_steps": 3}', 2: "{broken"}
             if report.step in texts:
-                (run.folder.folder / "live.json").write_text(texts[report.step], "utf-8")
+                run.folder.live_settings_path.write_text(texts[report.step], "utf-8-sig")  # as Windows' editors do
 
     live = {"load_settings_every_epoch": True, "max_steps": 4, "disable_textenc_training": True}
     run = train({**settings, **live}, listeners=[Steering()])

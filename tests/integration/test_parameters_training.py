@@ -13,8 +13,8 @@ from rehearsals import Rehearsal, plain_settings, prepared, rehearse, square_ima
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ConfigError
+from everydream_kit.runs import RunFolder
 from everydream_kit.sessions import resume, train
-from everydream_kit.workspace import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,8 @@ def test_images_of_one_step_are_batch_size_times_grad_accum(settings: dict[str, 
 )
 def test_the_rate_of_each_step(settings: dict[str, Any], changes: dict[str, Any], expected: list[float]) -> None:
     with prepared(**{**settings, "max_steps": 4, **changes}) as rehearsal:
-        rates = [rehearsal.run.set_learning_rates(step)["unet"] for step in range(4)]
-        groups = {group["lr"] for group in rehearsal.run.optimizer.param_groups}
+        rates = [rehearsal.run.learner.set_learning_rates(step)["unet"] for step in range(4)]
+        groups = {group["lr"] for group in rehearsal.run.learner.optimizer.param_groups}
     assert rates == pytest.approx([1e-4 * factor for factor in expected])
     assert groups == {rates[-1]}
 
@@ -85,7 +85,7 @@ def test_the_seed_decides_all_draws_and_minus_one_is_a_new_one_that_is_reported(
 def test_the_optimizer_is_the_one_that_is_named(settings: dict[str, Any]) -> None:
     for name, kind in ((None, "AdamW"), ("lion", "Lion"), ("torch.optim.RMSprop", "RMSprop")):
         with prepared(**{**settings, "optimizer": name}) as rehearsal:
-            assert type(rehearsal.run.optimizer).__name__ == kind
+            assert type(rehearsal.run.learner.optimizer).__name__ == kind
 
 
 def test_the_optimizer_config_sets_the_text_encoders_rate_and_freezes_layers(settings: dict[str, Any]) -> None:
@@ -95,9 +95,11 @@ def test_the_optimizer_config_sets_the_text_encoders_rate_and_freezes_layers(set
         "text_encoder_freezing": {"unfreeze_last_n_layers": 1},
     }
     with prepared(**{**settings, "optimizer_config": file}) as rehearsal:
-        assert rehearsal.run.set_learning_rates(0) == {"unet": 1e-4, "text encoder": 5e-7}
-        assert {group["weight_decay"] for group in rehearsal.run.optimizer.param_groups} == {0.25}
-        trained = [name for name, p in rehearsal.run.model.text_encoders[0].named_parameters() if p.requires_grad]
+        assert rehearsal.run.learner.set_learning_rates(0) == {"unet": 1e-4, "text encoder": 5e-7}
+        assert {group["weight_decay"] for group in rehearsal.run.learner.optimizer.param_groups} == {0.25}
+        trained = [
+            name for name, p in rehearsal.run.learner.model.text_encoders[0].named_parameters() if p.requires_grad
+        ]
     assert any("layers.2." in name for name in trained)  # of three
     assert not any(f"layers.{number}." in name for name in trained for number in (0, 1))
 
@@ -112,9 +114,9 @@ def test_clipping_bounds_the_gradient_that_is_applied(settings: dict[str, Any]) 
     sgd = {**settings, "optimizer": "sgd", "lr": 1.0, "clip_grad_norm": 1e-3, "disable_textenc_training": True}
     sgd["optimizer_config"] = {"base": {"weight_decay": 0, "momentum": 0}}
     with prepared(**sgd) as before:
-        start = [p.detach().clone() for p in before.run.parameters()]
+        start = [p.detach().clone() for p in before.run.learner.parameters()]
     after = rehearse(**{**sgd, "max_steps": 1})
-    moved = torch.cat([(a - b).flatten() for a, b in zip(after.run.parameters(), start, strict=True)])
+    moved = torch.cat([(a - b).flatten() for a, b in zip(after.run.learner.parameters(), start, strict=True)])
     assert after.reports[0].gradient_norm > 1e-2
     assert moved.norm().item() == pytest.approx(1e-3, rel=1e-2)
 
@@ -124,26 +126,26 @@ def test_clipping_bounds_the_gradient_that_is_applied(settings: dict[str, Any]) 
 )
 def test_a_part_that_is_switched_off_has_no_rate(settings: dict[str, Any], switch: str, left: str) -> None:
     with prepared(**{**settings, switch: True}) as rehearsal:
-        assert [part.name for part in rehearsal.run.parts] == [left]
+        assert [part.name for part in rehearsal.run.learner.parts] == [left]
 
 
 # LoRA and new tokens --------------------------------------------------------------------------------------------------
 
 
 def adapter_shapes(rehearsal: Rehearsal) -> dict[str, torch.Size]:
-    return {name: p.shape for part in rehearsal.run.parts for name, p in part.parameters}
+    return {name: p.shape for part in rehearsal.run.learner.parts for name, p in part.parameters}
 
 
 def test_lora_trains_matrices_of_its_rank_in_the_layers_that_are_meant(settings: dict[str, Any]) -> None:
     lora = {**settings, "training_kind": "lora"}
     with prepared(**{**lora, "lora_rank": 3}) as small:
         assert {min(shape) for shape in adapter_shapes(small).values()} == {3}
-        assert [part.name for part in small.run.parts] == ["unet"]
+        assert [part.name for part in small.run.learner.parts] == ["unet"]
     with prepared(**{**lora, "lora_targets": ["to_q"], "lora_text_encoder": True}) as chosen:
-        unet = chosen.run.parts[0]
+        unet = chosen.run.learner.parts[0]
         assert all("to_q" in name for name, _ in unet.parameters)
         assert {min(p.shape) for _, p in unet.parameters} == {16}
-        assert [part.name for part in chosen.run.parts] == ["unet", "text encoder"]
+        assert [part.name for part in chosen.run.learner.parts] == ["unet", "text encoder"]
     with prepared(**{**lora, "lora_dora": True}) as dora:
         assert adapter_shapes(dora).keys() > adapter_shapes(small).keys()  # a magnitude for each layer
 
@@ -162,10 +164,10 @@ def test_new_tokens_are_all_that_textual_inversion_trains(settings: dict[str, An
     changes = {"training_kind": "textual_inversion", "new_tokens": {"<my-cat>": "cat"}}
     with prepared(**{**settings, **changes}) as rehearsal:
         run = rehearsal.run
-        assert list(run.model.new_tokens) == ["<my-cat>"]
-        assert [part.name for part in run.parts] == ["text encoder"]
-        width = run.model.text_encoders[0].config.hidden_size
-        assert run.parts[0].num_parameters == width
+        assert list(run.learner.model.new_tokens) == ["<my-cat>"]
+        assert [part.name for part in run.learner.parts] == ["text encoder"]
+        width = run.learner.model.text_encoders[0].config.hidden_size
+        assert run.learner.parts[0].num_parameters == width
 
 
 # Objective ------------------------------------------------------------------------------------------------------------
@@ -209,8 +211,8 @@ def test_zero_terminal_snr_leaves_no_signal_in_the_last_timestep_and_needs_v_pre
     settings: dict[str, Any],
 ) -> None:
     with prepared(**{**settings, "prediction_type": "v_prediction", "enable_zero_terminal_snr": True}) as rehearsal:
-        assert rehearsal.run.objective.snr(torch.tensor([999])) == 0.0
-        assert rehearsal.run.model.noise_scheduler.alphas_cumprod[-1] == 0.0
+        assert rehearsal.run.learner.objective.snr(torch.tensor([999])) == 0.0
+        assert rehearsal.run.learner.model.noise_scheduler.alphas_cumprod[-1] == 0.0
     with (
         pytest.raises(ConfigError, match="enable_zero_terminal_snr"),
         prepared(**{**settings, "enable_zero_terminal_snr": True}),
@@ -232,32 +234,32 @@ def test_mixed_precision_can_be_forced_and_switched_off(
     settings: dict[str, Any], plain: Rehearsal, off: dict[str, bool]
 ) -> None:
     with prepared(**{**settings, "amp_dtype": "bf16", **off}) as rehearsal:
-        assert rehearsal.run.precision.dtype == torch.float32
+        assert rehearsal.run.learner.precision.dtype == torch.float32
     with prepared(**{**settings, "amp_dtype": "bf16"}) as rehearsal:
-        assert rehearsal.run.precision.dtype == torch.bfloat16
+        assert rehearsal.run.learner.precision.dtype == torch.bfloat16
 
 
 def test_bfloat16_arithmetic_gives_nearly_the_same_losses(settings: dict[str, Any], plain: Rehearsal) -> None:
     mixed = rehearse(**{**settings, "amp_dtype": "bf16"})
     assert mixed.losses != plain.losses
     assert mixed.losses == pytest.approx(plain.losses, rel=0.02)
-    assert {p.dtype for p in mixed.run.parameters()} == {torch.float32}
+    assert {p.dtype for p in mixed.run.learner.parameters()} == {torch.float32}
 
 
 def test_weights_are_kept_in_the_named_format(settings: dict[str, Any]) -> None:
     with prepared(**{**settings, "weight_dtype": "bfloat16"}) as rehearsal:
-        assert {p.dtype for p in rehearsal.run.parameters()} == {torch.bfloat16}
-        assert {p.dtype for p in rehearsal.run.model.vae.parameters()} == {torch.float32}
+        assert {p.dtype for p in rehearsal.run.learner.parameters()} == {torch.bfloat16}
+        assert {p.dtype for p in rehearsal.run.learner.model.vae.parameters()} == {torch.float32}
 
 
 def test_measures_that_save_memory_leave_the_losses_as_they_are(settings: dict[str, Any], plain: Rehearsal) -> None:
     saving = rehearse(**{**settings, "gradient_checkpointing": True, "attn_type": "slice", "channels_last": True})
     assert saving.losses == pytest.approx(plain.losses, rel=1e-4)
-    unet, text_encoder = saving.run.model.unet, saving.run.model.text_encoders[0]
+    unet, text_encoder = saving.run.learner.model.unet, saving.run.learner.model.text_encoders[0]
     assert unet.is_gradient_checkpointing and text_encoder.is_gradient_checkpointing
     assert {"Sliced" in type(p).__name__ for p in unet.attn_processors.values()} == {True}
     assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    plain_unet = plain.run.model.unet
+    plain_unet = plain.run.learner.model.unet
     assert not plain_unet.is_gradient_checkpointing
     assert not any("Sliced" in type(p).__name__ for p in plain_unet.attn_processors.values())
     assert not plain_unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
@@ -268,8 +270,8 @@ def test_a_fused_backward_keeps_no_gradient_and_gives_the_same_losses(
 ) -> None:
     fused = rehearse(**{**settings, "fused_backward": True})
     assert fused.losses == pytest.approx(plain.losses, rel=1e-4)
-    assert fused.run.updates_in_backward
-    assert all(p.grad is None for p in fused.run.parameters())
+    assert fused.run.learner.updates_in_backward
+    assert all(p.grad is None for p in fused.run.learner.parameters())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
@@ -277,7 +279,7 @@ def test_flat_weights_are_stepped_together_and_give_the_same_losses(settings: di
     apart = rehearse(**{**settings, "optimizer": optimizer})
     flat = rehearse(**{**settings, "optimizer": optimizer, "flat_weights": "on"})
     assert flat.losses == pytest.approx(apart.losses, rel=1e-6)
-    storages = [len({p.untyped_storage().data_ptr() for p in one.run.parameters()}) for one in (apart, flat)]
+    storages = [len({p.untyped_storage().data_ptr() for p in one.run.learner.parameters()}) for one in (apart, flat)]
     assert storages[1] * 10 < storages[0]
 
 

@@ -165,10 +165,10 @@ def test_hooks_are_called_with_either_signature(settings):
     assert [f["batch"]["captions"] for f in begins] == [f["batch"]["captions"] for f in ends]
     assert begins[0]["batch"]["tokens"].shape == (2, 77)
     assert begins[0]["batch"]["image"].shape == (2, 3, 64, 64)
-    assert begins[0]["ed_state"].scheduler is last["run"].model.noise_scheduler
+    assert begins[0]["ed_state"].scheduler is last["run"].learner.model.noise_scheduler
     assert calls[0][1]["max_epochs"] == 2
     assert tuple(last["batch"]["loss_scale"]) == (1.0, 1.0)
-    assert last["ed_state"].unet is last["run"].model.unet
+    assert last["ed_state"].unet is last["run"].learner.model.unet
     starts = [facts for name, facts in calls if name == "on_epoch_start"]
     assert [(f["epoch"], f["epoch_length"], f["global_step"]) for f in starts] == [(0, 2, 0), (1, 2, 2)]
     steps = [("on_step_end", 1), ("on_step_end", 2), ("on_epoch_end", "t", 0)]

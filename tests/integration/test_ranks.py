@@ -17,11 +17,11 @@ from tiny_models import tiny_folder
 from everydream_kit.config import TrainConfig
 from everydream_kit.config.precision_settings import PrecisionGroup
 from everydream_kit.errors import ConfigError
+from everydream_kit.runs import RunFolder
 from everydream_kit.sessions import resume, train
 from everydream_kit.training.checkpoints import verify_checkpoint
 from everydream_kit.training.precision import choose_precision
 from everydream_kit.training.sharding import refuse_unshardable
-from everydream_kit.workspace import RunFolder
 
 pytestmark = pytest.mark.timeout(600)  # two processes that wait for each other crawl where others use the cores, too
 SCRIPT = Path(__file__).parents[1] / "support" / "two_ranks.py"

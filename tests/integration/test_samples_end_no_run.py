@@ -15,12 +15,12 @@ from tiny_models import draw, tiny_folder
 
 from everydream_kit.models.loading import load_model
 from everydream_kit.models.model_saving import save_model
+from everydream_kit.runs import RunFolder
 from everydream_kit.sessions import train
 from everydream_kit.training.control import StopSignal
 from everydream_kit.training.listeners import build_sampler
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.run import Run
-from everydream_kit.workspace import RunFolder
 
 
 def settings(folder: Path, model: Path) -> dict[str, Any]:
@@ -32,7 +32,7 @@ class SmallDevice(Listener):
     """Memory runs out, as on a small GPU, where more than one image goes through the UNet with guidance, or a wide one."""
 
     def on_start(self, run: Run) -> None:
-        self.hook = run.model.unet.register_forward_pre_hook(self.allocate)
+        self.hook = run.learner.model.unet.register_forward_pre_hook(self.allocate)
 
     def allocate(self, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         if not torch.is_grad_enabled() and (len(arguments[0]) > 2 or arguments[0].shape[3] > 8):

@@ -121,7 +121,7 @@ def test_every_setting_of_what_is_frozen_changes_what_is_trained(
 ) -> None:
     def names(file: dict[str, Any]) -> list[str]:
         config, _ = with_side_files(rehearsal.run.config.replace(optimizer_config=file))
-        parts = select_trained(rehearsal.run.model, config, 7)
+        parts = select_trained(rehearsal.run.learner.model, config, 7)
         return [name for part in parts for name, _ in part.parameters]
 
     before, after = names({}), names({section: values})
@@ -198,7 +198,9 @@ def test_the_seed_and_the_batch_size_of_the_validation_config_are_those_of_the_m
 ) -> None:
     run, together = rehearsal.run, []
     dataset = scan_dataset(twelve / "others")
-    handle = run.model.unet.register_forward_pre_hook(lambda module, arguments: together.append(len(arguments[0])))
+    handle = run.learner.model.unet.register_forward_pre_hook(
+        lambda module, arguments: together.append(len(arguments[0]))
+    )
 
     def measured(**file: Any) -> tuple[float, int]:
         together.clear()
@@ -236,7 +238,9 @@ def sampled(rehearsal: Rehearsal, file: dict[str, Any]) -> dict[str, Any]:
     Path(run.config.sample_prompts).write_text(json.dumps(file), "utf-8")
     before = len(list(rehearsal.folder.events("sample")))
     calls: list[tuple[int, ...]] = []
-    hook = run.model.unet.register_forward_pre_hook(lambda module, arguments: calls.append(tuple(arguments[0].shape)))
+    hook = run.learner.model.unet.register_forward_pre_hook(
+        lambda module, arguments: calls.append(tuple(arguments[0].shape))
+    )
     with hook:
         build_sampler(run, StopSignal()).draw(run)
     events = list(rehearsal.folder.events("sample"))[before:]

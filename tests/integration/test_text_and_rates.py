@@ -138,8 +138,8 @@ def test_the_grad_scalers_step_tweaks_can_be_switched_off(settings: dict[str, An
     changes = {"amp_dtype": "fp16", "optimizer_config": {"apply_grad_scaler_step_tweaks": tweaks}}
     with prepared(**{**settings, **changes}) as rehearsal:
         run = rehearsal.run
-        run.precision.num_steps = 5000
-        loss = sum(parameter.square().sum() for parameter in run.parameters())
-        run.precision.scale(loss).backward()
-        run.update_weights(5000)
-        assert run.precision.scaler.get_growth_interval() == interval
+        run.learner.precision.num_steps = 5000
+        loss = sum(parameter.square().sum() for parameter in run.learner.parameters())
+        run.learner.precision.scale(loss).backward()
+        run.learner.update_weights(5000)
+        assert run.learner.precision.scaler.get_growth_interval() == interval

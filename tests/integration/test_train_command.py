@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from everydream_kit.workspace import RunFolder, list_runs
+from everydream_kit.runs import RunFolder, list_runs
 
 BATCH, ACCUM, EPOCHS, LR = 4, 2, 3, 1e-4
 FLAGS = [

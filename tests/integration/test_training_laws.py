@@ -12,10 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from everydream_kit.config import TrainConfig
+from everydream_kit.runs import RunFolder
 from everydream_kit.sessions import resume, train
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.run import Run
-from everydream_kit.workspace import RunFolder
 
 Weights = dict[str, torch.Tensor]
 
@@ -206,7 +206,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_update(settings: dict
     class Poison(Listener):
         def __call__(self, run: Run, report: StepReport) -> None:
             if report.step == 2:
-                next(iter(run.model.unet.parameters())).data.fill_(float("nan"))
+                next(iter(run.learner.model.unet.parameters())).data.fill_(float("nan"))
 
     with pytest.raises(NonFiniteLossError, match=r"step 2.*\.(jpg|png)"):
         train(TrainConfig(**{**settings, "save_every_n_steps": 1}), listeners=[Poison()])

@@ -11,10 +11,10 @@ import pytest
 from rehearsals import plain_settings, prepared, square_images
 
 from everydream_kit.cli import main
+from everydream_kit.runs import RunFolder, list_runs
 from everydream_kit.sessions import resume, train
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.run import Run
-from everydream_kit.workspace import RunFolder, list_runs
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from typing import Any
 from hub_runs import hashes, make_run
 from hub_stand_in import HubStandIn
 
-from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder
+from everydream_kit.runs import RunFolder
+from everydream_kit.runs.layout import RESUME_MANIFEST
 
 Content = bytes | str | dict[str, Any] | list[Any] | None
 
@@ -56,9 +57,9 @@ def with_config(files: Mapping[str, bytes], **settings: Any) -> dict[str, bytes]
 
 
 def with_manifest(files: Mapping[str, bytes], edit: Callable[[dict[str, Any]], None]) -> dict[str, bytes]:
-    manifest = json.loads(files[CHECKPOINT_MANIFEST])
+    manifest = json.loads(files[RESUME_MANIFEST])
     edit(manifest["files"])
-    return with_files(files, {CHECKPOINT_MANIFEST: manifest})
+    return with_files(files, {RESUME_MANIFEST: manifest})
 
 
 def tree_of(folder: Path) -> dict[str, str]:

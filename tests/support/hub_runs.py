@@ -7,7 +7,8 @@ import json
 import random
 from pathlib import Path
 
-from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder
+from everydream_kit.runs import RunFolder
+from everydream_kit.runs.layout import RESUME_MANIFEST
 
 TOKEN = "hf_" + "tEsTtOkEn" * 4
 KILOBYTE = 1000
@@ -37,7 +38,7 @@ def write_checkpoint(run: RunFolder, step: int, *, seed: int, unet_bytes: int = 
     listed = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in hashes(folder).items()
     }
-    (folder / CHECKPOINT_MANIFEST).write_text(json.dumps({"version": 1, "files": listed}))
+    (folder / RESUME_MANIFEST).write_text(json.dumps({"version": 1, "files": listed}))
     return folder
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from everydream_kit.config import TrainConfig
-from everydream_kit.workspace import RunFolder
+from everydream_kit.runs import RunFolder
 
 
 def plain_settings(folder: Path, model: Path, images: Path) -> dict[str, Any]:
@@ -87,13 +87,13 @@ def rehearse(**settings: Any) -> Rehearsal:
 
     with prepared(**settings) as rehearsal:
         run = rehearsal.run
-        predict = run.predict
+        predict = run.learner.predict
 
         def noted(batch: Any, noisy_latents: Any, timesteps: Any, conditioning: Any) -> Any:
             rehearsal.timesteps += timesteps.tolist()
             return predict(batch, noisy_latents, timesteps, conditioning)
 
-        run.predict = noted
+        run.learner.predict = noted
         train_loop(run, [lambda run, report: rehearsal.reports.append(report)], StopSignal())
         rehearsal.losses = [report.losses.mean for report in rehearsal.reports]
     return rehearsal

@@ -10,9 +10,9 @@ import os
 import sys
 from pathlib import Path
 
+from everydream_kit.runs import RunFolder
 from everydream_kit.sessions import RUN_FOLDER_VARIABLE, resume, train
 from everydream_kit.training.reports import Listener
-from everydream_kit.workspace import RunFolder
 
 RANK = int(os.environ["RANK"])
 
@@ -21,7 +21,7 @@ class EndsEarly(Listener):
     """What early stopping does, on the main process only, as all of the run's own listeners."""
 
     def __call__(self, run, report) -> None:
-        run.ended_early = report.step == 2
+        run.decisions.ended_early = report.step == 2
 
 
 def divided_batch(folder: Path, settings: dict) -> None:

@@ -27,12 +27,13 @@ from everydream_kit.models.lora_settings import LoraSettings
 from everydream_kit.models.part_configs import scheduler_values, text_encoder_values
 from everydream_kit.models.tokenizer import read_vocabulary
 from everydream_kit.params import parameters, parse_text
+from everydream_kit.runs import RunFolder
+from everydream_kit.runs.layout import RESUME_MANIFEST
+from everydream_kit.runs.resume_state import RESTORE_ERRORS, check_state
 from everydream_kit.settings import give_again, load_config, upgrade
 from everydream_kit.training.checkpoints import verify_checkpoint
 from everydream_kit.training.reports import Averages, LossLog
-from everydream_kit.training.resume_state import RESTORE_ERRORS, check_state
 from everydream_kit.training.validation import LossCurve
-from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder
 
 BOUNDED = settings(
     max_examples=40,
@@ -207,7 +208,7 @@ def test_a_mark_comes_back_as_it_was_written(place: Path, asked: dict[str, Any],
 @given(damaged(MANIFEST), damaged(STATE))
 def test_manifests_and_states(place: Path, manifest: bytes, state: bytes) -> None:
     folder = place / "ckpts" / "jets-ep01-gs00020"
-    written(folder, CHECKPOINT_MANIFEST, manifest)
+    written(folder, RESUME_MANIFEST, manifest)
     written(folder, "resume/state.json", state)
     before = tree_of(place.parent)
     answers(lambda: verify_checkpoint(folder))

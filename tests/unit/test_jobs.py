@@ -18,7 +18,7 @@ from everydream_kit import jobs
 from everydream_kit.errors import ConfigError, JobError
 from everydream_kit.identity import identify
 from everydream_kit.locks import hold, is_held
-from everydream_kit.workspace import run_lock_path
+from everydream_kit.runs import RunFolder
 
 DOUBLE = str(Path(__file__).parents[1] / "fakes" / "trainer_double.py")
 
@@ -61,7 +61,7 @@ def test_a_started_job_runs_detached_to_its_end_and_leaves_everything_in_its_fol
     status = job.watch(lambda s: seen.append(s["step"]), interval_seconds=0.02)
     assert (status["state"], status["step"], status["alive"]) == ("finished", 6, False)
     assert seen == sorted(seen)
-    assert job.log_tail()[-1] == "step 6"
+    assert job.run.log_tail()[-1] == "step 6"
     assert json.loads((job.folder / "config.json").read_text())["project_name"] == "jets"
 
 
@@ -233,14 +233,14 @@ def test_attach_refuses_a_folder_that_is_no_run(tmp_path):
 def test_of_a_progress_bar_the_log_shows_only_the_latest_state(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "train.log").write_bytes(b"begin\n10%\r20%\r30%\nend\n")
-    assert jobs.attach(tmp_path).log_tail() == ["begin", "30%", "end"]
+    assert jobs.attach(tmp_path).run.log_tail() == ["begin", "30%", "end"]
 
 
 def test_a_line_after_a_progress_bars_unfinished_state_stands_alone(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     bar = "epoch 1:  25%|##5       | 6/24 [00:02<00:07, 2.50step/s, loss 0.1, 9 images/s]"
     (tmp_path / "train.log").write_text(f"  0%|          | 0/24 [00:00<?, ?step/s]0.37 s a step\n{bar}\n")
-    assert jobs.attach(tmp_path).log_tail() == ["0.37 s a step", bar]
+    assert jobs.attach(tmp_path).run.log_tail() == ["0.37 s a step", bar]
 
 
 def test_a_queue_trains_its_configs_one_after_the_other(settings, tmp_path):
@@ -393,7 +393,7 @@ def test_without_a_sure_identity_a_run_that_holds_its_lock_is_alive_and_is_not_s
     (tmp_path / "status.json").write_text(json.dumps(status))
     job = jobs.Job(tmp_path)
     assert not job.is_alive()
-    with hold(run_lock_path(tmp_path), ""):
+    with hold(RunFolder(tmp_path).lock_path, ""):
         assert job.is_alive()
         with pytest.raises(JobError, match="not known for certain from here"):
             job.kill()

@@ -4,6 +4,7 @@ The list of rooms is the one in `docs/architecture.md`: a room imports itself an
 """
 
 import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -19,7 +20,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = [
     *("errors", "identity", "plain_text", "strict_json", "atomic", "disk_space", "locks", "draws", "config"),
-    *("workspace", "foreign"),
+    *("runs", "foreign"),
     *(
         "everydream2",
         "settings",
@@ -66,10 +67,9 @@ RAISES_EVERYTHING_AGAIN = {
     "everydream_kit/training/plugins.py": "code of other people: its errors are raised again with the plug-in's name",
     "everydream_kit/actions/background.py": "the status of the task names the error; then it is raised into the log",
 }
-LONG_BY_NATURE = {
-    "assemble_run": "one call for each thing that a run consists of, and no branches",
-}
-LONGEST_FUNCTION = 80
+LONG_BY_NATURE = {}
+LONGEST_FUNCTION = 66
+"""Without the docstring. Aim: 60; the share panel's form is the last one above."""
 
 
 def name_of(path):
@@ -215,6 +215,26 @@ def test_files_and_functions_stay_readable(path):
             assert lines <= LONGEST_FUNCTION or node.name in LONG_BY_NATURE, (
                 f"{name_of(path)}:{node.lineno} {node.name} has {lines} lines"
             )
+
+
+@pytest.fixture(scope="module")
+def structure():
+    """The script that prints the shape of the package, and its modules."""
+    spec = importlib.util.spec_from_file_location("structure", REPOSITORY / "scripts" / "structure.py")
+    script = importlib.util.module_from_spec(spec)
+    sys.modules["structure"] = script  # dataclasses look their module up
+    spec.loader.exec_module(script)
+    return script, script.read_modules(REPOSITORY)
+
+
+def test_no_modules_import_one_another_in_a_circle(structure):
+    script, modules = structure
+    assert script.find_circles(script.import_graph(modules)) == []
+
+
+def test_one_module_knows_the_file_names_of_a_run_folder(structure):
+    script, modules = structure
+    assert list(script.readers_of_run_folders(modules)) == ["runs.layout"]
 
 
 def test_importing_the_package_loads_neither_torch_nor_pydantic():

@@ -41,9 +41,18 @@ from everydream_kit.foreign import (
     split_settings,
     write_origin,
 )
+from everydream_kit.runs import RunFolder
+from everydream_kit.runs.layout import (
+    AVERAGED_SUFFIX,
+    CHECKPOINT_FILE,
+    CHECKPOINT_NAME,
+    PARTIAL,
+    REPLACED,
+    RESUME_MANIFEST,
+    RUN_NAME,
+)
 from everydream_kit.settings import upgrade
 from everydream_kit.strict_json import read_json
-from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -55,23 +64,12 @@ MAX_BYTES = {
     RUN_FACTS: 100_000,
     ADAPTER_FILE: 2_000_000,
     RUN_CONFIG: 2_000_000,
-    CHECKPOINT_MANIFEST: 20_000_000,
+    RESUME_MANIFEST: 20_000_000,
     RUN_EVENTS: 1_000_000_000,
 }
 """Larger than any that the kit writes. What is read whole must be small."""
 
-_RUN_NAME = re.compile(r"[^/\\:*?\"<>|]{1,150}-\d{8}-\d{6}(-\d{1,6})?")
-_CHECKPOINT_NAME = re.compile(r"[^/\\:*?\"<>|]{1,150}-ep\d{1,9}-gs\d{1,9}")
-_CHECKPOINT_FILE = re.compile(
-    r"(model_index|adapter)\.json"
-    r"|(pytorch_lora_weights|learned_embeds)\.safetensors"
-    r"|(unet|vae|text_encoder(_2)?)/(config\.json|(diffusion_pytorch_model|model)\.safetensors)"
-    r"|tokenizer(_2)?/(vocab|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"
-    r"|tokenizer(_2)?/merges\.txt"
-    r"|scheduler/scheduler_config\.json"
-    r"|resume/([a-z_]{1,40}\.safetensors|state\.json|manifest\.json)"
-)
-"""Every file that the kit writes into a checkpoint. None of them can hold code."""
+_PLAIN_NAME = re.compile(r"[^./\\:*?\"<>|][^/\\:*?\"<>|]{0,199}")
 
 
 def parse_run_reference(reference: str) -> tuple[str, str | None]:
@@ -154,7 +152,7 @@ class _Fetch:
             raise HubError(f"{self.source}: the repository has no commit yet, so there is nothing to resume.")
         self.revision = commit = str(info.sha)  # one state of the repository, even if somebody pushes meanwhile
         files = self._list_files()
-        if CHECKPOINT_MANIFEST not in files or RUN_FACTS not in files:
+        if RESUME_MANIFEST not in files or RUN_FACTS not in files:
             raise HubError(
                 f"{self.source}: holds no resume state; only uploads made while training do (push_every). "
                 f"Start a new run from its weights: --resume_ckpt {self.repo_id}"
@@ -165,12 +163,12 @@ class _Fetch:
                 f"Take an older state: {self.source}@COMMIT"
             )
         self.target.mkdir(parents=True, exist_ok=True)
-        partial = self.target / f".partial-{self.repo_id.replace('/', '--')}-{commit[:12]}"
+        partial = self.target / f"{PARTIAL}{self.repo_id.replace('/', '--')}-{commit[:12]}"
         partial.mkdir(exist_ok=True)  # files of an interrupted fetch of the same state are taken up
         facts = self._run_facts(files, partial)
         run = RunFolder(self.target / facts["run"])
         self._check_same_source(run)
-        if (run.checkpoints_folder / facts["checkpoint"] / CHECKPOINT_MANIFEST).is_file():
+        if run.checkpoint(facts["checkpoint"]).resumable:
             shutil.rmtree(partial)
             return run.folder
         config, origin = self._settings(self._read(files[RUN_CONFIG], partial), run, facts["checkpoint"])
@@ -191,12 +189,13 @@ class _Fetch:
     def _run_facts(self, files: dict[str, RepoFile], partial: Path) -> dict[str, str]:
         """Names of the run and its checkpoint. They become folders here, so they must be names that the kit gives."""
         facts: dict[str, Any] = self._read(files[RUN_FACTS], partial)
-        for key, pattern in (("run", _RUN_NAME), ("checkpoint", _CHECKPOINT_NAME)):
+        for key, pattern in (("run", RUN_NAME), ("checkpoint", CHECKPOINT_NAME)):
             name = facts.get(key)
             if (
                 not isinstance(name, str)
+                or not _PLAIN_NAME.fullmatch(name)
                 or not pattern.fullmatch(name)
-                or name.startswith(".")
+                or name.endswith(AVERAGED_SUFFIX)
                 or not name.isprintable()
             ):
                 raise CheckpointError(f"{self.source}: {RUN_FACTS} names no usable {key} (got {shown(name)}).")
@@ -211,7 +210,7 @@ class _Fetch:
                 require_given(origin, self.given)
             here: dict[str, Any] = {"logdir": str(self.target)}
             if "resume_ckpt" in asked:  # until it is given: what is there
-                here["resume_ckpt"] = str(run.checkpoints_folder / checkpoint)
+                here["resume_ckpt"] = str(run.checkpoint(checkpoint).folder)
             if not travels.get("no_save_ckpt"):  # elsewhere a file of the same name might be replaced
                 here["save_ckpt_dir"] = str(run.folder)
             return TrainConfig(**import_side_files({**travels, **here}, must_exist=False)[0]), origin
@@ -222,19 +221,19 @@ class _Fetch:
 
     def _files_of_run(self, files: dict[str, RepoFile], partial: Path) -> list[RepoFile]:
         """What the checkpoint's manifest lists, and the run's events."""
-        listed = self._read(files[CHECKPOINT_MANIFEST], partial).get("files")
+        listed = self._read(files[RESUME_MANIFEST], partial).get("files")
         if not isinstance(listed, dict):
-            raise CheckpointError(f"{self.source}: {CHECKPOINT_MANIFEST} lists no files.")
-        strange = [path for path in listed if not _CHECKPOINT_FILE.fullmatch(path)]
+            raise CheckpointError(f"{self.source}: {RESUME_MANIFEST} lists no files.")
+        strange = [path for path in listed if not CHECKPOINT_FILE.fullmatch(path)]
         if strange:
             raise CheckpointError(
-                f"{self.source}: {CHECKPOINT_MANIFEST} lists {shown(strange[0])}, which no checkpoint of the kit holds. "
+                f"{self.source}: {RESUME_MANIFEST} lists {shown(strange[0])}, which no checkpoint of the kit holds. "
                 "Nothing of it was fetched. Do not trust this repository."
             )
         missing = [path for path in listed if path not in files]
         if missing:
             raise CheckpointError(
-                f"{self.source}: {missing[0]} is missing there, though {CHECKPOINT_MANIFEST} lists it. "
+                f"{self.source}: {missing[0]} is missing there, though {RESUME_MANIFEST} lists it. "
                 f"Take an older state: {self.source}@COMMIT"
             )
         if ADAPTER_FILE in listed:
@@ -242,7 +241,7 @@ class _Fetch:
             targets = lora.get("targets") if isinstance(lora, dict) else None
             if targets is not None and not is_plain_patterns(targets):
                 raise CheckpointError(f"{self.source}: {ADAPTER_FILE} has patterns that can take forever to match.")
-        paths = {*listed, CHECKPOINT_MANIFEST, RUN_EVENTS}
+        paths = {*listed, RESUME_MANIFEST, RUN_EVENTS}
         return [files[path] for path in sorted(paths) if path in files]
 
     def _fetch_all(self, wanted: list[RepoFile], partial: Path) -> None:
@@ -303,8 +302,7 @@ class _Fetch:
     ) -> None:
         """Make a run folder of what was fetched, the checkpoint last, so that it is complete when it has its name."""
         shutil.rmtree(partial / ".cache", ignore_errors=True)
-        run.checkpoints_folder.mkdir(parents=True, exist_ok=True)
-        run.samples_folder.mkdir(exist_ok=True)
+        run.make_folders()
         if not run.config_path.is_file():
             write_origin(run.folder, origin)  # first: a config without its mark would count as made here
             write_atomic(run.config_path, config.to_json())
@@ -312,8 +310,9 @@ class _Fetch:
         if events.is_file() and not run.events_path.exists():
             write_clean_events(events, run.events_path)
         shutil.rmtree(partial / "training")
-        final = run.checkpoints_folder / checkpoint
-        replaced = final.with_name(f".old-{final.name}")  # one without resume state; `sweep` puts it back after a crash
+        final = run.checkpoint(checkpoint).folder
+        # one without resume state; `sweep` puts it back after a crash
+        replaced = final.with_name(f"{REPLACED}{final.name}")
         if final.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             os.replace(final, replaced)

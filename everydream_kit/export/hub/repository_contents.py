@@ -23,8 +23,9 @@ from typing import Any, Literal, cast, get_args
 
 from everydream_kit.errors import ExportError
 from everydream_kit.export.hub.connection import redact
+from everydream_kit.runs import Checkpoint, RunFolder
+from everydream_kit.runs.run_folder import is_checkpoint, is_run
 from everydream_kit.strict_json import read_json
-from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder, is_checkpoint
 
 What = Literal["diffusers", "lora", "single_file", "samples", "training", "resume"]
 DEFAULT_WHAT: tuple[What, ...] = ("diffusers", "samples", "training")
@@ -134,17 +135,12 @@ def find_source(given: Any) -> Source:
     if path.is_file() and path.suffix in SINGLE_FILE_SUFFIXES:
         return Source(None, None, path)
     if is_checkpoint(path) or any((path / name).is_file() for name in LORA_FILES):
-        around = path.resolve().parent.parent
-        return Source(RunFolder(around) if _is_run(around) else None, path)
-    if _is_run(path):
+        return Source(Checkpoint.at(path).run, path)
+    if is_run(path):
         run = RunFolder(path)
         return Source(run, run.last_checkpoint)
     found = "is not there" if not path.exists() else "is neither a run folder, a checkpoint, nor a .safetensors file"
     raise ExportError(f"{path}: {found}. Give a run folder (it has a config.json), or a checkpoint under its ckpts/.")
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and (folder / "ckpts").is_dir()
 
 
 def check_what(what: Iterable[str], source: Source) -> tuple[What, ...]:
@@ -165,7 +161,7 @@ def check_what(what: Iterable[str], source: Source) -> tuple[What, ...]:
     elif "lora" in parts:
         raise ExportError(f"what: {source.place} holds no LoRA ({' or '.join(LORA_FILES)}). Omit `lora`.")
     assert source.checkpoint is not None
-    if "resume" in parts and not (source.checkpoint / CHECKPOINT_MANIFEST).is_file():
+    if "resume" in parts and not Checkpoint.at(source.checkpoint).resumable:
         raise ExportError(
             f"what: {source.checkpoint} holds no resume state; only the latest checkpoints of a run do. "
             "Push a newer one, or omit `resume`."
@@ -181,10 +177,8 @@ def checkpoint_files(folder: Path, *, keep_paths: bool) -> list[UploadFile]:
     """
     return [
         UploadFile.of(path.relative_to(folder).as_posix(), path if keep_paths else _without_paths(path))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.relative_to(folder).parts[0] not in ("resume", "README.md")
+        for path in Checkpoint.at(folder).model_files()
+        if path.relative_to(folder).parts[0] != "README.md"
     ]
 
 
@@ -196,11 +190,7 @@ def resume_files(source: Source, token: str | None) -> list[UploadFile]:
     """Resume state, and what a run folder on another machine is rebuilt from."""
     assert source.checkpoint is not None
     folder = source.checkpoint
-    files = [
-        UploadFile.of(path.relative_to(folder).as_posix(), path)
-        for path in sorted((folder / "resume").rglob("*"))
-        if path.is_file()
-    ]
+    files = [UploadFile.of(path.relative_to(folder).as_posix(), path) for path in Checkpoint.at(folder).resume_files()]
     run_name = source.run.name if source.run else folder.resolve().name
     facts = {"version": 1, "run": run_name, "checkpoint": folder.resolve().name}
     files.append(UploadFile.of(RUN_FACTS, _json(facts)))

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from everydream_kit.errors import ExportError, KitError
 from everydream_kit.export.hub.push import push_to_hub
-from everydream_kit.workspace import CHECKPOINT_MANIFEST
+from everydream_kit.runs import Checkpoint
 
 if TYPE_CHECKING:
     pass
@@ -140,7 +140,7 @@ class HubUploader:
 
     def _push(self, job: _Pending) -> str:
         folder = job.held or job.folder
-        resumable = (folder / CHECKPOINT_MANIFEST).is_file()
+        resumable = Checkpoint.at(folder).resumable
         parts = ("diffusers", "samples", "training", *(("resume",) if resumable else ()))
         if not (folder / "model_index.json").is_file() and not any(folder.glob("*.safetensors")):
             raise ExportError(f"{job.folder} was pruned before its upload began.")
@@ -154,7 +154,10 @@ def _log_report(kind: Kind, step: int, message: str) -> None:
 
 def _hold(folder: Path) -> Path | None:
     """Hard links to a checkpoint's files, in a hidden folder of the same run and name; None where links do not work."""
-    held = folder.parent.parent / ".uploading" / folder.name
+    run = Checkpoint.at(folder).run
+    if run is None:
+        return None
+    held = run.uploading_folder / folder.name
     try:
         shutil.rmtree(held, ignore_errors=True)
         shutil.copytree(folder, held, copy_function=os.link)

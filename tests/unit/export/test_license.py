@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from everydream_kit.export.hub import preview_push
 from everydream_kit.export.license import license_fields, local_license
-from everydream_kit.workspace import RunFolder
+from everydream_kit.runs import RunFolder
 
 
 def card_of(push: Path | RunFolder) -> str:

@@ -19,7 +19,7 @@ from everydream_kit.export.checkpoint_formats import count_weights, estimate_byt
 from everydream_kit.panels.compare_panel import ComparePanel
 from everydream_kit.panels.setup_panel import SetupPanel
 from everydream_kit.panels.share_panel import SharePanel
-from everydream_kit.workspace import RunFolder
+from everydream_kit.runs import RunFolder
 
 SEEN = Diagnosis((Check("Python", "ok", "3.11"), Check("device", "warning", "CPU", "Use a GPU <b>")))
 

@@ -18,7 +18,7 @@ from everydream_kit.panels import plan_box
 from everydream_kit.panels.compare_panel import ComparePanel
 from everydream_kit.panels.dataset_panel import DatasetPanel
 from everydream_kit.panels.train_panel import TrainPanel
-from everydream_kit.workspace import RunFolder
+from everydream_kit.runs import RunFolder
 
 DOUBLE = str(Path(__file__).parents[2] / "fakes" / "trainer_double.py")
 

@@ -11,11 +11,12 @@ from PIL import Image
 from everydream_kit.jobs import Job
 from everydream_kit.panels.curves import CurveBox
 from everydream_kit.panels.monitor import RunMonitor, latest_samples
-from everydream_kit.panels.run_view import RunView, smooth, thin
-from everydream_kit.panels.svg_charts import bar_chart, line_chart, log_ticks, nice_ticks
+from everydream_kit.panels.svg_charts import bar_chart, line_chart, log_ticks, nice_ticks, smooth, thin
 from everydream_kit.panels.thumbnails import image_tag
 from everydream_kit.panels.viewer import answer
 from everydream_kit.preflight.units import duration, size
+from everydream_kit.runs import RunFolder
+from everydream_kit.runs.history import RunHistory
 
 
 def write(folder, *events, end="\n"):
@@ -28,7 +29,7 @@ def loss(step, value=1.0, **more):
 
 
 def test_only_what_is_new_is_read_and_a_half_line_waits(tmp_path):
-    view = RunView(tmp_path)
+    view = RunHistory(RunFolder(tmp_path))
     assert not view.update()
     write(tmp_path, loss(1, 0.5), loss(2, 0.4), end="\n")
     write(tmp_path, loss(3, 0.3), end="")
@@ -44,7 +45,7 @@ def test_only_what_is_new_is_read_and_a_half_line_waits(tmp_path):
 
 def test_a_resumed_run_replaces_the_points_after_its_checkpoint(tmp_path):
     write(tmp_path, loss(1), loss(2), loss(3), loss(2, 0.5))
-    view = RunView(tmp_path)
+    view = RunHistory(RunFolder(tmp_path))
     view.update()
     assert view.loss == [(1, 1.0), (2, 0.5)]
 
@@ -60,7 +61,7 @@ def test_samples_know_their_step_prompt_and_weights(tmp_path):
     write_sample(tmp_path, 40, 0, "a jet over the sea")
     write_sample(tmp_path, 40, 0, "a jet over the sea", prefix="ema-")
     write_sample(tmp_path, 0, 1, "a boat")
-    found = [(s.step, s.index, s.words) for s in RunView(tmp_path).samples()]
+    found = [(s.step, s.index, s.words) for s in RunHistory(RunFolder(tmp_path)).samples()]
     assert found == [(0, 1, "a boat"), (40, 0, "a jet over the sea"), (40, 0, "a jet over the sea (EMA)")]
 
 
@@ -68,7 +69,7 @@ def test_the_latest_samples_come_with_those_before_training_in_a_corner(tmp_path
     for step in (0, 40, 80):
         write_sample(tmp_path, step, 0, "a <jet>")
         write_sample(tmp_path, step, 1, "a boat")
-    samples = RunView(tmp_path).samples()
+    samples = RunHistory(RunFolder(tmp_path)).samples()
     shown = latest_samples(samples)
     assert "Samples at step 80" in shown and shown.count("<img") == 4 and shown.count("edk-corner") == 2
     assert "a &lt;jet&gt;, before training" in shown and "<jet>" not in shown
@@ -110,7 +111,7 @@ def test_the_page_gets_images_that_were_shown_and_no_others(tmp_path):
 def test_curves_are_zoomed_smoothed_and_logarithmic(tmp_path):
     write(tmp_path, *(loss(step, 2.0 ** -(step % 2)) for step in range(1, 9)))
     write(tmp_path, {"kind": "validation", "step": 8, "loss": 0.5, "ema_loss": 0.25})
-    view = RunView(tmp_path)
+    view = RunHistory(RunFolder(tmp_path))
     view.update()
     box = CurveBox()
     box.show(view)
@@ -134,7 +135,7 @@ def test_memory_is_charted_where_there_is_a_gpu(tmp_path):
     write(tmp_path, loss(1, memory_bytes=2 * 2**30), loss(2, memory_bytes=3 * 2**30))
     for device, shown in (("cpu, 2 threads", False), ("NVIDIA H100", True)):
         (tmp_path / "environment.json").write_text(json.dumps({"device": device}))
-        view, box = RunView(tmp_path), CurveBox()
+        view, box = RunHistory(RunFolder(tmp_path)), CurveBox()
         view.update()
         box.show(view)
         assert ("peak 3 at step 2" in box.memory_chart.value) == shown
@@ -152,7 +153,7 @@ def test_samples_are_found_by_step(tmp_path):
     (tmp_path / "samples").mkdir()
     for name in ("gs00020-000-a.jpg", "gs00010-000-a.jpg", "gs00010-001-b.jpg", "other.jpg"):
         (tmp_path / "samples" / name).touch()
-    found = RunView(tmp_path).sample_steps()
+    found = RunFolder(tmp_path).samples_by_step()
     assert {step: len(paths) for step, paths in found.items()} == {10: 2, 20: 1}
     assert list(found) == [10, 20]
 

@@ -15,9 +15,9 @@ from everydream_kit.preflight.auto_settings import resolve_auto_settings, resolv
 from everydream_kit.preflight.gpus import find_gpu
 from everydream_kit.preflight.planning import resolve_for_plan
 from everydream_kit.preflight.probe import Probe
+from everydream_kit.runs import RunFolder
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.ranks import Ranks
-from everydream_kit.workspace import RunFolder
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from everydream_kit.models.random_models import build_model
 from everydream_kit.preflight.memory_estimate import MemoryEstimate, Phase
 from everydream_kit.preflight.probe import NO_GPU, Meter, Probe, probe
 from everydream_kit.preflight.rehearsal import largest_bucket, stand_in_dataset
+from everydream_kit.runs import RunFolder
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.run_builder import assemble_run
-from everydream_kit.workspace import RunFolder
 
 
 class ListMeter(Meter):
@@ -73,7 +73,7 @@ def test_every_phase_is_gone_through_for_real_and_measured(cache_latents, names)
     assert found.seconds_per_step == 1.0
     assert found.fits is True
     assert "2 steps of 1 images of the largest bucket" in found.reason
-    steps = {float(state["step"]) for state in runs[0].optimizer.state.values()}
+    steps = {float(state["step"]) for state in runs[0].learner.optimizer.state.values()}
     assert steps == {2.0}
 
 

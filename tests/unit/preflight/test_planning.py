@@ -180,7 +180,7 @@ def test_a_base_that_is_not_there_is_refused_before_anything_else(settings, tmp_
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(JobError, match="no run folder"):
+    with pytest.raises(JobError, match="not a run folder"):
         plan(tmp_path)
 
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from everydream_kit.preflight.timing import MeasuredPlan
+from everydream_kit.runs import RunFolder
 from everydream_kit.training.journal import Journal
-from everydream_kit.workspace import RunFolder
 
 
 @pytest.fixture

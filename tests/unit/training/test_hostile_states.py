@@ -13,11 +13,12 @@ import torch
 from hub_hostile import tree_of
 
 from everydream_kit.errors import CheckpointError
+from everydream_kit.runs import RunFolder
+from everydream_kit.runs.layout import RESUME_MANIFEST
+from everydream_kit.runs.resume_state import RESTORE_ERRORS
 from everydream_kit.training.checkpoints import choose_checkpoint, write_checkpoint
 from everydream_kit.training.reports import Averages, LossLog
-from everydream_kit.training.resume_state import RESTORE_ERRORS
 from everydream_kit.training.validation import LossCurve
-from everydream_kit.workspace import CHECKPOINT_MANIFEST, RunFolder
 
 GOOD = {
     "position": {"step": 20, "epoch": 1, "step_in_epoch": 5, "images": 80},
@@ -52,15 +53,15 @@ def replace(run: RunFolder, name: str, content: bytes) -> None:
     """Put a file into the latest checkpoint, as its author would: the manifest lists it too."""
     folder = run.last_checkpoint
     (folder / name).write_bytes(content)
-    manifest = json.loads((folder / CHECKPOINT_MANIFEST).read_text())
+    manifest = json.loads((folder / RESUME_MANIFEST).read_text())
     manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / CHECKPOINT_MANIFEST).write_text(json.dumps(manifest))
+    (folder / RESUME_MANIFEST).write_text(json.dumps(manifest))
 
 
 def assert_the_one_before_is_taken(run: RunFolder) -> None:
     before, warnings = tree_of(run.folder.parent), list[str]()
-    folder, state = choose_checkpoint(run, warnings.append)
-    assert folder.name == "jets-ep01-gs00010"
+    checkpoint, state = choose_checkpoint(run, warnings.append)
+    assert checkpoint.name == "jets-ep01-gs00010"
     assert state["position"]["step"] == 20
     assert len(warnings) == 1
     assert "jets-ep01-gs00020" in warnings[0]
@@ -68,7 +69,7 @@ def assert_the_one_before_is_taken(run: RunFolder) -> None:
 
 
 def test_a_good_state_is_taken(run: RunFolder) -> None:
-    assert choose_checkpoint(run, pytest.fail)[0] == run.last_checkpoint
+    assert choose_checkpoint(run, pytest.fail)[0].folder == run.last_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_a_state_that_is_no_json_falls_back(run: RunFolder, text: bytes) -> None
     ids=lambda text: text[:40].decode(),
 )
 def test_a_manifest_that_makes_no_sense_falls_back(run: RunFolder, manifest: bytes) -> None:
-    (run.last_checkpoint / CHECKPOINT_MANIFEST).write_bytes(manifest)
+    (run.last_checkpoint / RESUME_MANIFEST).write_bytes(manifest)
     assert_the_one_before_is_taken(run)
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+from everydream_kit.runs import RunFolder
 from everydream_kit.training.losses import ImageLosses
 from everydream_kit.training.reports import ImageTable
 
@@ -18,7 +19,7 @@ def report(losses: dict[int, float], *, ends: bool = False) -> SimpleNamespace:
 def test_means_and_counts_are_written_at_the_epochs_end_and_the_worst_twenty_come_first(tmp_path: Path) -> None:
     run = SimpleNamespace(
         dataset=SimpleNamespace(key=lambda index: f"key {index}"),
-        folder=SimpleNamespace(folder=tmp_path),
+        folder=RunFolder(tmp_path),
     )
     table = ImageTable()
     table(run, report({number: number / 10 for number in range(25)}))

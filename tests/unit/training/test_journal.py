@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from everydream_kit.jobs import Job
+from everydream_kit.runs import RunFolder
 from everydream_kit.training.journal import Journal
-from everydream_kit.workspace import RunFolder
 
 
 def heartbeat_threads() -> list[threading.Thread]:
@@ -89,7 +89,7 @@ def test_a_status_that_cannot_be_written_is_said_with_the_next(tmp_path: Path, m
     journal = Journal(folder)
     journal.set_state("running")
     with monkeypatch.context() as patch:
-        patch.setattr("everydream_kit.workspace.os.fsync", full)
+        patch.setattr("everydream_kit.atomic.os.fsync", full)
         journal.set_state("running", step=5)
     assert [path.name for path in folder.folder.iterdir() if path.name.endswith(".tmp")] == []
     assert "step" not in folder.status()

@@ -6,13 +6,17 @@ from pathlib import Path
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.foreign import Origin, write_origin
+from everydream_kit.runs import RunFolder
 from everydream_kit.training.base import _own_base
 
 
 def test_an_adapter_of_a_fetched_run_takes_the_base_that_a_person_gave(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "ckpts" / "jets-ep01-gs00020"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "adapter.json").write_text("{}", "utf-8")
+    run = RunFolder(tmp_path)
+    run.make_folders()
+    run.config_path.write_text("{}", "utf-8")
+    checkpoint = run.checkpoint("jets-ep01-gs00020")
+    checkpoint.folder.mkdir()
+    (checkpoint.folder / "adapter.json").write_text("{}", "utf-8")
     config = TrainConfig(resume_ckpt="me/base", base_revision="v2")
     assert _own_base(config, checkpoint) is None
     assert _own_base(config, None) is None

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 
+from everydream_kit.atomic import require_writable
 from everydream_kit.errors import CheckpointError, ConfigError, JobError
+from everydream_kit.runs import Checkpoint, RunFolder, find_last_checkpoint, find_run, list_runs
+from everydream_kit.runs.layout import checkpoint_name
 from everydream_kit.strict_json import JsonLines
-from everydream_kit.workspace import (
-    Checkpoint,
-    RunFolder,
-    checkpoint_name,
-    find_last_checkpoint,
-    find_run,
-    list_runs,
-    require_writable,
-)
 
 NOON = datetime(2026, 1, 2, 12, 0, 0)
 
@@ -110,10 +106,52 @@ def test_bad_lines_of_the_events_are_skipped_and_counted(tmp_path):
     (tmp_path / "events.jsonl").write_bytes(CUT_OFF)
     report = JsonLines()
     events = list(RunFolder(tmp_path).events("loss", report=report))
-    assert [event["step"] for event in events if event["step"] == event["step"]] == [1, 4]
-    assert len(events) == 3
-    assert len(report.bad) == 3
+    assert [event["step"] for event in events] == [1, 4]
+    assert [int(re.findall(r"line (\d+)", problem)[0]) for problem in report.bad] == [2, 3, 4, 5]
     assert report.unfinished
+
+
+def test_with_the_report_of_an_earlier_reading_only_what_is_new_is_read(tmp_path):
+    path, report = tmp_path / "events.jsonl", JsonLines()
+    path.write_bytes(CUT_OFF)
+    list(RunFolder(tmp_path).events(report=report))
+    with path.open("ab") as file:
+        file.write(b'ss", "step": 5}\nbroken\n')
+    assert [event["step"] for event in RunFolder(tmp_path).events(report=report)] == [5]
+    assert "line 8" in report.bad[-1]
+    assert not report.unfinished
+    assert list(RunFolder(tmp_path).events(report=report)) == []
+
+
+@pytest.mark.parametrize(
+    ("written", "usable"),
+    [
+        ({"state": "running", "step": "7"}, {"state": "running"}),
+        ({"state": ["x"], "step": True, "loss": None}, {"loss": None}),
+        ({"progress": 1, "pid": 4.5, "heartbeat": {}, "message": None}, {"progress": 1, "message": None}),
+        ({"state": "running", "of another version": [1]}, {"state": "running", "of another version": [1]}),
+    ],
+)
+def test_what_is_not_of_its_type_in_a_status_is_as_if_it_were_not_there(tmp_path, written, usable):
+    (tmp_path / "status.json").write_text(json.dumps(written))
+    assert RunFolder(tmp_path).status() == usable
+
+
+def test_a_checkpoint_knows_its_twin_its_resume_state_and_its_run(tmp_path):
+    run = make_run(tmp_path)
+    live = Checkpoint.open(add_checkpoint(run, "jets-ep02-gs00010", resumable=True))
+    assert not live.averaged.exists
+    twin = Checkpoint.open(add_checkpoint(run, "jets-ep02-gs00010_ema"))
+    assert (live.averaged, live.averaged.exists, twin.averaged, twin.is_averaged, live.is_averaged) == (
+        *(twin, True, twin, True, False),
+    )
+    assert (twin.step, live.run, twin.run) == (10, run, run)
+    assert [path.name for path in live.resume_files()] == ["manifest.json"]
+    assert [path.name for path in live.model_files()] == ["model_index.json"]
+    assert run.checkpoints(averaged=True) == [twin]
+    elsewhere = tmp_path / "copy" / "jets-ep02-gs00010"
+    elsewhere.mkdir(parents=True)
+    assert Checkpoint.at(elsewhere).run is None
 
 
 @pytest.mark.parametrize(

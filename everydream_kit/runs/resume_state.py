@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from everydream_kit.errors import CheckpointError
+from everydream_kit.runs.layout import RESUME_STATE
 
 POSITION_FIELDS = ("step", "epoch", "step_in_epoch", "images")
 MAX_COUNT = 2**53
@@ -20,12 +21,61 @@ RESTORE_ERRORS = (KeyError, TypeError, ValueError, AttributeError, IndexError, R
 """What loading a state of another shape raises, in the libraries and in the listeners."""
 
 
-def check_state(state: Mapping[str, Any], folder: Path) -> None:
+class PlaceInTraining(TypedDict):
+    """Counts of `training.position.Position`."""
+
+    step: int
+    epoch: int
+    step_in_epoch: int
+    images: int
+
+
+class Rates(TypedDict):
+    """Learning rates of a part: of the last step, and of the one that would have followed."""
+
+    last: float
+    next: float
+
+
+class TrainedFacts(TypedDict):
+    """What is trained of a part: the optimizer's class, and a digest of names and shapes of its parameters."""
+
+    optimizer: str
+    parameters: str
+
+
+_Required = TypedDict(  # noqa: UP013 - the key is no name of today
+    "_Required",
+    {
+        "position": PlaceInTraining,
+        "num_pictures": int,  # of the dataset; the key is that of older checkpoints
+        "listeners": dict[str, dict[str, Any]],  # each one's state, by its name
+    },
+)
+
+
+class State(_Required, total=False):
+    """`resume/state.json`. What older versions did not write may be missing."""
+
+    seed: int
+    num_ranks: int
+    config: dict[str, Any]
+    versions: dict[str, str]
+    trained: dict[str, TrainedFacts]
+    plan: str
+    """Digest of the current epoch's batches."""
+    learning_rates: dict[str, Rates]
+
+
+def check_state(state: Mapping[str, Any], folder: Path) -> State:
     """Make sure that a run can be put where this state says.
 
     Args:
         state: of `resume/state.json`.
         folder: the checkpoint, for messages.
+
+    Returns:
+        The same state, whose types are known now.
 
     Raises:
         CheckpointError: a value is missing or makes no sense.
@@ -49,6 +99,7 @@ def check_state(state: Mapping[str, Any], folder: Path) -> None:
     listeners = state.get("listeners")
     if not isinstance(listeners, dict) or not all(isinstance(one, dict) for one in listeners.values()):
         raise _refusal(folder, "listeners", "an object for each listener")
+    return cast(State, dict(state))
 
 
 def number_of(values: Mapping[str, Any], name: str) -> float:
@@ -64,4 +115,4 @@ def _is_count(value: Any) -> bool:
 
 
 def _refusal(folder: Path, name: str, wanted: str) -> CheckpointError:
-    return CheckpointError(f"{folder / 'resume' / 'state.json'}: damaged: {name} must be {wanted}.")
+    return CheckpointError(f"{folder / RESUME_STATE}: damaged: {name} must be {wanted}.")
