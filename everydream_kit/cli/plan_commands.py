@@ -1,4 +1,4 @@
-"""The command that estimates a run: plan."""
+"""The commands that say what a run takes before it starts: plan, bench."""
 
 from __future__ import annotations
 
@@ -53,11 +53,32 @@ def _read_settings(options: argparse.Namespace) -> Any:
     return config
 
 
+def _add_bench_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--logdir", default="logs", metavar="DIR", help="folder of the runs whose plans use the figures (default: logs)"
+    )
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def _run_bench(options: argparse.Namespace) -> None:
+    from everydream_kit.preflight.bench import bench
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    notify = logging.getLogger("everydream_kit").info
+    found = bench(options.logdir, notify=lambda name: notify(f"Measuring: {name} …"))
+    print(json.dumps(found.to_json(), indent=1, ensure_ascii=False) if options.json else found.text)
+
+
 COMMANDS = {
     "plan": Command(
         "estimate a run before it starts: memory, time, disk, cost; and what would fit",
         _add_plan_flags,
         _run_plan,
         usage="everydream plan [CONFIG] [--gpu T4] [--price 0.35] [--advise] [--json] [--name value ...]",
+    ),
+    "bench": Command(
+        "measure what a training step takes on this machine, for its plans; some minutes on a GPU",
+        _add_bench_flags,
+        _run_bench,
     ),
 }

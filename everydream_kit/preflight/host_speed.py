@@ -25,7 +25,7 @@ from everydream_kit.atomic import write_atomic
 from everydream_kit.strict_json import read_small_object
 
 if TYPE_CHECKING:
-    from everydream_kit.preflight.gpus import Card
+    from everydream_kit.preflight.gpus import GpuSpec
 
 logger = logging.getLogger(__name__)
 
@@ -37,20 +37,20 @@ FASTEST, SLOWEST = 1e-7, 1e-2
 """Seconds a launch outside of which a kept figure is taken as damaged."""
 
 
-def launch_seconds_here(card: Card, folder: Path) -> float | None:
+def launch_seconds_here(gpu_spec: GpuSpec, folder: Path) -> float | None:
     """Seconds a launch on this machine, measured or kept; None where this machine does not have that GPU.
 
     Args:
-        card: GPU that the plan is for.
+        gpu_spec: GPU that the plan is for.
         folder: where figures are kept.
     """
     from everydream_kit.preflight.gpus import this_gpu
 
     here = this_gpu()
-    if here is None or here.name != card.name:
+    if here is None or here.name != gpu_spec.name:
         return None
     kept = folder / "host_speed.json"
-    key = f"{card.name}, {os.cpu_count()} cores, torch {metadata.version('torch')}"
+    key = f"{gpu_spec.name}, {os.cpu_count()} cores, torch {metadata.version('torch')}"
     figures = read_small_object(kept)
     seconds = figures.get(key)
     if isinstance(seconds, float) and FASTEST < seconds < SLOWEST:

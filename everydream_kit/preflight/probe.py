@@ -209,7 +209,7 @@ class _Session:
         with self._phase("training step"):
             for _ in range(NUM_STEPS):
                 started = self._meter.seconds()
-                self._step(run, batch)
+                make_step(run, batch)
                 self._seconds = self._meter.seconds() - started
         if latents == "memory":
             self._cache_latents(run, bucket, CACHED_TOGETHER[latents])
@@ -235,15 +235,16 @@ class _Session:
         with self._phase("latent caching"), run.learner.idle_models.at_work([run.learner.model.vae]):
             encode_moments(run.learner.model, torch.zeros(num_together, 3, bucket[1], bucket[0], dtype=torch.uint8))
 
-    def _step(self, run: Run, batch: Any) -> None:
-        """An optimizer step as the loop makes it, with at most two of its micro-batches."""
-        num = min(2, self._config.grad_accum)
-        run.learner.set_learning_rates(0)
-        for _ in range(num):
-            run.learner.backward(batch, _work(batch, num), 0)
-        run.learner.update_weights(0)
-        if run.learner.ema is not None:
-            run.learner.ema.update(1)
+
+def make_step(run: Run, batch: Any) -> None:
+    """An optimizer step as the loop makes it, with at most two of its micro-batches."""
+    learner, num = run.learner, min(2, run.config.grad_accum)
+    learner.set_learning_rates(0)
+    for _ in range(num):
+        learner.backward(batch, _work(batch, num), 0)
+    learner.update_weights(0)
+    if learner.ema is not None:
+        learner.ema.update(1)
 
 
 def _work(batch: Any, num: int) -> Any:

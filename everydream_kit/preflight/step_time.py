@@ -1,9 +1,10 @@
 """How long a step takes, and where each number comes from: measured here, measured by somebody and published, or computed.
 
-The order is that of trust: a run on the same GPU with the same settings; a published figure that matches in every point
-(`speeds.json`, with its source); else a computed one. The forward and backward passes take as long as the slower of two: the
-GPU with its arithmetic and memory, or the host with launching the kernels. A small batch on a fast GPU waits for the host, which
-is why one launch's cost is measured on the machine (`host_speed`). The update follows; bitsandbytes waits for the GPU there.
+The order is that of trust: a run on the same GPU with the same settings; what `everydream bench` measured here; a published
+figure that matches in every point (`speeds.json`, with its source); else a computed one. The forward and backward passes take
+as long as the slower of two: the GPU with its arithmetic and memory, or the host with launching the kernels. A small batch on a
+fast GPU waits for the host, which is why one launch's cost is measured on the machine (`host_speed`). The update follows;
+bitsandbytes waits for the GPU there.
 
 The formula meets every figure of `speeds.json` to within a fifth, each host's launch cost being fitted to its own figures.
 They come from four GPUs, so a computed time is right to about a third where the host's launch cost was not measured.
@@ -50,6 +51,8 @@ SCALED = ("batch_size", "grad_accum")
 FULL_SIZE_PARAMETERS = {"sd1": 1_066_000_000, "sd2": 1_290_000_000, "sdxl": 3_470_000_000}
 """UNet, VAE and text encoders together. Published figures are about these; smaller models of a family are other models."""
 RUNS_LOOKED_AT = 20
+BENCH_FILE = Path(".edk_cache") / "preflight" / "bench.json"
+"""What `everydream bench` measured, next to the run folders."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,10 @@ def estimate_step(
     """
     found = measured_here(config, gpu_spec)
     if found is None and gpu_spec is not None and estimate is not None:
-        found = published(config, gpu_spec, estimate.num_parameters) or compute(
-            config, gpu_spec, estimate, launch_seconds
+        found = (
+            benchmarked(config, gpu_spec, estimate.num_parameters)
+            or published(config, gpu_spec, estimate.num_parameters)
+            or compute(config, gpu_spec, estimate, launch_seconds)
         )
     if found is None and gpu_spec is None and estimate is not None:
         rate = cpu_flops or measure_cpu()
@@ -117,9 +122,33 @@ def measured_here(config: TrainConfig, gpu_spec: GpuSpec | None) -> StepSeconds 
 
 def published(config: TrainConfig, gpu_spec: GpuSpec, num_parameters: int) -> StepSeconds | None:
     """A published figure for just this: GPU, model, resolution, batch, precision, optimizer, what is trained."""
-    model = next((m for m, n in FULL_SIZE_PARAMETERS.items() if abs(num_parameters - n) < 0.06 * n), None)
+    wanted = configuration(config, gpu_spec, _model_of(num_parameters))
+    for entry in published_speeds():
+        if not entry.get("superseded") and wanted.items() <= {**dict.fromkeys(wanted), **entry}.items():
+            return StepSeconds(entry["seconds"], "published", f"{entry['by']} ({entry['source']})")
+    return None
+
+
+def benchmarked(config: TrainConfig, gpu_spec: GpuSpec, num_parameters: int) -> StepSeconds | None:
+    """What `everydream bench` measured on this machine for just this, as `published` compares."""
+    wanted = configuration(config, gpu_spec, _model_of(num_parameters))
+    for entry in read_bench(Path(config.logdir)):
+        seconds = entry.get("seconds")
+        if isinstance(seconds, float) and seconds > 0 and wanted.items() <= entry.items():
+            return StepSeconds(seconds, "measured here", f"everydream bench ({entry.get('source')})")
+    return None
+
+
+def read_bench(logdir: Path) -> list[dict[str, Any]]:
+    """The figures of `everydream bench` that are kept next to the run folders; none where there are none."""
+    entries = _read(logdir / BENCH_FILE).get("measurements")
+    return [one for one in entries if isinstance(one, dict)] if isinstance(entries, list) else []
+
+
+def configuration(config: TrainConfig, gpu_spec: GpuSpec, model: str | None) -> dict[str, Any]:
+    """The points in which two figures must agree to be about the same, as `speeds.json` names them."""
     mixed, lora = config.amp and not config.disable_amp, config.training_kind == "lora"
-    ours = {
+    return {
         "card": gpu_spec.name,
         "model": model,
         "kind": config.training_kind,
@@ -133,10 +162,11 @@ def published(config: TrainConfig, gpu_spec: GpuSpec, num_parameters: int) -> St
         "lora_rank": config.lora_rank if lora else None,
         "latents_cached": config.cache_latents != "off",
     }
-    for entry in published_speeds():
-        if not entry.get("superseded") and all(entry.get(name) == value for name, value in ours.items()):
-            return StepSeconds(entry["seconds"], "published", f"{entry['by']} ({entry['source']})")
-    return None
+
+
+def _model_of(num_parameters: int) -> str | None:
+    """Name of the family of that full size."""
+    return next((m for m, n in FULL_SIZE_PARAMETERS.items() if abs(num_parameters - n) < 0.06 * n), None)
 
 
 def compute(
