@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from everydream_kit.config import facts
 from everydream_kit.preflight.gpus import GpuSpec, recognize
 from everydream_kit.runs import RunFolder, list_runs
+from everydream_kit.strict_json import read_small_object
 
 if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
@@ -141,7 +142,7 @@ def benchmarked(config: TrainConfig, gpu_spec: GpuSpec, num_parameters: int) -> 
 
 def read_bench(logdir: Path) -> list[dict[str, Any]]:
     """The figures of `everydream bench` that are kept next to the run folders; none where there are none."""
-    entries = _read(logdir / BENCH_FILE).get("measurements")
+    entries = read_small_object(logdir / BENCH_FILE).get("measurements")
     return [one for one in entries if isinstance(one, dict)] if isinstance(entries, list) else []
 
 
