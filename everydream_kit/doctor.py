@@ -23,7 +23,7 @@ from typing import Literal
 
 from everydream_kit.disk_space import free_disk
 from everydream_kit.gpu_support import describe_unsupported
-from everydream_kit.hosts import Host, detect_host, outlives_machine
+from everydream_kit.hosts import Host, count_cores, detect_host, outlives_machine
 
 Status = Literal["ok", "warning", "error"]
 
@@ -216,11 +216,6 @@ def _disk_free_bytes(folder: Path) -> int | None:
         return None
 
 
-def _count_cores() -> int:
-    """Cores that this process may use, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _has_nvidia_driver() -> bool:
     return Path("/proc/driver/nvidia/version").is_file() or shutil.which("nvidia-smi") is not None
 
@@ -231,7 +226,7 @@ class Machine:
 
     python: tuple[int, ...] = tuple(sys.version_info[:3])
     system: str = field(default_factory=platform.platform)
-    cores: int = field(default_factory=_count_cores)
+    cores: int = field(default_factory=count_cores)
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     requirements: Callable[[], list[str] | None] = _own_requirements
     version_of: Callable[[str], str | None] = _installed_version
@@ -263,7 +258,7 @@ def diagnose(folder: str | Path = ".", machine: Machine | None = None) -> Diagno
         _check_disk(machine, folder),
         _check_storage(host, folder),
         *_check_packages(machine),
-        _check_bitsandbytes(machine),
+        _check_bitsandbytes(machine, device),
         _check_widgets(machine, host),
         _check_token(machine),
     ]
@@ -415,12 +410,17 @@ def _check_packages(machine: Machine) -> list[Check]:
     return [Check("packages", "ok", f"{len(found)} of {len(found) + len(problems)} in place: {versions}"), *problems]
 
 
-def _check_bitsandbytes(machine: Machine) -> Check:
-    """Imported for real: it is often installed and cannot find its CUDA library."""
+def _check_bitsandbytes(machine: Machine, device: Device | None) -> Check:
+    """Imported for real where there is a GPU: it is often installed and cannot find its CUDA library.
+
+    Elsewhere its optimizers are slower than torch's, and importing it, with torch's compiler, takes three seconds.
+    """
     name = "bitsandbytes"
     version = machine.version_of(name)
     if version is None:
         return Check(name, "warning", f"not installed: {SUBSTITUTES[name]}", "Run: bash colab_setup.sh")
+    if device is not None and device.kind != "cuda" and not machine.nvidia_driver():
+        return Check(name, "ok", f"{version}, for machines with a GPU")
     problem = machine.import_problem(name)
     if problem:
         cure = "Reinstall it: pip install --force-reinstall --no-deps bitsandbytes"

@@ -175,6 +175,11 @@ def detect_host(environ: Mapping[str, str] = os.environ, root: Path = Path("/"))
     return Host("plain", _TITLES["plain"])
 
 
+def count_cores() -> int:
+    """Cores that this process may use, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def drive_mountpoint(host: Host) -> Path:
     """Where Colab mounts Google Drive.
 

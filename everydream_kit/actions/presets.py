@@ -43,7 +43,7 @@ PRESETS: dict[str, Preset] = {
     "demo": Preset(
         "Demo (embedded base)",
         "Learn the panels in two minutes, on any machine: the small model that ships with the kit at 128 pixels.",
-        {"resume_ckpt": EMBEDDED_MODEL, **TRAINING, "sample_steps": 40, "sample_before_training": True, "log_step": 1},
+        {"resume_ckpt": EMBEDDED_MODEL, **TRAINING, "sample_steps": 30, "sample_before_training": True, "log_step": 1},
     ),
     "style": Preset(
         "Style",

@@ -125,7 +125,7 @@ class Project:
         if any(self.images_folder.iterdir()):
             return False
         from everydream_kit.demo import images_path
-        from everydream_kit.demo.main import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, TRAINING
+        from everydream_kit.demo.main import GUIDANCE_SCALE, NUM_SHEET_STEPS, TRAINING
 
         for source in sorted(images_path().iterdir()):
             if source.suffix != ".md":
@@ -133,7 +133,7 @@ class Project:
         if not self.prompts_path.is_file():
             sampling = {
                 "cfgs": [GUIDANCE_SCALE],
-                "num_inference_steps": NUM_INFERENCE_STEPS,
+                "num_inference_steps": NUM_SHEET_STEPS,
                 "samples": [{"prompt": f"{subject}, ink drawing"} for subject in DEMO_SUBJECTS],
             }
             write_atomic(self.folder / "sample_prompts.json", json.dumps(sampling, indent=2) + "\n")

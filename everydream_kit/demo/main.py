@@ -29,6 +29,8 @@ drawing."""
 RESOLUTION = 128
 GUIDANCE_SCALE = 3.0
 NUM_INFERENCE_STEPS = 20
+NUM_SHEET_STEPS = 12
+"""Of the samples while a project trains on the demo's images: they score as those of 20 steps (docs/experiments.md)."""
 TRAINING = {
     "resolution": RESOLUTION,
     "batch_size": 8,

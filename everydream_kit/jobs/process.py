@@ -17,8 +17,13 @@ import psutil
 
 from everydream_kit.atomic import write_atomic
 from everydream_kit.errors import JobError
+from everydream_kit.hosts import count_cores
 from everydream_kit.identity import Process, identify, is_running
 from everydream_kit.jobs.safe_python import safe_environment
+
+THREADS_VARIABLE = "OMP_NUM_THREADS"
+"""torch's threads spin while they wait for each other: one that shares its core with the notebook and its page holds up all
+of them. So detached processes leave one core to whoever started them, unless the variable says otherwise."""
 
 _children: dict[Process, subprocess.Popen[bytes]] = {}
 """Processes started by this interpreter, kept so that they can be reaped when they end."""
@@ -33,7 +38,8 @@ def spawn(command: Sequence[str], log: Path, environment: Mapping[str, str] | No
         JobError: the command cannot be started.
     """
     reap()
-    variables = safe_environment({**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})})
+    given = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
+    variables = safe_environment({THREADS_VARIABLE: str(max(1, count_cores() - 1)), **given})
     try:
         with log.open("ab" if append else "wb") as output:
             process = subprocess.Popen(

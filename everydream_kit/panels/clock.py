@@ -1,4 +1,4 @@
-"""The panels' clock: the browser asks for news twice a second while the panel is on the page.
+"""The panels' clock: the browser asks for news twice a second while the panel is in view, and a quarter as often elsewhere.
 
 A widget change made from a thread is not shown on Colab, and a timer in the kernel continues after the tab is closed;
 so the tick comes from the page (`assets/clock.js`, by anywidget) and its callback runs where all callbacks run. Without

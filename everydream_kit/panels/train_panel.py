@@ -44,7 +44,7 @@ IDLE_WORDS = {
     "starting": "Starting: the model is loaded and the dataset is looked through.",
     "running": "Training. Closing this tab or restarting the kernel does not stop it.",
     "saving": "Saving a checkpoint.",
-    "sampling": "Drawing samples.",
+    "sampling": "Generating samples.",
     "validating": "Measuring the loss on the held-out images.",
     "finished": "Finished. Compare the checkpoints in the next notebook, or export the last one.",
     "stopped": "Stopped, and saved. Resume continues exactly where it stopped.",
@@ -335,7 +335,7 @@ class TrainPanel(Panel):
 
     def _ask(self, action: Any) -> None:
         self._require_job().request(action)
-        words = {"sample": "Samples are drawn after this step.", "save": "A checkpoint is saved after this step."}
+        words = {"sample": "Samples are generated after this step.", "save": "A checkpoint is saved after this step."}
         self.say(words[action], "busy")
 
     def _require_job(self) -> jobs.Job:

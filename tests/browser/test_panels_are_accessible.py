@@ -1,4 +1,4 @@
-"""Every control of every panel, as a keyboard and a screen reader meet it: it has a name and takes the focus."""
+"""Every control of every panel, as a keyboard and a screen reader meet it: it has a name, takes the focus, and can be read."""
 
 import re
 
@@ -36,11 +36,50 @@ panel => {
   });
 }
 """
+LEAST_CONTRAST = 4.5
+"""WCAG 2.1, 1.4.3, for texts of this size."""
+TEXTS = """
+panel => {
+  const paper = new OffscreenCanvas(1, 1).getContext('2d', {willReadFrequently: true});
+  const rgba = color => {
+    paper.clearRect(0, 0, 1, 1); paper.fillStyle = color; paper.fillRect(0, 0, 1, 1);
+    const [r, g, b, a] = paper.getImageData(0, 0, 1, 1).data;
+    return [r, g, b, a / 255];
+  };
+  const over = (top, below) => [0, 1, 2].map(i => top[i] * top[3] + below[i] * (1 - top[3])).concat(1);
+  const groundOf = element => {
+    const layers = [];
+    for (let e = element; e; e = e.parentElement) {
+      layers.push(rgba(getComputedStyle(e).backgroundColor));
+      if (layers.at(-1)[3] === 1) break;
+    }
+    return layers.reduceRight((below, top) => over(top, below), [255, 255, 255, 1]);
+  };
+  const luminance = color => {
+    const [r, g, b] = color.slice(0, 3).map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const texts = [...panel.querySelectorAll('input:not([type=checkbox]), select, textarea')].map(e => [e, e.value]);
+  const walker = document.createTreeWalker(panel, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) texts.push([walker.currentNode.parentElement, walker.currentNode.textContent]);
+  const isRead = e => {
+    const place = e.getBoundingClientRect();
+    return !['STYLE', 'OPTION', 'TITLE'].includes(e.tagName) && place.width > 2 && place.height > 2
+      && e.checkVisibility({visibilityProperty: true}) && !e.closest(':disabled');
+  };
+  return texts.filter(([e, text]) => text.trim() && isRead(e)).map(([e, text]) => {
+    const style = getComputedStyle(e), ground = groundOf(e);
+    const color = over(rgba(e instanceof SVGElement ? style.fill : style.color), ground);
+    const [high, low] = [luminance(color), luminance(ground)].sort((a, b) => b - a);
+    return {text: text.trim().slice(0, 60), of: String(e.getAttribute('class')), contrast: (high + 0.05) / (low + 0.05)};
+  });
+}
+"""
 LEAST = {"Set-up": 3, "Dataset": 50, "Training": 150, "Compare": 20, "Export and share": 12}
 """Controls that there must be at least, so that an empty panel does not pass."""
 
 
-def test_every_control_has_a_name_and_takes_the_focus(lab, driver, page):
+def test_every_control_has_a_name_and_takes_the_focus_and_every_text_can_be_read(lab, driver, page):
     from hub_runs import make_run
 
     project = lab.project("reach")
@@ -58,6 +97,12 @@ def test_every_control_has_a_name_and_takes_the_focus(lab, driver, page):
                 expect(tabs.nth(number)).to_have_class(re.compile("edk-current"))  # the kernel turns the page
             driver.wait_until_still(panel)
             seen += panel.evaluate(CONTROLS)
+            for theme in ("Dark", "Light"):
+                driver.choose_theme(theme)
+                texts = panel.evaluate(TEXTS)
+                assert len(texts) >= 3, title
+                pale = [text for text in texts if text["contrast"] < LEAST_CONTRAST]
+                assert pale == [], f"{title}, {theme}"
         assert len(seen) >= LEAST[title], f"{title}: only {len(seen)} controls"
         assert [control["what"] for control in seen if not control["name"]] == [], title
         assert [control["what"] for control in seen if not control["focused"]] == [], title

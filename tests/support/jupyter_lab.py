@@ -115,9 +115,9 @@ def serve(root):
     server = subprocess.Popen(
         [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
          f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}", "--LabApp.news_url=None",
-         "--LabApp.extension_manager=readonly", "--ServerApp.terminals_enabled=False"],
+         "--LabApp.extension_manager=readonly", "--LabApp.expose_app_in_browser=True", "--ServerApp.terminals_enabled=False"],
         cwd=root,
-        env={"OMP_NUM_THREADS": "2", **os.environ, **{name: str(root / path) for name, path in folders.items()}},
+        env={**os.environ, **{name: str(root / path) for name, path in folders.items()}},
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -168,6 +168,17 @@ class Driver:
         panel = self.page.locator(".edk").filter(has=self.page.get_by_role("heading", name=title, exact=True)).first
         panel.wait_for(timeout=120_000)
         return panel
+
+    def choose_theme(self, theme):
+        """Change to JupyterLab's `Light` or `Dark` theme, and wait until its colors are there."""
+        self.page.evaluate(
+            "t => jupyterapp.commands.execute('apputils:change-theme', {theme: `JupyterLab ${t}`})", theme
+        )
+        self.page.wait_for_function(
+            """isDark => document.body.dataset.jpThemeLight === String(!isDark)
+                && (getComputedStyle(document.body).getPropertyValue('--jp-layout-color1').trim() === '#111111') === isDark""",
+            arg=theme == "Dark",
+        )
 
     def wait_while_moving(self, is_done, *, stall_seconds=150, most_seconds=1500):
         """Wait until something is so, for as long as what the panels show still changes: a slow machine is not a

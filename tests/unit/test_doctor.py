@@ -100,6 +100,17 @@ def test_a_missing_bitsandbytes_names_its_substitute():
     assert "choose optimizer adamw" in check.text
 
 
+def test_without_a_gpu_bitsandbytes_is_not_imported():
+    asked = []
+    machine = healthy_machine(
+        device=lambda: CPU, nvidia_driver=lambda: False, import_problem=lambda name: asked.append(name) or ""
+    )
+    assert diagnose("runs", machine)["bitsandbytes"].text == "0.50.2, for machines with a GPU"
+    assert "bitsandbytes" not in asked
+    diagnose("runs", healthy_machine(import_problem=lambda name: asked.append(name) or ""))
+    assert "bitsandbytes" in asked
+
+
 def test_small_shared_memory_is_noticed_before_a_loader_dies():
     small = healthy_machine(disk_free=lambda folder: 64 * 1024**2 if folder == Path("/dev/shm") else 100 * GIB)
     assert "--shm-size" in diagnose("runs", small)["shared memory"].cure

@@ -16,6 +16,7 @@ import pytest
 
 from everydream_kit import jobs
 from everydream_kit.errors import ConfigError, JobError
+from everydream_kit.hosts import count_cores
 from everydream_kit.identity import identify
 from everydream_kit.locks import hold, is_held
 from everydream_kit.runs import RunFolder
@@ -63,6 +64,17 @@ def test_a_started_job_runs_detached_to_its_end_and_leaves_everything_in_its_fol
     assert seen == sorted(seen)
     assert job.run.log_tail()[-1] == "step 6"
     assert json.loads((job.folder / "config.json").read_text())["project_name"] == "jets"
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, str(max(1, count_cores() - 1))), ("7", "7")])
+def test_a_job_leaves_a_core_to_the_notebook_unless_the_variable_is_set(settings, monkeypatch, own, expected):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if own is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    program = "import os; print('threads:', os.environ.get('OMP_NUM_THREADS'))"
+    job = jobs.start(settings, command=[sys.executable, "-c", program])
+    job.wait()
+    assert job.log_tail() == [f"threads: {expected}"]
 
 
 def test_settings_are_checked_before_anything_is_made(settings):

@@ -114,10 +114,10 @@ def test_a_drawing_shows_how_far_it_is_and_other_messages_stay(project):
     assert "Encoding the images once: 12%." in panel.message.value
     report(state="sampling", progress=0.25)
     panel.refresh()
-    assert "Drawing samples: 25%." in panel.message.value
+    assert "Generating samples: 25%." in panel.message.value
     report(state="sampling", progress=0.5)
     panel.refresh()
-    assert "Drawing samples: 50%." in panel.message.value
+    assert "Generating samples: 50%." in panel.message.value
     panel.say("The queue stops.", "busy")
     report(state="sampling", progress=0.75)
     panel.refresh()
@@ -381,10 +381,10 @@ def test_the_demo_begins_with_the_prompts_that_show_most_and_samples_before_trai
     panel = TrainPanel(tmp_path / "new", demo=True, preset="demo")
     assert panel.prompts.value.splitlines() == ["guitar, ink drawing", "penguin, ink drawing", "red apple, ink drawing"]
     config = panel.form.config()
-    assert (config.sample_before_training, config.sample_steps) == (True, 40)
+    assert (config.sample_before_training, config.sample_steps) == (True, 30)
     assert json.loads(Path(config.sample_prompts).read_text())["cfgs"] == [3.0]
     compare = ComparePanel(tmp_path / "new")
-    assert (compare.cfgs.value, compare.steps.value) == ("3", 20)
+    assert (compare.cfgs.value, compare.steps.value) == ("3", 12)
     assert compare.prompts.value == panel.prompts.value
 
 
