@@ -176,7 +176,7 @@ class Driver:
         )
         self.page.wait_for_function(
             """isDark => document.body.dataset.jpThemeLight === String(!isDark)
-                && (getComputedStyle(document.body).getPropertyValue('--jp-layout-color1').trim() === '#111111') === isDark""",
+                && (getComputedStyle(document.body).getPropertyValue('--jp-layout-color1').trim() !== 'white') === isDark""",
             arg=theme == "Dark",
         )
 

@@ -74,7 +74,7 @@ def test_a_job_leaves_a_core_to_the_notebook_unless_the_variable_is_set(settings
     program = "import os; print('threads:', os.environ.get('OMP_NUM_THREADS'))"
     job = jobs.start(settings, command=[sys.executable, "-c", program])
     job.wait()
-    assert job.log_tail() == [f"threads: {expected}"]
+    assert job.run.log_tail() == [f"threads: {expected}"]
 
 
 def test_settings_are_checked_before_anything_is_made(settings):

@@ -10,7 +10,8 @@ import everydream_kit.panels as panels
 CSS = (Path(panels.__file__).parent / "assets" / "panel.css").read_text()
 LAB = {"--jp-ui-font-color1": "#212121", "--jp-layout-color1": "#ffffff", "--jp-layout-color2": "#eeeeee"}
 """JupyterLab's light theme; 0.87 of black on white is #212121."""
-LAB_DARK = {"--jp-ui-font-color1": "#ffffff", "--jp-layout-color1": "#111111", "--jp-layout-color2": "#424242"}
+LAB_DARK = {"--jp-ui-font-color1": "#e2e2e2", "--jp-layout-color1": "#212121", "--jp-layout-color2": "#424242"}
+"""And its dark one; 0.87 of white on #212121 is #e2e2e2."""
 THEMES = {
     "plain": [".edk {"],
     "light": [".edk {"],
