@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from hub_runs import make_run
 from playwright.sync_api import expect
 
 pytestmark = pytest.mark.timeout(600)
@@ -59,7 +60,7 @@ panel => {
     const [r, g, b] = color.slice(0, 3).map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
-  const texts = [...panel.querySelectorAll('input:not([type=checkbox]), select, textarea')].map(e => [e, e.value]);
+  const texts = [...panel.querySelectorAll('input:not([type=checkbox], [type=range]), select, textarea')].map(e => [e, e.value]);
   const walker = document.createTreeWalker(panel, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) texts.push([walker.currentNode.parentElement, walker.currentNode.textContent]);
   const isRead = e => {
@@ -80,8 +81,6 @@ LEAST = {"Set-up": 3, "Dataset": 50, "Training": 150, "Compare": 20, "Export and
 
 
 def test_every_control_has_a_name_and_takes_the_focus_and_every_text_can_be_read(lab, driver, page):
-    from hub_runs import make_run
-
     project = lab.project("reach")
     make_run(project / "logs")
     cells = [OPEN_FOLDS if title == "Training" else call for title, call in PANELS.items()]
@@ -106,6 +105,32 @@ def test_every_control_has_a_name_and_takes_the_focus_and_every_text_can_be_read
         assert len(seen) >= LEAST[title], f"{title}: only {len(seen)} controls"
         assert [control["what"] for control in seen if not control["name"]] == [], title
         assert [control["what"] for control in seen if not control["focused"]] == [], title
+
+
+CHART_TEXTS = """
+panel => [...panel.querySelectorAll('.edk-chart text')].filter(text => text.checkVisibility()).map(text => {
+  const chart = text.ownerSVGElement;
+  return parseFloat(getComputedStyle(text).fontSize) * chart.getBoundingClientRect().width / chart.viewBox.baseVal.width;
+})
+"""
+LEAST_PIXELS = 9.5
+
+
+@pytest.mark.parametrize("width", [1180, 900, 640])
+def test_texts_of_charts_can_be_read_in_wide_and_narrow_windows(lab, driver, page, width):
+    project = lab.project(f"charts{width}")
+    make_run(project / "logs")
+    page.set_viewport_size({"width": width, "height": 1000})
+    calls = [f"edk.panels.{name}('charts{width}')" for name in ("dataset", "train")]
+    driver.open(lab.write(f"charts{width}.ipynb", "import everydream_kit as edk", *calls))
+    driver.run_all()
+    for title, tab in (("Dataset", "Report"), ("Training", "Progress")):
+        panel = driver.panel(title)
+        panel.get_by_role("button", name=tab, exact=True).click()
+        panel.locator(".edk-chart:visible").first.wait_for()
+        sizes = panel.evaluate(CHART_TEXTS)
+        assert len(sizes) > 3
+        assert min(sizes) >= LEAST_PIXELS, title
 
 
 def test_pages_folds_and_sliders_work_from_the_keyboard(lab, driver, page):

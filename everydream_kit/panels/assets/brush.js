@@ -16,14 +16,14 @@ function render({ model, el }) {
   };
   let out = true, size = 40, at = null, dirty = false;
   const draw = canvas.getContext("2d");
-  const mode = button("Brush: leave out", "Switch between leaving out and taking back in", () => {
-    out = !out; mode.textContent = out ? "Brush: leave out" : "Brush: take back in"; mode.setAttribute("aria-pressed", String(!out));
+  const mode = button("Brush: exclude", "Switch between excluding and including again", () => {
+    out = !out; mode.textContent = out ? "Brush: exclude" : "Brush: include"; mode.setAttribute("aria-pressed", String(!out));
   });
   const label = part("label"), slider = part("input");
   label.textContent = "Size "; slider.type = "range"; slider.min = 6; slider.max = 200; slider.value = size;
   slider.addEventListener("input", () => { size = Number(slider.value); });
   label.append(slider); bar.append(label);
-  button("Leave all out", "Paint the whole image", () => { draw.globalCompositeOperation = "source-over"; draw.fillStyle = "#e5484d"; draw.fillRect(0, 0, canvas.width, canvas.height); dirty = true; });
+  button("Exclude all", "Paint the whole image", () => { draw.globalCompositeOperation = "source-over"; draw.fillStyle = "#e5484d"; draw.fillRect(0, 0, canvas.width, canvas.height); dirty = true; });
   button("Clear", "Take the whole image back in", () => { draw.clearRect(0, 0, canvas.width, canvas.height); dirty = true; });
   button("Save mask", "Write the mask next to the image", save);
   root.append(bar, stage); el.append(root);
