@@ -157,7 +157,7 @@ class ComparePanel(Panel):
         resolution = settings.get("resolution", 512)
         size = last.size if last else (resolution if isinstance(resolution, int) else resolution[0])
         style = {"description_width": "70px"}
-        narrow = widgets.Layout(width="200px")
+        narrow = widgets.Layout(width="152px")  # four stand in a row of a narrow panel
         self.prompts = widgets.Textarea(
             value="\n".join(last.prompts if last else self._first_prompts()),
             placeholder="a jet over the sea",

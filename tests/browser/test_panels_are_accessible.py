@@ -37,9 +37,7 @@ panel => {
   });
 }
 """
-LEAST_CONTRAST = 4.5
-"""WCAG 2.1, 1.4.3, for texts of this size."""
-TEXTS = """
+CONTRASTS = """
 panel => {
   const paper = new OffscreenCanvas(1, 1).getContext('2d', {willReadFrequently: true});
   const rgba = color => {
@@ -68,14 +66,21 @@ panel => {
     return !['STYLE', 'OPTION', 'TITLE'].includes(e.tagName) && place.width > 2 && place.height > 2
       && e.checkVisibility({visibilityProperty: true}) && !e.closest(':disabled');
   };
-  return texts.filter(([e, text]) => text.trim() && isRead(e)).map(([e, text]) => {
-    const style = getComputedStyle(e), ground = groundOf(e);
-    const color = over(rgba(e instanceof SVGElement ? style.fill : style.color), ground);
-    const [high, low] = [luminance(color), luminance(ground)].sort((a, b) => b - a);
-    return {text: text.trim().slice(0, 60), of: String(e.getAttribute('class')), contrast: (high + 0.05) / (low + 0.05)};
-  });
+  const contrastOf = (e, color) => {
+    const ground = groundOf(e), seen = over(rgba(color), ground);
+    const [high, low] = [luminance(seen), luminance(ground)].sort((a, b) => b - a);
+    return (high + 0.05) / (low + 0.05);
+  };
+  const colorOf = e => e instanceof SVGElement ? getComputedStyle(e).fill : getComputedStyle(e).color;
+  const curves = [...panel.querySelectorAll('.edk-chart .edk-line:not(.edk-faint)')].filter(isRead);
+  return [
+    ...texts.filter(([e, text]) => text.trim() && isRead(e)).map(([e, text]) => (
+      {what: text.trim().slice(0, 60), least: 4.5, contrast: contrastOf(e, colorOf(e))})),
+    ...curves.map(e => ({what: e.outerHTML.slice(0, 60), least: 3, contrast: contrastOf(e, getComputedStyle(e).stroke)})),
+  ];
 }
 """
+"""Of texts and of curves; what they must have at least is WCAG 2.1, 1.4.3 and 1.4.11."""
 LEAST = {"Set-up": 3, "Dataset": 50, "Training": 150, "Compare": 20, "Export and share": 12}
 """Controls that there must be at least, so that an empty panel does not pass."""
 
@@ -98,9 +103,9 @@ def test_every_control_has_a_name_and_takes_the_focus_and_every_text_can_be_read
             seen += panel.evaluate(CONTROLS)
             for theme in ("Dark", "Light"):
                 driver.choose_theme(theme)
-                texts = panel.evaluate(TEXTS)
-                assert len(texts) >= 3, title
-                pale = [text for text in texts if text["contrast"] < LEAST_CONTRAST]
+                found = panel.evaluate(CONTRASTS)
+                assert len(found) >= 3, title
+                pale = [one for one in found if one["contrast"] < one["least"]]
                 assert pale == [], f"{title}, {theme}"
         assert len(seen) >= LEAST[title], f"{title}: only {len(seen)} controls"
         assert [control["what"] for control in seen if not control["name"]] == [], title

@@ -377,6 +377,11 @@ def test_prompts_of_a_rich_file_keep_what_else_it_says(project):
     assert "edk-note bad" in panel.message.value and path.read_text() == "{"
 
 
+def test_a_new_project_begins_with_what_its_base_was_made_for(tmp_path):
+    config = TrainPanel(tmp_path / "new").form.config()
+    assert (config.resume_ckpt, config.resolution, config.max_epochs, config.lr) == ("embedded", 128, 40, 3e-4)
+
+
 def test_the_demo_begins_with_the_prompts_that_show_most_and_samples_before_training(tmp_path):
     panel = TrainPanel(tmp_path / "new", demo=True, preset="demo")
     assert panel.prompts.value.splitlines() == ["guitar, ink drawing", "penguin, ink drawing", "red apple, ink drawing"]
