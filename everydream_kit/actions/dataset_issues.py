@@ -48,7 +48,7 @@ ALIKE = Kind(
 )
 SMALL = Kind(
     "Smaller than their bucket",
-    "They are enlarged, which teaches blur. Use larger originals, a lower resolution, or leave them out.",
+    "They are enlarged, which teaches blur. Use larger originals or a lower resolution, or exclude them.",
     "Exclude all of them",
 )
 LONG = Kind("Captions that are too long", "The text encoder does not read what is named here. Shorten them.")

@@ -223,8 +223,9 @@ class Driver:
         self.page.mouse.move(0, 0)
         self.page.evaluate("() => document.activeElement.blur()")
         self.page.set_viewport_size({"width": 1180, "height": 2600})
+        self.page.wait_for_timeout(1500)  # JupyterLab goes back to the cell that ran last
         locator.evaluate("element => element.scrollIntoView()")
-        self.page.wait_for_timeout(1500)
+        self.page.wait_for_timeout(500)
         box = locator.bounding_box()
         box["height"] = min(box["height"], tallest)
         path = SHOTS / f"panel-{name}.png"
