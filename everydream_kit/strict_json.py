@@ -28,6 +28,7 @@ MAX_DEPTH = 64
 MAX_INTEGER_DIGITS = 20
 """A 64-bit integer has at most 20. Python itself refuses to print one of more than 4300."""
 MAX_LINE_BYTES = 4 << 20
+_MANY_DIGITS = re.compile(rf"[0-9]{{{MAX_INTEGER_DIGITS + 1}}}")
 
 _REQUIRED: Final = object()
 _WORDS = {dict: "an object {...}", list: "a list [...]", str: "a text", int: "a whole number"}
@@ -246,7 +247,7 @@ class _Reader:
         try:
             return json.loads(
                 self.text,
-                parse_int=self._integer,
+                parse_int=self._integer if _MANY_DIGITS.search(self.text) else int,  # int: json reads it at C's speed
                 parse_float=self._float,
                 parse_constant=self._constant,
                 object_pairs_hook=self._object,

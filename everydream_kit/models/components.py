@@ -34,6 +34,8 @@ BUILD_ERRORS = (
 )
 """What the libraries raise for values that their modules cannot be built from."""
 
+_INITIALIZER = re.compile(r"[a-z]\w*[a-z]_")
+"""Names of torch's functions that fill a tensor in place."""
 _OLD_VAE_ATTENTION = re.compile(r"(?<=attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
 _NEW_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -46,18 +48,33 @@ def parameters_on_meta() -> Iterator[None]:
     frequencies, position ids, scales of embeddings.
     """
     register = torch.nn.Module.register_parameter
+    initializers = {name: found for name, found in vars(torch.nn.init).items() if _INITIALIZER.fullmatch(name)}
 
     def register_on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
         if parameter is not None:
             parameter = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            parameter._is_hf_initialized = True  # transformers' own initializers skip such a parameter
         register(module, name, parameter)
 
     torch.nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    for name, initializer in initializers.items():
+        setattr(torch.nn.init, name, _unless_on_meta(initializer))
     try:
         with torch.random.fork_rng(devices=[]):  # a constructor may draw what it then registers
             yield
     finally:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+        for name, initializer in initializers.items():
+            setattr(torch.nn.init, name, initializer)
+
+
+def _unless_on_meta(initializer: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """An initializer that skips tensors without values: torch goes through its reference code for them, slowly."""
+
+    def initialize(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        return tensor if tensor.is_meta else initializer(tensor, *args, **options)
+
+    return initialize
 
 
 @contextmanager

@@ -8,7 +8,7 @@ transformers 4 needs `vocab.json` and `merges.txt`: we write all three.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -80,7 +80,7 @@ class Vocabulary:
 
 def read_vocabulary(folder: Path) -> Vocabulary | None:
     """The vocabulary of a tokenizer folder, or None where it has CLIP's size: then it is the shipped one."""
-    tokens, merges = _tokens_and_merges(folder)
+    tokens, merges = _tokens_and_merges(folder, {})
     if isinstance(tokens, dict) and len(tokens) == len(clip_vocabulary()):
         return None
     special = _read(folder / "special_tokens_map.json", missing={})
@@ -88,11 +88,22 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
     return checked_vocabulary(tokens, merges, pad.get("content") if isinstance(pad, dict) else pad, str(folder))
 
 
-def _tokens_and_merges(folder: Path) -> tuple[Any, Any]:
-    """Of the old form, or of `tokenizer.json`; not checked yet."""
+def _read_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """The JSON files of a tokenizer folder by their names: bounded and well-formed, before a library reads them."""
+    held = {name: _read(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
+    named = [key for key in CODE_KEYS if held.get("tokenizer_config.json", {}).get(key) is not None]
+    if named:
+        raise ModelError(
+            f"{folder / 'tokenizer_config.json'}: {named[0]} is not allowed in a tokenizer. Take it out of the file."
+        )
+    return held
+
+
+def _tokens_and_merges(folder: Path, held: Mapping[str, dict[str, Any]]) -> tuple[Any, Any]:
+    """Of the old form, or of `tokenizer.json`; not checked yet. Files that are `held` are not read again."""
     if (folder / "vocab.json").is_file():
-        return _read(folder / "vocab.json"), _read_merges(folder / "merges.txt")
-    bpe = _read(folder / "tokenizer.json").get("model")
+        return held.get("vocab.json") or _read(folder / "vocab.json"), _read_merges(folder / "merges.txt")
+    bpe = (held.get("tokenizer.json") or _read(folder / "tokenizer.json")).get("model")
     if not isinstance(bpe, dict) or not isinstance(bpe.get("merges"), list):
         raise ModelError(f"{folder / 'tokenizer.json'}: holds no byte-pair vocabulary.")
     return bpe.get("vocab"), [" ".join(map(str, pair)) if isinstance(pair, list) else pair for pair in bpe["merges"]]
@@ -163,13 +174,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
         raise ModelError(
             f"{folder}: no tokenizer here (vocab.json and merges.txt, or tokenizer.json). The model is incomplete."
         )
-    for name in TOKENIZER_FILES:  # bounded and well-formed, before the library reads them
-        if (folder / name).is_file():
-            held = _read(folder / name)
-            named = [key for key in CODE_KEYS if name == "tokenizer_config.json" and held.get(key) is not None]
-            if named:
-                raise ModelError(f"{folder / name}: {named[0]} is not allowed in a tokenizer. Take it out of the file.")
-    checked_vocabulary(*_tokens_and_merges(folder), END, str(folder))
+    checked_vocabulary(*_tokens_and_merges(folder, _read_files(folder)), END, str(folder))
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=WINDOW)
     except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError) as error:

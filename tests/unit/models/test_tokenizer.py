@@ -5,7 +5,9 @@ import json
 import pytest
 
 from everydream_kit.errors import ModelError
+from everydream_kit.models import tokenizer
 from everydream_kit.models.tokenizer import build_tokenizer, clip_vocabulary, load_tokenizer, save_tokenizer
+from everydream_kit.strict_json import read_json
 
 
 def test_the_vocabulary_is_clips_own():
@@ -53,3 +55,17 @@ def test_added_tokens_are_saved(tmp_path):
 def test_a_folder_without_vocabulary_is_refused(tmp_path):
     with pytest.raises(ModelError, match="no tokenizer here"):
         load_tokenizer(tmp_path)
+
+
+def test_a_vocabulary_is_read_once(tmp_path, monkeypatch):
+    """Its 49,408 entries are most of what loading a tokenizer takes."""
+    save_tokenizer(build_tokenizer(), tmp_path)
+    read = []
+
+    def noting(path, **options):
+        read.append(path.name)
+        return read_json(path, **options)
+
+    monkeypatch.setattr(tokenizer, "read_json", noting)
+    load_tokenizer(tmp_path)
+    assert read.count("vocab.json") == 1
