@@ -13,11 +13,12 @@ SIZES = [(96, 96), (144, 96), (96, 144), (128, 72)]
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder of Stable Diffusion 1.x shape with seeded random weights, small enough to train in seconds."""
+    from small_architecture import small_model
+
     from everydream_kit.models.model_saving import save_model
-    from everydream_kit.models.random_models import build_tiny_model
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    save_model(build_tiny_model("sd1", seed=0), folder)
+    save_model(small_model(), folder)
     return folder
 
 

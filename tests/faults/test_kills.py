@@ -1,8 +1,7 @@
 """Killed at any moment, also inside a save: the run continues from its latest whole checkpoint and ends with the same
 bytes.
 
-Several kills are dealt to one run (kill, resume, kill, ...), because starting a process costs more than the training
-does.
+Several kills are dealt to one run (kill, resume, kill, ...), by processes of a fork server.
 """
 
 from __future__ import annotations
@@ -11,14 +10,13 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from warm_commands import Command
 
 from everydream_kit.runs import RunFolder, list_runs
 from everydream_kit.training.checkpoints import verify_checkpoint
@@ -47,23 +45,6 @@ def settings(model: Path, images: Path, logdir: Path) -> dict[str, object]:
     }
 
 
-def start(*words: object) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "everydream_kit", *map(str, words)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    _, errors = process.communicate(timeout=280)
-    return errors
-
-
 def steps_done(run: RunFolder) -> int:
     return max((event["step"] for event in run.events("loss")), default=0)
 
@@ -71,13 +52,13 @@ def steps_done(run: RunFolder) -> int:
 def train_whole(tmp_path: Path, model: Path, images: Path) -> RunFolder:
     config = tmp_path / "whole.json"
     config.write_text(json.dumps(settings(model, images, tmp_path / "whole")), "utf-8")
-    process = start("train", "--config", config)
-    errors = finish(process)
+    process = Command("train", "--config", config, errors=tmp_path / "whole.log")
+    errors = process.finish(280)
     assert process.returncode == 0, errors
     return list_runs(tmp_path / "whole")[-1]
 
 
-def wait_for(moment: str, run_of: object, process: subprocess.Popen[str], chance: random.Random) -> None:
+def wait_for(moment: str, run_of: object, process: Command, chance: random.Random) -> None:
     """Let the process run on to the wished moment: `save`: while a checkpoint is half written; else after some steps."""
     deadline = time.monotonic() + SECONDS_TO_START
     seen: int | None = None
@@ -113,7 +94,8 @@ def kill_and_resume(tmp_path: Path, model: Path, images: Path, moments: list[str
         runs = list_runs(logdir)
         return runs[-1] if runs else None
 
-    process = start("train", "--config", config)
+    log = tmp_path / "killed.log"
+    process = Command("train", "--config", config, errors=log)
     kills = 0
     for moment in moments:
         try:
@@ -121,15 +103,16 @@ def kill_and_resume(tmp_path: Path, model: Path, images: Path, moments: list[str
         finally:
             killed = process.poll() is None
             os.killpg(process.pid, signal.SIGKILL) if killed else None
-            errors = finish(process)
+            errors = process.finish(280)
         assert killed or process.returncode == 0, errors
         kills += killed
         run = run_of()
         if run is not None:
             no_checkpoint_only_looks_whole(run)
         has_one = run is not None and any(checkpoint.resumable for checkpoint in run.checkpoints())
-        process = start("resume", run.folder) if has_one and run else start("train", "--config", config)
-    errors = finish(process)
+        words = ("resume", run.folder) if has_one and run else ("train", "--config", config)
+        process = Command(*words, errors=log)
+    errors = process.finish(280)
     assert process.returncode == 0, errors
     assert kills >= 1
     run = run_of()

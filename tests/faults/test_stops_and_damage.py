@@ -318,6 +318,7 @@ def test_a_disk_without_a_free_byte_ends_no_training_and_the_end_waits_for_room(
     filling = FillingTheDisk(small_disk, 2)
     monkeypatch.setattr(checkpoint_saving, "time", SimpleNamespace(sleep=lambda seconds: filling.file.unlink()))
     changes = {"logdir": str(small_disk), "max_steps": 8, "sample_steps": 3, "write_schedule": True, "max_epochs": 4}
+    changes["sample_num_inference_steps"] = 1
     run = train({**settings, **changes}, listeners=[filling])
     assert run.status()["state"] == "finished"
     assert [event["step"] for event in run.events("loss")] == list(range(1, 9))  # what was told meanwhile came later

@@ -1,6 +1,8 @@
 """A host's optional packages, each broken as on some image: training, LoRA and the panels' checks work all the same."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 
@@ -19,15 +21,43 @@ def broken(tmp_path_factory):
     return write_broken_packages(tmp_path_factory.mktemp("broken"), list(BROKEN))
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_run_needs_none_of_them(kind, broken, tmp_path, tiny_model_folder, image_folder):
-    flags = {"resume_ckpt": tiny_model_folder, "data_root": image_folder, "training_kind": kind, "max_steps": 1}
-    flags |= {"resolution": 64, "batch_size": 1, "max_epochs": 1, "save_ckpt_dir": tmp_path}
-    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    ran = python("-m", "everydream_kit", "train", *words, packages=broken, cwd=tmp_path)
+COMMANDS = """
+import json, sys
+from everydream_kit.cli import main
+from everydream_kit.optional_packages import hide_unused
+hide_unused()
+for words in json.loads(sys.argv[1]):
+    print("==", words[0], main(words), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(broken, tmp_path_factory, tiny_model_folder, image_folder):
+    """Training, full and LoRA, as `everydream` runs it, in one process that imports the host's packages once."""
+    folder = tmp_path_factory.mktemp("runs")
+    flags = {"resume_ckpt": tiny_model_folder, "data_root": image_folder, "max_steps": 1}
+    flags |= {
+        "resolution": 64,
+        "batch_size": 1,
+        "max_epochs": 1,
+        "save_ckpt_dir": folder,
+        "sample_steps": 1,
+        "sample_num_inference_steps": 1,
+    }
+    common = ["train", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
+    wanted = {name: [*common, "--training_kind", name] for name in ("lora", "full")}
+    ran = python("-c", COMMANDS, json.dumps(list(wanted.values())), packages=broken, cwd=folder)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert "finished:" in ran.stdout
-    assert "kernels" not in ran.stderr  # bitsandbytes' line about it is nobody's concern here
+    ends = re.split(r"^== \w+ (\d+)\n", ran.stdout, flags=re.MULTILINE)
+    return {name: (ends[2 * at], int(ends[2 * at + 1]), ran.stderr) for at, name in enumerate(wanted)}
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_run_needs_none_of_them(kind, runs):
+    printed, status, errors = runs[kind]
+    assert status == 0
+    assert "finished:" in printed
+    assert "kernels" not in errors  # bitsandbytes' line about it is nobody's concern here
 
 
 IN_A_KERNEL = """

@@ -132,7 +132,7 @@ def test_the_score_refuses_what_it_cannot_judge():
         score([image], ["a grand idea"])
 
 
-@pytest.mark.parametrize("seed", [0, 100, 200])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (100, 200))])
 def test_the_base_draws_the_subjects_it_is_asked_for_as_3d_images(pipeline, seed):
     from everydream_kit.demo.score import score
 

@@ -1,5 +1,7 @@
 """LoRA, DoRA and new tokens on tiny models of every family: training them, and every way out and back in."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -24,12 +26,26 @@ def family(request):
     return request.param
 
 
-def with_learned_lora(family, **settings):
+@cache
+def with_learned_lora(family, dora=False):
+    """A model with an adapter that changes its images. Do not change it: tests share it."""
     model = load_model(tiny_folder(family))
-    for index, parameter in enumerate(add_lora(model, 4, alpha=8, text_encoder=True, **settings)):
+    for index, parameter in enumerate(add_lora(model, 4, alpha=8, text_encoder=True, dora=dora)):
         with torch.no_grad():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
     return model
+
+
+@cache
+def learned_image(family, dora=False):
+    """What it generates."""
+    return draw(with_learned_lora(family, dora))
+
+
+@cache
+def image_without(family):
+    """What its base generates."""
+    return draw(load_model(tiny_folder(family)))
 
 
 def distance(one, other):
@@ -38,9 +54,8 @@ def distance(one, other):
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_an_adapter_survives_saving_merging_and_export(family, dora, tmp_path):
-    model = with_learned_lora(family, dora=dora)
-    image = draw(model)
-    assert distance(image, draw(load_model(tiny_folder(family)))) > 10
+    model, image = with_learned_lora(family, dora), learned_image(family, dora)
+    assert distance(image, image_without(family)) > 10
     save_model(model, tmp_path / "checkpoint")
     size = sum(path.stat().st_size for path in (tmp_path / "checkpoint").iterdir())
     assert size < 1_000_000  # the adapter alone, not its base
@@ -58,9 +73,8 @@ def test_an_adapter_survives_saving_merging_and_export(family, dora, tmp_path):
 
 def test_a_fresh_adapter_changes_nothing_and_trains_alone(family):
     model = load_model(tiny_folder(family))
-    before = draw(model)
     parameters = add_lora(model, 4)
-    assert distance(draw(model), before) <= 1
+    assert distance(draw(model), image_without(family)) <= 1
     trained = [p for module in model.modules().values() for p in module.parameters() if p.requires_grad]
     assert {id(p) for p in trained} == {id(p) for p in parameters}
 
@@ -72,7 +86,7 @@ def test_lora_files_of_both_layouts_come_back(family, layout, tmp_path):
     path = tmp_path / "lora.safetensors"
     write_lora(path, lora_of(model), model.family, base.configs["unet"], layout=layout)
     again = read_lora(path, base)
-    assert distance(draw(assemble(apply_lora(base, again))), draw(model)) <= 1
+    assert distance(draw(assemble(apply_lora(base, again))), learned_image(family)) <= 1
     assert open_safetensors(path)[1]["modelspec.architecture"] == f"{model.family.modelspec_architecture}/lora"
 
 
@@ -102,7 +116,7 @@ def test_diffusers_loads_our_lora_files_to_the_same_image(family, layout, tmp_pa
     settings = {"width": 64, "height": 64, "num_inference_steps": 3, "guidance_scale": 3.0}
     generator = torch.Generator("cpu").manual_seed(4)
     theirs = pipeline("a red square", generator=generator, **settings).images[0]
-    assert distance(np.asarray(theirs).astype(int), draw(model)) <= 1
+    assert distance(np.asarray(theirs).astype(int), learned_image(family)) <= 1
 
 
 def test_a_lora_of_another_family_is_refused(tmp_path):

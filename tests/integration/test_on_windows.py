@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import zipfile
@@ -21,8 +22,8 @@ def on_windows(program: str, folder: Path) -> str:
     return done.stdout
 
 
-IMPORTS = """
-import importlib, pkgutil
+IMPORTS_AND_TRAINING = """
+import importlib, json, pkgutil, sys
 import everydream_kit
 names = [found.name for found in pkgutil.walk_packages(everydream_kit.__path__, "everydream_kit.")]
 for name in names:
@@ -31,11 +32,29 @@ for name in names:
 import everydream_kit.atomic, everydream_kit.models.spans
 assert everydream_kit.atomic.os.name == "nt" and not everydream_kit.models.spans.CAN_READ_AT
 print(len(names))
+
+from everydream_kit.cli import main
+from everydream_kit.workspace import list_runs
+settings = json.loads(SETTINGS)
+common = [word for name, value in settings.items() for word in ("--" + name, str(value))]
+for words in (["train", *common, "--max_steps", "2"], ["resume", "logs/jets-*", "--max_steps", "3"]):
+    words = [str(list_runs("logs")[-1].folder) if "*" in word else word for word in words]
+    assert main(words) == 0, words
+(run,) = list_runs("logs")
+print(run.status()["state"], run.status()["step"], len(run.samples()), *(one.folder.name for one in run.checkpoints()))
 """
 
 
-def test_every_module_is_imported_without_what_only_posix_has(tmp_path: Path) -> None:
-    assert int(on_windows(IMPORTS, tmp_path)) > 150
+def test_every_module_is_imported_and_a_run_is_trained_sampled_saved_and_resumed(
+    tmp_path: Path, tiny_model_folder: Path, image_folder: Path
+) -> None:
+    settings = {"resume_ckpt": str(tiny_model_folder), "data_root": str(image_folder), "project_name": "jets"}
+    settings |= {"resolution": 64, "batch_size": 4, "sample_steps": 2, "sample_num_inference_steps": 1}
+    settings |= {"num_workers": 1, "save_every_n_steps": 1, "optimizer": "adamw"}
+    program = IMPORTS_AND_TRAINING.replace("SETTINGS", repr(json.dumps(settings)))
+    number, *_, state = on_windows(program, tmp_path).splitlines()
+    assert int(number) > 150
+    assert state.startswith("finished 3 ")
 
 
 JOB = r"""

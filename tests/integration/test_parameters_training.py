@@ -183,7 +183,7 @@ def test_new_tokens_are_all_that_textual_inversion_trains(settings: dict[str, An
         {"zero_frequency_noise_ratio": 0.2},
         {"pyramid_noise_discount": 0.3},
         {"input_perturbation": 0.2},
-        {"embedding_perturbation": 5.0},
+        {"embedding_perturbation": 50.0},
         {"timestep_sampling": "logit_normal"},
         {"timestep_sampling": "stratified"},
         {"prediction_type": "v_prediction"},

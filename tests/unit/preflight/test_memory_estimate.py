@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from small_architecture import SMALL, small_architecture
 
 from everydream_kit.config import TrainConfig, facts
@@ -195,23 +193,18 @@ def test_an_automatic_batch_size_is_refused():
         estimate_memory(TrainConfig(resume_ckpt="none", batch_size="auto"), architecture=small_architecture())
 
 
-@settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
-    batch_size=st.integers(1, 4),
-    side=st.sampled_from([64, 128, 192]),
-    changes=st.fixed_dictionaries(
-        {"training_kind": st.sampled_from(["full", "lora"]), "amp_dtype": st.sampled_from(["bf16", "fp16"])}
-    ),
-)
-def test_more_batch_more_resolution_or_less_checkpointing_never_need_less(estimate, batch_size, side, changes):
+@pytest.mark.parametrize(("kind", "amp_dtype"), [("full", "bf16"), ("lora", "fp16")])
+def test_more_batch_more_resolution_or_less_checkpointing_never_need_less(estimate, kind, amp_dtype):
+    changes = {"training_kind": kind, "amp_dtype": amp_dtype}
+
     def peak(batch_size, side, checkpointing):
         found = estimate(batch_size=batch_size, resolution=side, gradient_checkpointing=checkpointing, **changes)
         return found.peak_bytes
 
-    here = peak(batch_size, side, True)
-    assert peak(batch_size + 1, side, True) >= here
-    assert peak(batch_size, side + 64, True) >= here
-    assert peak(batch_size, side, False) >= here
+    here = peak(2, 64, True)
+    assert peak(3, 64, True) >= here
+    assert peak(2, 128, True) >= here
+    assert peak(2, 64, False) >= here
 
 
 def test_the_key_has_what_affects_the_memory_and_nothing_else():
