@@ -34,7 +34,7 @@ assert everydream_kit.atomic.os.name == "nt" and not everydream_kit.models.spans
 print(len(names))
 
 from everydream_kit.cli import main
-from everydream_kit.workspace import list_runs
+from everydream_kit.runs import list_runs
 settings = json.loads(SETTINGS)
 common = [word for name, value in settings.items() for word in ("--" + name, str(value))]
 for words in (["train", *common, "--max_steps", "2"], ["resume", "logs/jets-*", "--max_steps", "3"]):
