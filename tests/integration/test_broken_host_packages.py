@@ -78,7 +78,13 @@ def test_in_a_kernel_broken_packages_are_named_and_the_others_stay(broken, tmp_p
     assert "torchvision is installed but cannot be imported (RuntimeError: operator torchvision::nms" in ran.stderr
 
 
+NEXT_TO_A_DRIVER = """
+from everydream_kit.doctor import Machine, diagnose
+print(*diagnose(".", Machine(nvidia_driver=lambda: True)).checks, sep="\\n")
+"""
+
+
 def test_doctor_says_what_is_lost_without_bitsandbytes(broken, tmp_path):
-    ran = python("-m", "everydream_kit", "doctor", packages=broken, cwd=tmp_path)
-    assert "CUDA Setup failed" in ran.stdout
+    ran = python("-c", NEXT_TO_A_DRIVER, packages=broken, cwd=tmp_path)
+    assert "CUDA Setup failed" in ran.stdout, ran.stderr[-2000:]
     assert "8-bit optimizers are missing" in ran.stdout
