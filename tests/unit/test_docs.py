@@ -46,6 +46,47 @@ def test_links_lead_somewhere(page):
     assert not broken
 
 
+PLACE = re.compile(r"`([\w.]+)` in `(everydream_kit/[\w/]+\.py)`")
+NUMBERS = {"one": 1, "two": 2}  # "three" is more than a usual change may take
+
+
+def described_changes():
+    """Each change of "Five changes": its title, the number of files that it claims, and its text on one line."""
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    section = page.partition("## Five changes")[2].partition("\n## ")[0]
+    entries = re.findall(r"\*\*([^*]+): (\w+) files?\.\*\*(.*?)(?=\n\*\*|\Z)", section, re.DOTALL)
+    return [(title, NUMBERS[number], " ".join(text.split())) for title, number, text in entries]
+
+
+def has_symbol(path, dotted):
+    """Whether a file defines a function, a class, a method, a field or a constant of this name."""
+    body = ast.parse((REPOSITORY / path).read_text(encoding="utf-8")).body
+    for name in dotted.split("."):
+        found = [node for node in body if name in _names_of(node)]
+        if not found:
+            return False
+        body = getattr(found[0], "body", [])
+    return True
+
+
+def _names_of(node):
+    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    return {getattr(node, "name", None), *(target.id for target in targets if isinstance(target, ast.Name))}
+
+
+@pytest.mark.parametrize(("title", "number", "text"), described_changes(), ids=lambda value: str(value)[:30])
+def test_a_described_change_names_places_that_exist_in_as_many_files_as_it_says(title, number, text):
+    places = PLACE.findall(text)
+    assert [f"{name} in {path}" for name, path in places if not has_symbol(path, name)] == []
+    assert len({path for _, path in places}) == number
+    assert not re.search(r"\.py:\d|lines? \d", text), "a line number is wrong after the next change; name the function"
+
+
+def test_the_changes_of_every_usual_kind_are_described():
+    kinds = " ".join(title for title, _, _ in described_changes())
+    assert [kind for kind in ("optimizer option", "loss", "button", "checkpoint", "action") if kind not in kinds] == []
+
+
 def test_every_page_can_be_found_from_the_index():
     """In one step or several: the index need not name what belongs to another page."""
     found, waiting = set(), [DOCS / "index.md"]
