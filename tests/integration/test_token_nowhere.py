@@ -49,6 +49,7 @@ WORDS: dict[str, Callable[[Setting], list[list[object]]]] = {
     "resume": lambda s: [["hf://me/jets", "--data_root", s[2]], ["hf://me/nothing"], ["nowhere"]],
     "chain": lambda s: [["nowhere.json"]],
     "plan": lambda s: [["--resume_ckpt", "me/nothing", "--data_root", s[2]]],
+    "bench": lambda s: [["--help"]],
     "prepare": lambda s: [[s[2]]],
     "tidy": lambda s: [["--help"]],
     "sample": lambda s: [["me/nothing", "--out", s[0] / "samples"]],
