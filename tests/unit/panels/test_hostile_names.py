@@ -3,6 +3,7 @@
 import ipywidgets as widgets
 import pytest
 from hostile_project import SCRIPT, make_hostile_project
+from panel_parts import all_widgets
 
 from everydream_kit import panels
 from everydream_kit.doctor import Check, Diagnosis
@@ -19,12 +20,6 @@ BUILDERS = {
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     return make_hostile_project(tmp_path_factory.mktemp("work"))
-
-
-def all_widgets(box):
-    yield box
-    for child in getattr(box, "children", ()):
-        yield from all_widgets(child)
 
 
 def use(name, panel):
