@@ -120,14 +120,15 @@ def generate_comparison(status: StatusWriter, folder: Path, plan: str) -> dict[s
 
 
 def export(status: StatusWriter, folder: Path, checkpoint: str, out: str, options: str) -> dict[str, Any]:
-    """Write a checkpoint as a file."""
+    """Write a checkpoint in one of its forms."""
     from everydream_kit.export.checkpoint_formats import write_as
     from everydream_kit.preflight.units import size
 
     status.report("running", message=f"Writing {Path(out).name} …")
     begin = time.monotonic()
-    path = write_as(Path(checkpoint), Path(out), **json.loads(options))
-    took = f"{size(path.stat().st_size)} in {time.monotonic() - begin:.0f} s"
+    path = write_as(checkpoint, out, **json.loads(options))
+    files = path.rglob("*") if path.is_dir() else [path]
+    took = f"{size(sum(file.stat().st_size for file in files if file.is_file()))} in {time.monotonic() - begin:.0f} s"
     return {"path": str(path), "message": f"{path} is written: {took}."}
 
 

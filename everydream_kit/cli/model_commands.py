@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from everydream_kit.cli.command import BASE_HELP, VAE_HELP, Command
 from everydream_kit.errors import ConfigError
@@ -59,26 +59,20 @@ def _run_sample(options: argparse.Namespace) -> None:
         print(path)
 
 
-EXPORT_FORMATS = {
-    "single_file": "one file that every image app loads (.safetensors or .ckpt); a LoRA is merged into its base",
-    "diffusers": "a diffusers folder; a LoRA is merged into its base",
-    "lora": "a LoRA file for image apps (kohya's layout)",
-    "diffusers_lora": "a LoRA file for diffusers' load_lora_weights",
-    "embedding": "a learned token as an embedding file",
-}
-MODEL_FORMATS = ("single_file", "diffusers")
-LORA_LAYOUTS: dict[str, Literal["kohya", "diffusers"]] = {"lora": "kohya", "diffusers_lora": "diffusers"}
 PRECISIONS = ("fp16", "bf16", "fp32")
 
 
 def _add_export_flags(parser: argparse.ArgumentParser) -> None:
+    from everydream_kit.export.checkpoint_formats import FORMATS, SINGLE_FILE
+
     parser.add_argument("checkpoint", help="checkpoint, run folder (its last one goes), single file, or Hub id")
     parser.add_argument("out", help="what to write")
-    formats = "; ".join(f"{name}: {text}" for name, text in EXPORT_FORMATS.items())
+    formats = "; ".join(f"{name}: {form.help}" for name, form in FORMATS.items())
     parser.add_argument(
-        "--format", choices=list(EXPORT_FORMATS), default="single_file", help=f"{formats} (default single_file)"
+        "--format", choices=list(FORMATS), default=SINGLE_FILE.name, help=f"{formats} (default {SINGLE_FILE.name})"
     )
     parser.add_argument("--precision", choices=PRECISIONS, help="of the weights (default fp16)")
+    parser.add_argument("--strength", type=float, help="of a LoRA that is merged: 1 is as it was trained (default 1)")
     parser.add_argument("--ema", action="store_true", help="the averaged weights")
     parser.add_argument("--token", help="which learned token, where there are several (with --format embedding)")
     parser.add_argument("--vae", help=VAE_HELP)
@@ -86,35 +80,11 @@ def _add_export_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_export(options: argparse.Namespace) -> None:
+    from everydream_kit.export.checkpoint_formats import write_as
     from everydream_kit.generation import resolve_checkpoint
 
-    given = [name for name in ("precision", "ema", "vae", "base") if getattr(options, name)]
-    if options.format == "embedding" and given:
-        raise ConfigError(f"--{given[0]} does not apply to an embedding: it is written as it was learned.")
-    if options.format in LORA_LAYOUTS and options.vae:
-        raise ConfigError("--vae does not apply to a LoRA file, which holds no VAE.")
-    if options.format != "embedding" and options.token:
-        raise ConfigError("--token names a learned token: it goes with --format embedding.")
-    source, precision = resolve_checkpoint(options.checkpoint), options.precision or "fp16"
-    how: dict[str, Any] = {"precision": precision, "ema": options.ema, "adapter_base": options.base}
-    parts = {} if options.vae is None else {"vae": options.vae}
-    if options.format == "single_file":
-        from everydream_kit.export.single_file_export import export_checkpoint
-
-        print(export_checkpoint(source, options.out, **how, **parts))
-    elif options.format == "diffusers":
-        from everydream_kit.export.model_folder import export_folder
-
-        print(export_folder(source, options.out, **how, **parts))
-    elif options.format == "embedding":
-        from everydream_kit.export.lora_files import export_token
-
-        print(export_token(source, options.out, token=options.token))
-    else:
-        from everydream_kit.export.lora_files import export_lora
-
-        layout = LORA_LAYOUTS[options.format]
-        print(export_lora(source, options.out, layout=layout, **how))
+    how = {name: getattr(options, name) for name in ("precision", "strength", "ema", "token", "vae", "base")}
+    print(write_as(resolve_checkpoint(options.checkpoint), options.out, options.format, **how))
 
 
 def _add_merge_flags(parser: argparse.ArgumentParser) -> None:
@@ -149,17 +119,20 @@ def _run_merge(options: argparse.Namespace) -> None:
 
 
 def _add_extract_flags(parser: argparse.ArgumentParser) -> None:
+    from everydream_kit.export.checkpoint_formats import LAYOUTS
+
     parser.add_argument("tuned", help="the fine-tuned model: checkpoint, run folder, single file, or Hub id")
     parser.add_argument("base", help="the model that it was made from")
     parser.add_argument("out", help="file to write: .safetensors")
     parser.add_argument("--rank", type=int, default=32, help="of the LoRA: more keeps more and is larger (default 32)")
     parser.add_argument("--unet_only", action="store_true", help="ignore the text encoders' difference")
-    parser.add_argument("--format", choices=list(LORA_LAYOUTS), default="lora", help="as for export (default lora)")
+    parser.add_argument("--format", choices=list(LAYOUTS), default="lora", help="as for export (default lora)")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp16", help="of the weights (default fp16)")
     parser.add_argument("--base", dest="adapter_base", help=BASE_HELP)
 
 
 def _run_extract(options: argparse.Namespace) -> None:
+    from everydream_kit.export.checkpoint_formats import LAYOUTS
     from everydream_kit.export.lora_files import extract_lora
     from everydream_kit.generation import resolve_checkpoint
 
@@ -169,7 +142,7 @@ def _run_extract(options: argparse.Namespace) -> None:
         options.out,
         rank=options.rank,
         text_encoder=not options.unet_only,
-        layout=LORA_LAYOUTS[options.format],
+        layout=LAYOUTS[options.format],
         precision=options.precision,
         adapter_base=options.adapter_base,
     )

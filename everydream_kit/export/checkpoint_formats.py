@@ -1,24 +1,27 @@
-"""What a checkpoint can be written as, how large that will be, and the library call that writes it. No widgets here.
-
-A whole model becomes one file. A LoRA becomes a LoRA file in one of the two layouts that programs read, or is merged
-into its base. Learned words are one small file as they are.
+"""What a checkpoint can be written as: one record for each form, from which the command line and the share panel are made,
+how large the result will be, and the function that writes it. No widgets here.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from everydream_kit.errors import ExportError
+from everydream_kit.errors import ConfigError, ExportError
 from everydream_kit.runs import Checkpoint
 from everydream_kit.strict_json import parse_json
 
 LARGEST_HEADER_BYTES = 100_000_000
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
-FormatName = Literal["single", "kohya", "diffusers", "merged", "words"]
+"""Of a number, by the name of the precision."""
+DEFAULT_PRECISION = "fp16"
+"""What image apps expect."""
+FormatName = Literal["single_file", "diffusers", "lora", "diffusers_lora", "embedding"]
+Option = Literal["precision", "strength", "ema", "token", "vae", "base"]
+LAYOUTS: dict[str, Literal["kohya", "diffusers"]] = {"lora": "kohya", "diffusers_lora": "diffusers"}
+"""Of LoRA files, by the name of their form."""
 
 
 @dataclass(frozen=True)
@@ -26,82 +29,141 @@ class Format:
     """A form of export.
 
     Attributes:
-        name: for the error message.
-        title: as the list shows it.
-        end: what the file's name ends with before its extension, so that two forms do not overwrite each other.
-        has_precision, has_strength: whether these are requested.
+        name: as it is given to `--format` and `write_as`.
+        title: as the panel lists it.
+        help: what the command line says of it.
+        end: what a suggested file name ends with, extension included, so that two forms do not overwrite each other.
+        endings: extensions that a name may have; none: it is a folder.
+        options: what may be given with it.
     """
 
     name: FormatName
     title: str
-    end: str = ""
-    has_precision: bool = False
-    has_strength: bool = False
+    help: str
+    end: str
+    endings: tuple[str, ...]
+    options: frozenset[Option]
 
 
-WHOLE = (Format("single", "full model, for image apps", has_precision=True),)
-LORA = (
-    Format("kohya", "LoRA, for image apps (kohya's layout)", end="-lora"),
-    Format("diffusers", "LoRA, for diffusers", end="-lora-diffusers"),
-    Format("merged", "merged into its base: a complete model", end="-merged", has_precision=True, has_strength=True),
+_MODEL: frozenset[Option] = frozenset({"precision", "strength", "ema", "vae", "base"})
+SINGLE_FILE = Format(
+    "single_file",
+    "one file, for image apps",
+    "one file that every image app loads (.safetensors or .ckpt); a LoRA is merged into its base",
+    ".safetensors",
+    (".safetensors", ".ckpt"),
+    _MODEL,
 )
-WORDS = (Format("words", "learned words (an embedding)", end="-words"),)
+FOLDER = Format(
+    "diffusers", "diffusers folder", "a diffusers folder; a LoRA is merged into its base", "-diffusers", (), _MODEL
+)
+LORA = Format(
+    "lora",
+    "LoRA, for image apps (kohya's layout)",
+    "a LoRA file for image apps (kohya's layout)",
+    "-lora.safetensors",
+    (".safetensors",),
+    frozenset({"precision", "ema", "base"}),
+)
+DIFFUSERS_LORA = Format(
+    "diffusers_lora",
+    "LoRA, for diffusers",
+    "a LoRA file for diffusers' load_lora_weights",
+    "-lora-diffusers.safetensors",
+    (".safetensors",),
+    LORA.options,
+)
+EMBEDDING = Format(
+    "embedding",
+    "learned words (an embedding)",
+    "a learned token as an embedding file",
+    "-words.safetensors",
+    (".safetensors",),
+    frozenset({"token"}),
+)
+FORMATS: dict[str, Format] = {one.name: one for one in (SINGLE_FILE, FOLDER, LORA, DIFFUSERS_LORA, EMBEDDING)}
+MERGED = replace(SINGLE_FILE, title="merged into its base: a complete model", end="-merged.safetensors")
 
 
 def formats_of(checkpoint: Path) -> tuple[Format, ...]:
-    """The forms that suit a checkpoint, the usual one first."""
+    """The forms that suit a checkpoint, the usual one first, each with the options that have a meaning for it."""
     from everydream_kit.models.adapters import LORA_FILE, is_adapter_folder
 
     if not is_adapter_folder(checkpoint):
-        return WHOLE
-    return LORA if (checkpoint / LORA_FILE).is_file() else WORDS
+        return tuple(replace(one, options=one.options - {"strength", "base"}) for one in (SINGLE_FILE, FOLDER))
+    return (LORA, DIFFUSERS_LORA, MERGED, FOLDER) if (checkpoint / LORA_FILE).is_file() else (EMBEDDING,)
 
 
 def estimate_bytes(checkpoint: Path, form: Format, precision: str) -> float | None:
-    """How large the file will be; None where the base is not on this disk.
+    """How large the result will be; None where the base is not on this disk.
 
     Raises:
         ExportError: the checkpoint is damaged.
     """
-    from everydream_kit.models.adapters import LORA_FILE, TOKENS_FILE, read_adapter_file
+    from everydream_kit.models.adapters import LORA_FILE, TOKENS_FILE, is_adapter_folder, read_adapter_file
 
-    if form.name in ("kohya", "diffusers"):
+    if form.name in LAYOUTS:
         return float((checkpoint / LORA_FILE).stat().st_size)
-    if form.name == "words":
+    if form.name == "embedding":
         return float((checkpoint / TOKENS_FILE).stat().st_size)
-    source = checkpoint if form.name == "single" else Path(read_adapter_file(checkpoint)["base"]["source"])
+    is_adapter = is_adapter_folder(checkpoint)
+    source = Path(read_adapter_file(checkpoint)["base"]["source"]) if is_adapter else checkpoint
     if source.is_file():
         return float(source.stat().st_size)
     weights = [file for file in Checkpoint.at(source).model_files() if file.suffix == ".safetensors"]
     return float(sum(map(count_weights, weights)) * BYTES[precision]) if weights else None
 
 
-def write_as(checkpoint: Path, out: Path, *, form: str, precision: str, strength: float) -> Path:
-    """Write a checkpoint in one of its forms.
+def write_as(
+    source: str | Path,
+    out: str | Path,
+    form: str,
+    *,
+    precision: str | None = None,
+    strength: float | None = None,
+    ema: bool = False,
+    token: str | None = None,
+    vae: str | None = None,
+    base: str | None = None,
+) -> Path:
+    """Write a model in one of its forms: what `everydream export` and the share panel do.
 
     Args:
-        out: the file.
+        source: checkpoint, single file, or Hub id.
+        out: the file, or the folder.
         form: a form's name.
-        precision: of a whole model.
+        precision: of the weights: fp16 (by default), bf16 or fp32.
         strength: of a LoRA that is merged; 1 is as it was trained.
+        ema: the averaged weights.
+        token: which learned token, where there are several.
+        vae: a VAE in place of the model's own.
+        base: of a LoRA checkpoint, where the one that it names has moved.
 
     Raises:
+        ConfigError: an option that does not apply to the form.
         ExportError, DiskSpaceError, ModelError: as the library's functions.
     """
-    from everydream_kit.export.lora_files import export_lora
-    from everydream_kit.export.merge import merge_lora
-    from everydream_kit.export.single_file_export import export_checkpoint
-    from everydream_kit.models.adapters import LORA_FILE, TOKENS_FILE, read_adapter_file
+    given = {"precision": precision, "strength": strength, "ema": ema, "token": token, "vae": vae, "base": base}
+    for name, value in given.items():
+        takers = [one.name for one in FORMATS.values() if name in one.options]
+        if value not in (None, False) and form not in takers:
+            raise ConfigError(f"{name}: does not apply to the form {form}; it goes with {' or '.join(takers)}.")
+    if form == "embedding":
+        from everydream_kit.export.lora_files import export_token
 
-    if form in ("kohya", "diffusers"):
-        return export_lora(checkpoint, out, layout="kohya" if form == "kohya" else "diffusers")
-    if form == "words":
-        out.parent.mkdir(parents=True, exist_ok=True)
-        return Path(shutil.copyfile(checkpoint / TOKENS_FILE, out))
-    if form == "merged" and strength != 1.0:
-        base = read_adapter_file(checkpoint)["base"]["source"]
-        return merge_lora(base, checkpoint / LORA_FILE, out, strength=strength, precision=precision)
-    return export_checkpoint(checkpoint, out, precision=precision)
+        return export_token(source, out, token=token)
+    if form in LAYOUTS:
+        from everydream_kit.export.lora_files import export_lora
+
+        weights = precision or DEFAULT_PRECISION
+        return export_lora(source, out, layout=LAYOUTS[form], precision=weights, ema=ema, adapter_base=base)
+    from everydream_kit.export.merge import open_merged
+    from everydream_kit.export.model_folder import write_new_folder
+    from everydream_kit.export.single_file_export import export_files
+
+    files = open_merged(source, strength=strength, ema=ema, vae=vae, adapter_base=base)
+    write = export_files if form == "single_file" else write_new_folder
+    return write(files, Path(out), precision or DEFAULT_PRECISION)
 
 
 def count_weights(path: Path) -> int:

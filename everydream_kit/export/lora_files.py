@@ -16,7 +16,7 @@ from everydream_kit.models.family import ModelFiles
 from everydream_kit.models.loading import open_base, open_with_base
 from everydream_kit.models.lora import Lora, LoraLayer
 from everydream_kit.models.lora_formats import read_lora, without_scale, write_lora
-from everydream_kit.models.tensors import LazyTensor, open_safetensors
+from everydream_kit.models.tensors import LazyTensor, Tensors, open_safetensors
 from everydream_kit.models.tokens import write_embedding
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def export_token(checkpoint_folder: str | Path, out_path: str | Path, *, token: 
     if not (folder / TOKENS_FILE).is_file():
         raise ExportError(f"{folder}: no learned tokens here. They come from training_kind textual_inversion.")
     tensors, _ = open_safetensors(folder / TOKENS_FILE)
-    tokens = sorted(name for name in tensors if "|" not in name)
+    tokens = _tokens_of(tensors)
     if token is None and len(tokens) > 1:
         raise ExportError(f"{folder}: has the tokens {', '.join(tokens)}; name one.")
     chosen = tokens[0] if token is None else token
@@ -137,6 +137,15 @@ def export_token(checkpoint_folder: str | Path, out_path: str | Path, *, token: 
     out.parent.mkdir(parents=True, exist_ok=True)
     write_embedding(out, chosen, [tensors[name] for name in (chosen, f"{chosen}|1") if name in tensors])
     return out
+
+
+def learned_tokens(checkpoint: Path) -> list[str]:
+    """The tokens that a checkpoint of `training_kind: textual_inversion` has learned."""
+    return _tokens_of(open_safetensors(checkpoint / TOKENS_FILE)[0])
+
+
+def _tokens_of(tensors: Tensors) -> list[str]:
+    return sorted(name for name in tensors if "|" not in name)  # `name|1` is of the second text encoder
 
 
 def _check_name(out: Path) -> None:

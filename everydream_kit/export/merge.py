@@ -12,10 +12,11 @@ import torch
 
 from everydream_kit.errors import ExportError
 from everydream_kit.export.model_folder import write_new_folder
-from everydream_kit.export.single_file_export import export_files
+from everydream_kit.export.single_file_export import export_files, live_or_averaged
+from everydream_kit.models.adapters import LORA_FILE, is_adapter_folder, read_adapter_file
 from everydream_kit.models.family import ModelFiles
-from everydream_kit.models.loading import open_model, open_with_base
-from everydream_kit.models.lora_formats import apply_lora, read_lora_file
+from everydream_kit.models.loading import open_base, open_model, open_with_base
+from everydream_kit.models.lora_formats import apply_lora, read_lora, read_lora_file
 from everydream_kit.models.tensors import LazyTensor
 from everydream_kit.models.tokens import write_embedding
 
@@ -23,6 +24,33 @@ logger = logging.getLogger(__name__)
 
 _MISSPELT = re.compile(r"\.(safe\w*|ckpt\w*|pt|pth|bin|sft)$", re.IGNORECASE)
 """Names by which somebody means a file, and would get a folder."""
+
+
+def open_merged(
+    checkpoint: str | Path,
+    *,
+    strength: float | None = None,
+    ema: bool = False,
+    vae: str | Path | None = None,
+    adapter_base: str | Path | None = None,
+) -> ModelFiles:
+    """A model, its weights not read yet; a LoRA checkpoint is merged into its base.
+
+    Args:
+        strength: of a LoRA; None: as it was trained.
+        ema, vae, adapter_base: as for `export_checkpoint`.
+
+    Raises:
+        ExportError: a strength for what is no LoRA, or no EMA weights.
+    """
+    source = live_or_averaged(checkpoint, ema=ema)
+    if strength is None:
+        return open_model(source, vae=vae, adapter_base=adapter_base)
+    folder = Path(source)
+    if not is_adapter_folder(folder) or not (folder / LORA_FILE).is_file():
+        raise ExportError(f"{source}: no LoRA checkpoint, so there is nothing to merge at a strength. Omit strength.")
+    base = open_base(folder, read_adapter_file(folder), adapter_base, vae=vae)
+    return apply_lora(base, read_lora(folder / LORA_FILE, base), strength)
 
 
 def merge_lora(

@@ -14,7 +14,7 @@ from everydream_kit import jobs
 from everydream_kit.actions.background_task import BackgroundTask
 from everydream_kit.actions.project import Project
 from everydream_kit.errors import CheckpointError, ExportError, ModelError
-from everydream_kit.export.checkpoint_formats import Format, estimate_bytes, formats_of
+from everydream_kit.export.checkpoint_formats import Format, Option, estimate_bytes, formats_of
 from everydream_kit.panels import style
 from everydream_kit.panels.checkpoint_list import CheckpointList
 from everydream_kit.panels.clock import has_clock, make_clock
@@ -62,6 +62,7 @@ class SharePanel(Panel):
         self.form = widgets.Dropdown(description="Form", **_wide())
         self.file_name = widgets.Text(description="File", **_wide())
         self.precision = widgets.Dropdown(options=list(PRECISIONS.items()), description="Precision", **_wide())
+        self.token = widgets.Dropdown(description="Word", **_wide())
         self.strength = widgets.FloatSlider(
             value=1.0, min=0.0, max=1.5, step=0.05, description="Strength", readout_format=".2f",
             continuous_update=False, **_wide(),
@@ -106,8 +107,9 @@ class SharePanel(Panel):
                 self.message,
                 self.bar,
                 self.result,
-                style.section("A file on this machine"),
+                style.section("On this machine"),
                 self.form,
+                self.token,
                 self.precision,
                 self.strength,
                 self.file_name,
@@ -127,15 +129,16 @@ class SharePanel(Panel):
     # What the buttons do
 
     def export(self) -> None:
-        """Write the chosen checkpoint as a file, in a process of its own."""
+        """Write the chosen checkpoint in the chosen form, in a process of its own."""
         name, form = self.file_name.value.strip(), self._form
-        endings = (".safetensors", ".ckpt") if form.has_precision else (".safetensors",)
-        if Path(name).suffix not in endings:
-            raise ExportError(f"{name or 'the file'}: the name must end in {' or '.join(endings)}")
+        if form.endings and Path(name).suffix not in form.endings:
+            raise ExportError(f"{name or 'the file'}: the name must end in {' or '.join(form.endings)}")
+        if not name:
+            raise ExportError("Give the folder a name.")
         given = Path(name).expanduser()
         out = given if given.is_absolute() else self.project.exports_folder / given
-        options = json.dumps({"form": form.name, "precision": self.precision.value, "strength": self.strength.value})
-        arguments = [self._chosen(), str(out), options]
+        options = {name: control.value for name, control in self._controls().items() if name in form.options}
+        arguments = [self._chosen(), str(out), json.dumps({"form": form.name, **options})]
 
         def begin() -> None:
             self._begin("export", arguments, f"Writing {out} …")
@@ -143,7 +146,7 @@ class SharePanel(Panel):
         if not out.exists():
             begin()
         elif out.is_dir():
-            raise ExportError(f"{out}: is a folder; give the file another name")
+            raise ExportError(f"{out}: is a folder that exists; choose another name")
         else:
             self.question.ask(f"{out} exists already and will be replaced.", {"Replace it": begin})
 
@@ -234,6 +237,10 @@ class SharePanel(Panel):
     def _form(self) -> Format:
         return next(form for form in formats_of(Path(self._chosen())) if form.name == self.form.value)
 
+    def _controls(self) -> dict[Option, widgets.ValueWidget]:
+        """What a form's options are given with."""
+        return {"precision": self.precision, "strength": self.strength, "token": self.token}
+
     def _offer_checkpoints(self) -> None:
         """Fill the list with what can be shared now: a person's choice stays, else the winner, else the latest."""
         winner = self._shown_winner = self.project.winner
@@ -268,9 +275,13 @@ class SharePanel(Panel):
         if not self.checkpoint.value or not self.form.value:
             return
         form = self._form
-        self.precision.layout.display = "" if form.has_precision else "none"
-        self.strength.layout.display = "" if form.has_strength else "none"
-        self.file_name.value = f"{self.project.name}{form.end}.safetensors"
+        for name, control in self._controls().items():
+            control.layout.display = "" if name in form.options else "none"
+        if "token" in form.options:
+            from everydream_kit.export.lora_files import learned_tokens
+
+            self.token.options = learned_tokens(Path(self._chosen()))
+        self.file_name.value = f"{self.project.name}{form.end}"
         self._estimate()
 
     def _estimate(self) -> None:

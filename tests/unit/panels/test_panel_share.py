@@ -12,7 +12,7 @@ from PIL import Image
 from everydream_kit.actions.comparison import SAVED_FILE, Comparison
 from everydream_kit.actions.project import Project
 from everydream_kit.errors import ConfigError, ExportError
-from everydream_kit.export.checkpoint_formats import count_weights, estimate_bytes, formats_of, write_as
+from everydream_kit.export.checkpoint_formats import FORMATS, count_weights, write_as
 from everydream_kit.panels.compare_panel import ComparePanel
 from everydream_kit.panels.share_panel import SharePanel
 from everydream_kit.runs import RunFolder
@@ -236,25 +236,25 @@ def test_a_lora_run_is_exported_in_both_layouts_and_merged(lora_project):
     from safetensors.numpy import load_file
 
     panel = SharePanel(lora_project)
-    assert [name for _, name in panel.form.options] == ["kohya", "diffusers", "merged"]
+    assert [name for _, name in panel.form.options] == ["lora", "diffusers_lora", "single_file", "diffusers"]
     assert panel.file_name.value == "jets-lora.safetensors" and "kB" in panel.size.value
-    assert panel.precision.layout.display == "none" and panel.strength.layout.display == "none"
+    assert panel.precision.layout.display == "" and panel.strength.layout.display == "none"
     panel.export_button.click()
     finish(panel)
     assert "is written" in panel.message.value, panel.message.value
     kohya = load_file(lora_project / "exports" / "jets-lora.safetensors")
     assert any(name.startswith("lora_unet_") for name in kohya)
 
-    panel.form.value, panel.strength.value, panel.precision.value = "merged", 0.5, "fp32"
+    panel.form.value, panel.strength.value, panel.precision.value = "single_file", 0.5, "fp32"
     assert panel.precision.layout.display == panel.strength.layout.display == ""
     panel.export_button.click()
     finish(panel)
     half = load_file(lora_project / "exports" / "jets-merged.safetensors")
 
     checkpoint, out = Path(panel.checkpoint.value), lora_project / "exports"
-    write_as(checkpoint, out / "d.safetensors", form="diffusers", precision="fp16", strength=1.0)
+    write_as(checkpoint, out / "d.safetensors", "diffusers_lora")
     assert any(name.startswith("unet.") for name in load_file(out / "d.safetensors"))
-    write_as(checkpoint, out / "whole.safetensors", form="merged", precision="fp32", strength=1.0)
+    write_as(checkpoint, out / "whole.safetensors", "single_file", precision="fp32")
     whole = load_file(out / "whole.safetensors")
     differing = [name for name in whole if abs(whole[name] - half[name]).max() > 1e-4]
     assert any("attn1.to_q" in name for name in differing) and "model.diffusion_model.input_blocks.0.0.weight" in whole
@@ -265,7 +265,7 @@ def test_the_form_follows_the_checkpoint(lora_project):
     panel = SharePanel(lora_project)
     whole = next(path for _, path in panel.checkpoint.options if path.endswith("gs00020"))
     panel.checkpoint.value = whole
-    assert [name for _, name in panel.form.options] == ["single"]
+    assert [name for _, name in panel.form.options] == ["single_file", "diffusers"]
     assert panel.file_name.value == "jets.safetensors" and panel.precision.layout.display == ""
 
 
@@ -290,17 +290,70 @@ def test_a_file_below_home_is_written_there_and_replaced_only_when_asked(lora_pr
     assert out.read_bytes() != b"another model"
 
 
-def test_learned_words_are_one_small_file(tmp_path):
+@pytest.fixture
+def words_project(tmp_path):
+    """A project whose run learned two words of a model with one text encoder."""
+    import torch
+    from safetensors.torch import save_file
+
     from everydream_kit.models.adapters import TOKENS_FILE, write_adapter_file
 
-    checkpoint = tmp_path / "jets-ep01-gs00001"
-    checkpoint.mkdir()
-    write_adapter_file(checkpoint, {"source": "someone/base"}, fingerprint=None)
-    (checkpoint / TOKENS_FILE).write_bytes(b"12345")
-    (form,) = formats_of(checkpoint)
-    assert (form.name, estimate_bytes(checkpoint, form, "fp16")) == ("words", 5.0)
-    out = write_as(checkpoint, tmp_path / "out" / "w.safetensors", form="words", precision="fp16", strength=1.0)
-    assert out.read_bytes() == b"12345"
+    run = make_run(tmp_path / "cats" / "logs")
+    folder = run.checkpoints_folder / "cats-ep02-gs00040"
+    folder.mkdir()
+    write_adapter_file(folder, {"source": "someone/base"}, fingerprint=None)
+    save_file({"<cat>": torch.full((2, 8), 0.5), "<dog>": torch.ones(1, 8)}, folder / TOKENS_FILE)
+    return tmp_path / "cats"
+
+
+@pytest.mark.beside
+def test_a_learned_word_is_chosen_and_written_as_apps_take_it(words_project):
+    from safetensors.numpy import load_file
+
+    panel = SharePanel(words_project)
+    assert [name for _, name in panel.form.options] == ["embedding"]
+    assert panel.token.layout.display == "" and panel.precision.layout.display == "none"
+    assert panel.token.options == ("<cat>", "<dog>") and "about 232 B" in panel.size.value
+    panel.token.value = "<dog>"
+    panel.export_button.click()
+    finish(panel)
+    written = load_file(words_project / "exports" / "cats-words.safetensors")
+    assert {name: value.shape for name, value in written.items()} == {"emb_params": (1, 8)}
+
+
+@pytest.mark.beside
+def test_the_panel_and_the_command_write_the_same_bytes_for_a_form_of_one_name(lora_project, tmp_path):
+    from everydream_kit.cli import main
+
+    panel = SharePanel(lora_project)
+    for form in FORMATS.keys() - {"embedding", "diffusers"}:
+        panel.form.value = form
+        panel.export_button.click()
+        finish(panel)
+        mine = lora_project / "exports" / panel.file_name.value
+        other = tmp_path / mine.name
+        assert main(["export", panel.checkpoint.value, str(other), "--format", form]) == 0
+        assert tensors_of(mine) == tensors_of(other), form
+
+
+def tensors_of(path):
+    from safetensors.numpy import load_file
+
+    return {name: (value.dtype.name, value.shape, value.tobytes()) for name, value in load_file(path).items()}
+
+
+@pytest.mark.parametrize(
+    ("form", "option", "takers"),
+    [
+        ("embedding", {"precision": "fp32"}, "single_file or diffusers or lora or diffusers_lora"),
+        ("lora", {"strength": 0.5}, "single_file or diffusers"),
+        ("single_file", {"token": "<cat>"}, "embedding"),
+    ],
+)
+def test_an_option_that_a_form_does_not_take_is_named_with_the_forms_that_do(form, option, takers, tmp_path):
+    (name,) = option
+    with pytest.raises(ConfigError, match=f"^{name}: does not apply to the form {form}; it goes with {takers}.$"):
+        write_as(tmp_path, tmp_path / "x.safetensors", form, **option)
 
 
 def test_weights_are_counted_from_the_header_alone(tmp_path):
