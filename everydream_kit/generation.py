@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from everydream_kit.config import EMBEDDED_MODEL, default_of
 from everydream_kit.errors import ConfigError
@@ -69,7 +69,9 @@ def sample(
     from everydream_kit.models.sampling import SamplePrompt, sample_images
 
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    checkpoints = list(checkpoint) if isinstance(checkpoint, (list, tuple)) else [checkpoint]
+    checkpoints: list[Checkpoint] = (
+        list(checkpoint) if isinstance(checkpoint, (list, tuple)) else [cast(Any, checkpoint)]
+    )
     if not texts or not checkpoints:
         raise ConfigError(f"{'prompt' if checkpoints else 'checkpoint'}: give at least one")
     wanted: list[SamplePrompt] = []
@@ -214,7 +216,8 @@ def resolve_checkpoint(checkpoint: str | Path | RunFolder) -> str | Path:
 
 def native_size(model: Model) -> int:
     """Side in pixels that a model samples best: its denoiser's sample size times the VAE's factor, else its family's."""
-    cells = model.denoiser.config.get("sample_size")
+    config: Any = model.denoiser.config
+    cells = config.get("sample_size")
     if cells is None:
         return model.family.resolution(model.prediction_type)
     return int(cells if isinstance(cells, int) else cells[0]) * model.vae_scale_factor

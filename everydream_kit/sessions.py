@@ -26,7 +26,7 @@ from everydream_kit.plain_text import PlainFormatter
 from everydream_kit.preflight.auto_settings import resolve_auto_settings
 from everydream_kit.preflight.timing import MeasuredPlan
 from everydream_kit.runs import DEFAULT_LOGDIR, ENDED_STATES, Checkpoint, RunFolder, find_run
-from everydream_kit.runs.resume_state import RESTORE_ERRORS
+from everydream_kit.runs.resume_state import RESTORE_ERRORS, State
 from everydream_kit.runs.run_folder import FOREIGN_HEARTBEAT_SECONDS, is_fresh
 from everydream_kit.settings import give_again, load_config, read_changes, with_side_files
 from everydream_kit.start_folder import KEY as START_FOLDER_KEY
@@ -80,7 +80,7 @@ def train(
         sweep_dead_runs(config.logdir)
     folder = _new_folder(config, ranks)
     with _hold_folder(folder, ranks):
-        return _session(config, folder, ranks, listeners, checkpoint=None, state={})
+        return _session(config, folder, ranks, listeners, checkpoint=None, state=None)
 
 
 def resume(
@@ -173,7 +173,7 @@ def _session(
     listeners: Sequence[Listener],
     *,
     checkpoint: Checkpoint | None,
-    state: dict[str, Any],
+    state: State | None,
     adapter_base: str | Path | None = None,
     warnings: Sequence[str] = (),
 ) -> RunFolder:
@@ -194,10 +194,11 @@ def _session(
                 config = resolved
                 if ranks.is_main:  # what was chosen: a run that continues takes the same
                     write_atomic(folder.config_path, config.to_json())
-            how: dict[str, Any] = {"seed": state.get("seed"), "weights_from": checkpoint, "adapter_base": adapter_base}
+            seed = None if state is None else state.get("seed")
+            how: dict[str, Any] = {"seed": seed, "weights_from": checkpoint, "adapter_base": adapter_base}
             run = build_run(config, folder, journal, ranks, **how, stop=stop)
             run.listeners = [*build_listeners(run, stop), *([MeasuredPlan()] if ranks.is_main else []), *listeners]
-            if checkpoint is not None:
+            if checkpoint is not None and state is not None:
                 _restore(run, checkpoint, state)
             _work(run, stop)
     except StopRequested:
@@ -259,7 +260,7 @@ def _work(run: Run, stop: StopSignal) -> None:
     )
 
 
-def _restore(run: Run, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
+def _restore(run: Run, checkpoint: Checkpoint, state: State) -> None:
     """Put a freshly built run where its checkpoint stands."""
     now = library_versions()
     before = ", ".join(f"{name} {one}" for name, one in state.get("versions", {}).items() if now.get(name) != one)
@@ -386,7 +387,7 @@ def _log_to(folder: RunFolder) -> logging.Handler:
     return handler
 
 
-def _record_early_stop(journal: Journal, stop: StopSignal, state: dict[str, Any]) -> None:
+def _record_early_stop(journal: Journal, stop: StopSignal, state: State | None) -> None:
     """The run was stopped before it began or continued: there is nothing to save."""
     journal.folder.take_request()  # it is obeyed here, and must not stop whoever continues
     reason = stop.reason or "request"

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
 
 from everydream_kit import jobs
 from everydream_kit.errors import JobError
+from everydream_kit.runs import Status
 
 
 class BackgroundTask:
@@ -51,7 +51,7 @@ class BackgroundTask:
             with contextlib.suppress(JobError):  # it ended at this very moment
                 self.job.kill()
 
-    def poll(self) -> dict[str, Any] | None:
+    def poll(self) -> Status | None:
         """Status; None where nothing is under way. The status with `alive` false comes once."""
         if self.job is None:
             return None

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from everydream_kit.atomic import write_atomic
 from everydream_kit.config import EMBEDDED_MODEL
@@ -93,7 +93,10 @@ class Comparison:
         """A saved comparison. Raises: ConfigError, if the file is damaged."""
         values = read_json(path, error=ConfigError)
         try:
-            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+            given: dict[str, Any] = {
+                n: tuple(value) if isinstance(value, list) else value for n, value in values.items()
+            }
+            return cls(**given)
         except TypeError as error:
             raise ConfigError(f"{path}: no saved comparison ({error}). Delete the file to begin a new one.") from error
 

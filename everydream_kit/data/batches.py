@@ -19,7 +19,8 @@ from everydream_kit import draws
 from everydream_kit.config import default_of
 from everydream_kit.data import pixels
 from everydream_kit.data.captions import compose_caption
-from everydream_kit.data.dataset import DatasetImage, Problem
+from everydream_kit.data.dataset import DatasetImage
+from everydream_kit.data.reading_problems import Problem
 from everydream_kit.data.records import Batch, MicroBatch, Size
 from everydream_kit.data.workers import problem_of
 from everydream_kit.errors import DataError

@@ -102,11 +102,13 @@ def assign_buckets(widths: np.ndarray, heights: np.ndarray, buckets: Sequence[Si
     # upper: searchsorted's left side does the first, and mirroring does the second.
     wide = np.searchsorted(middles, aspects, side="left")
     tall = np.searchsorted(middles, aspects, side="right")
-    return order[np.where(aspects > 0, wide, tall)]
+    chosen: np.ndarray = order[np.where(aspects > 0, wide, tall)]
+    return chosen
 
 
 def upscale_needed(
     widths: np.ndarray, heights: np.ndarray, bucket_widths: np.ndarray, bucket_heights: np.ndarray
 ) -> np.ndarray:
     """How much each image must be enlarged to cover its bucket; 1 or less means that it is large enough."""
-    return np.maximum(bucket_widths / np.maximum(widths, 1), bucket_heights / np.maximum(heights, 1))
+    factors: np.ndarray = np.maximum(bucket_widths / np.maximum(widths, 1), bucket_heights / np.maximum(heights, 1))
+    return factors

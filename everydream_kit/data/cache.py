@@ -29,11 +29,12 @@ from everydream_kit import draws
 from everydream_kit.config import default_of
 from everydream_kit.data import pixels
 from everydream_kit.data.cache_room import MOMENT_CHANNELS, check_room, possible_flips
-from everydream_kit.data.dataset import Dataset, DatasetImage, Problem
+from everydream_kit.data.dataset import Dataset, DatasetImage
 from everydream_kit.data.epoch_plan import PlanSettings, possible_buckets
 from everydream_kit.data.image_digests import digest_image, digest_images
 from everydream_kit.data.latent_encoding import CropEncoder, EncodedCrops, EncodeMoments, EncodingJob
 from everydream_kit.data.latents import DiskStore, Entry
+from everydream_kit.data.reading_problems import Problem
 from everydream_kit.data.records import Size
 
 PIXEL_VERSION = 1
@@ -311,7 +312,7 @@ class DiskCache(LatentCache):
         return self._store.get(self._name(index, image, bucket, crop))
 
     def _digest(self, index: int, image: DatasetImage) -> bytes:
-        return self._digests[index].tobytes()
+        return bytes(self._digests[index].tobytes())
 
     def _note(self, encoded: EncodedCrops) -> None:
         super()._note(encoded)

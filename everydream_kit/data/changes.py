@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from everydream_kit.atomic import ends_with_line_end, open_atomic, write_atomic
-from everydream_kit.data.dataset import Problem
+from everydream_kit.data.reading_problems import Problem
 from everydream_kit.errors import DataError
 from everydream_kit.strict_json import JsonLines, iterate_json_lines, parse_json
 

@@ -25,18 +25,17 @@ from everydream_kit.data.dataset import (
     FROM_JSON,
     FROM_LINES,
     FROM_TEXT,
-    MASK_SUFFIX,
     Dataset,
     DatasetBuilder,
     Defaults,
-    Problem,
-    printable,
 )
 from everydream_kit.data.folders import SETTINGS_FILES, SIDECAR_EXTENSIONS, Companions, match_key, report_notes
 from everydream_kit.data.headers import Header, ImageHeaderError, read_header
 from everydream_kit.data.image_settings import ImageSettings, caption_of, merge_tags, parse_settings, settings_from_text
+from everydream_kit.data.reading_problems import MASK_SUFFIX, Problem
 from everydream_kit.data.scan_cache import NEVER, Remembered
 from everydream_kit.data.textfiles import TextError, read_mapping, read_text_and_doubt
+from everydream_kit.plain_text import printable
 
 T = TypeVar("T")
 

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from everydream_kit.data.dataset import Dataset, Problem
+from everydream_kit.data.dataset import Dataset
 from everydream_kit.data.image_digests import digest_file
 from everydream_kit.data.image_files import IMAGE_ERRORS, open_header
+from everydream_kit.data.reading_problems import Problem
 from everydream_kit.plain_text import printable
 
 MAX_DISTANCE = 4
@@ -163,7 +164,8 @@ def _join_alike(
 
 
 def _count_bits(words: np.ndarray) -> np.ndarray:
-    return np.unpackbits(words[:, None].view(np.uint8), axis=1).sum(axis=1)
+    counts: np.ndarray = np.unpackbits(words[:, None].view(np.uint8), axis=1).sum(axis=1)
+    return counts
 
 
 def _root(parent: list[int], index: int) -> int:

@@ -347,7 +347,7 @@ def _spread_over_classes(
         bucket = renumber[assign_buckets(widths, heights, table)]
         fits = upscale_needed(widths, heights, sides[bucket, 0], sides[bucket, 1]) <= 1
         chosen.append((bucket, fits if chosen else np.ones_like(fits)))
-    num_classes = np.sum([fits for _, fits in chosen], axis=0, dtype=np.int64)
+    num_classes = np.stack([fits for _, fits in chosen]).sum(axis=0, dtype=np.int64)  # (n,)
     before = np.zeros(len(dataset), np.int64)
     parts = []
     for bucket, fits in chosen:
@@ -455,7 +455,8 @@ def _reorder_batches(order: np.ndarray, sizes: np.ndarray, batch_order: np.ndarr
     """Positions of the uses when batches are put into `batch_order`."""
     starts = _starts(sizes)[:-1]
     new_sizes = sizes[batch_order]
-    return order[np.repeat(starts[batch_order], new_sizes) + _count_within(new_sizes)]
+    positions: np.ndarray = order[np.repeat(starts[batch_order], new_sizes) + _count_within(new_sizes)]
+    return positions
 
 
 def _starts(sizes: np.ndarray) -> np.ndarray:
@@ -464,7 +465,8 @@ def _starts(sizes: np.ndarray) -> np.ndarray:
 
 def _count_within(counts: np.ndarray) -> np.ndarray:
     """[2, 0, 3] -> [0, 1, 0, 1, 2]: the position of each item within its own run."""
-    return np.arange(int(counts.sum())) - np.repeat(_starts(counts)[:-1], counts)
+    positions: np.ndarray = np.arange(int(counts.sum())) - np.repeat(_starts(counts)[:-1], counts)
+    return positions
 
 
 def _hash(
@@ -481,4 +483,5 @@ def _mix(words: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser (Steele, Lea & Flood 2014): every output bit depends on every input bit."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+    mixed: np.ndarray = words ^ (words >> np.uint64(31))
+    return mixed

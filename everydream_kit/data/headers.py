@@ -104,6 +104,7 @@ def _inspect(file: BinaryIO, size: int, extension: str) -> Header:
             raise ImageHeaderError(_NO_RGB[image.mode], "Save it as an 8-bit RGB image, such as PNG.")
         if width < 1 or height < 1:
             raise ImageHeaderError(f"has no pixels ({width} x {height})", "Delete it, or save it again.")
+        assert isinstance(image, ImageFile.ImageFile)  # it was opened from a file
         if not _is_complete(image, file, size):
             raise ImageHeaderError(*_CUT_OFF)
         if _is_turned(image):
@@ -200,6 +201,7 @@ def _bmp_has_all_rows(image: ImageFile.ImageFile, size: int) -> bool:
     tile = image.tile[0] if image.tile else None
     if tile is None or tile[0] != "raw":
         return True
+    assert isinstance(tile[3], tuple)  # (mode, stride, ...) for raw pixels
     stride = int(tile[3][1])
     return size >= tile[2] + stride * image.height
 

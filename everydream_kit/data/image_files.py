@@ -161,7 +161,7 @@ def open_header(source: str | Path | BinaryIO, *, with_trailer: bool = False) ->
             file.close()
         raise
     if is_own:
-        image._exclusive_fp = True  # type: ignore[attr-defined]  # closed with the image, as Pillow does for a path
+        image._exclusive_fp = True  # closed with the image, as Pillow does for a path
     return image
 
 
@@ -202,7 +202,7 @@ def _without_long_notes(file: BinaryIO, with_trailer: bool) -> BinaryIO:
     if not skipped:
         return file
     kept.append((end, size - end))  # the rest as it is
-    return io.BufferedReader(_Parts(file, kept))  # type: ignore[return-value]
+    return io.BufferedReader(_Parts(file, kept))
 
 
 def _has_descriptor(file: BinaryIO) -> bool:

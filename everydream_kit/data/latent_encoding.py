@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from everydream_kit.data import pixels
-from everydream_kit.data.dataset import DatasetImage, Problem
+from everydream_kit.data.dataset import DatasetImage
 from everydream_kit.data.latents import Entry
+from everydream_kit.data.reading_problems import Problem
 from everydream_kit.data.records import Size
 from everydream_kit.data.workers import as_is, leave_signals_to_the_parent, problem_of
 from everydream_kit.errors import DataError

@@ -35,9 +35,10 @@ from everydream_kit.data.batches import (
     load_batch,
 )
 from everydream_kit.data.cache import LatentCache, MemoryCache, Use
-from everydream_kit.data.dataset import Dataset, Problem
+from everydream_kit.data.dataset import Dataset
 from everydream_kit.data.epoch_plan import EpochPlan, PlanSettings, num_empty_epochs, plan_epoch
 from everydream_kit.data.pixels import ImageTransform
+from everydream_kit.data.reading_problems import Problem
 from everydream_kit.data.records import MicroBatch, StepBatches
 from everydream_kit.data.workers import as_is, leave_signals_to_the_parent
 from everydream_kit.errors import ConfigError

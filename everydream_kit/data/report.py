@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from everydream_kit.data.buckets import assign_buckets, bucket_table, upscale_needed
-from everydream_kit.data.dataset import FROM_FILE_NAME, Dataset, Problem
+from everydream_kit.data.dataset import FROM_FILE_NAME, Dataset
 from everydream_kit.data.duplicates import find_duplicates
 from everydream_kit.data.epoch_plan import PlanSettings, plan_epoch
+from everydream_kit.data.reading_problems import Problem
 from everydream_kit.data.records import Size
 from everydream_kit.plain_text import printable
 

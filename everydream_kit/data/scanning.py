@@ -32,15 +32,15 @@ from everydream_kit.data.dataset import (
     DatasetBuilder,
     Defaults,
     MaskMode,
-    Problem,
-    printable,
 )
 from everydream_kit.data.dataset_images import Entry, Job, entries_of_folder, hash_settings, read_job
 from everydream_kit.data.folders import SIDECAR_EXTENSIONS, FolderFiles, Report, report_notes, walk_folders
 from everydream_kit.data.image_settings import parse_settings
+from everydream_kit.data.reading_problems import Problem
 from everydream_kit.data.scan_cache import Remembered, load_remembered, save_remembered
 from everydream_kit.data.textfiles import TextError, kind_of, parse_json, require_text
 from everydream_kit.errors import DataError
+from everydream_kit.plain_text import printable
 
 DataRoot = str | Path | list[Any] | dict[str, Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from typing import Any
 
-from everydream_kit.data.dataset import Problem
+from everydream_kit.data.reading_problems import Problem
 from everydream_kit.errors import DataError
 
 _OF_THE_TERMINAL = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]

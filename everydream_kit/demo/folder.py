@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from everydream_kit.demo import architecture
 
@@ -28,7 +28,8 @@ def write_model_folder(
     import torch
     from safetensors.torch import save_file
 
-    for name, model in (("vae", vae), ("unet", unet), ("text_encoder", text_encoder)):
+    models: dict[str, Any] = {"vae": vae, "unet": unet, "text_encoder": text_encoder}
+    for name, model in models.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         weights = {key: value.to(torch.float16).contiguous() for key, value in model.state_dict().items()}
         if name == "text_encoder":
@@ -43,7 +44,7 @@ def write_model_folder(
             save_file(weights, folder / name / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     if tokenizer != folder / "tokenizer":
         shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
-    scheduler = diffusers.DDIMScheduler(
+    scheduler: Any = diffusers.DDIMScheduler(
         **architecture.NOISE, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon"
     )
     scheduler.save_pretrained(folder / "scheduler")

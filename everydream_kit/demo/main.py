@@ -131,7 +131,7 @@ def run_demo(out: Path, *, max_epochs: int | None = None, seed: int = default_of
     before_after_grid(before, after).save(path)
     path_in_run = run.samples_folder / "before-after.png"
     path_in_run.write_bytes(path.read_bytes())
-    losses = [event["loss"] for event in run.events("validation")]
+    losses = [loss for event in run.events("validation") if (loss := event.get("loss")) is not None]
     return DemoOutcome(
         run=run,
         single_file=Path([event for event in run.events("saved") if event["files"]][-1]["files"][0]),

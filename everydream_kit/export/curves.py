@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ INK, GRID, FAINT, BLUE, ORANGE = "#24292f", "#d8dee4", "#b6cdf5", "#1f5fbf", "#c
 Points = list[tuple[float, float]]
 
 
-def read_curves(events: Iterable[dict[str, Any]]) -> dict[str, Points]:
+def read_curves(events: Iterable[Mapping[str, Any]]) -> dict[str, Points]:
     """Points (step, value) of `loss`, `validation loss` and `lr` from a run's events. Other events are passed over."""
     curves: dict[str, Points] = {"loss": [], "validation loss": [], "lr": []}
     for event in events:
@@ -35,7 +35,7 @@ def read_curves(events: Iterable[dict[str, Any]]) -> dict[str, Points]:
     return curves
 
 
-def draw_curves(events: Iterable[dict[str, Any]]) -> bytes | None:
+def draw_curves(events: Iterable[Mapping[str, Any]]) -> bytes | None:
     """The curves as a PNG, or None where fewer than two losses were logged."""
     from PIL import Image, ImageDraw
 

@@ -62,7 +62,7 @@ class CardFacts:
     base_model: str | None = None
     license: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
-    events: Sequence[dict[str, Any]] = ()
+    events: Sequence[Mapping[str, Any]] = ()
     pipeline_class: str = "DiffusionPipeline"
     is_lora: bool = False
     learned_tokens: Mapping[str, int] = field(default_factory=dict)
@@ -173,7 +173,7 @@ def _token_lines(facts: CardFacts) -> list[str]:
     return lines
 
 
-def dataset_summary(events: Iterable[dict[str, Any]], config: dict[str, Any]) -> str:
+def dataset_summary(events: Iterable[Mapping[str, Any]], config: dict[str, Any]) -> str:
     """Size of the dataset and a summary of its captions, from the run's `dataset` event. No image, no caption."""
     event = next((event for event in events if event.get("kind") == "dataset"), None)
     lines = []
@@ -214,7 +214,7 @@ def _results(facts: CardFacts) -> str:
     return "\n\n".join(lines)
 
 
-def _last_words(events: list[dict[str, Any]]) -> str:
+def _last_words(events: Sequence[Mapping[str, Any]]) -> str:
     losses = [e for e in events if e.get("kind") in ("loss", "epoch") and isinstance(e.get("loss"), float)]
     if not losses:
         return ""
@@ -225,7 +225,7 @@ def _last_words(events: list[dict[str, Any]]) -> str:
     return f"{_value(last.get('step', 0))} optimizer steps{epochs}; training loss at the end {last['loss']:.4f}{validated}."
 
 
-def _hours(events: list[dict[str, Any]]) -> str:
+def _hours(events: Sequence[Mapping[str, Any]]) -> str:
     minutes = sum(e["minutes"] for e in events if e.get("kind") == "epoch" and isinstance(e.get("minutes"), float))
     return f"Training took {minutes / 60:.1f} hours." if minutes >= 6 else ""
 

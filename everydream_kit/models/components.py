@@ -56,7 +56,7 @@ def parameters_on_meta() -> Iterator[None]:
             parameter._is_hf_initialized = True  # transformers' own initializers skip such a parameter
         register(module, name, parameter)
 
-    torch.nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    torch.nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     for name, initializer in initializers.items():
         setattr(torch.nn.init, name, _unless_on_meta(initializer))
     try:
@@ -148,7 +148,8 @@ def _build_diffusers(cls: Any, config: Config, device: str) -> torch.nn.Module:
         )
     try:
         with _building_on(device):
-            return cls.from_config(diffusers_values(cls, config))
+            built: torch.nn.Module = cls.from_config(diffusers_values(cls, config))
+            return built
     except BUILD_ERRORS as error:
         raise ModelError(f"{cls.__name__}: its config.json cannot be built ({error}).") from error
 

@@ -329,7 +329,7 @@ def configs_folder(family: Family) -> Path:
     return Path(str(files("everydream_kit") / "models" / "configs" / family.name))
 
 
-def text_tower(text_encoder: torch.nn.Module) -> torch.nn.Module:
+def text_tower(text_encoder: torch.nn.Module) -> Any:
     """The module that holds `embeddings`, `encoder` and `final_layer_norm`.
 
     transformers 4, and every `...WithProjection`, keep it in `.text_model`; transformers 5 flattened `CLIPTextModel`.
@@ -435,7 +435,8 @@ class Model:
     @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent cell."""
-        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        config: Any = self.vae.config
+        return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
 @dataclass

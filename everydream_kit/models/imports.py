@@ -61,7 +61,7 @@ class _Replaced(ModuleType):
 def _run_init(package: ModuleType) -> ModuleType:
     """Turn a stand-in into the real module. Returns what is in its place then."""
     spec: Any = package.__spec__
-    package.__dict__.pop(LATE_FUNCTIONS.get(spec.name), None)
+    package.__dict__.pop(LATE_FUNCTIONS.get(spec.name, ""), None)
     package.__class__ = ModuleType  # from here on an ordinary module, for its own __init__ as well
     package.__path__ = list(spec.submodule_search_locations)
     spec.loader.exec_module(package)

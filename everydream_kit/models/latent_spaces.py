@@ -5,6 +5,8 @@ Encoding never needs gradients. The VAE runs outside autocast: several of them o
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 
 from everydream_kit.models.family import LatentSpace, Model, parameter_dtype
@@ -24,7 +26,7 @@ def _encode_moments(model: Model, pixels: torch.Tensor) -> torch.Tensor:
     Returns:
         (B, 2 C, H/8, W/8) float32, mean and log-variance stacked on the channel axis; unscaled. On the VAE's device.
     """
-    vae = model.vae
+    vae: Any = model.vae
     dtype = parameter_dtype(vae)
     device = next(vae.parameters()).device
     with torch.autocast(device.type, enabled=False):
@@ -52,7 +54,7 @@ def _latents_from_moments(model: Model, moments: torch.Tensor, noise: torch.Tens
 @torch.no_grad()
 def _decode_latents(model: Model, latents: torch.Tensor) -> torch.Tensor:
     """Decode scaled latents (B, C, h, w) to images (B, 3, H, W) uint8 on the CPU."""
-    vae = model.vae
+    vae: Any = model.vae
     shift, scaling_factor = _shift_and_scale(model)
     device = next(vae.parameters()).device
     unscaled = (latents.to(device=device, dtype=torch.float32) / scaling_factor + shift).to(parameter_dtype(vae))
@@ -72,13 +74,13 @@ def _as_bytes(images: torch.Tensor) -> torch.Tensor:
 
 
 def _shift_and_scale(model: Model) -> tuple[float, float]:
-    config = model.vae.config
-    return config.get("shift_factor") or 0.0, config["scaling_factor"]
+    config: Any = model.vae.config
+    return float(config.get("shift_factor") or 0.0), float(config["scaling_factor"])
 
 
 def _shape(model: Model, width: int, height: int) -> tuple[int, int, int]:
-    cell = model.vae_scale_factor
-    return model.vae.config["latent_channels"], height // cell, width // cell
+    cell, config = model.vae_scale_factor, cast(Any, model.vae.config)
+    return int(config["latent_channels"]), height // cell, width // cell
 
 
 def kl_space(channels: int) -> LatentSpace:

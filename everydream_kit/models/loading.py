@@ -287,7 +287,7 @@ def training_scheduler(
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     betas = scheduler_config.get("trained_betas")
-    return DDPMScheduler(
+    scheduler: DDPMScheduler = DDPMScheduler(
         num_train_timesteps=scheduler_config.get("num_train_timesteps", 1000),
         beta_start=scheduler_config.get("beta_start", 0.00085),
         beta_end=scheduler_config.get("beta_end", 0.012),
@@ -297,3 +297,4 @@ def training_scheduler(
         clip_sample=False,
         rescale_betas_zero_snr=zero_terminal_snr and betas is None,
     )
+    return scheduler

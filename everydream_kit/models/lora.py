@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -131,7 +132,7 @@ def _weights_in(dtype: torch.dtype | None, module: torch.nn.Module, names: Itera
 
     The stand-ins take no memory. Afterwards DoRA's magnitudes are measured on the real weights, in the adapter's format.
     """
-    layers = [module.get_submodule(name) for name in names]
+    layers: list[Any] = [module.get_submodule(name) for name in names]
     real = {layer: layer.weight for layer in layers if dtype is not None and layer.weight.dtype != dtype}
     for layer, weight in real.items():
         empty = torch.zeros((), dtype=dtype, device=weight.device).expand(weight.shape)
@@ -141,7 +142,8 @@ def _weights_in(dtype: torch.dtype | None, module: torch.nn.Module, names: Itera
     finally:
         for layer, weight in real.items():
             layer.weight = weight
-    for part in module.modules() if real else ():
+    parts: Iterable[Any] = module.modules() if real else ()
+    for part in parts:
         magnitudes = getattr(part, "lora_magnitude_vector", {})
         if ADAPTER in magnitudes and part.base_layer in real:
             magnitude = magnitudes[ADAPTER].weight

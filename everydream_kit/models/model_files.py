@@ -175,7 +175,7 @@ def _read_scheduler(folder: Path) -> dict[str, Any]:
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         raise ModelError(f"{folder}: scheduler/scheduler_config.json is missing, so the noise schedule is not known.")
-    return scheduler_values(read_json(path), str(folder))
+    return dict(scheduler_values(read_json(path), str(folder)))
 
 
 def prediction_type_of(scheduler_config: Config, where: str) -> str:
@@ -191,5 +191,5 @@ def has_zero_terminal_snr(scheduler_config: Config) -> bool:
     those)."""
     if scheduler_config.get("rescale_betas_zero_snr"):
         return True
-    betas = scheduler_config.get("trained_betas")
-    return bool(betas) and math.prod(1 - float(beta) for beta in betas) < 1e-6
+    betas = [float(beta) for beta in scheduler_config.get("trained_betas") or ()]
+    return bool(betas) and math.prod([1.0 - beta for beta in betas]) < 1e-6

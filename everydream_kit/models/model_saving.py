@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -64,7 +64,7 @@ def _save_adapter(model: Model, folder: Path, weights: Mapping[str, Mapping[str,
     folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, Any] = {}
     if model.lora is not None:
-        denoiser_config = dict(model.denoiser.config)
+        denoiser_config = dict(cast(Any, model.denoiser.config))
         write_lora(
             folder / LORA_FILE,
             lora_of(model, weights),

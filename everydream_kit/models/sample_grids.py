@@ -60,8 +60,8 @@ def label_grid(
         text = _shortened(label, small, cell_width)
         draw.text((left + cell_width / 2, top), text, font=small, fill=_QUIET, anchor="ma")
     top += head_height
-    for row, label, row_height in zip(rows, labels, row_heights, strict=True):
-        lines.write(draw, (gap, top), label, small, _QUIET)
+    for row, wrapped, row_height in zip(rows, labels, row_heights, strict=True):
+        lines.write(draw, (gap, top), wrapped, small, _QUIET)
         image_top = top + row_height - cell_height
         for column, image in enumerate(row):
             left = gap + column * (cell_width + gap)

@@ -220,13 +220,15 @@ def _denoise(
     extra = {"generator": generators} if takes_generator else {}
 
     scheduler.set_timesteps(num_inference_steps, device=device)
-    latents = noise * scheduler.init_noise_sigma
+    latents: torch.Tensor = noise * scheduler.init_noise_sigma
     for done, timestep in enumerate(scheduler.timesteps):
         doubled = torch.cat([latents, latents]) if guided else latents
         model_input = scheduler.scale_model_input(doubled, timestep)
         prediction = model.family.predict(model, model_input, timestep.expand(len(doubled)), conditioning, sizes)
         if guided:
-            prediction = guide(*prediction.chunk(2), cfg, guidance_rescale)
+            negative, positive = prediction.chunk(2)
+            prediction = guide(negative, positive, cfg, guidance_rescale)
+            del negative, positive
         latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
         if progress is not None:
             progress(done + 1, len(scheduler.timesteps))

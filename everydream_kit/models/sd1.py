@@ -50,7 +50,8 @@ def predict_from_text(
     """The UNet's prediction (B, 4, H/8, W/8) in float32, from the caption alone: SD 1.x and 2.x ignore `sizes`."""
     dtype = input_dtype(model.denoiser)
     text = conditioning.encoder_hidden_states.to(dtype)
-    return model.denoiser(noisy_latents.to(dtype), timesteps, encoder_hidden_states=text).sample.float()
+    sample: torch.Tensor = model.denoiser(noisy_latents.to(dtype), timesteps, encoder_hidden_states=text).sample
+    return sample.float()
 
 
 def _matches_configs(configs: Mapping[str, Config]) -> bool:

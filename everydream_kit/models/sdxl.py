@@ -72,7 +72,8 @@ def predict_from_text_and_sizes(
     }
     text = conditioning.encoder_hidden_states.to(dtype)
     prediction = model.denoiser(noisy_latents.to(dtype), timesteps, encoder_hidden_states=text, added_cond_kwargs=added)
-    return prediction.sample.float()
+    sample: torch.Tensor = prediction.sample
+    return sample.float()
 
 
 def _matches_configs(configs: Mapping[str, Config]) -> bool:

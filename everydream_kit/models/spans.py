@@ -83,6 +83,12 @@ def spans_of_safetensors(path: Path, dtypes: dict[str, torch.dtype]) -> dict[str
     }
 
 
+def _bytes_of(vector: torch.Tensor) -> memoryview:
+    """A vector's own memory."""
+    values: Any = vector.view(torch.uint8).numpy()  # numpy's stubs know the buffer protocol from Python 3.12 on
+    return memoryview(values)
+
+
 def read_pieces(spans: tuple[Span, ...], dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """All numbers of the spans in order, in a format of choice: vectors of at most a piece, each with its own memory."""
     for span in spans:
@@ -90,7 +96,7 @@ def read_pieces(spans: tuple[Span, ...], dtype: torch.dtype) -> Iterator[torch.T
         for start in range(0, span.length, step):
             part = span.part(start, min(start + step, span.length))
             piece = torch.empty(part.length, dtype=part.dtype)
-            part.file.read_into(memoryview(piece.view(torch.uint8).numpy()), part.offset)
+            part.file.read_into(_bytes_of(piece), part.offset)
             yield piece.to(dtype)
 
 
@@ -106,7 +112,7 @@ def read_whole(spans: tuple[Span, ...], through: torch.dtype, dtype: torch.dtype
     for span in spans:
         part = whole[start : start + span.length]
         if span.dtype == through == dtype:
-            span.file.read_into(memoryview(part.view(torch.uint8).numpy()), span.offset)
+            span.file.read_into(_bytes_of(part), span.offset)
         else:
             filled = 0
             for piece in read_pieces((span,), through):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from everydream_kit.errors import ModelError
 from everydream_kit.strict_json import parse_json, read_json
@@ -154,7 +154,7 @@ def build_tokenizer(pad_token: str = END, vocabulary: Vocabulary | None = None) 
         tokens, merges = clip_vocabulary(), list(clip_merges())
     return CLIPTokenizer(
         vocab=tokens,
-        merges=merges,
+        merges=cast(Any, merges),  # pairs, as the library takes them, though it says texts
         pad_token=pad_token,
         model_max_length=WINDOW,
         do_lower_case=True,
@@ -176,7 +176,8 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
         )
     checked_vocabulary(*_tokens_and_merges(folder, _read_files(folder)), END, str(folder))
     try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=WINDOW)
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=WINDOW)
+        return tokenizer
     except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(f"{folder}: the tokenizer cannot be read ({error}).") from error
 

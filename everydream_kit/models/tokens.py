@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import AddedToken
@@ -18,6 +19,9 @@ from everydream_kit.models.convert import CLIP_VOCABULARY
 from everydream_kit.models.family import Model, text_tower
 from everydream_kit.models.lora import Weights
 from everydream_kit.models.tensors import LazyTensor, Tensors, open_safetensors, write_safetensors
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 
 class GrownEmbedding(torch.nn.Module):
@@ -105,9 +109,9 @@ def _names(model: Model, token: str, words: str) -> list[str]:
 def _find_end_by_its_id(text_encoder: torch.nn.Module, end: int) -> None:
     """Older configs find the end of the text as the largest id, which new tokens exceed."""
     tower = text_tower(text_encoder)
-    tower.eos_token_id = end  # type: ignore[assignment]
+    tower.eos_token_id = end
     text_encoder.config.eos_token_id = end  # type: ignore[union-attr]
-    tower.config.eos_token_id = end  # type: ignore[union-attr]
+    tower.config.eos_token_id = end
 
 
 def token_parameters(model: Model) -> list[torch.nn.Parameter]:
@@ -130,9 +134,15 @@ def learned_embeddings(model: Model, weights: Weights | None = None) -> dict[str
         rows = next(value for key, value in state.items() if key.endswith("token_embedding.new"))
         first = len(_split_table(text_encoder)[0])
         for token, names in model.new_tokens.items():
-            ids = [tokenizer.convert_tokens_to_ids(name) - first for name in names]
+            ids = [_id_of(tokenizer, name) - first for name in names]
             learned[token].append(LazyTensor.of(rows[ids]))
     return learned
+
+
+def _id_of(tokenizer: CLIPTokenizer, token: str) -> int:
+    number = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(number, int)  # a list for a list
+    return number
 
 
 def save_tokens(model: Model, path: Path, weights: Weights | None = None) -> None:
@@ -173,7 +183,7 @@ def put_tokens(model: Model, embeddings: Mapping[str, Sequence[LazyTensor]], whe
             table = text_tower(text_encoder).embeddings.token_embedding
             if part is None or part.shape[1] != table.new.shape[1]:
                 raise ModelError(f"{where}: {token} does not fit the text encoder {index} of {model.source}.")
-            ids = [tokenizer.convert_tokens_to_ids(name) - len(table.weight) for name in model.new_tokens[token]]
+            ids = [_id_of(tokenizer, name) - len(table.weight) for name in model.new_tokens[token]]
             with torch.no_grad():
                 table.new[ids] = part.read().to(table.new)
 

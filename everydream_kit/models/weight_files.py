@@ -105,7 +105,9 @@ def _load_weights_only(path: Path) -> Any:
         is_zip = file.read(4) == b"PK\x03\x04"
     # Memory mapping, and the list of names, work for the zip form only; the older form is read whole and strictly.
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
-    stand_ins = [(EmptyTable if name in TABLE_NAMES else Inert, name) for name in names if _is_trainers(name)]
+    stand_ins: list[Any] = [
+        (EmptyTable if name in TABLE_NAMES else Inert, name) for name in names if _is_trainers(name)
+    ]
     with torch.serialization.safe_globals(stand_ins):
         if is_zip and CAN_READ_AT:
             with FakeTensorMode():  # torch says where in the file each tensor lies, and reads none
@@ -127,13 +129,13 @@ def _in_file(tensor: torch.Tensor, file: OpenedFile) -> LazyTensor:
     Raises:
         ModelError: the file ends before.
     """
-    shape, stride, start = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+    shape, stride, start = tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
     offset, num_stored = _offset(tensor) or 0, tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
     if offset + num_stored * tensor.dtype.itemsize > os.fstat(file.descriptor).st_size:
         raise ModelError(f"{file.path}: ends in the middle of a tensor. Its download was cut short; fetch it again.")
     stored = (Span(file, offset, num_stored, tensor.dtype),)
     if tensor.is_contiguous():
-        spans = (stored[0].part(start, start + tensor.numel()),)
+        spans = (stored[0].part(start, start + int(tensor.numel())),)
         return LazyTensor(
             shape, tensor.dtype, lambda: read_whole(spans, tensor.dtype, tensor.dtype).reshape(shape), spans
         )

@@ -22,6 +22,7 @@ from everydream_kit.errors import DataError
 from everydream_kit.panels import style
 from everydream_kit.panels.panel import set_html
 from everydream_kit.panels.thumbnails import image_tag
+from everydream_kit.runs import Status
 from everydream_kit.strict_json import JsonLines, iterate_json_lines
 
 PAGE = 6
@@ -150,7 +151,7 @@ class AutoCaption:
         self.task.stop()
         self.refresh()
 
-    def refresh(self) -> dict[str, Any] | None:
+    def refresh(self) -> Status | None:
         """The task's status, once more after its end; new suggestions are shown."""
         status = self.task.poll()
         if status is not None:

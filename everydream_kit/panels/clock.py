@@ -31,7 +31,7 @@ def make_clock(on_beat: Callable[[], object], *, interval_milliseconds: int = IN
 def reveal(clock: widgets.Widget) -> None:
     """Bring the clock's panel into view, unless somebody has touched the page since it was shown."""
     if clock.has_trait("reveal"):
-        clock.reveal += 1  # type: ignore[attr-defined]
+        clock.reveal += 1
 
 
 def has_clock() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import ipywidgets as widgets
@@ -77,14 +78,14 @@ class CurveBox:
         rates = {f"learning rate, {part.replace('_', ' ')}": points for part, points in view.learning_rates.items()}
         if len({tuple(points) for points in rates.values()}) == 1:
             rates = {"learning rate": next(iter(rates.values()))}
-        rates = {name: thin(self._zoomed(points)) for name, points in rates.items()}
-        options: dict[str, Any] = {"faint": "raw", "second": rates, "is_log": self.is_log.value}
+        second = {name: thin(self._zoomed(points)) for name, points in rates.items()}
+        options: dict[str, Any] = {"faint": "raw", "second": second, "is_log": self.is_log.value}
         set_html(self.chart, both_widths(curves, title="Loss", **options))
         memory = [(step, value / GIB) for step, value in self._zoomed(view.memory)] if view.has_gpu else []
         chart = both_widths({"GPU memory, peak": thin(memory)}, title="GiB", height=120) if memory else ""
         set_html(self.memory_chart, chart)
 
-    def _zoomed(self, points: list[Point]) -> list[Point]:
+    def _zoomed(self, points: Sequence[Point]) -> list[Point]:
         first, last = self.zoom.value
         return [(step, value) for step, value in points if first <= step <= last]
 

@@ -182,7 +182,7 @@ def can_show(control: widgets.Widget, value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, int | float) or not control.min <= value <= control.max:
             return False
         steps = (value - control.min) / control.step
-        return abs(steps - round(steps)) < 1e-6
+        return bool(abs(steps - round(steps)) < 1e-6)
     return True
 
 

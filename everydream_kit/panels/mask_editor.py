@@ -101,7 +101,7 @@ class MaskEditor:
                 self.brush.version += 1
 
     def _index(self) -> int:
-        return self._found()[min(self.number.value, len(self._found())) - 1]
+        return self._found()[min(int(self.number.value), len(self._found())) - 1]
 
     def _turn(self, by: int) -> None:
         self.number.value = min(self.number.max, max(1, self.number.value + by))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class RunMonitor:
         self.step_slider.max = 0
         self.curves.reset()
 
-    def show(self, status: dict[str, Any]) -> None:
+    def show(self, status: Mapping[str, Any]) -> None:
         """Show what is new. Cheap where nothing is."""
         self._render_figures(status)
         if self.view is None or self._job is None:
@@ -96,7 +97,7 @@ class RunMonitor:
         self._render_samples(self.view.samples())
         set_html(self.log, style.log_view(self._job.run.log_tail()))
 
-    def _render_figures(self, status: dict[str, Any]) -> None:
+    def _render_figures(self, status: Mapping[str, Any]) -> None:
         step, total = int(status.get("step") or 0), status.get("num_steps")
         self.bar.max, self.bar.value = max(1, total or 1), min(step, max(1, total or 1))
         self.bar.bar_style = {"good": "success", "bad": "danger", "warn": "warning"}.get(

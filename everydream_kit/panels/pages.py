@@ -72,7 +72,7 @@ class Fold:
 
     @property
     def is_open(self) -> bool:
-        return self.content.layout.display != "none"
+        return bool(self.content.layout.display != "none")
 
     def set_open(self, wanted: bool) -> None:
         """Show the content, or hide it."""

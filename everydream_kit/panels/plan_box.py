@@ -13,7 +13,7 @@ import hashlib
 import html
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ipywidgets as widgets
@@ -180,7 +180,7 @@ class PlanBox:
                 self._task.job.kill()
         self._task.job, self._asked = None, ""
 
-    def _take_result(self, status: dict[str, Any]) -> None:
+    def _take_result(self, status: Mapping[str, Any]) -> None:
         path = self._task.folder / PLAN_FILE
         if status["state"] == "finished" and path.is_file():
             made = dict(json.loads(path.read_text("utf-8")))

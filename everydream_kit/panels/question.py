@@ -34,7 +34,7 @@ class Question:
 
     @property
     def is_open(self) -> bool:
-        return self.box.layout.display != "none"
+        return bool(self.box.layout.display != "none")
 
     def ask(self, text: str, answers: Mapping[str, Callable[[], object]]) -> None:
         """Show a question.

@@ -110,7 +110,7 @@ class QueueBox:
     def refresh(self) -> None:
         """Show the entries as they are now."""
         self._entries, self._alive = self.queue.entries, self.queue.is_alive()
-        self._num_queued = sum(entry["state"] == "waiting" for entry in self._entries)
+        self._num_queued = len([entry for entry in self._entries if entry["state"] == "waiting"])
         self.start_button.disabled = self._alive or not self._num_queued
         self.stop_button.disabled = not self._alive
         self.clear_button.disabled = not any(entry["state"] in jobs.FINAL_STATES for entry in self._entries)

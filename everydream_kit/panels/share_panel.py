@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,7 @@ class SharePanel(Panel):
         self._render()
 
     @staticmethod
-    def _link(status: dict[str, Any]) -> str:
+    def _link(status: Mapping[str, Any]) -> str:
         url = status.get("url")
         if not url:
             return ""

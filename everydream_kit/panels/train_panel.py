@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ from everydream_kit.panels.plan_box import PlanBox
 from everydream_kit.panels.prompts import prompt_lines, read_prompts, write_prompts
 from everydream_kit.panels.question import Question
 from everydream_kit.panels.queue_box import QueueBox
+from everydream_kit.runs import Status
 
 if TYPE_CHECKING:
     from everydream_kit.panels.dataset_panel import DatasetPanel
@@ -454,17 +455,17 @@ class TrainPanel(Panel):
         elif self.message.value in ("", self._state_words):
             self._say_state(status)
 
-    def _status(self) -> dict[str, Any]:
+    def _status(self) -> Status:
         return self.job.status() if self.job is not None else {"state": "", "alive": False}
 
-    def _begin_state(self, status: dict[str, Any]) -> None:
+    def _begin_state(self, status: Status) -> None:
         self._state = status["state"]
         self._list_runs()
         if status["state"] in jobs.FINAL_STATES:
             self._report_plan()
         self._say_state(status)
 
-    def _say_state(self, status: dict[str, Any]) -> None:
+    def _say_state(self, status: Status) -> None:
         state = status["state"]
         words = IDLE_WORDS.get(state, state)
         if state == "starting":
@@ -479,12 +480,12 @@ class TrainPanel(Panel):
         self.say(words, tone)
         self._state_words = self.message.value
 
-    def _render_head(self, status: dict[str, Any]) -> None:
+    def _render_head(self, status: Mapping[str, Any]) -> None:
         state = status["state"]
         mark = style.badge(state, STATE_TONES.get(state, "plain")) if state else style.badge("no run yet")
         set_html(self.head, style.heading("Training", str(self.project.name), badge=mark))
 
-    def _render_buttons(self, status: dict[str, Any] | None = None) -> None:
+    def _render_buttons(self, status: Mapping[str, Any] | None = None) -> None:
         status = status or self._status()
         alive = status["alive"]
         self.start_button.disabled = alive or bool(self.form.errors) or self.plan.blocked

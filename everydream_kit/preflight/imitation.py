@@ -54,7 +54,8 @@ def imitate_autocast(modules: Iterable[torch.nn.Module]) -> None:
             if isinstance(part, (torch.nn.GroupNorm, torch.nn.LayerNorm)) or type(part).__name__ == "Upsample2D":
                 part.register_forward_pre_hook(_raise_first)
             if hasattr(part, "upcast_softmax"):
-                part.upcast_softmax = True
+                attention: Any = part
+                attention.upcast_softmax = True
 
 
 def _raise_first(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

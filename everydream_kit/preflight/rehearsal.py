@@ -318,8 +318,9 @@ def _rehearse_sampling(run: Run, tracker: StorageTracker, samples: SampleShape, 
         doubled = torch.cat([latents, latents])
         sizes = Sizes.uncropped(width, height, 2 * num)
         prediction = model.family.predict(model, doubled, torch.zeros(2 * num).long(), conditioning, sizes)
-        latents = guide(*prediction.chunk(2), torch.ones(num, 1, 1, 1))
-        del prediction, doubled, conditioning, encoded
+        negative, positive = prediction.chunk(2)
+        latents = guide(negative, positive, torch.ones(num, 1, 1, 1))
+        del negative, positive, prediction, doubled, conditioning, encoded
         decode_latents(model, latents)
 
 

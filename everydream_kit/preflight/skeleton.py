@@ -248,7 +248,7 @@ def _cached_snapshot(repo_id: str, prefix: str, revision: str | None, cause: Exc
 def _read_remote_header(repo_id: str, name: str, where: dict[str, Any], how: dict[str, Any]) -> ModelFiles:
     """A single file on the Hub, by its header alone: a local file of the same length with a hole for the weights."""
     from huggingface_hub import get_session, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, and not in its __all__
 
     from everydream_kit.models.single_file import open_single_file
 

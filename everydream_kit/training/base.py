@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from everydream_kit.config import EMBEDDED_MODEL
 from everydream_kit.foreign import read_origin
@@ -176,17 +176,19 @@ def prepare_modules(model: Model, config: TrainConfig) -> None:
     """Modes and memory measures of the modules: training mode, checkpointing, attention, memory format."""
     import torch
 
-    for module in [model.denoiser, *model.text_encoders]:
+    denoiser: Any = model.denoiser  # diffusers' own methods
+    text_encoders: list[Any] = list(model.text_encoders)
+    for module in [denoiser, *text_encoders]:
         # a frozen text encoder drops nothing out: what is remembered of a caption would keep one chance forever
-        module.train(module is model.denoiser or any(parameter.requires_grad for parameter in module.parameters()))
+        module.train(module is denoiser or any(parameter.requires_grad for parameter in module.parameters()))
     if config.gradient_checkpointing:
-        model.denoiser.enable_gradient_checkpointing()
-        for text_encoder in model.text_encoders:
+        denoiser.enable_gradient_checkpointing()
+        for text_encoder in text_encoders:
             text_encoder.gradient_checkpointing_enable()
     if config.attn_type == "slice":
-        model.denoiser.set_attention_slice("auto")
+        denoiser.set_attention_slice("auto")
     if config.channels_last:
-        model.denoiser.to(memory_format=torch.channels_last)
+        denoiser.to(memory_format=torch.channels_last)
     if config.torch_compile:
         compile_blocks(model.denoiser, model.family.denoiser.blocks)
 
@@ -201,9 +203,10 @@ def tile_large_images(model: Model, precision: Precision) -> None:
     import torch
 
     if precision.device_type == "cuda" and precision.dtype == torch.float16:
-        model.vae.enable_tiling()
-        model.vae.tile_sample_min_size = TILE_PIXELS
-        model.vae.tile_latent_min_size = TILE_PIXELS // model.vae_scale_factor
+        vae: Any = model.vae
+        vae.enable_tiling()
+        vae.tile_sample_min_size = TILE_PIXELS
+        vae.tile_latent_min_size = TILE_PIXELS // model.vae_scale_factor
 
 
 def compile_blocks(denoiser: torch.nn.Module, blocks: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
     from everydream_kit.data.dataset import Dataset
     from everydream_kit.data.epoch_plan import PlanSettings
-    from everydream_kit.models.family import Model
+    from everydream_kit.models.family import Conditioning, Model
     from everydream_kit.training.control import StopSignal
     from everydream_kit.training.journal import Journal
     from everydream_kit.training.offload import IdleModels
@@ -135,7 +135,7 @@ def weights_identity(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def build_text_cache(model: Model, clip_skip: int, *, trains_text: bool) -> TextCache | None:
+def build_text_cache(model: Model, clip_skip: int, *, trains_text: bool) -> TextCache[Conditioning] | None:
     """Remember encoded captions where the text encoders are frozen."""
     if trains_text:
         return None

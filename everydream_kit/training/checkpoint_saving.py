@@ -355,4 +355,4 @@ class Saver(Listener):
 
 def _memory_allows(num_bytes: int) -> bool:
     """Room for one more copy of the weights in host memory, with half as much again to spare."""
-    return psutil.virtual_memory().available > 1.5 * num_bytes
+    return int(psutil.virtual_memory().available) > 1.5 * num_bytes

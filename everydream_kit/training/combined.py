@@ -110,7 +110,7 @@ def take_gradient_norm(optimizer: Any) -> float | None:
     fused = _fused(optimizer)
     if not any(one.measures_norm for one in fused):
         return None
-    return sum(one.take_gradient_norm() ** 2 for one in fused) ** 0.5
+    return float(sum(one.take_gradient_norm() ** 2 for one in fused) ** 0.5)
 
 
 def _fused(optimizer: Any) -> list[FusedBackwardOptimizer]:

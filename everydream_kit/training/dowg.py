@@ -5,7 +5,7 @@ Neither torch, bitsandbytes nor pytorch_optimizer has it. It keeps a copy of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ class DoWG(torch.optim.Optimizer):
         torch._foreach_add_(parameters, [p.grad for p in parameters], alpha=-rate)
 
 
-def _squared_norm(tensors: list[torch.Tensor]) -> float:
+def _squared_norm(tensors: Sequence[torch.Tensor]) -> float:
     """Sum of squares over all tensors, in float64."""
     norms = torch.stack(torch._foreach_norm([tensor.float() for tensor in tensors]))
     return float(norms.double().square().sum())

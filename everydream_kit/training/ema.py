@@ -116,7 +116,7 @@ def decay_from_strength_target(target: float, num_steps: int, interval: int) -> 
         num_steps: optimizer steps of the run.
         interval: optimizer steps between updates.
     """
-    return target ** (1.0 / max(1.0, num_steps / interval))
+    return float(target ** (1.0 / max(1.0, num_steps / interval)))
 
 
 def _slices(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:

@@ -52,11 +52,8 @@ class _Buffer:
     gaps: list[torch.Tensor]
 
     def step(self) -> None:
-        gradients = [parameter.grad for parameter, _ in self.pieces]
-        if any(gradient is None for gradient in gradients):  # a process without an image, or a path that was not taken
-            gradients = [
-                torch.zeros_like(p) if g is None else g for g, (p, _) in zip(gradients, self.pieces, strict=True)
-            ]
+        # None: of a process without an image, or of a path that was not taken
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p, _ in self.pieces]
         torch._foreach_copy_(self.gradient_pieces, gradients)
         if self.gaps:
             torch._foreach_zero_(self.gaps)
@@ -90,6 +87,7 @@ class FlatOptimizer:
         self._plain = build([dict(group) for group in param_groups])
         self.param_groups: list[Group] = self._plain.param_groups
         self._buffers: list[_Buffer] = []
+        self._has_stepped = False
         self._flatten([p for group in self.param_groups for p in group["params"]])
 
     @property
@@ -143,7 +141,7 @@ class FlatOptimizer:
                 share = own.get(parameter) or shares.get(parameter)
                 if share:
                     self._plain.state[parameter] = share
-        saved = self._plain.state_dict()
+        saved: dict[str, Any] = self._plain.state_dict()
         saved["state"] = dict(saved["state"])  # torch's own is a new one, too; the entries are what is shared
         self._plain.state.clear()
         self._plain.state.update(own)

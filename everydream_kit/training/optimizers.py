@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 Group = dict[str, Any]
 Builder = Callable[[list[Group]], Any]
+AnyOptimizer = torch.optim.Optimizer | CombinedOptimizer | RoundedOptimizer | FlatOptimizer
+"""What a training loop steps; ours have what it and a GradScaler use of torch's."""
 DEFAULT_WEIGHT_DECAY = 0.01
 """EveryDream 2's, and torch's for AdamW; of optimizers whose decay is decoupled and scaled by a small rate."""
 COMMON = ("betas", "eps", "weight_decay")
@@ -142,12 +144,13 @@ def build_optimizer(
     Raises:
         ConfigError: an unknown name, a class that cannot be imported, or an argument that it does not take.
     """
-    groups = [dict(group) if isinstance(group, dict) else {"params": [group]} for group in param_groups]
+    groups: list[Group] = [dict(group) if isinstance(group, dict) else {"params": [group]} for group in param_groups]
     for group in groups:
         group.setdefault("lr", lr)
         for key, value in (("betas", betas), ("eps", eps), ("weight_decay", weight_decay)):
             group.setdefault(key, value)
-    return _make_builder(name, groups, device_type, kwargs)(groups)
+    optimizer: torch.optim.Optimizer = _make_builder(name, groups, device_type, kwargs)(groups)
+    return optimizer
 
 
 def build_optimizer_for_parts(
@@ -158,7 +161,7 @@ def build_optimizer_for_parts(
     rounding_seed: int | None = None,
     fused_backward: bool = False,
     flat: bool = False,
-) -> torch.optim.Optimizer | CombinedOptimizer | RoundedOptimizer | FlatOptimizer:
+) -> AnyOptimizer:
     """Make the optimizer of everything that is trained: one group for each part.
 
     Parts with the same optimizer share one; otherwise there are several behind one face.
@@ -177,7 +180,7 @@ def build_optimizer_for_parts(
     for part, how in zip(parts, settings, strict=True):
         key = (plain_name(how.optimizer), repr(sorted(how.kwargs.items())))
         bundles.setdefault(key, []).append((part_group(part, how), how))
-    optimizers = []
+    optimizers: list[AnyOptimizer] = []
     for number, bundle in enumerate(bundles.values()):
         name, groups = bundle[0][1].optimizer, [group for group, _ in bundle]
         build = _make_builder(name, groups, device_type, bundle[0][1].kwargs)
@@ -280,7 +283,8 @@ def _make_builder(name: str, groups: Sequence[Group], device_type: str, kwargs: 
                 common["weight_decay"] = kind.weight_decay
             plain = {key: value for key, value in group.items() if key not in COMMON}
             accepted.append(plain | _accepted(common, optimizer_class, kind, name))
-        return optimizer_class(accepted, lr=groups[0]["lr"], **options)
+        optimizer: torch.optim.Optimizer = optimizer_class(accepted, lr=groups[0]["lr"], **options)
+        return optimizer
 
     return build
 

@@ -383,8 +383,8 @@ class ImageTable(Listener):
 
     def restore(self, state: dict[str, Any]) -> None:
         rows = {
-            key: [float(total), int(count), str(path)] for key, (total, count, path) in state.get("rows", {}).items()
+            key: (float(total), int(count), str(path)) for key, (total, count, path) in state.get("rows", {}).items()
         }
         if not all(count > 0 and math.isfinite(total) for total, count, _ in rows.values()):
             raise ValueError("rows: not those of images")
-        self._rows = rows
+        self._rows = {key: list(row) for key, row in rows.items()}

@@ -137,6 +137,7 @@ class _Chunk:
             inner["lr"] = group["lr"]  # the loop sets the outer groups' rates
         active = [(p, stand_in) for p, stand_in in self.pairs if p.grad is not None]
         for parameter, stand_in in active:
+            assert parameter.grad is not None
             # `.data`: the optimizer's state is keyed by the stand-in, which stays
             stand_in.data = parameter.detach().float()
             stand_in.grad = parameter.grad.float()

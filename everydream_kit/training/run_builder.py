@@ -100,7 +100,7 @@ def build_run(
     if config.parallel == "fsdp2" and ranks.num_ranks == 1:
         journal.warn("parallel fsdp2: has no effect on one process; start several with accelerate launch or torchrun.")
     plugins = load_plugins(config.plugins)
-    dataset, validation_sets = read_dataset(config, journal), []
+    dataset, validation_sets = read_dataset(config, journal), list[ValidationSet]()
     if measures_losses(config):
         dataset, validation_sets = split_dataset(dataset, config, partial(scan, config))
     model = load_base(config, weights_from, ranks, adapter_base)

@@ -54,10 +54,14 @@ logger = logging.getLogger("everydream_kit")
 
 
 def plan_prompts(
-    settings: SampleSettings, dataset: Dataset, *, seed: int, resolution: int, step: int
+    settings: SampleSettings, dataset: Dataset | None, *, seed: int, resolution: int, step: int
 ) -> list[SamplePrompt]:
     """Turn the file's entries into prompts with sizes and seeds; random captions are drawn from the dataset by
-    address."""
+    address.
+
+    Args:
+        dataset: None where no entry wants a caption of it.
+    """
     from everydream_kit.models.sampling import SamplePrompt
 
     entries = settings.samples or [SampleEntry(random_caption=True) for _ in range(NUM_RANDOM_CAPTIONS)]
@@ -81,7 +85,8 @@ def plan_prompts(
     return planned
 
 
-def _random_caption(dataset: Dataset, seed: int, step: int, index: int) -> str:
+def _random_caption(dataset: Dataset | None, seed: int, step: int, index: int) -> str:
+    assert dataset is not None
     image = int(generator(seed, "sample caption", step, index).integers(len(dataset)))
     return dataset.caption(image).text
 

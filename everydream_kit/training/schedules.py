@@ -80,4 +80,4 @@ def default_warmup_steps(decay_steps: int, kind: str) -> int:
 
 def scaled_lr(lr: float, batch_size: int, grad_accum: int) -> float:
     """lr × (batch_size × grad_accum)^0.55: the rate for a larger step, when `lr` is meant for single images."""
-    return lr * (batch_size * grad_accum) ** BATCH_EXPONENT
+    return lr * float((batch_size * grad_accum) ** BATCH_EXPONENT)

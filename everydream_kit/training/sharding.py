@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from everydream_kit.errors import ConfigError
-from everydream_kit.training.optimizers import plain_name, unwrap_optimizers
+from everydream_kit.training.optimizers import unwrap_optimizers
 from everydream_kit.training.parameters import TrainedPart
+from everydream_kit.training.parts import plain_name
 
 if TYPE_CHECKING:
     from everydream_kit.models.family import Model

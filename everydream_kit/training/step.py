@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from everydream_kit.models.family import Model
     from everydream_kit.training.ema import Ema
     from everydream_kit.training.objectives import Objective
+    from everydream_kit.training.optimizers import AnyOptimizer
     from everydream_kit.training.parameters import TrainedPart
     from everydream_kit.training.precision import Precision
     from everydream_kit.training.ranks import Ranks
@@ -67,7 +68,7 @@ class Learner:
 
     model: Model
     parts: list[TrainedPart]
-    optimizer: torch.optim.Optimizer
+    optimizer: AnyOptimizer
     schedules: Schedules
     objective: Objective
     noise_settings: ObjectiveGroup
@@ -78,7 +79,7 @@ class Learner:
     clip_skip: int
     clip_grad_norm: float | None = None
     ema: Ema | None = None
-    text_cache: TextCache | None = None
+    text_cache: TextCache[Conditioning] | None = None
     idle_models: IdleModels = field(default_factory=IdleModels)
     updates_in_backward: bool = False
     wants_gradient_norm: Callable[[int], bool] = lambda step: False

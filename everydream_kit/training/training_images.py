@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from everydream_kit.data.epoch_plan import PlanSettings, plan_epoch
-from everydream_kit.data.headers import EXTENSIONS
+from everydream_kit.data.image_files import EXTENSIONS
 from everydream_kit.data.scanning import scan_dataset
 from everydream_kit.errors import ConfigError, DataError
 

@@ -24,9 +24,9 @@ from odd_images import (
 from PIL import Image, features
 
 from everydream_kit.data import image_files
-from everydream_kit.data.dataset import Problem
 from everydream_kit.data.image_files import IMAGE_ERRORS, MAX_SIDE, UNREAD_EXTENSIONS, open_image
 from everydream_kit.data.pixels import center_crop, load_pixels
+from everydream_kit.data.reading_problems import Problem
 from everydream_kit.data.scanning import scan_dataset
 from everydream_kit.data.tidying import companions_of
 from everydream_kit.errors import DataError
