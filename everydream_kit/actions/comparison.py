@@ -114,7 +114,9 @@ def generate_missing(comparison: Comparison, progress: Callable[[int, int], obje
     progress(done, total)
     for checkpoint in comparison.checkpoints:
         wanted = comparison.missing(checkpoint)
-        model = _load(checkpoint) if wanted else None
+        if not wanted:
+            continue
+        model = _load(checkpoint)
         for prompt, cfg in wanted:  # one at a time: each appears as soon as it is generated
             size = comparison.size
             request = SamplePrompt(prompt=prompt, seed=comparison.seed, width=size, height=size, cfgs=(cfg,))

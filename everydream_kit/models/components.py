@@ -52,8 +52,9 @@ def parameters_on_meta() -> Iterator[None]:
 
     def register_on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
         if parameter is not None:
-            parameter = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-            parameter._is_hf_initialized = True  # transformers' own initializers skip such a parameter
+            on_meta: Any = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            on_meta._is_hf_initialized = True  # transformers' own initializers skip such a parameter
+            parameter = on_meta
         register(module, name, parameter)
 
     torch.nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]

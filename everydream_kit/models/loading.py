@@ -12,7 +12,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -284,10 +284,10 @@ def training_scheduler(
     Args:
         zero_terminal_snr: rescale to zero terminal SNR unless the betas are so already.
     """
-    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as Schedule
 
     betas = scheduler_config.get("trained_betas")
-    scheduler: DDPMScheduler = DDPMScheduler(
+    scheduler = Schedule(
         num_train_timesteps=scheduler_config.get("num_train_timesteps", 1000),
         beta_start=scheduler_config.get("beta_start", 0.00085),
         beta_end=scheduler_config.get("beta_end", 0.012),
@@ -297,4 +297,4 @@ def training_scheduler(
         clip_sample=False,
         rescale_betas_zero_snr=zero_terminal_snr and betas is None,
     )
-    return scheduler
+    return cast("DDPMScheduler", scheduler)

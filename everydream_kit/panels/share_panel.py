@@ -60,6 +60,18 @@ class SharePanel(Panel):
 
     def _build(self) -> None:
         self.checkpoint = widgets.Dropdown(description="Checkpoint", **_wide())
+        self.checkpoint.observe(lambda _: self._choose_checkpoint(), "value")
+        self.refresh_button = style.button("Refresh", icon="refresh")
+        self.refresh_button.layout.display = "none" if has_clock() else ""
+        self.on_press(self.refresh_button, self.refresh)
+        self.head, self.result = widgets.HTML(), widgets.HTML()
+        self.bar = style.progress_bar()
+        self.clock = make_clock(self.on_beat)
+        above = [self.head, self.checkpoint, self.message, self.bar, self.result]
+        self.box = style.panel_box([*above, *self._build_export(), *self._build_push(), self.clock])
+
+    def _build_export(self) -> list[widgets.Widget]:
+        """The part that writes a file on this machine."""
         self.form = widgets.Dropdown(description="Form", **_wide())
         self.file_name = widgets.Text(description="File", **_wide())
         self.precision = widgets.Dropdown(options=list(PRECISIONS.items()), description="Precision", **_wide())
@@ -71,6 +83,22 @@ class SharePanel(Panel):
         self.size = widgets.HTML()
         self.question = Question(self._press)
         self.export_button = style.button("Export", tone="primary", icon="file", hint="Write the file")
+        self.on_press(self.export_button, self.export)
+        self.form.observe(lambda _: self._choose_form(), "value")
+        self.precision.observe(lambda _: self._estimate(), "value")
+        return [
+            style.section("On this machine"),
+            self.form,
+            self.token,
+            self.precision,
+            self.strength,
+            self.file_name,
+            style.row(self.export_button, self.size, self.refresh_button),
+            self.question.box,
+        ]
+
+    def _build_push(self) -> list[widgets.Widget]:
+        """The part that uploads to the Hub."""
         self.repo = widgets.Text(placeholder="me/jets", description="Repository", **_wide())
         self.private = widgets.Checkbox(value=True, description="private", **_wide())
         self.license = widgets.Text(placeholder="of the base model", description="License", **_wide())
@@ -89,43 +117,18 @@ class SharePanel(Panel):
             "Preview", icon="search", hint="Say what would be uploaded, and show the card"
         )
         self.push_button = style.button("Push to the Hub", tone="primary", icon="cloud-upload")
-        self.refresh_button = style.button("Refresh", icon="refresh")
-        self.refresh_button.layout.display = "none" if has_clock() else ""
-        self.on_press(self.export_button, self.export)
+        self.preview_text = widgets.HTML()
         self.on_press(self.preview_button, self.preview)
         self.on_press(self.push_button, self.push)
-        self.on_press(self.refresh_button, self.refresh)
-        self.checkpoint.observe(lambda _: self._choose_checkpoint(), "value")
-        self.form.observe(lambda _: self._choose_form(), "value")
-        self.precision.observe(lambda _: self._estimate(), "value")
-        self.head, self.preview_text, self.result = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self.bar = style.progress_bar()
-        self.clock = make_clock(self.on_beat)
-        self.box = style.panel_box(
-            [
-                self.head,
-                self.checkpoint,
-                self.message,
-                self.bar,
-                self.result,
-                style.section("On this machine"),
-                self.form,
-                self.token,
-                self.precision,
-                self.strength,
-                self.file_name,
-                style.row(self.export_button, self.size, self.refresh_button),
-                self.question.box,
-                style.section("On the Hugging Face Hub"),
-                self.repo,
-                self.license,
-                self.private,
-                style.row(*self.what.values(), gap="4px 22px"),
-                style.row(self.preview_button, self.push_button),
-                self.preview_text,
-                self.clock,
-            ]
-        )
+        return [
+            style.section("On the Hugging Face Hub"),
+            self.repo,
+            self.license,
+            self.private,
+            style.row(*self.what.values(), gap="4px 22px"),
+            style.row(self.preview_button, self.push_button),
+            self.preview_text,
+        ]
 
     # What the buttons do
 

@@ -92,7 +92,7 @@ def measure_launch_seconds(device_type: str) -> float:
         step()
     with LaunchCounter() as counter:
         step()
-    return statistics.median([step() for _ in range(MEASURED_STEPS)]) / counter.launches.total()
+    return float(statistics.median([step() for _ in range(MEASURED_STEPS)]) / counter.launches.total())
 
 
 def _ask_process(device_type: str) -> float | None:

@@ -158,7 +158,7 @@ class LaunchCounter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.launches: Counter[str] = Counter()
         self.operations: Counter[str] = Counter()
         self.phase = FORWARD
@@ -183,7 +183,7 @@ class StorageTracker(TorchDispatchMode):
     """
 
     def __init__(self, *, granule: int = 1) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.record = Lives()
         self._granule = granule
         self._moment = 0

@@ -25,7 +25,7 @@ def as_generator(source: Source) -> torch.Generator:
 
 
 def make_noise(
-    shape_one: tuple[int, int, int],
+    shape_one: tuple[int, ...],
     sources: Sequence[Source],
     *,
     offset: float = 0.0,
@@ -48,7 +48,7 @@ def make_noise(
 
 
 def _noise_of_one(
-    shape: tuple[int, int, int], generator: torch.Generator, offset: float, pyramid_discount: float | None
+    shape: tuple[int, ...], generator: torch.Generator, offset: float, pyramid_discount: float | None
 ) -> torch.Tensor:
     noise = torch.randn(shape, generator=generator)
     # Drawn before the pyramid, whose number of draws depends on chance: each option leaves the other alone.
