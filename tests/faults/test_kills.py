@@ -7,9 +7,7 @@ Several kills are dealt to one run (kill, resume, kill, ...), by processes of a 
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import time
 from pathlib import Path
 
@@ -101,8 +99,7 @@ def kill_and_resume(tmp_path: Path, model: Path, images: Path, moments: list[str
         try:
             wait_for(moment, run_of, process, chance)
         finally:
-            killed = process.poll() is None
-            os.killpg(process.pid, signal.SIGKILL) if killed else None
+            killed = process.kill()
             errors = process.finish(280)
         assert killed or process.returncode == 0, errors
         kills += killed

@@ -5,8 +5,10 @@ A kill then costs what the work costs that it interrupts, and not six seconds of
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 from functools import cache
 from pathlib import Path
@@ -67,6 +69,15 @@ class Command:
     def poll(self) -> int | None:
         """As `subprocess.Popen.poll`."""
         return self.returncode
+
+    def kill(self) -> bool:
+        """Kill it and its children. Returns whether it was there: the fork server reaps it the moment that it ends by itself."""
+        if self.poll() is not None:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+            return True
+        return False
 
     def finish(self, timeout: float) -> str:
         """Wait for its end. Returns what it wrote to its errors."""
