@@ -28,6 +28,8 @@ SHOWN_CHECKPOINTS = 12
 FIRST_PROMPTS = 3
 """Of the project's own prompts, to begin with."""
 
+NOTHING_YET = "This project has no checkpoint yet. Each appears here as soon as it is saved."
+
 
 class ComparePanel(Panel):
     """`edk.panels.compare(project)`.
@@ -272,8 +274,11 @@ class ComparePanel(Panel):
 
     def refresh(self) -> None:
         """Show checkpoints and images that have come since the last look."""
+        had_none = len(self.choices) < 2
         if self.checkpoints.update():
             self._offer_checkpoints()
+            if had_none and len(self.choices) > 1:
+                self.say("")  # the sentence of the empty project
         self._follow_sampling()
         if self._is_due and self.job is None:
             self._begin_when_trained()
@@ -318,7 +323,7 @@ class ComparePanel(Panel):
     def _render(self, *, force: bool = False) -> None:
         self.stop_button.disabled = self.job is None
         if self.comparison is None and not self.checkpoints.known and not self.message.value:
-            self.say("This project has no checkpoint yet. Each appears here as soon as it is saved.")
+            self.say(NOTHING_YET)
         self.generate_button.disabled = self.job is not None
         set_html(
             self.head,

@@ -136,6 +136,17 @@ def look_always(monkeypatch):
 
 
 @pytest.mark.usefixtures("look_always")
+def test_the_sentence_of_an_empty_project_goes_with_the_first_checkpoint(project):
+    (project / "logs").rename(project / "elsewhere")
+    compare = ComparePanel(project)
+    assert "no checkpoint yet" in compare.message.value
+    (project / "elsewhere").rename(project / "logs")
+    compare.refresh()
+    assert len(compare.checks) == 2
+    assert "no checkpoint yet" not in compare.message.value
+
+
+@pytest.mark.usefixtures("look_always")
 def test_checkpoints_of_the_run_appear_as_they_come(project):
     run = RunFolder(next((project / "logs").iterdir()))
     compare, share = ComparePanel(project), SharePanel(project)
