@@ -179,7 +179,7 @@ def test_python_in_the_pages_uses_public_names(page):
 
 
 def test_settings_in_the_readmes_python_are_accepted():
-    (call,) = re.findall(r"edk\.TrainConfig\(.*?\)", README)
+    (call,) = re.findall(r"edk\.TrainConfig\(.*?\)", README, re.DOTALL)
     config = eval(call, {"edk": everydream_kit})
     assert config.resume_ckpt == "embedded"
 
