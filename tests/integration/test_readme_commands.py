@@ -30,8 +30,10 @@ SMALLER = {
 
 
 def shown_commands() -> list[str]:
-    indented = re.findall(r"^ {4}(\S.*)$", README, re.MULTILINE)
-    return [re.sub(r"\s+#.*$", "", line) for line in indented]
+    """What a shell would run of the indented blocks: continued lines in one, without comments."""
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL).replace("\\\n", "")
+    indented = re.findall(r"^ {4}(\S.*)$", prose, re.MULTILINE)
+    return [re.sub(r"\s+#.*$", "", line) for line in indented if not line.startswith("#")]
 
 
 @pytest.fixture
