@@ -89,13 +89,18 @@ class SampleGroup(Group):
     ] = None
     """Side of a square sample; by default the largest `resolution`."""
     sample_batch_size: Annotated[
-        Annotated[int, Field(ge=1, le=4096)],
+        Annotated[int, Field(ge=1, le=4096)] | Literal["auto"],
         Knob(
-            unit="images", memory="activations of a sample grow with it", when="sampling runs out of memory: 1", step=1
+            unit="images",
+            memory="activations of a sample grow with it",
+            when="a number where memory is plenty; 1 where sampling runs out of it",
+            step=1,
         ),
         Facts(MEMORY, "resume", needs=("sample_steps",)),
-    ] = 4
-    """Images that are sampled together."""
+    ] = "auto"
+    """Images that are sampled together. `auto` takes up to 4, with no more pixels than a training batch or one image of 1024
+    x 1024 has: four samples of 512 px, or one of 1024 px at batch 1. The samples are the same with every number, up to
+    rounding."""
 
 
 class ValidationGroup(Group):

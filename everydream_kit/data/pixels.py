@@ -298,7 +298,7 @@ def _read_mask_file(mask_path: str | Path, cells: Size, crop: Crop, size: Size |
     """Cut the same part from a mask file, which may be of another size than its image."""
     with open_image(mask_path) as image:
         orientation = _orientation(image)
-        gray = image.convert("L")
+        gray: Image.Image = image.convert("L")
     if orientation in _TRANSPOSE:
         gray = gray.transpose(_TRANSPOSE[orientation])
     width, height = size or gray.size

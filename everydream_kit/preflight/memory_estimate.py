@@ -367,9 +367,11 @@ def sampled_together(config: TrainConfig, dataset: Dataset | None = None) -> Sam
     counts: dict[tuple[int, int], int] = {}
     for size, number in images:
         counts[size] = counts.get(size, 0) + number
-    together = settings.batch_size
-    size = max(counts, key=lambda size: min(together, counts[size]) * size[0] * size[1])
-    return SampleShape(min(together, counts[size]), size)
+    assert isinstance(config.batch_size, int)
+    trained_pixels = config.batch_size * side**2
+    together = {size: min(settings.images_together(*size, trained_pixels), number) for size, number in counts.items()}
+    size = max(together, key=lambda size: together[size] * size[0] * size[1])
+    return SampleShape(together[size], size)
 
 
 def _conclude(config: TrainConfig, rehearsal: Rehearsal, device: str) -> MemoryEstimate:

@@ -30,12 +30,9 @@ class _LiveSettings(BaseModel):
 
 def _live_fields() -> dict[str, Any]:
     """The declarations of the live settings, with None for "not given"."""
-    fields = TrainConfig.model_fields
-    return {
-        name: (Annotated[(fields[name].annotation, *fields[name].metadata)] | None, None)
-        for name, one in facts().items()
-        if one.change == "live"
-    }
+    live = {name: TrainConfig.model_fields[name] for name, one in facts().items() if one.change == "live"}
+    declared = {name: (field.annotation, *field.metadata) for name, field in live.items()}
+    return {name: (Annotated[parts] | None, None) for name, parts in declared.items()}
 
 
 LiveSettings = create_model("LiveSettings", __base__=_LiveSettings, **_live_fields())

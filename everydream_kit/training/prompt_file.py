@@ -16,7 +16,7 @@ import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -30,6 +30,10 @@ LARGEST_SIDE = 4096
 """Of a sample, in pixels: SDXL's largest bucket at twice its resolution."""
 MOST_SAMPLES = 1000
 """Read from one file: more would take longer than any training between two samplings."""
+MOST_TOGETHER = 4
+"""Images that `auto` samples together at most: from there on a GPU is busy, and more take as much longer."""
+PIXELS_TOGETHER = 1024 * 1024
+"""What `auto` samples together where a training batch has fewer pixels: enough to keep a GPU busy."""
 DOCUMENTATION = ("doc", "documentation", "comment")
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
@@ -69,7 +73,7 @@ class SampleSettings(BaseModel):
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)]
     seed: Seed | None = None
     resolution: Side | None = None
-    batch_size: Annotated[int, Field(ge=1, le=4096)]
+    batch_size: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"]
     show_progress_bars: bool = False
     generate_samples_every_n_steps: Annotated[int, Field(ge=0)] | None = None
     generate_pretrain_samples: bool = False
@@ -89,6 +93,19 @@ class SampleSettings(BaseModel):
             resolution=settings.sample_resolution,
             batch_size=settings.sample_batch_size,
         )
+
+    def images_together(self, width: int, height: int, trained_pixels: int) -> int:
+        """Images of this size that are sampled together.
+
+        With as many pixels as a training batch has, samples hold less than a step does: guidance doubles them, but nothing is
+        kept for a backward pass.
+
+        Args:
+            trained_pixels: of a training batch.
+        """
+        if self.batch_size != "auto":
+            return self.batch_size
+        return max(1, min(MOST_TOGETHER, max(PIXELS_TOGETHER, trained_pixels) // (width * height)))
 
     @field_validator("scheduler")
     @classmethod

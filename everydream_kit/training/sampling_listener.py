@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,6 +145,7 @@ class Sampler(Listener):
         self._last_step: int | None = None
         self._is_owed = False
         self._read: tuple[object, PromptFile | None] | None = None
+        self._logged_numbers: set[tuple[int, int, int]] = set()
 
     def on_start(self, run: ObservedRun) -> None:
         settings = self._settings(run)  # read here, so that a mistake is reported before the first step
@@ -196,13 +197,28 @@ class Sampler(Listener):
         variants = [("", False)] * self.live + [("ema-", True)] * self.averaged
         resolution = max(run.plan_settings.resolutions)
         prompts = plan_prompts(settings, run.dataset, seed=run.seed, resolution=resolution, step=run.position.step)
+        together = self._images_together(run, settings, prompts)
         with ShareBar("samples") as bar:
             progress = WorkProgress(run.journal, "sampling", bar, stop=self.stop, num_parts=len(variants))
             for prefix, averaged in variants:
                 learner = self.sync.learner
                 with self.sync.whole_model(averaged=averaged), learner.precision.autocast(keep_casts=False):
-                    _Grids(run, learner.model, settings, prompts, prefix, progress).make()
+                    _Grids(run, learner.model, settings, prompts, together, prefix, progress).make()
                 progress.end_part()
+
+    def _images_together(
+        self, run: ObservedRun, settings: SampleSettings, prompts: Sequence[SamplePrompt]
+    ) -> dict[tuple[int, int], int]:
+        """Images of each size that are sampled together; what was chosen is logged once."""
+        plan = run.plan_settings
+        trained_pixels = plan.batch_size * max(plan.resolutions) ** 2
+        sizes = dict.fromkeys(map(_size_of, prompts))
+        together = {size: settings.images_together(*size, trained_pixels) for size in sizes}
+        for (width, height), number in together.items() if settings.batch_size == "auto" else ():
+            if (width, height, number) not in self._logged_numbers:
+                self._logged_numbers.add((width, height, number))
+                run.journal.note(f"sample_batch_size auto: {number} of {width} x {height} px at a time")
+        return together
 
     def _every(self, run: ObservedRun) -> int | None:
         if self.schedule.every_n_steps is None:
@@ -246,6 +262,7 @@ class _Grids:
     """The grids of one sampling: made and written group by group; where a group fails, one by one, image by image.
 
     Attributes:
+        together: images of each size, in pixels, that are sampled together.
         prefix: of the file names, behind step and index.
         made: indices of the grids that are written.
     """
@@ -254,6 +271,7 @@ class _Grids:
     model: Model
     settings: SampleSettings
     prompts: Sequence[SamplePrompt]
+    together: Mapping[tuple[int, int], int]
     prefix: str
     progress: WorkProgress
     made: set[int] = field(default_factory=set)
@@ -270,7 +288,7 @@ class _Grids:
             def report(done: int, total: int, number: int = number) -> None:
                 self.progress(number * total + done, len(groups) * total)
 
-            self._try(group, report, together=self.settings.batch_size)
+            self._try(group, report, together=self.together[_size_of(self.prompts[group[0]])])
             for index in group:
                 problem = None if index in self.made else self._try([index], report, together=1)
                 if problem is not None:
@@ -306,10 +324,10 @@ class _Grids:
             )
         )
         for index in indices:
-            self._write_grid(index, [next(images) for _ in self.prompts[index].cfgs])
+            self._write_grid(index, [next(images) for _ in self.prompts[index].cfgs], together)
             self.made.add(index)
 
-    def _write_grid(self, index: int, row: Sequence[Image]) -> None:
+    def _write_grid(self, index: int, row: Sequence[Image], together: int) -> None:
         from everydream_kit.models.sampling import label_grid, save_image
 
         run, step, prompt = self.run, self.run.position.step, self.prompts[index]
@@ -322,14 +340,27 @@ class _Grids:
             f"{prompt.prompt}\nnegative prompt: {prompt.negative_prompt}\nseed: {prompt.seed}\n",
         )
         run.journal.image(f"sample_{index:03}_{self.prefix}{clean_for_file_name(prompt.prompt)[:60]}", grid, step)
-        run.journal.report("sample", step=step, path=str(path), index=index, prompt=prompt.prompt, seed=prompt.seed)
+        run.journal.report(
+            "sample",
+            step=step,
+            path=str(path),
+            index=index,
+            prompt=prompt.prompt,
+            seed=prompt.seed,
+            images_together=together,
+        )
+
+
+def _size_of(prompt: SamplePrompt) -> tuple[int, int]:
+    """Width and height in pixels."""
+    return prompt.width, prompt.height
 
 
 def _groups(prompts: Sequence[SamplePrompt]) -> Iterator[list[int]]:
     """Indices of prompts of one size that are made together: about IMAGES_OF_A_GROUP images, in order."""
     by_size: dict[tuple[int, int], list[int]] = {}
     for index, prompt in enumerate(prompts):
-        by_size.setdefault((prompt.width, prompt.height), []).append(index)
+        by_size.setdefault(_size_of(prompt), []).append(index)
     for indices in by_size.values():
         group: list[int] = []
         num_images = 0

@@ -227,6 +227,36 @@ def test_each_sampling_setting_holds_where_the_prompt_file_says_nothing(
     assert sampled(**values)[shown] == expected
 
 
+@pytest.mark.parametrize(("batch_size", "calls"), [(1, [1, 1, 1]), (2, [2, 1])])
+def test_auto_samples_no_more_together_than_a_training_batch_has_where_that_keeps_a_gpu_busy(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    batch_size: int,
+    calls: list[int],
+) -> None:
+    """At 64 px, with the pixels of one image for those that keep a GPU busy. The images are those of four together."""
+    (tmp_path / "p.txt").write_text("a", "utf-8")
+    plain = {**settings, "sample_prompts": str(tmp_path / "p.txt"), "batch_size": batch_size}
+    plain |= {"sample_cfgs": [1.0, 1.0, 1.0], "sample_num_inference_steps": 1}
+    found, grids = [], []
+    monkeypatch.setattr("everydream_kit.training.prompt_file.PIXELS_TOGETHER", 64 * 64)
+    for given in ({}, {"sample_batch_size": 4}):
+        with prepared(**plain, **given) as rehearsal, caplog.at_level("INFO", "everydream_kit"):
+            hook = rehearsal.run.learner.model.denoiser.register_forward_pre_hook(
+                lambda _, arguments: found.append(len(arguments[0]))
+            )
+            with hook:
+                build_sampler(rehearsal.run, StopSignal()).draw(rehearsal.run)
+            [event] = rehearsal.folder.events("sample")
+            grids.append((event["images_together"], np.asarray(Image.open(event["path"])).astype(int)))
+    assert found == [*calls, 3]
+    assert [number for number, _ in grids] == [batch_size, 4]
+    assert np.abs(grids[0][1] - grids[1][1]).max() <= 1
+    assert caplog.text.count(f"sample_batch_size auto: {batch_size} of 64 x 64 px at a time") == 1
+
+
 # Changed on resume ----------------------------------------------------------------------------------------------------
 
 

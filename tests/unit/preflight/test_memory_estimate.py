@@ -8,7 +8,7 @@ from everydream_kit.config import TrainConfig, facts
 from everydream_kit.errors import ConfigError
 from everydream_kit.models.random_models import build_model
 from everydream_kit.preflight import memory_estimate
-from everydream_kit.preflight.memory_estimate import MemoryEstimate, Phase, estimate_memory
+from everydream_kit.preflight.memory_estimate import MemoryEstimate, Phase, estimate_memory, sampled_together
 
 MIB = 2**20
 
@@ -233,3 +233,20 @@ def test_large_images_go_through_the_vae_in_tiles_where_there_is_no_bfloat16(kep
         for has_bf16 in (True, False)
     ]
     assert peaks[1] < peaks[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "together"),
+    [
+        ({"resolution": 512}, 4),
+        ({"resolution": 1024}, 1),
+        ({"resolution": 1024, "batch_size": 3}, 3),
+        ({"resolution": 1024, "sample_batch_size": 4}, 4),
+        ({"resolution": [512, 1024], "sample_resolution": 512}, 4),
+    ],
+)
+def test_default_samples_are_estimated_as_many_together_as_a_run_makes(tmp_path, monkeypatch, settings, together):
+    monkeypatch.chdir(tmp_path)  # without a prompt file
+    config = TrainConfig(resume_ckpt="none", **{"batch_size": 1, **settings})
+    shape = sampled_together(config)
+    assert shape is not None and shape.num_images == together

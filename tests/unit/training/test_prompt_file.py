@@ -58,7 +58,8 @@ def test_everydream_2s_own_file_is_read_whole(tmp_path: Path) -> None:
         ("seed", 2**64, "the run's own value"),
         ("resolution", 500, "the run's own value"),
         ("resolution", 10**9, "the run's own value"),
-        ("batch_size", 0, "4"),
+        ("batch_size", 0, "'auto'"),
+        ("batch_size", "some", "'auto'"),
         ("generate_samples_every_n_steps", "often", "the run's own value"),
         ("generate_pretrain_samples", "perhaps", "False"),
     ],
@@ -205,3 +206,23 @@ def test_a_file_of_a_million_lines_is_refused_in_words_and_takes_no_memory(tmp_p
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("size", "batch_size", "resolution", "together"),
+    [
+        ((512, 512), 1, 512, 4),
+        ((768, 768), 1, 768, 1),
+        ((1024, 1024), 1, 1024, 1),
+        ((1024, 1024), 2, 1024, 2),  # never more than a training batch holds
+        ((1152, 896), 8, 1024, 4),  # a bucket of that class; more than 4 is no faster
+        ((512, 512), 2, 1024, 4),
+        ((2048, 2048), 1, 512, 1),
+    ],
+)
+def test_auto_samples_as_many_pixels_together_as_are_trained_or_keep_a_gpu_busy(
+    tmp_path: Path, size: tuple[int, int], batch_size: int, resolution: int, together: int
+) -> None:
+    trained_pixels = batch_size * resolution**2
+    assert DEFAULTS.images_together(*size, trained_pixels) == together
+    assert read(tmp_path, {"batch_size": 7}).settings.images_together(*size, trained_pixels) == 7
