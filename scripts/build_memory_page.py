@@ -124,7 +124,10 @@ def main() -> None:
 def write_page() -> str:
     """The whole page."""
     text = (Path(__file__).parent / "memory_page.md").read_text(encoding="utf-8")
-    return text.replace("{{gpus}}", gpus_table()).replace("{{published}}", published_table())
+    parts = {"gpus": gpus_table(), "t4": t4_sentence(), "published": published_table()}
+    for name, part in parts.items():
+        text = text.replace(f"{{{{{name}}}}}", part)
+    return text
 
 
 def with_table(readme: str, page: str) -> str:
@@ -174,6 +177,23 @@ def gpus_table() -> str:
         cells = [verdict(row, gpu_spec) for gpu_spec in gpus.values()]
         lines.append(f"| {row.model}, {row.resolution} px | {row.words} | {shown} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def t4_sentence() -> str:
+    """What most people train on the free Colab, phase by phase."""
+    from everydream_kit.preflight.gpus import find_gpu
+
+    gpu_spec = find_gpu("T4")
+    sizes = []
+    for settings in (LORA, {**LORA, "sample_batch_size": 4}):
+        found = estimate("sdxl", 1024, settings, has_bf16=gpu_spec.has_bf16)
+        phases = ("training step", "latent caching", "sampling")
+        sizes.append([needs(found, gpu_spec, name) / GIB for name in phases])
+    (step, latents, samples), (_, _, four) = sizes
+    return (
+        f"On a T4, an SDXL LoRA at batch 1 needs {step:.1f} GiB for its step, {latents:.1f} for encoding and\n"
+        f"{samples:.1f} for the default samples, one at a time; four together would need {four:.1f}."
+    )
 
 
 def needs(found: Any, gpu_spec: Any, phase: str | None = None) -> int:
