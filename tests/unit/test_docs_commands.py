@@ -103,3 +103,19 @@ SCRIPTS = sorted({(name, *flags) for page in PAGES for name, flags in scripts_of
 def test_a_script_that_is_shown_exists_and_has_the_flags(words: tuple[str, ...]) -> None:
     text = (REPOSITORY / words[0]).read_text(encoding="utf-8")
     assert [flag for flag in words[1:] if f'"{flag}"' not in text] == []
+
+
+def cds_and_clones() -> Iterator[tuple[str, str]]:
+    """Commands for a shell that take so many words, with their page."""
+    for page in PAGES:
+        for line in lines_of_code(page):
+            for part in re.split(r"&&|;", line.lstrip("!$ ")):
+                if re.match(r"(cd|git clone) ", part.strip()):
+                    yield page.name, part.strip()
+
+
+@pytest.mark.parametrize(("page", "line"), sorted(set(cds_and_clones())))
+def test_lines_of_a_shell_were_not_joined(page: str, line: str) -> None:
+    """A pass over the text once made one line of three commands: `cd` takes one word, `git clone` an address and a folder."""
+    words = [word for word in shlex.split(line.removeprefix("git ")) if not word.startswith("-")]
+    assert len(words) <= (2 if words[0] == "cd" else 3), f"{page}: {line}"
