@@ -187,13 +187,14 @@ def open_for_sampling(
         return checkpoint
     source = resolve_checkpoint(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float16 if device == "cuda" else torch.float32
+    files = open_model(source, vae=vae, adapter_base=adapter_base)
+    half = torch.bfloat16 if files.family.objective == "flow" else torch.float16  # their activations overflow float16
+    dtype = half if device == "cuda" else torch.float32
     if lora is None:
         return load_model(source, dtype=dtype, device=device, vae=vae, adapter_base=adapter_base)
     from everydream_kit.models.lora_formats import apply_lora, read_lora_file
     from everydream_kit.models.tokens import put_tokens
 
-    files = open_model(source, vae=vae, adapter_base=adapter_base)
     read = read_lora_file(Path(lora), files)
     model = assemble(apply_lora(files, read), dtype=dtype, device=device)
     if read.embeddings:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from everydream_kit.config.declaration import EVERYTHING, RESULT, Facts, Group, Knob
+from everydream_kit.config.declaration import EVERYTHING, RESULT, Facts, FamilyName, Group, Knob
 
 EMBEDDED_MODEL = "embedded"
 """What `resume_ckpt` calls the small model that ships with the kit."""
@@ -42,7 +42,7 @@ class BaseModelGroup(Group):
     ] = None
     """Variant of the weight files of a Hub model, such as `fp16`."""
     family: Annotated[
-        Literal["sd1", "sd2", "sdxl"] | None,
+        FamilyName | None,
         Knob(when="the file's own keys mislead; normally never"),
         Facts(RESULT, "resume"),
     ] = None

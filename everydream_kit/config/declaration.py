@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 Effect = Literal["memory", "speed", "result"]
 Change = Literal["never", "resume", "live"]
 TrainingKind = Literal["full", "lora", "textual_inversion"]
-FamilyName = Literal["sd1", "sd2", "sdxl"]
+FamilyName = Literal["sd1", "sd2", "sdxl", "z_image"]
 
 NOTHING: tuple[Effect, ...] = ()
 MEMORY: tuple[Effect, ...] = ("memory",)
@@ -71,7 +71,7 @@ class Facts:
     affects: tuple[Effect, ...]
     change: Change
     kinds: tuple[TrainingKind, ...] = ("full", "lora", "textual_inversion")
-    families: tuple[FamilyName, ...] = ("sd1", "sd2", "sdxl")
+    families: tuple[FamilyName, ...] = get_args(FamilyName)
     needs: tuple[str, ...] = ()
     unless: tuple[str, ...] = ()
     follows: tuple[str, ...] = ()

@@ -72,11 +72,25 @@ class ObjectiveGroup(Group):
     ] = 1000
     """Noise levels from here on are not trained on."""
     timestep_sampling: Annotated[
-        Literal["uniform", "logit_normal", "stratified"],
-        Knob(when="stratified for a calmer loss; logit_normal favors the middle"),
+        Literal["uniform", "logit_normal", "mode", "stratified"],
+        Knob(when="stratified for a calmer loss; logit_normal and mode favor the middle"),
         Facts(RESULT, "resume"),
     ] = "uniform"
     """How timesteps are drawn. Stratified spreads the images of one optimizer step evenly over the range."""
+    timestep_shift: Annotated[
+        Annotated[float, Field(gt=0, le=100)] | None,
+        Knob(when="a flow model should learn more composition (higher) or more detail (lower)"),
+        Facts(RESULT, "resume"),
+    ] = None
+    """Flow matching: factor by which noise levels are moved upward, s·u / (1 + (s - 1)·u). By default what the model's own
+    scheduler uses, fixed or by the number of tokens of each bucket; 1 leaves them where they are drawn."""
+    weighting_scheme: Annotated[
+        Literal["none", "sigma_sqrt", "cosmap"],
+        Knob(when="a flow model should weigh fine detail more: sigma_sqrt"),
+        Facts(RESULT, "resume"),
+    ] = "none"
+    """Flow matching: weight of each noise level. `sigma_sqrt` is 1 / sigma², `cosmap` 2 / (π (1 - 2 sigma + 2 sigma²))
+    (arXiv 2403.03206)."""
     train_sampler: Annotated[
         Literal["ddpm", "pndm", "ddim"], Knob(when="never: all three add noise alike"), Facts(NOTHING, "resume")
     ] = "ddpm"

@@ -12,12 +12,14 @@ import torch
 from everydream_kit.errors import ExportError
 from everydream_kit.export.single_file_export import live_or_averaged, precision_dtype
 from everydream_kit.models.adapters import LORA_FILE, TOKENS_FILE, is_adapter_folder, read_adapter_file
-from everydream_kit.models.family import ModelFiles
+from everydream_kit.models.family import Family, ModelFiles
 from everydream_kit.models.loading import open_base, open_with_base
 from everydream_kit.models.lora import Lora, LoraLayer
 from everydream_kit.models.lora_formats import read_lora, without_scale, write_lora
 from everydream_kit.models.tensors import LazyTensor, Tensors, open_safetensors
 from everydream_kit.models.tokens import write_embedding
+
+LoraLayout = Literal["diffusers", "kohya"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +28,7 @@ def export_lora(
     checkpoint_folder: str | Path,
     out_path: str | Path,
     *,
-    layout: Literal["diffusers", "kohya"] = "kohya",
+    layout: LoraLayout = "kohya",
     precision: str = "fp16",
     ema: bool = False,
     adapter_base: str | Path | None = None,
@@ -53,6 +55,7 @@ def export_lora(
     base = open_base(folder, read_adapter_file(folder), adapter_base)
     out.parent.mkdir(parents=True, exist_ok=True)
     lora = read_lora(folder / LORA_FILE, base)
+    layout = layout_for(base.family, layout)
     if layout == "diffusers":
         lora = without_scale(lora)
     write_lora(
@@ -68,7 +71,7 @@ def extract_lora(
     *,
     rank: int = 32,
     text_encoder: bool = True,
-    layout: Literal["diffusers", "kohya"] = "kohya",
+    layout: LoraLayout = "kohya",
     precision: str = "fp16",
     adapter_base: str | Path | None = None,
 ) -> Path:
@@ -96,7 +99,10 @@ def extract_lora(
         raise ExportError(
             f"{tuned} is {one.family.title} and {base} is {other.family.title}: no LoRA leads over there."
         )
-    components = [one.family.denoiser.folder, *(slot.folder for slot in one.family.text_encoders if text_encoder)]
+    components = [
+        one.family.denoiser.folder,
+        *(slot.folder for slot in one.family.text_encoders if text_encoder and "lora" in slot.trains),
+    ]
     lora: Lora = {}
     for component in components:
         layers = _differences(one, other, component, rank)
@@ -105,10 +111,16 @@ def extract_lora(
     if not lora:
         raise ExportError(f"{tuned}: its layers are equal to those of {base}, so there is nothing to extract.")
     out.parent.mkdir(parents=True, exist_ok=True)
+    layout = layout_for(one.family, layout)
     write_lora(
         out, lora, one.family, one.configs[one.family.denoiser.folder], layout=layout, title=out.stem, dtype=dtype
     )
     return out
+
+
+def layout_for(family: Family, asked: LoraLayout) -> LoraLayout:
+    """The layout that is written: apps read some families' LoRAs by diffusers' names alone."""
+    return family.layout.lora_for_apps if asked == "kohya" else asked
 
 
 def export_token(checkpoint_folder: str | Path, out_path: str | Path, *, token: str | None = None) -> Path:

@@ -129,8 +129,10 @@ def single_file_metadata(files: ModelFiles, title: str) -> dict[str, str]:
     family = files.family
     side = family.resolution(files.prediction_type)
     configs = {**files.configs, "scheduler": files.scheduler_config}
+    if not family.layout.holds_all:
+        configs = {name: configs[name] for name in (family.denoiser.folder, "scheduler")}
     vocabularies = {}
-    for slot in family.text_encoders:  # learned tokens stay out of the file
+    for slot in family.text_encoders if family.layout.holds_all else ():  # learned tokens stay out of the file
         size = min(configs[slot.folder].get("vocab_size", CLIP_VOCABULARY), CLIP_VOCABULARY)
         configs[slot.folder] = {**configs[slot.folder], "vocab_size": size}
         own = _own_vocabulary(files.tokenizers.get(slot.tokenizer_folder))

@@ -21,7 +21,7 @@ from everydream_kit.errors import ModelError
 from everydream_kit.models.family import KL_VAE, UNET, Component, Config
 from everydream_kit.models.imports import make_lazy
 from everydream_kit.models.number_formats import NameToDtype
-from everydream_kit.models.part_configs import diffusers_values, text_encoder_values
+from everydream_kit.models.part_configs import diffusers_values, language_model_values, text_encoder_values
 from everydream_kit.models.tensors import LazyTensor, Tensors
 
 BOOKKEEPING = frozenset({"_class_name", "_diffusers_version", "_name_or_path", "_use_default_values"})
@@ -92,7 +92,23 @@ def build_component(component: Component, config: Config, device: str = "meta") 
     """
     if component.class_name.startswith("CLIP"):
         return build_text_encoder(config, component.class_name, device)
+    if component.library == "transformers":
+        return _build_language_model(_class_of(component), config, device)
     return _build_diffusers(_class_of(component), config, device)
+
+
+def _build_language_model(cls: Any, config: Config, device: str) -> torch.nn.Module:
+    values = language_model_values(config)
+    theta = values.pop("rope_theta", None)
+    if theta is not None:
+        values["rope_parameters"] = {"rope_type": "default", "rope_theta": float(theta)}
+    try:
+        with _building_on(device):
+            known = cls.config_class(**values)
+            known._attn_implementation = ATTENTION  # never the file's: it may name a kernel on the Hub
+            return cls(known)
+    except BUILD_ERRORS as error:
+        raise ModelError(f"text encoder: its config.json cannot be built ({error}).") from error
 
 
 def _class_of(component: Component) -> Any:
@@ -229,6 +245,10 @@ def renamed_for(module: torch.nn.Module, tensors: Tensors) -> Tensors:
     renamed: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
         current = _OLD_VAE_ATTENTION.sub(lambda match: _NEW_VAE_ATTENTION[match[0]], name)
+        if current not in wanted and current.removeprefix("model.") in wanted:
+            current = current.removeprefix("model.")  # a language model is saved with the head that it is used without
+        if current == "lm_head.weight" and current not in wanted:
+            continue
         if current.endswith("position_ids"):
             continue  # counted, not learned; transformers stopped saving them
         if current not in wanted:

@@ -19,7 +19,7 @@ from everydream_kit.models.model_files import denoiser_folders
 logger = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-_SMALL = (".json", ".txt")
+_SMALL = (".json", ".txt", ".jinja")
 
 
 def is_hub_id(source: str) -> bool:

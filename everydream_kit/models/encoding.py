@@ -42,7 +42,7 @@ def scale_rows(conditioning: Conditioning, factors: Sequence[float]) -> Conditio
     states, pooled = conditioning.encoder_hidden_states, conditioning.pooled
     rows = torch.tensor(factors, dtype=states.dtype, device=states.device)
     pooled = None if pooled is None else pooled * rows.view(-1, 1).to(pooled)
-    return Conditioning(states * rows.view(-1, 1, 1), pooled, conditioning.mask)
+    return Conditioning(states * rows.view(-1, 1, 1), pooled, conditioning.lengths)
 
 
 def encode_moments(model: Model, pixels: torch.Tensor) -> torch.Tensor:

@@ -7,10 +7,11 @@ from everydream_kit.models.family import Conditioning, Family, Sizes, TextEncode
 from everydream_kit.models.sd1 import SD1
 from everydream_kit.models.sd2 import SD2
 from everydream_kit.models.sdxl import SDXL
+from everydream_kit.models.z_image import Z_IMAGE
 
 __all__ = ["FAMILIES", "Conditioning", "Family", "Sizes", "TextEncoderSlot", "family_by_name"]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (SD1, SD2, SDXL)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (SD1, SD2, SDXL, Z_IMAGE)}
 
 
 def family_by_name(name: str) -> Family:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -43,41 +43,42 @@ class Conditioning:
     Attributes:
         encoder_hidden_states: (B, L, D), the text encoders' output; for CLIP, L is 77 times the number of chunks.
         pooled: (B, P), the pooled text embedding of families that use it.
-        mask: (B, L) bool, which tokens are text and not padding, for families whose texts differ in length.
+        lengths: how many tokens of each row are text, for families whose texts differ in length; what follows is padding.
     """
 
     encoder_hidden_states: torch.Tensor
     pooled: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
+    lengths: tuple[int, ...] | None = None
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
         pooled = None if self.pooled is None else self.pooled.to(device=device, dtype=dtype)
-        mask = None if self.mask is None else self.mask.to(device=device)
-        return Conditioning(self.encoder_hidden_states.to(device=device, dtype=dtype), pooled, mask)
+        return Conditioning(self.encoder_hidden_states.to(device=device, dtype=dtype), pooled, self.lengths)
 
-    def rows(self, picked: torch.Tensor) -> Conditioning:
+    def rows(self, picked: list[int]) -> Conditioning:
         """The rows of these numbers, in their order; a row may be picked several times."""
-        pooled, mask = (None if part is None else part[picked] for part in (self.pooled, self.mask))
-        return replace(self, encoder_hidden_states=self.encoder_hidden_states[picked], pooled=pooled, mask=mask)
+        pooled = None if self.pooled is None else self.pooled[picked]
+        lengths = None if self.lengths is None else tuple(self.lengths[row] for row in picked)
+        return Conditioning(self.encoder_hidden_states[picked], pooled, lengths)
+
+    def texts(self) -> list[torch.Tensor]:
+        """Each row's own tokens (L_row, D)."""
+        lengths = self.lengths or (self.encoder_hidden_states.shape[1],) * len(self.encoder_hidden_states)
+        return [row[:length] for row, length in zip(self.encoder_hidden_states, lengths, strict=True)]
 
 
 def join_conditioning(rows: Sequence[Conditioning]) -> Conditioning:
-    """Rows of any lengths as one batch: shorter ones are padded with zeros, and the mask says where.
-
-    Rows of one length without masks are put together as they are.
-    """
+    """Rows of any lengths as one batch: shorter ones are padded with zeros, and `lengths` says from where on."""
     longest = max(row.encoder_hidden_states.shape[1] for row in rows)
     states = torch.cat([_padded(row.encoder_hidden_states, longest) for row in rows])
     pooled = None if rows[0].pooled is None else torch.cat([row.pooled for row in rows if row.pooled is not None])
-    mask = None
-    if any(row.mask is not None or row.encoder_hidden_states.shape[1] < longest for row in rows):
-        mask = torch.cat([_padded(_mask_of(row), longest) for row in rows])
-    return Conditioning(states, pooled, mask)
+    lengths = [
+        length for row in rows for length in row.lengths or [row.encoder_hidden_states.shape[1]] * _num_rows(row)
+    ]
+    return Conditioning(states, pooled, None if min(lengths) == longest else tuple(lengths))
 
 
-def _mask_of(row: Conditioning) -> torch.Tensor:
-    states = row.encoder_hidden_states
-    return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) if row.mask is None else row.mask
+def _num_rows(conditioning: Conditioning) -> int:
+    return len(conditioning.encoder_hidden_states)
 
 
 def _padded(values: torch.Tensor, length: int) -> torch.Tensor:
@@ -128,9 +129,9 @@ class TextEncoderSlot:
     folder: str
     tokenizer_folder: str
     class_name: str
-    single_file_prefix: str
-    single_file_layout: Literal["hf", "openclip"]
-    kohya_prefix: str
+    single_file_prefix: str = ""
+    single_file_layout: Literal["hf", "openclip"] = "hf"
+    kohya_prefix: str = ""
     drops_last_block: bool = False
     trains: frozenset[str] = frozenset({"full", "lora", "textual_inversion"})
     blocks: tuple[str, ...] = ("CLIPEncoderLayer",)
@@ -242,12 +243,16 @@ class Layout:
         from_single_file: (tensors, family, configs) -> weights by component and diffusers' names.
         lora_for_apps: the LoRA layout that image apps read: kohya's, or diffusers' own.
         lora_stem: (layer, the denoiser's config) -> its name in kohya's layout, behind `lora_unet_`.
+        renames: the denoiser's config -> pairs of diffusers' and the single file's prefixes, for reading LoRA files.
+        holds_all: the single file is the whole model; else it is the denoiser, and the rest is in the folder around it.
     """
 
     to_single_file: Callable[[ModelFiles], Tensors]
     from_single_file: Callable[[Tensors, Family, dict[str, Config]], dict[str, Tensors]]
     lora_for_apps: Literal["kohya", "diffusers"] = "kohya"
     lora_stem: Callable[[str, Config], str] = lambda name, config: name.replace(".", "_")
+    renames: Callable[[Config], list[tuple[str, str]]] = lambda config: []
+    holds_all: bool = True
 
 
 EncodePrompt = Callable[["Model", Sequence[str], PromptSettings], Conditioning]
@@ -279,10 +284,11 @@ class Family:
         matches_keys: whether a single file's names and shapes are of this family. modelspec_architecture: as
         single-file metadata names it (stability.ai's modelspec). kohya_base: as kohya-style LoRA metadata names it
         (`ss_base_model_version`). resolution: side in pixels that the family was trained at, given the prediction type.
-        index: what else `model_index.json` holds. legacy_config: content of the `.yaml` that old UIs require next to a
-        single file, given the prediction type, or None. zeros_for_empty: its denoiser was trained with zeros in place
-        of a dropped caption's embeddings, not with the encoded empty text. refuses: setting -> why it has no meaning
-        here.
+        index: what else `model_index.json` holds. legacy_config: content of the `.yaml` that old UIs require next to a single
+        file, given the prediction type, or None. zeros_for_empty: its denoiser was trained with zeros in place of a
+        dropped caption's embeddings, not with the encoded empty text. refuses: setting -> why it has no meaning here.
+        distilled: a model's name -> why it should not be trained on, or None. prompt_version: what encoded captions depend
+        on, apart from the text encoders' weights: template and layers.
     """
 
     name: str
@@ -309,6 +315,8 @@ class Family:
     legacy_config: Callable[[str], dict[str, Any] | None] = lambda prediction_type: None
     zeros_for_empty: bool = False
     refuses: Mapping[str, str] = field(default_factory=dict)
+    distilled: Callable[[str], str | None] = lambda source: None
+    prompt_version: str = ""
 
     @property
     def components(self) -> tuple[Component, ...]:
@@ -322,6 +330,11 @@ class Family:
     def component(self, folder: str) -> Component:
         """The component of this folder."""
         return next(component for component in self.components if component.folder == folder)
+
+
+def has_large_texts(family: Family) -> bool:
+    """Whether its text encoders are language models, which are never trained and too large to stay on the device."""
+    return not any(slot.trains for slot in family.text_encoders)
 
 
 def configs_folder(family: Family) -> Path:
@@ -393,7 +406,7 @@ class Model:
         text_encoders, tokenizers: in the family's order.
         noise_scheduler: the training schedule, made from the model's own betas. Not what is saved.
         scheduler_config: the model's own sampler (class name and settings) as found; saved back unchanged.
-        prediction_type: `epsilon`, `v_prediction` or `sample`.
+        prediction_type: `epsilon`, `v_prediction`, `sample` or, for flow matching, `flow_prediction`.
         source: where it came from, for messages and model cards.
         origin: how to load it again, from any folder: `load_model`'s arguments.
         fingerprint: what its weights were known by when they were loaded; None where they were not.
@@ -405,7 +418,7 @@ class Model:
     denoiser: torch.nn.Module
     vae: torch.nn.Module
     text_encoders: list[torch.nn.Module]
-    tokenizers: list[CLIPTokenizer]
+    tokenizers: list[CLIPTokenizer]  # or another class, as the family's slots say
     noise_scheduler: DDPMScheduler
     scheduler_config: dict[str, Any]
     prediction_type: str

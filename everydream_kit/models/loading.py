@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,12 +30,19 @@ from everydream_kit.models.adapters import (
 )
 from everydream_kit.models.components import build_component, fill
 from everydream_kit.models.download import fetch_model, is_hub_id
-from everydream_kit.models.family import Model, ModelFiles, configs_folder
+from everydream_kit.models.family import Family, Model, ModelFiles, TextEncoderSlot, configs_folder, has_large_texts
 from everydream_kit.models.fingerprints import weights_fingerprint
+from everydream_kit.models.flow import flow_scheduler
 from everydream_kit.models.model_files import open_folder, read_json
 from everydream_kit.models.number_formats import Formats
 from everydream_kit.models.single_file import open_single_file
-from everydream_kit.models.tokenizer import Vocabulary, build_tokenizer, load_tokenizer
+from everydream_kit.models.tokenizer import (
+    Vocabulary,
+    build_byte_tokenizer,
+    build_tokenizer,
+    load_qwen_tokenizer,
+    load_tokenizer,
+)
 from everydream_kit.models.vae_files import with_given_vae
 
 if TYPE_CHECKING:
@@ -57,6 +65,8 @@ def load_model(
     prediction_type: str | None = None,
     vae: str | Path | None = None,
     adapter_base: AdapterBase | None = None,
+    check: Callable[[Family], None] | None = None,
+    large_texts_on: torch.device | str | None = None,
 ) -> Model:
     """Load a model for training or sampling.
 
@@ -69,25 +79,38 @@ def load_model(
         vae: a VAE to use in place of the model's own: its file, or a diffusers folder.
         adapter_base: for a small checkpoint, the base to use in place of the one that it names: path or Hub id, or these
             arguments by name.
+        check: called with the family once it is known, before any weight is read; may raise.
+        large_texts_on: where text encoders go that are never trained; by default to the device.
 
     Raises:
         ModelError: it is not there, damaged, or of a kind that the kit does not train.
     """
     where: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "variant": variant}
+    placing = _Placing(dtype, device, large_texts_on, check)
     folder = Path(source).expanduser()
     if folder.is_dir() and is_adapter_folder(folder):
-        return _load_adapted(folder, adapter_base, dtype=dtype, device=device, token=token, vae=vae)
+        return _load_adapted(folder, adapter_base, placing, token=token, vae=vae)
     how: dict[str, Any] = {"family": family, "prediction_type": prediction_type, "vae": vae}
     files = open_model(source, token=token, adapter_base=adapter_base, **how, **where)
     wanted = {"source": str(source), **where, **how}
-    return _load_opened(files, wanted, dtype=dtype, device=device)
+    return _load_opened(files, wanted, placing)
 
 
-def _load_opened(
-    files: ModelFiles, wanted: Mapping[str, Any], *, dtype: torch.dtype | Formats, device: torch.device | str
-) -> Model:
+@dataclass(frozen=True)
+class _Placing:
+    """How and where a model is loaded: arguments of `load_model`."""
+
+    dtype: torch.dtype | Formats
+    device: torch.device | str
+    large_texts_on: torch.device | str | None
+    check: Callable[[Family], None] | None
+
+
+def _load_opened(files: ModelFiles, wanted: Mapping[str, Any], placing: _Placing) -> Model:
     """Modules that know how to be loaded again, whatever the working folder is then."""
-    model = assemble(files, dtype=dtype, device=device)
+    if placing.check is not None:
+        placing.check(files.family)
+    model = assemble(files, dtype=placing.dtype, device=placing.device, large_texts_on=placing.large_texts_on)
     model.origin = {name: value for name, value in wanted.items() if value is not None}
     for name in model.origin.keys() & {"source", "vae"}:
         local = Path(model.origin[name]).expanduser()
@@ -99,9 +122,8 @@ def _load_opened(
 def _load_adapted(
     folder: Path,
     own_base: AdapterBase | None,
+    placing: _Placing,
     *,
-    dtype: torch.dtype | Formats,
-    device: torch.device | str,
     token: str | None,
     vae: str | Path | None,
 ) -> Model:
@@ -114,14 +136,16 @@ def _load_adapted(
     note = read_adapter_file(folder)
     files = open_base(folder, note, own_base, token=token, vae=vae)
     wanted = base_to_open(note, own_base)
-    model = _load_opened(files, wanted if vae is None else {**wanted, "vae": vae}, dtype=dtype, device=device)
+    model = _load_opened(files, wanted if vae is None else {**wanted, "vae": vae}, placing)
     if (folder / TOKENS_FILE).is_file():
         load_tokens(model, folder / TOKENS_FILE)
     if "lora" in note:
-        inject(model, LoraSettings.from_json(note["lora"]), dtype=as_formats(dtype).trained)
+        inject(model, LoraSettings.from_json(note["lora"]), dtype=as_formats(placing.dtype).trained)
         set_lora(model, read_lora(folder / LORA_FILE, files))
+    texts = {id(text_encoder) for text_encoder in model.text_encoders if has_large_texts(model.family)}
     for module in model.modules().values():
-        module.to(device)  # what was added to the base
+        if id(module) not in texts:  # nothing is added to those
+            module.to(placing.device)  # what was added to the base
     model.source = str(folder)
     return model
 
@@ -233,14 +257,20 @@ def _open_adapted(folder: Path, own_base: AdapterBase | None, token: str | None,
 
 
 def assemble(
-    files: ModelFiles, *, dtype: torch.dtype | Formats = torch.float32, device: torch.device | str = "cpu"
+    files: ModelFiles,
+    *,
+    dtype: torch.dtype | Formats = torch.float32,
+    device: torch.device | str = "cpu",
+    large_texts_on: torch.device | str | None = None,
 ) -> Model:
     """Build the modules, and read their weights. Arguments as `load_model`."""
     formats = as_formats(dtype)
     modules = {name: build_component(files.family.component(name), config) for name, config in files.configs.items()}
     for name, module in modules.items():
         dtypes = formats.of(name, module, files.stored_dtype(name))
-        fill(module, files.tensors[name], dtypes, f"{files.source}/{name}", device)
+        waits = files.family.component(name).role == "text_encoder" and has_large_texts(files.family)
+        where = large_texts_on if waits and large_texts_on is not None else device
+        fill(module, files.tensors[name], dtypes, f"{files.source}/{name}", where)
     return model_of(files, modules)
 
 
@@ -252,8 +282,8 @@ def model_of(files: ModelFiles, modules: Mapping[str, torch.nn.Module]) -> Model
         denoiser=modules[family.denoiser.folder],
         vae=modules[family.vae.folder].requires_grad_(False),
         text_encoders=[modules[slot.folder] for slot in family.text_encoders],
-        tokenizers=[_tokenizer(files, slot.tokenizer_folder) for slot in family.text_encoders],
-        noise_scheduler=training_scheduler(files.scheduler_config, files.prediction_type, files.zero_terminal_snr),
+        tokenizers=[_tokenizer(files, slot) for slot in family.text_encoders],
+        noise_scheduler=scheduler_of(files),
         scheduler_config=dict(files.scheduler_config),
         prediction_type=files.prediction_type,
         zero_terminal_snr=files.zero_terminal_snr,
@@ -261,13 +291,23 @@ def model_of(files: ModelFiles, modules: Mapping[str, torch.nn.Module]) -> Model
     )
 
 
+def scheduler_of(files: ModelFiles) -> Any:
+    """The noise schedule for training."""
+    if files.family.objective == "flow":
+        return flow_scheduler(files.scheduler_config)
+    return training_scheduler(files.scheduler_config, files.prediction_type, files.zero_terminal_snr)
+
+
 def as_formats(dtype: torch.dtype | Formats) -> Formats:
     """One format for all components, as formats by component."""
     return dtype if isinstance(dtype, Formats) else Formats(dtype)
 
 
-def _tokenizer(files: ModelFiles, name: str) -> CLIPTokenizer:
+def _tokenizer(files: ModelFiles, slot: TextEncoderSlot) -> CLIPTokenizer:
+    name = slot.tokenizer_folder
     found = files.tokenizers[name]
+    if slot.tokenizer_class != "CLIPTokenizer":
+        return load_qwen_tokenizer(found) if isinstance(found, Path) else build_byte_tokenizer()
     if isinstance(found, Vocabulary):
         return build_tokenizer(vocabulary=found)
     if found is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from everydream_kit.models.convert import rename, unet_renames
+from everydream_kit.models.convert import rename
 from everydream_kit.models.family import Config, Family, ModelFiles
 
 Place = tuple[str, str]
@@ -89,13 +89,16 @@ def kohya_name(component: str, name: str, family: Family, unet_config: Config) -
 def spellings(base: ModelFiles) -> dict[str, Place]:
     """Every spelling of every layer of a base, by what LoRA files may call it."""
     table: dict[str, Place] = {}
-    single_file = dict(unet_renames(base.configs["unet"]))
-    for component in reversed(["unet", *(slot.folder for slot in base.family.text_encoders)]):
+    denoiser = base.family.denoiser.folder
+    single_file = dict(base.family.layout.renames(base.configs[denoiser]))
+    for component in reversed(
+        [denoiser, *(slot.folder for slot in base.family.text_encoders if "lora" in slot.trains)]
+    ):
         for key in base.tensors[component]:
             name = key.rpartition(".")[0]
-            if component == "unet":
+            if component == denoiser:
                 theirs = rename(key, single_file).rpartition(".")[0]
-                table |= dict.fromkeys(_unet_spellings(name, theirs), (component, name))
+                table |= dict.fromkeys(_denoiser_spellings(denoiser, name, theirs), (component, name))
             else:
                 bare = name.removeprefix("text_model.")
                 long = bare if bare.startswith("text_projection") else f"text_model.{bare}"
@@ -103,13 +106,13 @@ def spellings(base: ModelFiles) -> dict[str, Place]:
     return table
 
 
-def _unet_spellings(name: str, theirs: str) -> list[str]:
+def _denoiser_spellings(folder: str, name: str, theirs: str) -> list[str]:
     stems = {name, name.removesuffix(".0")} if name.endswith("to_out.0") else {name}
     found = []
     for stem in stems:
         joined = stem.replace(".", "_")
-        found += [f"lora_unet_{joined}", f"lycoris_{joined}", f"lora_unet.{stem}", f"unet.{stem}", stem]
-        found += [f"base_model.model.{stem}", f"unet.base_model.model.{stem}", f"base_model.model.unet.{stem}"]
+        found += [f"lora_unet_{joined}", f"lycoris_{joined}", f"lora_unet.{stem}", f"{folder}.{stem}", stem]
+        found += [f"base_model.model.{stem}", f"{folder}.base_model.model.{stem}", f"base_model.model.{folder}.{stem}"]
     joined = theirs.replace(".", "_")
     return [
         *found,

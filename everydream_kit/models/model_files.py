@@ -59,7 +59,7 @@ def open_folder(
         tensors=tensors,
         tokenizers={slot.tokenizer_folder: folder / slot.tokenizer_folder for slot in found.text_encoders},
         scheduler_config=scheduler,
-        prediction_type=prediction_type or prediction_type_of(scheduler, str(folder)),
+        prediction_type=predicted_by(found, scheduler, str(folder), prediction_type),
         zero_terminal_snr=has_zero_terminal_snr(scheduler),
     )
 
@@ -72,12 +72,8 @@ def denoiser_folders() -> set[str]:
 def read_configs(folder: Path) -> dict[str, Config]:
     """The configs of all components in a diffusers folder, by their folders' names."""
     known = {component.folder for family in FAMILIES.values() for component in family.components}
-    paths = sorted(folder.glob("*/config.json"))
-    return {path.parent.name: read_json(path) for path in paths if _is_component(path.parent.name, known)}
-
-
-def _is_component(name: str, known: set[str]) -> bool:
-    return name in known or name.startswith("text_encoder")
+    paths = {path.parent.name: path for path in sorted(folder.glob("*/config.json"))}
+    return {name: read_json(path) for name, path in paths.items() if name in known or name.startswith("text_encoder")}
 
 
 def _check_is_model(folder: Path) -> None:
@@ -85,10 +81,6 @@ def _check_is_model(folder: Path) -> None:
         return
     if not any(folder.iterdir()):
         raise ModelError(f"{folder}: the folder is empty, so there is no model to load. Was the download cut short?")
-    if (folder / "transformer" / "config.json").is_file():
-        raise ModelError(
-            f"{folder}: this model is a diffusion transformer (SD 3, Flux or later), which the kit does not train."
-        )
     raise ModelError(
         f"{folder}: not a diffusers model (unet/config.json is missing). Give the folder that holds "
         "model_index.json, or a .safetensors file."
@@ -119,8 +111,13 @@ def refuse_unsupported(where: str, configs: Mapping[str, Config], index: Config)
 def recognize_configs(where: str, configs: Mapping[str, Config]) -> Family:
     """The family whose table these configs fit."""
     for family in FAMILIES.values():
-        if family.matches_configs(configs):
+        if family.denoiser.folder in configs and family.matches_configs(configs):
             return family
+    if "transformer" in configs:
+        raise ModelError(
+            f"{where}: this model is a diffusion transformer ({configs['transformer'].get('_class_name')}), which the kit "
+            f"does not train. It trains {', '.join(family.title for family in FAMILIES.values())}."
+        )
     raise ModelError(
         f"{where}: the model fits none of the families {', '.join(FAMILIES)} (it has {', '.join(sorted(configs))}). "
         "If it is one of them all the same, say which with `family`."
@@ -176,6 +173,13 @@ def _read_scheduler(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ModelError(f"{folder}: scheduler/scheduler_config.json is missing, so the noise schedule is not known.")
     return dict(scheduler_values(read_json(path), str(folder)))
+
+
+def predicted_by(family: Family, scheduler_config: Config, where: str, given: str | None) -> str:
+    """What a model predicts: what a person says, else what its scheduler's config says."""
+    if family.objective == "flow":
+        return "flow_prediction"
+    return given or prediction_type_of(scheduler_config, where)
 
 
 def prediction_type_of(scheduler_config: Config, where: str) -> str:

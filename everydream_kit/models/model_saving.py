@@ -85,7 +85,7 @@ def write_folder(files: ModelFiles, folder: str | Path, *, dtype: torch.dtype | 
     folder = Path(folder)
     _write_components(files, folder, dtype)
     for slot in files.family.text_encoders:
-        save_tokenizer(_tokenizer(files, slot.tokenizer_folder), folder / slot.tokenizer_folder)
+        save_tokenizer(_tokenizer(files, slot), folder / slot.tokenizer_folder)
 
 
 def files_of(model: Model, weights: Mapping[str, Mapping[str, torch.Tensor]] | None = None) -> ModelFiles:
@@ -125,6 +125,8 @@ def live_tensors(name: str, state_dict: Mapping[str, torch.Tensor]) -> Tensors:
 def scheduler_to_save(model: Model) -> dict[str, Any]:
     """The model's own sampler; changed only where the training has made something else of the model."""
     config = dict(model.scheduler_config)
+    if model.family.objective == "flow":
+        return config
     if config.get("prediction_type", "epsilon") != model.prediction_type:
         config["prediction_type"] = model.prediction_type
     rescaled_already = bool(config.get("rescale_betas_zero_snr") or config.get("trained_betas"))
@@ -143,6 +145,8 @@ def _config(module: Any) -> Config:
         values = dict(config.to_dict())
         values["architectures"] = [_class_of(module)]
         values.pop("dtype", None)
+        if isinstance(values.get("rope_parameters"), dict):  # transformers 4 reads it here
+            values["rope_theta"] = values["rope_parameters"].get("rope_theta")
         return values
     kept = {key: value for key, value in dict(config).items() if key not in BOOKKEEPING}
     return {"_class_name": _class_of(module), **json.loads(json.dumps(kept, default=list))}

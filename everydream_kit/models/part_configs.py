@@ -20,14 +20,20 @@ TEXT_ENCODER_KEYS = frozenset(
         *("initializer_range", "initializer_factor", "pad_token_id", "bos_token_id", "eos_token_id"),
     }
 )
+LANGUAGE_MODEL_KEYS = TEXT_ENCODER_KEYS | {
+    *("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "attention_bias", "tie_word_embeddings"),
+    *("use_sliding_window", "sliding_window", "max_window_layers"),
+}
 MAX_NUMBER = 1_000_000
-"""The largest number in a config that the kit trains is the vocabulary's 49,408."""
+"""The largest numbers in configs are Qwen3's base of rotary positions, 1,000,000, and its vocabulary's 151,936."""
 MAX_LAYERS = 100
 MAX_ENTRIES = 32
 """In a list; the longest have one entry for each of four blocks."""
 MAX_BLOCKS = 2000
 """Blocks and attention layers of a UNet together; SDXL has some hundred."""
 MAX_TIMESTEPS = 100_000
+MAX_SHIFT = 100
+"""Of flow matching; models have 1 to 12."""
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 SCHEDULER_NUMBERS = ("beta_start", "beta_end")
 
@@ -35,6 +41,16 @@ SCHEDULER_NUMBERS = ("beta_start", "beta_end")
 def text_encoder_values(config: Config) -> dict[str, Any]:
     """The part of a text encoder's config that shapes it. Raises: ModelError."""
     kept = {key: value for key, value in config.items() if key in TEXT_ENCODER_KEYS}
+    _check(kept, "text encoder")
+    return kept
+
+
+def language_model_values(config: Config) -> dict[str, Any]:
+    """The part of a language model's config that shapes it. Raises: ModelError."""
+    kept = {key: value for key, value in config.items() if key in LANGUAGE_MODEL_KEYS}
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:  # as transformers 5 writes it
+        kept["rope_theta"] = rope["rope_theta"]
     _check(kept, "text encoder")
     return kept
 
@@ -60,6 +76,9 @@ def scheduler_values(config: Config, where: str) -> Config:
         value = config.get(name, 0.01)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
             raise _refusal(f"{where}: scheduler", name, value, "a number between 0 and 1")
+    shift = config.get("shift", 1.0)
+    if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not 0 < shift <= MAX_SHIFT:
+        raise _refusal(f"{where}: scheduler", "shift", shift, f"a number above 0, up to {MAX_SHIFT}")
     schedule = config.get("beta_schedule", "scaled_linear")
     if schedule not in BETA_SCHEDULES:
         raise _refusal(f"{where}: scheduler", "beta_schedule", schedule, f"one of {', '.join(BETA_SCHEDULES)}")

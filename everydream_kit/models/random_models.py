@@ -15,11 +15,10 @@ import torch
 from everydream_kit.draws import derive_seed
 from everydream_kit.models.components import build_component
 from everydream_kit.models.families import family_by_name
-from everydream_kit.models.family import Model, configs_folder
-from everydream_kit.models.loading import training_scheduler
-from everydream_kit.models.model_files import read_json
+from everydream_kit.models.family import Model, ModelFiles, configs_folder
+from everydream_kit.models.loading import model_of
+from everydream_kit.models.model_files import predicted_by, read_json
 from everydream_kit.models.model_saving import save_model
-from everydream_kit.models.tokenizer import build_tokenizer
 
 _TINY_TEXT = {
     "hidden_size": 32,
@@ -46,6 +45,11 @@ _TINY_SDXL_UNET = {
     "transformer_layers_per_block": [1, 1, 2],
 }
 _TINY_VAE = {"block_out_channels": [16, 16, 32, 32], "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 64}
+_TINY_QWEN = {
+    **{"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+    **{"num_hidden_layers": 3, "vocab_size": 261},  # bytes, and five special tokens
+    **{"bos_token_id": 256, "eos_token_id": 258, "pad_token_id": 256},
+}
 _TINY: dict[str, dict[str, Any]] = {
     "sd1": {"denoiser": _TINY_UNET, "text_encoders": [_TINY_TEXT]},
     "sd2": {
@@ -56,6 +60,14 @@ _TINY: dict[str, dict[str, Any]] = {
     "sdxl": {
         "denoiser": _TINY_SDXL_UNET,
         "text_encoders": [_TINY_TEXT, {**_TINY_TEXT, "hidden_size": 48, "projection_dim": 48}],
+    },
+    "z_image": {
+        "denoiser": {
+            **{"dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 32},
+            **{"axes_dims": [4, 6, 6], "axes_lens": [256, 64, 64]},
+        },
+        "vae": {**_TINY_VAE, "norm_num_groups": 8},
+        "text_encoders": [_TINY_QWEN],
     },
 }
 
@@ -89,8 +101,9 @@ def build_model(
     changes = {table.denoiser.folder: denoiser or {}, table.vae.folder: vae or {}}
     changes |= {slot.folder: change for slot, change in zip(table.text_encoders, texts, strict=True)}
     scheduler_config = {**read_json(folder / "scheduler" / "scheduler_config.json"), **(scheduler or {})}
-    prediction_type = prediction_type or scheduler_config["prediction_type"]
-    scheduler_config["prediction_type"] = prediction_type
+    prediction_type = predicted_by(table, scheduler_config, str(folder), prediction_type)
+    if table.objective == "diffusion":
+        scheduler_config["prediction_type"] = prediction_type
     zero_terminal_snr = bool(scheduler_config.get("rescale_betas_zero_snr"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "weights", family))
@@ -100,18 +113,17 @@ def build_model(
             )
             for one in table.components
         }
-    return Model(
+    files = ModelFiles(
         family=table,
-        denoiser=modules[table.denoiser.folder].eval(),
-        vae=modules[table.vae.folder].eval().requires_grad_(False),
-        text_encoders=[modules[slot.folder].eval() for slot in table.text_encoders],
-        tokenizers=[build_tokenizer(_pad_token(folder / slot.tokenizer_folder)) for slot in table.text_encoders],
-        noise_scheduler=training_scheduler(scheduler_config, prediction_type, zero_terminal_snr),
+        source=f"random weights ({family}, seed {seed})",
+        configs={},
+        tensors={},
+        tokenizers={slot.tokenizer_folder: None for slot in table.text_encoders},
         scheduler_config=scheduler_config,
         prediction_type=prediction_type,
         zero_terminal_snr=zero_terminal_snr,
-        source=f"random weights ({family}, seed {seed})",
     )
+    return model_of(files, {name: module.eval() for name, module in modules.items()})
 
 
 def build_tiny_model(family: str, seed: int = 0) -> Model:
@@ -119,14 +131,10 @@ def build_tiny_model(family: str, seed: int = 0) -> Model:
 
     SD 2 comes with v-prediction, the others with epsilon.
     """
-    return build_model(family, vae=_TINY_VAE, seed=seed, **_TINY[family_by_name(family).name])
+    return build_model(family, **{"vae": _TINY_VAE, "seed": seed, **_TINY[family_by_name(family).name]})
 
 
 def write_model(model: Model, folder: str | Path) -> Path:
     """Save a model as a diffusers folder and return the folder: `write_model(build_tiny_model("sd1"), path)`."""
     save_model(model, folder)
     return Path(folder)
-
-
-def _pad_token(folder: Path) -> str:
-    return str(read_json(folder / "tokenizer_config.json")["pad_token"])

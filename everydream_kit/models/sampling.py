@@ -23,7 +23,7 @@ from everydream_kit.errors import ConfigError
 from everydream_kit.models.encoding import decode_latents, encode_captions, scale_rows
 from everydream_kit.models.family import Conditioning, Model, Sizes
 from everydream_kit.models.sample_grids import label_grid, save_image
-from everydream_kit.models.sampling_schedulers import build_scheduler, sampler_by_name
+from everydream_kit.models.sampling_schedulers import begin, build_scheduler, flow_sampler_name, sampler_by_name
 
 __all__ = ["SamplePrompt", "label_grid", "sample_images", "save_image", "settings_text"]
 
@@ -92,6 +92,8 @@ def sample_images(
     rows = [_Row(position, prompt, cfg) for position, (prompt, cfg) in enumerate(wanted)]
     for row in rows:
         _check_size(row.prompt, model.family.sampler.size_multiple)
+    if model.family.sampler.kind == "flow":
+        scheduler = flow_sampler_name(scheduler)
     rescale = guidance_rescale
     if rescale is None:
         rescale = ZERO_SNR_GUIDANCE_RESCALE if model.zero_terminal_snr else 0.0
@@ -219,11 +221,11 @@ def _denoise(
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": generators} if takes_generator else {}
 
-    scheduler.set_timesteps(num_inference_steps, device=device)
-    latents: torch.Tensor = noise * scheduler.init_noise_sigma
+    latents: torch.Tensor = noise * begin(scheduler, model, num_inference_steps, (prompt.width, prompt.height), device)
+    scale_input = getattr(scheduler, "scale_model_input", lambda latents, timestep: latents)  # flow matching has none
     for done, timestep in enumerate(scheduler.timesteps):
         doubled = torch.cat([latents, latents]) if guided else latents
-        model_input = scheduler.scale_model_input(doubled, timestep)
+        model_input = scale_input(doubled, timestep)
         prediction = model.family.predict(model, model_input, timestep.expand(len(doubled)), conditioning, sizes)
         if guided:
             negative, positive = prediction.chunk(2)
@@ -244,8 +246,7 @@ def _conditioning(model: Model, rows: Sequence[_Row], clip_skip: int, num_chunks
     texts = negative + [row.prompt.prompt for row in rows]
     unique = list(dict.fromkeys(texts))
     encoded = encode_captions(model, unique, clip_skip, num_chunks=num_chunks, zero_empty=False)
-    picked = torch.tensor([unique.index(text) for text in texts], device=encoded.encoder_hidden_states.device)
-    conditioning = encoded.rows(picked).to(model.device)
+    conditioning = encoded.rows([unique.index(text) for text in texts]).to(model.device)
     if not model.family.zeros_for_empty or "" not in negative:
         return conditioning
     return scale_rows(conditioning, [float(text != "") for text in negative] + [1.0] * len(rows))

@@ -14,8 +14,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from everydream_kit.errors import ConfigError
+from everydream_kit.models.flow import flow_scheduler, mu_of
 
 if TYPE_CHECKING:
+    import torch
+
     from everydream_kit.models.family import Model
 
 
@@ -114,6 +117,9 @@ def build_scheduler(model: Model, name: str) -> Any:
         ConfigError: unknown name, or one that cannot start from the pure noise of a zero-terminal-SNR schedule.
     """
     sampler = sampler_by_name(name)
+    if model.family.sampler.kind == "flow":
+        flow_sampler_name(name)
+        return flow_scheduler(model.scheduler_config)
     cls = _class_of(sampler)
     accepted = inspect.signature(cls.__init__).parameters
     settings = {key: model.scheduler_config[key] for key in _KEPT if key in model.scheduler_config}
@@ -125,6 +131,31 @@ def build_scheduler(model: Model, name: str) -> Any:
         settings |= {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
     settings |= sampler.extra
     return cls(**{key: value for key, value in settings.items() if key in accepted})
+
+
+def flow_sampler_name(name: str) -> str:
+    """What a flow model is sampled with by this name.
+
+    Its straight paths make DDIM's step and Euler's the same one, so the name that is the default elsewhere works here, too.
+
+    Raises:
+        ConfigError: the scheduler is for diffusion.
+    """
+    if sampler_by_name(name) not in (SAMPLERS["ddim"], SAMPLERS["euler"]):
+        raise ConfigError(f"scheduler: {name!r} is for diffusion models; a flow model is sampled with euler.")
+    return "euler"
+
+
+def begin(scheduler: Any, model: Model, num_inference_steps: int, size: tuple[int, int], device: torch.device) -> Any:
+    """Set a scheduler's timesteps for images of a size (width, height). Returns the spread of the noise to start from."""
+    if model.family.sampler.kind != "flow":
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        return scheduler.init_noise_sigma
+    sigmas = [1 - step / num_inference_steps for step in range(num_inference_steps)]
+    dynamic = model.scheduler_config.get("use_dynamic_shifting", False)
+    extra = {"mu": mu_of(model.scheduler_config, *size)} if dynamic else {}
+    scheduler.set_timesteps(sigmas=sigmas, device=device, **extra)
+    return 1.0
 
 
 def _refuse_finite_start(accepted: Any, name: str) -> None:

@@ -68,10 +68,16 @@ def _matches_keys(shapes: Shapes) -> bool:
     return any(name.startswith("cond_stage_model.transformer.") for name in shapes)
 
 
-LDM_LAYOUT = Layout(convert.to_single_file, convert.from_single_file)
+LDM_LAYOUT = Layout(convert.to_single_file, convert.from_single_file, renames=convert.unet_renames)
 """Single files as CompVis and Stability AI publish them."""
 
 CLIP_INDEX = {"feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False}
+
+DIFFUSION_REFUSES = {
+    "timestep_shift": "it is for flow matching; diffusion has timestep_start, timestep_end and timestep_sampling",
+    "weighting_scheme": "it is for flow matching; diffusion has min_snr_gamma and debiased_estimation",
+}
+"""Settings that mean nothing for diffusion models, and why."""
 
 SD1 = Family(
     name="sd1",
@@ -86,6 +92,7 @@ SD1 = Family(
     latent_space=kl_space(4),
     layout=LDM_LAYOUT,
     index=CLIP_INDEX,
+    refuses=DIFFUSION_REFUSES,
     matches_configs=_matches_configs,
     matches_keys=_matches_keys,
     modelspec_architecture="stable-diffusion-v1",

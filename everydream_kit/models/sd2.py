@@ -11,7 +11,7 @@ from typing import Any
 from everydream_kit.models.clip_text import clip_prompt_encoder, count_windows
 from everydream_kit.models.family import Config, Family, Shapes, TextEncoderSlot
 from everydream_kit.models.latent_spaces import kl_space
-from everydream_kit.models.sd1 import CLIP_INDEX, LDM_LAYOUT, encode_one_encoder, predict_from_text
+from everydream_kit.models.sd1 import CLIP_INDEX, DIFFUSION_REFUSES, LDM_LAYOUT, encode_one_encoder, predict_from_text
 
 
 def _matches_configs(configs: Mapping[str, Config]) -> bool:
@@ -118,6 +118,7 @@ SD2 = Family(
     latent_space=kl_space(4),
     layout=LDM_LAYOUT,
     index=CLIP_INDEX,
+    refuses=DIFFUSION_REFUSES,
     matches_configs=_matches_configs,
     matches_keys=_matches_keys,
     modelspec_architecture="stable-diffusion-v2",

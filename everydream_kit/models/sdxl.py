@@ -26,6 +26,7 @@ from everydream_kit.models.family import (
     run_text_encoder,
 )
 from everydream_kit.models.latent_spaces import kl_space
+from everydream_kit.models.sd1 import DIFFUSION_REFUSES
 
 if TYPE_CHECKING:
     from everydream_kit.models.family import Model
@@ -109,7 +110,12 @@ SDXL = Family(
     count_windows=count_windows,
     predict=predict_from_text_and_sizes,
     latent_space=kl_space(4),
-    layout=Layout(convert.to_single_file, convert.from_single_file, lora_stem=convert.single_file_stem),
+    layout=Layout(
+        convert.to_single_file,
+        convert.from_single_file,
+        lora_stem=convert.single_file_stem,
+        renames=convert.unet_renames,
+    ),
     index={"feature_extractor": [None, None], "image_encoder": [None, None], "force_zeros_for_empty_prompt": True},
     matches_configs=_matches_configs,
     matches_keys=_matches_keys,
@@ -117,4 +123,5 @@ SDXL = Family(
     kohya_base="sdxl_base_v1-0",
     resolution=lambda prediction_type: 1024,
     zeros_for_empty=True,
+    refuses=DIFFUSION_REFUSES,
 )

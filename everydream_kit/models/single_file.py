@@ -7,6 +7,7 @@ next to the file, or a statistic of the weights, in this order.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from pathlib import Path
@@ -17,7 +18,13 @@ from everydream_kit.models.convert import UNET_PREFIX, num_text_blocks
 from everydream_kit.models.families import FAMILIES, family_by_name
 from everydream_kit.models.family import Config, Family, ModelFiles, configs_folder
 from everydream_kit.models.file_kinds import refuse_other_kinds, with_vae, without_scales
-from everydream_kit.models.model_files import has_zero_terminal_snr, prediction_type_of, read_json, refuse_unsupported
+from everydream_kit.models.model_files import (
+    has_zero_terminal_snr,
+    open_folder,
+    prediction_type_of,
+    read_json,
+    refuse_unsupported,
+)
 from everydream_kit.models.part_configs import scheduler_values
 from everydream_kit.models.tensors import Tensors
 from everydream_kit.models.tokenizer import END, Vocabulary, checked_vocabulary
@@ -55,6 +62,11 @@ def open_single_file(
     if path.suffix.lower() not in WEIGHT_SUFFIXES:
         raise ModelError(f"{path}: not a model file by its name; the kit reads {', '.join(WEIGHT_SUFFIXES)}.")
     tensors, metadata = open_weights(path)
+    alone = _family_of_denoiser(tensors, family)
+    if alone is not None and vae is not None:
+        raise ModelError(f"{path}: {alone.title} is used with its own VAE. Leave --vae (vae) out.")
+    if alone is not None:
+        return _open_denoiser(path, alone, without_scales(tensors), metadata)
     refuse_other_kinds(path, tensors)
     found = family_by_name(family) if family else _recognize(path, tensors)
     tensors = without_scales(tensors) if vae is not None else with_vae(path, without_scales(tensors))
@@ -77,10 +89,37 @@ def open_single_file(
     return with_given_vae(files, vae)
 
 
+def _family_of_denoiser(tensors: Tensors, named: str | None) -> Family | None:
+    """The family of a file that holds a denoiser alone, as its own layout has it; None for whole checkpoints."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    for family in FAMILIES.values():
+        if not family.layout.holds_all and named in (None, family.name) and family.matches_keys(shapes):
+            return family
+    return None
+
+
+def _open_denoiser(path: Path, family: Family, tensors: Tensors, metadata: dict[str, str]) -> ModelFiles:
+    """A denoiser's file with everything else from the diffusers folder that it lies in."""
+    folder = path.parent
+    if not (folder / "model_index.json").is_file():
+        raise ModelError(
+            f"{path}: holds the transformer of {family.title} alone, as its files do. Text encoder, tokenizer and VAE are "
+            "read from the model's diffusers folder: put the file there, next to model_index.json."
+        )
+    rest = open_folder(folder, family=family.name)
+    name = family.denoiser.folder
+    configs = dict(rest.configs)
+    own = parse_json(metadata.get(CONFIGS_KEY, "{}"), f"{path}: metadata {CONFIGS_KEY}", error=ModelError)
+    if isinstance(own.get(name), dict):
+        configs[name] = own[name]
+    weights = {**rest.tensors, **family.layout.from_single_file(tensors, family, configs)}
+    return dataclasses.replace(rest, source=str(path), configs=configs, tensors=weights, metadata=metadata)
+
+
 def _recognize(path: Path, tensors: Tensors) -> Family:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     for family in FAMILIES.values():
-        if family.matches_keys(shapes):
+        if family.layout.holds_all and family.matches_keys(shapes):
             return family
     raise ModelError(
         f"{path}: a UNet alone, with no text encoder of the families {', '.join(FAMILIES)} in it. Take the full "

@@ -182,6 +182,42 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
         raise ModelError(f"{folder}: the tokenizer cannot be read ({error}).") from error
 
 
+def build_byte_tokenizer() -> Any:
+    """A tokenizer of Qwen's class whose tokens are bytes: for random models, and for estimates without a download."""
+    from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    vocabulary = {token: index for index, token in enumerate([*_byte_characters(), *words])}
+    return Qwen2Tokenizer(
+        vocab=vocabulary, merges=[], additional_special_tokens=words[1:3], chat_template=_CHAT, model_max_length=512
+    )
+
+
+_CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}"
+)
+"""Qwen3's chat template for plain messages, for others who read the folder."""
+
+
+def load_qwen_tokenizer(folder: Path) -> Any:
+    """Read a tokenizer folder of a Qwen language model. Its chat template is kept and never run here.
+
+    Raises:
+        ModelError: the folder has no vocabulary, or names code.
+    """
+    from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+
+    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        raise ModelError(f"{folder}: no tokenizer here (tokenizer.json, or vocab.json and merges.txt).")
+    _read_files(folder)  # bounded, well-formed and without code, before the library reads them
+    try:
+        return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
+    except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError) as error:
+        raise ModelError(f"{folder}: the tokenizer cannot be read ({error}).") from error
+
+
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Write a tokenizer as Stable Diffusion's own repositories hold it, which transformers 4 and 5 read.
 
@@ -189,6 +225,9 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
     and slower to load.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if not type(tokenizer).__name__.startswith("CLIP"):
+        tokenizer.save_pretrained(str(folder))
+        return
     own = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
     special = {key: str(getattr(tokenizer, key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
     if len(tokenizer) > len(own):

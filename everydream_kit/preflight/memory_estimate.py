@@ -376,7 +376,16 @@ def sampled_together(config: TrainConfig, dataset: Dataset | None = None) -> Sam
 
 def _conclude(config: TrainConfig, rehearsal: Rehearsal, device: str) -> MemoryEstimate:
     """Phases from a trace."""
-    from everydream_kit.preflight.rehearsal import EMA, GRADIENTS, HOST, IDLE, IDLE_VAE, SHARED_GRADIENTS, STATES
+    from everydream_kit.preflight.rehearsal import (
+        EMA,
+        GRADIENTS,
+        HOST,
+        IDLE,
+        IDLE_VAE,
+        SHARED_GRADIENTS,
+        STATES,
+        WEIGHTS,
+    )
     from everydream_kit.preflight.tracker import OPTIMIZER
 
     lives, phases = rehearsal.lives, []
@@ -386,6 +395,10 @@ def _conclude(config: TrainConfig, rehearsal: Rehearsal, device: str) -> MemoryE
         never = [HOST, *([EMA, GRADIENTS, SHARED_GRADIENTS] if before_run else [IDLE] if caching else [])]
         if stretch.name == "training step":
             never += [IDLE, IDLE_VAE]
+        if stretch.name == "text caching":  # before the run, with nothing but the text encoder on the device
+            absent = [WEIGHTS, EMA, GRADIENTS, SHARED_GRADIENTS, HOST]
+            phases.append(_phase(stretch.name, lives.peak(stretch, never=absent).by_category))
+            continue
         peak = lives.peak(stretch, always=() if before_run else (STATES, SHARED_GRADIENTS), never=never)
         if before_run:
             peak.num_bytes -= peak.by_category.pop(STATES, 0)

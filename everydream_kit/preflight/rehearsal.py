@@ -25,7 +25,7 @@ from everydream_kit.data.cache_room import MOMENT_CHANNELS, CacheMode
 from everydream_kit.data.dataset import FROM_TEXT, Dataset, DatasetBuilder, Defaults
 from everydream_kit.data.records import Batch, Draw, MicroBatch, Size, StepBatches
 from everydream_kit.models.encoding import decode_latents, encode_captions, encode_moments
-from everydream_kit.models.family import Sizes
+from everydream_kit.models.family import Sizes, has_large_texts
 from everydream_kit.models.sampling import guide
 from everydream_kit.preflight.imitation import imitate_autocast, imitate_precision, replace_bitsandbytes
 from everydream_kit.preflight.skeleton import Architecture, build_skeleton
@@ -136,6 +136,8 @@ def rehearse(
             tracker.label(module.parameters(), IDLE_VAE if module is model.vae else IDLE)
         channels = model.family.latent_space.stored_channels
         batch = make_batch(bucket, run.plan_settings.batch_size, with_moments=latents != "off", channels=channels)
+        if has_large_texts(model.family) and device_type != "cpu":
+            _rehearse_texts(run, tracker)
         if latents != "off":
             _rehearse_caching(run, tracker, bucket, CACHED_TOGETHER[latents])
         num_micro_batches = _rehearse_step(run, tracker, batch)
@@ -216,6 +218,7 @@ def _assemble(  # noqa: PLR0917 - what a run is made of, each once
             dataset=dataset,
             seed=max(0, config.seed),
             device_type=device_type,
+            encodes_ahead=False,
         )
     learner = run.learner
     for flat in flat_optimizers(learner.optimizer):
@@ -230,11 +233,10 @@ def _assemble(  # noqa: PLR0917 - what a run is made of, each once
 
 
 def _idle(config: TrainConfig, run: Run, latents: CacheMode) -> list[torch.nn.Module]:
-    if not config.offload_idle_models:
-        return []
     return idle_modules(
         run.learner.model,
         run.dataset,
+        offload=config.offload_idle_models,
         latents_cached=latents != "off",
         trains_text=run.learner.trains_text,
         transforms_captions=bool(config.plugins),
@@ -255,6 +257,12 @@ def make_batch(bucket: Size, batch_size: int, *, with_moments: bool, channels: i
         crop_top_lefts=[(0, 0)] * batch_size,
         paths=["image.png"] * batch_size,
     )
+
+
+def _rehearse_texts(run: Run, tracker: StorageTracker) -> None:
+    """Captions are encoded one by one, while the denoiser waits in host memory."""
+    with tracker.stretch("text caching"), torch.no_grad(), run.learner.precision.autocast():
+        encode_captions(run.learner.model, [CAPTION], run.config.clip_skip)
 
 
 def _rehearse_caching(run: Run, tracker: StorageTracker, bucket: Size, num_together: int) -> None:
@@ -313,8 +321,7 @@ def _rehearse_sampling(run: Run, tracker: StorageTracker, samples: SampleShape, 
     ):
         latents = torch.zeros(num, *model.family.latent_space.shape(model, width, height))
         encoded = encode_captions(model, ["", CAPTION], run.config.clip_skip)
-        picked = torch.arange(2 * num) // num
-        conditioning = encoded.rows(picked)
+        conditioning = encoded.rows([0] * num + [1] * num)
         doubled = torch.cat([latents, latents])
         sizes = Sizes.uncropped(width, height, 2 * num)
         prediction = model.family.predict(model, doubled, torch.zeros(2 * num).long(), conditioning, sizes)

@@ -164,7 +164,7 @@ def open_configs(folder: Path, *, family: str | None = None, prediction_type: st
     from everydream_kit.models.model_files import (
         denoiser_folders,
         has_zero_terminal_snr,
-        prediction_type_of,
+        predicted_by,
         read_configs,
         read_json,
         recognize_configs,
@@ -190,7 +190,7 @@ def open_configs(folder: Path, *, family: str | None = None, prediction_type: st
         tensors={},
         tokenizers={slot.tokenizer_folder: _own_vocabulary(folder, slot) for slot in found.text_encoders},
         scheduler_config=scheduler,
-        prediction_type=prediction_type or prediction_type_of(scheduler, str(folder)),
+        prediction_type=predicted_by(found, scheduler, str(folder), prediction_type),
         zero_terminal_snr=has_zero_terminal_snr(scheduler),
     )
 
@@ -198,6 +198,8 @@ def open_configs(folder: Path, *, family: str | None = None, prediction_type: st
 def _own_vocabulary(folder: Path, slot: TextEncoderSlot) -> Path | None:
     """A tokenizer's folder where it is there whole: a small model's words are numbered in its own way. None: the shipped one."""
     own = folder / slot.tokenizer_folder
+    if slot.tokenizer_class != "CLIPTokenizer":
+        return own if (own / "tokenizer.json").is_file() else None
     return own if all((own / name).is_file() for name in ("vocab.json", "merges.txt")) else None
 
 

@@ -7,14 +7,16 @@ file becomes a model is in `models.loading`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everydream_kit.config import EMBEDDED_MODEL
+from everydream_kit.errors import ConfigError
 from everydream_kit.foreign import read_origin
 from everydream_kit.models.adapters import AdapterBase, is_adapter_folder
 from everydream_kit.models.families import FAMILIES
-from everydream_kit.models.family import Model
+from everydream_kit.models.family import Family, Model, has_large_texts
 from everydream_kit.models.loading import load_model
 from everydream_kit.models.number_formats import Formats
 from everydream_kit.runs import Checkpoint, find_last_checkpoint
@@ -59,11 +61,50 @@ def load_base(
         prediction_type=config.prediction_type,
         vae=config.vae if weights_from is None else None,  # a checkpoint holds or names its own
         adapter_base=adapter_base or _own_base(config, weights_from),
+        check=partial(refuse_settings, config),
+        large_texts_on="cpu",  # they come to the device for the captions, while the denoiser waits
     )
     if config.enable_zero_terminal_snr and not model.zero_terminal_snr:
         model.noise_scheduler = rescale_zero_terminal_snr(model.noise_scheduler, model.prediction_type)
         model.zero_terminal_snr = True
     return model
+
+
+def refuse_settings(config: TrainConfig, family: Family) -> None:
+    """Name the settings that mean nothing for a family.
+
+    Raises:
+        ConfigError: all of them, with the reasons.
+    """
+    defaults = type(config).model_fields
+    found = [
+        f"{name}: {why} ({family.title}). Leave it out."
+        for name, why in family.refuses.items()
+        if name in defaults and getattr(config, name) != defaults[name].default
+    ]
+    kinds = {kind for component in family.components for kind in component.trains}
+    if config.training_kind not in kinds:
+        found.append(
+            f"training_kind {config.training_kind}: {family.title} is trained with {' or '.join(sorted(kinds))}."
+        )
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def refuse_float16(family: Family, precision: Precision) -> None:
+    """Raises: ConfigError: the family's activations exceed float16, and this GPU has nothing better."""
+    import torch
+
+    if family.objective == "flow" and precision.dtype == torch.float16:
+        raise ConfigError(
+            f"amp_dtype: activations of {family.title} exceed float16, and GPUs from before 2020 (T4, V100) have no bfloat16. "
+            "Take a GPU that has it, or set amp off."
+        )
+
+
+def trains_texts(family: Family) -> bool:
+    """Whether any text encoder of a family may be trained as a whole."""
+    return any("full" in slot.trains for slot in family.text_encoders)
 
 
 def _own_base(config: TrainConfig, weights_from: Checkpoint | None) -> dict[str, str] | None:
@@ -133,7 +174,7 @@ def select_trained(model: Model, config: TrainConfig, seed: int) -> list[Trained
         return select_parameters(
             model,
             train_unet=not config.disable_unet_training,
-            train_text_encoder=not config.disable_textenc_training,
+            train_text_encoder=trains_texts(model.family) and not config.disable_textenc_training,
             freezing=config,
             unet_patterns=config.unet_train_layers,
             unet_frozen_patterns=config.unet_freeze_layers,
@@ -183,7 +224,7 @@ def prepare_modules(model: Model, config: TrainConfig) -> None:
         module.train(module is denoiser or any(parameter.requires_grad for parameter in module.parameters()))
     if config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-        for text_encoder in text_encoders:
+        for text_encoder in text_encoders if trains_texts(model.family) else ():
             text_encoder.gradient_checkpointing_enable()
     if config.attn_type == "slice":
         denoiser.set_attention_slice("auto")
@@ -226,8 +267,10 @@ def choose_idle_modules(
     latents_cached: bool,
     transforms_captions: bool,
 ) -> list[torch.nn.Module]:
-    """What is offloaded to host memory, if requested and there is something to save."""
-    if not config.offload_idle_models:
+    """What is offloaded to host memory: if requested, and large text encoders that the steps do without."""
+    if not config.offload_idle_models and not has_large_texts(model.family):
+        return []
+    if device_type == "cpu" and not config.offload_idle_models:
         return []
     if device_type == "cpu":
         journal.warn("offload_idle_models: has no effect on a CPU, where all memory is host memory.")
@@ -236,6 +279,7 @@ def choose_idle_modules(
     return idle_modules(
         model,
         dataset,
+        offload=config.offload_idle_models,
         latents_cached=latents_cached,
         trains_text=trains_text,
         transforms_captions=transforms_captions,

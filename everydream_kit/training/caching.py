@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from everydream_kit import draws
 from everydream_kit.atomic import require_writable
 from everydream_kit.data.cache import CacheSettings, DiskCache, LatentCache, MemoryCache
 from everydream_kit.data.cache_room import MOMENT_CHANNELS, CacheMode, choose_cache_mode, estimate_bytes
-from everydream_kit.data.text_cache import TextCache
+from everydream_kit.data.captions import compose_caption
+from everydream_kit.data.text_cache import TextCache, TextStore, captions_vary
 from everydream_kit.models.encoding import encode_captions, encode_moments
-from everydream_kit.models.family import join_conditioning
+from everydream_kit.models.family import Conditioning, has_large_texts, join_conditioning
 from everydream_kit.share_bar import ShareBar
 from everydream_kit.training.progress import WorkProgress
 
@@ -30,6 +33,11 @@ if TYPE_CHECKING:
 def latent_folder(config: TrainConfig) -> Path:
     """Where the latent cache on disk lives."""
     return Path(config.latent_cache_dir or Path(config.logdir) / ".edk_cache" / "latents")
+
+
+def text_folder(config: TrainConfig) -> Path:
+    """Where encoded captions are kept on disk."""
+    return Path(config.logdir) / ".edk_cache" / "texts"
 
 
 def require_output_folders(config: TrainConfig) -> None:
@@ -135,8 +143,68 @@ def weights_identity(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def build_text_cache(model: Model, clip_skip: int, *, trains_text: bool) -> TextCache[Conditioning] | None:
-    """Remember encoded captions where the text encoders are frozen."""
+def build_text_cache(
+    model: Model, clip_skip: int, *, trains_text: bool, folder: Path | None = None
+) -> TextCache[Conditioning] | None:
+    """Remember encoded captions where the text encoders are frozen.
+
+    Args:
+        folder: of the cache on disk, for text encoders that are never trained; None: in memory only.
+    """
     if trains_text:
         return None
-    return TextCache(lambda captions: encode_captions(model, captions, clip_skip), join=join_conditioning)
+    store = None
+    if folder is not None and has_large_texts(model.family):
+        digest = hashlib.blake2b(model.family.prompt_version.encode(), digest_size=12)
+        for text_encoder in model.text_encoders:
+            digest.update(weights_identity(text_encoder).encode())
+        store = TextStore(folder / digest.hexdigest())
+    return TextCache(
+        lambda captions: encode_captions(model, captions, clip_skip),
+        join=join_conditioning,
+        store=store,
+        make=Conditioning,
+        device=model.device,
+    )
+
+
+def encode_texts(
+    model: Model,
+    datasets: Sequence[Dataset],
+    text_cache: TextCache[Conditioning] | None,
+    journal: Journal,
+    idle_models: IdleModels,
+    *,
+    drops_captions: bool,
+) -> None:
+    """Encode every caption with a large text encoder before the first step, so that it need not stay on the device.
+
+    Meanwhile the denoiser is in host memory: the two do not fit side by side on the GPUs that the families are trained
+    on. Captions that are put together anew at every use, or that a plug-in changes, are encoded when they come.
+
+    Args:
+        datasets: what is trained on and, where captions are fixed, what is measured.
+        drops_captions: some captions are replaced by the empty text.
+    """
+    if text_cache is None or not has_large_texts(model.family) or captions_vary(datasets[0]):
+        return
+    images = (dataset.image(index) for dataset in datasets for index in range(len(dataset)))
+    generator = draws.generator(0, "no caption varies")
+    captions = [compose_caption(image.caption, generator, False, image.keep_tags) for image in images]
+    wanted = [
+        text for text in dict.fromkeys([*captions, *([""] if drops_captions else [])]) if not text_cache.knows([text])
+    ]
+    if not wanted:
+        return
+    device = model.device
+    journal.report("text cache", captions=len(wanted))
+    with torch.no_grad(), ShareBar("encoding texts") as bar:
+        progress = WorkProgress(journal, "starting", bar, message="Encoding the captions once.")
+        if device.type != "cpu":
+            model.denoiser.to("cpu")
+        with idle_models.at_work(model.text_encoders):
+            for done, caption in enumerate(wanted, 1):
+                text_cache.encode([caption])
+                progress(done, len(wanted))
+        model.denoiser.to(device)
+    journal.set_state("starting", message=None)

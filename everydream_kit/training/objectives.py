@@ -17,6 +17,7 @@ There is one loss for each image to the end, in float32 whatever the model runs 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -25,6 +26,7 @@ import torch
 
 from everydream_kit.config.objective_settings import ObjectiveGroup
 from everydream_kit.errors import ConfigError
+from everydream_kit.models.flow import shifted
 from everydream_kit.training.timesteps import whole_timesteps
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -207,6 +209,8 @@ def build_objective(
     """
     if prediction_type not in PREDICTION_TYPES:
         raise ConfigError(f"prediction_type: must be one of {', '.join(PREDICTION_TYPES)} (got {prediction_type!r})")
+    if settings.weighting_scheme != "none":
+        raise ConfigError("weighting_scheme: is for flow matching; diffusion models have min_snr_gamma")
     if settings.min_snr_gamma is not None and settings.debiased_estimation:
         raise ConfigError("min_snr_gamma, debiased_estimation: two weightings of the same thing; give one of them")
     alphas_cumprod = noise_scheduler.alphas_cumprod.detach().to("cpu", torch.float32)
@@ -221,7 +225,81 @@ def build_objective(
     )
 
 
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"diffusion": build_objective}
+@dataclass
+class FlowObjective:
+    """Rectified flow (arXiv 2209.03003): straight paths from image to noise, and their velocity as target.
+
+    With s = t / 1000, x the latents and n the noise:
+
+        noisy latents    z = (1 - s)·x + s·n
+        target           n - x
+        sigma_sqrt       1 / s²                              as diffusers' trainers weigh
+        cosmap           2 / (π·(1 - 2·s + 2·s²))            arXiv 2403.03206, section 3.1
+
+    Attributes:
+        loss_type: as `DiffusionObjective` has it.
+        weighting_scheme: none, sigma_sqrt or cosmap.
+    """
+
+    loss_type: str
+    weighting_scheme: str
+    num_timesteps: int = 1000
+
+    def timesteps(self, fractions: torch.Tensor, start: int, end: int, shift: float = 1.0) -> torch.Tensor:
+        """(B,) float32 between start and end; a shift above 1 moves them toward the noise."""
+        moved: torch.Tensor = shifted(fractions, shift)
+        return (start + moved * (end - start)).float()
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Points on the paths (B, C, h, w), in the type of `latents`."""
+        sigmas = self._sigmas(timesteps).view(-1, 1, 1, 1)
+        return ((1.0 - sigmas) * latents.float() + sigmas * noise.float()).to(latents.dtype)
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The velocity (B, C, h, w) float32."""
+        return noise.float() - latents.float()
+
+    def loss(
+        self,
+        model_pred: torch.Tensor,
+        target: torch.Tensor,
+        timesteps: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(B,) float32: the loss of each image, weighting included."""
+        sigmas = self._sigmas(timesteps)
+        cost = _COSTS[self.loss_type]((model_pred.float() - target.float()), sigmas.view(-1, 1, 1, 1))
+        return self.weight(timesteps) * _mean_over_cells(cost, mask)
+
+    def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """(B,) float32: the weight of each noise level."""
+        sigmas = self._sigmas(timesteps)
+        if self.weighting_scheme == "sigma_sqrt":
+            return sigmas.clamp(min=1.0 / self.num_timesteps) ** -2
+        if self.weighting_scheme == "cosmap":
+            return 2.0 / (math.pi * (1.0 - 2.0 * sigmas + 2.0 * sigmas.square()))
+        return torch.ones_like(sigmas)
+
+    def _sigmas(self, timesteps: torch.Tensor) -> torch.Tensor:
+        return timesteps.float() / self.num_timesteps
+
+
+def build_flow_objective(noise_scheduler: Any, prediction_type: str, settings: ObjectiveGroup) -> FlowObjective:
+    """Make the objective of a flow model.
+
+    Args:
+        noise_scheduler: a diffusers scheduler; only its number of timesteps is read.
+        prediction_type: always the velocity.
+        settings: kind and weighting of the loss; diffusion's weightings must be off (`Family.refuses` says why).
+    """
+    if settings.min_snr_gamma is not None or settings.debiased_estimation:
+        raise ConfigError(
+            "min_snr_gamma, debiased_estimation: flow matching has no such weighting; see weighting_scheme"
+        )
+    return FlowObjective(settings.loss_type, settings.weighting_scheme, noise_scheduler.config.num_train_timesteps)
+
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {"diffusion": build_objective, "flow": build_flow_objective}
 """By the name that a family has it under."""
 
 

@@ -74,8 +74,8 @@ def select_parameters(
     unet = TrainedPart("unet", [model.denoiser], _freeze_except(model.denoiser, trained_names))
     text = TrainedPart("text encoder", list(model.text_encoders))
     for number, text_encoder in enumerate(model.text_encoders):
-        names = trained_text_encoder_names(text_encoder, freezing)
-        kept = _freeze_except(text_encoder, names if train_text_encoder else set())
+        names = trained_text_encoder_names(text_encoder, freezing) if train_text_encoder else set()
+        kept = _freeze_except(text_encoder, names)
         prefix = f"{number}." if len(model.text_encoders) > 1 else ""
         text.parameters += [(prefix + name, parameter) for name, parameter in kept]
     model.vae.requires_grad_(False)

@@ -18,7 +18,7 @@ from everydream_kit.data.cache import CacheSettings
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.errors import ConfigError
 from everydream_kit.models.adapters import AdapterBase
-from everydream_kit.models.family import Model
+from everydream_kit.models.family import Model, has_large_texts
 from everydream_kit.models.model_saving import save_model
 from everydream_kit.runs import Checkpoint, RunFolder
 from everydream_kit.settings import with_side_files
@@ -28,11 +28,19 @@ from everydream_kit.training.base import (
     load_base,
     precision_of,
     prepare_modules,
+    refuse_float16,
     select_trained,
     shards,
     tile_large_images,
 )
-from everydream_kit.training.caching import build_latent_cache, build_text_cache, choose_latent_mode, latent_folder
+from everydream_kit.training.caching import (
+    build_latent_cache,
+    build_text_cache,
+    choose_latent_mode,
+    encode_texts,
+    latent_folder,
+    text_folder,
+)
 from everydream_kit.training.ema import Ema
 from everydream_kit.training.ema_builder import build_ema
 from everydream_kit.training.file_hashes import OpenFile
@@ -63,6 +71,7 @@ from everydream_kit.training.training_images import (
 if TYPE_CHECKING:
     from everydream_kit.data.cache import LatentCache
     from everydream_kit.data.epoch_plan import PlanSettings
+    from everydream_kit.data.text_cache import TextCache
     from everydream_kit.training.control import StopSignal
 
 
@@ -106,6 +115,9 @@ def build_run(
     model = load_base(config, weights_from, ranks, adapter_base)
     for warning in settings_without_meaning(config, model.family.name):
         journal.warn(warning)
+    distilled = model.family.distilled(model.source)
+    if distilled is not None:
+        journal.warn(f"{model.source}: {distilled}")
     return assemble_run(
         config,
         folder,
@@ -135,6 +147,7 @@ def assemble_run(
     resumes: bool = False,
     device_type: str | None = None,
     stop: StopSignal | None = None,
+    encodes_ahead: bool = True,
 ) -> Run:
     """Build a run around a model and a dataset that are there already.
 
@@ -143,6 +156,7 @@ def assemble_run(
         device_type: what optimizer and precision are chosen for, where that is not the device that the tensors are on:
             the pre-flight estimates a GPU's memory without one.
         stop: ends the encoding of images with a `StopRequested`.
+        encodes_ahead: large text encoders encode all captions now, into a cache on disk.
     """
     device_type = device_type or ranks.device.type
     plan_settings = make_plan_settings(config, seed, ranks.num_ranks)
@@ -161,6 +175,7 @@ def assemble_run(
         resumes=resumes,
         device_type=device_type,
         stop=stop,
+        measured=[entry.dataset for entry in validation_sets] if encodes_ahead else None,
     )
     return Run(
         config=config,
@@ -196,6 +211,7 @@ def build_learning(
     resumes: bool,
     device_type: str,
     stop: StopSignal | None,
+    measured: Sequence[Dataset] | None,
 ) -> tuple[RankSync, LatentCache | None, Callable[[int], Schedules]]:
     """The learner and where its processes meet, the latent cache, and the learning rates of a run of so many steps.
 
@@ -209,12 +225,23 @@ def build_learning(
             journal.warn(warning)
         announce_schedule(how, schedule, num_steps, journal)
     precision = precision_of(config, device_type)
+    refuse_float16(model.family, precision)
     tile_large_images(model, precision)
     sharding = None
     if shards(config, ranks):
         sharding = build_sharding(model, parts, [how.optimizer for how in settings], precision, ranks)
-    latent_cache, idle_models = build_caches(
-        config, model, dataset, plan_settings, journal=journal, ranks=ranks, plugins=plugins, stop=stop
+    latent_cache, text_cache, idle_models = build_caches(
+        config,
+        model,
+        dataset,
+        plan_settings,
+        trains_text=any(part.name == TEXT_ENCODER for part in parts),
+        precision=precision,
+        journal=journal,
+        ranks=ranks,
+        plugins=plugins,
+        stop=stop,
+        measured=measured,
     )
     prepare_modules(model, config)
     learner = build_learner(
@@ -227,6 +254,7 @@ def build_learning(
         ranks=ranks,
         seed=seed,
         device_type=device_type,
+        text_cache=text_cache,
         idle_models=idle_models,
         is_sharded=sharding is not None,
         ema=build_ema(config, model, parts, num_steps, resumes=resumes),
@@ -251,12 +279,20 @@ def build_caches(
     dataset: Dataset,
     plan_settings: PlanSettings,
     *,
+    trains_text: bool,
+    precision: Precision,
     journal: Journal,
     ranks: Ranks,
     plugins: Sequence[Any],
     stop: StopSignal | None,
-) -> tuple[LatentCache | None, IdleModels]:
-    """What is encoded once, and the models that wait in host memory for that."""
+    measured: Sequence[Dataset] | None,
+) -> tuple[LatentCache | None, TextCache | None, IdleModels]:
+    """What is encoded once, and the models that wait in host memory for that.
+
+    Args:
+        measured: datasets of validation, whose captions are encoded with those that are trained on; None: large text
+            encoders encode nothing now.
+    """
     mode = choose_latent_mode(
         config.cache_latents,
         dataset,
@@ -276,6 +312,19 @@ def build_caches(
         transforms_captions=caption_transform(plugins) is not None,
     )
     idle_models = IdleModels(idle, ranks.device)
+    for text_encoder in model.text_encoders if has_large_texts(model.family) else ():
+        if text_encoder not in idle and next(text_encoder.parameters()).device != ranks.device:
+            text_encoder.to(ranks.device)
+    text_cache = build_text_cache(
+        model,
+        config.clip_skip,
+        trains_text=trains_text,
+        folder=None if measured is None else text_folder(config),
+    )
+    if measured is not None:
+        with precision.autocast():
+            drops = config.cond_dropout > 0
+            encode_texts(model, [dataset, *measured], text_cache, journal, idle_models, drops_captions=drops)
     latent_cache = build_latent_cache(
         model,
         dataset,
@@ -293,7 +342,7 @@ def build_caches(
         num_workers=choose_num_workers(config.num_workers),
         stop=stop,
     )
-    return latent_cache, idle_models
+    return latent_cache, text_cache, idle_models
 
 
 def build_learner(
@@ -307,6 +356,7 @@ def build_learner(
     ranks: Ranks,
     seed: int,
     device_type: str,
+    text_cache: TextCache | None,
     idle_models: IdleModels,
     is_sharded: bool,
     ema: Ema | None,
@@ -335,7 +385,7 @@ def build_learner(
         clip_skip=config.clip_skip,
         clip_grad_norm=config.clip_grad_norm,
         ema=ema,
-        text_cache=build_text_cache(model, config.clip_skip, trains_text=any(p.name == TEXT_ENCODER for p in parts)),
+        text_cache=text_cache,
         idle_models=idle_models,
         updates_in_backward=config.fused_backward,
         wants_gradient_norm=lambda step: step % config.log_step == 0,

@@ -230,7 +230,8 @@ class Learner:
 
     def _draw_timesteps(self, batch: Batch, work: StepBatches) -> torch.Tensor:
         settings = self.noise_settings
-        shift = self.model.family.shift(self.model.scheduler_config, *batch.planned.bucket)
+        family = self.model.family
+        shift = settings.timestep_shift or family.shift(self.model.scheduler_config, *batch.planned.bucket)
         positions = [batch.planned.position + row for row in range(len(batch.planned.draws))]
         return draw_timesteps(
             self.generators(batch, "timestep"),

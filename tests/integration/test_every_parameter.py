@@ -23,6 +23,9 @@ ALPHA = f"{TRAINING}::test_alpha_is_the_adapters_strength_and_dropout_makes_its_
 TOKENS = f"{TRAINING}::test_new_tokens_are_all_that_textual_inversion_trains"
 RATES = f"{TRAINING}::test_the_rate_of_each_step"
 LOSS = f"{TRAINING}::test_what_the_loss_asks_for_changes_the_loss"
+FLOW = (
+    "integration/test_flow_families.py::test_settings_of_flow_matching_are_refused_for_diffusion_and_change_a_flow_run"
+)
 TIMESTEPS = f"{TRAINING}::test_only_timesteps_from_start_to_before_end_are_drawn"
 AMP = f"{TRAINING}::test_mixed_precision_can_be_forced_and_switched_off"
 MEMORY = f"{TRAINING}::test_measures_that_save_memory_leave_the_losses_as_they_are"
@@ -122,6 +125,8 @@ TEST_OF = {
     "timestep_start": TIMESTEPS,
     "timestep_end": TIMESTEPS,
     "timestep_sampling": LOSS,
+    "timestep_shift": FLOW,
+    "weighting_scheme": FLOW,
     "train_sampler": f"{TRAINING}::test_another_train_sampler_changes_nothing_and_says_so",
     "amp": AMP,
     "disable_amp": AMP,

@@ -185,6 +185,7 @@ def test_new_tokens_are_all_that_textual_inversion_trains(settings: dict[str, An
         {"input_perturbation": 0.2},
         {"embedding_perturbation": 50.0},
         {"timestep_sampling": "logit_normal"},
+        {"timestep_sampling": "mode"},
         {"timestep_sampling": "stratified"},
         {"prediction_type": "v_prediction"},
         {"clip_skip": 2},

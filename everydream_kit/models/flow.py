@@ -1,0 +1,58 @@
+"""Flow matching as the families that are trained with it share it: schedulers, and the shift of noise levels."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+PREDICTION = "flow_prediction"
+"""What such a model predicts: noise - image, the velocity from the image to the noise."""
+PATCH_PIXELS = 16
+"""Side of the square that one token of the transformers stands for."""
+
+REFUSES = {
+    "clip_skip": "the text encoder is a language model, and its layers are fixed by the family",
+    "prediction_type": "flow matching predicts the velocity from image to noise",
+    "min_snr_gamma": "it is defined by the noise schedule of diffusion; weighting_scheme is what flow matching has",
+    "debiased_estimation": "it is defined by the noise schedule of diffusion; weighting_scheme is what flow matching has",
+    "enable_zero_terminal_snr": "flow matching ends in pure noise already",
+    "vae": "it is used with its own",
+    "lora_text_encoder": "its text encoder is a language model that is not trained",
+    "new_tokens": "its text encoder is a language model, whose embeddings no app loads; train a LoRA",
+    "attn_type": "transformers have torch's own attention only; lower batch_size to save memory",
+}
+"""Settings that mean nothing for a flow transformer behind a frozen language model, and why."""
+
+
+def flow_scheduler(scheduler_config: Mapping[str, Any]) -> Any:
+    """diffusers' Euler scheduler for flow matching, by a model's own settings."""
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+    known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+    return FlowMatchEulerDiscreteScheduler(**{key: value for key, value in scheduler_config.items() if key in known})
+
+
+def shift_of(scheduler_config: Mapping[str, Any], width: int, height: int) -> float:
+    """The factor by which a model's scheduler moves noise levels upward for images of this size.
+
+    A static shift is the scheduler's `shift`; a dynamic one is exp(mu), and mu grows with the number of tokens
+    (arXiv 2403.03206, section 5.3.2, as diffusers' pipelines have it).
+    """
+    if not scheduler_config.get("use_dynamic_shifting", False):
+        return float(scheduler_config.get("shift", 1.0))
+    return math.exp(mu_of(scheduler_config, width, height))
+
+
+def mu_of(scheduler_config: Mapping[str, Any], width: int, height: int) -> float:
+    """mu on the straight line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift)."""
+    tokens = (width // PATCH_PIXELS) * (height // PATCH_PIXELS)
+    least, most = scheduler_config.get("base_image_seq_len", 256), scheduler_config.get("max_image_seq_len", 4096)
+    low, high = scheduler_config.get("base_shift", 0.5), scheduler_config.get("max_shift", 1.15)
+    return float(low + (high - low) * (tokens - least) / (most - least))
+
+
+def shifted(levels: Any, shift: float) -> Any:
+    """Noise levels in 0..1 moved upward: s·u / (1 + (s - 1)·u). Keeps their order and both ends."""
+    return shift * levels / (1 + (shift - 1) * levels)

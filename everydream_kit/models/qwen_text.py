@@ -1,0 +1,73 @@
+"""Prompts of the families whose text encoder is a Qwen3 language model: chat template, hidden layers, texts of any length.
+
+The template is written here and not read from the model's folder: it is part of what the denoiser was trained with, and a
+file's own is a program. Each prompt is encoded alone and without padding. The model looks backward only, so that what
+stands behind a text, as padding in diffusers' pipelines, changes nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from everydream_kit.models.family import Conditioning, Model, PromptSettings, join_conditioning
+
+CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+"""Qwen3's template for one message, with thinking allowed."""
+CHAT_WITHOUT_THINKING = CHAT + "<think>\n\n</think>\n\n"
+MAX_TOKENS = 512
+"""Template included; what does not fit is cut off."""
+
+
+def qwen_prompt_encoder(
+    layers: Sequence[int], template: str
+) -> Callable[[Model, Sequence[str], PromptSettings], Conditioning]:
+    """A family's `encode_prompt`.
+
+    Args:
+        layers: hidden states that stand side by side; 0 are the embeddings, negative numbers count from the end.
+        template: with `{}` in the prompt's place.
+    """
+
+    def encode_prompt(model: Model, prompts: Sequence[str], settings: PromptSettings) -> Conditioning:
+        tokenizer, text_encoder = model.tokenizers[0], model.text_encoders[0]
+        device = next(text_encoder.parameters()).device
+        rows = []
+        for prompt in prompts:
+            ids = tokenizer(template.format(prompt), truncation=True, max_length=MAX_TOKENS)["input_ids"]
+            states = hidden_states(text_encoder, torch.tensor([ids], device=device), layers)
+            rows.append(Conditioning(torch.cat(states, dim=-1)))
+        return join_conditioning(rows)
+
+    return encode_prompt
+
+
+def hidden_states(text_encoder: torch.nn.Module, token_ids: torch.Tensor, layers: Sequence[int]) -> list[torch.Tensor]:
+    """Outputs (B, L, D) of a language model's layers, before its final norm.
+
+    Args:
+        token_ids: (B, L) int64, without padding.
+        layers: as transformers counts `hidden_states`, the last one excepted, which would be normed.
+    """
+    blocks = text_encoder.layers
+    caught: dict[int, torch.Tensor] = {}
+    hooks = []
+    for layer in layers:
+        index = layer if layer >= 0 else len(blocks) + 1 + layer
+        hooks.append(blocks[index].register_forward_pre_hook(_catching(caught, layer), with_kwargs=True))
+    try:
+        text_encoder(input_ids=token_ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [caught[layer] for layer in layers]
+
+
+def _catching(caught: dict[int, torch.Tensor], layer: int) -> Callable[..., None]:
+    """A hook that keeps what goes into a block: the output of the one before it."""
+
+    def catch(module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        caught[layer] = args[0] if args else kwargs["hidden_states"]
+
+    return catch

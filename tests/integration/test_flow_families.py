@@ -1,0 +1,313 @@
+"""Families of flow transformers: what the kit makes of them against diffusers' own pipelines and conversions."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_models import tiny_folder
+
+from everydream_kit.config import TrainConfig
+from everydream_kit.errors import ConfigError, ModelError
+from everydream_kit.export.lora_files import export_lora
+from everydream_kit.export.single_file_export import export_checkpoint
+from everydream_kit.models import sampling
+from everydream_kit.models.encoding import Sizes, encode_captions
+from everydream_kit.models.families import FAMILIES
+from everydream_kit.models.loading import load_model, open_model
+from everydream_kit.models.lora import add_lora, lora_parameters
+from everydream_kit.models.model_saving import live_tensors, save_model
+from everydream_kit.models.random_models import build_model
+from everydream_kit.models.sampling import SamplePrompt, sample_images
+from everydream_kit.sessions import resume, train
+from everydream_kit.training.objectives import FlowObjective, denoising_losses
+from everydream_kit.training.reports import Listener, StepReport
+from everydream_kit.training.run import Run
+from everydream_kit.runs import RunFolder
+
+FLOW = [name for name, family in FAMILIES.items() if family.objective == "flow"]
+LONG = "ugly, blurred, and much longer than the other prompt"
+
+
+WIDE: dict[str, dict[str, Any]] = {"z_image": {"dim": 128, "axes_dims": [16, 24, 24]}}
+"""The tiny transformers are narrower than a token of an image, so that none could hold what the noise is."""
+
+
+@pytest.fixture(params=FLOW)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def pipeline_of(folder: Path) -> Any:
+    import diffusers
+
+    cls = getattr(diffusers, FAMILIES[open_model(folder).family.name].pipeline_class)
+    pipeline = cls.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def theirs(pipeline: Any, guidance: float = 3.0, negative: str = "") -> np.ndarray:
+    """A 64 x 96 image of diffusers' own pipeline. Its scale for Z-Image counts from 0, ours and other apps' from 1."""
+    image = pipeline(
+        "a red square",
+        negative_prompt=negative,
+        width=64,
+        height=96,
+        num_inference_steps=4,
+        guidance_scale=guidance,
+        generator=torch.Generator("cpu").manual_seed(4),
+    ).images[0]
+    return np.asarray(image).astype(int)
+
+
+def ours(model: Any, cfg: float = 4.0, negative: str = "") -> np.ndarray:
+    wanted = SamplePrompt("a red square", negative, seed=4, width=64, height=96, cfgs=(cfg,))
+    return np.asarray(sample_images(model, [wanted], num_inference_steps=4)[0]).astype(int)
+
+
+def test_a_sample_is_the_image_of_diffusers_pipeline(family: str) -> None:
+    """Template, layers, padding, packing, positions, sign, shift, scales and guidance together."""
+    model, pipeline = load_model(tiny_folder(family)), pipeline_of(tiny_folder(family))
+    image = ours(model)
+    assert image.std() > 20
+    assert np.abs(image - theirs(pipeline)).max() <= 1
+    assert np.abs(ours(model, negative=LONG) - theirs(pipeline, negative=LONG)).max() <= 1
+    assert np.abs(ours(model, cfg=1.0) - theirs(pipeline, guidance=0.0)).max() <= 1
+
+
+def test_an_overfitted_model_samples_the_image_it_has_seen(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong sign, scale or direction of time cannot pass."""
+    model = load_model(tiny_folder(family))
+    latents = torch.randn(
+        1, *model.family.latent_space.shape(model, 64, 64), generator=torch.Generator().manual_seed(5)
+    )
+    with torch.no_grad():
+        conditioning = encode_captions(model, ["a cat"]).rows([0] * 8)
+    objective, generator = FlowObjective(), torch.Generator().manual_seed(1)
+    optimizer = torch.optim.Adam(model.denoiser.parameters(), lr=3e-3)
+    sizes = Sizes.uncropped(64, 64, 8)
+    for step in range(150):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 150)
+        noise = torch.randn(8, *latents.shape[1:], generator=generator)
+        timesteps = objective.timesteps((torch.arange(8) + torch.rand(8, generator=generator)) / 8, 0, 1000, 1.0)
+
+        def predict(noisy: torch.Tensor, at: torch.Tensor = timesteps) -> torch.Tensor:
+            return model.family.predict(model, noisy, at, conditioning, sizes)
+
+        loss = denoising_losses(objective, predict, latents.expand(8, -1, -1, -1), noise, timesteps).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    sampled: list[torch.Tensor] = []
+    decode = sampling.decode_latents
+    monkeypatch.setattr(sampling, "decode_latents", lambda model, drawn: sampled.append(drawn) or decode(model, drawn))
+    sample_images(model, [SamplePrompt("a cat", seed=3, width=64, height=64, cfgs=(1.0,))], num_inference_steps=8)
+    assert (sampled[0] - latents).square().mean() < 0.5 * latents.square().mean()
+
+
+def with_lora(family: str, folder: Path) -> Any:
+    model = load_model(tiny_folder(family))
+    add_lora(model, 4, alpha=8.0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in lora_parameters(model):
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    save_model(model, folder)
+    return model
+
+
+def test_a_lora_applied_merged_and_loaded_by_diffusers_gives_one_image(family: str, tmp_path: Path) -> None:
+    image = ours(with_lora(family, tmp_path / "lora"))
+    assert np.abs(image - ours(load_model(tiny_folder(family)))).max() > 5
+    merged = export_checkpoint(
+        tmp_path / "lora", copy_of_base(family, tmp_path) / "merged.safetensors", precision="fp32"
+    )
+    assert np.abs(image - ours(load_model(merged))).max() <= 1
+    pipeline = pipeline_of(tiny_folder(family))
+    pipeline.load_lora_weights(export_lora(tmp_path / "lora", tmp_path / "apps.safetensors", precision="fp32"))
+    assert np.abs(image - theirs(pipeline)).max() <= 1
+    assert not any("refiner" in name for name in load_file(tmp_path / "apps.safetensors"))
+
+
+def copy_of_base(family: str, folder: Path) -> Path:
+    """A copy of the base's folder: a single file holds the transformer alone and is read next to the rest."""
+    return Path(shutil.copytree(tiny_folder(family), folder / "base"))
+
+
+def test_a_single_file_comes_back_bit_for_bit_and_only_next_to_its_model(family: str, tmp_path: Path) -> None:
+    base = copy_of_base(family, tmp_path)
+    file = export_checkpoint(base, base / "out.safetensors", precision="fp32")
+    first, again = open_model(tiny_folder(family)), open_model(file)
+    assert again.family is first.family
+    folder = first.family.denoiser.folder
+    assert first.tensors[folder].keys() == again.tensors[folder].keys()
+    assert all(
+        torch.equal(first.tensors[folder][k].read(), again.tensors[folder][k].read()) for k in first.tensors[folder]
+    )
+    alone = shutil.copy(file, tmp_path / "alone.safetensors")
+    with pytest.raises(ModelError, match=r"alone\.safetensors: holds the transformer .* put the file there"):
+        open_model(alone)
+
+
+def test_the_single_file_of_the_true_size_is_what_diffusers_converts(family: str) -> None:
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    model = build_model(family, device="meta")
+    folder = model.family.denoiser.folder
+    files = open_model(tiny_folder(family))
+    files.tensors[folder] = live_tensors(folder, model.denoiser.state_dict())
+    written = model.family.layout.to_single_file(files)
+    meta = {name: torch.empty(value.shape, device="meta") for name, value in written.items()}
+    convert = SINGLE_FILE_LOADABLE_CLASSES[type(model.denoiser).__name__]["checkpoint_mapping_fn"]
+    back = {name: tuple(value.shape) for name, value in convert(checkpoint=meta, config=model.denoiser.config).items()}
+    assert back == {name: tuple(value.shape) for name, value in model.denoiser.state_dict().items()}
+    assert len(back) > 400
+
+
+@pytest.fixture
+def settings(family: str, tmp_path: Path) -> dict[str, Any]:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a red square, number {10**number}", encoding="utf-8")
+    return {
+        **{"resume_ckpt": str(tiny_folder(family)), "data_root": str(folder), "logdir": str(tmp_path / "logs")},
+        **{"resolution": 64, "batch_size": 2, "max_steps": 4, "max_epochs": 9, "lr": 1e-3, "seed": 7, "log_step": 1},
+        **{"num_workers": 0, "cache_variants": 1, "cond_dropout": 0.2, "sample_steps": None, "no_save_ckpt": True},
+        **{"optimizer": "adamw", "save_full_precision": True},
+    }
+
+
+class StopAfter(Listener):
+    """Asks the run to stop after some step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self, run: Run, report: StepReport) -> None:
+        if report.step == self.step:
+            run.folder.request("stop")
+
+
+def weights_of(run: RunFolder, suffix: str = "") -> dict[str, torch.Tensor]:
+    folder = run.last_checkpoint
+    paths = sorted(folder.with_name(folder.name + suffix).rglob("*.safetensors"))
+    found = {
+        path.parent.name: load_file(path) for path in paths if "resume" not in path.parts and "text" not in str(path)
+    }
+    return {f"{name}/{key}": value for name, tensors in found.items() for key, value in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"ema_decay_rate": 0.9, "ema_update_interval": 1, "timestep_sampling": "logit_normal"},
+        {"training_kind": "lora", "lora_rank": 4, "timestep_sampling": "stratified", "gradient_checkpointing": True},
+    ],
+    ids=["full with EMA", "lora"],
+)
+def test_a_resumed_run_equals_one_that_never_stopped(
+    settings: dict[str, Any], extra: dict[str, Any], tmp_path: Path
+) -> None:
+    validation = {"validation_config": {"auto_split_proportion": 0.25, "every_n_epochs": 0.5}}
+    config = TrainConfig(**{**settings, **extra, **validation})
+    whole = train(config)
+    parted = train(config.replace(logdir=str(tmp_path / "parted")), listeners=[StopAfter(1)])
+    resume(parted.folder)
+    first, second = weights_of(whole), weights_of(parted)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    measured = [event["loss"] for event in whole.events("validation")]
+    assert measured == [event["loss"] for event in parted.events("validation")]
+    assert measured[-1] < measured[0]
+    if "ema_decay_rate" in extra:
+        averaged = weights_of(whole, "_ema")
+        assert any(not torch.equal(averaged[name], first[name]) for name in averaged)
+
+
+def test_settings_of_diffusion_are_refused_with_their_reasons(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        train(TrainConfig(**{**settings, "clip_skip": 2, "min_snr_gamma": 5.0, "enable_zero_terminal_snr": True}))
+    for words in ("clip_skip: the text encoder is", "min_snr_gamma: it is defined", "ends in pure noise already"):
+        assert words in str(refused.value)
+    with pytest.raises(ConfigError, match=r"training_kind textual_inversion: .* is trained with full or lora"):
+        train(TrainConfig(**{**settings, "training_kind": "textual_inversion", "new_tokens": {"<a>": "b"}}))
+
+
+def test_settings_of_flow_matching_are_refused_for_diffusion_and_change_a_flow_run(settings: dict[str, Any]) -> None:
+    plain = train(TrainConfig(**{**settings, "max_steps": 1}))
+    losses = [next(plain.events("loss"))["loss"]]
+    for number, changes in enumerate([{"timestep_shift": 0.2}, {"weighting_scheme": "cosmap"}]):
+        config = TrainConfig(**{**settings, **changes, "max_steps": 1, "project_name": f"changed{number}"})
+        losses.append(next(train(config).events("loss"))["loss"])
+    assert len(set(losses)) == 3
+    sd1 = {**settings, "resume_ckpt": str(tiny_folder("sd1"))}
+    with pytest.raises(ConfigError, match=r"timestep_shift: it is for flow matching.*\n.*weighting_scheme: it is for"):
+        train(TrainConfig(**{**sd1, "timestep_shift": 3.0, "weighting_scheme": "cosmap"}))
+
+
+def test_a_scheduler_of_diffusion_is_refused(family: str) -> None:
+    with pytest.raises(ConfigError, match="a flow model is sampled with euler"):
+        sample_images(load_model(tiny_folder(family)), [SamplePrompt("x", width=64, height=64)], scheduler="dpm++_2m")
+
+
+def test_a_distilled_base_is_warned_of(settings: dict[str, Any], family: str, tmp_path: Path) -> None:
+    turbo = Path(shutil.copytree(tiny_folder(family), tmp_path / "Z-Image-Turbo"))
+    run = train(TrainConfig(**{**settings, "resume_ckpt": str(turbo), "max_steps": 1}))
+    assert any("Turbo" in event["message"] and "Train on" in event["message"] for event in run.events("warning"))
+
+
+def test_captions_are_encoded_once_before_the_run_and_found_again(
+    settings: dict[str, Any], family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from everydream_kit.models import encoding
+
+    asked: list[str] = []
+    encode = encoding.encode_captions
+    monkeypatch.setattr(
+        "everydream_kit.training.caching.encode_captions",
+        lambda model, captions, *args: asked.extend(captions) or encode(model, captions, *args),
+    )
+    first = train(TrainConfig(**{**settings, "max_steps": 2}))
+    assert sorted(asked) == sorted(["", *(f"a red square, number {10**number}" for number in range(4))])
+    reports = [event["kind"] for event in first.events()]
+    assert reports.index("text cache") < reports.index("loss")
+    files = list((Path(settings["logdir"]) / ".edk_cache" / "texts").rglob("*.safetensors"))
+    assert len(files) == 5
+    kept = load_file(files[0])["encoder_hidden_states"]
+    assert kept.dtype == torch.bfloat16
+    assert kept.shape[1] < 80  # valid tokens alone
+    asked.clear()
+    second = train(TrainConfig(**{**settings, "max_steps": 2, "project_name": "again"}))
+    assert asked == []
+    assert [e["loss"] for e in second.events("loss")] == [e["loss"] for e in first.events("loss")]
+
+
+def test_a_plan_estimates_the_phase_of_the_texts_apart_from_the_steps(settings: dict[str, Any], tmp_path: Path) -> None:
+    from everydream_kit.preflight.memory_estimate import estimate_memory
+
+    config = TrainConfig(**{**settings, "training_kind": "lora", "lora_rank": 4})
+    estimate = estimate_memory(config, device="cuda", cache_folder=tmp_path / "kept")
+    phases = {phase.name: phase.by_category for phase in estimate.phases}
+    model = load_model(settings["resume_ckpt"])
+    texts = sum(p.nbytes for p in model.text_encoders[0].parameters())
+    denoiser = sum(p.nbytes for p in model.denoiser.parameters())
+    assert phases["text caching"]["weights"] < 1.2 * texts
+    assert 0.4 * denoiser < phases["training step"]["weights"] < 2 * denoiser  # frozen matrices in half precision
+
+
+def test_a_gpu_without_bfloat16_is_refused_in_words(settings: dict[str, Any], tmp_path: Path) -> None:
+    from everydream_kit.preflight.memory_estimate import estimate_memory
+
+    config = TrainConfig(**{**settings, "training_kind": "lora"})
+    with pytest.raises(ConfigError, match=r"exceed float16.*T4"):
+        estimate_memory(config, device="cuda", has_bf16=False, cache_folder=tmp_path / "kept")
