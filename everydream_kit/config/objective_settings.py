@@ -82,8 +82,8 @@ class ObjectiveGroup(Group):
         Knob(when="a flow model should learn more composition (higher) or more detail (lower)"),
         Facts(RESULT, "resume"),
     ] = None
-    """Flow matching: factor by which noise levels are moved upward, s·u / (1 + (s - 1)·u). By default what the model's own
-    scheduler uses, fixed or by the number of tokens of each bucket; 1 leaves them where they are drawn."""
+    """Flow matching: factor by which noise levels are moved upward, s·u / (1 + (s - 1)·u). By default what the model
+    was trained with, fixed or by the number of tokens of each bucket; 1 leaves them where they are drawn."""
     weighting_scheme: Annotated[
         Literal["none", "sigma_sqrt", "cosmap"],
         Knob(when="a flow model should weigh fine detail more: sigma_sqrt"),

@@ -19,7 +19,7 @@ from everydream_kit.models.lora_formats import read_lora, without_scale, write_l
 from everydream_kit.models.tensors import LazyTensor, Tensors, open_safetensors
 from everydream_kit.models.tokens import write_embedding
 
-LoraLayout = Literal["diffusers", "kohya"]
+LoraLayout = Literal["diffusers", "kohya", "comfy"]
 
 logger = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from everydream_kit.errors import ConfigError
+from everydream_kit.models.flow import mu_of
 from everydream_kit.models.number_formats import widest
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ class TextEncoderSlot:
         kohya_prefix: what its layers are called in a LoRA file for UIs.
         trains, blocks, module: as `Component` has them.
         tokenizer_class: transformers' class, as `model_index.json` names it.
+        index_class: the encoder's class there, where it is another one: a language model's head is not loaded.
     """
 
     folder: str
@@ -137,6 +139,7 @@ class TextEncoderSlot:
     blocks: tuple[str, ...] = ("CLIPEncoderLayer",)
     module: str = "transformers.models.clip.modeling_clip"
     tokenizer_class: str = "CLIPTokenizer"
+    index_class: str = ""
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -225,6 +228,8 @@ class SamplerSpec:
         guidance: `cfg`: two predictions; `embedded`: the scale is an input of the denoiser; `none`: distilled away.
         size_multiple: sides in pixels must be multiples of it.
         num_steps, cfg: sensible values, for advice.
+        mu: (scheduler's config, width, height, steps) -> logarithm of the shift in sampling, for schedulers whose shift
+            follows the image's size.
     """
 
     kind: Literal["diffusion", "flow"] = "diffusion"
@@ -232,6 +237,7 @@ class SamplerSpec:
     size_multiple: int = 8
     num_steps: int = 30
     cfg: float = 7.0
+    mu: Callable[[Mapping[str, Any], int, int, int], float] = mu_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,17 +247,20 @@ class Layout:
     Attributes:
         to_single_file: a model's weights by the names of the file that image apps load.
         from_single_file: (tensors, family, configs) -> weights by component and diffusers' names.
-        lora_for_apps: the LoRA layout that image apps read: kohya's, or diffusers' own.
+        lora_for_apps: the LoRA layout that image apps read: kohya's, diffusers' own, or ComfyUI's, which names the single
+            file's layers (`app_layers`).
         lora_stem: (layer, the denoiser's config) -> its name in kohya's layout, behind `lora_unet_`.
         renames: the denoiser's config -> pairs of diffusers' and the single file's prefixes, for reading LoRA files.
+        app_layers: the denoiser's layers -> layers of the single file, each with those that it is made of, in order.
         holds_all: the single file is the whole model; else it is the denoiser, and the rest is in the folder around it.
     """
 
     to_single_file: Callable[[ModelFiles], Tensors]
     from_single_file: Callable[[Tensors, Family, dict[str, Config]], dict[str, Tensors]]
-    lora_for_apps: Literal["kohya", "diffusers"] = "kohya"
+    lora_for_apps: Literal["kohya", "diffusers", "comfy"] = "kohya"
     lora_stem: Callable[[str, Config], str] = lambda name, config: name.replace(".", "_")
     renames: Callable[[Config], list[tuple[str, str]]] = lambda config: []
+    app_layers: Callable[[Sequence[str]], dict[str, list[str]]] = lambda names: {}
     holds_all: bool = True
 
 

@@ -45,9 +45,23 @@ def shift_of(scheduler_config: Mapping[str, Any], width: int, height: int) -> fl
     return math.exp(mu_of(scheduler_config, width, height))
 
 
-def mu_of(scheduler_config: Mapping[str, Any], width: int, height: int) -> float:
-    """mu on the straight line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift)."""
-    tokens = (width // PATCH_PIXELS) * (height // PATCH_PIXELS)
+def trained_as_flux(scheduler_config: Mapping[str, Any], width: int, height: int) -> float:
+    """The shift of models that were trained with FLUX.1's shift by resolution, whatever their scheduler samples with."""
+    return math.exp(mu_of({}, width, height))
+
+
+def tokens_of(width: int, height: int) -> int:
+    """Tokens of an image of this size."""
+    return (width // PATCH_PIXELS) * (height // PATCH_PIXELS)
+
+
+def mu_of(scheduler_config: Mapping[str, Any], width: int, height: int, num_steps: int | None = None) -> float:
+    """mu on the straight line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift).
+
+    Args:
+        num_steps: of sampling; changes nothing here.
+    """
+    tokens = tokens_of(width, height)
     least, most = scheduler_config.get("base_image_seq_len", 256), scheduler_config.get("max_image_seq_len", 4096)
     low, high = scheduler_config.get("base_shift", 0.5), scheduler_config.get("max_shift", 1.15)
     return float(low + (high - low) * (tokens - least) / (most - least))

@@ -54,13 +54,17 @@ def _latents_from_moments(model: Model, moments: torch.Tensor, noise: torch.Tens
 @torch.no_grad()
 def _decode_latents(model: Model, latents: torch.Tensor) -> torch.Tensor:
     """Decode scaled latents (B, C, h, w) to images (B, 3, H, W) uint8 on the CPU."""
-    vae: Any = model.vae
     shift, scaling_factor = _shift_and_scale(model)
-    device = next(vae.parameters()).device
-    unscaled = (latents.to(device=device, dtype=torch.float32) / scaling_factor + shift).to(parameter_dtype(vae))
-    with torch.autocast(device.type, enabled=False):
+    device = next(model.vae.parameters()).device
+    return _decoded(model, latents.to(device=device, dtype=torch.float32) / scaling_factor + shift)
+
+
+def _decoded(model: Model, cells: torch.Tensor) -> torch.Tensor:
+    """The images of what the VAE itself gives and takes (B, C, H/8, W/8)."""
+    vae: Any = model.vae
+    with torch.autocast(cells.device.type, enabled=False):
         cell = model.vae_scale_factor
-        pieces = unscaled.split(_num_together(cell * latents.shape[2], cell * latents.shape[3]))
+        pieces = cells.to(parameter_dtype(vae)).split(_num_together(cell * cells.shape[2], cell * cells.shape[3]))
         return torch.cat([_as_bytes(vae.decode(piece).sample.float()).cpu() for piece in pieces])
 
 
@@ -90,3 +94,48 @@ def kl_space(channels: int) -> LatentSpace:
         channels: of the latents: 4 for Stable Diffusion, 16 for FLUX.1 and its kin.
     """
     return LatentSpace(2 * channels, _shape, _encode_moments, _latents_from_moments, _decode_latents)
+
+
+@torch.no_grad()
+def _encode_means(model: Model, pixels: torch.Tensor) -> torch.Tensor:
+    """The means (B, C, H/8, W/8) of the VAE's posterior."""
+    return _encode_moments(model, pixels).chunk(2, dim=1)[0].contiguous()
+
+
+def _normalized_squares(model: Model, means: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Squares of 2 x 2 cells as channels (B, 4 C, h, w), normalized. Nothing is drawn: such models take the mean."""
+    mean, spread = _running_statistics(model, means.device)
+    return (torch.nn.functional.pixel_unshuffle(means.float(), 2) - mean) / spread
+
+
+@torch.no_grad()
+def _decode_squares(model: Model, latents: torch.Tensor) -> torch.Tensor:
+    """Decode latents (B, 4 C, h, w) to images (B, 3, H, W) uint8 on the CPU."""
+    device = next(model.vae.parameters()).device
+    mean, spread = _running_statistics(model, device)
+    cells = torch.nn.functional.pixel_shuffle(latents.to(device=device, dtype=torch.float32) * spread + mean, 2)
+    return _decoded(model, cells)
+
+
+def _running_statistics(model: Model, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation, each (1, 4 C, 1, 1), that the VAE's batch norm has gathered."""
+    norm = model.vae.get_submodule("bn")
+    mean, variance = norm.running_mean, norm.running_var
+    assert isinstance(mean, torch.Tensor)
+    assert isinstance(variance, torch.Tensor)
+    spread = (variance.float() + model.vae.config["batch_norm_eps"]).sqrt()
+    return mean.float().view(1, -1, 1, 1).to(device), spread.view(1, -1, 1, 1).to(device)
+
+
+def _shape_of_squares(model: Model, width: int, height: int) -> tuple[int, int, int]:
+    channels, rows, columns = _shape(model, width, height)
+    return 4 * channels, rows // 2, columns // 2
+
+
+def batch_norm_space(channels: int) -> LatentSpace:
+    """The latents of `AutoencoderKLFlux2`: what is kept are the means of its posterior.
+
+    Args:
+        channels: of the VAE's latents; the denoiser's are four times as many, of half the height and width.
+    """
+    return LatentSpace(channels, _shape_of_squares, _encode_means, _normalized_squares, _decode_squares)

@@ -3,7 +3,9 @@ files of every tool are read is in `lora_reading.py`.
 
 Diffusers names layers by their modules (`unet.down_blocks...to_q.lora_A.weight`); kohya's files, which UIs know, join
 the names with underscores (`lora_unet_down_blocks_..._to_q.lora_down.weight`) and carry an `alpha` for each layer.
-For SDXL, kohya's UNet names are those of the single-file layout.
+For SDXL, kohya's UNet names are those of the single-file layout. ComfyUI's files name the single file's layers with dots
+(`diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight`); where such a layer is several of diffusers', their
+adapters become one of all their ranks together.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import datetime
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -25,9 +27,9 @@ from everydream_kit.models.lora import Lora, LoraLayer
 from everydream_kit.models.lora_changes import Change, LoraFile, apply_changes, change_of, delta
 from everydream_kit.models.lora_names import kohya_name
 from everydream_kit.models.lora_reading import DIFFUSERS_METADATA, is_lora, lora_file, read_lora_file
-from everydream_kit.models.tensors import LazyTensor, Tensors, write_safetensors
+from everydream_kit.models.tensors import LazyTensor, Tensors, concatenated, write_safetensors
 
-Layout = Literal["diffusers", "kohya"]
+Layout = Literal["diffusers", "kohya", "comfy"]
 Number = TypeVar("Number", int, float)
 
 __all__ = ["apply_lora", "delta", "is_lora", "kohya_name", "lora_file", "read_lora", "read_lora_file", "write_lora"]
@@ -48,9 +50,12 @@ def write_lora(
     Args:
         lora: weights by component and layer.
         denoiser_config: for SDXL's names in kohya's layout.
-        layout: `diffusers`, or `kohya` for UIs.
+        layout: `diffusers`, or for UIs `kohya` or `comfy`.
         title: for the metadata.
         dtype: of the weights; None keeps each as it is.
+
+    Raises:
+        ModelError: a DoRA of some of the layers that are one in the file.
     """
     layers = [layer for part in lora.values() for layer in part.values()]
     rank, alpha = max(layer.rank for layer in layers), max(layer.alpha for layer in layers)
@@ -68,6 +73,10 @@ def write_lora(
     }
     if layout == "kohya":
         tensors = _to_kohya(lora, family, denoiser_config)
+    elif layout == "comfy":
+        together = _for_comfy(without_scale(lora), family)
+        tensors = _to_comfy(together)
+        metadata[DIFFUSERS_METADATA] = _comfy_metadata(together, family)
     else:
         tensors = _to_diffusers(lora)
         metadata[DIFFUSERS_METADATA] = _diffusers_metadata(lora)
@@ -141,6 +150,62 @@ def _to_kohya(lora: Lora, family: Family, denoiser_config: Config) -> Tensors:
                 ones = [1] * (len(layer.down.shape) - 1)
                 tensors[f"{stem}.dora_scale"] = layer.magnitude.reshaped(layer.magnitude.shape[0], *ones)
     return tensors
+
+
+def _for_comfy(lora: Lora, family: Family) -> dict[str, tuple[list[str], LoraLayer]]:
+    """The denoiser's layers by the single file's names, each with diffusers' names of those that it is made of."""
+    layers = lora[family.denoiser.folder]
+    groups = family.layout.app_layers(list(layers))
+    return {
+        theirs: (ours, layers[ours[0]] if len(ours) == 1 else _as_one(theirs, ours, layers))
+        for theirs, ours in groups.items()
+    }
+
+
+def _to_comfy(together: Mapping[str, tuple[list[str], LoraLayer]]) -> Tensors:
+    """Without alphas: not every reader of this form knows them."""
+    tensors: Tensors = {}
+    for theirs, (_, layer) in together.items():
+        stem = f"diffusion_model.{theirs}"
+        tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = layer.down, layer.up
+        if layer.magnitude is not None:
+            tensors[f"{stem}.dora_scale"] = layer.magnitude.reshaped(layer.magnitude.shape[0], 1)
+    return tensors
+
+
+def _comfy_metadata(together: Mapping[str, tuple[list[str], LoraLayer]], family: Family) -> str:
+    """Ranks of diffusers' layers: without them, older diffusers takes one alpha for ranks that differ.
+
+    DoRA is not named: diffusers leaves its lengths out of this form.
+    """
+    plain = {name: dataclasses.replace(layer, magnitude=None) for ours, layer in together.values() for name in ours}
+    return _diffusers_metadata({family.denoiser.folder: plain})
+
+
+def _as_one(theirs: str, ours: list[str], layers: Mapping[str, LoraLayer]) -> LoraLayer:
+    """Adapters of layers that are one in the file: downs stacked, ups on a diagonal; zeros where a layer has none."""
+    there = [layers[name] for name in ours if name in layers]
+    magnitudes = [layer.magnitude for layer in there if layer.magnitude is not None]
+    if magnitudes and len(magnitudes) < len(ours):
+        raise ModelError(
+            f"{theirs}: a DoRA of {len(there)} of its {len(ours)} parts cannot be written as one layer. Adapt all of "
+            f"{', '.join(ours)}, or write the file with the layout diffusers."
+        )
+    rows, ranks = there[0].up.shape[0], [layer.rank for layer in there]
+
+    def read_up() -> torch.Tensor:
+        up = torch.zeros(len(ours) * rows, sum(ranks), dtype=there[0].up.dtype)
+        start = 0
+        for place, name in enumerate(ours):
+            if name in layers:
+                stop = start + layers[name].rank
+                up[place * rows : (place + 1) * rows, start:stop] = layers[name].up.read()
+                start = stop
+        return up
+
+    up = LazyTensor((len(ours) * rows, sum(ranks)), there[0].up.dtype, read_up)
+    magnitude = concatenated(magnitudes) if magnitudes else None
+    return LoraLayer(concatenated([layer.down for layer in there]), up, float(sum(ranks)), magnitude)
 
 
 def read_lora(path: Path, base: ModelFiles) -> Lora:

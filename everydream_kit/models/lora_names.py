@@ -106,6 +106,19 @@ def spellings(base: ModelFiles) -> dict[str, Place]:
     return table
 
 
+def fused_spellings(base: ModelFiles) -> dict[str, list[str]]:
+    """Every spelling of the single file's layers, with the spellings by diffusers' names of what each is made of."""
+    denoiser = base.family.denoiser.folder
+    names = [key.removesuffix(".weight") for key in base.tensors[denoiser] if key.endswith(".weight")]
+    table: dict[str, list[str]] = {}
+    for theirs, ours in base.family.layout.app_layers(names).items():
+        joined = theirs.replace(".", "_")
+        dotted = [f"{prefix}{theirs}" for prefix in ("diffusion_model.", "model.diffusion_model.", "base_model.model.")]
+        spelled = [*dotted, theirs, f"lora_unet_{joined}", f"lycoris_{joined}"]
+        table |= {spelling: [f"{denoiser}.{name}" for name in ours] for spelling in spelled}
+    return table
+
+
 def _denoiser_spellings(folder: str, name: str, theirs: str) -> list[str]:
     stems = {name, name.removesuffix(".0")} if name.endswith("to_out.0") else {name}
     found = []

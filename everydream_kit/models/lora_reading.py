@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from everydream_kit.errors import ModelError
 from everydream_kit.models.adapters import LORA_FILE
 from everydream_kit.models.family import ModelFiles
 from everydream_kit.models.lora_changes import Change, LoraFile, base_key
-from everydream_kit.models.lora_names import OTHER_KINDS, spellings, split_name
+from everydream_kit.models.lora_names import OTHER_KINDS, fused_spellings, spellings, split_name
 from everydream_kit.models.tensors import LazyTensor, Tensors
 from everydream_kit.models.weight_files import WEIGHT_SUFFIXES, open_weights
 from everydream_kit.strict_json import parse_json, read_json
@@ -68,8 +68,10 @@ def read_lora_file(path: Path, base: ModelFiles) -> LoraFile:
     """
     path = lora_file(path)
     tensors, metadata = open_weights(path)
-    layers, embeddings = _grouped(path, tensors)
     table = spellings(base)
+    together = fused_spellings(base)
+    layers, embeddings = _grouped(path, tensors, {*table, *together})
+    layers = _taken_apart(path, layers, together)
     unknown = [stem for stem in layers if stem not in table]
     if unknown:
         raise ModelError(
@@ -89,8 +91,41 @@ def read_lora_file(path: Path, base: ModelFiles) -> LoraFile:
     return found
 
 
-def _grouped(path: Path, tensors: Tensors) -> tuple[dict[str, Tensors], dict[str, Tensors]]:
-    """The tensors by layer and part, and those of bundled words by word."""
+def _taken_apart(path: Path, layers: dict[str, Tensors], together: Mapping[str, list[str]]) -> dict[str, Tensors]:
+    """A layer that is several of the base's (q, k and v in one) as theirs: each has its share of the rows.
+
+    Raises:
+        ModelError: it is of a kind whose rows are not apart.
+    """
+    found: dict[str, Tensors] = {}
+    for stem, parts in layers.items():
+        names = together.get(stem, [stem])
+        others = parts.keys() - {"down", "up", "alpha", "dora_scale", "magnitude"}
+        if len(names) > 1 and others:
+            raise ModelError(
+                f"{path}: its layer {stem!r} is {len(names)} layers of the model in one, with {', '.join(sorted(others))}; "
+                "of such layers only LoRA and DoRA are read."
+            )
+        for place, name in enumerate(names):
+            if name in found:
+                raise ModelError(f"{path}: names the layer {name} twice, the second time as {stem!r}.")
+            found[name] = {part: _share(value, part, place, len(names)) for part, value in parts.items()}
+    return found
+
+
+def _share(value: LazyTensor, part: str, place: int, num: int) -> LazyTensor:
+    if num == 1 or part not in ("up", "dora_scale", "magnitude"):
+        return value
+    rows = value.shape[0] // num
+    return value.rows(place * rows, (place + 1) * rows)
+
+
+def _grouped(path: Path, tensors: Tensors, known: Collection[str]) -> tuple[dict[str, Tensors], dict[str, Tensors]]:
+    """The tensors by layer and part, and those of bundled words by word.
+
+    Args:
+        known: layers of the base, which are never another kind of file.
+    """
     layers: dict[str, Tensors] = {}
     embeddings: dict[str, Tensors] = {}
     unknown = []
@@ -105,7 +140,7 @@ def _grouped(path: Path, tensors: Tensors) -> tuple[dict[str, Tensors], dict[str
         else:
             layers[split[0]][split[1]] = tensor
     for expression, kind in OTHER_KINDS.items():
-        if any(re.search(expression, name) for name in (*unknown, *layers)):
+        if any(re.search(expression, name) for name in (*unknown, *(stem for stem in layers if stem not in known))):
             raise ModelError(f"{path}: this is a file of the kind {kind}, which this version does not read.")
     if not any(part in _KINDS for parts in layers.values() for part in parts):
         raise ModelError(f"{path}: no LoRA; its first tensor is named {next(iter(tensors), None)!r}.")

@@ -181,6 +181,9 @@ def _model_index(files: ModelFiles) -> dict[str, Any]:
         index[slot.tokenizer_folder] = ["transformers", slot.tokenizer_class]
     index["scheduler"] = ["diffusers", files.scheduler_config.get("_class_name", "DDIMScheduler")]
     index |= {component.folder: [component.library, component.class_name] for component in files.family.components}
+    index |= {
+        slot.folder: ["transformers", slot.index_class] for slot in files.family.text_encoders if slot.index_class
+    }
     return {**index, **files.family.index}
 
 

@@ -66,8 +66,14 @@ _TINY: dict[str, dict[str, Any]] = {
             **{"dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 32},
             **{"axes_dims": [4, 6, 6], "axes_lens": [256, 64, 64]},
         },
-        "vae": {**_TINY_VAE, "norm_num_groups": 8},
         "text_encoders": [_TINY_QWEN],
+    },
+    "flux2_klein": {
+        "denoiser": {
+            **{"num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2},
+            **{"joint_attention_dim": 48, "axes_dims_rope": [4, 4, 4, 4], "timestep_guidance_channels": 32},
+        },
+        "text_encoders": [{**_TINY_QWEN, "hidden_size": 16, "head_dim": 8, "num_hidden_layers": 28}],  # 27 are read
     },
 }
 
@@ -126,12 +132,23 @@ def build_model(
     return model_of(files, {name: module.eval() for name, module in modules.items()})
 
 
-def build_tiny_model(family: str, seed: int = 0) -> Model:
+def build_tiny_model(family: str, seed: int = 0, denoiser: Mapping[str, Any] | None = None) -> Model:
     """The smallest model of a family that has every part: about 2 M weights, 64-pixel images, the real vocabulary.
 
-    SD 2 comes with v-prediction, the others with epsilon.
+    SD 2 comes with v-prediction, the other diffusion models with epsilon.
+
+    Args:
+        denoiser: changes to its config.
     """
-    return build_model(family, **{"vae": _TINY_VAE, "seed": seed, **_TINY[family_by_name(family).name]})
+    tiny = _TINY[family_by_name(family).name]
+    changed = {**tiny, "denoiser": {**tiny["denoiser"], **(denoiser or {})}}
+    model = build_model(family, **{"vae": _TINY_VAE, "seed": seed, **changed})
+    generator = torch.Generator().manual_seed(derive_seed(seed, "statistics", family))
+    for module in model.vae.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # whose 0 and 1 would hide that they are used
+            module.running_mean.normal_(0.0, 0.5, generator=generator)
+            module.running_var.uniform_(0.5, 2.0, generator=generator)
+    return model
 
 
 def write_model(model: Model, folder: str | Path) -> Path:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from everydream_kit.errors import ConfigError
-from everydream_kit.models.flow import flow_scheduler, mu_of
+from everydream_kit.models.flow import flow_scheduler
 
 if TYPE_CHECKING:
     import torch
@@ -153,7 +153,7 @@ def begin(scheduler: Any, model: Model, num_inference_steps: int, size: tuple[in
         return scheduler.init_noise_sigma
     sigmas = [1 - step / num_inference_steps for step in range(num_inference_steps)]
     dynamic = model.scheduler_config.get("use_dynamic_shifting", False)
-    extra = {"mu": mu_of(model.scheduler_config, *size)} if dynamic else {}
+    extra = {"mu": model.family.sampler.mu(model.scheduler_config, *size, num_inference_steps)} if dynamic else {}
     scheduler.set_timesteps(sigmas=sigmas, device=device, **extra)
     return 1.0
 

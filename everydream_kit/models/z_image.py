@@ -25,7 +25,7 @@ from everydream_kit.models.family import (
     TextEncoderSlot,
     input_dtype,
 )
-from everydream_kit.models.flow import REFUSES, shift_of
+from everydream_kit.models.flow import REFUSES, trained_as_flux
 from everydream_kit.models.latent_spaces import kl_space
 from everydream_kit.models.qwen_text import CHAT, MAX_TOKENS, qwen_prompt_encoder
 from everydream_kit.models.tensors import Tensors, concatenated
@@ -146,7 +146,7 @@ Z_IMAGE = Family(
     encode_prompt=qwen_prompt_encoder([-2], CHAT),
     predict=predict,
     latent_space=kl_space(16),
-    shift=shift_of,
+    shift=trained_as_flux,  # the technical report says so; the scheduler's 6 is for sampling
     sampler=SamplerSpec("flow", "cfg", size_multiple=16, num_steps=30, cfg=5.0),
     layout=Layout(to_single_file, from_single_file, holds_all=False, lora_for_apps="diffusers"),
     lora_targets=(r"layers\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)",),

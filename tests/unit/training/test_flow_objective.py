@@ -1,5 +1,6 @@
 """Flow matching by hand values: path, velocity, weights, and the shift of noise levels."""
 
+import json
 import math
 
 import pytest
@@ -9,7 +10,10 @@ from diffusers.training_utils import compute_loss_weighting_for_sd3
 
 from everydream_kit.config.objective_settings import ObjectiveGroup
 from everydream_kit.errors import ConfigError
+from everydream_kit.models.families import family_by_name
+from everydream_kit.models.family import configs_folder
 from everydream_kit.models.flow import mu_of, shift_of
+from everydream_kit.models.flux2_klein import sampling_mu
 from everydream_kit.training.objectives import build_flow_objective, build_objective
 from everydream_kit.training.timesteps import draw_timesteps
 
@@ -67,6 +71,22 @@ def test_a_dynamic_shift_follows_each_buckets_own_tokens(width, height, mu):
     assert mu_of(DYNAMIC, width, height) == pytest.approx(mu)  # 256, 4096 and 1536 tokens of 16 pixels
     assert shift_of(DYNAMIC, width, height) == pytest.approx(math.exp(mu))
     assert shift_of({"shift": 3.0}, width, height) == 3.0
+
+
+@pytest.mark.parametrize(("side", "shift"), [(256, 1.648721), (512, 1.877611), (1024, 3.158193)])
+@pytest.mark.parametrize("family", ["z_image", "flux2_klein"])
+def test_flow_families_are_trained_with_the_shift_of_their_buckets_tokens(family, side, shift):
+    table = family_by_name(family)
+    config = json.loads((configs_folder(table) / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    assert table.shift(config, side, side) == pytest.approx(shift)  # exp(0.5), exp(0.63), exp(1.15)
+
+
+@pytest.mark.parametrize(
+    ("side", "num_steps", "mu"),
+    [(1024, 10, 2.2562455), (1024, 200, 1.1499966), (512, 50, 1.7019562), (2048, 50, 3.2299862)],
+)
+def test_klein_samples_with_the_shift_of_its_tokens_and_steps(side, num_steps, mu):
+    assert sampling_mu({}, side, side, num_steps) == pytest.approx(mu)
 
 
 def test_mode_sampling_keeps_to_the_range_and_thins_the_middle_less_than_the_ends():
