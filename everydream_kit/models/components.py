@@ -106,7 +106,8 @@ def _build_language_model(cls: Any, config: Config, device: str) -> torch.nn.Mod
         with _building_on(device):
             known = cls.config_class(**values)
             known._attn_implementation = ATTENTION  # never the file's: it may name a kernel on the Hub
-            return cls(known)
+            built: torch.nn.Module = cls(known)
+            return built
     except BUILD_ERRORS as error:
         raise ModelError(f"text encoder: its config.json cannot be built ({error}).") from error
 

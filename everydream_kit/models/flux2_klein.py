@@ -66,7 +66,8 @@ def predict(
         txt_ids=_positions(1, 1, texts.shape[1], noisy_latents.device),
         return_dict=False,
     )[0]
-    return output.float().transpose(1, 2).unflatten(2, (height, width))
+    velocity: torch.Tensor = output.float().transpose(1, 2).unflatten(2, (height, width))
+    return velocity
 
 
 def _positions(height: int, width: int, length: int, device: torch.device) -> torch.Tensor:

@@ -123,7 +123,8 @@ def _running_statistics(model: Model, device: torch.device) -> tuple[torch.Tenso
     mean, variance = norm.running_mean, norm.running_var
     assert isinstance(mean, torch.Tensor)
     assert isinstance(variance, torch.Tensor)
-    spread = (variance.float() + model.vae.config["batch_norm_eps"]).sqrt()
+    config: Any = model.vae.config
+    spread = (variance.float() + config["batch_norm_eps"]).sqrt()
     return mean.float().view(1, -1, 1, 1).to(device), spread.view(1, -1, 1, 1).to(device)
 
 

@@ -47,7 +47,6 @@ from everydream_kit.models.vae_files import with_given_vae
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
-    from transformers import CLIPTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -303,7 +302,7 @@ def as_formats(dtype: torch.dtype | Formats) -> Formats:
     return dtype if isinstance(dtype, Formats) else Formats(dtype)
 
 
-def _tokenizer(files: ModelFiles, slot: TextEncoderSlot) -> CLIPTokenizer:
+def _tokenizer(files: ModelFiles, slot: TextEncoderSlot) -> Any:
     name = slot.tokenizer_folder
     found = files.tokenizers[name]
     if slot.tokenizer_class != "CLIPTokenizer":

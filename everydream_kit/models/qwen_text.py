@@ -8,6 +8,7 @@ padding in diffusers' pipelines, changes nothing of it; it is there only for den
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 
@@ -57,7 +58,7 @@ def hidden_states(
         length: tokens that are text; what follows is padding, which sees the text and is not seen.
         layers: as transformers counts `hidden_states`, the last one excepted, which would be normed.
     """
-    blocks = text_encoder.layers
+    blocks = cast(torch.nn.ModuleList, text_encoder.layers)
     caught: dict[int, torch.Tensor] = {}
     hooks = []
     for layer in layers:

@@ -146,6 +146,8 @@ def build_tiny_model(family: str, seed: int = 0, denoiser: Mapping[str, Any] | N
     generator = torch.Generator().manual_seed(derive_seed(seed, "statistics", family))
     for module in model.vae.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # whose 0 and 1 would hide that they are used
+            assert module.running_mean is not None
+            assert module.running_var is not None
             module.running_mean.normal_(0.0, 0.5, generator=generator)
             module.running_var.uniform_(0.5, 2.0, generator=generator)
     return model

@@ -30,6 +30,7 @@ __all__ = ["SamplePrompt", "label_grid", "sample_images", "save_image", "setting
 ZERO_SNR_GUIDANCE_RESCALE = 0.7
 """arXiv 2305.08891, section 3.4: what zero-terminal-SNR models need against over-exposure."""
 
+EncodeTexts = Callable[[list[str]], Conditioning]
 Progress = Callable[[int, int], None]
 """Called with (denoising steps done, denoising steps in all), counted over all batches."""
 
@@ -71,6 +72,7 @@ def sample_images(
     batch_size: int = 4,
     guidance_rescale: float | None = None,
     progress: Progress | None = None,
+    encode: EncodeTexts | None = None,
 ) -> list[Image.Image]:
     """Generate images. The model comes back in the modes that it came in.
 
@@ -80,6 +82,7 @@ def sample_images(
         num_inference_steps: denoising steps.
         batch_size: images that go through the UNet together; does not change them beyond rounding.
         guidance_rescale: arXiv 2305.08891, equation 16; None: 0.7 for zero-terminal-SNR models, else 0.
+        encode: gives the conditioning of texts; None: the model's text encoders, which are on its device then.
 
     Returns:
         One image for each guidance scale of each prompt, in order. `image.info["parameters"]` holds its settings
@@ -111,6 +114,7 @@ def sample_images(
                 num_chunks=num_chunks,
                 guidance_rescale=rescale,
                 progress=report,
+                encode=encode,
             )
             for row, pixels in zip(batch, decode_latents(model, latents), strict=True):
                 image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
@@ -207,6 +211,7 @@ def _denoise(
     num_chunks: int,
     guidance_rescale: float,
     progress: Progress | None,
+    encode: EncodeTexts | None,
 ) -> torch.Tensor:
     """From noise to latents (B, 4, h, w)."""
     device = model.device
@@ -216,7 +221,7 @@ def _denoise(
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(device)
     guided = any(row.cfg != 1 for row in rows)
     cfg = torch.tensor([row.cfg for row in rows], device=device).view(-1, 1, 1, 1)
-    conditioning = _conditioning(model, rows, clip_skip, num_chunks, guided)
+    conditioning = _conditioning(model, rows, clip_skip, num_chunks, guided, encode)
     sizes = Sizes.uncropped(prompt.width, prompt.height, len(rows) * (2 if guided else 1))
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": generators} if takes_generator else {}
@@ -237,7 +242,14 @@ def _denoise(
     return latents
 
 
-def _conditioning(model: Model, rows: Sequence[_Row], clip_skip: int, num_chunks: int, guided: bool) -> Conditioning:
+def _conditioning(  # noqa: PLR0917 - what `_denoise` was asked, in its order
+    model: Model,
+    rows: Sequence[_Row],
+    clip_skip: int,
+    num_chunks: int,
+    guided: bool,
+    encode: EncodeTexts | None,
+) -> Conditioning:
     """The rows' texts; with guidance, their negative prompts before them.
 
     As in diffusers, SDXL has zeros where there is no negative prompt; an empty prompt is encoded like any text.
@@ -245,7 +257,10 @@ def _conditioning(model: Model, rows: Sequence[_Row], clip_skip: int, num_chunks
     negative = [row.prompt.negative_prompt for row in rows] if guided else []
     texts = negative + [row.prompt.prompt for row in rows]
     unique = list(dict.fromkeys(texts))
-    encoded = encode_captions(model, unique, clip_skip, num_chunks=num_chunks, zero_empty=False)
+    if encode is None:
+        encoded = encode_captions(model, unique, clip_skip, num_chunks=num_chunks, zero_empty=False)
+    else:
+        encoded = encode(unique)
     conditioning = encoded.rows([unique.index(text) for text in texts]).to(model.device)
     if not model.family.zeros_for_empty or "" not in negative:
         return conditioning

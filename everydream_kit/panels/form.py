@@ -14,7 +14,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from everydream_kit.actions.bases import suggested_settings
+from everydream_kit.actions.bases import recognize_family, settings_of_other_families, suggested_settings
 from everydream_kit.actions.presets import SavedPresets
 from everydream_kit.atomic import write_atomic
 from everydream_kit.config import TrainConfig, config_warnings
@@ -61,6 +61,7 @@ class SettingsForm:
         self._on_change = on_change
         self._fields: dict[str, Field] = {}
         self._unreadable: dict[str, str] = {}
+        self._family_of: tuple[Any, str | None] = (None, None)
         self._notes = widgets.HTML(layout=widgets.Layout(min_height="6px"))
         self.presets = PresetRow(SavedPresets(presets_path), lambda: self.values, self.changed_values, self.set_values)
         self.base = BaseChoice(self.field("resume_ckpt"), self._choose_base)
@@ -208,7 +209,18 @@ class SettingsForm:
             return found
         return {}
 
+    def _meaningless(self) -> frozenset[str]:
+        """Settings that the base's family does not have, but for those that are set: starting says why they cannot be."""
+        base = (self.values.get("resume_ckpt"), self.values.get("family"))
+        if self._family_of[0] != base:
+            self._family_of = (base, recognize_family(*base))
+        return settings_of_other_families(self._family_of[1]) - self.changed_values().keys()
+
     def _check_together(self) -> None:
+        hidden = self._meaningless()
+        for name, field in self._fields.items():
+            if name not in SHORT:
+                field.box.layout.display = "none" if name in hidden else ""
         combined = {} if self._unreadable else self._combined_errors()
         for name, field in self._fields.items():
             field.set_outside_error(combined.get(name))
@@ -229,7 +241,12 @@ class SettingsForm:
     def _find(self, words: str) -> None:
         """Show the settings whose name, label or help holds every word; those that are open already as well."""
         wanted = words.lower().split()
-        records = [record for record in parameters() if wanted and all(word in _words_of(record) for word in wanted)]
+        hidden = self._meaningless()
+        records = [
+            record
+            for record in parameters()
+            if wanted and record.name not in hidden and all(word in _words_of(record) for word in wanted)
+        ]
         records.sort(key=lambda record: not all(word in _name_words(record) for word in wanted))  # stable
         shown: list[widgets.Widget] = [self._field(record).box for record in records[:MOST_FOUND]]
         if wanted and len(records) != len(shown):

@@ -197,7 +197,8 @@ def _measure(case: BenchCase, folder: Path) -> BenchResult:
     config = TrainConfig(resume_ckpt=str(base), data_root=str(folder), logdir=str(folder), **case.settings)
     run = build_on_gpu(config, folder / "run")
     assert isinstance(config.batch_size, int)
-    batch = make_batch(largest_bucket(config.resolutions), config.batch_size, with_moments=True)
+    channels = run.learner.model.family.latent_space.stored_channels
+    batch = make_batch(largest_bucket(config.resolutions), config.batch_size, with_moments=True, channels=channels)
     times = []
     for _ in range(WARM_UP_STEPS + MEASURED_STEPS):
         started = time.perf_counter()

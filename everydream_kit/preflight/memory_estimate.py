@@ -73,7 +73,7 @@ class Phase:
     """One phase of a run at its worst moment.
 
     Attributes:
-        name: "latent caching", "training step", "validation", "sampling" or "saving".
+        name: "text caching", "latent caching", "training step", "validation", "sampling" or "saving".
         peak_bytes: alive on the device at that moment.
         by_category: of these, by `CATEGORIES`.
     """
@@ -382,8 +382,10 @@ def _conclude(config: TrainConfig, rehearsal: Rehearsal, device: str) -> MemoryE
         HOST,
         IDLE,
         IDLE_VAE,
+        LARGE_TEXTS,
         SHARED_GRADIENTS,
         STATES,
+        VAE_WEIGHTS,
         WEIGHTS,
     )
     from everydream_kit.preflight.tracker import OPTIMIZER
@@ -392,22 +394,25 @@ def _conclude(config: TrainConfig, rehearsal: Rehearsal, device: str) -> MemoryE
     for stretch in lives.stretches:
         caching = stretch.name == "latent caching"
         before_run = caching and estimate_latent_mode(config) == "disk"
-        never = [HOST, *([EMA, GRADIENTS, SHARED_GRADIENTS] if before_run else [IDLE] if caching else [])]
+        never = [HOST, LARGE_TEXTS, *([EMA, GRADIENTS, SHARED_GRADIENTS] if before_run else [IDLE] if caching else [])]
         if stretch.name == "training step":
             never += [IDLE, IDLE_VAE]
-        if stretch.name == "text caching":  # before the run, with nothing but the text encoder on the device
-            absent = [WEIGHTS, EMA, GRADIENTS, SHARED_GRADIENTS, HOST]
+        if stretch.name == "text caching":  # before the run, while the denoiser waits in host memory
+            absent = [WEIGHTS, EMA, GRADIENTS, SHARED_GRADIENTS, HOST, IDLE_VAE]
             phases.append(_phase(stretch.name, lives.peak(stretch, never=absent).by_category))
             continue
         peak = lives.peak(stretch, always=() if before_run else (STATES, SHARED_GRADIENTS), never=never)
         if before_run:
             peak.num_bytes -= peak.by_category.pop(STATES, 0)
         phases.append(_phase(stretch.name, peak.by_category))
-    standing = {name: rehearsal.standing.get(name, 0) for name in ("weights", STATES, EMA)}
+    standing = {name: rehearsal.standing.get(name, 0) for name in (WEIGHTS, VAE_WEIGHTS, STATES, EMA)}
     swapped = rehearsal.ema_bytes if rehearsal.ema_on_device or (device == "cpu" and rehearsal.ema_bytes) else 0
     phases.append(_phase("saving", {**standing, "other": swapped}))
     training = lives.named("training step")
-    host = sum(rehearsal.standing.get(name, 0) for name in (HOST, IDLE, IDLE_VAE)) + rehearsal.snapshot_bytes
+    host = sum(rehearsal.standing.get(name, 0) for name in (HOST, IDLE, IDLE_VAE, LARGE_TEXTS))
+    host += rehearsal.snapshot_bytes
+    if any(stretch.name == "text caching" for stretch in lives.stretches):
+        host = max(host, standing[WEIGHTS])
     return MemoryEstimate(
         phases=tuple(phases),
         allowance_bytes=0,
@@ -430,9 +435,18 @@ def _launches_of_passes(launches: Counter[str]) -> int:
 
 def _phase(name: str, by_category: dict[str, int]) -> Phase:
     """A phase under the public categories: what waited and came back is weights again."""
-    from everydream_kit.preflight.rehearsal import GRADIENTS, IDLE, IDLE_VAE, SHARED_GRADIENTS, WEIGHTS
+    from everydream_kit.preflight.rehearsal import (
+        GRADIENTS,
+        IDLE,
+        IDLE_VAE,
+        LARGE_TEXTS,
+        SHARED_GRADIENTS,
+        VAE_WEIGHTS,
+        WEIGHTS,
+    )
 
-    public = {IDLE: WEIGHTS, IDLE_VAE: WEIGHTS, SHARED_GRADIENTS: GRADIENTS}
+    kinds = dict.fromkeys((IDLE, IDLE_VAE, LARGE_TEXTS, VAE_WEIGHTS), WEIGHTS)
+    public = {**kinds, SHARED_GRADIENTS: GRADIENTS}
     named = dict.fromkeys(CATEGORIES, 0)
     for category, num_bytes in by_category.items():
         named[public.get(category, category)] += num_bytes

@@ -196,6 +196,7 @@ class _Session:
     def _go_through(self) -> None:
         import torch
 
+        from everydream_kit.models.family import has_large_texts
         from everydream_kit.models.sampling import SamplePrompt, sample_images
         from everydream_kit.preflight.rehearsal import CACHED_TOGETHER, largest_bucket, make_batch
 
@@ -205,7 +206,8 @@ class _Session:
         if latents == "disk":  # before the optimizer has any state
             self._cache_latents(run, bucket, CACHED_TOGETHER[latents])
         assert isinstance(config.batch_size, int)
-        batch = make_batch(bucket, config.batch_size, with_moments=latents != "off")
+        channels = run.learner.model.family.latent_space.stored_channels
+        batch = make_batch(bucket, config.batch_size, with_moments=latents != "off", channels=channels)
         with self._phase("training step"):
             for _ in range(NUM_STEPS):
                 started = self._meter.seconds()
@@ -220,12 +222,15 @@ class _Session:
                 run.learner.image_losses(measured, _work(measured, 1))
         samples = sampled_together(config)
         if samples is not None:
+            learner = run.learner
+            encode = learner.encode_captions if has_large_texts(learner.model.family) else None
+            if encode is not None:
+                encode([""])
             with self._phase("sampling"), run.sync.whole_model(averaged=config.ema_sample_ema_model):
                 width, height = samples.size
                 cfgs = tuple(7.0 + number for number in range(samples.num_images))
-                sample_images(
-                    run.learner.model, [SamplePrompt("", width=width, height=height, cfgs=cfgs)], num_inference_steps=1
-                )
+                prompts = [SamplePrompt("", width=width, height=height, cfgs=cfgs)]
+                sample_images(learner.model, prompts, num_inference_steps=1, encode=encode)
 
     def _cache_latents(self, run: Run, bucket: Size, num_together: int) -> None:
         import torch

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 WEIGHTS, GRADIENTS, STATES, EMA = "weights", "gradients", "optimizer states", "EMA"
 HOST, IDLE, IDLE_VAE = "host", "idle weights", "idle VAE"
 """What is in host memory, and what is kept there while steps are made."""
+VAE_WEIGHTS, LARGE_TEXTS = "VAE weights", "language model"
+"""What stays when the denoiser leaves the device for a large text encoder, and that encoder, which is there for captions only."""
 SHARED_GRADIENTS = "shared gradients"
 """What the buffers of flat weights lay their gradients in; it is there all the time, as the states are."""
 CACHED_TOGETHER = {"disk": 4, "memory": 1}
@@ -132,11 +134,11 @@ def rehearse(
         if device_type == "cuda":
             imitate_autocast(model.modules().values())
         run = _assemble(config, model, dataset, Path(logdir), device_type, tracker)
-        for module in _idle(config, run, latents) if device_type != "cpu" else []:
-            tracker.label(module.parameters(), IDLE_VAE if module is model.vae else IDLE)
+        idle = _idle(config, run, latents) if device_type != "cpu" else []
+        _label_idle(model, idle, tracker)
         channels = model.family.latent_space.stored_channels
         batch = make_batch(bucket, run.plan_settings.batch_size, with_moments=latents != "off", channels=channels)
-        if has_large_texts(model.family) and device_type != "cpu":
+        if has_large_texts(model.family) and model.text_encoders[0] in idle:
             _rehearse_texts(run, tracker)
         if latents != "off":
             _rehearse_caching(run, tracker, bucket, CACHED_TOGETHER[latents])
@@ -243,6 +245,14 @@ def _idle(config: TrainConfig, run: Run, latents: CacheMode) -> list[torch.nn.Mo
     )
 
 
+def _label_idle(model: Model, idle: list[torch.nn.Module], tracker: StorageTracker) -> None:
+    """Say of weights which of them are on the device at which time."""
+    tracker.label(model.vae.parameters(), VAE_WEIGHTS)
+    for module in idle:
+        kind = LARGE_TEXTS if has_large_texts(model.family) else IDLE
+        tracker.label(module.parameters(), IDLE_VAE if module is model.vae else kind)
+
+
 def make_batch(bucket: Size, batch_size: int, *, with_moments: bool, channels: int = MOMENT_CHANNELS) -> Batch:
     """A batch of gray images of one bucket, or of their cached latents of so many channels."""
     width, height = bucket
@@ -312,7 +322,9 @@ def _rehearse_validation(run: Run, tracker: StorageTracker, batch: Batch) -> Non
 def _rehearse_sampling(run: Run, tracker: StorageTracker, samples: SampleShape, *, averaged: bool) -> None:
     """One denoising step with guidance and the decoding, as `sample_images` does them."""
     model, (width, height) = run.learner.model, samples.size
-    num = samples.num_images
+    num, clip_skip = samples.num_images, run.config.clip_skip
+    if has_large_texts(model.family):  # before, and remembered
+        run.learner.encode_captions(["", CAPTION])
     with (
         tracker.stretch("sampling"),
         torch.no_grad(),
@@ -320,7 +332,9 @@ def _rehearse_sampling(run: Run, tracker: StorageTracker, samples: SampleShape, 
         run.learner.precision.autocast(keep_casts=False),
     ):
         latents = torch.zeros(num, *model.family.latent_space.shape(model, width, height))
-        encoded = encode_captions(model, ["", CAPTION], run.config.clip_skip)
+        texts = ["", CAPTION]
+        has_cache = has_large_texts(model.family)
+        encoded = run.learner.encode_captions(texts) if has_cache else encode_captions(model, texts, clip_skip)
         conditioning = encoded.rows([0] * num + [1] * num)
         doubled = torch.cat([latents, latents])
         sizes = Sizes.uncropped(width, height, 2 * num)

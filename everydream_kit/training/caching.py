@@ -175,7 +175,7 @@ def encode_texts(
     journal: Journal,
     idle_models: IdleModels,
     *,
-    drops_captions: bool,
+    more_texts: Sequence[str] = (),
 ) -> None:
     """Encode every caption with a large text encoder before the first step, so that it need not stay on the device.
 
@@ -184,16 +184,14 @@ def encode_texts(
 
     Args:
         datasets: what is trained on and, where captions are fixed, what is measured.
-        drops_captions: some captions are replaced by the empty text.
+        more_texts: what else will be needed: prompts of samples, and the empty text where captions are dropped.
     """
     if text_cache is None or not has_large_texts(model.family) or captions_vary(datasets[0]):
         return
     images = (dataset.image(index) for dataset in datasets for index in range(len(dataset)))
     generator = draws.generator(0, "no caption varies")
     captions = [compose_caption(image.caption, generator, False, image.keep_tags) for image in images]
-    wanted = [
-        text for text in dict.fromkeys([*captions, *([""] if drops_captions else [])]) if not text_cache.knows([text])
-    ]
+    wanted = [text for text in dict.fromkeys([*captions, *more_texts]) if not text_cache.knows([text])]
     if not wanted:
         return
     device = model.device

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -135,6 +136,20 @@ class PromptFile:
     def is_empty(self) -> bool:
         """Whether it names samples, and not one of them can be used."""
         return bool(self.num_skipped) and not self.settings.samples
+
+
+def sampled_texts(group: SampleGroup) -> list[str]:
+    """The texts, apart from captions of the dataset, that a run's samples need encoded, as its prompt file is now.
+
+    A file that cannot be used is reported where it is sampled from.
+    """
+    if group.sample_steps is None:
+        return []
+    entries: list[SampleEntry] = []
+    with suppress(ConfigError):
+        entries = read_prompt_file(Path(group.sample_prompts), SampleSettings.of(group)).settings.samples
+    texts = [text for entry in entries for text in (entry.prompt, entry.negative_prompt)]
+    return list(dict.fromkeys(texts or [""]))
 
 
 def read_prompt_file(path: Path, defaults: SampleSettings) -> PromptFile:

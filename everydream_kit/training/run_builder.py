@@ -18,7 +18,7 @@ from everydream_kit.data.cache import CacheSettings
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.errors import ConfigError
 from everydream_kit.models.adapters import AdapterBase
-from everydream_kit.models.family import Model, has_large_texts
+from everydream_kit.models.family import Conditioning, Model, has_large_texts
 from everydream_kit.models.model_saving import save_model
 from everydream_kit.runs import Checkpoint, RunFolder
 from everydream_kit.settings import with_side_files
@@ -53,6 +53,7 @@ from everydream_kit.training.parameters import TrainedPart
 from everydream_kit.training.parts import TEXT_ENCODER, PartSettings, not_inherited, part_settings
 from everydream_kit.training.plugins import caption_transform, image_transform, load_plugins
 from everydream_kit.training.precision import Precision
+from everydream_kit.training.prompt_file import sampled_texts
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.run import Run
 from everydream_kit.training.sharding import Sharding, refuse_unshardable
@@ -286,7 +287,7 @@ def build_caches(
     plugins: Sequence[Any],
     stop: StopSignal | None,
     measured: Sequence[Dataset] | None,
-) -> tuple[LatentCache | None, TextCache | None, IdleModels]:
+) -> tuple[LatentCache | None, TextCache[Conditioning] | None, IdleModels]:
     """What is encoded once, and the models that wait in host memory for that.
 
     Args:
@@ -323,8 +324,8 @@ def build_caches(
     )
     if measured is not None:
         with precision.autocast():
-            drops = config.cond_dropout > 0
-            encode_texts(model, [dataset, *measured], text_cache, journal, idle_models, drops_captions=drops)
+            more = [*([""] if config.cond_dropout > 0 else []), *sampled_texts(config)]
+            encode_texts(model, [dataset, *measured], text_cache, journal, idle_models, more_texts=more)
     latent_cache = build_latent_cache(
         model,
         dataset,
@@ -356,7 +357,7 @@ def build_learner(
     ranks: Ranks,
     seed: int,
     device_type: str,
-    text_cache: TextCache | None,
+    text_cache: TextCache[Conditioning] | None,
     idle_models: IdleModels,
     is_sharded: bool,
     ema: Ema | None,

@@ -20,6 +20,7 @@ from everydream_kit.atomic import write_atomic
 from everydream_kit.data.buckets import assign_bucket, bucket_table
 from everydream_kit.draws import derive_seed, generator
 from everydream_kit.errors import ConfigError, KitError
+from everydream_kit.models.family import has_large_texts
 from everydream_kit.models.sampling_schedulers import build_scheduler
 from everydream_kit.share_bar import ShareBar
 from everydream_kit.training.memory_measures import is_out_of_memory
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from everydream_kit.data.dataset import Dataset
-    from everydream_kit.models.family import Model
     from everydream_kit.models.sampling import SamplePrompt
     from everydream_kit.training.control import StopSignal
+    from everydream_kit.training.step import Learner
     from everydream_kit.training.sync import RankSync
 
 NUM_RANDOM_CAPTIONS = 4
@@ -83,6 +84,11 @@ def plan_prompts(
             )
         )
     return planned
+
+
+def texts_of(prompts: Sequence[SamplePrompt]) -> list[str]:
+    """Every different prompt and negative prompt."""
+    return list(dict.fromkeys(text for one in prompts for text in (one.prompt, one.negative_prompt)))
 
 
 def _random_caption(dataset: Dataset | None, seed: int, step: int, index: int) -> str:
@@ -198,12 +204,15 @@ class Sampler(Listener):
         resolution = max(run.plan_settings.resolutions)
         prompts = plan_prompts(settings, run.dataset, seed=run.seed, resolution=resolution, step=run.position.step)
         together = self._images_together(run, settings, prompts)
+        if has_large_texts(self.sync.learner.model.family):
+            # now, so that the text encoder is gone when images are made
+            self.sync.learner.encode_captions(texts_of(prompts))
         with ShareBar("samples") as bar:
             progress = WorkProgress(run.journal, "sampling", bar, stop=self.stop, num_parts=len(variants))
             for prefix, averaged in variants:
                 learner = self.sync.learner
                 with self.sync.whole_model(averaged=averaged), learner.precision.autocast(keep_casts=False):
-                    _Grids(run, learner.model, settings, prompts, together, prefix, progress).make()
+                    _Grids(run, learner, settings, prompts, together, prefix, progress).make()
                 progress.end_part()
 
     def _images_together(
@@ -268,7 +277,7 @@ class _Grids:
     """
 
     run: ObservedRun
-    model: Model
+    learner: Learner
     settings: SampleSettings
     prompts: Sequence[SamplePrompt]
     together: Mapping[tuple[int, int], int]
@@ -312,15 +321,17 @@ class _Grids:
     def _write(self, indices: Sequence[int], progress: Callable[[int, int], None], together: int) -> None:
         from everydream_kit.models.sampling import sample_images
 
+        model = self.learner.model
         images = iter(
             sample_images(
-                self.model,
+                model,
                 [self.prompts[index] for index in indices],
                 scheduler=self.settings.scheduler,
                 num_inference_steps=self.settings.num_inference_steps,
                 clip_skip=self.run.config.clip_skip,
                 batch_size=together,
                 progress=progress,
+                encode=self.learner.encode_captions if has_large_texts(model.family) else None,
             )
         )
         for index in indices:

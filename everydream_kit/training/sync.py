@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from everydream_kit.models.family import has_large_texts
 from everydream_kit.training.sharding import Sharding, gather
 
 if TYPE_CHECKING:
@@ -61,11 +62,14 @@ class RankSync:
     def whole_model(self, *, averaged: bool = False) -> Iterator[None]:
         """While inside, all of the model is on the device: what waits in host memory, and what other processes have.
 
+        Large text encoders wait on: `Learner.encode_captions` has what they make of a text.
+
         Args:
             averaged: with the averaged weights, where there is an EMA.
         """
-        learner = self.learner
-        with learner.idle_models.at_work(learner.model.modules().values()):
+        learner, model = self.learner, self.learner.model
+        texts = [] if has_large_texts(model.family) else model.text_encoders
+        with learner.idle_models.at_work([model.denoiser, model.vae, *texts]):
             whole = nullcontext() if self.sharding is None else self.sharding.whole(self._ask_for(WEIGHTS)[0])
             with whole, learner.averaged_weights() if averaged else nullcontext():
                 yield

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from everydream_kit.models.random_models import build_model, build_tiny_model
 from everydream_kit.models.sampling import SamplePrompt, sample_images
 from everydream_kit.runs import RunFolder
 from everydream_kit.sessions import resume, train
+from everydream_kit.training import offload, run_builder
 from everydream_kit.training.objectives import build_flow_objective, denoising_losses
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.run import Run
@@ -126,20 +128,21 @@ def test_a_sample_is_the_image_of_diffusers_pipeline(family: str) -> None:
 
 
 def test_an_overfitted_model_samples_the_image_it_has_seen(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong sign or scale of the target, or a path that runs the other way, cannot pass."""
+    """A wrong sign or scale of the target cannot pass."""
+    monkeypatch.setattr("everydream_kit.models.qwen_text.MAX_TOKENS", 48)  # less padding to attend to
     model = build_tiny_model(family, denoiser=CASES[family].wide)
     generator = torch.Generator().manual_seed(1)
-    shape = model.family.latent_space.shape(model, 64, 64)
-    latents = torch.randn(1, shape[0], 1, 1, generator=generator).expand(16, *shape)  # one color
+    shape = model.family.latent_space.shape(model, 32, 32)
+    latents = torch.randn(1, shape[0], 1, 1, generator=generator).expand(8, *shape)  # one color
     with torch.no_grad():
-        conditioning = encode_captions(model, ["a cat"]).rows([0] * 16)
+        conditioning = encode_captions(model, ["a cat"]).rows([0] * 8)
     objective = build_flow_objective(model.noise_scheduler, model.prediction_type, ObjectiveGroup())
-    optimizer = torch.optim.Adam(model.denoiser.parameters(), lr=5e-3)
-    sizes = Sizes.uncropped(64, 64, 16)
-    for step in range(100):
-        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 100)
-        noise = torch.randn(16, *shape, generator=generator)
-        fractions = (torch.arange(16) + torch.rand(16, generator=generator)) / 16
+    optimizer = torch.optim.Adam(model.denoiser.parameters(), lr=5e-3, betas=(0.9, 0.99))
+    sizes = Sizes.uncropped(32, 32, 8)
+    for step in range(220):
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 220)
+        noise = torch.randn(8, *shape, generator=generator)
+        fractions = (torch.arange(8) + torch.rand(8, generator=generator)) / 8
         timesteps = objective.timesteps(fractions, 0, 1000, 1.0)
 
         def predict(noisy: torch.Tensor, at: torch.Tensor = timesteps) -> torch.Tensor:
@@ -151,8 +154,12 @@ def test_an_overfitted_model_samples_the_image_it_has_seen(family: str, monkeypa
     sampled: list[torch.Tensor] = []
     decode = sampling.decode_latents
     monkeypatch.setattr(sampling, "decode_latents", lambda model, drawn: sampled.append(drawn) or decode(model, drawn))
-    sample_images(model, [SamplePrompt("a cat", seed=3, width=64, height=64, cfgs=(1.0,))], num_inference_steps=8)
-    assert (sampled[0] - latents[:1]).square().mean() < 0.15 * latents.square().mean()
+    for num_steps in (8, 1):  # one step goes the whole way at once: many would come to the image at any scale
+        sample_images(
+            model, [SamplePrompt("a cat", seed=3, width=32, height=32, cfgs=(1.0,))], num_inference_steps=num_steps
+        )
+    errors = [(one - latents[:1]).square().mean() / latents.square().mean() for one in sampled]
+    assert max(errors) < 0.15, errors
 
 
 def with_lora(family: str, folder: Path) -> Any:
@@ -357,17 +364,73 @@ def test_captions_are_encoded_once_before_the_run_and_found_again(
     assert [e["loss"] for e in second.events("loss")] == [e["loss"] for e in first.events("loss")]
 
 
+def test_samples_and_validation_do_without_the_text_encoder(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is known before the run is encoded then; at a prompt that is not, the text encoder comes for the text alone."""
+    model_of: list[Any] = []
+    calls: list[str] = []
+
+    class Watched(offload.IdleModels):
+        @contextmanager
+        def at_work(self, modules: Any) -> Iterator[None]:
+            names = {id(module): name for name, module in model_of[-1].modules().items()}
+            here = {names[id(module)] for module in modules}
+            calls.append("texts" if "text_encoder" in here else "others")
+            with super().at_work(modules):
+                yield
+            calls.append("end")
+
+    build = run_builder.build_caches
+    monkeypatch.setattr(run_builder, "IdleModels", Watched)
+    monkeypatch.setattr(
+        run_builder,
+        "build_caches",
+        lambda config, model, *args, **rest: model_of.append(model) or build(config, model, *args, **rest),
+    )
+    monkeypatch.setattr(sampling, "encode_captions", None)  # by the cache alone
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a blue circle\n", encoding="utf-8")
+    sampled = {"sample_steps": 1, "sample_prompts": str(prompts), "sample_num_inference_steps": 2, "max_steps": 2}
+    measured = {"validation_config": {"auto_split_proportion": 0.25, "every_n_epochs": 0.5}}
+
+    class Edit(Listener):
+        def __call__(self, run: Run, report: StepReport) -> None:
+            calls.append(f"step {report.step}")
+            if report.step == 1:
+                prompts.write_text("a green one\n", encoding="utf-8")
+
+    run = train(TrainConfig(**{**settings, **sampled, **measured}), listeners=[Edit()])
+    assert not list(run.events("warning"))
+    assert len(list(run.samples_folder.glob("*.jpg"))) == 2
+    assert any(run.events("validation"))
+    first = calls.index("step 1")
+    assert "texts" in calls[:first]
+    after = calls[first:]
+    assert after.count("texts") == 1  # for "a green one"
+    assert after[after.index("texts") + 1] == "end"  # nothing else happens meanwhile
+
+
 def test_a_plan_estimates_the_phase_of_the_texts_apart_from_the_steps(settings: dict[str, Any], tmp_path: Path) -> None:
     from everydream_kit.preflight.memory_estimate import estimate_memory
 
-    config = TrainConfig(**{**settings, "training_kind": "lora", "lora_rank": 4})
+    config = TrainConfig(**{**settings, "training_kind": "lora", "lora_rank": 4, "sample_steps": 2})
     estimate = estimate_memory(config, device="cuda", cache_folder=tmp_path / "kept")
     phases = {phase.name: phase.by_category for phase in estimate.phases}
     model = load_model(settings["resume_ckpt"])
-    texts = sum(p.nbytes for p in model.text_encoders[0].parameters())
-    denoiser = sum(p.nbytes for p in model.denoiser.parameters())
-    assert phases["text caching"]["weights"] < 1.2 * texts
-    assert 0.4 * denoiser < phases["training step"]["weights"] < 2 * denoiser  # frozen matrices in half precision
+
+    def allocated(name: str, num_bytes: int) -> int:  # of each number; the allocator gives multiples of 512
+        return sum(-(-num_bytes * p.numel() // 512) * 512 for p in model.modules()[name].parameters())
+
+    texts, vae = (
+        allocated("text_encoder", 2),
+        allocated("vae", 4),
+    )  # what is frozen is in half precision, the VAE excepted
+    assert 0 <= phases["text caching"]["weights"] - (texts + vae) < texts / 4
+    kept = allocated("transformer", 2) + vae + 4 * estimate.num_trained_parameters
+    for name in ("training step", "sampling", "saving"):
+        assert 0 <= phases[name]["weights"] - kept < texts / 4, name
+    assert estimate.host_bytes >= texts
 
 
 def test_a_gpu_without_bfloat16_is_refused_in_words(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -342,7 +342,7 @@ def test_captions_are_encoded_once_as_long_as_there_is_room():
     assert asked == [["a cat"], [""]]
     joined = cache.encode(["a cat", "a long cat"])
     assert joined.encoder_hidden_states.shape == (2, 154, 4)
-    assert joined.mask.sum(dim=1).tolist() == [77, 154]  # the shorter one is padded, and the mask says so
+    assert joined.lengths == (77, 154)  # the shorter one is padded, and the lengths say so
     assert asked == [["a cat"], [""], ["a long cat"]]
     small = TextCache(encode, max_bytes=cache.num_bytes // 3, join=join_conditioning)
     small.encode(["one", "two", "three", "four"])

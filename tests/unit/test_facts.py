@@ -21,6 +21,7 @@ from everydream_kit.config import (
 from everydream_kit.config.declaration import Effect, facts_of
 from everydream_kit.errors import ConfigError
 from everydream_kit.foreign import ASKED, DECIDED_HERE, TRAVELS
+from everydream_kit.models.families import FAMILIES
 
 EFFECTS = set(typing.get_args(Effect))
 
@@ -70,6 +71,11 @@ def test_a_setting_without_what_it_needs_is_warned_about() -> None:
     ]
     together = {**lonely, "ema_decay_rate": 0.9, "rated_dataset": True, "wandb": True}
     assert config_warnings(TrainConfig(resume_ckpt="x", **together)) == []
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_what_a_family_refuses_is_what_the_settings_say_of_families(family: str) -> None:
+    assert set(FAMILIES[family].refuses) == {name for name, one in facts().items() if family not in one.families}
 
 
 def test_a_setting_for_other_families_is_named() -> None:

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shutil
 
 import ipywidgets as widgets
 import pytest
@@ -11,6 +12,8 @@ from everydream_kit.actions.bases import BASES, suggested_settings
 from everydream_kit.actions.presets import PRESETS
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ConfigError
+from everydream_kit.models.families import FAMILIES
+from everydream_kit.models.family import configs_folder
 from everydream_kit.panels.form import SettingsForm
 from everydream_kit.panels.labels import LABELS, label_of
 from everydream_kit.params import parameters
@@ -79,6 +82,32 @@ def test_the_base_is_chosen_from_a_list_and_untouched_settings_follow_it(form):
     assert form.base.field.box.layout.display == ""
     form.base.field.control.value = "my/model"
     assert form.config().resume_ckpt == "my/model" and form.base.chooser.value == ""
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_form_has_only_the_settings_of_the_bases_family(form, family, tmp_path):
+    shutil.copy(configs_folder(FAMILIES[family]) / "model_index.json", tmp_path)
+    form.set_values({"resume_ckpt": str(tmp_path)})
+    shown = {r.name for r in parameters() if form.field(r.name).box.layout.display != "none"}
+    form.set_values({})  # what was made just now is looked at as well
+    shown = {name for name in shown if form.field(name).box.layout.display != "none"}
+    refused = set(FAMILIES[family].refuses)
+    assert refused and not shown & refused
+    assert shown | refused == {record.name for record in parameters()}
+    name = sorted(refused)[0]
+    assert name not in found(form, name)
+    form.set_values({"resume_ckpt": "some/unknown"})
+    assert found(form, "") == [] and name in found(form, name)
+    assert all(form.field(one).box.layout.display != "none" for one in refused)
+    form.set_values({"family": family})
+    assert found(form, "") == [] and name not in found(form, name)
+
+
+def test_a_setting_that_is_set_stays_in_sight_though_the_family_refuses_it(form):
+    form.set_values({"family": "z_image", "clip_skip": 2})
+    assert form.field("clip_skip").box.layout.display != "none"
+    form.set_values({"clip_skip": 0})
+    assert form.field("clip_skip").box.layout.display == "none"
 
 
 def test_every_base_of_the_list_says_what_it_needs():
