@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hub_runs import TOKEN
-from hub_stand_in import HubStandIn
+from hub_stand_in import HubStandIn, use_as_hub
 from rehearsals import NotingPlugin, plain_settings, prepared, rehearse, square_images
 from safetensors.torch import load_file
 
@@ -350,12 +350,9 @@ def test_checkpoints_that_training_waits_for_a_tenth_of_its_time_are_reported_on
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    from huggingface_hub import constants
-
     with HubStandIn(tmp_path / "hub") as server:
         server.add_user(TOKEN, "me")
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        use_as_hub(monkeypatch, server)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
 

@@ -12,19 +12,16 @@ from pathlib import Path
 
 import pytest
 from hub_runs import TOKEN, make_run
-from hub_stand_in import HubStandIn
+from hub_stand_in import HubStandIn, use_as_hub
 
 from everydream_kit.cli import main
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
-    from huggingface_hub import constants
-
     with HubStandIn(tmp_path / "hub") as server:
         server.add_user(TOKEN, "me")
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        use_as_hub(monkeypatch, server)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from hub_runs import TOKEN
-from hub_stand_in import HubStandIn
+from hub_stand_in import HubStandIn, use_as_hub
 from rehearsals import square_images
 
 import everydream_kit as edk
@@ -38,12 +38,9 @@ def shown_commands() -> list[str]:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
-    from huggingface_hub import constants
-
     with HubStandIn(tmp_path / "hub") as server:
         server.add_user(TOKEN, "me")
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        use_as_hub(monkeypatch, server)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from hub_runs import TOKEN, make_run
-from hub_stand_in import HubStandIn
+from hub_stand_in import HubStandIn, use_as_hub
 
 from everydream_kit import jobs
 from everydream_kit.cli import COMMANDS, main
@@ -29,8 +29,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]
 
     with HubStandIn(tmp_path / "hub") as server:
         server.add_user(TOKEN, "me")
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        use_as_hub(monkeypatch, server)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.chdir(tmp_path)
@@ -105,6 +104,7 @@ def test_after_every_command_nothing_holds_the_token(
                 shown = capsys.readouterr()
                 hold_no_token({f"{name} raised": said, f"{name} out": shown.out, f"{name} err": shown.err})
                 hold_no_token({f"{name} log": caplog.text, "arguments": str(sys.argv)})
+    assert any("/resolve/" in path and status == 200 for _, path, status in hub.requests)  # `resume` fetched the run
     written = files_below(tmp_path)
     assert str(config) in written
     for mine in (str(config), str(config.with_name("events.jsonl"))):  # a plug-in wrote it there, in this test

@@ -21,10 +21,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hub_answers import Reply, refuse, route
 from hub_holdings import Entry, Repository, xet_hashes
+
+if TYPE_CHECKING:
+    import pytest
+
+
+def use_as_hub(monkeypatch: pytest.MonkeyPatch, server: HubStandIn) -> None:
+    """Let huggingface_hub take the stand-in for the Hub, as it does with `HF_ENDPOINT`, which it reads at import.
+
+    Addresses of downloads come from a template of their own: without it they lead to the real Hub.
+    """
+    from huggingface_hub import constants
+
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
 
 
 @dataclass
