@@ -461,8 +461,12 @@ def command_line(target: Target, command: str, rest: Sequence[str]) -> list[str]
 
 
 def side_by_side() -> list[str]:
-    """Words for pytest to run files of tests next to each other, in the order of their names: the long ones come first."""
-    num_processes = min(4, os.cpu_count() or 1)
+    """Words for pytest to run files of tests next to each other, in the order of their names: the long ones come first.
+
+    One process more than there are cores: tests of browsers and of commands wait for other processes a third of their time.
+    """
+    num_cores = os.cpu_count() or 1
+    num_processes = min(4, num_cores + 1) if num_cores > 1 else 1
     return ["-n", str(num_processes), "--dist", "loadfile", "--no-loadscope-reorder"] if num_processes > 1 else []
 
 

@@ -397,7 +397,7 @@ def test_an_unknown_word_changes_nothing_and_names_the_known_ones(bare_path):
     assert not (bare_path / "venv").exists()
 
 
-@pytest.mark.parametrize(("num_cores", "expected"), [(1, None), (2, "2"), (64, "4")])
+@pytest.mark.parametrize(("num_cores", "expected"), [(1, None), (2, "3"), (64, "4")])
 def test_files_of_tests_run_side_by_side_where_there_are_cores_for_it(monkeypatch, num_cores, expected):
     monkeypatch.setattr(set_up.os, "cpu_count", lambda: num_cores)
     words = set_up.command_line(set_up.Target("python", None, "plain"), "test", [])
