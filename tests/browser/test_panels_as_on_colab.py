@@ -18,6 +18,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from hostile_project import make_hostile_project
+from installing import install
 from jupyter_lab import REPOSITORY, VIEWPORT, free_port, wait_for
 from PIL import Image
 from playwright.sync_api import expect
@@ -38,12 +39,11 @@ def colab_python(tmp_path_factory):
             "IPython 7.34 and Notebook 6.5 of Colab's patched Python cannot be installed from PyPI on 3.12 and later"
         )
     folder = tmp_path_factory.mktemp("colab") / "venv"
-    venv.create(folder, with_pip=False)  # this environment's pip installs into it: half the time
+    venv.create(folder, with_pip=False)  # another environment installs into it: half the time
     python = folder / "bin" / "python"
-    command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile", *COLAB]
-    installed = subprocess.run(command, check=False, capture_output=True, text=True)
-    if installed.returncode != 0:
-        pytest.skip(f"Colab's versions cannot be installed here: {installed.stderr[-300:]}")
+    problem = install(COLAB, ["--python", python])
+    if problem:
+        pytest.skip(f"Colab's versions cannot be installed here: {problem[-300:]}")
     packages = next((folder / "lib").glob("python*")) / "site-packages"
     (packages / "zz_rest.pth").write_text(f"{sysconfig.get_path('purelib')}\n{REPOSITORY}\n")  # after its own
     return python

@@ -17,6 +17,7 @@ from typing import Any
 import old_reader
 import pytest
 import torch
+from installing import install
 from tiny_models import tiny_folder
 
 from everydream_kit.export.lora_files import export_lora
@@ -35,11 +36,10 @@ def old_libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     given = os.environ.get("EDK_OLD_LIBRARIES")
     folder = Path(given) if given else tmp_path_factory.mktemp("old") / "site"
     if not (folder / "transformers").is_dir():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(folder)]
-        done = subprocess.run([*pip, *OLD], capture_output=True, text=True, check=False, timeout=240)
-        if done.returncode:
+        problem = install(OLD, ["--target", folder], "--no-deps")
+        if problem:
             pytest.fail(
-                f"The old libraries could not be installed: {done.stderr.strip().splitlines()[-1:]}. Reach a package index, name "
+                f"The old libraries could not be installed: {problem.strip().splitlines()[-1:]}. Reach a package index, name "
                 "a folder that has them in EDK_OLD_LIBRARIES, or leave these tests out: -m 'not old_libraries'"
             )
     return folder
