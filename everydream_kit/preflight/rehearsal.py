@@ -303,6 +303,8 @@ def _launches_of_update(run: Run, tracker: StorageTracker) -> int:
         parameter.grad = torch.zeros_like(parameter)
     with tracker.stretch("update") as stretch:
         run.learner.update_weights(1)
+    for parameter in run.learner.parameters():
+        parameter.grad = None  # where steps are made within the backward pass, the update leaves them
     tracker.record.stretches.pop()
     return stretch.launches.total()
 

@@ -113,6 +113,12 @@ def test_a_fused_backward_never_holds_all_gradients(estimate):
     assert fused.by_category["optimizer states"] == pytest.approx(plain.by_category["optimizer states"], rel=0.005)
 
 
+def test_a_fused_backward_leaves_no_gradients_to_the_samples(estimate):
+    settings = {"disable_textenc_training": True, "sample_steps": 5, "weight_dtype": "bfloat16"}
+    fused, plain = (phase(estimate(fused_backward=flag, **settings), "sampling") for flag in (True, False))
+    assert fused.peak_bytes <= plain.peak_bytes
+
+
 def test_bfloat16_weights_halve_weights_and_gradients(estimate):
     half, whole = (phase(estimate("cpu", weight_dtype=dtype)) for dtype in ("bfloat16", "float32"))
     vae = 4 * numbers(build_model("sd1", device="meta", **SMALL).vae)
