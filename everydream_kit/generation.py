@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from everydream_kit.config import EMBEDDED_MODEL, default_of
 from everydream_kit.errors import ConfigError
+from everydream_kit.params import check_value
 from everydream_kit.runs import RunFolder
 from everydream_kit.runs.run_folder import is_run
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from everydream_kit.models.sampling import SamplePrompt
 
     Checkpoint = str | Path | RunFolder | Model
+else:
+    Checkpoint = str | Path | RunFolder
+    """What the command line can name."""
 
 
 def sample(
@@ -46,12 +50,17 @@ def sample(
     """Generate images and write them as PNG files that carry their settings, with a labeled grid of all.
 
     Args:
-        checkpoint: a diffusers folder, a single file, a Hub id, a run (its last checkpoint), `embedded`, or a loaded
-            model; or several of them, which are loaded one after the other and are side by side on the grid.
-        prompts: one or several.
+        checkpoint: diffusers folder, single file, Hub id, run folder (its last checkpoint), or `embedded`; in Python also a
+            loaded model. Several are loaded one after the other and are side by side on the grid.
+        prompts: what to generate.
         cfgs: guidance scales; each prompt is generated at each, from the same noise.
+        negative_prompt: what the images should not show.
+        scheduler: denoising scheduler, by its name in the sample settings.
+        num_inference_steps: denoising steps of an image.
+        seed: of the first image of each prompt.
         num_images: images of each prompt, with seeds counting up from `seed`.
         width, height: in pixels; by default the model's own size.
+        clip_skip: layers of the text encoder that are skipped at its end.
         lora: a LoRA file or checkpoint to generate with.
         vae: a VAE to use in place of the models' own: its file, or a diffusers folder.
         adapter_base: for LoRA checkpoints, their base, where the one that they name has moved.
@@ -64,10 +73,22 @@ def sample(
 
     Raises:
         ModelError: a checkpoint cannot be used.
-        ConfigError: no prompt, no checkpoint, an unknown scheduler, or a size that is not a multiple of 8.
+        ConfigError: no prompt, no checkpoint, or a value that its setting does not allow.
     """
     from everydream_kit.models.sampling import SamplePrompt, sample_images
 
+    _check_settings(
+        cfgs=list(cfgs),
+        num_inference_steps=num_inference_steps,
+        seed=seed,
+        width=width,
+        height=height,
+        clip_skip=clip_skip,
+    )
+    if num_images < 1:
+        raise ConfigError(f"num_images: must be at least 1 (got {num_images})")
+    if Path(out).exists() and not Path(out).is_dir():
+        raise ConfigError(f"out: {out} is a file; give a folder for the images")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     checkpoints: list[Checkpoint] = (
         list(checkpoint) if isinstance(checkpoint, (list, tuple)) else [cast(Any, checkpoint)]
@@ -96,6 +117,24 @@ def sample(
         drawn.append((_label(each), images))
         del model  # before the next one is loaded
     return _write_images(Path(out), wanted, drawn)
+
+
+_SETTINGS = {
+    "cfgs": "sample_cfgs",
+    "num_inference_steps": "sample_num_inference_steps",
+    "seed": "sample_seed",
+    "width": "sample_resolution",
+    "height": "sample_resolution",
+    "clip_skip": "clip_skip",
+}
+"""Arguments of `sample` that mean what a setting means, and so allow what it allows."""
+
+
+def _check_settings(**given: Any) -> None:
+    for name, value in given.items():
+        problem = check_value(_SETTINGS[name], value)
+        if problem is not None:
+            raise ConfigError(f"{name}: {problem}")
 
 
 def _adapter_bases(checkpoints: Sequence[Checkpoint], adapter_base: str | Path | None) -> Sequence[str | Path | None]:

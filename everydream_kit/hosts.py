@@ -75,11 +75,6 @@ class Host:
         """Whether the machine goes away, and costs money until it does."""
         return self.name != "plain"
 
-    @property
-    def has_storage(self) -> bool:
-        """Whether the storage folder is there now (Drive is mounted, the volume is attached)."""
-        return self.storage is None or self.storage.is_dir()
-
 
 class ColabBridge(Protocol):
     """What the kit uses of `google.colab`. `GoogleColab` is the real one; tests give a double."""

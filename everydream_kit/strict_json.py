@@ -136,39 +136,18 @@ def kind_of(value: Any) -> str:
 
 @dataclass
 class JsonLines:
-    """What a file of JSON lines held.
+    """How far a file of JSON lines has been read, and what could not be.
 
     Attributes:
-        values: one for each line that could be read, in order.
-        bad: what is wrong with the others, with file and line; empty lines are no error.
-        unfinished: the last line has no end: its writer is busy with it, or was killed. It is in neither list.
+        bad: what is wrong with lines that cannot be read, with file and line; empty lines are no error.
+        unfinished: the last line has no end: its writer is busy with it, or was killed.
         num_lines, num_bytes: how far the file has been read: its finished lines.
     """
 
-    values: list[Any] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
     unfinished: bool = False
     num_lines: int = 0
     num_bytes: int = 0
-
-
-def read_json_lines(
-    path: str | os.PathLike[str],
-    *,
-    expect: type | None = dict,
-    error: type[KitError] = KitError,
-    allow_nan: bool = True,
-) -> JsonLines:
-    """Read a whole file of JSON lines; bad lines are collected, not raised.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        KitError: of the class `error`; the file cannot be read.
-    """
-    found = JsonLines()
-    for value in iterate_json_lines(path, expect=expect, error=error, allow_nan=allow_nan, report=found):
-        found.values.append(value)
-    return found
 
 
 def iterate_json_lines(
@@ -185,7 +164,9 @@ def iterate_json_lines(
     Args:
         report: of an earlier reading, to continue where that ended; a new one begins at the beginning.
 
-    Raises: as `read_json_lines`.
+    Raises:
+        FileNotFoundError: there is no such file.
+        KitError: of the class `error`; the file cannot be read.
     """
     report = JsonLines() if report is None else report
     report.unfinished = False

@@ -1,5 +1,5 @@
-"""Long work that a panel starts and watches, a process each: fetching, unpacking and inspecting
-a dataset, planning, sampling, exporting, pushing.
+"""Long work that a panel starts and watches, a process each: any action, and what only panels do, such as unpacking and
+inspecting a dataset.
 
 `python -m everydream_kit.actions.background TASK FOLDER ...` does one background task and reports in
 FOLDER/status.json as the trainer does, so that `jobs` can watch it. No widgets here.
@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from everydream_kit.actions.action import text_of
+from everydream_kit.actions.table import EXPORT, PUSH, find_action
 from everydream_kit.atomic import PREFIX, SUFFIX, write_atomic
 from everydream_kit.errors import KitError
 from everydream_kit.identity import this_process
@@ -121,12 +123,11 @@ def generate_comparison(status: StatusWriter, folder: Path, plan: str) -> dict[s
 
 def export(status: StatusWriter, folder: Path, checkpoint: str, out: str, options: str) -> dict[str, Any]:
     """Write a checkpoint in one of its forms."""
-    from everydream_kit.export.checkpoint_formats import write_as
     from everydream_kit.preflight.units import size
 
     status.report("running", message=f"Writing {Path(out).name} …")
     begin = time.monotonic()
-    path = write_as(checkpoint, out, **json.loads(options))
+    path = EXPORT.call({"checkpoint": checkpoint, "out": out, **json.loads(options)})
     files = path.rglob("*") if path.is_dir() else [path]
     took = f"{size(sum(file.stat().st_size for file in files if file.is_file()))} in {time.monotonic() - begin:.0f} s"
     return {"path": str(path), "message": f"{path} is written: {took}."}
@@ -134,7 +135,6 @@ def export(status: StatusWriter, folder: Path, checkpoint: str, out: str, option
 
 def push(status: StatusWriter, folder: Path, source: str, repo_id: str, options: str) -> dict[str, Any]:
     """Upload a run or checkpoint to the Hub."""
-    from everydream_kit.export.hub import push_to_hub
     from everydream_kit.preflight.units import size
 
     status.report("running", message=f"Uploading to {repo_id} …")
@@ -142,8 +142,18 @@ def push(status: StatusWriter, folder: Path, source: str, repo_id: str, options:
     def progress(done: int, total: int, doing: str) -> None:
         status.report("running", step=done, num_steps=total, message=f"{doing} · {size(done)} of {size(total)}")
 
-    url = push_to_hub(source, repo_id, progress=progress, **json.loads(options))
+    url = PUSH.call({"run_or_checkpoint": source, "repo_id": repo_id, **json.loads(options)}, progress)
     return {"url": str(url), "message": f"Pushed to {url}"}
+
+
+def act(status: StatusWriter, folder: Path, name: str, given: str) -> dict[str, Any]:
+    """Do any action; what it returns is the last message."""
+    status.report("running", message=f"Running {name} …")
+
+    def progress(done: int, total: int, doing: str = "") -> None:
+        status.report("running", step=done, num_steps=total, message=doing or f"Running {name} …")
+
+    return {"message": text_of(find_action(name).call(json.loads(given), progress))}
 
 
 def suggest(status: StatusWriter, folder: Path, options: str) -> dict[str, Any]:
@@ -166,6 +176,7 @@ def suggest(status: StatusWriter, folder: Path, options: str) -> dict[str, Any]:
 
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "action": act,
     "fetch": fetch,
     "unpack": unpack,
     "inspect": inspect_folder,

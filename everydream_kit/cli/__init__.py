@@ -1,7 +1,8 @@
 """The command line: `everydream COMMAND`, the same as `python -m everydream_kit COMMAND`.
 
-A command is a row of the table `COMMANDS` in one of the files here, which group them by subject: its flags and the one
-library function that it calls. A new file's table is added to `COMMANDS` below, in the order of the help page.
+A command is made from the record of an action (`actions/table.py`), or it is a row of the table `COMMANDS` in one of the
+files here: its flags and the one library function that it calls. A new file's table is added to `COMMANDS` below, in the
+order of the help page.
 
 Only what the chosen command needs is imported, so `everydream --help` answers at once. Problems that the user can fix
 are printed as one clear message; anything else is a bug and keeps its traceback.
@@ -13,14 +14,7 @@ import argparse
 import logging
 import sys
 
-from everydream_kit.cli import (
-    dataset_commands,
-    hub_commands,
-    model_commands,
-    plan_commands,
-    status_commands,
-    training_commands,
-)
+from everydream_kit.cli import action_commands, plan_commands, status_commands, training_commands
 from everydream_kit.cli.command import EXIT_PROBLEM, Command, Parser
 from everydream_kit.errors import KitError
 from everydream_kit.optional_packages import hide_unused
@@ -29,9 +23,7 @@ from everydream_kit.plain_text import PlainFormatter, plain_lines
 COMMANDS: dict[str, Command] = {
     **training_commands.COMMANDS,
     **plan_commands.COMMANDS,
-    **dataset_commands.COMMANDS,
-    **model_commands.COMMANDS,
-    **hub_commands.COMMANDS,
+    **action_commands.COMMANDS,
     **status_commands.COMMANDS,
 }
 

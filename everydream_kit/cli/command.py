@@ -9,8 +9,6 @@ from typing import NoReturn
 
 EXIT_PROBLEM = 1
 EXIT_USAGE = 2
-BASE_HELP = "base model of a LoRA checkpoint, where the one that it names has moved"
-VAE_HELP = "VAE to use in place of the model's own, or where a single file holds none: its file, or a diffusers folder"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from everydream_kit.cli.command import EXIT_PROBLEM, Command, no_flags
 
@@ -14,7 +15,10 @@ def _add_runs_flags(parser: argparse.ArgumentParser) -> None:
 def _run_runs(options: argparse.Namespace) -> None:
     from everydream_kit.runs import list_runs
 
-    for run in list_runs(options.logdir):
+    runs = list_runs(options.logdir)
+    if not runs:
+        print(f"{options.logdir}: holds no run.", file=sys.stderr)
+    for run in runs:
         status = run.status()
         print(f"{status.get('state', 'unknown'):<10} step {status.get('step', 0):>7}  {run.folder}")
 

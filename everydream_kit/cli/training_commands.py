@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from everydream_kit.cli.command import BASE_HELP, Command
+from everydream_kit.cli.command import Command
 
 EXIT_STOPPED = {"SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143}
 
@@ -117,7 +117,7 @@ def _add_resume_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="change a setting from here on; may be repeated. --NAME VALUE does the same",
     )
-    parser.add_argument("--base", help=BASE_HELP)
+    parser.add_argument("--base", help="base model of a LoRA checkpoint, where the one that it names has moved")
     add_setting_flags(parser, skip=("logdir",))
     add_retired_flags(parser)
 

@@ -327,11 +327,6 @@ def _ending_of(name: str, image: Path) -> str:
     return image.suffix + ending if match_key(head) == match_key(image.name) else ending
 
 
-def companions_of(path: Path) -> list[Path]:
-    """Caption, settings and mask files of an image."""
-    return FolderFiles().companions(path)
-
-
 def _folder_files(root: Path) -> list[Path]:
     """Files that set something for a whole folder."""
     return sorted(path for path in root.rglob("*") if match_key(path.name) in SETTINGS_FILES and path.is_file())

@@ -14,9 +14,10 @@ from everydream_kit.runs import Checkpoint
 from everydream_kit.strict_json import parse_json
 
 LARGEST_HEADER_BYTES = 100_000_000
-BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+Precision = Literal["fp16", "bf16", "fp32"]
+BYTES: dict[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
 """Of a number, by the name of the precision."""
-DEFAULT_PRECISION = "fp16"
+DEFAULT_PRECISION: Precision = "fp16"
 """What image apps expect."""
 FormatName = Literal["single_file", "diffusers", "lora", "diffusers_lora", "embedding"]
 Option = Literal["precision", "strength", "ema", "token", "vae", "base"]
@@ -31,7 +32,6 @@ class Format:
     Attributes:
         name: as it is given to `--format` and `write_as`.
         title: as the panel lists it.
-        help: what the command line says of it.
         end: what a suggested file name ends with, extension included, so that two forms do not overwrite each other.
         endings: extensions that a name may have; none: it is a folder.
         options: what may be given with it.
@@ -39,7 +39,6 @@ class Format:
 
     name: FormatName
     title: str
-    help: str
     end: str
     endings: tuple[str, ...]
     options: frozenset[Option]
@@ -49,18 +48,14 @@ _MODEL: frozenset[Option] = frozenset({"precision", "strength", "ema", "vae", "b
 SINGLE_FILE = Format(
     "single_file",
     "one file, for image apps",
-    "one file that every image app loads (.safetensors or .ckpt); a LoRA is merged into its base",
     ".safetensors",
     (".safetensors", ".ckpt"),
     _MODEL,
 )
-FOLDER = Format(
-    "diffusers", "diffusers folder", "a diffusers folder; a LoRA is merged into its base", "-diffusers", (), _MODEL
-)
+FOLDER = Format("diffusers", "diffusers folder", "-diffusers", (), _MODEL)
 LORA = Format(
     "lora",
     "LoRA, for image apps (kohya's layout)",
-    "a LoRA file for image apps (kohya's layout)",
     "-lora.safetensors",
     (".safetensors",),
     frozenset({"precision", "ema", "base"}),
@@ -68,7 +63,6 @@ LORA = Format(
 DIFFUSERS_LORA = Format(
     "diffusers_lora",
     "LoRA, for diffusers",
-    "a LoRA file for diffusers' load_lora_weights",
     "-lora-diffusers.safetensors",
     (".safetensors",),
     LORA.options,
@@ -76,7 +70,6 @@ DIFFUSERS_LORA = Format(
 EMBEDDING = Format(
     "embedding",
     "learned words (an embedding)",
-    "a learned token as an embedding file",
     "-words.safetensors",
     (".safetensors",),
     frozenset({"token"}),
@@ -119,12 +112,12 @@ def write_as(
     out: str | Path,
     form: str,
     *,
-    precision: str | None = None,
+    precision: Precision | None = None,
     strength: float | None = None,
     ema: bool = False,
     token: str | None = None,
-    vae: str | None = None,
-    base: str | None = None,
+    vae: str | Path | None = None,
+    base: str | Path | None = None,
 ) -> Path:
     """Write a model in one of its forms: what `everydream export` and the share panel do.
 

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from everydream_kit.panels.action_panel import ActionPanel
     from everydream_kit.panels.compare_panel import ComparePanel
     from everydream_kit.panels.dataset_panel import DatasetPanel
     from everydream_kit.panels.setup_panel import SetupPanel
     from everydream_kit.panels.share_panel import SharePanel
     from everydream_kit.panels.train_panel import TrainPanel
 
-__all__ = ["compare", "dataset", "setup", "share", "train"]
+__all__ = ["action", "compare", "dataset", "setup", "share", "train"]
 
 
 def setup(project: str | Path, **options: Any) -> SetupPanel:
@@ -55,3 +56,10 @@ def share(project: str | Path, **options: Any) -> SharePanel:
     from everydream_kit.panels.share_panel import SharePanel
 
     return SharePanel(project, **options)
+
+
+def action(project: str | Path, name: str, **options: Any) -> ActionPanel:
+    """The form of a command, such as "merge", or of a step of `tidy`, such as "resize". Options as `ActionPanel`."""
+    from everydream_kit.panels.action_panel import ActionPanel
+
+    return ActionPanel(project, name, **options)

@@ -15,11 +15,13 @@ import ipywidgets as widgets
 
 from everydream_kit.actions.background import CAPTIONS_FILE
 from everydream_kit.actions.background_task import BackgroundTask
+from everydream_kit.actions.table import TIDY_STEPS
 from everydream_kit.data.album import Album
 from everydream_kit.data.captioning import DEFAULT_MODEL
 from everydream_kit.data.changes import PrepReport
 from everydream_kit.errors import DataError
 from everydream_kit.panels import style
+from everydream_kit.panels.action_controls import make_action_control
 from everydream_kit.panels.panel import set_html
 from everydream_kit.panels.thumbnails import image_tag
 from everydream_kit.runs import Status
@@ -96,11 +98,10 @@ class AutoCaption:
             options=[("images without a caption", MISSING), ("the selected images", SELECTED)],
             description="For", style=wide, layout=widgets.Layout(width="290px"),
         )  # fmt: skip
-        self.model = widgets.Text(
-            value=DEFAULT_MODEL, description="Model", style=wide, layout=widgets.Layout(width="400px")
-        )
-        self.prompt = widgets.Text(
-            placeholder="a photo of", description="Begin with", style={"description_width": "74px"},
+        how = TIDY_STEPS["auto-caption"].arguments
+        self.model = make_action_control(how["model"], "Model", style=wide, layout=widgets.Layout(width="400px"))
+        self.prompt = make_action_control(
+            how["prompt"], "Begin with", placeholder="a photo of", style={"description_width": "74px"},
             layout=widgets.Layout(width="260px"),
         )  # fmt: skip
         self.start_button = style.button("Suggest captions", icon="magic", hint="Caption with the model, for review")

@@ -7,6 +7,7 @@ import json
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ipywidgets as widgets
 
@@ -14,8 +15,10 @@ from everydream_kit import jobs
 from everydream_kit.actions.background_task import BackgroundTask
 from everydream_kit.actions.comparison import SAVED_FILE, Comparison
 from everydream_kit.actions.project import Project
+from everydream_kit.actions.table import SAMPLE
 from everydream_kit.errors import ConfigError, JobError
 from everydream_kit.panels import style
+from everydream_kit.panels.action_controls import make_action_control
 from everydream_kit.panels.checkpoint_list import CheckpointList
 from everydream_kit.panels.clock import has_clock, make_clock, reveal
 from everydream_kit.panels.login import token_environment
@@ -168,19 +171,16 @@ class ComparePanel(Panel):
         self.prompts.description = "Prompts"
         self.prompts.style.description_width = "70px"
         cfgs = ", ".join(f"{cfg:g}" for cfg in (last.cfgs if last else sampling.cfgs if "cfgs" in own else (4.0,)))
-        self.cfgs = widgets.Text(value=cfgs, description="cfg", style=style, layout=narrow)
-        self.size = widgets.BoundedIntText(
-            value=size, min=64, max=2048, step=8, description="Size", style=style, layout=narrow
+        how: dict[str, Any] = {"style": style, "layout": narrow}
+        self.cfgs = make_action_control(SAMPLE.arguments["cfgs"], "cfg", value=cfgs, **how)
+        self.size = widgets.BoundedIntText(value=size, min=64, max=2048, step=8, description="Size", **how)
+        steps = last.num_inference_steps if last else min(sampling.num_inference_steps, 20)
+        self.steps = make_action_control(
+            SAMPLE.arguments["num_inference_steps"], "Steps", value=steps, min=1, max=200, **how
         )
-        self.steps = widgets.BoundedIntText(
-            value=last.num_inference_steps if last else min(sampling.num_inference_steps, 20),
-            min=1,
-            max=200,
-            description="Steps",
-            style=style,
-            layout=narrow,
-        )
-        self.seed = widgets.IntText(value=last.seed if last else 555, description="Seed", style=style, layout=narrow)
+        if last:
+            how = {**how, "value": last.seed}
+        self.seed = make_action_control(SAMPLE.arguments["seed"], "Seed", **how)
 
     def _build_pair(self) -> widgets.Widget:
         self.prompt_choice = widgets.Dropdown(

@@ -460,11 +460,6 @@ class DatasetPanel(Panel):
         self.tabs.selected_index = 1
         self.gallery.search.value = path.resolve().relative_to(self.album.root).as_posix()
 
-    def show_tab(self, title: str) -> None:
-        """Bring a tab to the front, by the beginning of its title."""
-        titles: list[Any] = ["Add images", "Images", "Report", "Problems", "Auto-caption", "Masks"]
-        self.tabs.selected_index = titles.index(title)
-
 
 SHOWN_PROBLEMS = 3
 MAX_REPORT_BYTES = 1 << 30

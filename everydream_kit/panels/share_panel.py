@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ import ipywidgets as widgets
 from everydream_kit import jobs
 from everydream_kit.actions.background_task import BackgroundTask
 from everydream_kit.actions.project import Project
+from everydream_kit.actions.table import EXPORT, PUSH
 from everydream_kit.errors import CheckpointError, ExportError, ModelError
 from everydream_kit.export.checkpoint_formats import Format, Option, estimate_bytes, formats_of
 from everydream_kit.panels import style
+from everydream_kit.panels.action_controls import make_action_control
 from everydream_kit.panels.checkpoint_list import CheckpointList
 from everydream_kit.panels.clock import has_clock, make_clock
 from everydream_kit.panels.login import token_environment
@@ -24,10 +25,15 @@ from everydream_kit.panels.panel import Panel, set_html
 from everydream_kit.panels.question import Question
 from everydream_kit.runs import Checkpoint
 
-PRECISIONS = {"half (fp16): what apps expect": "fp16", "bfloat16": "bf16", "full (fp32): to train on": "fp32"}
+PRECISIONS = {"fp16": "half (fp16): what apps expect", "bf16": "bfloat16", "fp32": "full (fp32): to train on"}
+PARTS = {
+    "diffusers": "diffusers folder",
+    "single_file": "single file",
+    "samples": "samples",
+    "training": "settings and curves",
+}
+"""Parts of a push that the panel offers, and their labels."""
 SHOWN_FILES = 8
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/(?=.{1,96}$)[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
-"""As the Hub takes it (`huggingface_hub.utils.validate_repo_id`), always with an owner."""
 NOTHING_YET = "This project has no checkpoint yet. Train first; each appears here as soon as it is saved."
 READY = "Choose a checkpoint; export it as a file, or push it to the Hub."
 
@@ -72,12 +78,14 @@ class SharePanel(Panel):
 
     def _build_export(self) -> list[widgets.Widget]:
         """The part that writes a file on this machine."""
+        how = EXPORT.arguments
         self.form = widgets.Dropdown(description="Form", **_wide())
         self.file_name = widgets.Text(description="File", **_wide())
-        self.precision = widgets.Dropdown(options=list(PRECISIONS.items()), description="Precision", **_wide())
+        self.precision = make_action_control(how["precision"], "Precision", titles=PRECISIONS, **_wide())
         self.token = widgets.Dropdown(description="Word", **_wide())
-        self.strength = widgets.FloatSlider(
-            value=1.0, min=0.0, max=1.5, step=0.05, description="Strength", readout_format=".2f",
+        style.set_hint(self.token, how["token"].help)
+        self.strength = make_action_control(
+            how["strength"], "Strength", value=1.0, min=0.0, max=1.5, step=0.05, readout_format=".2f",
             continuous_update=False, **_wide(),
         )  # fmt: skip
         self.size = widgets.HTML()
@@ -99,19 +107,15 @@ class SharePanel(Panel):
 
     def _build_push(self) -> list[widgets.Widget]:
         """The part that uploads to the Hub."""
-        self.repo = widgets.Text(placeholder="me/jets", description="Repository", **_wide())
-        self.private = widgets.Checkbox(value=True, description="private", **_wide())
-        self.license = widgets.Text(placeholder="of the base model", description="License", **_wide())
+        how = PUSH.arguments
+        self.repo = make_action_control(how["repo_id"], "Repository", placeholder="me/jets", **_wide())
+        self.private = make_action_control(how["private"], "private", **_wide())
+        self.license = make_action_control(how["license"], "License", placeholder="of the base model", **_wide())
         self.what = {
             name: widgets.Checkbox(
-                value=name != "single_file", description=text, indent=False, layout={"width": "auto"}
+                value=name in how["what"].default, description=text, indent=False, layout={"width": "auto"}
             )
-            for name, text in (
-                ("diffusers", "diffusers folder"),
-                ("single_file", "single file"),
-                ("samples", "samples"),
-                ("training", "settings and curves"),
-            )
+            for name, text in PARTS.items()
         }
         self.preview_button = style.button(
             "Preview", icon="search", hint="Say what would be uploaded, and show the card"
@@ -142,7 +146,7 @@ class SharePanel(Panel):
         given = Path(name).expanduser()
         out = given if given.is_absolute() else self.project.exports_folder / given
         options = {name: control.value for name, control in self._controls().items() if name in form.options}
-        arguments = [self._chosen(), str(out), json.dumps({"form": form.name, **options})]
+        arguments = [self._chosen(), str(out), json.dumps({"format": form.name, **options})]
 
         def begin() -> None:
             self._begin("export", arguments, f"Writing {out} …")
@@ -198,14 +202,14 @@ class SharePanel(Panel):
         return run.folder if run is not None and latest == chosen else chosen
 
     def _repo_id(self) -> str:
+        from everydream_kit.export.hub.access import check_repo_id
+
         name = self.repo.value.strip()
         if not name:
             raise ExportError("Give the repository, such as me/jets: your Hub name, a slash, the model's name.")
-        if not REPOSITORY.fullmatch(name) or "--" in name or ".." in name:
-            raise ExportError(
-                f"{name}: not a repository's name. It is your Hub name, a slash, the model's name, of letters, digits, "
-                "`-`, `_` and `.`, such as me/jets."
-            )
+        check_repo_id(name)
+        if "/" not in name:
+            raise ExportError(f"{name}: your Hub name and a slash go before it, such as me/{name}.")
         return str(name)
 
     def _what(self) -> list[Any]:

@@ -181,20 +181,6 @@ def estimate_memory(
     return replace(estimate, allowance_bytes=allowance(estimate, device, context_bytes, fragmentation))
 
 
-def is_kept(
-    config: TrainConfig,
-    *,
-    device: str = "cuda",
-    has_bf16: bool = True,
-    cache_folder: Path | None = None,
-    architecture: Architecture | None = None,
-) -> bool:
-    """Whether `estimate_memory` has answered this before, and so answers at once. Arguments and errors as it has them."""
-    question = _Question.of(config, device, has_bf16, None, None, architecture)
-    folder = cache_folder or Path(config.logdir) / ".edk_cache" / "preflight"
-    return _read_kept(folder / f"{question.key()}.json") is not None
-
-
 def allowance(
     estimate: MemoryEstimate, device: str, context_bytes: int | None = None, fragmentation: float | None = None
 ) -> int:

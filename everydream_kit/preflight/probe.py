@@ -16,13 +16,12 @@ import gc
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everydream_kit.errors import KitError
 from everydream_kit.preflight.memory_estimate import (
-    MemoryEstimate,
     Phase,
     estimate_latent_mode,
     sampled_together,
@@ -54,14 +53,6 @@ class Probe:
     fits: bool | None = None
     stopped_in: str | None = None
     reason: str = ""
-
-    def correct(self, estimate: MemoryEstimate) -> MemoryEstimate:
-        """The estimate, with what was measured in the place of what was estimated."""
-        if not self.phases:
-            return estimate
-        measured = {phase.name: phase for phase in self.phases}
-        phases = tuple(measured.get(phase.name, phase) for phase in estimate.phases)
-        return replace(estimate, phases=phases)
 
 
 class Meter:

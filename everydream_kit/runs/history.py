@@ -74,11 +74,6 @@ class RunHistory:
             self._add(event)
         return self._read.num_bytes > before
 
-    @property
-    def num_bad_lines(self) -> int:
-        """Lines that cannot be read, and are skipped."""
-        return len(self._read.bad)
-
     @cached_property
     def max_epochs(self) -> int | None:
         """Epochs that the run was started with, or None where its settings do not say."""

@@ -38,4 +38,8 @@ edk.panels.compare(PROJECT)
 edk.panels.share(PROJECT)
 
 # %% [markdown]
+# More forms, each with `edk.panels.action(PROJECT, name)`: `"merge"` puts a LoRA into a model or mixes two models, `"extract"`
+# makes a LoRA of the difference of two models, `"sample"` generates images with any model.
+
+# %% [markdown]
 # To share it with others: `04_share_on_the_hub`.

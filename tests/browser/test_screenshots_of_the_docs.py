@@ -43,6 +43,20 @@ def test_the_dataset_panel(lab, driver, project):
     driver.photograph(panel, "dataset-report")
 
 
+def test_the_form_of_an_action(lab, driver, project):
+    source = f"import everydream_kit as edk\nedk.panels.action({str(project)!r}, 'merge')"
+    driver.open(lab.write("a.ipynb", source))
+    driver.run_all()
+    panel = driver.panel("Merge")
+    panel.get_by_label("Strength").fill("strong")
+    panel.get_by_label("Model").fill("logs/jets")
+    panel.get_by_label("Other").fill("lora.safetensors")
+    panel.get_by_label("Out").fill("merged.safetensors")
+    panel.get_by_role("button", name="Start", exact=True).click()
+    driver.wait_for_text(panel, ".edk-note", "must be a number")
+    driver.photograph(panel, "action")
+
+
 def test_the_problems_of_a_dataset(lab, driver, project):
     mixed = project.with_name("mixed")
     shutil.rmtree(mixed, ignore_errors=True)

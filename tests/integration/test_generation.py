@@ -109,6 +109,36 @@ def test_no_prompt_is_refused(tmp_path: Path, tiny_model_folder: Path) -> None:
         sample([], "a cat", out=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ("--num_inference_steps 0", "num_inference_steps: must be greater than or equal to 1 (got 0)"),
+        ("--num_inference_steps 2000", "num_inference_steps: must be less than or equal to 1000 (got 2000)"),
+        ("--seed 99999999999999999999999", "seed: must be less than 9223372036854775808"),
+        ("--cfg nan", "cfgs: must be a finite number"),
+        ("--num_images 0", "num_images: must be at least 1 (got 0)"),
+        ("--width -64", "width: must be greater than or equal to 64 (got -64)"),
+        ("--height 65", "height: must be a multiple of 8 (got 65)"),
+        ("--clip_skip -1", "clip_skip: must be greater than or equal to 0 (got -1)"),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_line_and_nothing_is_written(
+    flags: str, problem: str, tmp_path: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["sample", str(tiny_model_folder), "--prompt", "a cat", "--out", str(out), *flags.split()]) == 1
+    assert problem in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_said(
+    tmp_path: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("mine")
+    assert main(["sample", str(tiny_model_folder), "--prompt", "a cat", "--out", str(tmp_path / "out")]) == 1
+    assert "out is a file; give a folder" in capsys.readouterr().err
+
+
 ONE_CAT = ["--prompt", "a cat", *("--num_inference_steps", "2"), *("--width", "64"), *("--height", "64")]
 
 
@@ -129,7 +159,7 @@ def test_a_terminal_shows_how_far_the_drawing_is(tmp_path: Path, tiny_model_fold
     shown = os.read(terminal, 100_000).decode()
     os.close(stderr)
     os.close(terminal)
-    assert "sampling   0%" in shown and ("sampling  50%" in shown or "sampling 100%" in shown)
+    assert "sample   0%" in shown and ("sample  50%" in shown or "sample 100%" in shown)
     assert drawn.stdout.count("\n") == 1 and Path(drawn.stdout.strip()).is_file()
 
 

@@ -414,7 +414,7 @@ def test_access_is_checked_before_training(hub: HubStandIn) -> None:
     [
         ("me/jets", "read", TOKEN, "may only read. Make one with the role `write`"),
         ("you/jets", "write", TOKEN, "Push to me/jets, or open a pull request"),
-        ("me/my jets", "write", TOKEN, "is not a repository id"),
+        ("me/my jets", "write", TOKEN, "not a repository's name"),
         ("me/jets", "write", "hf_wrongwrongwrong", "does not accept the token"),
     ],
 )

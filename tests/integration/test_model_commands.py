@@ -144,6 +144,19 @@ def test_a_learned_token_becomes_an_embedding_file(
     assert "has no learned token '<dog>'; it has <cat>, <jet>" in say(capsys, *words, "--token", "<dog>")[1]
 
 
+@pytest.mark.parametrize("command", ["merge FILE OTHER FILE", "merge OTHER FILE FILE", "export FILE FILE"])
+def test_a_result_does_not_take_the_place_of_what_it_is_made_from(
+    command: str, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "own.safetensors"
+    say(capsys, "export", other, file)
+    before = file.read_bytes()
+    words = [{"FILE": file, "OTHER": other}.get(word, word) for word in command.split()]
+    status, problem = say(capsys, *words)
+    assert (status, "own.safetensors is the model that is read" in problem) == (1, True)
+    assert file.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("words", "status", "problem"),
     [
@@ -154,8 +167,10 @@ def test_a_learned_token_becomes_an_embedding_file(
         ("export BASE OUT.safetensors --token <cat>", 1, "it goes with embedding"),
         ("export BASE OUT.safetensors --format kohya", 2, "invalid choice: 'kohya' (choose from"),
         ("export NOWHERE OUT.safetensors", 1, "no such file or folder"),
-        ("merge BASE LORA OUT.safetensors --weight 0.3", 1, "is a LoRA: it is merged with --strength"),
-        ("merge BASE OTHER OUT.safetensors --strength 0.3", 1, "two models are mixed with --weight"),
+        ("merge BASE LORA OUT.safetensors --weight 0.3", 1, "is a LoRA; it is merged with strength"),
+        ("merge BASE OTHER OUT.safetensors --strength 0.3", 1, "two models are mixed with weight"),
+        ("merge BASE LORA OUT.safetensors --strength nan", 1, "strength: must be a finite number"),
+        ("merge BASE OTHER OUT.safetensors --weight inf", 1, "weight: must be a finite number"),
         ("merge BASE SDXL OUT.safetensors", 1, "they cannot be mixed"),
         ("merge SDXL LORA OUT.safetensors", 1, "does not fit"),
         ("merge BASE LORA OUT.safetensor", 1, "ends in .safetensors or .ckpt"),

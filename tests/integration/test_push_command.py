@@ -134,9 +134,9 @@ def test_a_dry_run_says_what_would_go_and_asks_nobody(
     [
         (["--what", "weights"], 2, "invalid choice: 'weights' (choose from "),
         (["--what", "lora"], 1, "holds no LoRA"),
-        (["--precision", "fp32"], 1, "add single_file to --what"),
+        (["--precision", "fp32"], 1, "add single_file to what"),
         (["--precision", "fp8"], 2, "invalid choice: 'fp8'"),
-        (["--create_pr", "--public"], 1, "--public is for a new repository"),
+        (["--create_pr", "--public"], 1, "public: is for a new repository"),
         (["--private", "--public"], 2, "not allowed with argument"),
         (["--licence", "mit"], 2, "unknown flag --licence; did you mean --license?"),
     ],
@@ -148,6 +148,17 @@ def test_each_misuse_is_one_clear_error(
     assert ended == status
     assert words in problem
     assert len(problem.strip().splitlines()) == 1
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["bad repo/x", "me/ü", "me/a--b", "me/x/y", "me/"])
+def test_a_name_that_the_hub_does_not_take_is_said_in_a_dry_run_as_well(
+    name: str, hub: HubStandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path)
+    for flags in ([], ["--dry_run"]):
+        ended, _, problem = say(["push", run.folder, name, *flags], capsys)
+        assert (ended, "not a repository's name" in problem) == (1, True)
     assert hub.requests == []
 
 

@@ -126,3 +126,24 @@ def test_resume_without_a_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (status, "holds no run" in text) == (1, True)
     status, text = problem_of(["resume", "--set", "lr"], capsys)
     assert (status, "NAME=VALUE" in text) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("plot", "words"),
+    [("{out}/none/x.png", "none: no such folder"), ("{out}/x.xyz", "not the name of an image; let it end in .png")],
+)
+def test_a_plot_that_cannot_be_written_is_said_before_the_dataset_is_read(
+    plot: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, text = problem_of(["prepare", str(tmp_path / "nowhere"), "--plot", plot.format(out=tmp_path)], capsys)
+    assert (status, words in text) == (1, True)
+
+
+def test_a_dataset_without_images_is_an_error_and_a_folder_without_runs_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    status, text = problem_of(["prepare", "empty"], capsys)
+    assert (status, "empty: holds no image that can be trained on. Give the folder" in text) == (1, True)
+    assert problem_of(["runs", "--logdir", "nowhere"], capsys) == (0, "nowhere: holds no run.\n")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everydream_kit.errors import CheckpointError, KitError
-from everydream_kit.strict_json import MAX_LINE_BYTES, iterate_json_lines, parse_json, read_json, read_json_lines
+from everydream_kit.strict_json import MAX_LINE_BYTES, JsonLines, iterate_json_lines, parse_json, read_json
 
 BROKEN = {
     "stray comma": ('{"a": 1,\n "b": [2,],\n}', "line 2, column"),
@@ -94,8 +94,8 @@ def test_any_bytes_give_a_value_or_one_error(content):
 def test_bad_lines_are_collected_and_an_unfinished_one_is_said(tmp_path):
     path = tmp_path / "events.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": {"b"{"c": 2}\n\n[3]\n\xff\n{"n": NaN}\n{"a": 4}\n{"a": ')
-    found = read_json_lines(path)
-    assert [value.get("a") for value in found.values] == [1, None, 4]
+    found = JsonLines()
+    assert [value.get("a") for value in iterate_json_lines(path, report=found)] == [1, None, 4]
     assert [bad.split(": ")[0].removeprefix(f"{path}, ") for bad in found.bad] == [
         "line 2, line 1, column 11",
         "line 4",
@@ -103,7 +103,7 @@ def test_bad_lines_are_collected_and_an_unfinished_one_is_said(tmp_path):
     ]
     assert found.unfinished
     with pytest.raises(FileNotFoundError):
-        read_json_lines(tmp_path / "none.jsonl")
+        next(iterate_json_lines(tmp_path / "none.jsonl"))
 
 
 def test_a_line_without_end_is_never_held_whole(tmp_path):

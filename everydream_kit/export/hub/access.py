@@ -65,12 +65,22 @@ def check_hub_access(
     return open_repo(HubConnection(token, api=api, sleep=sleep), repo_id, private=private)
 
 
+_REPOSITORY = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?(?=.{1,96}$)[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
+"""As the Hub takes it (`huggingface_hub.utils.validate_repo_id`)."""
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raises HubError where the Hub would not take the name of a repository."""
+    if not _REPOSITORY.fullmatch(repo_id) or "--" in repo_id or ".." in repo_id:
+        raise HubError(
+            f"{repo_id}: not a repository's name. It is your Hub name, a slash, the model's name, of letters, digits, "
+            "`-`, `_` and `.`, such as me/jets."
+        )
+
+
 def open_repo(connection: HubConnection, repo_id: str, *, private: bool, revision: str | None = None) -> HubAccess:
     """Whoami, role, owner, repository, branch, write access, in the order in which they go wrong."""
-    if not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]{1,96}", repo_id):
-        raise HubError(
-            f"{repo_id!r} is not a repository id. It has the form owner/name, with letters, digits, - _ and ."
-        )
+    check_repo_id(repo_id)
     api = connection.api
     me = connection.step("log in to the Hub", api.whoami)
     user, owners = me["name"], [me["name"], *(org["name"] for org in me.get("orgs", []))]

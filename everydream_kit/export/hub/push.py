@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everydream_kit.config import EMBEDDED_MODEL
+from everydream_kit.errors import ConfigError
+from everydream_kit.export.checkpoint_formats import DEFAULT_PRECISION, Precision
 from everydream_kit.export.curves import draw_curves
-from everydream_kit.export.hub.access import base_license, open_repo
+from everydream_kit.export.hub.access import base_license, check_repo_id, open_repo
 from everydream_kit.export.hub.connection import HubConnection, quiet_client, redact
 from everydream_kit.export.hub.repository_contents import (
     DEFAULT_WHAT,
@@ -94,6 +96,7 @@ def preview_push(
     Raises:
         ExportError, CheckpointError: there is nothing to push.
     """
+    check_repo_id(repo_id)
     source = find_source(run_or_checkpoint)
     wish = _Wish(repo_id, check_what(what, source), license, base_model, message)
     found_license = {"license": license} if license else _license_on_disk(source, base_model)
@@ -106,7 +109,7 @@ def push_to_hub(
     run_or_checkpoint: Any,
     repo_id: str,
     *,
-    private: bool = True,
+    private: bool | None = None,
     what: Iterable[What] = DEFAULT_WHAT,
     revision: str | None = None,
     create_pr: bool = False,
@@ -114,7 +117,7 @@ def push_to_hub(
     license: str | None = None,
     base_model: str | None = None,
     message: str | None = None,
-    precision: str = "fp16",
+    precision: Precision | None = None,
     token: str | None = None,
     progress: Progress | None = None,
     api: HfApi | None = None,
@@ -123,10 +126,12 @@ def push_to_hub(
     """Upload a run's latest checkpoint, or a given checkpoint or file, with a model card, as one commit.
 
     Args:
-        run_or_checkpoint: a run folder, a checkpoint folder, a single file, or an object with a `.folder`.
+        run_or_checkpoint: run folder (its latest checkpoint goes), checkpoint folder, or single file; in Python also an
+            object with a `.folder`.
         repo_id: `me/jets`; created if it does not exist.
-        private: of a repository that is created here. An existing one stays as it is.
-        what: of "diffusers", "lora", "single_file", "samples", "training", "resume". The card always goes.
+        private: a repository that is created is private, which is the default. An existing one stays as it is.
+        what: the parts that go. `diffusers` of a LoRA run is the LoRA, `training` the settings and curves, `resume` what
+            another machine needs to continue. The model card always goes.
         revision: branch to push to; created if it does not exist.
         create_pr: open a pull request instead of changing the branch.
         dry_run: upload nothing and return what would go, as text.
@@ -134,7 +139,7 @@ def push_to_hub(
             its file's header.
         base_model: Hub id of the base; by default the one the run started from.
         message: of the commit.
-        precision: of a single file that is written for the push.
+        precision: of the single file that is written for the push; by default fp16.
         token: by default huggingface_hub's login or HF_TOKEN.
         progress: called with (bytes done, bytes in all, what is being done).
         api: another Hub than the usual one.
@@ -144,15 +149,18 @@ def push_to_hub(
         Address of the repository, branch or pull request; in a dry run the preview's text.
 
     Raises:
+        ConfigError: arguments that do not go together.
         ExportError, CheckpointError: there is nothing to push.
         HubError: the Hub refused, or could not be reached in three tries; what is on disk stays, and pushing again goes
             on where it stopped.
     """
+    check_repo_id(repo_id)
+    precision = _check_together(what, precision, private=private, create_pr=create_pr)
     if dry_run:
         return preview_push(
             run_or_checkpoint,
             repo_id,
-            private=private,
+            private=private is not False,
             what=what,
             revision=revision,
             create_pr=create_pr,
@@ -161,25 +169,15 @@ def push_to_hub(
             message=message,
         ).text()
     source = find_source(run_or_checkpoint)
-    wish = _Wish(repo_id, check_what(what, source), license, base_model, message)
+    wish = _Wish(repo_id, check_what(what, source), license, base_model, message, precision)
     connection = HubConnection(token, api=api, sleep=sleep)
     with ExitStack() as stack:
         stack.enter_context(quiet_client())
         if not create_pr:
-            access = open_repo(connection, repo_id, private=private, revision=revision)
-            wish = replace(wish, repo_id=access.repo_id)
-            if private != access.private:
-                now, wanted = ("private", "public") if access.private else ("public", "private")
-                logger.warning(
-                    "%s is %s already, and stays so; %s is for new repositories.", access.repo_id, now, wanted
-                )
-        base = base_model or read_base(source.config)
-        on_disk = _license_on_disk(source, base_model)
-        found_license = {"license": license} if license else on_disk or base_license(connection, base)
+            wish = replace(wish, repo_id=_open_repo(connection, repo_id, private is not False, revision))
+        found_license = _find_license(source, wish, connection)
         scratch = stack.enter_context(_scratch_next_to(source.place)) if _writes_single_file(source, wish) else None
-        files, _ = _collect(
-            source, wish, found_license=found_license, token=connection.token, scratch=scratch, precision=precision
-        )
+        files, _ = _collect(source, wish, found_license=found_license, token=connection.token, scratch=scratch)
         target = Target(
             repo_id=wish.repo_id,
             revision=revision,
@@ -190,6 +188,35 @@ def push_to_hub(
         )
         advice = f"Nothing is lost: {source.place} is untouched. Push again; what has arrived is not sent twice."
         return Upload(connection, target, files, advice=advice, progress=progress).run()
+
+
+def _check_together(
+    what: Iterable[str], precision: Precision | None, *, private: bool | None, create_pr: bool
+) -> Precision:
+    """The precision of a single file. Raises ConfigError for arguments that do not go together."""
+    if precision is not None and "single_file" not in what:
+        raise ConfigError("precision: is that of the single file which is written; add single_file to what.")
+    if create_pr and private is not None:
+        flag = "private" if private else "public"
+        raise ConfigError(f"{flag}: is for a new repository; a pull request (create_pr) goes to one that exists.")
+    return precision or DEFAULT_PRECISION
+
+
+def _open_repo(connection: HubConnection, repo_id: str, private: bool, revision: str | None) -> str:
+    """The full id of the repository, which is there afterwards."""
+    access = open_repo(connection, repo_id, private=private, revision=revision)
+    if private != access.private:
+        now, wanted = ("private", "public") if access.private else ("public", "private")
+        logger.warning("%s is %s already, and stays so; %s is for new repositories.", access.repo_id, now, wanted)
+    return access.repo_id
+
+
+def _find_license(source: Source, wish: _Wish, connection: HubConnection) -> dict[str, str]:
+    """What the caller says, else what is on this disk, else what the base model's card on the Hub says."""
+    if wish.license:
+        return {"license": wish.license}
+    base = wish.base_model or read_base(source.config)
+    return _license_on_disk(source, wish.base_model) or base_license(connection, base)
 
 
 def _license_on_disk(source: Source, base_model: str | None) -> dict[str, str]:
@@ -213,6 +240,7 @@ class _Wish:
     license: str | None
     base_model: str | None
     message: str | None
+    precision: Precision = DEFAULT_PRECISION
 
     def message_for(self, source: Source) -> str:
         return self.message or f"Upload {source.place.resolve().name} with EveryDream Kit"
@@ -225,14 +253,13 @@ def _collect(
     found_license: dict[str, str],
     token: str | None,
     scratch: Path | None,
-    precision: str = "fp16",
 ) -> tuple[list[UploadFile], str]:
     """All files of a push, smallest first, and the text of the card among them."""
     what, files = wish.what, []
     if source.checkpoint is not None and ("diffusers" in what or "lora" in what):
         files += checkpoint_files(source.checkpoint, keep_paths="resume" in what)
     if "single_file" in what:
-        files.append(_single_file(source, scratch, precision))
+        files.append(_single_file(source, scratch, wish.precision))
     if "resume" in what:
         files += resume_files(source, token)
     samples = find_samples(source.run) if "samples" in what else []

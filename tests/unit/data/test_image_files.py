@@ -24,11 +24,11 @@ from odd_images import (
 from PIL import Image, features
 
 from everydream_kit.data import image_files
+from everydream_kit.data.folders import FolderFiles
 from everydream_kit.data.image_files import IMAGE_ERRORS, MAX_SIDE, UNREAD_EXTENSIONS, open_image
 from everydream_kit.data.pixels import center_crop, load_pixels
 from everydream_kit.data.reading_problems import Problem
 from everydream_kit.data.scanning import scan_dataset
-from everydream_kit.data.tidying import companions_of
 from everydream_kit.errors import DataError
 from everydream_kit.panels.thumbnails import thumbnail
 
@@ -197,7 +197,7 @@ def test_captions_are_found_whatever_their_case_unicode_form_or_full_name(tmp_pa
     assert {name: image.caption.text for name, image in found.items()} == expected
     assert {(image.flip_p, image.multiply) for image in found.values()} == {(0.5, 3.0)}
     for name in expected:  # what moves an image takes its caption along
-        assert len(companions_of(tmp_path / name)) == 1
+        assert len(FolderFiles().companions(tmp_path / name)) == 1
 
 
 def test_a_caption_goes_to_the_image_that_it_fits_to_the_letter(tmp_path):

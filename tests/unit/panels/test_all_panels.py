@@ -26,6 +26,7 @@ BUILDERS = {
     "train": panels.train,
     "compare": panels.compare,
     "share": panels.share,
+    "action": lambda folder: panels.action(folder, "merge"),
 }
 
 

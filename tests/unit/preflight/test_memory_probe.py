@@ -1,14 +1,11 @@
 """Measuring on a device: a real small model on the CPU, and a meter that reads from a list."""
 
-import dataclasses
-
 import pytest
 import torch
 from small_architecture import SMALL
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.models.random_models import build_model
-from everydream_kit.preflight.memory_estimate import MemoryEstimate, Phase
 from everydream_kit.preflight.probe import NO_GPU, Meter, Probe, probe
 from everydream_kit.preflight.rehearsal import largest_bucket, stand_in_dataset
 from everydream_kit.runs import RunFolder
@@ -100,11 +97,3 @@ def test_another_error_is_no_finding():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_so_and_loads_nothing():
     assert probe(config_of()) == Probe(reason=NO_GPU)
-
-
-def test_what_was_measured_takes_the_place_of_what_was_estimated():
-    estimated = MemoryEstimate((Phase("training step", 50, {}), Phase("saving", 40, {})), 5, 0, 0, 0, 0, 0)
-    found = Probe((Phase("training step", 70, {"measured": 70}),), 1.0, True).correct(estimated)
-    assert [phase.peak_bytes for phase in found.phases] == [70, 40]
-    assert found == dataclasses.replace(estimated, phases=found.phases)
-    assert Probe(reason=NO_GPU).correct(estimated) is estimated
