@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,20 @@ LORA_NAME = re.compile(
 """A tensor of a LoRA file of any kind."""
 _SCALES = (".scale_weight", ".scale_input", ".weight_scale", ".input_scale")
 
+FIRST_WEIGHT = UNET_PREFIX + "input_blocks.0.0.weight"
+"""Of every Stable Diffusion checkpoint."""
+_PARTS = {
+    "a UNet": re.compile(r"((model\.)?diffusion_model\.)?input_blocks\."),
+    "a VAE": re.compile(rf"(encoder|decoder|{re.escape(VAE_PREFIX[:-1])})\."),
+    "a text encoder": re.compile(r"text_model\.|transformer\.resblocks\.|cond_stage_model\.|conditioner\."),
+}
+"""The parts of a model by the names of their tensors."""
+
+
+def _is_of(pattern: re.Pattern[str], name: str) -> bool:
+    return pattern.match(name) is not None
+
+
 _KINDS: list[tuple[str, Callable[[str], bool]]] = [
     (
         "a LoRA, not a model: give it together with its base model (`everydream merge BASE LORA OUT`)",
@@ -45,18 +60,10 @@ _KINDS: list[tuple[str, Callable[[str], bool]]] = [
             is not None
         ),
     ),
-    ("a VAE alone, not a whole model", lambda name: name.startswith(("encoder.", "decoder.", VAE_PREFIX))),
-    (
-        "a UNet alone: it has no text encoder and no VAE. Give the full checkpoint",
-        lambda name: re.match(r"(diffusion_model\.)?input_blocks\.", name) is not None,
-    ),
+    *[(part, partial(_is_of, pattern)) for part, pattern in _PARTS.items()],
     (
         "one part of a diffusers model: give the folder that holds model_index.json",
         lambda name: "down_blocks." in name,
-    ),
-    (
-        "a text encoder alone, not a whole model",
-        lambda name: name.startswith(("text_model.", "transformer.resblocks.", "cond_stage_model.", "conditioner.")),
     ),
     (
         "a textual-inversion embedding, not a model",
@@ -73,9 +80,8 @@ def refuse_other_kinds(path: Path, tensors: Tensors) -> None:
     """
     if not tensors:
         raise ModelError(f"{path}: holds no weights at all.")
-    first = UNET_PREFIX + "input_blocks.0.0.weight"
-    if first in tensors:
-        shape = tensors[first].shape
+    if FIRST_WEIGHT in tensors:
+        shape = tensors[FIRST_WEIGHT].shape
         refuse_unsupported(str(path), {"unet": {"in_channels": shape[1] if len(shape) > 1 else 0}}, {})
         if any(name.startswith("conditioner.embedders.0.model.") for name in tensors):
             raise ModelError(
@@ -84,8 +90,33 @@ def refuse_other_kinds(path: Path, tensors: Tensors) -> None:
         return
     for kind, matches in _KINDS:
         if any(matches(name) for name in tensors):
-            raise ModelError(f"{path}: this is {kind}.")
+            raise ModelError(f"{path}: {say_parts(tensors) if kind in _PARTS else f'this is {kind}'}.")
     raise ModelError(f"{path}: no Stable Diffusion model; its first tensor is named {next(iter(tensors))!r}.")
+
+
+def held_parts(tensors: Tensors) -> list[str]:
+    """Which parts of a model a file holds: a UNet, a VAE, a text encoder."""
+    return [part for part, pattern in _PARTS.items() if any(map(pattern.match, tensors))]
+
+
+def say_parts(tensors: Tensors) -> str:
+    """What a file holds and what it lacks, for a message about one that is no whole model."""
+    held = held_parts(tensors)
+    missing = " and ".join(f"no {part.removeprefix('a ')}" for part in _PARTS if part not in held)
+    return (f"{held[0]} alone, with " if len(held) == 1 else f"holds {' and '.join(held)}, but ") + (
+        f"{missing}. Take the full checkpoint"
+    )
+
+
+def without_wrapper(tensors: Tensors) -> Tensors:
+    """A checkpoint's tensors without a prefix that a trainer's wrapper put before its names, such as `module.`."""
+    wrapped = "." + FIRST_WEIGHT
+    found = None if FIRST_WEIGHT in tensors else next((name for name in tensors if name.endswith(wrapped)), None)
+    if found is None:
+        return tensors
+    prefix = found.removesuffix(FIRST_WEIGHT)
+    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return {**{name: value for name, value in tensors.items() if not name.startswith(prefix)}, **own}
 
 
 def without_scales(tensors: Tensors) -> Tensors:

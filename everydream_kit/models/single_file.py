@@ -17,7 +17,14 @@ from everydream_kit.errors import ModelError
 from everydream_kit.models.convert import UNET_PREFIX, num_text_blocks
 from everydream_kit.models.families import FAMILIES, family_by_name
 from everydream_kit.models.family import Config, Family, ModelFiles, configs_folder
-from everydream_kit.models.file_kinds import refuse_other_kinds, with_vae, without_scales
+from everydream_kit.models.file_kinds import (
+    held_parts,
+    refuse_other_kinds,
+    say_parts,
+    with_vae,
+    without_scales,
+    without_wrapper,
+)
 from everydream_kit.models.model_files import (
     has_zero_terminal_snr,
     open_folder,
@@ -62,6 +69,7 @@ def open_single_file(
     if path.suffix.lower() not in WEIGHT_SUFFIXES:
         raise ModelError(f"{path}: not a model file by its name; the kit reads {', '.join(WEIGHT_SUFFIXES)}.")
     tensors, metadata = open_weights(path)
+    tensors = without_wrapper(tensors)
     alone = _family_of_denoiser(tensors, family)
     if alone is not None and vae is not None:
         raise ModelError(f"{path}: {alone.title} is used with its own VAE. Leave --vae (vae) out.")
@@ -121,10 +129,9 @@ def _recognize(path: Path, tensors: Tensors) -> Family:
     for family in FAMILIES.values():
         if family.layout.holds_all and family.matches_keys(shapes):
             return family
-    raise ModelError(
-        f"{path}: a UNet alone, with no text encoder of the families {', '.join(FAMILIES)} in it. Take the full "
-        "checkpoint instead of a UNet-only file."
-    )
+    if "a text encoder" not in held_parts(tensors):
+        raise ModelError(f"{path}: {say_parts(tensors)}.")
+    raise ModelError(f"{path}: its text encoder is of none of the families {', '.join(FAMILIES)}.")
 
 
 def _configs(path: Path, family: Family, metadata: dict[str, str]) -> dict[str, Config]:

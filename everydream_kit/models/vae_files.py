@@ -8,6 +8,7 @@ that of the model that it joins.
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 from everydream_kit.errors import ModelError
@@ -49,8 +50,13 @@ def read_vae(path: Path) -> tuple[Config | None, Tensors]:
     if not path.is_file():
         raise ModelError(f"vae: {path} is no file or folder here. Give a VAE's file, or a diffusers folder of one.")
     tensors = open_weights(path)[0]
-    own = {name.removeprefix(VAE_PREFIX): value for name, value in tensors.items() if name.startswith(VAE_PREFIX)}
-    own = own or {name: value for name, value in tensors.items() if not name.startswith("model.")}
-    if not any(name.startswith("decoder.") for name in own):
+    found = [name for name in tensors if re.search(r"(^|\.)decoder\.conv_in\.weight$", name)]
+    if not found:
         raise ModelError(f"vae: {path} holds no VAE.")
-    return None, own
+    # a trainer's wrapper may stand before it; of several, the checkpoint's own
+    prefix = max(found, key=lambda name: VAE_PREFIX in name).removesuffix("decoder.conv_in.weight")
+    return None, {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix) and (prefix or not name.startswith("model."))
+    }

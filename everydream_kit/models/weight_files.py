@@ -1,5 +1,7 @@
 """Opening weight files of either kind: `.safetensors`, and the older pickles (`.ckpt`, `.bin`, `.pt`).
 
+What a file is follows from its first bytes, since people rename files; its name decides where they do not say it.
+
 A pickle is a small program, so it is read by torch's weights-only unpickler, which knows tensors and plain values and
 refuses everything else. Checkpoints of PyTorch Lightning, as the first Stable Diffusion models were published, hold a few
 more names: their trainer's callbacks and settings. Those names are given to the unpickler as `Inert`, a class that does
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from everydream_kit.errors import ModelError
 from everydream_kit.models.spans import CAN_READ_AT, OpenedFile, Span, read_whole
-from everydream_kit.models.tensors import LazyTensor, Tensors, open_safetensors
+from everydream_kit.models.tensors import MAX_HEADER_BYTES, LazyTensor, Tensors, open_safetensors
 from everydream_kit.plain_text import printable
 
 TRAINER_PACKAGES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.")
@@ -62,12 +65,56 @@ class EmptyTable:
 
 
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
+_ZIP = b"PK\x03\x04"
+_PICKLES = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
+"""How the file of `torch.save` begins, now and before torch 1.6."""
 WEIGHT_SUFFIXES = (*SAFETENSORS_SUFFIXES, ".ckpt", ".pt", ".pth", ".bin")
 
 
 def open_weights(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """Open a weight file of either kind, by its extension in upper or lower case."""
-    return open_safetensors(path) if path.suffix.lower() in SAFETENSORS_SUFFIXES else open_pickle(path)
+    """Open a weight file of either kind, whatever it is named.
+
+    Raises:
+        ModelError: it holds no weights, anything but weights, or is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(256)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}).") from error
+    _refuse_text(path, start)
+    return open_safetensors(path) if _is_safetensors(path, start) else open_pickle(path)
+
+
+def _is_safetensors(path: Path, start: bytes) -> bool:
+    """Whether a file is opened as safetensors: eight bytes with the header's length, then the header, a JSON object."""
+    if start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] <= MAX_HEADER_BYTES:
+        return True
+    return path.suffix.lower() in SAFETENSORS_SUFFIXES and not start.startswith((_ZIP, *_PICKLES))
+
+
+def _refuse_text(path: Path, start: bytes) -> None:
+    """Name what downloads leave in place of weights.
+
+    Raises:
+        ModelError: a pointer of Git LFS, a web page, or a message of a server.
+    """
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith(b"version https://git-lfs"):
+        raise ModelError(
+            f"{path}: this is a pointer of Git LFS, not the weights. Fetch them with `git lfs pull`, or download the file "
+            "itself."
+        )
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise ModelError(
+            f"{path}: this is a web page, not weights. Download the file itself with the site's download link; many models "
+            "need a login or an accepted license first."
+        )
+    if text.startswith((b'{"', b"{'", b"{\n", b"{ ")):
+        raise ModelError(
+            f"{path}: this is text, not weights: {printable(start.decode('utf-8', 'replace')[:120])!r}. A server's message, "
+            "as a rule: download the file again, logged in if the site requires it."
+        )
 
 
 def open_pickle(path: Path) -> tuple[Tensors, dict[str, str]]:
@@ -102,19 +149,24 @@ def open_pickle(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 def _load_weights_only(path: Path) -> Any:
     with path.open("rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
-    # Memory mapping, and the list of names, work for the zip form only; the older form is read whole and strictly.
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
-    stand_ins: list[Any] = [
-        (EmptyTable if name in TABLE_NAMES else Inert, name) for name in names if _is_trainers(name)
-    ]
-    with torch.serialization.safe_globals(stand_ins):
-        if is_zip and CAN_READ_AT:
-            with FakeTensorMode():  # torch says where in the file each tensor lies, and reads none
-                content = torch.load(path, map_location="cpu", weights_only=True)
-            if all(_offset(leaf) is not None for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor)):
-                return content
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        is_zip = file.read(4) == _ZIP
+        file.seek(0)
+        # Memory mapping, and the list of names, work for the zip form only; the older form is read whole and strictly.
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
+        stand_ins: list[Any] = [
+            (EmptyTable if name in TABLE_NAMES else Inert, name) for name in names if _is_trainers(name)
+        ]
+        # torch opens a path of this suffix as safetensors, and maps no file that is open already
+        is_mapped = is_zip and path.suffix != ".safetensors"
+        source = path if is_mapped else file
+        with torch.serialization.safe_globals(stand_ins):
+            if is_zip and CAN_READ_AT:
+                with FakeTensorMode():  # torch says where in the file each tensor lies, and reads none
+                    content = torch.load(source, map_location="cpu", weights_only=True)
+                if all(_offset(leaf) is not None for leaf in tree_leaves(content) if isinstance(leaf, torch.Tensor)):
+                    return content
+                file.seek(0)
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=is_mapped)
 
 
 def _offset(tensor: torch.Tensor) -> int | None:

@@ -31,6 +31,7 @@ class Odd:
     name: str = "model.safetensors"
     next_to_it: dict[str, dict[str, torch.Tensor]] | None = None
     is_nested: bool = True
+    written_as: str = ""  # the suffix of the kind that the file is, where its name says another
 
 
 @cache
@@ -63,6 +64,11 @@ def renamed(odd, pattern, by):
 
 def named(odd, name):
     return replace(odd, name=name)
+
+
+def misnamed(odd, name, written_as):
+    """A file of one kind under the name of another."""
+    return replace(odd, name=name, written_as=written_as)
 
 
 def attention_named(odd, names, *, is_matrix):
@@ -162,6 +168,9 @@ def bare(*names):
     return Odd({name: torch.zeros(2, 2) for name in names}, {})
 
 
+LEFT = {"global_step": torch.tensor(7)}
+"""Outside of what a wrapper holds."""
+
 LAYOUTS = {
     # made by, expected outcome
     "everydream2 sd1": (lambda: everydream2("sd1"), SAME),
@@ -183,6 +192,14 @@ LAYOUTS = {
     "ckpt with a state_dict": (lambda: named(exported("sd1"), "model.ckpt"), SAME),
     "upper case ckpt": (lambda: named(exported("sd1"), "MODEL.CKPT"), SAME),
     "ckpt without a state_dict": (lambda: replace(named(exported("sd1"), "model.pt"), is_nested=False), "do not fit"),
+    "safetensors named .ckpt": (lambda: misnamed(exported("sd1"), "model.ckpt", ".safetensors"), SAME),
+    "ckpt named .safetensors": (lambda: misnamed(exported("sd1"), "model.safetensors", ".ckpt"), SAME),
+    "a wrapper's module.": (lambda: renamed(exported("sd2"), "^", "module."), SAME),
+    "a wrapper's model.": (lambda: with_more(renamed(exported("sdxl"), "^", "model."), tensors=LEFT), SAME),
+    "a wrapper's state_dict. in a ckpt": (
+        lambda: named(renamed(exported("sd1"), "^", "state_dict."), "model.ckpt"),
+        SAME,
+    ),
     "half precision": (lambda: cast(exported("sd1"), torch.float16), CLOSE),
     "bfloat16": (lambda: cast(exported("sdxl"), torch.bfloat16), CLOSE),
     "scaled fp8": (lambda: scaled_fp8("sdxl"), CLOSE),
@@ -198,9 +215,24 @@ LAYOUTS = {
     ),
     "no VAE": (lambda: without(exported("sd1"), VAE), r"holds no VAE.*model\.vae\.safetensors"),
     "a UNet in a checkpoint's names": (lambda: only(exported("sd1"), UNET), "a UNet alone"),
+    "no text encoder": (
+        lambda: without(exported("sd1"), TEXT),
+        "holds a UNet and a VAE, but no text encoder. Take the full checkpoint",
+    ),
+    "no UNet": (lambda: without(exported("sd1"), UNET), "holds a VAE and a text encoder, but no UNet"),
+    "a text encoder of no family": (
+        lambda: renamed(exported("sd1"), r"^cond_stage_model\.transformer", "cond_stage_model.roberta"),
+        "text encoder is of none of the families sd1",
+    ),
     "a UNet": (lambda: renamed(only(exported("sd1"), UNET), re.escape(UNET), ""), "a UNet alone"),
-    "a VAE": (lambda: renamed(only(exported("sd1"), VAE), re.escape(VAE), ""), "a VAE alone"),
-    "a VAE of diffusers": (lambda: bare("encoder.down_blocks.0.resnets.0.conv1.weight"), "a VAE alone"),
+    "a VAE": (
+        lambda: renamed(only(exported("sd1"), VAE), re.escape(VAE), ""),
+        "a VAE alone, with no UNet and no text encoder",
+    ),
+    "a VAE of diffusers": (
+        lambda: bare("encoder.down_blocks.0.resnets.0.conv1.weight"),
+        "a VAE alone, with no UNet and no text encoder",
+    ),
     "a text encoder": (lambda: bare("text_model.encoder.layers.0.mlp.fc1.weight"), "a text encoder alone"),
     "a UNet of diffusers": (lambda: bare("down_blocks.0.resnets.0.conv1.weight"), "one part of a diffusers model"),
     "unknown weights in the UNet": (
@@ -228,7 +260,9 @@ def write_checkpoint(name, folder):
     """Write a layout's file, with what lies next to it. Returns its path."""
     odd = LAYOUTS[name][0]()
     path = Path(folder) / odd.name
-    _write(path, odd.tensors, odd.metadata, is_nested=odd.is_nested)
+    written = path.with_suffix(odd.written_as) if odd.written_as else path
+    _write(written, odd.tensors, odd.metadata, is_nested=odd.is_nested)
+    written.replace(path)
     for near, tensors in (odd.next_to_it or {}).items():
         _write(Path(folder) / near, tensors, {}, is_nested=True)
     return path

@@ -14,12 +14,13 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import draw, tiny_folder
 
 from everydream_kit.errors import ModelError
 from everydream_kit.export.single_file_export import export_checkpoint
 from everydream_kit.models.loading import load_model
-from everydream_kit.models.weight_files import open_pickle
+from everydream_kit.models.weight_files import open_pickle, open_weights
 
 
 class Call:
@@ -76,6 +77,8 @@ def test_a_lightning_checkpoint_gives_its_weights(tmp_path):
     assert "pytorch_lightning" not in sys.modules
     with pytest.raises(Exception, match="pytorch_lightning"):
         torch.load(tmp_path / "old.ckpt", weights_only=True)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "plain.ckpt")
+    open_pickle(tmp_path / "plain.ckpt")  # at the first file torch allows more classes of its own
     allowed = set(torch.serialization.get_safe_globals())
     tensors, metadata = open_pickle(tmp_path / "old.ckpt")
     assert tensors.keys() == {"a"}
@@ -219,3 +222,51 @@ def test_a_class_whose_name_acts_on_terminals_is_named_as_text(tmp_path):
         open_pickle(tmp_path / "a.ckpt")
     assert "\\x1b[2Jos.system" in str(caught.value)
     assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.sft", "a.ckpt", "a.pt", "A.BIN"])
+@pytest.mark.parametrize("padding", [0, 0x80 + (2 << 8)])
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "pickle"])
+def test_the_content_says_what_a_file_is_and_not_its_name(tmp_path, kind, padding, name):
+    """A header of 0x280 bytes begins as a pickle does."""
+    weights, path = {"w": torch.arange(3.0)}, tmp_path / name
+    if kind == "safetensors":
+        save_file(weights, path, {"note": ""})
+        missing = max(0, padding - int.from_bytes(path.read_bytes()[:8], "little"))
+        save_file(weights, path, {"note": "-" * missing})
+        assert not padding or path.read_bytes()[:2] == b"\x80\x02"
+    else:
+        torch.save({"state_dict": weights}, path, _use_new_zipfile_serialization=kind == "zip")
+    tensors, _ = open_weights(path)
+    assert {key: value.read().tolist() for key, value in tensors.items()} == {"w": [0.0, 1.0, 2.0]}
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
+def test_code_in_a_pickle_of_any_name_is_refused(tmp_path, name):
+    torch.save({"state_dict": {}, "x": Call(os.mkdir, str(tmp_path / "ran"))}, tmp_path / name)
+    with pytest.raises(ModelError, match="refused"):
+        open_weights(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 4265380512\n", "git lfs pull"),
+        ("\n<!DOCTYPE html><html><body>404</body></html>", "a web page.*Download the file itself"),
+        ("\ufeff<html>404", "a web page"),
+        ('{"error": "Unauthorized"}', "this is text.*Unauthorized.*logged in"),
+    ],
+)
+def test_what_a_download_left_in_place_of_weights_is_named(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ModelError, match=said):
+        open_weights(tmp_path / name)
+
+
+def test_a_file_that_holds_neither_is_read_as_its_name_says(tmp_path):
+    for name, said in {"a.safetensors": "not a whole safetensors file", "a.ckpt": "cannot be read|refused"}.items():
+        (tmp_path / name).write_bytes(b"\x00" * 64)
+        with pytest.raises(ModelError, match=said):
+            open_weights(tmp_path / name)
