@@ -1,10 +1,12 @@
-"""How much room a disk has: the one place that asks."""
+"""How much room a disk has: the one place that asks, and the words for a disk that will not do."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from pathlib import Path
+
+_UNITS = (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 
 
 def free_disk(folder: Path) -> int:
@@ -13,7 +15,45 @@ def free_disk(folder: Path) -> int:
     Raises:
         OSError: the disk does not answer.
     """
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def lack_of_room(folder: Path, needed: int) -> str | None:
+    """What keeps a folder from taking so many bytes, for a message; None where nothing does.
+
+    Raises:
+        OSError: the disk does not answer.
+    """
+    place = _existing(folder)
+    usage = shutil.disk_usage(place)
+    if not usage.total or not os.access(place, os.W_OK):
+        return f"nothing can be written in {place}: it is read-only, belongs to somebody else, or is no disk"
+    if needed <= usage.free:
+        return None
+    return f"{compare_sizes(needed, usage.free)} in {place}"
+
+
+def compare_sizes(needed: int, free: int) -> str:
+    """`needs 40.2 MB, and 39.9 MB are free`: in one unit each, with digits enough to show the difference."""
+    for digits in range(1, 4):
+        texts = _size(needed, digits), _size(free, digits)
+        if texts[0] != texts[1]:
+            break
+    else:
+        texts = f"{needed:,} B", f"{free:,} B"
+    return f"needs {texts[0]}, and {texts[1]} are free"
+
+
+def _size(num_bytes: int, digits: int) -> str:
+    for unit, factor in _UNITS:
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.{digits}f} {unit}"
+    return f"{num_bytes} B"
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above that is there."""
     folder = Path(os.path.abspath(folder))
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return folder

@@ -12,7 +12,7 @@ from everydream_kit.data.dataset import Dataset
 from everydream_kit.data.epoch_plan import PlanSettings, possible_buckets
 from everydream_kit.data.pixels import LATENT_CELL_PIXELS
 from everydream_kit.data.records import Size
-from everydream_kit.disk_space import free_disk
+from everydream_kit.disk_space import free_disk, lack_of_room
 from everydream_kit.errors import DiskSpaceError
 
 CacheMode = Literal["off", "memory", "disk"]
@@ -103,9 +103,9 @@ def check_room(folder: Path, entries: Iterable[tuple[Size, bool]], channels: int
         DiskSpaceError: the disk has not enough space.
     """
     needed = sum(entry_bytes(bucket, has_mask, channels) for bucket, has_mask in entries)
-    free = free_disk(folder)
-    if needed > free:
+    lack = lack_of_room(folder, needed) if needed else None
+    if lack is not None:
         raise DiskSpaceError(
-            f"{folder}: the latent cache needs {needed / 2**30:.1f} GiB more and the disk has {free / 2**30:.1f} GiB "
-            f"free. Lower cache_variants, set latent_cache_dir to a larger disk, or set cache_latents to off."
+            f"{folder}: the latent cache {lack}. Lower cache_variants, set latent_cache_dir to a larger disk, or set "
+            f"cache_latents to off."
         )

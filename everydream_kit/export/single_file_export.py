@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from everydream_kit.atomic import open_atomic, sweep, write_atomic
-from everydream_kit.disk_space import free_disk
+from everydream_kit.disk_space import lack_of_room
 from everydream_kit.errors import DiskSpaceError, ExportError
 from everydream_kit.models.convert import CLIP_VOCABULARY
 from everydream_kit.models.family import ModelFiles
@@ -181,13 +181,9 @@ def check_free_space(folder: Path, num_bytes: int) -> None:
     Raises:
         DiskSpaceError: less is free than the bytes and a little more.
     """
-    free = free_disk(folder)
-    needed = num_bytes + 16 * 2**20
-    if free < needed:
-        raise DiskSpaceError(
-            f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free. Nothing was written; "
-            "free some space, or write to another disk."
-        )
+    lack = lack_of_room(folder, num_bytes + 16 * 2**20)
+    if lack is not None:
+        raise DiskSpaceError(f"{folder}: {lack}. Nothing was written; free some space, or write to another disk.")
 
 
 def _write_ckpt(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from everydream_kit.disk_space import free_disk
+from everydream_kit.disk_space import free_disk, lack_of_room
 from everydream_kit.errors import DiskSpaceError, ModelError
 from everydream_kit.models.families import FAMILIES
 from everydream_kit.models.model_files import denoiser_folders
@@ -213,10 +213,10 @@ def _announce(
     place = Path(cache_dir or constants.HF_HUB_CACHE)
     free = free_disk(place)
     logger.info("%s: %d files, %.2f GB to download; %.1f GB are free.", repo_id, len(missing), needed / 1e9, free / 1e9)
-    if free < needed + 64 * 2**20:
+    lack = lack_of_room(place, needed + 64 * 2**20)
+    if lack is not None:
         raise DiskSpaceError(
-            f"{repo_id}: the download needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in {place}. "
-            "Free space, or set HF_HOME to a folder on a larger disk. Nothing was downloaded."
+            f"{repo_id}: the download {lack}. Free space, or set HF_HOME to a folder on a larger disk. Nothing was downloaded."
         )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from everydream_kit.data.cache_room import estimate_bytes
-from everydream_kit.disk_space import free_disk
+from everydream_kit.disk_space import compare_sizes, free_disk
 from everydream_kit.preflight.units import size
 from everydream_kit.training.caching import choose_latent_mode, latent_folder
 from everydream_kit.training.checkpoint_saving import DEFAULT_MINUTES
@@ -85,7 +85,7 @@ class DiskUse:
     def warnings(self) -> tuple[str, ...]:
         """One sentence for each file system that will not do."""
         return tuple(
-            f"{place.folder}: the run needs {size(place.needed_bytes)} there and {size(place.free_bytes)} are free. Keep fewer "
+            f"{place.folder}: the run {compare_sizes(place.needed_bytes, place.free_bytes)} there. Keep fewer "
             "checkpoints (keep_last_n), write no single files (no_save_ckpt), or put logdir on a larger disk."
             for place in self.places
             if place.is_short
@@ -182,7 +182,7 @@ def latent_cache_bytes(config: TrainConfig, dataset: Dataset, plan_settings: Pla
 def _checkpoints(config: TrainConfig, estimate: MemoryEstimate, saves: Sequence[int], folder: Path) -> DiskItem:
     """Go through the saves: the latest two stay resumable (or all), `keep_last_n` stay at all, and the best next to
     them."""
-    weights = estimate.weight_bytes_written
+    weights = estimate.weight_bytes_written + estimate.side_bytes_written
     best = (
         0 if config.validation_split_mode == "none" else weights // (2 if _averages(config) else 1)
     )  # live weights only

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from everydream_kit.atomic import FOREIGN_SECONDS, write_atomic
-from everydream_kit.disk_space import free_disk
+from everydream_kit.disk_space import lack_of_room
 from everydream_kit.errors import CheckpointError, DiskSpaceError, JobError
 from everydream_kit.identity import Process, is_running
 from everydream_kit.locks import hold
@@ -87,12 +87,9 @@ def write_checkpoint(
 
 def require_disk(folder: Path, num_bytes: int, what: str) -> None:
     """Raises: DiskSpaceError if a folder's disk has less room than this."""
-    free = free_disk(folder)
-    if num_bytes > free:
-        raise DiskSpaceError(
-            f"{what}: needs {_gigabytes(num_bytes)}, and {folder} has {_gigabytes(free)} free. "
-            "Free some disk, set keep_last_n, or put logdir on a larger disk."
-        )
+    lack = lack_of_room(folder, num_bytes)
+    if lack is not None:
+        raise DiskSpaceError(f"{what}: {lack}. Free some disk, set keep_last_n, or put logdir on a larger disk.")
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:
@@ -243,7 +240,3 @@ def _put_in_place(partial: Path, final: Path) -> None:
     os.replace(partial, final)
     sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _gigabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB"

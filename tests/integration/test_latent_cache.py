@@ -1,6 +1,7 @@
 """The latent cache: right entries, no wrong hits, nothing encoded twice, jitter and mirroring kept."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from everydream_kit.data import cache_room, latent_encoding
+from everydream_kit.data import latent_encoding
 from everydream_kit.data.cache import CacheSettings, DiskCache, MemoryCache
 from everydream_kit.data.cache_room import choose_cache_mode, estimate_bytes
 from everydream_kit.data.epoch_plan import PlanSettings
@@ -206,7 +207,7 @@ def test_the_room_is_estimated_and_checked_before_anything_is_encoded(folder, tm
     build(dataset, tmp_path / "cache")
     (shard,) = (tmp_path / "cache").rglob("*.safetensors")
     assert estimated / 2 < shard.stat().st_size <= estimated
-    monkeypatch.setattr(cache_room, "free_disk", lambda folder: 5000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 0, 5000))
     encoder = CountingEncoder()
     with pytest.raises(DiskSpaceError, match="Lower cache_variants, set latent_cache_dir"):
         build(dataset, tmp_path / "cache", encoder, "new vae")

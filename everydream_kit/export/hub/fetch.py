@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from everydream_kit.atomic import write_atomic
 from everydream_kit.config import TrainConfig
-from everydream_kit.disk_space import free_disk
+from everydream_kit.disk_space import lack_of_room
 from everydream_kit.errors import CheckpointError, ConfigError, HubError
 from everydream_kit.everydream2 import import_side_files
 from everydream_kit.export.hub.connection import HubConnection, quiet_client
@@ -246,12 +246,9 @@ class _Fetch:
 
     def _fetch_all(self, wanted: list[RepoFile], partial: Path) -> None:
         total, done = sum(file.size for file in wanted), 0
-        free = free_disk(partial)
-        if total > free:
-            raise HubError(
-                f"hf://{self.repo_id}: needs {size_words(total)}, and {partial.parent} has {size_words(free)} free. "
-                "Free some disk, or give another logdir."
-            )
+        lack = lack_of_room(partial, total)
+        if lack is not None:
+            raise HubError(f"hf://{self.repo_id}: {lack}. Free some disk, or give another logdir.")
         for file in sorted(wanted, key=lambda file: file.size):
             doing = f"fetch {file.path} ({size_words(file.size)}) from {self.repo_id}"
             self.progress(done, total, doing)

@@ -100,7 +100,7 @@ def test_what_will_not_fit_is_said_with_the_cure():
     disk = use(free=free, no_save_ckpt=False, save_ckpt_dir="models")
     (warning,) = disk.warnings
     assert warning.startswith(
-        "runs: the run needs 6.0 GB there and 5.0 GB are free. Keep fewer checkpoints (keep_last_n)"
+        "runs: the run needs 6.0 GB, and 5.0 GB are free there. Keep fewer checkpoints (keep_last_n)"
     )
     assert not use(no_save_ckpt=False, save_ckpt_dir="models").warnings
 

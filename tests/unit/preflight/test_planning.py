@@ -159,7 +159,7 @@ def test_without_a_gpu_it_is_this_cpu(settings, monkeypatch):
 
 def test_a_short_disk_is_a_warning(settings, monkeypatch):
     monkeypatch.setattr("everydream_kit.preflight.disk.free_disk", lambda folder: 10**9)
-    assert any("1.0 GB are free. Keep fewer checkpoints" in warning for warning in planned(settings).warnings)
+    assert any("1.0 GB are free there. Keep fewer checkpoints" in warning for warning in planned(settings).warnings)
 
 
 @pytest.mark.parametrize(
