@@ -152,13 +152,14 @@ def build_tokenizer(pad_token: str = END, vocabulary: Vocabulary | None = None) 
         merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in vocabulary.merges)]
     else:
         tokens, merges = clip_vocabulary(), list(clip_merges())
-    return CLIPTokenizer(
+    made = CLIPTokenizer(
         vocab=tokens,
         merges=cast(Any, merges),  # pairs, as the library takes them, though it says texts
         pad_token=pad_token,
         model_max_length=WINDOW,
         do_lower_case=True,
     )
+    return _without_length_warning(made)
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -177,9 +178,16 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     checked_vocabulary(*_tokens_and_merges(folder, _read_files(folder)), END, str(folder))
     try:
         tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=WINDOW)
-        return tokenizer
     except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(f"{folder}: the tokenizer cannot be read ({error}).") from error
+    return _without_length_warning(tokenizer)
+
+
+def _without_length_warning(tokenizer: CLIPTokenizer) -> CLIPTokenizer:
+    """transformers warns once of texts beyond the window ("will result in indexing errors"). Ours are read in windows, and
+    what does not fit is reported with the image, so it counts as warned already."""
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
 
 
 def build_byte_tokenizer() -> Any:
@@ -237,13 +245,23 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
     else:
         _write_json(folder / "tokenizer_config.json", {**_TOKENIZER_CONFIG, **special})
     _write_json(folder / "special_tokens_map.json", special)
-    if own == clip_vocabulary():
-        vocabulary_text, merges_text = _clip_texts()
-    else:
-        bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-        vocabulary_text, merges_text = _texts(bpe["vocab"], bpe["merges"])
+    vocabulary_text, merges_text = _own_texts(tokenizer, own)
     (folder / "vocab.json").write_text(vocabulary_text, encoding="utf-8")
     (folder / "merges.txt").write_text(merges_text, encoding="utf-8")
+
+
+def saved_bytes(tokenizer: CLIPTokenizer) -> int:
+    """About how large a saved tokenizer is: its vocabulary and merges, which are nearly all of it."""
+    texts = _own_texts(tokenizer, tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False))
+    return sum(len(text.encode()) for text in texts)
+
+
+def _own_texts(tokenizer: CLIPTokenizer, own: dict[str, int]) -> tuple[str, str]:
+    """Contents of vocab.json and merges.txt of a tokenizer with these words, added ones not counted."""
+    if own == clip_vocabulary():
+        return _clip_texts()
+    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    return _texts(bpe["vocab"], bpe["merges"])
 
 
 def _texts(vocabulary: dict[str, int], merges: Iterable[Sequence[str]]) -> tuple[str, str]:

@@ -94,6 +94,7 @@ class MemoryEstimate:
         num_trained_parameters, num_parameters: numbers, not tensors.
         weight_bytes_written: the weights of one checkpoint, the averaged ones of an EMA included.
         state_bytes_written: its resume state.
+        side_bytes_written: what its folders hold next to weights: tokenizers and headers.
         host_bytes: host memory that the run takes next to a GPU's: paged states, averages and modules that are kept
             there, and the copy that is written in the background. On a CPU only the copy, which is made where there is
             space for it.
@@ -112,6 +113,7 @@ class MemoryEstimate:
     host_bytes: int = 0
     pass_launches: int = 0
     update_launches: int = 0
+    side_bytes_written: int = 0
 
     @property
     def worst(self) -> Phase:
@@ -407,6 +409,7 @@ def _conclude(config: TrainConfig, rehearsal: Rehearsal, device: str) -> MemoryE
         num_parameters=rehearsal.num_parameters,
         weight_bytes_written=rehearsal.checkpoint_bytes + rehearsal.averaged_bytes,
         state_bytes_written=rehearsal.state_bytes,
+        side_bytes_written=rehearsal.side_bytes * (2 if rehearsal.averaged_bytes else 1),
         host_bytes=host,
         pass_launches=_launches_of_passes(training.launches) * config.grad_accum // rehearsal.num_micro_batches,
         update_launches=training.launches[OPTIMIZER],

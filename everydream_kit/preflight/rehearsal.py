@@ -27,6 +27,7 @@ from everydream_kit.data.records import Batch, Draw, MicroBatch, Size, StepBatch
 from everydream_kit.models.encoding import decode_latents, encode_captions, encode_moments
 from everydream_kit.models.family import Sizes, has_large_texts
 from everydream_kit.models.sampling import guide
+from everydream_kit.models.tokenizer import saved_bytes
 from everydream_kit.preflight.imitation import imitate_autocast, imitate_precision, replace_bitsandbytes
 from everydream_kit.preflight.skeleton import Architecture, build_skeleton
 from everydream_kit.preflight.tracker import OPTIMIZER, SCRATCH, Lives, StorageTracker
@@ -79,6 +80,7 @@ class Rehearsal:
         ema_on_device: the averages live next to the weights.
         checkpoint_bytes, averaged_bytes, state_bytes, ema_bytes: of the weights that a checkpoint holds, of the
             averaged ones next to them, of the optimizer's state and of the averages.
+        side_bytes: of tokenizers and headers in a checkpoint's folder.
         snapshot_bytes: host memory that a save in the background takes while it writes.
     """
 
@@ -89,6 +91,7 @@ class Rehearsal:
     num_parameters: int
     num_trained_parameters: int
     checkpoint_bytes: int
+    side_bytes: int
     averaged_bytes: int
     state_bytes: int
     ema_bytes: int
@@ -351,7 +354,8 @@ def _summarise(config: TrainConfig, run: Run, tracker: StorageTracker, num_micro
     modules = run.learner.model.modules().values()
     state_bytes = _count(run.learner.optimizer.state.values())
     trained = count_bytes(run.learner.trained_weights())
-    whole = sum(_count(module.state_dict()) for module in modules) if config.training_kind == "full" else trained
+    is_full = config.training_kind == "full"
+    whole = sum(_count(module.state_dict()) for module in modules) if is_full else trained
     ema_bytes = 0 if run.learner.ema is None else _count(run.learner.ema.averages)
     averaged = 0 if run.learner.ema is None else whole
     return Rehearsal(
@@ -362,11 +366,22 @@ def _summarise(config: TrainConfig, run: Run, tracker: StorageTracker, num_micro
         num_parameters=sum(p.numel() for module in modules for p in module.parameters()),
         num_trained_parameters=sum(part.num_parameters for part in run.learner.parts),
         checkpoint_bytes=whole,
+        side_bytes=_side_bytes(run.learner.model) if is_full else 0,
         averaged_bytes=averaged,
         state_bytes=state_bytes + ema_bytes,
         ema_bytes=ema_bytes,
         snapshot_bytes=trained + state_bytes + (trained + ema_bytes if run.learner.ema is not None else 0),
     )
+
+
+HEADER_BYTES = 120
+"""Of one tensor in a safetensors file's header: name, format, shape and place."""
+
+
+def _side_bytes(model: Model) -> int:
+    """What a whole model's folder holds next to weights, and what counts where a model is small: headers, tokenizers."""
+    num_tensors = sum(len(module.state_dict()) for module in model.modules().values())
+    return HEADER_BYTES * num_tensors + sum(map(saved_bytes, model.tokenizers))
 
 
 def _count(values: Any) -> int:

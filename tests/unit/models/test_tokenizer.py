@@ -1,6 +1,7 @@
 """The shipped vocabulary, and tokenizer folders for every version of transformers."""
 
 import json
+import logging
 
 import pytest
 
@@ -69,3 +70,15 @@ def test_a_vocabulary_is_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "read_json", noting)
     load_tokenizer(tmp_path)
     assert read.count("vocab.json") == 1
+
+
+def test_a_text_beyond_the_window_gives_no_warning_of_the_library(tmp_path, caplog):
+    save_tokenizer(build_tokenizer(), tmp_path)
+    transformers = logging.getLogger("transformers")
+    before, transformers.propagate = transformers.propagate, True
+    try:
+        for made in (build_tokenizer(), load_tokenizer(tmp_path)):
+            assert len(made("cat " * 100, add_special_tokens=False)["input_ids"]) == 100
+    finally:
+        transformers.propagate = before
+    assert "Token indices sequence length" not in caplog.text

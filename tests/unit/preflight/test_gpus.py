@@ -1,5 +1,8 @@
 """The GPUs that are known: found by what people call them, and by what the driver calls them."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from everydream_kit.cli import main
@@ -87,3 +90,9 @@ def test_doctor_lists_the_cards(capsys):
     main(["doctor"])
     line = next(line for line in capsys.readouterr().out.splitlines() if "everydream plan --gpu" in line)
     assert "T4 (15 GiB)" in line and "A100 80GB (79 GiB)" in line
+
+
+def test_the_planning_page_lists_the_known_gpus():
+    text = " ".join((Path(__file__).parents[3] / "docs" / "planning.md").read_text(encoding="utf-8").split())
+    (listed,) = re.findall(r"lists those that are known: ([^.]+)\.", text)
+    assert sorted(listed.split(", ")) == sorted(gpu_spec.name for gpu_spec in known_gpus())

@@ -6,7 +6,7 @@ from small_architecture import SMALL, small_architecture
 
 from everydream_kit.config import TrainConfig, facts
 from everydream_kit.errors import ConfigError
-from everydream_kit.models.random_models import build_model
+from everydream_kit.models.random_models import build_model, write_model
 from everydream_kit.preflight import memory_estimate
 from everydream_kit.preflight.memory_estimate import MemoryEstimate, Phase, estimate_memory, sampled_together
 
@@ -60,6 +60,17 @@ def test_a_checkpoint_is_the_weights_and_its_resume_state_the_optimizers(estimat
     state = sum(t.nbytes for module in real_model.modules().values() for t in module.state_dict().values())
     assert found.weight_bytes_written == state
     assert found.state_bytes_written == phase(found).by_category["optimizer states"]
+
+
+def test_the_files_of_a_checkpoint_are_as_large_as_estimated(estimate, real_model, tmp_path):
+    write_model(real_model, tmp_path)
+    written = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    found = estimate(device="cpu")
+    assert found.weight_bytes_written + found.side_bytes_written == pytest.approx(written, abs=20_000)
+    assert found.side_bytes_written > 1_000_000  # the tokenizer's words
+    lora = estimate(device="cpu", training_kind="lora")
+    assert lora.side_bytes_written == 0
+    assert estimate(device="cpu", ema_decay_rate=0.999).side_bytes_written == 2 * found.side_bytes_written
 
 
 def test_8_bit_states_are_those_that_bitsandbytes_makes(estimate, real_model):
