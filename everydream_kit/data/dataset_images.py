@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
+from everydream_kit.data.caption_tables import listed_caption
 from everydream_kit.data.captions import (
     Caption,
     caption_from_file_name,
@@ -29,7 +30,7 @@ from everydream_kit.data.dataset import (
     DatasetBuilder,
     Defaults,
 )
-from everydream_kit.data.folders import SETTINGS_FILES, SIDECAR_EXTENSIONS, Companions, match_key, report_notes
+from everydream_kit.data.folders import SETTINGS_FILES, SIDECAR_EXTENSIONS, Folder, match_key, report_notes
 from everydream_kit.data.headers import Header, ImageHeaderError, read_header
 from everydream_kit.data.image_settings import ImageSettings, caption_of, merge_tags, parse_settings, settings_from_text
 from everydream_kit.data.reading_problems import MASK_SUFFIX, Problem
@@ -50,6 +51,7 @@ class Entry(NamedTuple):
         mask: its loss mask, or None.
         settings: what its folder, or its entry in an index, says.
         settings_word: the same as `hash_settings` gives it, for the stamp; made once for each folder.
+        listed: its caption in a table of its folder, which holds where no file of its own gives one; or None.
     """
 
     path: str
@@ -58,6 +60,7 @@ class Entry(NamedTuple):
     mask: str | None
     settings: ImageSettings
     settings_word: int
+    listed: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +76,16 @@ class Job:
     choose_lines: bool
 
 
-def entries_of_folder(
-    path: str, relative: str, names: Sequence[str], companions: Companions, settings: ImageSettings
-) -> tuple[Entry, ...]:
-    """The images of a folder, each with the files that lie next to it."""
-    prefix = f"{relative}/" if relative else ""
-    place = os.path.join(path, "")
-    settings_word = hash_settings(settings)
+def entries_of_folder(folder: Folder, names: Sequence[str]) -> tuple[Entry, ...]:
+    """Images of a folder, each with the files that lie next to it."""
+    companions, prefix = folder.companions, f"{folder.relative}/" if folder.relative else ""
+    place = os.path.join(folder.path, "")
+    settings_word = hash_settings(folder.settings)
     entries = []
     for name in names:
         mask = companions.mask_of(name)
         found = (companions.find(name, end) for end in SIDECAR_EXTENSIONS)
+        listed = listed_caption(place + name, folder.tables)
         entries.append(
             Entry(
                 path=place + name,
@@ -93,8 +95,9 @@ def entries_of_folder(
                 ],
                 # masks were taken out of the images, so they are among the companions
                 mask=None if mask is None else place + mask,
-                settings=settings,
-                settings_word=settings_word,
+                settings=folder.settings,
+                settings_word=settings_word if listed is None else hash_settings(folder.settings, listed),
+                listed=listed,
             )
         )
     return tuple(entries)
@@ -151,9 +154,9 @@ def _stamp(entry: Entry, choose_lines: bool) -> _Stamp:
     return _Stamp(hash(tuple(words)), own.st_size, own.st_mtime_ns)
 
 
-def hash_settings(settings: ImageSettings) -> int:
+def hash_settings(settings: ImageSettings, listed: str = "") -> int:
     """A word for the stamp, equal in every process."""
-    return int.from_bytes(hashlib.blake2b(repr(settings).encode(), digest_size=7).digest(), "little")
+    return int.from_bytes(hashlib.blake2b((repr(settings) + listed).encode(), digest_size=7).digest(), "little")
 
 
 def _read_entry(
@@ -191,6 +194,7 @@ def _read_words(entry: Entry, choose_lines: bool, builder: DatasetBuilder) -> tu
     if not folder_has_words and len(entry.companions) == 1 and _is_caption(entry.companions[0]):
         text = _read_caption(entry.companions[0], builder).strip()
         return settings, (FROM_LINES if choose_lines and "\n" in text else FROM_TEXT), text
+    has_own_words = False
     for path in entry.companions:
         if _is_caption(path):
             text = _read_caption(path, builder)
@@ -199,6 +203,9 @@ def _read_words(entry: Entry, choose_lines: bool, builder: DatasetBuilder) -> tu
             said = _read(path, lambda file: parse_settings(read_mapping(file)))
             report_notes(said, path, builder.problems.append)
         settings = settings.updated(said)
+        has_own_words |= said.main_prompt is not None or bool(said.tags)
+    if entry.listed is not None and not has_own_words:
+        settings = settings.updated(settings_from_text(entry.listed))
     return settings, *_caption_column(entry, settings)
 
 

@@ -8,11 +8,13 @@ one-value files for the folder alone.
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from everydream_kit.data.caption_tables import FOLDER_TABLES, UNREAD_TABLE, FolderTable
 from everydream_kit.data.image_files import EXTENSIONS, UNREAD_EXTENSIONS
 from everydream_kit.data.image_settings import (
     ONE_VALUE_FILES,
@@ -23,6 +25,7 @@ from everydream_kit.data.image_settings import (
 )
 from everydream_kit.data.reading_problems import MASK_SUFFIX, Problem
 from everydream_kit.data.textfiles import TextError, read_mapping, read_text
+from everydream_kit.errors import DataError
 from everydream_kit.plain_text import printable
 
 GLOBAL_FILES = ("global.yaml", "global.yml")
@@ -83,7 +86,7 @@ class Companions:
             name
             for name in sorted(self.names)
             if name.lower().endswith(SIDECAR_EXTENSIONS)
-            and match_key(name) not in SETTINGS_FILES
+            and match_key(name) not in (*SETTINGS_FILES, *FOLDER_TABLES)
             and match_key(name[: name.rfind(".")]) not in self._keys
         ]
 
@@ -135,6 +138,7 @@ class Folder:
         images: names of the image files, sorted.
         companions: the other files, which may speak about an image: captions, settings, masks.
         settings: of the folder and those above it.
+        tables: of captions, of the folder and those above it, the nearest first.
     """
 
     path: str
@@ -142,6 +146,7 @@ class Folder:
     images: tuple[str, ...]
     companions: Companions
     settings: ImageSettings
+    tables: tuple[FolderTable, ...] = ()
 
 
 Report = Callable[[Problem], None]
@@ -173,7 +178,7 @@ def walk_folders(root: str, report: Report) -> Iterator[Folder]:
         report: called with each problem of a folder or a settings file.
     """
     blocks: list[_Blocked] = []
-    yield from _walk(root, "", ImageSettings(), None, frozenset(), blocks=blocks, report=report)
+    yield from _walk(root, "", ImageSettings(), None, frozenset(), tables=(), blocks=blocks, report=report)
     for block in blocks:
         report(block.problem())
 
@@ -185,6 +190,7 @@ def _walk(
     block: _Blocked | None,
     above: frozenset[str],
     *,
+    tables: tuple[FolderTable, ...],
     blocks: list[_Blocked],
     report: Report,
 ) -> Iterator[Folder]:
@@ -207,14 +213,20 @@ def _walk(
     _report_strays(path, companions, report)
     settings, block = _read_files(path, companions, GLOBAL_FILES, inherited, block, blocks=blocks, report=report)
     here, local_block = _read_files(path, companions, LOCAL_FILES, settings, block, blocks=blocks, report=report)
+    own_tables = _read_tables(path, companions, report)
+    tables = (*own_tables, *tables)
     if local_block is not None:
         local_block.num_images += len(images)
     elif images:
-        yield Folder(path, relative, images, companions, here)
+        _note_repeats(path, here, report)
+        yield Folder(path, relative, images, companions, here, tables)
     del names, files, images, companions
+    deeper = above | {real}
     for name in folders:
-        below = f"{relative}/{name}" if relative else name
-        yield from _walk(os.path.join(path, name), below, settings, block, above | {real}, blocks=blocks, report=report)
+        below, inner = f"{relative}/{name}" if relative else name, os.path.join(path, name)
+        yield from _walk(inner, below, settings, block, deeper, tables=tables, blocks=blocks, report=report)
+    for table in own_tables:
+        _note_unused_rows(table, path, report)
 
 
 def _list(path: str, report: Report) -> tuple[list[str], list[str]]:
@@ -280,6 +292,52 @@ def _report_strays(path: str, companions: Companions, report: Report) -> None:
     for ending, names in unread.items():
         cause = f"{len(names)} {ending} {'images are' if len(names) > 1 else 'image is'} not read: {_name_some(names)}"
         report(Problem(printable(path), cause, "Save as JPEG, PNG or WebP to train on it."))
+
+
+def _read_tables(path: str, companions: Companions, report: Report) -> list[FolderTable]:
+    """The tables of captions that lie in a folder; one that cannot be used is reported."""
+    found = []
+    for name in FOLDER_TABLES:
+        spelled = companions.settings_file(name)
+        if spelled is None:
+            continue
+        file = os.path.join(path, spelled)
+        try:
+            found.append(FolderTable(file))
+        except DataError as error:
+            cause = str(error).removeprefix(f"{file}: ").rstrip(".")
+            report(Problem(printable(file), f"no caption of it is used: {printable(cause)}", _TABLE_CURE, False))
+    if (unread := companions.settings_file(UNREAD_TABLE)) is not None:
+        cure = "Save it as metadata.jsonl with file_name and text."
+        report(Problem(printable(os.path.join(path, unread)), "a table in Parquet is not read", cure, skipped=False))
+    return found
+
+
+_TABLE_CURE = "Fix it, or remove it if it holds no captions (it needs the columns file_name and text)."
+
+
+def _note_unused_rows(table: FolderTable, path: str, report: Report) -> None:
+    """Report rows that name no image, since their captions are used nowhere."""
+    if table.num_unused:
+        cause = f"{table.num_unused} of its {table.num_rows} rows name no image that is here"
+        cure = (
+            "Names start at the table's folder, such as train/a.png. To write the captions of images found by their "
+            f"bare names next to them: everydream tidy captions-from-table {table.path} {path}"
+        )
+        report(Problem(printable(table.path), cause, printable(cure), skipped=False))
+
+
+_REPEATS = re.compile(r"([1-9][0-9]{0,2})_.+")
+"""kohya's trainer reads a folder `10_cat` as ten repeats of its images."""
+
+
+def _note_repeats(path: str, settings: ImageSettings, report: Report) -> None:
+    """Report a folder whose name says repeats to another trainer, and whose settings say nothing of them."""
+    found = _REPEATS.fullmatch(os.path.basename(path))
+    if found and int(found[1]) > 1 and settings.multiply is None:
+        cause = f"the name asks kohya's trainer for {found[1]} repeats; here a folder's name has no meaning"
+        cure = f"To repeat its images, put a file multiply.txt with {found[1]} into it; with 1, this note goes."
+        report(Problem(printable(path), cause, cure, skipped=False))
 
 
 def _name_some(names: list[str]) -> str:

@@ -118,13 +118,22 @@ def parse_settings(values: Mapping[str, Any]) -> ImageSettings:
     found.pop("image", None)
     caption = found.pop("caption", ImageSettings())
     tags = found.pop("tags", ImageSettings())
-    notes += _cautions(found)
+    notes += [*_cautions(found), *_dropped_prompts(values.get("main_prompt"))]
     own = ImageSettings(**found, tags=tags.tags, weighted=tags.weighted, unknown=tuple(unknown), notes=tuple(notes))
     return own.updated(caption)
 
 
 def _repeated(name: str) -> Note:
     return Note(f"{name}: given twice; the last value is used", "Keep one of them.")
+
+
+def _dropped_prompts(value: Any) -> list[Note]:
+    """A note on main prompts after the first, which EveryDream 2 drops, too."""
+    given = [item for item in value if item is not None] if isinstance(value, list) else []
+    if len(given) < 2:
+        return []
+    cause = f"main_prompt: of {len(given)} texts only the first is used"
+    return [Note(cause, "Write them as a list under caption: one of them is then drawn for each use.")]
 
 
 def _cautions(found: Mapping[str, Any]) -> list[Note]:

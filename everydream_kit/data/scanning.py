@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from everydream_kit.config import default_of
+from everydream_kit.data.caption_tables import captions_cure, table_cure
 from everydream_kit.data.captions import caption_from_file_name, is_camera_name
 from everydream_kit.data.dataset import (
     DEFAULT_MASK_MODE,
@@ -35,6 +36,7 @@ from everydream_kit.data.dataset import (
 )
 from everydream_kit.data.dataset_images import Entry, Job, entries_of_folder, hash_settings, read_job
 from everydream_kit.data.folders import SIDECAR_EXTENSIONS, FolderFiles, Report, report_notes, walk_folders
+from everydream_kit.data.image_files import EXTENSIONS
 from everydream_kit.data.image_settings import parse_settings
 from everydream_kit.data.reading_problems import Problem
 from everydream_kit.data.scan_cache import Remembered, load_remembered, save_remembered
@@ -126,7 +128,7 @@ def _locate(spec: str, cache: Path | None) -> Path:
         work_dir = cache or (path.parent if is_archive else Path.home() / ".cache" / "everydream_kit")
         return Path(open_source(spec, work_dir)).absolute()
     if path.exists():
-        raise DataError(f"{spec}: not a folder, a .json index or an archive ({', '.join(ARCHIVES)}).")
+        raise DataError(f"{spec}: not a folder, a .json index or an archive ({', '.join(ARCHIVES)}).{table_cure(path)}")
     raise DataError(f"{spec}: there is no such folder or file. Give the folder that holds your images as data_root.")
 
 
@@ -150,6 +152,8 @@ class _Scanner:
             for part in self._in_order(pool, jobs, remembered):
                 builder.extend(part, root=0)
         dataset = builder.build(Defaults())
+        if not len(dataset) and path.is_dir() and not any(problem.skipped for problem in dataset.problems):
+            dataset.problems.append(_no_image(path))
         _note_camera_names(dataset, base)
         if cache is not None and not remembered.is_all_of(dataset):
             save_remembered(cache, str(path), dataset)
@@ -180,21 +184,37 @@ class _Scanner:
         for folder in walk_folders(base, report):
             for start in range(0, len(folder.images), JOB_SIZE):
                 names = folder.images[start : start + JOB_SIZE]
-                entries = entries_of_folder(folder.path, folder.relative, names, folder.companions, folder.settings)
-                yield Job(entries, self._choose_lines)
+                yield Job(entries_of_folder(folder, names), self._choose_lines)
+
+
+def _no_image(folder: Path) -> Problem:
+    """What to do about a folder without an image that can be used."""
+    archives = [name for name in sorted(os.listdir(folder)) if name.lower().endswith(ARCHIVES)]
+    if archives:
+        cure = f"Give the archive as data_root, such as {folder / archives[0]}, or unpack it."
+        named = ", ".join(archives[:3]) + (f" and {len(archives) - 3} more" if len(archives) > 3 else "")
+        return Problem(printable(str(folder)), printable(f"holds no image, but {named}"), printable(cure))
+    cure = f"Give the folder that holds your images ({', '.join(EXTENSIONS)})."
+    return Problem(printable(str(folder)), "holds no image", cure)
 
 
 def _note_camera_names(dataset: Dataset, base: str) -> None:
     """Report captions that come from file names without meaning."""
     rows = np.flatnonzero(dataset.numbers["caption_kind"] == FROM_FILE_NAME).tolist()
     captions = [caption_from_file_name(dataset.paths[row]).text for row in rows]
-    empty = [text for text in captions if is_camera_name(text)]
+    empty = captions.count("")
+    odd = [text for text in captions if text and is_camera_name(text)]
+    causes = []
+    if odd:
+        examples = ", ".join(repr(text) for text in list(dict.fromkeys(odd))[:3])
+        look = "looks like a name" if len(odd) == 1 else "look like names"
+        causes.append(f"{len(odd)} of them {look} from a camera or a download: {examples}")
     if empty:
-        examples = ", ".join(repr(text) for text in list(dict.fromkeys(empty))[:3])
-        cause = (
-            f"{len(rows)} captions come from file names, and {len(empty)} of them look like names from a camera or a "
-            f"download: {examples}"
-        )
+        has = "has an empty caption" if empty == 1 else "have an empty caption"
+        causes.append(f"{empty} of them {has}, since nothing stands before the first underscore")
+    if causes:
+        come = "1 caption comes from a file name" if len(rows) == 1 else f"{len(rows)} captions come from file names"
+        cause = f"{come}, and {', and '.join(causes)}"
         cure = "Put a caption file next to each image (cat.txt for cat.jpg), or rename the images."
         dataset.problems.append(Problem(printable(base), cause, cure, skipped=False))
 
@@ -212,8 +232,9 @@ def _read_index(path: Path, base: str, report: Report) -> Iterator[Entry]:
             f"{path}: {error}. A dataset index is a JSON list of objects with image and caption."
         ) from error
     if not isinstance(items, list):
+        cure = f" If it maps images to captions: {captions_cure(path)}" if isinstance(items, Mapping) else ""
         raise DataError(
-            f'{path}: holds a {kind_of(items)}, but an index is a list: [{{"image": "a.jpg", "caption": "a cat"}}].'
+            f'{path}: holds a {kind_of(items)}, but an index is a list: [{{"image": "a.jpg", "caption": "a cat"}}].{cure}'
         )
     seen: set[str] = set()
     files = FolderFiles()

@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from everydream_kit.atomic import sweep, temporary_path
+from everydream_kit.data.caption_tables import FOLDER_TABLES, UNREAD_TABLE, table_cure
 from everydream_kit.data.image_files import EXTENSIONS
-from everydream_kit.disk_space import free_disk
+from everydream_kit.disk_space import compare_sizes, free_disk
 from everydream_kit.errors import DataError, DiskSpaceError
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
@@ -49,7 +50,10 @@ _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZM
 _HUB_ID = re.compile(r"()([\w.-]+/[\w.-]+)()()")
 _HUB_URL = re.compile(r"(hf://datasets/)([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.*))?")
 _WANTED = (*(name[1:] for name in EXTENSIONS), "txt", "caption", "yaml", "yml", "json", "zip", "tar", "gz", "tgz")
-_HUB_PATTERNS = [f"*.{spelt}" for name in _WANTED for spelt in (name, name.upper())]
+_HUB_PATTERNS = [
+    *(f"*.{spelt}" for name in _WANTED for spelt in (name, name.upper())),
+    *(f"*{name}" for name in (*FOLDER_TABLES, UNREAD_TABLE)),
+]
 
 Fetch = Callable[[str, str | None], Path]
 """Downloads a Hub dataset: (owner/name, revision or None) -> local folder."""
@@ -68,7 +72,7 @@ def kind_of_source(spec: str) -> Literal["folder", "index", "archive", "hub"]:
         name = path.name.lower()
         if name.endswith(ARCHIVES) or name.endswith(".json"):
             return "index" if name.endswith(".json") else "archive"
-        raise DataError(f"{path}: not a folder, a .json index or an archive ({', '.join(ARCHIVES)}).")
+        raise DataError(f"{path}: not a folder, a .json index or an archive ({', '.join(ARCHIVES)}).{table_cure(path)}")
     if _HUB_URL.fullmatch(spec) or (_HUB_ID.fullmatch(spec) and spec[0] not in "./~"):
         return "hub"
     kind = "file" if path.name.lower().endswith((*ARCHIVES, ".json")) else "folder"
@@ -171,8 +175,8 @@ def _unpack_into(archive: Path, folder: Path, max_bytes: int, max_entries: int) 
                     )
                 if claimed > free:
                     raise DiskSpaceError(
-                        f"{archive}: needs more than the {free / 2**30:.1f} GiB that are free in {folder.parent}. "
-                        f"Free some, or unpack it to another disk and give the folder."
+                        f"{archive}: {compare_sizes(claimed, free)} in {folder.parent}, without the entries after "
+                        f"{name!r}. Free some, or unpack it to another disk and give the folder."
                     )
                 _write_entry(archive, entry, target)
     except _DAMAGED as error:

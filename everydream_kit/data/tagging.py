@@ -7,29 +7,23 @@ replaced in a journal for `changes.undo`.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from everydream_kit.data.caption_tables import read_table
 from everydream_kit.data.captions import is_camera_name
 from everydream_kit.data.changes import Changes, PrepReport
 from everydream_kit.data.dataset import FROM_FILE_NAME, FROM_JSON, Dataset
 from everydream_kit.data.folders import FolderFiles
 from everydream_kit.data.scanning import scan_dataset
 from everydream_kit.data.textfiles import TextError, read_mapping, read_text_and_doubt
-from everydream_kit.errors import ConfigError, DataError
-from everydream_kit.strict_json import parse_json
+from everydream_kit.errors import ConfigError
 
-MAX_TABLE_BYTES = 256 << 20
-"""A million images with long captions."""
 _RICH = (".json", ".yaml", ".yml")
 _CAPTION_WORDS = frozenset({"main_prompt", "tags", "caption"})
-_NAME_COLUMNS = ("image", "file_name", "filename", "file", "path", "name")
-_CAPTION_COLUMNS = ("caption", "text", "prompt", "description")
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,50 +209,6 @@ def captions_from_table(
         else:
             changes.write(source.file, caption.encode(), "captions written", path)
     return changes.report
-
-
-def read_table(table: Path) -> list[tuple[str, str]]:
-    """Image names and captions of a table.
-
-    Raises:
-        DataError: it cannot be read, or the columns are not there.
-    """
-    try:
-        rows = _parse_rows(table.read_text(encoding="utf-8-sig"), table.suffix.lower())
-    except (OSError, ValueError, csv.Error, DataError) as error:
-        raise DataError(f"{table}: cannot be read as a table of captions ({error}).") from error
-    if not rows:
-        raise DataError(f"{table}: has no rows.")
-    names = [_column(rows[0], wanted, table) for wanted in (_NAME_COLUMNS, _CAPTION_COLUMNS)]
-    pairs: list[tuple[str, str]] = []
-    for number, row in enumerate(rows, 1):
-        name, caption = (row.get(column) for column in names)
-        if not isinstance(name, str) or not isinstance(caption, str) or not name:
-            raise DataError(f"{table}: row {number} has no text in {names[0]!r} or {names[1]!r}: {row!r}.")
-        pairs.append((name, " ".join(caption.split())))
-    return pairs
-
-
-def _parse_rows(text: str, suffix: str) -> list[dict[str, Any]]:
-    if suffix in (".csv", ".tsv"):
-        return list(csv.DictReader(io.StringIO(text), delimiter="\t" if suffix == ".tsv" else ","))
-    if suffix == ".jsonl":
-        lines = enumerate(text.splitlines(), 1)
-        rows = [parse_json(line, f"line {n}", error=DataError) for n, line in lines if line.strip()]
-    else:
-        held = parse_json(text, "the table", expect=None, error=DataError, max_bytes=MAX_TABLE_BYTES)
-        rows = [{"image": k, "caption": v} for k, v in held.items()] if isinstance(held, dict) else held
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("a list of objects is expected")
-    return rows
-
-
-def _column(row: dict[str, Any], wanted: tuple[str, ...], table: Path) -> str:
-    found = {str(name).strip().lower(): name for name in row}
-    for name in wanted:
-        if name in found:
-            return found[name]
-    raise DataError(f"{table}: none of the columns is called {', '.join(wanted)} (found {', '.join(map(str, row))}).")
 
 
 def _places(dataset: Dataset, root: Path) -> dict[str, int]:

@@ -65,7 +65,7 @@ def read_text_and_doubt(path: str | Path) -> tuple[str, str]:
         data = file.read(MAX_TEXT_BYTES + 1)
     if len(data) > MAX_TEXT_BYTES:
         raise TextError(f"larger than {MAX_TEXT_BYTES >> 20} MiB, so it is not a caption or settings file")
-    encoding = next((name for bom, name in _BOMS if data.startswith(bom)), None)
+    encoding = next((name for bom, name in _BOMS if data.startswith(bom)), None) or _utf16_without_mark(data)
     try:
         text = data.decode(encoding or "utf-8")
     except UnicodeDecodeError as error:
@@ -75,8 +75,18 @@ def read_text_and_doubt(path: str | Path) -> tuple[str, str]:
         text = data.decode("cp1252", "replace")
     strange = next((c for c in text if (c < " " and c not in "\t\n\r\f\v") or c == "\ufffd"), None)
     if strange is not None:
-        raise TextError(f"holds {strange!r}: it is not text in UTF-8, UTF-16 or Windows-1252")
+        raise TextError(f"holds {strange!r}: it is not text in UTF-8, UTF-16 or Windows-1252; save it as UTF-8")
     return text, _doubt(data) if encoding is None and not _is_utf8(data) else ""
+
+
+def _utf16_without_mark(data: bytes) -> str | None:
+    """UTF-16 that does not say so, as some tools write it: of Western letters every second byte is zero."""
+    if len(data) < 2 or len(data) % 2 or b"\0" not in data:
+        return None
+    even, odd = data[::2].count(0), data[1::2].count(0)
+    if even == 0 and odd > len(data) // 4:
+        return "utf-16-le"
+    return "utf-16-be" if odd == 0 and even > len(data) // 4 else None
 
 
 _FOREIGN_SHARE = 0.4

@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from everydream_kit.config import default_of
+from everydream_kit.data.caption_tables import FOLDER_TABLES
 from everydream_kit.data.changes import Changes, PrepReport, undo
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.data.duplicates import find_duplicates
@@ -305,6 +306,15 @@ def move_images(changes: Changes, paths: Sequence[Path], root: Path, target: Pat
             else:
                 (changes.copy if stays else changes.move)(member, place, "went with them")
             moved.add(member)
+    for table in _tables_of(paths, root):
+        if not (target / table.relative_to(root)).exists():
+            changes.copy(table, target / table.relative_to(root), "went with them")
+
+
+def _tables_of(images: Sequence[Path], root: Path) -> list[Path]:
+    """Tables that may hold captions of these images."""
+    above = {folder for image in images for folder in image.parents if folder == root or root in folder.parents}
+    return sorted(path for folder in above for path in folder.iterdir() if match_key(path.name) in FOLDER_TABLES)
 
 
 def _free_places(family: list[Path], root: Path, target: Path) -> list[Path]:
@@ -328,8 +338,9 @@ def _ending_of(name: str, image: Path) -> str:
 
 
 def _folder_files(root: Path) -> list[Path]:
-    """Files that set something for a whole folder."""
-    return sorted(path for path in root.rglob("*") if match_key(path.name) in SETTINGS_FILES and path.is_file())
+    """Files that set something for a whole folder: settings, and tables of captions."""
+    names = (*SETTINGS_FILES, *FOLDER_TABLES)
+    return sorted(path for path in root.rglob("*") if match_key(path.name) in names and path.is_file())
 
 
 def _refuse_nesting(root: Path, target: Path) -> None:

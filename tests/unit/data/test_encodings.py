@@ -74,3 +74,21 @@ def test_names_in_a_zip_are_read_as_utf8_where_they_are_and_reported_where_not(t
 def test_a_windows_path_in_json_is_answered_with_the_cure():
     with pytest.raises(TextError, match=r"Invalid .escape.*Write each backslash twice"):
         parse_json('{"image": "R:\\images\\a.png"}'.replace("\\\\", "\\"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("text", ["a", "a red cat, café", "ein Bär in Łódź"])
+def test_utf_16_without_a_mark_is_read(tmp_path, encoding, text):
+    make_image().save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    dataset = scan_dataset(tmp_path)
+    assert dataset.problems == []
+    assert dataset.caption(0).text == text
+
+
+@pytest.mark.parametrize("data", [b"a\0b", b"\0" * 20, bytes(range(64)), "猫\0".encode("utf-16-le")])
+def test_zeros_that_are_no_utf_16_are_refused_with_the_cure(tmp_path, data):
+    make_image().save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(data)
+    [problem] = scan_dataset(tmp_path).problems
+    assert "save it as UTF-8" in problem.cause

@@ -240,7 +240,7 @@ def test_captions_that_belong_to_no_image_are_reported(tmp_path):
             "00012.png",
         ),
         *("Screenshot 2024-01-02.png", "PXL_2024.jpg", "d41d8cd98f00b204e9800998ecf8427e.png", "download(1).webp"),
-        *("123e4567-e89b-12d3-a456-426614174000.png", "_0001.png"),
+        "123e4567-e89b-12d3-a456-426614174000.png",
     ],
 )
 def test_captions_from_the_names_of_cameras_and_downloads_are_counted(tmp_path, name):
@@ -249,7 +249,17 @@ def test_captions_from_the_names_of_cameras_and_downloads_are_counted(tmp_path, 
     _, problems = scan(tmp_path)
     cause = problems[tmp_path.name].cause
     assert cause.startswith(
-        "4 captions come from file names, and 1 of them look like names from a camera or a download"
+        "4 captions come from file names, and 1 of them looks like a name from a camera or a download"
+    )
+
+
+def test_names_that_begin_with_an_underscore_are_counted_as_empty_captions(tmp_path):
+    for name in ("_0001.png", "_cat.png", "a car_1.png"):
+        make_image().save(tmp_path / name)
+    _, problems = scan(tmp_path)
+    assert problems[tmp_path.name].cause == (
+        "3 captions come from file names, and 2 of them have an empty caption, since nothing stands before the first "
+        "underscore"
     )
 
 

@@ -174,3 +174,13 @@ def test_a_negative_loss_scale_works_with_a_warning_and_a_bound(tmp_path, place)
     dataset = scan(tmp_path, **{place: text.format("-1.5")})
     assert len(dataset) == 0
     assert "a number from -1 to 1000000 is expected, found -1.5" in dataset.problems[0].cause
+
+
+def test_main_prompts_after_the_first_are_reported(tmp_path):
+    dataset = scan(tmp_path, sidecar__yaml="main_prompt: [one, two]")
+    assert image(dataset).caption.text == "one"
+    assert [str(problem).partition(": ")[2] for problem in dataset.problems] == [
+        "main_prompt: of 2 texts only the first is used. Write them as a list under caption: one of them is then drawn "
+        "for each use."
+    ]
+    assert scan(tmp_path, sidecar__yaml="main_prompt: [null, one]").problems == []

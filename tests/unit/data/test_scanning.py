@@ -11,6 +11,7 @@ from PIL import Image
 from everydream_kit.data.captions import Tag
 from everydream_kit.data.dataset import DatasetImage
 from everydream_kit.data.scanning import scan_dataset
+from everydream_kit.data.sources import kind_of_source
 from everydream_kit.errors import DataError
 
 
@@ -220,7 +221,12 @@ def test_broken_index_entries_are_named_and_the_others_used(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{]", r"line 1, column 2: not valid JSON"), ("{}", "holds a mapping, but an index is a list"), ("[NaN]", "NaN")],
+    [
+        ("{]", r"line 1, column 2: not valid JSON"),
+        ("{}", "holds a mapping, but an index is a list"),
+        ("[NaN]", "NaN"),
+        ('{"a": {"caption": "x"}}', r"everydream tidy captions-from-table .*index\.json FOLDER"),
+    ],
 )
 def test_an_index_that_is_none_is_an_error(tmp_path, content, message):
     with pytest.raises(DataError, match=message):
@@ -362,5 +368,115 @@ def test_a_subset_keeps_keys_captions_and_settings(tmp_path):
     assert len(dataset.subset([])) == 0
 
 
-def test_an_empty_folder_is_an_empty_dataset(tmp_path):
-    assert len(scan_dataset(tmp_path)) == 0
+def test_an_empty_folder_is_an_empty_dataset_with_a_cure(tmp_path):
+    dataset = scan_dataset(tmp_path)
+    assert len(dataset) == 0
+    assert [str(problem) for problem in dataset.problems] == [
+        f"{tmp_path}: holds no image. Give the folder that holds your images "
+        "(.jpg, .jpeg, .jfif, .jpe, .png, .bmp, .webp, .gif, .tif, .tiff, .avif, .heic, .heif)."
+    ]
+
+
+def test_a_folder_of_archives_says_to_give_the_archive(tmp_path):
+    for name in ("a.zip", "b.tar.gz"):
+        (tmp_path / name).write_bytes(b"")
+    [problem] = scan_dataset(tmp_path).problems
+    assert problem.cause == "holds no image, but a.zip, b.tar.gz"
+    assert problem.cure == f"Give the archive as data_root, such as {tmp_path / 'a.zip'}, or unpack it."
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "table.tsv"])
+def test_a_table_as_data_root_names_the_command_that_reads_it(tmp_path, name):
+    table = put(tmp_path, name, "")
+    for read in (scan_dataset, kind_of_source):
+        with pytest.raises(DataError, match=f"everydream tidy captions-from-table .*{name} FOLDER"):
+            read(str(table))
+
+
+HF = "".join(
+    json.dumps({"file_name": name, "text": text}) + "\n" for name, text in {"a.png": "a cat, red", "b.png": "x"}.items()
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.jsonl", HF + '{"file_name": "c.png", "text": null}\n'),
+        ("metadata.csv", 'file_name,text\na.png,"a cat, red"\nb.png,x\n'),
+        ("Metadata.CSV", 'file_name,text\na.png,"a cat, red"\nb.png,x\n'),
+        ("meta_cap.json", json.dumps({"a": {"caption": "a cat", "tags": "red"}, "b.png": {"tags": "x"}})),
+        ("meta_lat.json", json.dumps({"a": {"caption": "a cat, red", "train_resolution": [64, 64]}, "b": {}})),
+    ],
+)
+def test_the_table_of_a_folder_gives_the_captions_of_images_without_one(tmp_path, name, content):
+    for image in ("a.png", "b.png", "a dog_1.png"):
+        put(tmp_path, f"train/{image}")
+    put(tmp_path, f"train/{name}", content.replace("c.png", "b.png"))
+    put(tmp_path, "train/b.txt", "its own")
+    found = scan(tmp_path)
+    assert {key: image.caption.text for key, image in found.items()} == {
+        "train/a.png": "a cat, red",
+        "train/a dog_1.png": "a dog",
+        "train/b.png": "its own",
+    }
+    assert found["train/a.png"].caption.tags == (Tag("red"),)
+
+
+def test_a_table_reaches_the_folders_below_and_a_nearer_one_wins(tmp_path):
+    for image in ("x/a.png", "x/b.png", "y/a.png"):
+        put(tmp_path, image)
+    put(tmp_path, "metadata.csv", "file_name,text\nx/a.png,far\n./x/b.png,far b\ny\\a.png,far y\n")
+    put(tmp_path, "x/metadata.csv", "file_name,text\na.png,near\n")
+    put(tmp_path, "global.yaml", "main_prompt: all\ntags: [by foo]")
+    texts = {key: image.caption.text for key, image in scan(tmp_path).items()}
+    assert texts == {"x/a.png": "near, by foo", "x/b.png": "far b, by foo", "y/a.png": "far y, by foo"}
+
+
+def test_settings_next_to_an_image_leave_it_the_caption_of_the_table(tmp_path):
+    for name in ("a", "b"):
+        put(tmp_path, f"{name}.png")
+    put(tmp_path, "metadata.csv", 'file_name,text\na.png,"a cat, red"\nb.png,"a dog, blue"\n')
+    put(tmp_path, "a.yaml", "multiply: 3")
+    put(tmp_path, "b.yaml", "main_prompt: its own")
+    found = scan(tmp_path)
+    assert (found["a.png"].caption.text, found["a.png"].multiply) == ("a cat, red", 3.0)
+    assert found["b.png"].caption.text == "its own"
+
+
+def test_a_changed_table_changes_the_captions_that_a_scan_remembers(tmp_path):
+    put(tmp_path, "set/a.png")
+    for text in ("one", "two"):
+        put(tmp_path, "set/metadata.csv", f"file_name,text\na.png,{text}\n")
+        dataset = scan_dataset(tmp_path / "set", cache_dir=tmp_path / "cache")
+        assert dataset.caption(0).text == text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "cause"),
+    [
+        (
+            "metadata.csv",
+            "file_name,label\na.png,3\n",
+            "no caption of it is used: none of the columns is called caption",
+        ),
+        ("metadata.jsonl", "{", "no caption of it is used: cannot be read as a table"),
+        ("metadata.csv", "file_name,text\nz.png,a\na.png,b\n", "1 of its 2 rows name no image that is here"),
+        ("metadata.parquet", "PAR1", "a table in Parquet is not read"),
+    ],
+)
+def test_captions_of_a_table_that_are_not_used_are_reported(tmp_path, name, content, cause):
+    put(tmp_path, "a.png")
+    table = put(tmp_path, name, content)
+    [problem] = scan_dataset(tmp_path).problems
+    assert (problem.path, problem.skipped) == (str(table), False)
+    assert problem.cause.startswith(cause)
+
+
+def test_a_folder_named_after_kohyas_repeats_gets_a_note(tmp_path):
+    for name in ("10_cat", "1_dog", "20_bird", "2024_trip"):
+        put(tmp_path, f"{name}/a.png")
+    put(tmp_path, "20_bird/multiply.txt", "1")
+    [problem] = scan_dataset(tmp_path).problems
+    assert problem.path == str(tmp_path / "10_cat")
+    assert "multiply.txt with 10" in problem.cure
+    assert not problem.skipped

@@ -1,12 +1,14 @@
 """Preparation steps: originals stay, dry runs touch nothing, and what was changed can be undone."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from everydream_kit.data.changes import undo
+from everydream_kit.data.scanning import scan_dataset
 from everydream_kit.data.tagging import captions_from_table, edit_tags
 from everydream_kit.data.tidying import convert_images, exclude_duplicates, resize_images, split_validation
 from everydream_kit.errors import ConfigError, DataError
@@ -337,3 +339,25 @@ def test_a_table_that_cannot_be_used_is_said_with_its_cause(folder, tmp_path, te
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(DataError, match=message):
         captions_from_table(tmp_path / "t.csv", folder)
+
+
+@pytest.mark.parametrize("step", ["convert", "split"])
+def test_captions_of_a_folders_table_go_with_copied_and_moved_images(tmp_path, step):
+    names = [f"x/{number}.png" for number in range(4)]
+    for number, name in enumerate(names):
+        noise(60, 40, number).save(_made(tmp_path / "set" / name))
+    table = "".join(json.dumps({"file_name": name, "text": f"image {name[2]}"}) + "\n" for name in names)
+    (tmp_path / "set" / "metadata.jsonl").write_text(table)
+    if step == "convert":
+        convert_images(tmp_path / "set", tmp_path / "new", suffix=".webp")
+    else:
+        split_validation(tmp_path / "set", tmp_path / "new", share=0.5)
+    dataset = scan_dataset(tmp_path / "new")
+    assert len(dataset) == (4 if step == "convert" else 2)
+    for index in range(len(dataset)):
+        assert dataset.caption(index).text == f"image {Path(dataset.path(index)).stem}"
+
+
+def _made(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
