@@ -159,7 +159,8 @@ def build_tokenizer(pad_token: str = END, vocabulary: Vocabulary | None = None) 
         model_max_length=WINDOW,
         do_lower_case=True,
     )
-    return _without_length_warning(made)
+    _silence_length_warning(made)
+    return made
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -180,14 +181,14 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
         tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=WINDOW)
     except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(f"{folder}: the tokenizer cannot be read ({error}).") from error
-    return _without_length_warning(tokenizer)
-
-
-def _without_length_warning(tokenizer: CLIPTokenizer) -> CLIPTokenizer:
-    """transformers warns once of texts beyond the window ("will result in indexing errors"). Ours are read in windows, and
-    what does not fit is reported with the image, so it counts as warned already."""
-    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    _silence_length_warning(tokenizer)
     return tokenizer
+
+
+def _silence_length_warning(tokenizer: Any) -> None:
+    """transformers warns once of texts beyond the window ("will result in indexing errors"). Ours are read in windows or
+    cut, and what does not fit is reported with the image, so the tokenizer counts as warned already."""
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
 
 
 def build_byte_tokenizer() -> Any:
@@ -196,9 +197,11 @@ def build_byte_tokenizer() -> Any:
 
     words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
     vocabulary = {token: index for index, token in enumerate([*_byte_characters(), *words])}
-    return Qwen2Tokenizer(
+    made = Qwen2Tokenizer(
         vocab=vocabulary, merges=[], additional_special_tokens=words[1:3], chat_template=_CHAT, model_max_length=512
     )
+    _silence_length_warning(made)
+    return made
 
 
 _CHAT = (
@@ -252,6 +255,8 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 def saved_bytes(tokenizer: CLIPTokenizer) -> int:
     """About how large a saved tokenizer is: its vocabulary and merges, which are nearly all of it."""
+    if not type(tokenizer).__name__.startswith("CLIP"):
+        return len(tokenizer.backend_tokenizer.to_str().encode())
     texts = _own_texts(tokenizer, tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False))
     return sum(len(text.encode()) for text in texts)
 
