@@ -13,6 +13,7 @@ import os
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from everydream_kit.data.textfiles import TextError, require_text
@@ -94,7 +95,9 @@ def listed_caption(image: str, tables: Sequence[FolderTable]) -> str | None:
 
 def captions_cure(table: Path) -> str:
     """How a table's captions come to their images."""
-    return f"write its captions next to your images with `everydream tidy captions-from-table {table} FOLDER`."
+    return (
+        f"write its captions next to your images with `everydream tidy captions-from-table {quote(str(table))} FOLDER`."
+    )
 
 
 def table_cure(path: Path) -> str:

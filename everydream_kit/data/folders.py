@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from everydream_kit.data.caption_tables import FOLDER_TABLES, UNREAD_TABLE, FolderTable
 from everydream_kit.data.image_files import EXTENSIONS, UNREAD_EXTENSIONS
@@ -319,10 +320,12 @@ _TABLE_CURE = "Fix it, or remove it if it holds no captions (it needs the column
 def _note_unused_rows(table: FolderTable, path: str, report: Report) -> None:
     """Report rows that name no image, since their captions are used nowhere."""
     if table.num_unused:
-        cause = f"{table.num_unused} of its {table.num_rows} rows name no image that is here"
+        rows = "row" if table.num_rows == 1 else "rows"
+        names = "names" if table.num_unused == 1 else "name"
+        cause = f"{table.num_unused} of its {table.num_rows} {rows} {names} no image that is here"
         cure = (
             "Names start at the table's folder, such as train/a.png. To write the captions of images found by their "
-            f"bare names next to them: everydream tidy captions-from-table {table.path} {path}"
+            f"bare names next to them: everydream tidy captions-from-table {quote(table.path)} {quote(path)}"
         )
         report(Problem(printable(table.path), cause, printable(cure), skipped=False))
 

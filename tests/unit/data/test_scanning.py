@@ -460,7 +460,7 @@ def test_a_changed_table_changes_the_captions_that_a_scan_remembers(tmp_path):
             "no caption of it is used: none of the columns is called caption",
         ),
         ("metadata.jsonl", "{", "no caption of it is used: cannot be read as a table"),
-        ("metadata.csv", "file_name,text\nz.png,a\na.png,b\n", "1 of its 2 rows name no image that is here"),
+        ("metadata.csv", "file_name,text\nz.png,a\na.png,b\n", "1 of its 2 rows names no image that is here"),
         ("metadata.parquet", "PAR1", "a table in Parquet is not read"),
     ],
 )
