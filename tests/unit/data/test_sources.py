@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from everydream_kit.data.sources import open_source, unpack_archive
 from everydream_kit.errors import DataError
@@ -221,3 +222,19 @@ def test_a_folder_or_an_archive_within_a_hub_dataset_can_be_meant(tmp_path):
 def test_what_is_neither_archive_nor_dataset_is_said(tmp_path):
     with pytest.raises(DataError, match="neither an archive"):
         open_source(str(Path("not") / "a" / "data set"), tmp_path)
+
+
+def test_the_table_of_captions_of_a_hub_dataset_is_fetched_with_its_images(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"x")
+    asked = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo_id, **how: asked.update(how) or str(tmp_path))
+    assert open_source("me/cats", tmp_path / "work") == tmp_path
+    files = [
+        "train/a.png",
+        "train/metadata.jsonl",
+        "metadata.csv",
+        "metadata.parquet",
+        "data/train-00.parquet",
+        "big.csv",
+    ]
+    assert list(filter_repo_objects(files, allow_patterns=asked["allow_patterns"])) == files[:4]
