@@ -152,7 +152,7 @@ class _Scanner:
             for part in self._in_order(pool, jobs, remembered):
                 builder.extend(part, root=0)
         dataset = builder.build(Defaults())
-        if not len(dataset) and path.is_dir() and not any(problem.skipped for problem in dataset.problems):
+        if not len(dataset) and not any(problem.skipped for problem in dataset.problems):
             dataset.problems.append(_no_image(path))
         _note_camera_names(dataset, base)
         if cache is not None and not remembered.is_all_of(dataset):
@@ -187,15 +187,20 @@ class _Scanner:
                 yield Job(entries_of_folder(folder, names), self._choose_lines)
 
 
-def _no_image(folder: Path) -> Problem:
-    """What to do about a folder without an image that can be used."""
-    archives = [name for name in sorted(os.listdir(folder)) if name.lower().endswith(ARCHIVES)]
+HOLDS_NO_IMAGE = "holds no image"
+"""How the cause of a problem begins that is about a whole root."""
+
+
+def _no_image(root: Path) -> Problem:
+    """What to do about a folder or an index without an image."""
+    archives = [name for name in sorted(os.listdir(root)) if name.lower().endswith(ARCHIVES)] if root.is_dir() else []
     if archives:
-        cure = f"Give the archive as data_root, such as {folder / archives[0]}, or unpack it."
+        cure = f"Give the archive as data_root, such as {root / archives[0]}, or unpack it."
         named = ", ".join(archives[:3]) + (f" and {len(archives) - 3} more" if len(archives) > 3 else "")
-        return Problem(printable(str(folder)), printable(f"holds no image, but {named}"), printable(cure))
-    cure = f"Give the folder that holds your images ({', '.join(EXTENSIONS)})."
-    return Problem(printable(str(folder)), "holds no image", cure)
+        return Problem(printable(str(root)), printable(f"{HOLDS_NO_IMAGE}, but {named}"), printable(cure))
+    return Problem(
+        printable(str(root)), f"{HOLDS_NO_IMAGE} ({', '.join(EXTENSIONS)})", "Give the folder that holds yours."
+    )
 
 
 def _note_camera_names(dataset: Dataset, base: str) -> None:

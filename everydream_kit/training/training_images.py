@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from everydream_kit.data.epoch_plan import PlanSettings, plan_epoch
-from everydream_kit.data.image_files import EXTENSIONS
-from everydream_kit.data.scanning import scan_dataset
+from everydream_kit.data.scanning import HOLDS_NO_IMAGE, scan_dataset
 from everydream_kit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -49,12 +48,10 @@ def read_dataset(config: TrainConfig, journal: Journal) -> Dataset:
         DataError: no image can be used.
     """
     dataset = scan(config, config.data_root)
+    if not len(dataset) and all(problem.cause.startswith(HOLDS_NO_IMAGE) for problem in dataset.problems):
+        raise DataError("\n".join(f"data_root {problem}" for problem in dataset.problems))
     for problem in dataset.problems:
         journal.warn(str(problem))
-    if not len(dataset) and not dataset.problems:
-        raise DataError(
-            f"data_root {config.data_root}: holds no image ({', '.join(EXTENSIONS)}). Give the folder that holds yours."
-        )
     if not len(dataset):
         raise DataError(f"data_root {config.data_root}: no image can be used; the log names each problem.")
     return dataset

@@ -372,9 +372,15 @@ def test_an_empty_folder_is_an_empty_dataset_with_a_cure(tmp_path):
     dataset = scan_dataset(tmp_path)
     assert len(dataset) == 0
     assert [str(problem) for problem in dataset.problems] == [
-        f"{tmp_path}: holds no image. Give the folder that holds your images "
-        "(.jpg, .jpeg, .jfif, .jpe, .png, .bmp, .webp, .gif, .tif, .tiff, .avif, .heic, .heif)."
+        f"{tmp_path}: holds no image (.jpg, .jpeg, .jfif, .jpe, .png, .bmp, .webp, .gif, .tif, .tiff, .avif, .heic, "
+        ".heif). Give the folder that holds yours."
     ]
+
+
+def test_an_empty_index_says_that_it_holds_no_image(tmp_path):
+    index = put(tmp_path, "index.json", "[]")
+    [problem] = scan_dataset(index).problems
+    assert (problem.path, problem.cause.partition(" (")[0]) == (str(index), "holds no image")
 
 
 def test_a_folder_of_archives_says_to_give_the_archive(tmp_path):
