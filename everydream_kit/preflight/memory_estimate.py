@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from everydream_kit.preflight.rehearsal import Rehearsal, SampleShape
     from everydream_kit.preflight.skeleton import Architecture
 
-VERSION = 7
+VERSION = 8
 """Of the method: raised where the same settings would now give other numbers."""
 
 DEFAULT_CONTEXT_BYTES = 600 * 2**20

@@ -296,6 +296,8 @@ def _rehearse_step(run: Run, tracker: StorageTracker, batch: Batch) -> int:
         if run.learner.ema is not None:
             run.learner.ema.update(1)
         tracker.label(_states(run), STATES, unless=HOST)
+        for flat in flat_optimizers(run.learner.optimizer):
+            tracker.label(flat.weights, WEIGHTS)  # new ones where the first update took unused parameters out
     tracker.record.named("training step").launches[OPTIMIZER] = _launches_of_update(run, tracker)
     return num
 

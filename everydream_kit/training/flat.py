@@ -173,11 +173,15 @@ class FlatOptimizer:
         used = [parameter for parameter in buffered if parameter.grad is not None]
         if used and len(used) < len(buffered):
             self._plain.state.update({p: share for buffer in self._buffers for p, share in _shares(buffer) if share})
+            for parameter in set(buffered).difference(used):
+                parameter.data = parameter.data.clone()  # else this one alone would keep its whole buffer
             self._flatten(used)
 
     @torch.no_grad()
     def _flatten(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Move these parameters, and their states from the plain optimizer, into buffers, one buffer after the other."""
+        for buffer in self._buffers:  # from now on the parameters alone hold it: each goes when its last one has moved
+            buffer.whole.data = buffer.whole.data.new_empty(0)
         self._buffers, self._has_stepped = [], False
         num_small = getattr(getattr(self._plain, "args", None), "min_8bit_size", 0)
         wanted = set(parameters)
