@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -113,3 +114,24 @@ def test_tensorboard_listens_on_the_machine_only(pod):
 def test_tensorboard_is_open_on_request(pod):
     _, report = pod(JUPYTER_PASSWORD="correct horse battery", TENSORBOARD_PUBLIC="1")
     assert "--bind_all" in report
+
+
+def test_the_check_without_an_engine_follows_the_dockerfile(tmp_path):
+    """`scripts/check_image.py` takes minutes and the network for its RUN lines; here is the rest of it."""
+    check_image = runpy.run_path(str(REPOSITORY / "scripts" / "check_image.py"))
+    steps = list(check_image["instructions"]((REPOSITORY / "Dockerfile").read_text(encoding="utf-8")))
+    root = check_image["Root"](tmp_path / "root", [])
+    entries = [root.follow(word, rest) for word, rest in steps if word != "RUN"]
+    assert [word for word, _ in steps if word == "RUN"] == ["RUN"] * 3
+    assert entries[-1] == ["tini", "--", "bash", "/opt/everydream-kit/scripts/start_pod.sh"]
+    assert root.environment["PATH"].startswith("/opt/everydream/bin:/usr/local/bin")
+    kit = tmp_path / "root" / "opt" / "everydream-kit"
+    for name in (
+        "setup.cfg",
+        "scripts/start_pod.sh",
+        "everydream_kit/demo/features.safetensors",
+        "notebooks/02_train.ipynb",
+    ):
+        assert (kit / name).is_file()
+    assert not (kit / ".venv").exists()
+    assert (tmp_path / "root" / "workspace").is_dir()
