@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from everydream_kit.config import EMBEDDED_MODEL, default_of
 from everydream_kit.errors import ConfigError
@@ -89,12 +89,8 @@ def sample(
         raise ConfigError(f"num_images: must be at least 1 (got {num_images})")
     if Path(out).exists() and not Path(out).is_dir():
         raise ConfigError(f"out: {out} is a file; give a folder for the images")
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    checkpoints: list[Checkpoint] = (
-        list(checkpoint) if isinstance(checkpoint, (list, tuple)) else [cast(Any, checkpoint)]
-    )
-    if not texts or not checkpoints:
-        raise ConfigError(f"{'prompt' if checkpoints else 'checkpoint'}: give at least one")
+    texts: list[str] = _as_list("prompt", prompts)
+    checkpoints: list[Checkpoint] = _as_list("checkpoint", checkpoint)
     wanted: list[SamplePrompt] = []
     drawn = []
     bases = _adapter_bases(checkpoints, adapter_base)
@@ -117,6 +113,13 @@ def sample(
         drawn.append((_label(each), images))
         del model  # before the next one is loaded
     return _write_images(Path(out), wanted, drawn)
+
+
+def _as_list(name: str, given: Any) -> list[Any]:
+    several = list(given) if isinstance(given, (list, tuple)) else [given]
+    if not several:
+        raise ConfigError(f"{name}: give at least one")
+    return several
 
 
 _SETTINGS = {

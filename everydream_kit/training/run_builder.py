@@ -8,13 +8,14 @@ trains on is in `training_images.py`, the model it starts from in `base.py`; sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everydream_kit.config import TrainConfig, measures_losses, settings_without_meaning
 from everydream_kit.data.cache import CacheSettings
+from everydream_kit.data.cache_room import CacheMode
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.errors import ConfigError
 from everydream_kit.models.adapters import AdapterBase
@@ -294,15 +295,7 @@ def build_caches(
         measured: datasets of validation, whose captions are encoded with those that are trained on; None: large text
             encoders encode nothing now.
     """
-    mode = choose_latent_mode(
-        config.cache_latents,
-        dataset,
-        plan_settings,
-        variants=config.cache_variants,
-        channels=model.family.latent_space.stored_channels,
-        folder=latent_folder(config),
-        transforms_images=image_transform(plugins) is not None,
-    )
+    mode = _latent_mode(config, model, dataset, plan_settings, plugins)
     idle = choose_idle_modules(
         config,
         model,
@@ -313,19 +306,17 @@ def build_caches(
         transforms_captions=caption_transform(plugins) is not None,
     )
     idle_models = IdleModels(idle, ranks.device)
-    for text_encoder in model.text_encoders if has_large_texts(model.family) else ():
-        if text_encoder not in idle and next(text_encoder.parameters()).device != ranks.device:
-            text_encoder.to(ranks.device)
-    text_cache = build_text_cache(
+    _place_large_encoders(model, idle, ranks.device)
+    datasets = None if measured is None else [dataset, *measured]
+    text_cache = _fill_text_cache(
+        config,
         model,
-        config.clip_skip,
+        datasets,
         trains_text=trains_text,
-        folder=None if measured is None else text_folder(config),
+        precision=precision,
+        journal=journal,
+        idle_models=idle_models,
     )
-    if measured is not None:
-        with precision.autocast():
-            more = [*([""] if config.cond_dropout > 0 else []), *sampled_texts(config)]
-            encode_texts(model, [dataset, *measured], text_cache, journal, idle_models, more_texts=more)
     latent_cache = build_latent_cache(
         model,
         dataset,
@@ -344,6 +335,47 @@ def build_caches(
         stop=stop,
     )
     return latent_cache, text_cache, idle_models
+
+
+def _latent_mode(
+    config: TrainConfig, model: Model, dataset: Dataset, plan_settings: PlanSettings, plugins: Sequence[Any]
+) -> CacheMode:
+    return choose_latent_mode(
+        config.cache_latents,
+        dataset,
+        plan_settings,
+        variants=config.cache_variants,
+        channels=model.family.latent_space.stored_channels,
+        folder=latent_folder(config),
+        transforms_images=image_transform(plugins) is not None,
+    )
+
+
+def _place_large_encoders(model: Model, idle: Collection[Any], device: Any) -> None:
+    """Large text encoders that stay at work through the run go to its device."""
+    for text_encoder in model.text_encoders if has_large_texts(model.family) else ():
+        if text_encoder not in idle and next(text_encoder.parameters()).device != device:
+            text_encoder.to(device)
+
+
+def _fill_text_cache(
+    config: TrainConfig,
+    model: Model,
+    datasets: Sequence[Dataset] | None,
+    *,
+    trains_text: bool,
+    precision: Precision,
+    journal: Journal,
+    idle_models: IdleModels,
+) -> TextCache[Conditioning] | None:
+    """The cache of conditionings; large text encoders fill it with the captions of these datasets, unless they are None."""
+    folder = None if datasets is None else text_folder(config)
+    text_cache = build_text_cache(model, config.clip_skip, trains_text=trains_text, folder=folder)
+    if datasets is not None:
+        more = [*([""] if config.cond_dropout > 0 else []), *sampled_texts(config)]
+        with precision.autocast():
+            encode_texts(model, datasets, text_cache, journal, idle_models, more_texts=more)
+    return text_cache
 
 
 def build_learner(
