@@ -1,7 +1,9 @@
-"""Write docs/memory.md and the README's table: estimates for full-size models by size of GPU, and what others published.
+"""Write docs/memory.md, the README's table and those of the families' pages: estimates for full-size models by size of GPU, and
+what others published.
 
-    python scripts/build_memory_page.py            writes both
+    python scripts/build_memory_page.py            writes all
     python scripts/build_memory_page.py --check    reports whether they are what the script would write
+    python scripts/build_memory_page.py --family z_image    writes that family's page alone
 
 No weights and no GPU are needed. Estimates are kept in `.edk_cache`, so a second run is quick.
 """
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,13 @@ CACHE = REPOSITORY / ".edk_cache" / "preflight"
 GIB, GB = 2**30, 1e9
 GPUS = {8: "RTX 3070", 12: "RTX 3060 12GB", 16: "T4", 24: "L4", 48: "A40", 80: "A100 80GB"}
 """The GPU that stands for each size: the one with the least memory of those in `gpus.json`."""
+SHARE_OF_16 = 0.97
+"""Of a 16 GB GPU with bfloat16, usable: as of the 12 GB and 24 GB ones. The T4, which stands for the size elsewhere, has
+none."""
 UNET_ONLY = "UNet only, bf16 weights, fused backward"
 README_ROWS = ("full", "LoRA", "textual inversion", UNET_ONLY)
+FAMILY_PAGES = {"z_image": "z-image.md", "flux2_klein": "flux2-klein.md"}
+"""Families that have a page of their own."""
 MARKS = ("<!-- memory table: scripts/build_memory_page.py writes it -->", "<!-- /memory table -->")
 LEAN: dict[str, Any] = {
     "optimizer": "adamw8bit",
@@ -80,6 +87,15 @@ ROWS = (
     Row("SD 1.5", "sd1", 512, "LoRA, batch 4", {**LORA, "batch_size": 4}),
     Row("SDXL", "sdxl", 1024, "LoRA, batch 4", {**LORA, "batch_size": 4}),
 )
+FULL: dict[str, Any] = {**COMMON, "weight_dtype": "bfloat16"}
+FLOW_METHODS = (
+    ("LoRA", 1024, LORA),
+    ("LoRA", 512, LORA),
+    ("LoRA, batch 4", 1024, {**LORA, "batch_size": 4}),
+    ("full, bf16 weights, fused backward", 1024, {**FULL, "fused_backward": True}),
+    ("full, bf16 weights", 1024, FULL),
+    ("full, float32 weights", 1024, COMMON),
+)
 GITHUB = "https://github.com"
 SHIVAM = f"[ShivamShrirao/diffusers, examples/dreambooth]({GITHUB}/ShivamShrirao/diffusers/blob/main/examples/dreambooth), T4"
 KOHYA = (
@@ -111,9 +127,15 @@ def main() -> None:
     """Write the page and the README's table, or say whether they stand as they would be written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    parser.add_argument("--family", choices=FAMILY_PAGES, help="this family's page alone")
     arguments = parser.parse_args()
-    page = write_page()
-    written = {PAGE: page, README: with_table(README.read_text(encoding="utf-8"), page)}
+    written = {}
+    for family in [arguments.family] if arguments.family else FAMILY_PAGES:
+        file = REPOSITORY / "docs" / FAMILY_PAGES[family]
+        written[file] = between_marks(file.read_text(encoding="utf-8"), family_table(family))
+    if not arguments.family:
+        page = write_page()
+        written |= {PAGE: page, README: with_table(README.read_text(encoding="utf-8"), page)}
     for file, text in written.items():
         if not arguments.check:
             file.write_text(text, encoding="utf-8")
@@ -132,13 +154,39 @@ def write_page() -> str:
 
 def with_table(readme: str, page: str) -> str:
     """The README with its table as the page has it: without the figures, for the settings most people choose."""
-    before, rest = readme.split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
     table = next(block for block in page.split("\n\n") if block.startswith("| model | method |"))
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     chosen = [cells for cells in lines if cells[1] in {"method", "---", *README_ROWS}]
     shown = ["| " + " | ".join([*cells[:3], *cells[6:]]) + " |" for cells in chosen]
-    return "\n".join([before + MARKS[0], *shown, MARKS[1] + after])
+    return between_marks(readme, "\n".join(shown))
+
+
+def between_marks(text: str, table: str) -> str:
+    """A text with another table in the place of the one it has."""
+    before, rest = text.split(MARKS[0])
+    return "\n".join([before + MARKS[0], table, MARKS[1] + rest.split(MARKS[1])[1]])
+
+
+def family_table(family: str) -> str:
+    """Ways to train a family of flow matching against sizes of GPUs that have bfloat16."""
+    from everydream_kit.preflight.gpus import find_gpu
+
+    gpus = {size: find_gpu(name) for size, name in GPUS.items() if size >= 12}
+    gpus[16] = replace(gpus[12], name="16 GB", memory_bytes=int(SHARE_OF_16 * 16 * GIB))
+    heads = " | ".join(f"{size} GB" for size in gpus)
+    lines = [
+        f"| method | memory (GiB) | texts | latents | step | samples | {heads} |",
+        "|---|---|---|---|---|---|" + "---|" * len(gpus),
+    ]
+    for words, resolution, settings in FLOW_METHODS:
+        row = Row(family, family, resolution, words, settings)
+        plain = estimate(family, resolution, settings)
+        sizes = {phase.name: phase.peak_bytes / GIB for phase in plain.phases}
+        figures = [sizes[name] for name in ("text caching", "latent caching", "training step", "sampling")]
+        shown = " | ".join(f"{figure:.1f}" for figure in [needs(plain, gpus[12]) / GIB, *figures])
+        cells = " | ".join(verdict(row, gpu_spec) for gpu_spec in gpus.values())
+        lines.append(f"| {words}, {resolution} px | {shown} | {cells} |")
+    return "\n".join(lines)
 
 
 def estimate(family: str, resolution: int, settings: dict[str, Any], *, has_bf16: bool = True) -> Any:

@@ -142,6 +142,13 @@ class OptimizerGroup(Group):
         Facts(EVERYTHING, "never", kinds=("lora",), families=DIFFUSION),
     ] = False
     """Give the text encoders an adapter, too."""
+    lora_form: Annotated[
+        Literal["lora", "loha", "lokr"],
+        Knob(when="a LoRA bleeds into other subjects, or learns too little at its size: lokr"),
+        Facts(EVERYTHING, "never", kinds=("lora",)),
+    ] = "lora"
+    """What the adapter is made of: two matrices (LoRA), the elementwise product of two such pairs (LoHa), or a Kronecker
+    product (LoKr)."""
     lora_dora: Annotated[
         bool,
         Knob(when="a low rank should come closer to full training; slower"),

@@ -58,6 +58,9 @@ def combination_problems(config: AllGroups) -> list[str]:
         problems.append(
             f"frozen_dtype, amp: frozen weights in {c.frozen_dtype} need mixed precision; set frozen_dtype to auto, or amp on"
         )
+    if c.lora_form != "lora" and (c.lora_dora or c.lora_dropout):
+        own = "lora_dora" if c.lora_dora else "lora_dropout"
+        problems.append(f"lora_form, {own}: {own} is for the form lora only; set lora_form to lora, or {own} off")
     if c.training_kind == "textual_inversion" and not c.new_tokens:
         problems.append('new_tokens: textual_inversion needs at least one, for instance {"<my-cat>": "cat"}')
     if c.push_every is not None and c.push_to is None:

@@ -14,7 +14,7 @@ from everydream_kit.export.single_file_export import live_or_averaged, precision
 from everydream_kit.models.adapters import LORA_FILE, TOKENS_FILE, is_adapter_folder, read_adapter_file
 from everydream_kit.models.family import Family, ModelFiles
 from everydream_kit.models.loading import open_base, open_with_base
-from everydream_kit.models.lora import Lora, LoraLayer
+from everydream_kit.models.lora import FactorLayer, Layer, Lora, LoraLayer
 from everydream_kit.models.lora_formats import read_lora, without_scale, write_lora
 from everydream_kit.models.tensors import LazyTensor, Tensors, open_safetensors
 from everydream_kit.models.tokens import write_embedding
@@ -55,7 +55,14 @@ def export_lora(
     base = open_base(folder, read_adapter_file(folder), adapter_base)
     out.parent.mkdir(parents=True, exist_ok=True)
     lora = read_lora(folder / LORA_FILE, base)
+    kinds = {layer.kind for part in lora.values() for layer in part.values() if isinstance(layer, FactorLayer)}
+    if layout == "diffusers" and kinds:
+        raise ExportError(
+            f"{folder}: diffusers reads no {kinds.pop()}. Export it for image apps (--format lora), or merged."
+        )
     layout = layout_for(base.family, layout)
+    if kinds and layout != "kohya":
+        layout = "comfy"  # LyCORIS' own names
     if layout == "diffusers":
         lora = without_scale(lora)
     write_lora(
@@ -165,8 +172,8 @@ def _check_name(out: Path) -> None:
         raise ExportError(f"{out}: the name of a LoRA file must end in .safetensors.")
 
 
-def _differences(one: ModelFiles, other: ModelFiles, component: str, rank: int) -> dict[str, LoraLayer]:
-    layers = {}
+def _differences(one: ModelFiles, other: ModelFiles, component: str, rank: int) -> dict[str, Layer]:
+    layers: dict[str, Layer] = {}
     for key, weight in one.tensors[component].items():
         if not key.endswith(".weight") or len(weight.shape) not in (2, 4) or "embedding" in key.rpartition(".")[0]:
             continue

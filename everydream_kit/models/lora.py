@@ -6,6 +6,7 @@ formats (`lora_formats.py`) read and write. The base stays frozen and unchanged 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from everydream_kit.draws import derive_seed
 from everydream_kit.errors import ConfigError, ModelError
 from everydream_kit.models.adapter_layers import import_peft, torch_layers_only
 from everydream_kit.models.family import Model
+from everydream_kit.models.lora_forms import FORMS, is_adapter_weight
 from everydream_kit.models.lora_settings import LoraSettings
 from everydream_kit.models.tensors import LazyTensor
 
@@ -46,9 +48,31 @@ class LoraLayer:
         return self.down.shape[0]
 
 
+@dataclass(frozen=True, slots=True)
+class FactorLayer:
+    """One layer of a form with other factors than two matrices: LoHa, LoKr.
+
+    Attributes:
+        kind: "LoHa" or "LoKr".
+        parts: its tensors, by the names that files have for them.
+        alpha: the change is scaled by alpha / rank, but for a LoKr of two whole factors, which has no rank.
+    """
+
+    kind: str
+    parts: Mapping[str, LazyTensor]
+    alpha: float
+
+    @property
+    def rank(self) -> int | None:
+        """Rank of the matrices; None where both factors are whole."""
+        names = ("hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+        return next((self.parts[name].shape[0] for name in names if name in self.parts), None)
+
+
+Layer = LoraLayer | FactorLayer
 Weights = Mapping[str, Mapping[str, torch.Tensor]]
 """State dicts by component ("unet", ...)."""
-Lora = dict[str, dict[str, LoraLayer]]
+Lora = dict[str, dict[str, Layer]]
 """Component ("unet", "text_encoder", ...) -> layer by its diffusers name, text encoders' with `text_model.` ->
 weights."""
 
@@ -62,6 +86,7 @@ def add_lora(
     targets: Sequence[str] | None = None,
     text_encoder: bool = False,
     dora: bool = False,
+    form: str = "lora",
     seed: int = 0,
     dtype: torch.dtype | None = None,
 ) -> list[torch.nn.Parameter]:
@@ -74,7 +99,8 @@ def add_lora(
         dropout: on the adapter's input.
         targets: names ("to_q") or regular expressions of UNet layers; None: the attention projections.
         text_encoder: adapt the text encoders' attention, too.
-        dora: weight-decomposed (arXiv 2402.09353).
+        dora: weight-decomposed (arXiv 2402.09353); of the form `lora`.
+        form: by name (`lora_forms.FORMS`).
         seed: of the starting values.
         dtype: of the adapter; None: the format of the layers beneath it.
 
@@ -91,6 +117,7 @@ def add_lora(
         None if targets is None else tuple(targets),
         text_encoder,
         dora,
+        form,
     )
     inject(model, settings, seed=seed, dtype=dtype)
     return lora_parameters(model)
@@ -102,6 +129,8 @@ def inject(model: Model, settings: LoraSettings, *, seed: int = 0, dtype: torch.
 
     if model.lora is not None:
         raise ModelError(f"{model.source}: this model has an adapter already; merge it first.")
+    if settings.form not in FORMS:
+        raise ModelError(f"{model.source}: an adapter of the form {settings.form!r:.60}; known are {', '.join(FORMS)}.")
     for module in model.modules().values():
         module.requires_grad_(False)
     family = model.family
@@ -110,20 +139,34 @@ def inject(model: Model, settings: LoraSettings, *, seed: int = 0, dtype: torch.
         patterns |= {slot.folder: TEXT_TARGETS for slot in family.text_encoders}
     for name, wanted in patterns.items():
         module = model.modules()[name]
-        config = peft.LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.dropout,
-            use_dora=settings.dora,
-            target_modules=matching_layers(module, wanted),
-        )
-        stand_ins = _weights_in(dtype, module, config.target_modules or ())
+        layers = matching_layers(module, wanted)
+        config = FORMS[settings.form].config(peft, settings, layers)
+        stand_ins = _weights_in(dtype, module, layers)
         with torch.random.fork_rng(devices=[]), torch_layers_only(), stand_ins:
             torch.manual_seed(derive_seed(seed, "lora", name))
             peft.inject_adapter_in_model(config, module, adapter_name=ADAPTER)
+        _scale_whole_factors(module)
     for parameter in lora_parameters(model):
         parameter.requires_grad_(True)
     model.lora = settings
+
+
+def _scale_whole_factors(module: torch.nn.Module) -> None:
+    """A LoKr of two whole factors has no rank, so it is not scaled: as LyCORIS trains it, and as apps apply its file."""
+    parts: Iterable[Any] = module.modules()
+    for part in parts:
+        if ADAPTER in getattr(part, "lokr_w1", {}) and ADAPTER in part.lokr_w2:
+            part.scaling[ADAPTER] = 1.0
+
+
+def without_chance(module: torch.nn.Module) -> None:
+    """Take the layers of LoHa and LoKr out of training mode, in which peft draws whether to skip each: with a chance of 0 here.
+
+    For runs on tensors without values, which cannot be compared with a chance.
+    """
+    for part in module.modules():
+        if hasattr(part, "module_dropout"):
+            part.training = False
 
 
 @contextmanager
@@ -181,7 +224,7 @@ def lora_parameters(model: Model) -> list[torch.nn.Parameter]:
         parameter
         for module in model.modules().values()
         for name, parameter in module.named_parameters()
-        if ".lora_" in name
+        if is_adapter_weight(name)
     ]
 
 
@@ -199,27 +242,31 @@ def lora_of(model: Model, weights: Weights | None = None) -> Lora:
     lora: Lora = {}
     for component, module in model.modules().items():
         state = (weights or {}).get(component) or module.state_dict()
-        layers = _layers(state, model.lora.alpha)
+        layers = _layers(state, model.lora)
         if layers:
             lora[component] = {_long_name(component, name): layer for name, layer in layers.items()}
     return lora
 
 
-def _layers(state: Mapping[str, torch.Tensor], alpha: float) -> dict[str, LoraLayer]:
-    mark = f".lora_A.{ADAPTER}.weight"
-    found = {}
-    for key, down in state.items():
-        if not key.endswith(mark):
-            continue
-        name = key.removesuffix(mark)
-        magnitude = state.get(f"{name}.lora_magnitude_vector.{ADAPTER}.weight")
-        found[name] = LoraLayer(
-            LazyTensor.of(down),
-            LazyTensor.of(state[f"{name}.lora_B.{ADAPTER}.weight"]),
-            alpha,
-            None if magnitude is None else LazyTensor.of(magnitude.flatten()),
-        )
-    return found
+def _layers(state: Mapping[str, torch.Tensor], settings: LoraSettings) -> dict[str, Layer]:
+    """A module's adapted layers by name."""
+    form = FORMS[settings.form]
+    ends = {f".{theirs}.{ADAPTER}{end}": ours for theirs, ours in form.parts.items() for end in ("", ".weight")}
+    parts: dict[str, dict[str, LazyTensor]] = {}
+    for key, value in state.items():
+        end = next((end for end in ends if key.endswith(end)), None)
+        if end is not None:
+            parts.setdefault(key.removesuffix(end), {})[ends[end]] = LazyTensor.of(value)
+    if settings.form == "lora":
+        return {name: _plain_layer(own, settings.alpha) for name, own in parts.items()}
+    return {name: FactorLayer(form.title, own, settings.alpha) for name, own in parts.items()}
+
+
+def _plain_layer(parts: Mapping[str, LazyTensor], alpha: float) -> LoraLayer:
+    magnitude = parts.get("magnitude")
+    if magnitude is not None:
+        magnitude = magnitude.reshaped(math.prod(magnitude.shape))
+    return LoraLayer(parts["down"], parts["up"], alpha, magnitude)
 
 
 def _long_name(component: str, name: str) -> str:
@@ -233,18 +280,30 @@ def set_lora(model: Model, lora: Lora) -> None:
     Raises:
         ModelError: layers or shapes do not fit.
     """
+    form = FORMS[model.lora.form if model.lora is not None else "lora"]
     for component, module in model.modules().items():
         layers = lora.get(component, {})
         for name, part in module.named_modules():
-            if not hasattr(part, "lora_A") or ADAPTER not in part.lora_A:
+            own = {ours: getattr(part, theirs, {}) for theirs, ours in form.parts.items()}
+            own = {ours: held[ADAPTER] for ours, held in own.items() if ADAPTER in held}
+            if not own:
                 continue
             layer = layers.get(_long_name(component, name))
             if layer is None:
                 raise ModelError(f"{model.source}: the LoRA has no weights for {component}.{name}.")
-            _copy(part.lora_A[ADAPTER].weight, layer.down, name)
-            _copy(part.lora_B[ADAPTER].weight, layer.up, name)
-            if layer.magnitude is not None:
-                _copy(part.lora_magnitude_vector[ADAPTER].weight, layer.magnitude, name)
+            _fill(own, layer, name)
+
+
+def _fill(own: Mapping[str, Any], layer: Layer, name: str) -> None:
+    """Put a layer's tensors into an adapter's parameters, by the names of their parts."""
+    plain = {} if isinstance(layer, FactorLayer) else {"down": layer.down, "up": layer.up, "magnitude": layer.magnitude}
+    parts: Mapping[str, LazyTensor | None] = layer.parts if isinstance(layer, FactorLayer) else plain
+    for part, held in own.items():
+        values = parts.get(part)
+        if values is not None:
+            _copy(getattr(held, "weight", held), values, name)
+        elif part != "magnitude":
+            raise ModelError(f"{name}: the LoRA has no {part}, which the adapter has.")
 
 
 def _copy(parameter: torch.nn.Parameter, lazy: LazyTensor, name: str) -> None:
@@ -258,6 +317,6 @@ def _copy(parameter: torch.nn.Parameter, lazy: LazyTensor, name: str) -> None:
 
 def base_name(name: str) -> str | None:
     """A weight's name in the base model beneath an adapter; None for the adapter's own."""
-    if ".lora_" in name:
+    if is_adapter_weight(name):
         return None
     return name.replace(".base_layer.", ".")

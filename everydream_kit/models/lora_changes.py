@@ -14,7 +14,8 @@ import torch
 
 from everydream_kit.errors import ModelError
 from everydream_kit.models.family import ModelFiles
-from everydream_kit.models.lora import LoraLayer
+from everydream_kit.models.lora import FactorLayer, Layer, LoraLayer
+from everydream_kit.models.lora_forms import FORMS
 from everydream_kit.models.tensors import LazyTensor, Tensors
 
 
@@ -39,9 +40,12 @@ class Change:
     alpha: float | None = None
 
     @property
-    def is_plain(self) -> bool:
-        """Whether it is a layer that can be trained on: two matrices."""
-        return self.kind == "LoRA" and "mid" not in self.parts and not self.on_input
+    def can_be_trained(self) -> bool:
+        """Whether it is a layer as the forms that are trained have them (`lora_forms.FORMS`)."""
+        titles = {form.title: set(form.parts.values()) for form in FORMS.values()}
+        known = titles.get(self.kind, set())
+        lengths = self.magnitude is not None and (self.kind != "LoRA" or self.on_input)
+        return self.parts.keys() <= known and not lengths
 
     def delta(self) -> torch.Tensor:
         """The change in float32, before DoRA; (out, in) or (out, in, k, k), or flat in that order."""
@@ -84,8 +88,11 @@ class LoraFile:
     embeddings: dict[str, list[LazyTensor]] = field(default_factory=dict)
 
 
-def change_of(layer: LoraLayer) -> Change:
+def change_of(layer: Layer) -> Change:
     """A trained layer as a change."""
+    if isinstance(layer, FactorLayer):
+        scale = 1.0 if layer.rank is None else layer.alpha / layer.rank
+        return Change(layer.kind, dict(layer.parts), scale, alpha=layer.alpha)
     return Change("LoRA", {"down": layer.down, "up": layer.up}, layer.alpha / layer.rank, layer.magnitude)
 
 

@@ -23,13 +23,16 @@ import torch
 
 from everydream_kit.errors import ModelError
 from everydream_kit.models.family import Config, Family, ModelFiles
-from everydream_kit.models.lora import Lora, LoraLayer
+from everydream_kit.models.lora import FactorLayer, Layer, Lora, LoraLayer
 from everydream_kit.models.lora_changes import Change, LoraFile, apply_changes, change_of, delta
+from everydream_kit.models.lora_forms import FORMS
 from everydream_kit.models.lora_names import kohya_name
 from everydream_kit.models.lora_reading import DIFFUSERS_METADATA, is_lora, lora_file, read_lora_file
 from everydream_kit.models.tensors import LazyTensor, Tensors, concatenated, write_safetensors
 
 Layout = Literal["diffusers", "kohya", "comfy"]
+PlainLora = dict[str, dict[str, LoraLayer]]
+"""A `Lora` whose layers are two matrices each."""
 Number = TypeVar("Number", int, float)
 
 __all__ = ["apply_lora", "delta", "is_lora", "kohya_name", "lora_file", "read_lora", "read_lora_file", "write_lora"]
@@ -58,7 +61,9 @@ def write_lora(
         ModelError: a DoRA of some of the layers that are one in the file.
     """
     layers = [layer for part in lora.values() for layer in part.values()]
-    rank, alpha = max(layer.rank for layer in layers), max(layer.alpha for layer in layers)
+    rank, alpha = max(layer.rank or 1 for layer in layers), max(layer.alpha for layer in layers)
+    kinds = {layer.kind if isinstance(layer, FactorLayer) else "LoRA" for layer in layers}
+    network, arguments = next(form.network for form in FORMS.values() if form.title in kinds)
     metadata = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
@@ -66,20 +71,24 @@ def write_lora(
         "modelspec.title": title or path.stem,
         "modelspec.date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "ss_base_model_version": family.kohya_base,
-        "ss_network_module": "networks.lora",
+        "ss_network_module": network,
         "ss_network_dim": str(rank),
         "ss_network_alpha": f"{alpha:g}",
         "ss_output_name": title or path.stem,
     }
-    if layout == "kohya":
-        tensors = _to_kohya(lora, family, denoiser_config)
+    plain = _plain(lora)
+    if plain is None:
+        tensors = _to_lycoris(lora, family, denoiser_config, layout)
+        metadata["ss_network_args"] = json.dumps(arguments)
+    elif layout == "kohya":
+        tensors = _to_kohya(plain, family, denoiser_config)
     elif layout == "comfy":
-        together = _for_comfy(without_scale(lora), family)
+        together = _for_comfy(_unscaled(plain), family)
         tensors = _to_comfy(together)
         metadata[DIFFUSERS_METADATA] = _comfy_metadata(together, family)
     else:
-        tensors = _to_diffusers(lora)
-        metadata[DIFFUSERS_METADATA] = _diffusers_metadata(lora)
+        tensors = _to_diffusers(plain)
+        metadata[DIFFUSERS_METADATA] = _diffusers_metadata(plain)
     cast = tensors if dtype is None else {name: _cast(name, tensor, dtype) for name, tensor in tensors.items()}
     write_safetensors(path, cast, metadata)
 
@@ -89,7 +98,37 @@ def _cast(name: str, tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
     return tensor if name.endswith(".alpha") else tensor.cast(dtype)
 
 
-def _diffusers_metadata(lora: Lora) -> str:
+def _plain(lora: Lora) -> PlainLora | None:
+    """The same adapter where every layer is two matrices; None where it is of another form."""
+    plain: PlainLora = {component: {} for component in lora}
+    for component, layers in lora.items():
+        for name, layer in layers.items():
+            if isinstance(layer, FactorLayer):
+                return None
+            plain[component][name] = layer
+    return plain
+
+
+def _to_lycoris(lora: Lora, family: Family, denoiser_config: Config, layout: Layout) -> Tensors:
+    """LoHa and LoKr by LyCORIS' names of their parts.
+
+    kohya's names of layers are what apps read of Stable Diffusion; of later families, LyCORIS' own (`lycoris_` and diffusers'
+    names, as SimpleTuner writes them and ComfyUI reads them: its pull request 11997).
+    """
+    tensors: Tensors = {}
+    for component, layers in lora.items():
+        for name, layer in layers.items():
+            if layout == "kohya":
+                stem = kohya_name(component, name, family, denoiser_config)
+            else:
+                stem = f"{component}.{name}" if layout == "diffusers" else f"lycoris_{name.replace('.', '_')}"
+            assert isinstance(layer, FactorLayer)
+            tensors |= {f"{stem}.{part}": value for part, value in layer.parts.items()}
+            tensors[f"{stem}.alpha"] = LazyTensor.of(torch.tensor(layer.alpha))
+    return tensors
+
+
+def _diffusers_metadata(lora: PlainLora) -> str:
     """peft's settings for each component. All keys that diffusers 0.34 to 0.36 ask for are there, empty ones included."""
     values: dict[str, object] = {}
     for component, layers in lora.items():
@@ -113,7 +152,15 @@ def _most_common(numbers: Iterable[Number]) -> Number:
 
 
 def without_scale(lora: Lora) -> Lora:
-    """The same changes with alpha = rank: readers that do not know alpha, as diffusers before 0.34, read them right."""
+    """The same changes with alpha = rank: readers that do not know alpha, as diffusers before 0.34, read them right.
+
+    Layers of other forms than LoRA stay: their readers know alpha.
+    """
+    plain = _plain(lora)
+    return lora if plain is None else {component: dict(layers) for component, layers in _unscaled(plain).items()}
+
+
+def _unscaled(lora: PlainLora) -> PlainLora:
     return {
         component: {
             name: dataclasses.replace(layer, up=_scaled(layer.up, layer.alpha / layer.rank), alpha=float(layer.rank))
@@ -127,7 +174,7 @@ def _scaled(tensor: LazyTensor, factor: float) -> LazyTensor:
     return tensor if factor == 1 else LazyTensor(tensor.shape, tensor.dtype, lambda: tensor.read() * factor)
 
 
-def _to_diffusers(lora: Lora) -> Tensors:
+def _to_diffusers(lora: PlainLora) -> Tensors:
     tensors: Tensors = {}
     for component, layers in lora.items():
         for name, layer in layers.items():
@@ -138,7 +185,7 @@ def _to_diffusers(lora: Lora) -> Tensors:
     return tensors
 
 
-def _to_kohya(lora: Lora, family: Family, denoiser_config: Config) -> Tensors:
+def _to_kohya(lora: PlainLora, family: Family, denoiser_config: Config) -> Tensors:
     tensors: Tensors = {}
     for component, layers in lora.items():
         for name, layer in layers.items():
@@ -152,7 +199,7 @@ def _to_kohya(lora: Lora, family: Family, denoiser_config: Config) -> Tensors:
     return tensors
 
 
-def _for_comfy(lora: Lora, family: Family) -> dict[str, tuple[list[str], LoraLayer]]:
+def _for_comfy(lora: PlainLora, family: Family) -> dict[str, tuple[list[str], LoraLayer]]:
     """The denoiser's layers by the single file's names, each with diffusers' names of those that it is made of."""
     layers = lora[family.denoiser.folder]
     groups = family.layout.app_layers(list(layers))
@@ -209,7 +256,7 @@ def _as_one(theirs: str, ours: list[str], layers: Mapping[str, LoraLayer]) -> Lo
 
 
 def read_lora(path: Path, base: ModelFiles) -> Lora:
-    """Read a LoRA that can be trained on: layers of two matrices. `read_lora_file` reads every kind.
+    """Read a LoRA that can be trained on: layers of the forms in `lora_forms`. `read_lora_file` reads every kind.
 
     Args:
         path: the file, or a LoRA checkpoint's folder.
@@ -220,7 +267,7 @@ def read_lora(path: Path, base: ModelFiles) -> Lora:
     """
     file = read_lora_file(path, base)
     others = sorted(
-        {_kind(change) for part in file.changes.values() for change in part.values() if not change.is_plain}
+        {_kind(change) for part in file.changes.values() for change in part.values() if not change.can_be_trained}
     )
     if others or file.embeddings:
         raise ModelError(
@@ -239,7 +286,10 @@ def _kind(change: Change) -> str:
     return "LoCon with a Tucker core" if "mid" in change.parts else "DoRA along the input"
 
 
-def _layer(change: Change) -> LoraLayer:
+def _layer(change: Change) -> Layer:
+    if change.kind != "LoRA":
+        layer = FactorLayer(change.kind, change.parts, 0.0)
+        return dataclasses.replace(layer, alpha=float(layer.rank or 1) if change.alpha is None else change.alpha)
     down, up, lengths = change.parts["down"], change.parts["up"], change.magnitude
     magnitude = None if lengths is None else lengths.reshaped(math.prod(lengths.shape))
     return LoraLayer(down, up, float(down.shape[0]) if change.alpha is None else change.alpha, magnitude)

@@ -17,6 +17,7 @@ class LoraSettings:
     Attributes:
         rank, alpha: the adapter's output is scaled by alpha / rank.
         targets: names or regular expressions of UNet layers, or None for the attention projections.
+        form: by name (`lora_forms.FORMS`).
     """
 
     rank: int = 16
@@ -25,6 +26,7 @@ class LoraSettings:
     targets: tuple[str, ...] | None = None
     text_encoder: bool = False
     dora: bool = False
+    form: str = "lora"
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -44,6 +46,7 @@ class LoraSettings:
         good += [isinstance(one, (int, float)) and not isinstance(one, bool) for one in (alpha, dropout)]
         good += [0 <= dropout < 1] if good[-1] else []
         good += [isinstance(known.get(name, False), bool) for name in ("text_encoder", "dora")]
+        good += [isinstance(known.get("form", "lora"), str)]
         targets = known.get("targets")
         good += [targets is None or (isinstance(targets, list) and all(isinstance(one, str) for one in targets))]
         if not all(good):

@@ -26,6 +26,7 @@ from everydream_kit.data.dataset import FROM_TEXT, Dataset, DatasetBuilder, Defa
 from everydream_kit.data.records import Batch, Draw, MicroBatch, Size, StepBatches
 from everydream_kit.models.encoding import decode_latents, encode_captions, encode_moments
 from everydream_kit.models.family import Sizes, has_large_texts
+from everydream_kit.models.lora import without_chance
 from everydream_kit.models.sampling import guide
 from everydream_kit.models.tokenizer import saved_bytes
 from everydream_kit.preflight.imitation import imitate_autocast, imitate_precision, replace_bitsandbytes
@@ -137,6 +138,7 @@ def rehearse(
         if device_type == "cuda":
             imitate_autocast(model.modules().values())
         run = _assemble(config, model, dataset, Path(logdir), device_type, tracker)
+        without_chance(model.denoiser)
         idle = _idle(config, run, latents) if device_type != "cpu" else []
         _label_idle(model, idle, tracker)
         channels = model.family.latent_space.stored_channels

@@ -193,6 +193,7 @@ def select_trained(model: Model, config: TrainConfig, seed: int) -> list[Trained
                 targets=config.lora_targets,
                 text_encoder=config.lora_text_encoder,
                 dora=config.lora_dora,
+                form=config.lora_form,
                 seed=seed,
                 dtype=torch.bfloat16 if config.weight_dtype == "bfloat16" else torch.float32,
             )

@@ -111,6 +111,7 @@ TEST_OF = {
     "lora_targets": LORA,
     "lora_text_encoder": LORA,
     "lora_dora": LORA,
+    "lora_form": "integration/test_lora_forms.py::test_a_resumed_run_of_another_form_equals_one_that_never_stopped",
     "new_tokens": TOKENS,
     "loss_type": LOSS,
     "min_snr_gamma": LOSS,

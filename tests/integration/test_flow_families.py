@@ -244,6 +244,11 @@ def test_the_single_file_of_the_true_size_is_what_diffusers_converts(family: str
 
 @pytest.fixture
 def settings(family: str, tmp_path: Path) -> dict[str, Any]:
+    return settings_for(family, tmp_path)
+
+
+def settings_for(family: str, tmp_path: Path) -> dict[str, Any]:
+    """Of a short run on four images."""
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(4):

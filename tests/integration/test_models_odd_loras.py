@@ -48,7 +48,9 @@ def test_a_lora_that_is_not_read_whole_is_refused_by_name(name, tmp_path):
         read_lora_file(path, open_model(tiny_folder(made.family)))
 
 
-@pytest.mark.parametrize("kind", ["LoHa", "LoKr", "LoCon with lora_mid", "DoRA along the input", "bundled embedding"])
+@pytest.mark.parametrize(
+    "kind", ["LoHa with a core", "LoKr with a core", "LoCon with lora_mid", "DoRA along the input", "bundled embedding"]
+)
 def test_what_cannot_be_trained_on_says_so(kind, tmp_path):
     path, made = write_lora_layout(kind, tmp_path)
     with pytest.raises(ModelError, match="can be merged and sampled with, not trained"):
