@@ -79,16 +79,16 @@ BASES = (
         "Tongyi-MAI/Z-Image",
         "z_image",
         1024,
-        "All weights: GPU with 40 GB and more (28.4 GiB with bf16 weights and fused backward). LoRA: 24 GB and more "
-        "(16.3 GiB), or 16 GB at 512 px (13.9 GiB). Needs bfloat16. About 21 GB to download.",
+        "All weights: GPU with 40 GB and more (28.2 GiB with bf16 weights and fused backward). LoRA: 24 GB and more "
+        "(16.1 GiB), or 16 GB at 512 px with one sample at a time (13.8 GiB). Needs bfloat16. About 21 GB to download.",
     ),
     Base(
         "FLUX.2-klein 4B",
         "black-forest-labs/FLUX.2-klein-base-4B",
         "flux2_klein",
         1024,
-        "All weights: GPU with 24 GB and more (19.4 GiB with bf16 weights and fused backward). LoRA: 16 GB and more "
-        "(11.9 GiB), or 12 GB at 512 px (9.5 GiB). Needs bfloat16. About 16 GB to download.",
+        "All weights: GPU with 24 GB and more (19.3 GiB with bf16 weights and fused backward). LoRA: 16 GB and more "
+        "(11.8 GiB), or 12 GB at 512 px with one sample at a time (9.5 GiB). Needs bfloat16. About 16 GB to download.",
     ),
 )
 """Everything else the kit reads is given by its path or its Hub id."""
