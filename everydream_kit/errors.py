@@ -5,7 +5,7 @@
     ├── DataError            the dataset cannot be used
     ├── ModelError           the base model cannot be found, read or understood
     ├── CheckpointError      a checkpoint is missing, damaged, or does not fit
-    ├── NonFiniteLossError   the loss became NaN or infinite; nothing was updated
+    ├── NonFiniteLossError   the loss or a gradient became NaN or infinite; nothing was updated
     ├── MemoryLimitError     the device ran out of memory; the message lists what to lower
     ├── DiskSpaceError       there is not enough free disk for what was about to be written
     ├── HostError            Colab, RunPod or Vast refused something, such as mounting Google Drive
@@ -40,7 +40,7 @@ class CheckpointError(KitError):
 
 
 class NonFiniteLossError(KitError):
-    """The loss became NaN or infinite. Raised before the update, so the weights are still good."""
+    """A loss or a gradient became NaN or infinite. Nothing was updated in that step, so the weights are still good."""
 
 
 class MemoryLimitError(KitError):

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from everydream_kit.atomic import put_in_place, temporary_path
 from everydream_kit.data.cache_room import free_memory
 from everydream_kit.data.dataset import Dataset
+from everydream_kit.transfers import send
 
 Encoded = TypeVar("Encoded")
 """A dataclass whose fields are tensors with the captions along the first dimension, or anything else that is small."""
@@ -147,7 +148,7 @@ class TextStore:
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:
-    return value.detach().to(device) if isinstance(value, torch.Tensor) else value
+    return send(value.detach(), device) if isinstance(value, torch.Tensor) else value
 
 
 def _tensors(row: Any) -> list[torch.Tensor]:

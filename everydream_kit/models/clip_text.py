@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from everydream_kit.models.family import Conditioning, Model, PromptSettings
+from everydream_kit.transfers import send
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -23,7 +24,7 @@ def clip_prompt_encoder(encode_tokens: EncodeTokens) -> Callable[[Model, Sequenc
         """Windows follow one another; the pooled embedding is the first one's."""
         num_windows = settings.num_windows
         token_ids = [
-            tokenize(tokenizer, prompts, num_windows).to(next(text_encoder.parameters()).device)
+            send(tokenize(tokenizer, prompts, num_windows), next(text_encoder.parameters()).device)
             for tokenizer, text_encoder in zip(model.tokenizers, model.text_encoders, strict=True)
         ]
         encoded = encode_tokens(model, [ids.flatten(0, 1) for ids in token_ids], settings.clip_skip)

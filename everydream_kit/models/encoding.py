@@ -11,6 +11,7 @@ import torch
 
 from everydream_kit.models.family import Conditioning, Model, PromptSettings, Sizes
 from everydream_kit.models.tokens import expand_tokens
+from everydream_kit.transfers import send
 
 __all__ = ["Conditioning", "Sizes", "decode_latents", "encode_captions", "encode_moments", "latents_from_moments"]
 
@@ -40,7 +41,7 @@ def encode_captions(
 def scale_rows(conditioning: Conditioning, factors: Sequence[float]) -> Conditioning:
     """Conditioning with each row multiplied: by 0 where there is no text. A product, so that there is always a gradient."""
     states, pooled = conditioning.encoder_hidden_states, conditioning.pooled
-    rows = torch.tensor(factors, dtype=states.dtype, device=states.device)
+    rows = send(torch.tensor(factors, dtype=states.dtype), states.device)
     pooled = None if pooled is None else pooled * rows.view(-1, 1).to(pooled)
     return Conditioning(states * rows.view(-1, 1, 1), pooled, conditioning.lengths)
 

@@ -27,6 +27,7 @@ from everydream_kit.models.family import (
 )
 from everydream_kit.models.latent_spaces import kl_space
 from everydream_kit.models.sd1 import DIFFUSION_REFUSES
+from everydream_kit.transfers import send
 
 if TYPE_CHECKING:
     from everydream_kit.models.family import Model
@@ -69,7 +70,7 @@ def predict_from_text_and_sizes(
     dtype = input_dtype(model.denoiser)
     added = {
         "text_embeds": conditioning.pooled.to(dtype),
-        "time_ids": time_ids(sizes, len(noisy_latents)).to(noisy_latents.device),
+        "time_ids": send(time_ids(sizes, len(noisy_latents)), noisy_latents.device),
     }
     text = conditioning.encoder_hidden_states.to(dtype)
     prediction = model.denoiser(noisy_latents.to(dtype), timesteps, encoder_hidden_states=text, added_cond_kwargs=added)

@@ -117,9 +117,7 @@ class FlatOptimizer:
 
     @torch.no_grad()
     def step(self) -> None:
-        if not self._has_stepped:
-            self._take_out_unused()
-        self._has_stepped = True
+        self.settle()
         settings = {group["name"]: group for group in self.param_groups}
         for buffer in self._buffers:
             (group,) = buffer.optimizer.param_groups
@@ -167,8 +165,10 @@ class FlatOptimizer:
         for parameter, gradient in zip(buffered, gradients, strict=True):
             parameter.grad = gradient
 
-    def _take_out_unused(self) -> None:
-        """Leave in buffers only what has a gradient."""
+    def settle(self) -> None:
+        """Before the first step, with its gradients there: leave in buffers only what has one."""
+        if self._has_stepped:
+            return
         buffered = [parameter for buffer in self._buffers for parameter, _ in buffer.pieces]
         used = [parameter for parameter in buffered if parameter.grad is not None]
         if used and len(used) < len(buffered):
@@ -176,6 +176,7 @@ class FlatOptimizer:
             for parameter in set(buffered).difference(used):
                 parameter.data = parameter.data.clone()  # else this one alone would keep its whole buffer
             self._flatten(used)
+        self._has_stepped = True
 
     @torch.no_grad()
     def _flatten(self, parameters: Sequence[torch.nn.Parameter]) -> None:

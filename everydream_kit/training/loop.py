@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from everydream_kit.training.losses import ImageLosses, refuse_non_finite
+from everydream_kit.training.losses import ImageLosses
 from everydream_kit.training.position import Position
 from everydream_kit.training.reports import Listener, StepReport
 
@@ -31,7 +31,7 @@ def train_loop(run: Run, listeners: Sequence[Listener], stop: StopSignal) -> Pos
         Where the run stands now.
 
     Raises:
-        NonFiniteLossError: a loss became NaN or infinite; nothing was updated in that step.
+        NonFiniteLossError: a loss or a gradient became NaN or infinite; nothing was updated in that step.
         MemoryLimitError: the device ran out of memory.
     """
     learner, clock = run.learner, time.perf_counter()
@@ -44,9 +44,10 @@ def train_loop(run: Run, listeners: Sequence[Listener], stop: StopSignal) -> Pos
         losses = ImageLosses()
         for batch in work.batches:
             losses.add(batch, learner.backward(batch, work, step))
-        losses = run.ranks.gather(losses)
-        refuse_non_finite(losses, step)
-        gradient_norm = learner.update_weights(step)
+        norm = learner.update_weights(step)  # on the device, which skips it where something is not finite
+        losses = run.ranks.gather(losses)  # read while the device updates
+        gradient_norm = None if norm is None else norm.number()
+        learner.refuse_non_finite(losses, gradient_norm, step)
         learner.update_ema(step + 1)
         run.position = run.position.after(work)
 

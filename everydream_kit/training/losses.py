@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 
 from everydream_kit.errors import NonFiniteLossError
 from everydream_kit.plain_text import printable
+from everydream_kit.transfers import Fetched
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from everydream_kit.data.records import Batch
@@ -23,16 +26,16 @@ class ImageLosses:
     losses: list[float] = field(default_factory=list)
     loss_scales: list[float] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
-    _waiting: list[tuple[Batch, torch.Tensor]] = field(default_factory=list, repr=False)
+    _waiting: list[tuple[Batch, Fetched]] = field(default_factory=list, repr=False)
 
     def add(self, batch: Batch, losses: torch.Tensor) -> None:
-        """Note a micro-batch's losses, (B,). They stay on the device until `read`, so that it is not waited for."""
-        self._waiting.append((batch, losses))
+        """Note a micro-batch's losses, (B,). They are on their way until `read`, so that the device is not waited for."""
+        self._waiting.append((batch, Fetched(losses)))
 
     def read(self) -> ImageLosses:
-        """Fetch what is still on the device."""
+        """Take in what is still on its way."""
         for batch, losses in self._waiting:
-            for row, (draw, loss) in enumerate(zip(batch.planned.draws, losses.tolist(), strict=True)):
+            for row, (draw, loss) in enumerate(zip(batch.planned.draws, losses.read().tolist(), strict=True)):
                 if not draw.filler:
                     self.images.append(draw.image)
                     self.losses.append(loss)
@@ -49,14 +52,29 @@ class ImageLosses:
         return sum(loss * scale for loss, scale in zip(self.losses, self.loss_scales, strict=True)) / len(self.losses)
 
 
-def refuse_non_finite(losses: ImageLosses, step: int) -> None:
-    """Raises: NonFiniteLossError, naming the step and the images, if any loss is NaN or infinite."""
+def refuse_non_finite(losses: ImageLosses, step: int, gradient_norm: float | None = None) -> None:
+    """Refuse a step whose losses or gradients are not finite.
+
+    Args:
+        step: optimizer steps done.
+        gradient_norm: None where it is not known, or where gradients may overflow (float16).
+
+    Raises:
+        NonFiniteLossError: a loss, or the norm, is NaN or infinite; it names the step and the images.
+    """
     losses.read()
     bad = [path for path, loss in zip(losses.paths, losses.losses, strict=True) if not math.isfinite(loss)]
     if bad:
         raise NonFiniteLossError(
-            f"step {step}: loss is NaN or infinite for {', '.join(map(printable, bad[:4]))}"
-            + (f" and {len(bad) - 4} more" if len(bad) > 4 else "")
-            + ". Nothing was updated in this step. Lower lr, set clip_grad_norm 1.0, or choose amp_dtype bf16; "
-            "then resume from the last checkpoint."
+            f"step {step}: loss is NaN or infinite for {_named(bad)}. Nothing was updated in this step. "
+            "Lower lr, set clip_grad_norm 1.0, or choose amp_dtype bf16; then resume from the last checkpoint."
         )
+    if gradient_norm is not None and not math.isfinite(gradient_norm):
+        raise NonFiniteLossError(
+            f"step {step}: gradients are NaN or infinite, although the losses of {_named(losses.paths)} are finite. "
+            "Nothing was updated in this step. Lower lr, or choose amp off; then resume from the last checkpoint."
+        )
+
+
+def _named(paths: Sequence[str]) -> str:
+    return ", ".join(map(printable, paths[:4])) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from everydream_kit.transfers import send
+
 Source = int | torch.Generator
 """Where an image's numbers come from: a seed, or a CPU generator (see `draws.torch_generator`)."""
 
@@ -107,4 +109,4 @@ def perturb_embeddings(embeddings: torch.Tensor, gamma: float, sources: Sequence
 
 def _standard_normal_like(tensor: torch.Tensor, sources: Sequence[Source]) -> torch.Tensor:
     drawn = torch.stack([torch.randn(tensor.shape[1:], generator=as_generator(s)) for s in sources])
-    return drawn.to(tensor)
+    return send(drawn, tensor.device).to(tensor.dtype)

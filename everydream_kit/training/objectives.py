@@ -28,6 +28,7 @@ from everydream_kit.config.objective_settings import ObjectiveGroup
 from everydream_kit.errors import ConfigError
 from everydream_kit.models.flow import shifted
 from everydream_kit.training.timesteps import whole_timesteps
+from everydream_kit.transfers import send
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 MAX_DEBIASED_SNR = 1000.0
@@ -89,7 +90,7 @@ def denoising_losses(
     noisy_latents = objective.add_noise(latents, noise if input_noise is None else input_noise, timesteps)
     model_pred = predict(noisy_latents)
     target = objective.target(latents, noise, timesteps)
-    return objective.loss(model_pred, target, timesteps, None if mask is None else mask.to(latents.device))
+    return objective.loss(model_pred, target, timesteps, None if mask is None else send(mask, latents.device))
 
 
 @dataclass
@@ -188,7 +189,7 @@ class DiffusionObjective:
 
     def _alphas_cumprod(self, device: torch.device) -> torch.Tensor:
         if device not in self._by_device:
-            self._by_device[device] = self.alphas_cumprod.to(device)
+            self._by_device[device] = send(self.alphas_cumprod, device)
         return self._by_device[device]
 
 

@@ -278,7 +278,7 @@ def _make_builder(name: str, groups: Sequence[Group], device_type: str, kwargs: 
     def build(groups: list[Group]) -> torch.optim.Optimizer:
         accepted = []
         for group in groups:
-            common = {key: group[key] for key in COMMON}
+            common = {key: group.get(key) for key in COMMON}  # a buffer's group has those that the class takes
             if common["weight_decay"] is None:
                 common["weight_decay"] = kind.weight_decay
             plain = {key: value for key, value in group.items() if key not in COMMON}

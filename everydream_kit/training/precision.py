@@ -14,6 +14,8 @@ import torch
 from everydream_kit.config import mixes_precision
 from everydream_kit.config.precision_settings import PrecisionGroup
 from everydream_kit.errors import ConfigError
+from everydream_kit.training.skipping import step_unless
+from everydream_kit.transfers import Fetched
 
 INITIAL_SCALE = 2**17.5
 SCALER_STAGES = ((0, 2.0, 25), (500, 1.8, 100), (1000, 1.6, 200), (2000, 1.3, 500), (4000, 1.15, 2000))
@@ -43,6 +45,7 @@ class Precision:
     scaler: torch.amp.GradScaler | None = None
     tune_scaler: bool = True
     num_steps: int = field(default=0, repr=False)
+    _scale: Fetched | None = field(default=None, init=False, repr=False)
 
     def autocast(self, *, keep_casts: bool = True) -> AbstractContextManager[Any]:
         """Where the forward pass belongs.
@@ -64,21 +67,29 @@ class Precision:
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
 
-    def step(self, optimizer: Any) -> None:
-        """Step the optimizer, unless float16 gradients overflowed; then the scale is lowered instead."""
-        if self.scaler is None:
-            optimizer.step()
-            return
-        if self.tune_scaler:
-            tune_scaler(self.scaler, self.num_steps)
-        self.scaler.step(optimizer)
-        self.scaler.update()
-        self.num_steps += 1
+    def step(self, optimizer: Any, *, skip: torch.Tensor) -> None:
+        """Step the optimizer, unless something is not finite.
+
+        With float16, gradients that overflowed lower the scale instead. The scale is updated first: it is read while the
+        weights are still being updated.
+
+        Args:
+            skip: () bool, on the weights' device.
+        """
+        if self.scaler is not None:
+            if self.tune_scaler:
+                tune_scaler(self.scaler, self.num_steps)
+            self.scaler.update()
+            self._scale = Fetched(self.scaler.scale(torch.ones((), device=skip.device)))
+            self.num_steps += 1
+        step_unless(optimizer, skip)
 
     @property
     def gradient_scale(self) -> float | None:
         """The scaler's factor, None without one."""
-        return None if self.scaler is None else self.scaler.get_scale()
+        if self.scaler is None:
+            return None
+        return self.scaler.get_scale() if self._scale is None else self._scale.number()
 
     def state_dict(self) -> dict[str, Any]:
         scaler = None if self.scaler is None else self.scaler.state_dict()
@@ -89,6 +100,7 @@ class Precision:
         self.num_steps = int(state["num_steps"])
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+            self._scale = None
 
 
 def choose_precision(device: torch.device | str, settings: PrecisionGroup) -> Precision:

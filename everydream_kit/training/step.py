@@ -11,6 +11,7 @@ Not here: which images a step has (`data.epoch_plan`), what other processes do m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from everydream_kit.training.objectives import denoising_losses
 from everydream_kit.training.offload import IdleModels
 from everydream_kit.training.sharding import as_whole
 from everydream_kit.training.timesteps import draw_timesteps
+from everydream_kit.transfers import Fetched, send
 
 if TYPE_CHECKING:
     from everydream_kit.config.objective_settings import ObjectiveGroup
@@ -124,26 +126,34 @@ class Learner:
         share = share_of_step(losses, batch.loss_scale, work.loss_divisor)
         if self.is_sharded:
             share = share * self.ranks.num_ranks  # FSDP takes the mean over the processes where we want the sum
-        self.precision.scale(share).backward()
+        (self.precision.scale(share) * _one_or_nan(losses)).backward()
         return losses.detach()
 
-    def update_weights(self, step: int) -> float | None:
-        """Reduce, measure, clip, step, zero. Returns the gradients' norm before clipping where it is wanted."""
+    def update_weights(self, step: int) -> Fetched | None:
+        """Reduce, measure, clip, step, zero. Where a loss or a gradient is not finite, nothing is stepped.
+
+        That is decided on the device, and nobody waits for it here; the loop learns it from what is returned.
+
+        Returns:
+            The norm of all gradients before clipping, on its way; None where they are gone and it was not wanted.
+        """
         if self.updates_in_backward:
             return take_gradient_norm(self.optimizer)
         parameters = self.parameters()
         if not self.is_sharded:
             self.ranks.sum_gradients(parameters)
         self.precision.unscale(self.optimizer)
-        norm, bound = None, self.clip_grad_norm
-        if bound is not None or self.wants_gradient_norm(step + 1):
-            total = as_whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-            if bound is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters, bound, total)
-            norm = float(total)
-        self.precision.step(self.optimizer)
+        norm = as_whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        fetched = Fetched(norm)
+        if self.clip_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_grad_norm, norm)
+        self.precision.step(self.optimizer, skip=norm.isfinite().logical_not())
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return fetched
+
+    def refuse_non_finite(self, losses: ImageLosses, gradient_norm: float | None, step: int) -> None:
+        """Raises: NonFiniteLossError, if a loss or a gradient is not; float16 gradients may overflow."""
+        refuse_non_finite(losses, step, None if self.precision.scaler else gradient_norm)
 
     def update_ema(self, step: int) -> None:
         """Take the weights after so many steps into the average, where there is one and it is due."""
@@ -161,8 +171,9 @@ class Learner:
             self.generators(batch, "noise"),
             offset=settings.zero_frequency_noise_ratio,
             pyramid_discount=settings.pyramid_noise_discount,
-        ).to(latents)
-        timesteps = self._draw_timesteps(batch, work).to(latents.device)  # (B,)
+        )
+        noise = send(noise, latents.device).to(latents.dtype)
+        timesteps = send(self._draw_timesteps(batch, work), latents.device)  # (B,)
         input_noise = noise
         if settings.input_perturbation:
             input_noise = perturb_input(noise, settings.input_perturbation, self.generators(batch, "input noise"))
@@ -192,17 +203,17 @@ class Learner:
         device = self.ranks.device
         with torch.no_grad():
             if batch.moments is not None:
-                moments = batch.moments.to(device, torch.float32, non_blocking=True)
+                moments = send(batch.moments, device).float()  # converted there: half the bytes to send
             else:
                 assert batch.pixels is not None
                 with self.idle_models.at_work([self.model.vae]):
-                    moments = encode_moments(self.model, batch.pixels.to(device, non_blocking=True)).float()
+                    moments = encode_moments(self.model, send(batch.pixels, device)).float()
             height, width = (side * LATENT_CELL_PIXELS for side in moments.shape[2:])  # moments: (B, stored, H/8, W/8)
             shape = self.model.family.latent_space.shape(self.model, width, height)
             if mean_only:
                 noise = torch.zeros((len(moments), *shape), device=device)
             else:
-                noise = make_noise(shape, self.generators(batch, "posterior")).to(moments)
+                noise = send(make_noise(shape, self.generators(batch, "posterior")), device)
             return latents_from_moments(self.model, moments, noise)
 
     def encode_captions(self, captions: list[str]) -> Conditioning:
@@ -281,7 +292,15 @@ def share_of_step(losses: torch.Tensor, loss_scale: torch.Tensor, loss_divisor: 
         loss_scale: (B,), weight of each image; 0 for fillers.
         loss_divisor: the same for all steps of an epoch (`EpochPlan.images_in_fullest_step`).
     """
-    return (losses * loss_scale.to(losses.device)).sum() / loss_divisor
+    return (losses * send(loss_scale, losses.device)).sum() / loss_divisor
+
+
+def _one_or_nan(losses: torch.Tensor) -> torch.Tensor:
+    """() NaN if a loss is not finite, else 1. As a factor it reaches every gradient, of other processes too.
+
+    By itself an infinite loss need not: the derivative of a square that overflows is finite.
+    """
+    return torch.where(losses.detach().isfinite().all(), 1.0, math.nan)
 
 
 def _single(batch: Batch, losses: torch.Tensor) -> ImageLosses:

@@ -33,6 +33,7 @@ ROOMS = [
         "doctor",
     ),
     *(
+        "transfers",
         "data",
         "models",
         "demo",
@@ -161,7 +162,7 @@ def test_only_panels_know_widgets(path):
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_slow_packages_are_imported_where_they_are_used(path):
     """At the top of a file they would be paid for by all who import it. Torch may be where nothing works without."""
-    needs_torch = room_of(path) in ("models", "training", "export", "demo") or path.name in TORCH_IN_DATA
+    needs_torch = room_of(path) in ("transfers", "models", "training", "export", "demo") or path.name in TORCH_IN_DATA
     needs_torch |= room_of(path) == "preflight" and path.name in TORCH_IN_PREFLIGHT
     top = [name for _, name in imports(path, inside_functions=False, for_types=False) if name.split(".")[0] in SLOW]
     assert not [name for name in top if not (needs_torch and name.split(".")[0] == "torch")]

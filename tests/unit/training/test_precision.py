@@ -79,12 +79,18 @@ def trained_parameter():
     return parameter, torch.optim.SGD([parameter], lr=1.0)
 
 
+def update(precision, optimizer):
+    """As the step does it."""
+    precision.unscale(optimizer)
+    gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+    precision.step(optimizer, skip=torch.nn.utils.get_total_norm(gradients).isfinite().logical_not())
+
+
 def test_without_a_scaler_the_loss_is_the_loss():
     precision = choose_precision("cpu", PrecisionGroup())
     parameter, optimizer = trained_parameter()
     precision.scale(0.25 * parameter.sum()).backward()
-    precision.unscale(optimizer)
-    precision.step(optimizer)
+    update(precision, optimizer)
     assert parameter.item() == 0.75
 
 
@@ -96,7 +102,7 @@ def test_float16_scales_the_loss_and_unscales_the_gradients():
     assert parameter.grad.item() == pytest.approx(0.25 * 2**17.5)
     precision.unscale(optimizer)
     assert parameter.grad.item() == pytest.approx(0.25)
-    precision.step(optimizer)
+    precision.step(optimizer, skip=torch.tensor(False))
     assert parameter.item() == pytest.approx(0.75)
 
 
@@ -105,8 +111,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale():
     parameter, optimizer = trained_parameter()
     parameter.grad = torch.tensor([float("inf")])
     precision.scale(torch.zeros(()))  # makes the scaler's tensors
-    precision.unscale(optimizer)
-    precision.step(optimizer)
+    update(precision, optimizer)
     assert parameter.item() == 1.0
     assert precision.gradient_scale == pytest.approx(2**16.5)
 
@@ -128,7 +133,7 @@ def test_the_scale_grows_more_slowly_as_the_run_goes_on(num_steps, factor, inter
     precision.num_steps = num_steps
     parameter, optimizer = trained_parameter()
     precision.scale(parameter.sum()).backward()
-    precision.step(optimizer)
+    update(precision, optimizer)
     scaler = precision.scaler
     assert scaler.get_growth_factor() == factor
     assert scaler.get_backoff_factor() == pytest.approx(1 / factor)
@@ -140,7 +145,7 @@ def test_the_tuning_can_be_left_out():
     precision.num_steps = 5000
     parameter, optimizer = trained_parameter()
     precision.scale(parameter.sum()).backward()
-    precision.step(optimizer)
+    update(precision, optimizer)
     assert precision.scaler.get_growth_interval() == 25
 
 
@@ -149,8 +154,7 @@ def test_the_scalers_state_survives_a_resume():
     parameter, optimizer = trained_parameter()
     first.scale(torch.zeros(()))
     parameter.grad = torch.tensor([float("inf")])
-    first.unscale(optimizer)
-    first.step(optimizer)
+    update(first, optimizer)
     second.load_state_dict(first.state_dict())
     assert second.gradient_scale == first.gradient_scale
     assert second.num_steps == 1
