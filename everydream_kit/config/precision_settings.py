@@ -82,7 +82,8 @@ class PrecisionGroup(Group):
     ] = "auto"
     """Lay the trained weights in a few large buffers, so that an optimizer's update takes a few kernels in place of
     hundreds. `auto` does so on a GPU. Optimizers that need each tensor's shape, paged ones, bfloat16 weights and
-    `fused_backward` train as without."""
+    `fused_backward` train as without. Before the run, a few small updates are compared with separate ones; where a number
+    differs, the weights stay separate, with a warning."""
     offload_idle_models: Annotated[
         bool,
         Knob(memory="saves the VAE and frozen text encoders", when="memory is short; costs a little time"),

@@ -117,7 +117,7 @@ class FlatOptimizer:
 
     @torch.no_grad()
     def step(self) -> None:
-        self.settle()
+        self.take_out_unused()
         settings = {group["name"]: group for group in self.param_groups}
         for buffer in self._buffers:
             (group,) = buffer.optimizer.param_groups
@@ -165,7 +165,7 @@ class FlatOptimizer:
         for parameter, gradient in zip(buffered, gradients, strict=True):
             parameter.grad = gradient
 
-    def settle(self) -> None:
+    def take_out_unused(self) -> None:
         """Before the first step, with its gradients there: leave in buffers only what has one."""
         if self._has_stepped:
             return
@@ -189,7 +189,7 @@ class FlatOptimizer:
         bundles: dict[Any, list[torch.nn.Parameter]] = {}
         for index, group in enumerate(self.param_groups):
             for parameter in group["params"]:
-                if parameter in wanted and _is_dense(parameter):
+                if parameter in wanted and is_dense(parameter):
                     key = (index, *_kind(parameter, self._plain.state, num_small))
                     bundles.setdefault(key, []).append(parameter)
         runs = [(key, run) for key, bundle in bundles.items() for run in _cut(bundle, self._buffer_numbers)]
@@ -215,11 +215,11 @@ class FlatOptimizer:
         pieces, gradient_pieces, gaps, start = [], [], [], 0
         for parameter in parameters:
             end = start + parameter.numel()
-            weights = _piece(whole.data, start, parameter)
+            weights = place_of(whole.data, start, parameter)
             weights.copy_(parameter.data)
             parameter.data = weights
             pieces.append((parameter, start))
-            gradient_pieces.append(_piece(gradient, start, parameter))
+            gradient_pieces.append(place_of(gradient, start, parameter))
             start += _padded(parameter)
             if end < start:
                 gaps.append(gradient[end:start])
@@ -228,11 +228,12 @@ class FlatOptimizer:
         return _Buffer(whole, optimizer, pieces, gradient, gradient_pieces, gaps)
 
 
-def _is_dense(parameter: torch.Tensor) -> bool:
+def is_dense(parameter: torch.Tensor) -> bool:
+    """Whether its memory has no gaps, in one of the layouts that weights have."""
     return parameter.is_contiguous() or parameter.is_contiguous(memory_format=torch.channels_last)
 
 
-def _piece(whole: torch.Tensor, start: int, parameter: torch.Tensor) -> torch.Tensor:
+def place_of(whole: torch.Tensor, start: int, parameter: torch.Tensor) -> torch.Tensor:
     """The numbers from `start` on in a parameter's shape and memory layout."""
     return whole.as_strided(parameter.shape, parameter.stride(), whole.storage_offset() + start)
 
@@ -268,7 +269,7 @@ def _merge_states(states: list[State], buffer: _Buffer) -> State:
         if _is_by_number(value, buffer.pieces[0][0]):
             merged[key] = torch.zeros(buffer.whole.numel(), dtype=value.dtype, device=value.device)
             for state, (one, start) in zip(states, buffer.pieces, strict=True):
-                _piece(merged[key], start, one).copy_(state.pop(key))
+                place_of(merged[key], start, one).copy_(state.pop(key))
         elif _is_by_block(key):
             merged[key] = torch.cat([state.pop(key) for state in states])
         else:  # the step, or a table that all share
@@ -286,7 +287,7 @@ def _shares(buffer: _Buffer) -> list[tuple[torch.nn.Parameter, State]]:
 
 def _share(key: str, value: Any, buffer: _Buffer, parameter: torch.nn.Parameter, start: int) -> Any:
     if _is_by_number(value, buffer.whole):
-        return _piece(value, start, parameter)
+        return place_of(value, start, parameter)
     if _is_by_block(key):
         return value[start // BLOCK_NUMBERS : (start + _padded(parameter)) // BLOCK_NUMBERS]
     return value.clone() if key == "step" and isinstance(value, torch.Tensor) else value

@@ -241,6 +241,11 @@ def restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
         group.update(own)
 
 
+def parameters_of(optimizer: Any) -> list[torch.nn.Parameter]:
+    """All that it trains, in the order of its groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def unwrap_optimizers(optimizer: Any) -> list[Any]:
     """The torch optimizers behind any number of faces."""
     if isinstance(optimizer, CombinedOptimizer | RoundedOptimizer | FlatOptimizer):

@@ -1,16 +1,16 @@
 """Training on several processes: who am I, and what do the others have.
 
 Each process holds the whole model and takes its share of every batch; gradients are summed over the processes once per
-optimizer step, after accumulation, in flat buckets. That is data parallelism without a module wrapper: the losses are
-already divided by the images of all processes, so one process with batch B and two with batch B/2 compute the same
-sums. accelerate says which process this is and opens the process group, whether it was started by `accelerate launch`
-or `torchrun`.
+optimizer step (`gradient_sums`). That is data parallelism without a module wrapper: the losses are already divided by the
+images of all processes, so one process with batch B and two with batch B/2 compute the same sums. Numbers of the host go
+through a group of their own, from host memory, so that no GPU is waited for. accelerate says which process this is and opens
+the process group, whether it was started by `accelerate launch` or `torchrun`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,17 +19,19 @@ from everydream_kit.errors import HostError
 from everydream_kit.gpu_support import describe_unsupported
 from everydream_kit.training.losses import ImageLosses
 
-BUCKET_BYTES = 25 * 2**20
-"""Gradients are sent in pieces of about this size, as torch's own DDP does."""
-
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all. With one process, everything here costs nothing."""
+    """This process among all. With one process, everything here costs nothing.
+
+    Attributes:
+        host_group: torch's group for what is in host memory; None: the default one.
+    """
 
     rank: int
     num_ranks: int
     device: torch.device
+    host_group: Any = field(default=None, repr=False, compare=False)
 
     @classmethod
     def find(cls, gpuid: int = 0) -> Ranks:
@@ -47,7 +49,8 @@ class Ranks:
             torch.cuda.set_device(device)
         if device.type == "cuda":
             refuse_unsupported(device)
-        return cls(state.process_index, state.num_processes, device)
+        host_group = dist.new_group(backend="gloo") if state.num_processes > 1 else None
+        return cls(state.process_index, state.num_processes, device, host_group)
 
     @property
     def is_main(self) -> bool:
@@ -58,17 +61,23 @@ class Ranks:
         """The largest of each number over all processes."""
         if self.num_ranks == 1:
             return list(numbers)
-        words = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(words, dist.ReduceOp.MAX)
+        words = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(words, dist.ReduceOp.MAX, group=self.host_group)
         return [float(word) for word in words.tolist()]
 
     def share(self, number: int) -> int:
         """The main process's number, for all."""
         if self.num_ranks == 1:
             return number
-        word = torch.tensor(number, device=self.device)
-        dist.broadcast(word, src=0)
-        return int(word.item())
+        return self.share_list([number])[0]
+
+    def share_list(self, numbers: list[int]) -> list[int]:
+        """The main process's numbers, for all; as many on each."""
+        if self.num_ranks > 1:
+            words = torch.tensor(numbers)
+            dist.broadcast(words, src=0, group=self.host_group)
+            numbers = words.tolist()
+        return numbers
 
     def gather(self, losses: ImageLosses) -> ImageLosses:
         """The losses of all processes, in the order of their ranks."""
@@ -76,7 +85,7 @@ class Ranks:
         if self.num_ranks == 1:
             return losses
         parts: list[ImageLosses] = [losses] * self.num_ranks
-        dist.all_gather_object(parts, losses)
+        dist.all_gather_object(parts, losses, group=self.host_group)
         return ImageLosses(
             images=[i for part in parts for i in part.images],
             losses=[loss for part in parts for loss in part.losses],
@@ -84,44 +93,10 @@ class Ranks:
             paths=[path for part in parts for path in part.paths],
         )
 
-    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Add up every parameter's gradient over the processes, in place.
-
-        A parameter that has no gradient on any process keeps none: with zeros, the optimizer would decay it.
-        """
-        if self.num_ranks == 1 or not parameters:
-            return
-        have = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
-        have = have.to(self.device)
-        dist.all_reduce(have, dist.ReduceOp.MAX)
-        bucket: list[torch.Tensor] = []
-        size = 0
-        for parameter, has_one in zip(parameters, have.tolist(), strict=True):
-            if not has_one:
-                continue
-            if parameter.grad is None:  # a process whose share was empty sends zeros, or the others would wait
-                parameter.grad = torch.zeros_like(parameter)
-            bucket.append(parameter.grad)
-            size += parameter.grad.nbytes
-            if size >= BUCKET_BYTES:
-                _sum_bucket(bucket)
-                bucket, size = [], 0
-        _sum_bucket(bucket)
-
     def barrier(self) -> None:
         """Wait for the others."""
         if self.num_ranks > 1:
-            dist.barrier()
-
-
-def _sum_bucket(gradients: list[torch.Tensor]) -> None:
-    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):  # no set: its order differs between processes
-        same = [gradient for gradient in gradients if gradient.dtype == dtype]
-        flat = torch.cat([gradient.reshape(-1) for gradient in same])
-        dist.all_reduce(flat)
-        pieces = flat.split([gradient.numel() for gradient in same])
-        for gradient, piece in zip(same, pieces, strict=True):
-            gradient.copy_(piece.view_as(gradient))
+            dist.barrier(group=self.host_group)
 
 
 def refuse_unsupported(device: torch.device) -> None:

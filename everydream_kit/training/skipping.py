@@ -23,7 +23,7 @@ def step_unless(optimizer: Any, skip: torch.Tensor) -> None:
         skip: () bool, on the weights' device.
     """
     for flat in flat_optimizers(optimizer):
-        flat.settle()  # it makes its inner optimizers anew
+        flat.take_out_unused()  # it makes its inner optimizers anew
     inner = unwrap_optimizers(optimizer)
     if not (_steps_at_once(optimizer) and all(map(_skips_on_device, inner))):
         if not bool(skip):

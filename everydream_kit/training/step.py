@@ -30,6 +30,7 @@ from everydream_kit.training.losses import ImageLosses, refuse_non_finite
 from everydream_kit.training.noise import make_noise, perturb_embeddings, perturb_input
 from everydream_kit.training.objectives import denoising_losses
 from everydream_kit.training.offload import IdleModels
+from everydream_kit.training.optimizers import parameters_of
 from everydream_kit.training.sharding import as_whole
 from everydream_kit.training.timesteps import draw_timesteps
 from everydream_kit.transfers import Fetched, send
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from everydream_kit.data.text_cache import TextCache
     from everydream_kit.models.family import Model
     from everydream_kit.training.ema import Ema
+    from everydream_kit.training.gradient_sums import GradientSums
     from everydream_kit.training.objectives import Objective
     from everydream_kit.training.optimizers import AnyOptimizer
     from everydream_kit.training.parameters import TrainedPart
@@ -62,6 +64,7 @@ class Learner:
         dataset: of which the keys of images are read.
         text_cache: encoded captions, where the text encoders are frozen.
         idle_models: those that wait in host memory while steps are made.
+        gradient_sums: adds gradients up over the processes, where each has the whole model.
         updates_in_backward: the weights change inside `backward`, so there is nothing left to clip or to refuse.
         wants_gradient_norm: whether the norm is wanted after so many steps.
         is_sharded: the trained modules are divided among the processes (`sharding`).
@@ -83,6 +86,7 @@ class Learner:
     ema: Ema | None = None
     text_cache: TextCache[Conditioning] | None = None
     idle_models: IdleModels = field(default_factory=IdleModels)
+    gradient_sums: GradientSums | None = None
     updates_in_backward: bool = False
     wants_gradient_norm: Callable[[int], bool] = lambda step: False
     is_sharded: bool = False
@@ -126,6 +130,8 @@ class Learner:
         share = share_of_step(losses, batch.loss_scale, work.loss_divisor)
         if self.is_sharded:
             share = share * self.ranks.num_ranks  # FSDP takes the mean over the processes where we want the sum
+        if self.gradient_sums is not None and batch is work.batches[-1]:
+            self.gradient_sums.watch()
         (self.precision.scale(share) * _one_or_nan(losses)).backward()
         return losses.detach()
 
@@ -140,8 +146,8 @@ class Learner:
         if self.updates_in_backward:
             return take_gradient_norm(self.optimizer)
         parameters = self.parameters()
-        if not self.is_sharded:
-            self.ranks.sum_gradients(parameters)
+        if self.gradient_sums is not None:
+            self.gradient_sums.finish()
         self.precision.unscale(self.optimizer)
         norm = as_whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         fetched = Fetched(norm)
@@ -259,7 +265,7 @@ class Learner:
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Everything that is trained, in the optimizer's order."""
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return parameters_of(self.optimizer)
 
     @property
     def trains_text(self) -> bool:

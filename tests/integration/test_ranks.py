@@ -93,6 +93,10 @@ def test_two_processes_with_half_the_batch_equal_one(folder: Path, alone: RunFol
     assert_same_run(alone, RunFolder(folder / "ddp"))
 
 
+def test_gradients_sent_in_pieces_are_the_plain_sums_bit_for_bit(folder: Path) -> None:
+    assert json.loads((folder / "sums.json").read_text("utf-8")) == [True, True, True]
+
+
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 @pytest.mark.parametrize("clip_skip", range(5))
 def test_slices_of_the_text_encoders_have_the_gradients_of_whole_ones(

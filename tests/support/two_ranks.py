@@ -92,10 +92,46 @@ def divided_sdxl(folder: Path, settings: dict) -> None:
     train({**settings, **model, "batch_size": 1, "parallel": "fsdp2", "gradient_checkpointing": True})
 
 
+def sums_of_gradients(folder: Path) -> None:
+    """Sent piece by piece in three steps of two micro-batches, next to the plain sum of each gradient."""
+    import torch
+    import torch.distributed as dist
+
+    from everydream_kit.training import gradient_sums
+    from everydream_kit.training.ranks import Ranks
+
+    gradient_sums.PIECE_BYTES = 1000
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(*(torch.nn.Linear(17, 17) for _ in range(6)))
+    used = [p for layer in layers for p in layer.parameters()]
+    unused = torch.nn.Parameter(torch.ones(3))
+    sums, equal = gradient_sums.GradientSums([unused, *used], Ranks.find()), []
+    generator = torch.Generator().manual_seed(RANK)
+    for step in range(3):
+        batches = [torch.randn(4, 17, generator=generator) for _ in range(2)]
+        chosen = layers[:4] if step % 2 == RANK else layers  # one process has no gradient of the last layers
+        for batch in batches:
+            chosen(batch).square().sum().backward()
+        plain = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in used]
+        layers.zero_grad()
+        for gradient in plain:
+            dist.all_reduce(gradient)
+        for batch in batches:
+            if batch is batches[-1]:
+                sums.watch()
+            chosen(batch).square().sum().backward()
+        sums.finish()
+        equal.append(unused.grad is None and all(torch.equal(p.grad, g) for p, g in zip(used, plain, strict=True)))
+        layers.zero_grad()
+    if RANK == 0:
+        (folder / "sums.json").write_text(json.dumps(equal), "utf-8")
+
+
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     wanted = json.loads((place / "config.json").read_text("utf-8"))
     divided_batch(place, wanted)
+    sums_of_gradients(place)
     divided_model(place, wanted)
     text_encoders(place)
     divided_sdxl(place, wanted)
