@@ -1,4 +1,4 @@
-"""Gradients added up over the processes, piece by piece, while the backward pass goes on.
+"""Gradients added up over the processes, piece by piece, during the backward pass.
 
 A piece is sent when all its gradients are complete, in one order on all processes: the one in which they were complete in the
 first step, as torch's own DDP does it. A piece's memory becomes that of its gradients, so sending takes no copy of them all.
