@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from everydream_kit.transfers import Fetched
-
 Group = dict[str, Any]
 
 
@@ -107,12 +105,12 @@ def measure_gradient_norm(optimizer: Any, wanted: bool) -> None:
         one.measures_norm = wanted
 
 
-def take_gradient_norm(optimizer: Any) -> Fetched | None:
+def take_gradient_norm(optimizer: Any) -> torch.Tensor | None:
     """Norm of all gradients of the last backward pass, None where it was not measured."""
     fused = _fused(optimizer)
     if not any(one.measures_norm for one in fused):
         return None
-    return Fetched(torch.tensor(sum(one.take_gradient_norm() ** 2 for one in fused) ** 0.5))
+    return torch.tensor(sum(one.take_gradient_norm() ** 2 for one in fused) ** 0.5)
 
 
 def _fused(optimizer: Any) -> list[FusedBackwardOptimizer]:

@@ -44,10 +44,9 @@ def train_loop(run: Run, listeners: Sequence[Listener], stop: StopSignal) -> Pos
         losses = ImageLosses()
         for batch in work.batches:
             losses.add(batch, learner.backward(batch, work, step))
-        norm = learner.update_weights(step)  # on the device, which skips it where something is not finite
+        update = learner.update_weights(step)  # on the device, which skips it where something is not finite
         losses = run.ranks.gather(losses)  # read while the device updates
-        gradient_norm = None if norm is None else norm.number()
-        learner.refuse_non_finite(losses, gradient_norm, step)
+        learner.refuse_non_finite(losses, update, step)
         learner.update_ema(step + 1)
         run.position = run.position.after(work)
 
@@ -57,7 +56,7 @@ def train_loop(run: Run, listeners: Sequence[Listener], stop: StopSignal) -> Pos
             work,
             losses,
             learning_rates,
-            gradient_norm=gradient_norm,
+            gradient_norm=update.gradient_norm,
             gradient_scale=learner.precision.gradient_scale,
             seconds=seconds,
         )

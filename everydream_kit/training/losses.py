@@ -52,15 +52,15 @@ class ImageLosses:
         return sum(loss * scale for loss, scale in zip(self.losses, self.loss_scales, strict=True)) / len(self.losses)
 
 
-def refuse_non_finite(losses: ImageLosses, step: int, gradient_norm: float | None = None) -> None:
+def refuse_non_finite(losses: ImageLosses, step: int, *, gradients_are_finite: bool = True) -> None:
     """Refuse a step whose losses or gradients are not finite.
 
     Args:
         step: optimizer steps done.
-        gradient_norm: None where it is not known, or where gradients may overflow (float16).
+        gradients_are_finite: True also where it is not known, or where they may overflow (float16).
 
     Raises:
-        NonFiniteLossError: a loss, or the norm, is NaN or infinite; it names the step and the images.
+        NonFiniteLossError: a loss or a gradient is NaN or infinite; it names the step and the images.
     """
     losses.read()
     bad = [path for path, loss in zip(losses.paths, losses.losses, strict=True) if not math.isfinite(loss)]
@@ -69,7 +69,7 @@ def refuse_non_finite(losses: ImageLosses, step: int, gradient_norm: float | Non
             f"step {step}: loss is NaN or infinite for {_named(bad)}. Nothing was updated in this step. "
             "Lower lr, set clip_grad_norm 1.0, or choose amp_dtype bf16; then resume from the last checkpoint."
         )
-    if gradient_norm is not None and not math.isfinite(gradient_norm):
+    if not gradients_are_finite:
         raise NonFiniteLossError(
             f"step {step}: gradients are NaN or infinite, although the losses of {_named(losses.paths)} are finite. "
             "Nothing was updated in this step. Lower lr, or choose amp off; then resume from the last checkpoint."

@@ -62,10 +62,18 @@ class Precision:
         """The loss to call backward on."""
         return loss if self.scaler is None else self.scaler.scale(loss)
 
-    def unscale(self, optimizer: Any) -> None:
-        """Bring the gradients back to their true size, before they are measured or clipped."""
-        if self.scaler is not None:
-            self.scaler.unscale_(optimizer)
+    def unscale(self, optimizer: Any) -> torch.Tensor | None:
+        """Bring the gradients back to their true size, before they are measured or clipped.
+
+        Returns:
+            () bool on the device: whether one overflowed. None without a scaler.
+        """
+        if self.scaler is None:
+            return None
+        self.scaler.unscale_(optimizer)
+        found: torch.Tensor
+        (found,) = self.scaler._found_inf_per_device(optimizer).values()  # one device
+        return found.bool()
 
     def step(self, optimizer: Any, *, skip: torch.Tensor) -> None:
         """Step the optimizer, unless something is not finite.

@@ -7,6 +7,8 @@ bitsandbytes is among those: it waits for the device after each tensor anyway.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +16,50 @@ import torch
 from everydream_kit.training.flat import flat_optimizers
 from everydream_kit.training.optimizers import unwrap_optimizers
 from everydream_kit.training.rounding import RoundedOptimizer
+from everydream_kit.transfers import Fetched
+
+CHECKED_FORMATS = (torch.float32, torch.float16)
+"""Of gradients that GradScaler's check is made for on every device."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of an update. Values are on their way; asking for one waits until it is there.
+
+    Attributes:
+        norm: of all gradients before clipping; None where nobody wanted it.
+        skip: () whether a gradient was not finite, so that nothing was updated; None where updates cannot be skipped.
+    """
+
+    norm: Fetched | None = None
+    skip: Fetched | None = None
+
+    @property
+    def gradient_norm(self) -> float | None:
+        return None if self.norm is None else self.norm.number()
+
+    @property
+    def was_skipped(self) -> bool:
+        return self.skip is not None and bool(self.skip.number())
+
+
+def finds_non_finite(parameters: Sequence[torch.nn.Parameter]) -> bool:
+    """Whether `find_non_finite` knows these gradients: complete ones of formats that it is made for."""
+    return all(p.dtype in CHECKED_FORMATS and not hasattr(p, "full_tensor") for p in parameters)
+
+
+@torch.no_grad()
+def find_non_finite(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+    """() bool on the weights' device: whether some gradient is NaN or infinite. One kernel's launch for many gradients."""
+    device = parameters[0].device
+    found, one = torch.zeros((), device=device), torch.ones((), device=device)
+    by_format: dict[torch.dtype, list[torch.Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_format.setdefault(parameter.dtype, []).append(parameter.grad)
+    for gradients in by_format.values():  # GradScaler's own operator; the factor of 1 leaves every number as it is
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, one)
+    return found.bool()
 
 
 def step_unless(optimizer: Any, skip: torch.Tensor) -> None:

@@ -32,6 +32,7 @@ from everydream_kit.training.objectives import denoising_losses
 from everydream_kit.training.offload import IdleModels
 from everydream_kit.training.optimizers import parameters_of
 from everydream_kit.training.sharding import as_whole
+from everydream_kit.training.skipping import Update, find_non_finite, finds_non_finite
 from everydream_kit.training.timesteps import draw_timesteps
 from everydream_kit.transfers import Fetched, send
 
@@ -135,31 +136,35 @@ class Learner:
         (self.precision.scale(share) * _one_or_nan(losses)).backward()
         return losses.detach()
 
-    def update_weights(self, step: int) -> Fetched | None:
+    def update_weights(self, step: int) -> Update:
         """Reduce, measure, clip, step, zero. Where a loss or a gradient is not finite, nothing is stepped.
 
         That is decided on the device, and nobody waits for it here; the loop learns it from what is returned.
-
-        Returns:
-            The norm of all gradients before clipping, on its way; None where they are gone and it was not wanted.
         """
         if self.updates_in_backward:
-            return take_gradient_norm(self.optimizer)
+            norm = take_gradient_norm(self.optimizer)
+            return Update(None if norm is None else Fetched(norm))
         parameters = self.parameters()
         if self.gradient_sums is not None:
             self.gradient_sums.finish()
-        self.precision.unscale(self.optimizer)
-        norm = as_whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-        fetched = Fetched(norm)
-        if self.clip_grad_norm is not None:
+        skip, norm = self.precision.unscale(self.optimizer), None
+        is_known = skip is not None or finds_non_finite(parameters)
+        if self.clip_grad_norm is not None or self.wants_gradient_norm(step + 1) or not is_known:
+            norm = as_whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        if skip is None:
+            skip = find_non_finite(parameters) if norm is None else norm.isfinite().logical_not()
+        update = Update(None if norm is None else Fetched(norm), Fetched(skip))
+        if norm is not None and self.clip_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_grad_norm, norm)
-        self.precision.step(self.optimizer, skip=norm.isfinite().logical_not())
+        self.precision.step(self.optimizer, skip=skip)
         self.optimizer.zero_grad(set_to_none=True)
-        return fetched
+        return update
 
-    def refuse_non_finite(self, losses: ImageLosses, gradient_norm: float | None, step: int) -> None:
+    def refuse_non_finite(self, losses: ImageLosses, update: Update, step: int) -> None:
         """Raises: NonFiniteLossError, if a loss or a gradient is not; float16 gradients may overflow."""
-        refuse_non_finite(losses, step, None if self.precision.scaler else gradient_norm)
+        refuse_non_finite(
+            losses, step, gradients_are_finite=self.precision.scaler is not None or not update.was_skipped
+        )
 
     def update_ema(self, step: int) -> None:
         """Take the weights after so many steps into the average, where there is one and it is due."""

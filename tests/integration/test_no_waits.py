@@ -264,3 +264,41 @@ def test_a_step_that_is_not_finite_changes_nothing(
             train_loop(run, [listener], StopSignal())
         assert before["position"]["step"] == 2
         assert_equal(state(), before)
+
+
+class Operators(TorchDispatchMode):
+    """What is dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not str(func).startswith("profiler."):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def operators_of_update(settings: dict[str, Any], **changes: Any) -> tuple[list[str], int]:
+    """What an update dispatches after the first, and how many tensors it updates."""
+    with prepared(**{**settings, **changes}) as rehearsal:
+        learner, batches = rehearsal.run.learner, rehearsal.run.batches()
+        for step in range(2):
+            work = next(batches)
+            learner.set_learning_rates(step)
+            for batch in work.batches:
+                learner.backward(batch, work, step)
+            with Operators() as operators:
+                learner.update_weights(step)
+        batches.close()
+        return operators.found, len(learner.parameters())
+
+
+def test_an_update_of_flat_weights_is_some_twenty_operators_however_many_tensors_there_are(
+    settings: dict[str, Any],
+) -> None:
+    flat, num_tensors = operators_of_update(settings, flat_weights="on")
+    clipped, _ = operators_of_update(settings, flat_weights="on", clip_grad_norm=1.0)
+    assert num_tensors == 260
+    assert len(flat) <= 20, flat  # two buffers, one for each part
+    assert len(clipped) <= 30, clipped
