@@ -45,7 +45,7 @@ from everydream_kit.training.caching import (
 from everydream_kit.training.ema import Ema
 from everydream_kit.training.ema_builder import build_ema
 from everydream_kit.training.file_hashes import OpenFile
-from everydream_kit.training.flat_check import find_disagreement
+from everydream_kit.training.flat_check import check_flat_weights, lays_flat
 from everydream_kit.training.gradient_sums import GradientSums
 from everydream_kit.training.held_out_images import ValidationSet, split_dataset
 from everydream_kit.training.journal import Journal
@@ -53,13 +53,13 @@ from everydream_kit.training.objectives import OBJECTIVES
 from everydream_kit.training.offload import IdleModels
 from everydream_kit.training.optimizers import build_optimizer_for_parts, default_optimizer_name, parameters_of
 from everydream_kit.training.parameters import TrainedPart
-from everydream_kit.training.parts import TEXT_ENCODER, UNET, PartSettings, not_inherited, part_settings
+from everydream_kit.training.parts import TEXT_ENCODER, PartSettings, not_inherited, part_settings
 from everydream_kit.training.plugins import caption_transform, image_transform, load_plugins
 from everydream_kit.training.precision import Precision
 from everydream_kit.training.prompt_file import sampled_texts
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.run import Run
-from everydream_kit.training.sharding import Sharding, refuse_unshardable
+from everydream_kit.training.sharding import build_sharding
 from everydream_kit.training.step import Learner, Schedules
 from everydream_kit.training.summary import summarise_captions
 from everydream_kit.training.sync import RankSync
@@ -116,7 +116,8 @@ def build_run(
     dataset, validation_sets = read_dataset(config, journal), list[ValidationSet]()
     if measures_losses(config):
         dataset, validation_sets = split_dataset(dataset, config, partial(scan, config))
-    config = check_flat_weights(config, ranks, journal)
+    if not shards(config, ranks):
+        config = check_flat_weights(config, ranks.device, journal)
     model = load_base(config, weights_from, ranks, adapter_base)
     for warning in settings_without_meaning(config, model.family.name):
         journal.warn(warning)
@@ -431,27 +432,6 @@ def build_learner(
     )
 
 
-def lays_flat(config: TrainConfig, device_type: str) -> bool:
-    """Whether these settings ask for flat weights on this device; not every optimizer has them."""
-    return config.flat_weights == "on" or (config.flat_weights == "auto" and device_type == "cuda")
-
-
-def check_flat_weights(config: TrainConfig, ranks: Ranks, journal: Journal) -> TrainConfig:
-    """The settings, without flat weights where those give other numbers on this device; that is a warning."""
-    stays_separate = config.fused_backward or config.weight_dtype == "bfloat16" or shards(config, ranks)
-    if stays_separate or not lays_flat(config, ranks.device.type):
-        return config
-    parts = [resolve_part(name, config, ranks.device.type) for name in (UNET, TEXT_ENCODER)]
-    optimizer = find_disagreement(parts, ranks.device)
-    if optimizer is None:
-        return config
-    journal.warn(
-        f"flat_weights: with {optimizer}, this device updates flat weights otherwise than separate ones, so they stay "
-        "separate. Please report this with the output of everydream doctor."
-    )
-    return config.replace(flat_weights="off")
-
-
 def _loader_options(config: TrainConfig, plugins: Sequence[Any]) -> dict[str, Any]:
     return {
         "num_workers": choose_num_workers(config.num_workers),
@@ -460,14 +440,6 @@ def _loader_options(config: TrainConfig, plugins: Sequence[Any]) -> dict[str, An
         "caption_transform": caption_transform(plugins),
         "image_transform": image_transform(plugins),
     }
-
-
-def build_sharding(
-    model: Model, parts: list[TrainedPart], optimizers: list[str], precision: Precision, ranks: Ranks
-) -> Sharding:
-    """Divide the model among the processes; the parts have the divided parameters then."""
-    refuse_unshardable(precision, optimizers)
-    return Sharding(model, parts, ranks, precision.dtype)
 
 
 def resolve_part(name: str, config: TrainConfig, device_type: str) -> PartSettings:

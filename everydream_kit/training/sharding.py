@@ -34,6 +34,14 @@ OPTIMIZERS = ("adamw", "adam", "radam", "nadam", "sgd")
 """torch's own, whose update of a number depends on that number alone, so that a slice is updated like the whole."""
 
 
+def build_sharding(
+    model: Model, parts: list[TrainedPart], optimizers: list[str], precision: Precision, ranks: Ranks
+) -> Sharding:
+    """Divide the model among the processes; the parts have the divided parameters then."""
+    refuse_unshardable(precision, optimizers)
+    return Sharding(model, parts, ranks, precision.dtype)
+
+
 def refuse_unshardable(precision: Precision, optimizers: Sequence[str]) -> None:
     """Raises: ConfigError, where the device's format or an optimizer does not work on slices."""
     if precision.scaler is not None:
