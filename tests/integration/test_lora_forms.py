@@ -18,6 +18,7 @@ from everydream_kit.export.lora_files import export_lora
 from everydream_kit.export.single_file_export import export_checkpoint
 from everydream_kit.models.loading import assemble, load_model, open_model
 from everydream_kit.models.lora import add_lora, lora_of
+from everydream_kit.models.lora_changes import change_of
 from everydream_kit.models.lora_formats import apply_lora, read_lora, read_lora_file
 from everydream_kit.models.model_saving import save_model
 from everydream_kit.models.sampling import SamplePrompt, sample_images
@@ -123,6 +124,21 @@ def test_a_resumed_run_of_another_form_equals_one_that_never_stopped(form, tmp_p
     assert [event["loss"] for event in plain.events("loss")] != losses
     found = estimate_memory(config, cache_folder=tmp_path / "kept")
     assert found.num_trained_parameters == sum(value.numel() for value in weights_of(whole).values() if value.dim())
+
+
+@pytest.mark.parametrize(("form", "rank", "whole"), [("loha", 2, False), ("lokr", 2, False), ("lokr", 16, True)])
+def test_a_layer_does_in_files_what_it_does_in_training(form, rank, whole):
+    """A LoKr of two whole factors is not scaled: LyCORIS and apps do not, and peft would."""
+    model = load_model(tiny_folder("sd1"))
+    for index, parameter in enumerate(add_lora(model, rank, alpha=6, form=form)):
+        with torch.no_grad():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    layers = lora_of(model)["unet"]
+    assert layers
+    assert all((layer.rank is None) == whole for layer in layers.values())
+    for name, layer in layers.items():
+        live = model.unet.get_submodule(name).get_delta_weight("default")
+        assert torch.allclose(change_of(layer).delta().reshape(live.shape), live, atol=1e-4), name
 
 
 def test_settings_of_lora_alone_are_refused_with_another_form():
