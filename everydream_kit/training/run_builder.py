@@ -356,7 +356,7 @@ def _latent_mode(
 
 
 def _place_large_encoders(model: Model, idle: Collection[Any], device: Any) -> None:
-    """Large text encoders that stay at work through the run go to its device."""
+    """Large text encoders that stay in use through the run go to its device."""
     for text_encoder in model.text_encoders if has_large_texts(model.family) else ():
         if text_encoder not in idle and next(text_encoder.parameters()).device != device:
             text_encoder.to(device)
