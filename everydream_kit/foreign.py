@@ -156,7 +156,8 @@ def read_origin(folder: Path) -> Origin | None:
     for name, kind in {**dict.fromkeys(("source", "commit", "reference"), str), "asked": dict, "waiting": dict}.items():
         if not isinstance(content.get(name), kind):
             raise ConfigError(f"{path}: damaged, {name} is missing. Fetch the run again into another logdir.")
-    given = [name for name in content.get("given", ()) if name in ASKED]
+    listed = content.get("given")
+    given = [name for name in ASKED if name in listed] if isinstance(listed, list) else []
     kept = {name: content[name] for name in ("source", "commit", "reference", "asked", "waiting")}
     return Origin(**kept, given=given)
 

@@ -111,7 +111,7 @@ def give_again(folder: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
     if origin is None or not origin.asked:
         return dict(changes)
     require_given(origin, changes)
-    given = {name: changes[name] for name in origin.asked}
+    given = {name: changes[name] for name in origin.asked if name in changes}
     values, _ = upgrade(read_json_object(RunFolder(folder).config_path))
     waiting = {
         name: value

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from hub_hostile import tree_of
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from everydream_kit.config import TrainConfig
@@ -182,6 +182,7 @@ def test_configs(place: Path, content: bytes) -> None:
 @given(
     damaged(ORIGIN), damaged(CONFIG), st.dictionaries(st.sampled_from(["data_root", "push_to", "lr"]), JSON, max_size=3)
 )
+@example(json.dumps({**ORIGIN, "asked": {"": None}}).encode(), json.dumps(CONFIG).encode(), {})
 def test_marks_of_fetched_runs(place: Path, origin: bytes, config: bytes, changes: dict[str, Any]) -> None:
     folder = place / "fetched"
     written(folder, "config.json", config)
