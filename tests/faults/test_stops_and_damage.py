@@ -104,6 +104,7 @@ def test_a_signal_finishes_the_step_saves_and_says_so(
         output, errors = process.communicate(timeout=120)
     finally:
         process.kill()
+        process.wait()
     run = list_runs(tmp_path / "logs")[-1]
     assert process.returncode == status, errors
     assert "everydream resume" in output
@@ -115,7 +116,9 @@ def test_a_signal_finishes_the_step_saves_and_says_so(
 
 
 TAKES_ITS_TERMINAL = (
-    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+    "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "signal.signal(signal.SIGHUP, signal.SIG_DFL); "  # under nohup it would be ignored, and the run goes on, as it should
+    "os.execv(sys.executable, sys.argv[1:])"
 )
 
 
