@@ -16,12 +16,12 @@ SAMPLE = Action(
 )
 EXPORT = Action(
     "write a checkpoint as one file that every image app loads, as a folder, or a LoRA alone",
-    "actions.model_files:export",
+    "actions.converting:export",
 )
-MERGE = Action("merge a LoRA into a model, or mix two models", "actions.model_files:merge")
+MERGE = Action("merge a LoRA into a model, or mix two models", "actions.converting:merge")
 EXTRACT = Action(
     "write the difference of two models as a LoRA",
-    "actions.model_files:extract",
+    "actions.converting:extract",
     {"adapter_base": "base"},
     opposites={"text_encoder": "unet_only"},
 )

@@ -14,7 +14,7 @@ import ipywidgets as widgets
 
 from everydream_kit import jobs
 from everydream_kit.panels import style
-from everydream_kit.panels.curves import CurveBox
+from everydream_kit.panels.curve_box import CurveBox
 from everydream_kit.panels.panel import set_html
 from everydream_kit.panels.thumbnails import image_tag
 from everydream_kit.runs import RunFolder

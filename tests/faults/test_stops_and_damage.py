@@ -117,7 +117,7 @@ def test_a_signal_finishes_the_step_saves_and_says_so(
 
 TAKES_ITS_TERMINAL = (
     "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-    "signal.signal(signal.SIGHUP, signal.SIG_DFL); "  # under nohup it would be ignored, and the run goes on, as it should
+    "signal.signal(signal.SIGHUP, signal.SIG_DFL); "  # under nohup it would be ignored, and the run would continue, as it should
     "os.execv(sys.executable, sys.argv[1:])"
 )
 

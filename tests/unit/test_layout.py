@@ -238,6 +238,11 @@ def test_one_module_knows_the_file_names_of_a_run_folder(structure):
     assert list(script.readers_of_run_folders(modules)) == ["runs.layout"]
 
 
+def test_no_two_modules_have_one_name(structure):
+    script, modules = structure
+    assert script.names_used_twice(modules) == {}
+
+
 def test_importing_the_package_loads_neither_torch_nor_pydantic():
     program = (
         "import sys, everydream_kit; print([m for m in ('torch', 'pydantic', 'numpy', 'PIL') if m in sys.modules])"

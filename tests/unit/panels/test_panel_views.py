@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from everydream_kit.jobs import Job
-from everydream_kit.panels.curves import CurveBox
+from everydream_kit.panels.curve_box import CurveBox
 from everydream_kit.panels.monitor import RunMonitor, latest_samples
 from everydream_kit.panels.svg_charts import bar_chart, line_chart, log_ticks, nice_ticks, smooth, thin
 from everydream_kit.panels.thumbnails import image_tag
