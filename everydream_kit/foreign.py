@@ -157,7 +157,8 @@ def read_origin(folder: Path) -> Origin | None:
         if not isinstance(content.get(name), kind):
             raise ConfigError(f"{path}: damaged, {name} is missing. Fetch the run again into another logdir.")
     listed = content.get("given")
-    given = [name for name in ASKED if name in listed] if isinstance(listed, list) else []
+    names = listed if isinstance(listed, list) else []
+    given = [name for name in names if isinstance(name, str) and name in ASKED]
     kept = {name: content[name] for name in ("source", "commit", "reference", "asked", "waiting")}
     return Origin(**kept, given=given)
 
