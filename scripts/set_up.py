@@ -466,8 +466,7 @@ def side_by_side() -> list[str]:
     One process more than there are cores: tests of browsers and of commands wait for other processes a third of their time.
     """
     num_cores = os.cpu_count() or 1
-    num_processes = min(4, num_cores + 1) if num_cores > 1 else 1
-    return ["-n", str(num_processes), "--dist", "loadfile", "--no-loadscope-reorder"] if num_processes > 1 else []
+    return ["-n", str(min(4, num_cores + 1)), "--dist", "loadfile", "--no-loadscope-reorder"] if num_cores > 1 else []
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -42,7 +42,7 @@ def colab_python(tmp_path_factory):
     venv.create(folder, with_pip=False)  # another environment installs into it: half the time
     python = folder / "bin" / "python"
     problem = install(COLAB, ["--python", python])
-    if problem:
+    if problem:  # no network, or no wheels for this machine; the report of skips says it
         pytest.skip(f"Colab's versions cannot be installed here: {problem[-300:]}")
     packages = next((folder / "lib").glob("python*")) / "site-packages"
     (packages / "zz_rest.pth").write_text(f"{sysconfig.get_path('purelib')}\n{REPOSITORY}\n")  # after its own

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from stop_after import StopAfter
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import MemoryLimitError
@@ -20,8 +21,6 @@ from everydream_kit.models.model_saving import save_model
 from everydream_kit.models.random_models import build_tiny_model
 from everydream_kit.runs import RunFolder
 from everydream_kit.sessions import resume, train
-from everydream_kit.training.reports import Listener, StepReport
-from everydream_kit.training.run import Run
 
 needs_cuda = pytest.mark.needs_cuda
 
@@ -76,15 +75,6 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-class StopAfter(Listener):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def __call__(self, run: Run, report: StepReport) -> None:
-        if report.step == self.step:
-            run.folder.request("stop")
 
 
 def losses_of(run: RunFolder) -> list[float]:

@@ -9,22 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stop_after import StopAfter
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import CheckpointError
 from everydream_kit.runs import RunFolder
 from everydream_kit.sessions import resume, train
-from everydream_kit.training.reports import Listener, StepReport
-from everydream_kit.training.run import Run
-
-
-class StopAfter(Listener):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def __call__(self, run: Run, report: StepReport) -> None:
-        if report.step == self.step:
-            run.folder.request("stop")
 
 
 def settings(folder: Path, model: Path, images: Path) -> dict[str, Any]:

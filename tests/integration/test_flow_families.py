@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from stop_after import StopAfter
 from tiny_models import tiny_folder
 
 from everydream_kit.config import TrainConfig
@@ -261,17 +262,6 @@ def settings_for(family: str, tmp_path: Path) -> dict[str, Any]:
         **{"num_workers": 0, "cache_variants": 1, "cond_dropout": 0.2, "sample_steps": None, "no_save_ckpt": True},
         **{"optimizer": "adamw", "save_full_precision": True},
     }
-
-
-class StopAfter(Listener):
-    """Asks the run to stop after some step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def __call__(self, run: Run, report: StepReport) -> None:
-        if report.step == self.step:
-            run.folder.request("stop")
 
 
 def weights_of(run: RunFolder, suffix: str = "") -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from odd_checkpoints import exported
 from safetensors.torch import load_file, save_file
+from stop_after import StopAfter
 from tiny_models import tiny_folder
 
 from everydream_kit.cli import main
@@ -21,8 +22,6 @@ from everydream_kit.models.model_saving import save_model
 from everydream_kit.models.random_models import build_tiny_model, write_model
 from everydream_kit.preflight.memory_estimate import architecture_of
 from everydream_kit.sessions import resume, train
-from everydream_kit.training.reports import Listener, StepReport
-from everydream_kit.training.run import Run
 
 VAE = "first_stage_model."
 KEY = "decoder.conv_in.weight"
@@ -104,12 +103,6 @@ def test_export_and_sample_take_it(
     assert main(["sample", str(without_vae), "--prompt", "a square", *few, *given]) == 0
 
 
-class StopAfter(Listener):
-    def __call__(self, run: Run, report: StepReport) -> None:
-        if report.step == 0:
-            run.folder.request("stop")
-
-
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_run_trains_with_it_and_resumes_without_being_reported(
     kind: str, without_vae: Path, other: Path, image_folder: Path, tmp_path: Path
@@ -129,7 +122,7 @@ def test_a_run_trains_with_it_and_resumes_without_being_reported(
         num_workers=0,
     )
     assert torch.equal(architecture_of(config).files.tensors["vae"][KEY].read(), vae_of(other))
-    run = train(config, listeners=[StopAfter()])
+    run = train(config, listeners=[StopAfter(0)])
     if kind == "full":
         shutil.rmtree(vae)  # the checkpoint has it
     assert resume(run.folder).status()["state"] == "finished"

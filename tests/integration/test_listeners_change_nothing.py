@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from stop_after import StopAfter
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.runs import RunFolder
@@ -57,17 +58,6 @@ def assert_same_state(first: RunFolder, second: RunFolder) -> None:
     one, other = state_of(first), state_of(second)
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
-
-
-class StopAfter(Listener):
-    """Asks the run to stop after some step, as the Stop button does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def __call__(self, run: Run, report: StepReport) -> None:
-        if report.step == self.step:
-            run.folder.request("stop")
 
 
 class BusyHands(Listener):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from stop_after import StopAfter
 from tiny_models import tiny_folder
 
 from everydream_kit.cli import main
@@ -22,20 +23,12 @@ from everydream_kit.models.loading import load_model, open_model
 from everydream_kit.models.random_models import build_tiny_model, write_model
 from everydream_kit.runs import RunFolder, list_runs
 from everydream_kit.sessions import resume, train
-from everydream_kit.training.reports import Listener, StepReport
-from everydream_kit.training.run import Run
 
 NAME = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
 
 
 def the_run(project: Path) -> RunFolder:
     return list_runs(project / "logs")[0]
-
-
-class StopAfter(Listener):
-    def __call__(self, run: Run, report: StepReport) -> None:
-        if report.step == 1:
-            run.folder.request("stop")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +52,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Pat
             no_save_ckpt=True,
             num_workers=0,
         )
-        assert train(config, listeners=[StopAfter()]).status()["state"] == "stopped"
+        assert train(config, listeners=[StopAfter(1)]).status()["state"] == "stopped"
     return folder
 
 

@@ -44,7 +44,9 @@ def test_a_short_disk_is_said_in_numbers_that_differ(tmp_path, monkeypatch, need
         need(tmp_path)
 
 
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc here")
+@pytest.mark.skipif(
+    not Path("/proc/self").is_dir(), reason="only Linux has /proc, a folder that takes no files even from root"
+)
 @pytest.mark.parametrize("need", NEEDS.values(), ids=list(NEEDS))
 def test_a_folder_that_takes_no_files_is_said_to_be_so(need):
     with pytest.raises(DiskSpaceError, match="nothing can be written in /proc: it is read-only, belongs to"):
