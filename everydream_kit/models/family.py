@@ -458,7 +458,8 @@ class Model:
     def vae_scale_factor(self) -> int:
         """Pixels per latent cell."""
         config: Any = self.vae.config
-        return int(2 ** (len(config["block_out_channels"]) - 1))
+        stages = config["dim_mult"] if "dim_mult" in config else config["block_out_channels"]
+        return int(2 ** (len(stages) - 1))
 
 
 @dataclass

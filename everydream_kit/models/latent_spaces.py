@@ -5,11 +5,12 @@ Encoding never needs gradients. The VAE runs outside autocast: several of them o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 
-from everydream_kit.models.family import LatentSpace, Model, parameter_dtype
+from everydream_kit.models.family import Component, LatentSpace, Model, parameter_dtype
 
 PIXELS_TOGETHER = 2**20
 """Pixels that go through the VAE at once: four images of 512 x 512, one of 1024 x 1024. More is hardly faster, and its
@@ -26,13 +27,18 @@ def _encode_moments(model: Model, pixels: torch.Tensor) -> torch.Tensor:
     Returns:
         (B, 2 C, H/8, W/8) float32, mean and log-variance stacked on the channel axis; unscaled. On the VAE's device.
     """
+    return _encoded(model, pixels, lambda vae, images: vae.encode(images).latent_dist.parameters)
+
+
+def _encoded(model: Model, pixels: torch.Tensor, encode: Callable[[Any, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """What `encode`, (VAE, images from -1 to 1) -> moments, gives of images, some at a time."""
     vae: Any = model.vae
     dtype = parameter_dtype(vae)
     device = next(vae.parameters()).device
     with torch.autocast(device.type, enabled=False):
         scaled = pixels.to(device=device, dtype=torch.float32) / 127.5 - 1.0
         pieces = scaled.to(dtype).split(_num_together(*pixels.shape[2:]))
-        return torch.cat([vae.encode(piece).latent_dist.parameters.float() for piece in pieces])
+        return torch.cat([encode(vae, piece).float() for piece in pieces])
 
 
 def _latents_from_moments(model: Model, moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -45,10 +51,14 @@ def _latents_from_moments(model: Model, moments: torch.Tensor, noise: torch.Tens
     Returns:
         (B, C, h, w) float32: (mean + exp(log-variance / 2) * noise - shift) * scaling_factor.
     """
-    mean, log_variance = moments.float().chunk(2, dim=1)
-    drawn = mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise
     shift, scaling_factor = _shift_and_scale(model)
-    return (drawn - shift) * scaling_factor
+    return (_drawn(moments, noise) - shift) * scaling_factor
+
+
+def _drawn(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """A draw of the posterior: mean + exp(log-variance / 2) * noise."""
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    return mean + torch.exp(0.5 * log_variance.clamp(-30.0, 20.0)) * noise
 
 
 @torch.no_grad()
@@ -56,16 +66,25 @@ def _decode_latents(model: Model, latents: torch.Tensor) -> torch.Tensor:
     """Decode scaled latents (B, C, h, w) to images (B, 3, H, W) uint8 on the CPU."""
     shift, scaling_factor = _shift_and_scale(model)
     device = next(model.vae.parameters()).device
-    return _decoded(model, latents.to(device=device, dtype=torch.float32) / scaling_factor + shift)
+    return _decoded(model, latents.to(device=device, dtype=torch.float32) / scaling_factor + shift, _decode_images)
 
 
-def _decoded(model: Model, cells: torch.Tensor) -> torch.Tensor:
-    """The images of what the VAE itself gives and takes (B, C, H/8, W/8)."""
+def _decoded(model: Model, cells: torch.Tensor, decode: Callable[[Any, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The images of what the VAE itself gives and takes (B, C, H/8, W/8).
+
+    Args:
+        decode: (VAE, cells) -> images (B, 3, H, W) from -1 to 1.
+    """
     vae: Any = model.vae
     with torch.autocast(cells.device.type, enabled=False):
         cell = model.vae_scale_factor
         pieces = cells.to(parameter_dtype(vae)).split(_num_together(cell * cells.shape[2], cell * cells.shape[3]))
-        return torch.cat([_as_bytes(vae.decode(piece).sample.float()).cpu() for piece in pieces])
+        return torch.cat([_as_bytes(decode(vae, piece).float()).cpu() for piece in pieces])
+
+
+def _decode_images(vae: Any, cells: torch.Tensor) -> torch.Tensor:
+    images: torch.Tensor = vae.decode(cells).sample
+    return images
 
 
 def _num_together(height: int, width: int) -> int:
@@ -84,7 +103,8 @@ def _shift_and_scale(model: Model) -> tuple[float, float]:
 
 def _shape(model: Model, width: int, height: int) -> tuple[int, int, int]:
     cell, config = model.vae_scale_factor, cast(Any, model.vae.config)
-    return int(config["latent_channels"]), height // cell, width // cell
+    channels = config["z_dim"] if "z_dim" in config else config["latent_channels"]  # Qwen-Image's name, or all others'
+    return int(channels), height // cell, width // cell
 
 
 def kl_space(channels: int) -> LatentSpace:
@@ -114,7 +134,7 @@ def _decode_squares(model: Model, latents: torch.Tensor) -> torch.Tensor:
     device = next(model.vae.parameters()).device
     mean, spread = _running_statistics(model, device)
     cells = torch.nn.functional.pixel_shuffle(latents.to(device=device, dtype=torch.float32) * spread + mean, 2)
-    return _decoded(model, cells)
+    return _decoded(model, cells, _decode_images)
 
 
 def _running_statistics(model: Model, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,3 +160,47 @@ def batch_norm_space(channels: int) -> LatentSpace:
         channels: of the VAE's latents; the denoiser's are four times as many, of half the height and width.
     """
     return LatentSpace(channels, _shape_of_squares, _encode_means, _normalized_squares, _decode_squares)
+
+
+@torch.no_grad()
+def _encode_frames(model: Model, pixels: torch.Tensor) -> torch.Tensor:
+    """As `_encode_moments`, by a VAE of videos: an image is one frame (B, 3, 1, H, W)."""
+    return _encoded(
+        model, pixels, lambda vae, images: vae.encode(images.unsqueeze(2)).latent_dist.parameters.squeeze(2)
+    )
+
+
+def _standardized(model: Model, moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Draw latents (B, C, h, w) from a posterior, each channel with mean 0 and deviation 1 over the VAE's own data."""
+    mean, spread = _channel_statistics(model, moments.device)
+    return (_drawn(moments, noise) - mean) / spread
+
+
+@torch.no_grad()
+def _decode_frames(model: Model, latents: torch.Tensor) -> torch.Tensor:
+    """Decode latents (B, C, h, w) to images (B, 3, H, W) uint8 on the CPU."""
+    device = next(model.vae.parameters()).device
+    mean, spread = _channel_statistics(model, device)
+    cells = latents.to(device=device, dtype=torch.float32) * spread + mean
+    return _decoded(model, cells, lambda vae, piece: vae.decode(piece.unsqueeze(2)).sample.squeeze(2))
+
+
+def _channel_statistics(model: Model, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each channel, (1, C, 1, 1), that the VAE's config holds."""
+    config: Any = model.vae.config
+    mean, spread = (torch.tensor(config[name]).float().view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+    return mean.to(device), spread.to(device)
+
+
+def frame_space(channels: int) -> LatentSpace:
+    """The latents of `AutoencoderKLQwenImage`, a VAE of videos: what is kept are mean and log-variance of its posterior.
+
+    Args:
+        channels: of the latents.
+    """
+    return LatentSpace(2 * channels, _shape, _encode_frames, _standardized, _decode_frames)
+
+
+QWEN_IMAGE_VAE = Component(
+    "vae", "diffusers.models.autoencoders.autoencoder_kl_qwenimage", "AutoencoderKLQwenImage", "vae", since="0.35"
+)
