@@ -63,6 +63,19 @@ class PrecisionGroup(Group):
     """Format of the parts that are not trained: the base of a LoRA, a frozen text encoder. `auto` is the format of mixed
     precision on a GPU (float16 or bfloat16), which leaves the numbers as they are, and float32 on a CPU. The VAE stays
     float32. In full training, `auto` keeps a frozen part as precise as its file, since checkpoints hold it too."""
+    quantization: Annotated[
+        Literal["none", "fp8", "int8", "nf4"],
+        Knob(
+            memory="fp8 and int8 halve the base of a LoRA, nf4 takes it to 28 %",
+            when="a LoRA of a large transformer does not fit: int8 first",
+        ),
+        Facts(EVERYTHING, "resume", kinds=("lora", "textual_inversion"), fsdp2=("none",)),
+    ] = "none"
+    """Keep the frozen UNet or transformer beneath a LoRA, DoRA, LoHa, LoKr or new tokens in 8 or 4 bits: the linear layers of
+    its repeated blocks. Norms, embedders, modulation and convolutions keep `frozen_dtype`, text encoders and VAE theirs. `fp8`
+    is e4m3 and `int8` whole numbers, both with a scale for each row; `nf4` needs bitsandbytes, which the kit installs.
+    Weights are made in the format of mixed precision at each use, so GPUs without fp8 arithmetic do it too, and steps take
+    longer. Checkpoints hold the adapter alone; merging and export take the base as its files have it."""
     gradient_checkpointing: Annotated[
         bool,
         Knob(basic=True, memory="saves most of the activations", when="out of memory; costs about a quarter in speed"),

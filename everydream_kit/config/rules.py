@@ -58,9 +58,6 @@ def combination_problems(config: AllGroups) -> list[str]:
         problems.append(
             f"frozen_dtype, amp: frozen weights in {c.frozen_dtype} need mixed precision; set frozen_dtype to auto, or amp on"
         )
-    if c.lora_form != "lora" and (c.lora_dora or c.lora_dropout):
-        own = "lora_dora" if c.lora_dora else "lora_dropout"
-        problems.append(f"lora_form, {own}: {own} is for the form lora only; set lora_form to lora, or {own} off")
     if c.training_kind == "textual_inversion" and not c.new_tokens:
         problems.append('new_tokens: textual_inversion needs at least one, for instance {"<my-cat>": "cat"}')
     if c.push_every is not None and c.push_to is None:
@@ -76,7 +73,20 @@ def combination_problems(config: AllGroups) -> list[str]:
         problems.append(
             "text_encoder_unfreeze_last_n_layers, text_encoder_freeze_front_n_layers: they say the same thing; give one of them"
         )
-    return problems + sharding_problems(c)
+    return problems + _adapter_problems(c) + sharding_problems(c)
+
+
+def _adapter_problems(c: AllGroups) -> list[str]:
+    problems = []
+    if c.quantization != "none" and c.training_kind == "full":
+        problems.append(
+            f"quantization, training_kind: {c.quantization} weights cannot be trained, only an adapter on them; set "
+            "training_kind to lora, or quantization to none"
+        )
+    if c.lora_form != "lora" and (c.lora_dora or c.lora_dropout):
+        own = "lora_dora" if c.lora_dora else "lora_dropout"
+        problems.append(f"lora_form, {own}: {own} is for the form lora only; set lora_form to lora, or {own} off")
+    return problems
 
 
 def sharding_problems(config: AllGroups) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,8 +20,9 @@ from huggingface_hub.errors import StrictDataclassError
 from everydream_kit.errors import ModelError
 from everydream_kit.models.family import KL_VAE, UNET, Component, Config
 from everydream_kit.models.imports import make_lazy
-from everydream_kit.models.number_formats import NameToDtype
+from everydream_kit.models.number_formats import HALF, NameToDtype
 from everydream_kit.models.part_configs import diffusers_values, language_model_values, text_encoder_values
+from everydream_kit.models.quantized import put_quantized
 from everydream_kit.models.tensors import LazyTensor, Tensors
 
 BOOKKEEPING = frozenset({"_class_name", "_diffusers_version", "_name_or_path", "_use_default_values"})
@@ -178,6 +179,8 @@ def fill(
     dtypes: NameToDtype,
     where: str,
     device: torch.device | str = "cpu",
+    *,
+    quantized: Mapping[str, str] | None = None,
 ) -> torch.nn.Module:
     """Give a module that was built without values its weights, one by one.
 
@@ -186,6 +189,7 @@ def fill(
         dtypes: the floating-point format of each weight, by the module's name for it.
         where: file or folder, for messages.
         device: where the module is to be. A weight is in host memory only on its way there.
+        quantized: linear layers whose weights are quantized there, each before the next is read -> the form of each.
 
     Returns:
         The module, in evaluation mode, with its weights in memory.
@@ -214,7 +218,12 @@ def fill(
             + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
         )
     for name in sorted(wanted, key=lambda name: _position(found[name])):
-        _place_weight(module, name, found[name], dtypes, device)
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "weight" and layer in (quantized or {}):
+            exact = found[name].dtype if found[name].dtype in HALF else torch.float32
+            put_quantized(module, layer, (quantized or {})[layer], found[name].load(exact, device), dtypes(name))
+        else:
+            _place_weight(module, name, found[name], dtypes, device)
     left = [name for name, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta]
     if left:
         raise ModelError(f"{where}: {left[0]} of the {type(module).__name__} has no value in the file.")

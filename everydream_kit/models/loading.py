@@ -35,6 +35,7 @@ from everydream_kit.models.fingerprints import weights_fingerprint
 from everydream_kit.models.flow import flow_scheduler
 from everydream_kit.models.model_files import open_folder, read_json
 from everydream_kit.models.number_formats import Formats
+from everydream_kit.models.quantized import quantized_layers
 from everydream_kit.models.single_file import open_single_file
 from everydream_kit.models.tokenizer import (
     Vocabulary,
@@ -269,7 +270,8 @@ def assemble(
         dtypes = formats.of(name, module, files.stored_dtype(name))
         waits = files.family.component(name).role == "text_encoder" and has_large_texts(files.family)
         where = large_texts_on if waits and large_texts_on is not None else device
-        fill(module, files.tensors[name], dtypes, f"{files.source}/{name}", where)
+        layers = quantized_layers(formats, files.family.component(name), module)
+        fill(module, files.tensors[name], dtypes, f"{files.source}/{name}", where, quantized=layers)
     return model_of(files, modules)
 
 

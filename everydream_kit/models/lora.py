@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from everydream_kit.models.adapter_layers import import_peft, torch_layers_only
 from everydream_kit.models.family import Model
 from everydream_kit.models.lora_forms import FORMS, is_adapter_weight
 from everydream_kit.models.lora_settings import LoraSettings
+from everydream_kit.models.quantized import QuantizedLinear
 from everydream_kit.models.tensors import LazyTensor
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -176,15 +177,20 @@ def _weights_in(dtype: torch.dtype | None, module: torch.nn.Module, names: Itera
     The stand-ins take no memory. Afterwards DoRA's magnitudes are measured on the real weights, in the adapter's format.
     """
     layers: list[Any] = [module.get_submodule(name) for name in names]
-    real = {layer: layer.weight for layer in layers if dtype is not None and layer.weight.dtype != dtype}
+    layers = [layer for layer in layers if dtype is not None and layer.weight.dtype != dtype]
+    real = {layer: layer.weight for layer in layers if not isinstance(layer, QuantizedLinear)}
     for layer, weight in real.items():
         empty = torch.zeros((), dtype=dtype, device=weight.device).expand(weight.shape)
         layer.weight = torch.nn.Parameter(empty, requires_grad=False)
-    try:
-        yield
-    finally:
-        for layer, weight in real.items():
-            layer.weight = weight
+    with ExitStack() as quantized:
+        for layer in layers:
+            if isinstance(layer, QuantizedLinear) and dtype is not None:
+                quantized.enter_context(layer.seen_as(dtype))
+        try:
+            yield
+        finally:
+            for layer, weight in real.items():
+                layer.weight = weight
     parts: Iterable[Any] = module.modules() if real else ()
     for part in parts:
         magnitudes = getattr(part, "lora_magnitude_vector", {})

@@ -46,10 +46,20 @@ def save_model(
     if model.lora is not None or model.new_tokens:
         _save_adapter(model, folder, weights)
         return
+    _refuse_quantized(model)
     files = files_of(model, weights)
     _write_components(files, folder, dtype, open_file)
     for slot, tokenizer in zip(model.family.text_encoders, model.tokenizers, strict=True):
         save_tokenizer(tokenizer, folder / slot.tokenizer_folder)
+
+
+def _refuse_quantized(model: Model) -> None:
+    from everydream_kit.models.quantized import is_quantized
+
+    if is_quantized(model.denoiser):
+        raise ModelError(
+            f"{model.source}: its weights are quantized and would be saved inexactly. Load it without quantization."
+        )
 
 
 def _save_adapter(model: Model, folder: Path, weights: Mapping[str, Mapping[str, torch.Tensor]] | None) -> None:

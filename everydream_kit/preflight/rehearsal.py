@@ -27,6 +27,7 @@ from everydream_kit.data.records import Batch, Draw, MicroBatch, Size, StepBatch
 from everydream_kit.models.encoding import decode_latents, encode_captions, encode_moments
 from everydream_kit.models.family import Sizes, has_large_texts
 from everydream_kit.models.lora import without_chance
+from everydream_kit.models.quantized import num_weights
 from everydream_kit.models.sampling import guide
 from everydream_kit.models.tokenizer import saved_bytes
 from everydream_kit.preflight.imitation import imitate_autocast, imitate_precision, replace_bitsandbytes
@@ -367,7 +368,7 @@ def _summarise(config: TrainConfig, run: Run, tracker: StorageTracker, num_micro
         num_micro_batches=num_micro_batches,
         standing=tracker.alive(),
         ema_on_device=run.learner.ema is not None and config.ema_device != "cpu",
-        num_parameters=sum(p.numel() for module in modules for p in module.parameters()),
+        num_parameters=sum(map(num_weights, modules)),
         num_trained_parameters=sum(part.num_parameters for part in run.learner.parts),
         checkpoint_bytes=whole,
         side_bytes=_side_bytes(run.learner.model) if is_full else 0,

@@ -284,6 +284,7 @@ def build_skeleton(architecture: Architecture, dtype: torch.dtype | Formats) -> 
     from everydream_kit.models.components import build_component
     from everydream_kit.models.loading import as_formats, model_of
     from everydream_kit.models.lora import inject
+    from everydream_kit.models.quantized import put_quantized, quantized_layers
 
     files, formats = architecture.files, as_formats(dtype)
     modules = {name: build_component(files.family.component(name), config) for name, config in files.configs.items()}
@@ -291,6 +292,9 @@ def build_skeleton(architecture: Architecture, dtype: torch.dtype | Formats) -> 
         dtypes = formats.of(name, module, architecture.stored_dtype(name))
         for key, parameter in module.named_parameters():
             parameter.data = parameter.data.to(dtypes(key))  # not `module.to`: diffusers would comment on it
+        for layer, form in quantized_layers(formats, files.family.component(name), module).items():
+            weight: Any = module.get_submodule(layer).weight
+            put_quantized(module, layer, form, weight, weight.dtype)
     model = model_of(files, modules)
     if architecture.lora is not None:
         inject(model, architecture.lora, dtype=formats.trained)

@@ -19,6 +19,7 @@ from everydream_kit.models.families import FAMILIES
 from everydream_kit.models.family import Family, Model, has_large_texts
 from everydream_kit.models.loading import load_model
 from everydream_kit.models.number_formats import Formats
+from everydream_kit.models.quantized import FORMS as QUANTIZED_FORMS
 from everydream_kit.runs import Checkpoint, find_last_checkpoint
 from everydream_kit.training.objectives import rescale_zero_terminal_snr
 from everydream_kit.training.offload import idle_modules
@@ -135,9 +136,15 @@ def choose_formats(config: TrainConfig, precision: Precision) -> Formats:
 
     Only whole components (UNet, text encoder) are frozen here: layers frozen within one that is trained keep its format.
     Where the model is divided among processes, everything has the trained weights' format.
+
+    Raises:
+        ConfigError: this machine lacks what a quantized base needs.
     """
     trains_unet = config.training_kind == "full" and not config.disable_unet_training
     trains_text = config.training_kind == "full" and not config.disable_textenc_training
+    form = QUANTIZED_FORMS.get(config.quantization)
+    if form is not None:
+        form.check()
     components = [component for family in FAMILIES.values() for component in family.components]
     roles = ({"denoiser"} if trains_unet else set()) | ({"text_encoder"} if trains_text else set())
     trained = {one.folder for one in components if one.role in roles and "full" in one.trains}
@@ -146,6 +153,7 @@ def choose_formats(config: TrainConfig, precision: Precision) -> Formats:
         frozen=None if config.parallel == "fsdp2" else precision.frozen_dtype,
         components=frozenset(trained),
         keeps_precision=config.training_kind == "full" and config.frozen_dtype == "auto",
+        quantization=None if form is None else config.quantization,
     )
 
 

@@ -137,6 +137,7 @@ TEST_OF = {
     "frozen_dtype": (
         "integration/test_frozen_formats.py::test_a_base_in_half_precision_gives_the_same_losses_as_in_float32"
     ),
+    "quantization": "integration/test_quantized_bases.py::test_linear_layers_of_the_blocks_are_quantized_one_by_one",
     "gradient_checkpointing": MEMORY,
     "flat_weights": f"{TRAINING}::test_flat_weights_are_stepped_together_and_give_the_same_losses",
     "fused_backward": f"{TRAINING}::test_a_fused_backward_keeps_no_gradient_and_gives_the_same_losses",

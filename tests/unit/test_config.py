@@ -77,6 +77,11 @@ def test_all_problems_are_reported_together_with_name_rule_and_value() -> None:
         ({"frozen_dtype": "float16", "disable_amp": True}, "frozen_dtype, amp: .* set frozen_dtype to auto, or amp on"),
         ({"frozen_dtype": "bfloat16", "parallel": "fsdp2"}, "parallel, frozen_dtype"),
         ({"early_stopping_patience": 3}, "validation_config"),
+        (
+            {"quantization": "fp8"},
+            "quantization, training_kind: fp8 weights cannot be trained.* set training_kind to lora",
+        ),
+        ({"quantization": "nf4", "training_kind": "lora", "parallel": "fsdp2"}, "parallel, quantization"),
     ],
 )
 def test_a_rule_about_two_settings_names_both_and_the_cure(settings: dict, words: str) -> None:
