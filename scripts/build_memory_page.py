@@ -28,7 +28,7 @@ SHARE_OF_16 = 0.97
 none."""
 UNET_ONLY = "UNet only, bf16 weights, fused backward"
 README_ROWS = ("full", "LoRA", "textual inversion", UNET_ONLY)
-FAMILY_PAGES = {"z_image": "z-image.md", "flux2_klein": "flux2-klein.md"}
+FAMILY_PAGES = {"z_image": "z-image.md", "flux2_klein": "flux2-klein.md", "flux1": "flux1.md"}
 """Families that have a page of their own."""
 MARKS = ("<!-- memory table: scripts/build_memory_page.py writes it -->", "<!-- /memory table -->")
 LEAN: dict[str, Any] = {

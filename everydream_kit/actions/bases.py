@@ -6,7 +6,7 @@ No widgets here. Memory is from docs/memory.md; the plan line says what the chos
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -32,6 +32,7 @@ class Base:
         source: `resume_ckpt`.
         resolution: that it was trained at.
         needs: memory and download, in words.
+        settings: what a run begins with besides.
     """
 
     title: str
@@ -39,6 +40,7 @@ class Base:
     family: FamilyName
     resolution: int
     needs: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 BASES = (
@@ -109,7 +111,7 @@ def suggested_settings(source: Any) -> dict[str, Any]:
         return {name: TRAINING.get(name, defaults[name]) for name in SUGGESTED}
     base = find_base(source)
     suggested = {name: defaults[name] for name in SUGGESTED} | {"max_epochs": FIRST_EPOCHS}
-    return suggested | ({"resolution": base.resolution} if base is not None else {})
+    return suggested | ({"resolution": base.resolution, **base.settings} if base is not None else {})
 
 
 def start_values(source: Any) -> dict[str, Any]:

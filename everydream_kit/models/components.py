@@ -52,7 +52,7 @@ def parameters_on_meta() -> Iterator[None]:
     initializers = {name: found for name, found in vars(torch.nn.init).items() if _INITIALIZER.fullmatch(name)}
 
     def register_on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
-        if parameter is not None:
+        if parameter is not None and not parameter.is_meta:  # one that is there already is shared by two modules
             on_meta: Any = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
             on_meta._is_hf_initialized = True  # transformers' own initializers skip such a parameter
             parameter = on_meta
@@ -197,8 +197,12 @@ def fill(
     Raises:
         ModelError: names or shapes do not match.
     """
-    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     found = renamed_for(module, tensors)
+    shared = shared_names(module)
+    for name, first in shared.items():
+        if name in found:
+            found.setdefault(first, found.pop(name))
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items() if name not in shared}
     missing = sorted(wanted.keys() - found.keys())
     unknown = sorted(found.keys() - wanted.keys())
     if missing or unknown:
@@ -224,10 +228,20 @@ def fill(
             put_quantized(module, layer, (quantized or {})[layer], found[name].load(exact, device), dtypes(name))
         else:
             _place_weight(module, name, found[name], dtypes, device)
+    for name, first in shared.items():
+        owner_name, _, leaf = name.rpartition(".")
+        module.get_submodule(owner_name)._parameters[leaf] = module.get_parameter(first)
     left = [name for name, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta]
     if left:
         raise ModelError(f"{where}: {left[0]} of the {type(module).__name__} has no value in the file.")
     return module.to(device).requires_grad_(True).eval()
+
+
+def shared_names(module: torch.nn.Module) -> dict[str, str]:
+    """Names of weights that another module has, too -> the first name of each: files hold such a weight under one of them."""
+    first: dict[int, str] = {}
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: first[id(value)] for name, value in named if first.setdefault(id(value), name) != name}
 
 
 def _place_weight(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from everydream_kit.errors import ModelError
 from everydream_kit.models.family import Conditioning, Family, Sizes, TextEncoderSlot
+from everydream_kit.models.flux1 import FLUX1
 from everydream_kit.models.flux2_klein import FLUX2_KLEIN
 from everydream_kit.models.sd1 import SD1
 from everydream_kit.models.sd2 import SD2
@@ -12,7 +13,7 @@ from everydream_kit.models.z_image import Z_IMAGE
 
 __all__ = ["FAMILIES", "Conditioning", "Family", "Sizes", "TextEncoderSlot", "family_by_name"]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (SD1, SD2, SDXL, Z_IMAGE, FLUX2_KLEIN)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (SD1, SD2, SDXL, Z_IMAGE, FLUX2_KLEIN, FLUX1)}
 
 
 def family_by_name(name: str) -> Family:

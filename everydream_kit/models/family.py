@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,21 +45,25 @@ class Conditioning:
         encoder_hidden_states: (B, L, D), the text encoders' output; for CLIP, L is 77 times the number of chunks.
         pooled: (B, P), the pooled text embedding of families that use it.
         lengths: how many tokens of each row are text, for families whose texts differ in length; what follows is padding.
+        guidance: (B,), the scale that denoisers with embedded guidance are told in sampling; None: 1, as in training.
     """
 
     encoder_hidden_states: torch.Tensor
     pooled: torch.Tensor | None = None
     lengths: tuple[int, ...] | None = None
+    guidance: torch.Tensor | None = None
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
         pooled = None if self.pooled is None else self.pooled.to(device=device, dtype=dtype)
-        return Conditioning(self.encoder_hidden_states.to(device=device, dtype=dtype), pooled, self.lengths)
+        states = self.encoder_hidden_states.to(device=device, dtype=dtype)
+        return replace(self, encoder_hidden_states=states, pooled=pooled)
 
     def rows(self, picked: list[int]) -> Conditioning:
         """The rows of these numbers, in their order; a row may be picked several times."""
         pooled = None if self.pooled is None else self.pooled[picked]
         lengths = None if self.lengths is None else tuple(self.lengths[row] for row in picked)
-        return Conditioning(self.encoder_hidden_states[picked], pooled, lengths)
+        guidance = None if self.guidance is None else self.guidance[picked]
+        return Conditioning(self.encoder_hidden_states[picked], pooled, lengths, guidance)
 
     def texts(self) -> list[torch.Tensor]:
         """Each row's own tokens (L_row, D)."""
@@ -252,6 +256,8 @@ class Layout:
         lora_stem: (layer, the denoiser's config) -> its name in kohya's layout, behind `lora_unet_`.
         renames: the denoiser's config -> pairs of diffusers' and the single file's prefixes, for reading LoRA files.
         app_layers: the denoiser's layers -> layers of the single file, each with those that it is made of, in order.
+        shares_of: a layer of the single file -> shares of its rows that its parts have; () for equal ones.
+        swapped_layers: layers of the single file whose two halves stand the other way round.
         holds_all: the single file is the whole model; else it is the denoiser, and the rest is in the folder around it.
     """
 
@@ -261,6 +267,8 @@ class Layout:
     lora_stem: Callable[[str, Config], str] = lambda name, config: name.replace(".", "_")
     renames: Callable[[Config], list[tuple[str, str]]] = lambda config: []
     app_layers: Callable[[Sequence[str]], dict[str, list[str]]] = lambda names: {}
+    shares_of: Callable[[str], tuple[int, ...]] = lambda layer: ()
+    swapped_layers: tuple[str, ...] = ()
     holds_all: bool = True
 
 

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 PREDICTION = "flow_prediction"
 """What such a model predicts: noise - image, the velocity from the image to the noise."""
 PATCH_PIXELS = 16
@@ -65,6 +67,17 @@ def mu_of(scheduler_config: Mapping[str, Any], width: int, height: int, num_step
     least, most = scheduler_config.get("base_image_seq_len", 256), scheduler_config.get("max_image_seq_len", 4096)
     low, high = scheduler_config.get("base_shift", 0.5), scheduler_config.get("max_shift", 1.15)
     return float(low + (high - low) * (tokens - least) / (most - least))
+
+
+def packed(latents: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, h, w) as tokens (B, h w / 4, 4 C): squares of 2 x 2 cells, row by row."""
+    return torch.nn.functional.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpacked(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Latents (B, C, height, width) from their tokens (B, height width / 4, 4 C)."""
+    squares = tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2))
+    return torch.nn.functional.pixel_shuffle(squares, 2)
 
 
 def shifted(levels: Any, shift: float) -> Any:

@@ -9,13 +9,13 @@ matrix and the halves of the last modulation the other way round.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from everydream_kit.models.convert import rename
+from everydream_kit.models.black_forest import PREFIX, SWAPPED, BlackForestNames
 from everydream_kit.models.family import (
     Component,
     Conditioning,
@@ -31,11 +31,10 @@ from everydream_kit.models.family import (
 from everydream_kit.models.flow import REFUSES, shift_of, tokens_of
 from everydream_kit.models.latent_spaces import batch_norm_space
 from everydream_kit.models.qwen_text import CHAT_WITHOUT_THINKING, MAX_TOKENS, qwen_prompt_encoder
-from everydream_kit.models.tensors import Tensors, concatenated
 from everydream_kit.strict_json import read_json
 
 if TYPE_CHECKING:
-    from everydream_kit.models.family import Model, ModelFiles
+    from everydream_kit.models.family import Model
 
 TRANSFORMER = Component(
     "transformer",
@@ -100,114 +99,42 @@ def _matches_keys(shapes: Shapes) -> bool:
     return "single_stream_modulation.lin.weight" in names and "guidance_in.in_layer.weight" not in names
 
 
-PREFIX = "model.diffusion_model."
-"""Before the names in files that were cut out of whole checkpoints."""
-_RENAMES = {
-    "x_embedder": "img_in",
-    "context_embedder": "txt_in",
-    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
-    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
-    "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
-    "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
-    "single_stream_modulation.linear": "single_stream_modulation.lin",
-    "norm_out.linear": "final_layer.adaLN_modulation.1",
-    "proj_out": "final_layer.linear",
-}
-"""diffusers' start of a name -> the single file's, outside the blocks."""
-_DOUBLE = {
-    "attn.norm_q.weight": "img_attn.norm.query_norm.scale",
-    "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
-    "attn.to_out.0.weight": "img_attn.proj.weight",
-    "ff.linear_in.weight": "img_mlp.0.weight",
-    "ff.linear_out.weight": "img_mlp.2.weight",
-    "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
-    "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
-    "attn.to_add_out.weight": "txt_attn.proj.weight",
-    "ff_context.linear_in.weight": "txt_mlp.0.weight",
-    "ff_context.linear_out.weight": "txt_mlp.2.weight",
-}
-_SINGLE = {
-    "attn.to_qkv_mlp_proj.weight": "linear1.weight",
-    "attn.to_out.weight": "linear2.weight",
-    "attn.norm_q.weight": "norm.query_norm.scale",
-    "attn.norm_k.weight": "norm.key_norm.scale",
-}
-_FUSED = {
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-}
-"""The single file's one layer of a double block -> diffusers' three."""
-_OUR_BLOCK = re.compile(r"^(single_)?transformer_blocks\.(\d+)\.(.+)$")
-_THEIR_BLOCK = re.compile(r"^(double|single)_blocks\.(\d+)\.(.+)$")
-_SWAPPED = "final_layer.adaLN_modulation.1.weight"
-"""(shift, scale) in the file and (scale, shift) in diffusers."""
-
-
-def to_single_file(files: ModelFiles) -> Tensors:
-    """The transformer's weights by the names that image apps know, q, k and v of double blocks in one."""
-    ours = files.tensors[TRANSFORMER.folder]
-    theirs: Tensors = {}
-    for name, value in ours.items():
-        block = _OUR_BLOCK.match(name)
-        if block is None:
-            renamed = rename(name, _RENAMES)
-            theirs[renamed] = _halves_swapped(value) if renamed == _SWAPPED else value
-        elif block[1]:
-            theirs[f"single_blocks.{block[2]}.{_SINGLE[block[3]]}"] = value
-        elif block[3] in _DOUBLE:
-            theirs[f"double_blocks.{block[2]}.{_DOUBLE[block[3]]}"] = value
-        else:
-            fused = next(one for one, parts in _FUSED.items() if block[3].removesuffix(".weight") in parts)
-            stem = f"transformer_blocks.{block[2]}"
-            parts = [ours[f"{stem}.{part}.weight"] for part in _FUSED[fused]]
-            theirs.setdefault(f"double_blocks.{block[2]}.{fused}.weight", concatenated(parts))
-    return theirs
-
-
-def from_single_file(tensors: Tensors, family: Family, configs: dict[str, Config]) -> dict[str, Tensors]:
-    """The transformer by diffusers' names."""
-    ours: Tensors = {}
-    outside = {theirs: mine for mine, theirs in _RENAMES.items()}
-    double = {theirs: mine for mine, theirs in _DOUBLE.items()}
-    single = {theirs: mine for mine, theirs in _SINGLE.items()}
-    for full_name, value in tensors.items():
-        name = full_name.removeprefix(PREFIX)
-        block = _THEIR_BLOCK.match(name)
-        if block is None:
-            ours[rename(name, outside)] = _halves_swapped(value) if name == _SWAPPED else value
-        elif block[1] == "single":
-            ours[f"single_transformer_blocks.{block[2]}.{single.get(block[3], block[3])}"] = value
-        elif block[3].removesuffix(".weight") in _FUSED:
-            width = value.shape[0] // 3
-            for index, part in enumerate(_FUSED[block[3].removesuffix(".weight")]):
-                rows = value.rows(index * width, (index + 1) * width)
-                ours[f"transformer_blocks.{block[2]}.{part}.weight"] = rows
-        else:
-            ours[f"transformer_blocks.{block[2]}.{double.get(block[3], block[3])}"] = value
-    return {TRANSFORMER.folder: ours}
-
-
-def _halves_swapped(value: Any) -> Any:
-    half = value.shape[0] // 2
-    return concatenated([value.rows(half, 2 * half), value.rows(0, half)])
-
-
-def app_layers(names: Sequence[str]) -> dict[str, list[str]]:
-    """diffusers' layers -> the single file's layers that image apps know, each with those that it is made of, in order."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        block = _OUR_BLOCK.match(name)
-        if block is None:
-            found[rename(f"{name}.weight", _RENAMES).removesuffix(".weight")] = [name]
-        elif block[1]:
-            found[f"single_blocks.{block[2]}.{_SINGLE[f'{block[3]}.weight'].removesuffix('.weight')}"] = [name]
-        elif f"{block[3]}.weight" in _DOUBLE:
-            found[f"double_blocks.{block[2]}.{_DOUBLE[f'{block[3]}.weight'].removesuffix('.weight')}"] = [name]
-        else:
-            fused = next(one for one, parts in _FUSED.items() if block[3] in parts)
-            stem = f"transformer_blocks.{block[2]}"
-            found[f"double_blocks.{block[2]}.{fused}"] = [f"{stem}.{part}" for part in _FUSED[fused]]
-    return found
+NAMES = BlackForestNames(
+    outside={
+        "x_embedder": "img_in",
+        "context_embedder": "txt_in",
+        "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+        "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+        "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+        "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+        "single_stream_modulation.linear": "single_stream_modulation.lin",
+        "norm_out.linear": SWAPPED,
+        "proj_out": "final_layer.linear",
+    },
+    double={
+        "attn.norm_q": "img_attn.norm.query_norm",
+        "attn.norm_k": "img_attn.norm.key_norm",
+        "attn.to_out.0": "img_attn.proj",
+        "ff.linear_in": "img_mlp.0",
+        "ff.linear_out": "img_mlp.2",
+        "attn.norm_added_q": "txt_attn.norm.query_norm",
+        "attn.norm_added_k": "txt_attn.norm.key_norm",
+        "attn.to_add_out": "txt_attn.proj",
+        "ff_context.linear_in": "txt_mlp.0",
+        "ff_context.linear_out": "txt_mlp.2",
+    },
+    single={
+        "attn.to_qkv_mlp_proj": "linear1",
+        "attn.to_out": "linear2",
+        "attn.norm_q": "norm.query_norm",
+        "attn.norm_k": "norm.key_norm",
+    },
+    fused={
+        "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    },
+    shares={},
+)
 
 
 _DISTILLED_NAME = re.compile(r"flux[-.]2-klein-[49]b(?!.*base)", re.IGNORECASE)
@@ -248,7 +175,14 @@ FLUX2_KLEIN = Family(
     latent_space=batch_norm_space(32),
     shift=shift_of,
     sampler=SamplerSpec("flow", "cfg", size_multiple=16, num_steps=50, cfg=4.0, mu=sampling_mu),
-    layout=Layout(to_single_file, from_single_file, holds_all=False, lora_for_apps="comfy", app_layers=app_layers),
+    layout=Layout(
+        NAMES.to_single_file,
+        NAMES.from_single_file,
+        holds_all=False,
+        lora_for_apps="comfy",
+        app_layers=NAMES.app_layers,
+        swapped_layers=(SWAPPED,),
+    ),
     lora_targets=(
         r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
         r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",

@@ -39,9 +39,9 @@ from everydream_kit.models.quantized import quantized_layers
 from everydream_kit.models.single_file import open_single_file
 from everydream_kit.models.tokenizer import (
     Vocabulary,
-    build_byte_tokenizer,
+    build_plain_tokenizer,
     build_tokenizer,
-    load_qwen_tokenizer,
+    load_language_tokenizer,
     load_tokenizer,
 )
 from everydream_kit.models.vae_files import with_given_vae
@@ -308,7 +308,10 @@ def _tokenizer(files: ModelFiles, slot: TextEncoderSlot) -> Any:
     name = slot.tokenizer_folder
     found = files.tokenizers[name]
     if slot.tokenizer_class != "CLIPTokenizer":
-        return load_qwen_tokenizer(found) if isinstance(found, Path) else build_byte_tokenizer()
+        own = isinstance(found, Path)
+        return (
+            load_language_tokenizer(found, slot.tokenizer_class) if own else build_plain_tokenizer(slot.tokenizer_class)
+        )
     if isinstance(found, Vocabulary):
         return build_tokenizer(vocabulary=found)
     if found is not None:

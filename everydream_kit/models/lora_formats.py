@@ -28,7 +28,7 @@ from everydream_kit.models.lora_changes import Change, LoraFile, apply_changes, 
 from everydream_kit.models.lora_forms import FORMS
 from everydream_kit.models.lora_names import kohya_name
 from everydream_kit.models.lora_reading import DIFFUSERS_METADATA, is_lora, lora_file, read_lora_file
-from everydream_kit.models.tensors import LazyTensor, Tensors, concatenated, write_safetensors
+from everydream_kit.models.tensors import LazyTensor, Tensors, concatenated, halves_swapped, write_safetensors
 
 Layout = Literal["diffusers", "kohya", "comfy"]
 PlainLora = dict[str, dict[str, LoraLayer]]
@@ -203,10 +203,18 @@ def _for_comfy(lora: PlainLora, family: Family) -> dict[str, tuple[list[str], Lo
     """The denoiser's layers by the single file's names, each with diffusers' names of those that it is made of."""
     layers = lora[family.denoiser.folder]
     groups = family.layout.app_layers(list(layers))
+    swapped = family.layout.swapped_layers
     return {
-        theirs: (ours, layers[ours[0]] if len(ours) == 1 else _as_one(theirs, ours, layers))
+        theirs: (ours, _alone(layers[ours[0]], theirs in swapped) if len(ours) == 1 else _as_one(theirs, ours, layers))
         for theirs, ours in groups.items()
     }
+
+
+def _alone(layer: LoraLayer, is_swapped: bool) -> LoraLayer:
+    if not is_swapped:
+        return layer
+    magnitude = None if layer.magnitude is None else halves_swapped(layer.magnitude)
+    return dataclasses.replace(layer, up=halves_swapped(layer.up), magnitude=magnitude)
 
 
 def _to_comfy(together: Mapping[str, tuple[list[str], LoraLayer]]) -> Tensors:

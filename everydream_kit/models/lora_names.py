@@ -106,16 +106,16 @@ def spellings(base: ModelFiles) -> dict[str, Place]:
     return table
 
 
-def fused_spellings(base: ModelFiles) -> dict[str, list[str]]:
-    """Every spelling of the single file's layers, with the spellings by diffusers' names of what each is made of."""
+def fused_spellings(base: ModelFiles) -> dict[str, tuple[str, list[str]]]:
+    """Every spelling of the single file's layers, with its name and the spellings by diffusers' names of its parts."""
     denoiser = base.family.denoiser.folder
     names = [key.removesuffix(".weight") for key in base.tensors[denoiser] if key.endswith(".weight")]
-    table: dict[str, list[str]] = {}
+    table: dict[str, tuple[str, list[str]]] = {}
     for theirs, ours in base.family.layout.app_layers(names).items():
         joined = theirs.replace(".", "_")
         dotted = [f"{prefix}{theirs}" for prefix in ("diffusion_model.", "model.diffusion_model.", "base_model.model.")]
         spelled = [*dotted, theirs, f"lora_unet_{joined}", f"lycoris_{joined}"]
-        table |= {spelling: [f"{denoiser}.{name}" for name in ours] for spelling in spelled}
+        table |= {spelling: (theirs, [f"{denoiser}.{name}" for name in ours]) for spelling in spelled}
     return table
 
 
@@ -125,6 +125,7 @@ def _denoiser_spellings(folder: str, name: str, theirs: str) -> list[str]:
     for stem in stems:
         joined = stem.replace(".", "_")
         found += [f"lora_unet_{joined}", f"lycoris_{joined}", f"lora_unet.{stem}", f"{folder}.{stem}", stem]
+        found.append(f"lora_{folder}_{joined}")  # OneTrainer's
         found += [f"base_model.model.{stem}", f"{folder}.base_model.model.{stem}", f"base_model.model.{folder}.{stem}"]
     joined = theirs.replace(".", "_")
     return [

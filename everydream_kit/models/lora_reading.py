@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from everydream_kit.errors import ModelError
 from everydream_kit.models.adapters import LORA_FILE
-from everydream_kit.models.family import ModelFiles
+from everydream_kit.models.family import Layout, ModelFiles
 from everydream_kit.models.lora_changes import Change, LoraFile, base_key
 from everydream_kit.models.lora_names import OTHER_KINDS, fused_spellings, spellings, split_name
-from everydream_kit.models.tensors import LazyTensor, Tensors
+from everydream_kit.models.tensors import LazyTensor, Tensors, halves_swapped, row_shares
 from everydream_kit.models.weight_files import WEIGHT_SUFFIXES, open_weights
 from everydream_kit.strict_json import parse_json, read_json
 
@@ -24,6 +24,8 @@ PEFT_CONFIG = "adapter_config.json"
 
 _EMBEDDING = re.compile(r"^bundle_emb\.(.+?)\.(string_to_param\.\*|emb_params|clip_l|clip_g)$")
 _KINDS = {"down": "LoRA", "hada_w1_a": "LoHa", "lokr_w1": "LoKr", "lokr_w1_a": "LoKr", "diff": "difference"}
+_BY_ROW = ("up", "dora_scale", "magnitude")
+"""Parts of LoRA and DoRA that have the rows of the layer."""
 _NEEDED = {
     "LoRA": [{"down", "up"}],
     "LoHa": [{"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}],
@@ -71,7 +73,7 @@ def read_lora_file(path: Path, base: ModelFiles) -> LoraFile:
     table = spellings(base)
     together = fused_spellings(base)
     layers, embeddings = _grouped(path, tensors, {*table, *together})
-    layers = _taken_apart(path, layers, together)
+    layers = _taken_apart(path, layers, together, base.family.layout)
     unknown = [stem for stem in layers if stem not in table]
     if unknown:
         raise ModelError(
@@ -91,7 +93,9 @@ def read_lora_file(path: Path, base: ModelFiles) -> LoraFile:
     return found
 
 
-def _taken_apart(path: Path, layers: dict[str, Tensors], together: Mapping[str, list[str]]) -> dict[str, Tensors]:
+def _taken_apart(
+    path: Path, layers: dict[str, Tensors], together: Mapping[str, tuple[str, list[str]]], layout: Layout
+) -> dict[str, Tensors]:
     """A layer that is several of the base's (q, k and v in one) as theirs: each has its share of the rows.
 
     Raises:
@@ -99,25 +103,32 @@ def _taken_apart(path: Path, layers: dict[str, Tensors], together: Mapping[str, 
     """
     found: dict[str, Tensors] = {}
     for stem, parts in layers.items():
-        names = together.get(stem, [stem])
+        layer, names = together.get(stem, ("", [stem]))
+        ordered = parts
+        shares = layout.shares_of(layer) or (1,) * len(names)
         others = parts.keys() - {"down", "up", "alpha", "dora_scale", "magnitude"}
         if len(names) > 1 and others:
             raise ModelError(
                 f"{path}: its layer {stem!r} is {len(names)} layers of the model in one, with {', '.join(sorted(others))}; "
                 "of such layers only LoRA and DoRA are read."
             )
+        if layer in layout.swapped_layers and others:
+            raise ModelError(
+                f"{path}: of its layer {stem!r}, whose rows stand in another order, only LoRA and DoRA are read."
+            )
+        if layer in layout.swapped_layers:
+            ordered = {part: halves_swapped(value) if part in _BY_ROW else value for part, value in parts.items()}
         for place, name in enumerate(names):
             if name in found:
                 raise ModelError(f"{path}: names the layer {name} twice, the second time as {stem!r}.")
-            found[name] = {part: _share(value, part, place, len(names)) for part, value in parts.items()}
+            found[name] = {part: _share(value, part, place, shares) for part, value in ordered.items()}
     return found
 
 
-def _share(value: LazyTensor, part: str, place: int, num: int) -> LazyTensor:
-    if num == 1 or part not in ("up", "dora_scale", "magnitude"):
+def _share(value: LazyTensor, part: str, place: int, shares: Sequence[int]) -> LazyTensor:
+    if len(shares) == 1 or part not in _BY_ROW:
         return value
-    rows = value.shape[0] // num
-    return value.rows(place * rows, (place + 1) * rows)
+    return value.rows(*row_shares(value.shape[0], shares)[place])
 
 
 def _grouped(path: Path, tensors: Tensors, known: Collection[str]) -> tuple[dict[str, Tensors], dict[str, Tensors]]:
@@ -263,6 +274,8 @@ def _factor_size(shapes: Mapping[str, tuple[int, ...]], half: str) -> tuple[int,
 
 def _embeddings(path: Path, bundled: Mapping[str, Tensors], base: ModelFiles) -> dict[str, list[LazyTensor]]:
     """Bundled words: one tensor for each text encoder of the base."""
+    if not bundled:
+        return {}
     widths = [int(base.configs[slot.folder]["hidden_size"]) for slot in base.family.text_encoders]
     found = {}
     for word, parts in bundled.items():

@@ -114,9 +114,10 @@ def recognize_configs(where: str, configs: Mapping[str, Config]) -> Family:
         if family.denoiser.folder in configs and family.matches_configs(configs):
             return family
     if "transformer" in configs:
+        own = configs["transformer"]
         raise ModelError(
-            f"{where}: this model is a diffusion transformer ({configs['transformer'].get('_class_name')}), which the kit "
-            f"does not train. It trains {', '.join(family.title for family in FAMILIES.values())}."
+            f"{where}: this model is a diffusion transformer ({own.get('_class_name')} with {own.get('in_channels')} channels "
+            f"of input), which the kit does not train. It trains {', '.join(family.title for family in FAMILIES.values())}."
         )
     raise ModelError(
         f"{where}: the model fits none of the families {', '.join(FAMILIES)} (it has {', '.join(sorted(configs))}). "

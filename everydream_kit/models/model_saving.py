@@ -17,7 +17,7 @@ import torch
 
 from everydream_kit.errors import ModelError
 from everydream_kit.models.adapters import LORA_FILE, TOKENS_FILE, write_adapter_file
-from everydream_kit.models.components import BOOKKEEPING
+from everydream_kit.models.components import BOOKKEEPING, shared_names
 from everydream_kit.models.family import Config, Model, ModelFiles
 from everydream_kit.models.loading import _tokenizer
 from everydream_kit.models.lora import base_name
@@ -106,7 +106,7 @@ def files_of(model: Model, weights: Mapping[str, Mapping[str, torch.Tensor]] | N
             `state_dict` (FSDP) must not be called meanwhile.
     """
     modules = model.modules()
-    states = {name: (weights or {}).get(name) or module.state_dict() for name, module in modules.items()}
+    states = {name: (weights or {}).get(name) or own_state(module) for name, module in modules.items()}
     return ModelFiles(
         family=model.family,
         source=model.source,
@@ -117,6 +117,12 @@ def files_of(model: Model, weights: Mapping[str, Mapping[str, torch.Tensor]] | N
         prediction_type=model.prediction_type,
         zero_terminal_snr=model.zero_terminal_snr,
     )
+
+
+def own_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Each weight once, as transformers saves a module: not under the name of another module that has it, too."""
+    shared = shared_names(module)
+    return {name: value for name, value in module.state_dict().items() if name not in shared}
 
 
 def live_tensors(name: str, state_dict: Mapping[str, torch.Tensor]) -> Tensors:

@@ -23,6 +23,8 @@ TEXT_ENCODER_KEYS = frozenset(
 LANGUAGE_MODEL_KEYS = TEXT_ENCODER_KEYS | {
     *("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "attention_bias", "tie_word_embeddings"),
     *("use_sliding_window", "sliding_window", "max_window_layers"),
+    *("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj", "layer_norm_epsilon"),  # T5's
+    *("relative_attention_num_buckets", "relative_attention_max_distance", "dropout_rate"),
 }
 MAX_NUMBER = 1_000_000
 """The largest numbers in configs are Qwen3's base of rotary positions, 1,000,000, and its vocabulary's 151,936."""

@@ -50,6 +50,7 @@ _TINY_QWEN = {
     **{"num_hidden_layers": 3, "vocab_size": 261},  # bytes, and five special tokens
     **{"bos_token_id": 256, "eos_token_id": 258, "pad_token_id": 256},
 }
+_TINY_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 2, "num_layers": 2, "vocab_size": 98}
 _TINY: dict[str, dict[str, Any]] = {
     "sd1": {"denoiser": _TINY_UNET, "text_encoders": [_TINY_TEXT]},
     "sd2": {
@@ -74,6 +75,13 @@ _TINY: dict[str, dict[str, Any]] = {
             **{"joint_attention_dim": 48, "axes_dims_rope": [4, 4, 4, 4], "timestep_guidance_channels": 32},
         },
         "text_encoders": [{**_TINY_QWEN, "hidden_size": 16, "head_dim": 8, "num_hidden_layers": 28}],  # 27 are read
+    },
+    "flux1": {
+        "denoiser": {
+            **{"num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2},
+            **{"joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": [4, 6, 6]},
+        },
+        "text_encoders": [_TINY_TEXT, _TINY_T5],
     },
 }
 

@@ -11,6 +11,7 @@ seed that is written into an image then gives the same image in diffusers.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,11 +22,13 @@ from PIL import Image
 
 from everydream_kit.errors import ConfigError
 from everydream_kit.models.encoding import decode_latents, encode_captions, scale_rows
-from everydream_kit.models.family import Conditioning, Model, Sizes
+from everydream_kit.models.family import Conditioning, Family, Model, Sizes
 from everydream_kit.models.sample_grids import label_grid, save_image
 from everydream_kit.models.sampling_schedulers import begin, build_scheduler, flow_sampler_name, sampler_by_name
 
 __all__ = ["SamplePrompt", "label_grid", "sample_images", "save_image", "settings_text"]
+
+logger = logging.getLogger(__name__)
 
 ZERO_SNR_GUIDANCE_RESCALE = 0.7
 """arXiv 2305.08891, section 3.4: what zero-terminal-SNR models need against over-exposure."""
@@ -74,7 +77,8 @@ def sample_images(
     progress: Progress | None = None,
     encode: EncodeTexts | None = None,
 ) -> list[Image.Image]:
-    """Generate images. The model comes back in the modes that it came in.
+    """Generate images. The model comes back in the modes that it came in. Where guidance is an input of the denoiser, a scale
+    takes no second prediction, and negative prompts have no effect.
 
     Args:
         prompts: what to generate. Prompts longer than the text encoder's window are read in chunks of it.
@@ -97,6 +101,8 @@ def sample_images(
         _check_size(row.prompt, model.family.sampler.size_multiple)
     if model.family.sampler.kind == "flow":
         scheduler = flow_sampler_name(scheduler)
+    if not is_doubled(model.family) and any(row.prompt.negative_prompt for row in rows):
+        logger.warning("Negative prompts have no effect: %s makes one prediction a step.", model.family.title)
     rescale = guidance_rescale
     if rescale is None:
         rescale = ZERO_SNR_GUIDANCE_RESCALE if model.zero_terminal_snr else 0.0
@@ -219,9 +225,10 @@ def _denoise(
     shape = (1, *model.family.latent_space.shape(model, prompt.width, prompt.height))
     generators = [torch.Generator("cpu").manual_seed(row.prompt.seed) for row in rows]
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-    guided = any(row.cfg != 1 for row in rows)
+    guided = is_doubled(model.family) and any(row.cfg != 1 for row in rows)
     cfg = torch.tensor([row.cfg for row in rows], device=device).view(-1, 1, 1, 1)
     conditioning = _conditioning(model, rows, clip_skip, num_chunks, guided, encode)
+    conditioning.guidance = cfg.flatten()
     sizes = Sizes.uncropped(prompt.width, prompt.height, len(rows) * (2 if guided else 1))
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": generators} if takes_generator else {}
@@ -265,6 +272,11 @@ def _conditioning(  # noqa: PLR0917 - what `_denoise` was asked, in its order
     if not model.family.zeros_for_empty or "" not in negative:
         return conditioning
     return scale_rows(conditioning, [float(text != "") for text in negative] + [1.0] * len(rows))
+
+
+def is_doubled(family: Family) -> bool:
+    """Whether guidance takes a second prediction, for the negative prompt."""
+    return family.sampler.guidance == "cfg"
 
 
 def guide(

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -120,6 +120,21 @@ def concatenated(parts: list[LazyTensor]) -> LazyTensor:
     if all(part.spans is not None and part.dtype == parts[0].dtype for part in parts):
         spans = tuple(span for part in parts for span in part.spans or ())
     return LazyTensor(shape, parts[0].dtype, lambda: torch.cat([part.read() for part in parts]), spans)
+
+
+def halves_swapped(value: LazyTensor) -> LazyTensor:
+    """A tensor whose second half of rows stands before the first."""
+    half = value.shape[0] // 2
+    return concatenated([value.rows(half, 2 * half), value.rows(0, half)])
+
+
+def row_shares(num_rows: int, shares: Sequence[int]) -> list[tuple[int, int]]:
+    """(start, stop) of the rows that each part of a tensor has."""
+    unit, found, start = num_rows // sum(shares), list[tuple[int, int]](), 0
+    for share in shares:
+        found.append((start, start + share * unit))
+        start += share * unit
+    return found
 
 
 Tensors = dict[str, LazyTensor]

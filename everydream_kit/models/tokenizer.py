@@ -191,8 +191,22 @@ def _silence_length_warning(tokenizer: Any) -> None:
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
 
 
-def build_byte_tokenizer() -> Any:
-    """A tokenizer of Qwen's class whose tokens are bytes: for random models, and for estimates without a download."""
+def build_plain_tokenizer(class_name: str) -> Any:
+    """A tokenizer of another class than CLIP's whose tokens are letters: for random models, and for estimates without a
+    download."""
+    return _build_t5_tokenizer() if class_name.startswith("T5") else _build_byte_tokenizer()
+
+
+def _build_t5_tokenizer() -> Any:
+    from transformers.models.t5.tokenization_t5 import T5Tokenizer
+
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    letters = [(chr(code), -3.0) for code in range(ord("!"), ord("~") + 1)]
+    return T5Tokenizer(vocab=[*special, *letters], extra_ids=0, model_max_length=512)
+
+
+def _build_byte_tokenizer() -> Any:
+    """Of Qwen's class."""
     from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
     words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
@@ -212,19 +226,26 @@ _CHAT = (
 """Qwen3's chat template for plain messages, for others who read the folder."""
 
 
-def load_qwen_tokenizer(folder: Path) -> Any:
-    """Read a tokenizer folder of a Qwen language model. Its chat template is kept and never run here.
+def load_language_tokenizer(folder: Path, class_name: str) -> Any:
+    """Read a tokenizer folder of a language model: Qwen's or T5's. Its chat template is kept and never run here.
 
     Raises:
         ModelError: the folder has no vocabulary, or names code.
     """
     from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+    from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
-    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-        raise ModelError(f"{folder}: no tokenizer here (tokenizer.json, or vocab.json and merges.txt).")
+    is_t5 = class_name.startswith("T5")
+    if not (folder / "tokenizer.json").is_file() and (is_t5 or not (folder / "vocab.json").is_file()):
+        raise ModelError(
+            f"{folder}: no tokenizer here (tokenizer.json{'' if is_t5 else ', or vocab.json and merges.txt'})."
+        )
     _read_files(folder)  # bounded, well-formed and without code, before the library reads them
+    cls: Any = T5Tokenizer if is_t5 else Qwen2Tokenizer
     try:
-        return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
+        loaded = cls.from_pretrained(folder, local_files_only=True)
+        _silence_length_warning(loaded)  # longer texts are cut by the family
+        return loaded
     except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(f"{folder}: the tokenizer cannot be read ({error}).") from error
 

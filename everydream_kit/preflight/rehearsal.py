@@ -28,7 +28,7 @@ from everydream_kit.models.encoding import decode_latents, encode_captions, enco
 from everydream_kit.models.family import Sizes, has_large_texts
 from everydream_kit.models.lora import without_chance
 from everydream_kit.models.quantized import num_weights
-from everydream_kit.models.sampling import guide
+from everydream_kit.models.sampling import guide, is_doubled
 from everydream_kit.models.tokenizer import saved_bytes
 from everydream_kit.preflight.imitation import imitate_autocast, imitate_precision, replace_bitsandbytes
 from everydream_kit.preflight.skeleton import Architecture, build_skeleton
@@ -345,13 +345,13 @@ def _rehearse_sampling(run: Run, tracker: StorageTracker, samples: SampleShape, 
         texts = ["", CAPTION]
         has_cache = has_large_texts(model.family)
         encoded = run.learner.encode_captions(texts) if has_cache else encode_captions(model, texts, clip_skip)
-        conditioning = encoded.rows([0] * num + [1] * num)
-        doubled = torch.cat([latents, latents])
-        sizes = Sizes.uncropped(width, height, 2 * num)
-        prediction = model.family.predict(model, doubled, torch.zeros(2 * num).long(), conditioning, sizes)
-        negative, positive = prediction.chunk(2)
-        latents = guide(negative, positive, torch.ones(num, 1, 1, 1))
-        del negative, positive, prediction, doubled, conditioning, encoded
+        doubled = is_doubled(model.family)
+        conditioning = encoded.rows([0] * num + [1] * num if doubled else [1] * num)
+        noisy = torch.cat([latents, latents]) if doubled else latents
+        sizes = Sizes.uncropped(width, height, len(noisy))
+        prediction = model.family.predict(model, noisy, torch.zeros(len(noisy)).long(), conditioning, sizes)
+        latents = guide(*prediction.chunk(2), torch.ones(num, 1, 1, 1)) if doubled else prediction
+        del prediction, noisy, conditioning, encoded
         decode_latents(model, latents)
 
 

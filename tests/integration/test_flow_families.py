@@ -6,15 +6,16 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from stop_after import StopAfter
 from tiny_models import tiny_folder
 
@@ -30,7 +31,7 @@ from everydream_kit.models.loading import assemble, load_model, open_model
 from everydream_kit.models.lora import add_lora, lora_parameters
 from everydream_kit.models.lora_formats import apply_lora, read_lora_file
 from everydream_kit.models.model_saving import live_tensors, save_model
-from everydream_kit.models.random_models import build_model, build_tiny_model
+from everydream_kit.models.random_models import build_model, build_tiny_model, write_model
 from everydream_kit.models.sampling import SamplePrompt, sample_images
 from everydream_kit.runs import RunFolder
 from everydream_kit.sessions import resume, train
@@ -83,6 +84,13 @@ CASES = {
         (149, 3_875_544_576),  # flux-2-klein-base-4b.safetensors has 16,560 bytes more, its header
         "double_blocks.0.img_attn.qkv",
     ),
+    "flux1": Case(
+        {"attention_head_dim": 48, "num_attention_heads": 4, "num_single_layers": 1, "axes_dims_rope": [8, 20, 20]},
+        lambda pipeline, cfg, negative: {"guidance_scale": cfg},  # embedded: there is no second prediction
+        "FLUX.1-schnell",
+        512,
+        (780, 11_901_408_320),  # flux1-dev.safetensors has 23,802,932,552 bytes, twice this and its header
+    ),
 }
 
 
@@ -130,7 +138,8 @@ def test_a_sample_is_the_image_of_diffusers_pipeline(family: str) -> None:
 
 def test_an_overfitted_model_samples_the_image_it_has_seen(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong sign or scale of the target cannot pass."""
-    monkeypatch.setattr("everydream_kit.models.qwen_text.MAX_TOKENS", 48)  # less padding to attend to
+    for module in ("qwen_text", "flux1"):
+        monkeypatch.setattr(f"everydream_kit.models.{module}.MAX_TOKENS", 48)  # less padding to attend to
     model = build_tiny_model(family, denoiser=CASES[family].wide)
     generator = torch.Generator().manual_seed(1)
     shape = model.family.latent_space.shape(model, 32, 32)
@@ -219,6 +228,10 @@ def converted(model: Any, checkpoint: dict[str, torch.Tensor]) -> dict[str, torc
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
     convert = SINGLE_FILE_LOADABLE_CLASSES[type(model.denoiser).__name__]["checkpoint_mapping_fn"]
+    if "guidance_embeds" in model.denoiser.config and "inner_dim" in convert.__code__.co_varnames:  # FLUX.1's width
+        width = model.denoiser.inner_dim  # is written in the function
+        consts = tuple(width if value == 3072 else value for value in convert.__code__.co_consts)
+        convert = FunctionType(convert.__code__.replace(co_consts=consts), convert.__globals__)
     found: dict[str, torch.Tensor] = convert(checkpoint=checkpoint, config=model.denoiser.config)
     return found
 
@@ -321,6 +334,67 @@ def test_settings_of_flow_matching_are_refused_for_diffusion_and_change_a_flow_r
         train(TrainConfig(**{**sd1, "timestep_shift": 3.0, "weighting_scheme": "cosmap"}))
 
 
+FUSED = [name for name in FLOW if FAMILIES[name].layout.app_layers(["x_embedder"])]
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_a_lora_of_the_single_files_layers_changes_those(family: str, tmp_path: Path) -> None:
+    """Layers in one, of unequal shares too, and those whose halves stand the other way round."""
+    base = open_model(tiny_folder(family))
+    before = base.family.layout.to_single_file(base)
+    layers = [name for name, value in before.items() if len(value.shape) == 2]
+    generator = torch.Generator().manual_seed(0)
+    down = {name: torch.randn(2, before[name].shape[1], generator=generator) for name in layers}
+    up = {name: torch.randn(before[name].shape[0], 2, generator=generator) for name in layers}
+    for prefix, separator in (("diffusion_model.", "."), ("lora_unet_", "_")):
+        stems = {name: prefix + name.removesuffix(".weight").replace(".", separator) for name in layers}
+        parts = {f"{stems[name]}.lora_down.weight": down[name] for name in layers}
+        save_file(parts | {f"{stems[name]}.lora_up.weight": up[name] for name in layers}, tmp_path / "lora.safetensors")
+        changed = apply_lora(base, read_lora_file(tmp_path / "lora.safetensors", base))
+        after = base.family.layout.to_single_file(changed)
+        for name in layers:
+            assert torch.allclose(after[name].read(), before[name].read() + up[name] @ down[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_the_last_modulation_in_a_lora_for_apps_is_the_single_files(family: str, tmp_path: Path) -> None:
+    model = load_model(tiny_folder(family))
+    add_lora(model, 2, targets=["norm_out.linear"])
+    for parameter in lora_parameters(model):
+        parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    save_model(model, tmp_path / "lora")
+    base = open_model(tiny_folder(family))
+    file = export_lora(tmp_path / "lora", tmp_path / "out.safetensors", layout="kohya", precision="fp32")
+    own = apply_lora(base, read_lora_file(tmp_path / "lora", base)).tensors["transformer"]["norm_out.linear.weight"]
+    again = apply_lora(base, read_lora_file(file, base)).tensors["transformer"]["norm_out.linear.weight"]
+    assert torch.allclose(own.read(), again.read(), atol=1e-6)
+    written = load_file(file)
+    stem = "diffusion_model.final_layer.adaLN_modulation.1"
+    if f"{stem}.lora_B.weight" in written:  # else diffusers' names, as diffusers has them
+        change = written[f"{stem}.lora_B.weight"] @ written[f"{stem}.lora_A.weight"]
+        ours = own.read() - base.tensors["transformer"]["norm_out.linear.weight"].read()
+        assert torch.allclose(change, ours.roll(len(ours) // 2, 0), atol=1e-5)
+
+
+def test_flux1_is_told_a_guidance_of_1_in_training_and_schnell_none(tmp_path: Path) -> None:
+    model = load_model(tiny_folder("flux1"))
+    with torch.no_grad():
+        conditioning = encode_captions(model, ["a cat"])
+        noisy, times, sizes = torch.randn(1, 16, 4, 4), torch.tensor([300.0]), Sizes.uncropped(32, 32, 1)
+        told = [model.family.predict(model, noisy, times, conditioning, sizes)]
+        for scale in (1.0, 3.5):
+            guided = replace(conditioning, guidance=torch.tensor([scale]))
+            told.append(model.family.predict(model, noisy, times, guided, sizes))
+    assert torch.equal(told[0], told[1])
+    assert not torch.allclose(told[1], told[2], atol=1e-3)
+    schnell = write_model(build_tiny_model("flux1", denoiser={"guidance_embeds": False}), tmp_path / "renamed")
+    path = schnell / "scheduler" / "scheduler_config.json"
+    path.write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0}', encoding="utf-8")
+    assert "distilled to few steps" in (FAMILIES["flux1"].distilled(str(schnell)) or "")
+    assert FAMILIES["flux1"].distilled(str(tiny_folder("flux1"))) is None
+    assert np.abs(ours(load_model(schnell)) - theirs("flux1", pipeline_of(schnell))).max() <= 1
+
+
 def test_a_scheduler_of_diffusion_is_refused(family: str) -> None:
     with pytest.raises(ConfigError, match="a flow model is sampled with euler"):
         sample_images(load_model(tiny_folder(family)), [SamplePrompt("x", width=64, height=64)], scheduler="dpm++_2m")
@@ -415,10 +489,14 @@ def test_a_plan_estimates_the_phase_of_the_texts_apart_from_the_steps(settings: 
     model = load_model(settings["resume_ckpt"])
 
     def allocated(name: str, num_bytes: int) -> int:  # of each number; the allocator gives multiples of 512
-        return sum(-(-num_bytes * p.numel() // 512) * 512 for p in model.modules()[name].parameters())
+        own = model.modules()[name].named_parameters()
+        sizes = [
+            (4 if "embedding" in key else num_bytes) * p.numel() for key, p in own
+        ]  # CLIP's, which is mostly words
+        return sum(-(-size // 512) * 512 for size in sizes)
 
     texts, vae = (
-        allocated("text_encoder", 2),
+        sum(allocated(slot.folder, 2) for slot in model.family.text_encoders),
         allocated("vae", 4),
     )  # what is frozen is in half precision, the VAE excepted
     assert 0 <= phases["text caching"]["weights"] - (texts + vae) < texts / 4

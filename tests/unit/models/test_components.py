@@ -5,6 +5,7 @@ import torch
 
 from everydream_kit.errors import ModelError
 from everydream_kit.models.components import fill, parameters_on_meta
+from everydream_kit.models.model_saving import own_state
 from everydream_kit.models.tensors import LazyTensor
 
 
@@ -22,6 +23,26 @@ def qwen3():
         head_dim=8,
     )
     return Qwen3Model(config)
+
+
+def t5():
+    from transformers.models.t5.configuration_t5 import T5Config
+    from transformers.models.t5.modeling_t5 import T5EncoderModel
+
+    return T5EncoderModel(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_heads=2, num_layers=1))
+
+
+@pytest.mark.parametrize("held", ["shared.weight", "encoder.embed_tokens.weight"])
+def test_a_weight_of_two_modules_is_read_once_under_either_name_and_written_under_one(held):
+    whole = t5()
+    tensors = {name: LazyTensor.of(value) for name, value in whole.state_dict().items()}
+    tensors.pop(({"shared.weight", "encoder.embed_tokens.weight"} - {held}).pop())
+    with parameters_on_meta():
+        module = t5()
+    fill(module, tensors, lambda name: torch.float32, "here")
+    assert module.shared.weight is module.encoder.embed_tokens.weight
+    assert torch.equal(module.shared.weight, whole.shared.weight)
+    assert own_state(module).keys() == whole.state_dict().keys() - {"encoder.embed_tokens.weight"}
 
 
 def qwen_image():

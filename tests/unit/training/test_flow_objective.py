@@ -74,7 +74,7 @@ def test_a_dynamic_shift_follows_each_buckets_own_tokens(width, height, mu):
 
 
 @pytest.mark.parametrize(("side", "shift"), [(256, 1.648721), (512, 1.877611), (1024, 3.158193)])
-@pytest.mark.parametrize("family", ["z_image", "flux2_klein"])
+@pytest.mark.parametrize("family", ["z_image", "flux2_klein", "flux1"])
 def test_flow_families_are_trained_with_the_shift_of_their_buckets_tokens(family, side, shift):
     table = family_by_name(family)
     config = json.loads((configs_folder(table) / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
