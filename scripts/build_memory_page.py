@@ -30,6 +30,8 @@ UNET_ONLY = "UNet only, bf16 weights, fused backward"
 README_ROWS = ("full", "LoRA", "textual inversion", UNET_ONLY)
 FAMILY_PAGES = {"z_image": "z-image.md", "flux2_klein": "flux2-klein.md", "flux1": "flux1.md"}
 """Families that have a page of their own."""
+SIZES = {"flux2_klein": "9B"}
+"""Families with a second size, whose rows follow in their table."""
 MARKS = ("<!-- memory table: scripts/build_memory_page.py writes it -->", "<!-- /memory table -->")
 LEAN: dict[str, Any] = {
     "optimizer": "adamw8bit",
@@ -178,31 +180,38 @@ def family_table(family: str) -> str:
         f"| method | memory (GiB) | texts | latents | step | samples | {heads} |",
         "|---|---|---|---|---|---|" + "---|" * len(gpus),
     ]
-    for words, resolution, settings in FLOW_METHODS:
-        row = Row(family, family, resolution, words, settings)
-        plain = estimate(family, resolution, settings)
+    methods = [("", *method) for method in FLOW_METHODS]
+    methods += [(SIZES[family], *method) for method in FLOW_METHODS if family in SIZES]
+    for size, words, resolution, settings in methods:
+        row = Row(size, family, resolution, words, settings)
+        plain = estimate(family, resolution, settings, size=size)
         sizes = {phase.name: phase.peak_bytes / GIB for phase in plain.phases}
         figures = [sizes[name] for name in ("text caching", "latent caching", "training step", "sampling")]
         shown = " | ".join(f"{figure:.1f}" for figure in [needs(plain, gpus[12]) / GIB, *figures])
         cells = " | ".join(verdict(row, gpu_spec) for gpu_spec in gpus.values())
-        lines.append(f"| {words}, {resolution} px | {shown} | {cells} |")
+        lines.append(f"| {f'{size}, ' if size else ''}{words}, {resolution} px | {shown} | {cells} |")
     return "\n".join(lines)
 
 
-def estimate(family: str, resolution: int, settings: dict[str, Any], *, has_bf16: bool = True) -> Any:
-    """An estimate without allowance. What is asked is printed: full-size models take up to a minute each."""
+def estimate(family: str, resolution: int, settings: dict[str, Any], *, has_bf16: bool = True, size: str = "") -> Any:
+    """An estimate without allowance. What is asked is printed: full-size models take up to a minute each.
+
+    Args:
+        size: a second size of the family, in place of the one whose configs ship with the kit.
+    """
     from everydream_kit.config import TrainConfig
+    from everydream_kit.models.flux2_klein import NINE
     from everydream_kit.preflight.memory_estimate import estimate_memory
     from everydream_kit.preflight.skeleton import shipped_architecture
 
     config = TrainConfig(resume_ckpt="shipped", resolution=resolution, **{"batch_size": 1, **settings})
-    print(family, resolution, settings, "bfloat16" if has_bf16 else "float16", flush=True, file=sys.stderr)
+    print(family, size, resolution, settings, "bfloat16" if has_bf16 else "float16", flush=True, file=sys.stderr)
     return estimate_memory(
         config,
         context_bytes=0,
         fragmentation=0,
         has_bf16=has_bf16,
-        architecture=shipped_architecture(family),
+        architecture=shipped_architecture(family, **(NINE if size == "9B" else {})),
         cache_folder=CACHE,
     )
 
@@ -256,11 +265,12 @@ def needs(found: Any, gpu_spec: Any, phase: str | None = None) -> int:
 
 def verdict(row: Row, gpu_spec: Any) -> str:
     """Whether a run fits: as it is, with idle models in host memory, or its training alone."""
-    as_it_is = estimate(row.family, row.resolution, row.settings, has_bf16=gpu_spec.has_bf16)
+    size = row.model if row.model in SIZES.values() else ""
+    as_it_is = estimate(row.family, row.resolution, row.settings, has_bf16=gpu_spec.has_bf16, size=size)
     if needs(as_it_is, gpu_spec) <= gpu_spec.memory_bytes:
         return "yes"
     settings = {**row.settings, "offload_idle_models": True}
-    offloaded = estimate(row.family, row.resolution, settings, has_bf16=gpu_spec.has_bf16)
+    offloaded = estimate(row.family, row.resolution, settings, has_bf16=gpu_spec.has_bf16, size=size)
     if needs(offloaded, gpu_spec) <= gpu_spec.memory_bytes:
         return "offload"
     least = min(needs(found, gpu_spec, "training step") for found in (as_it_is, offloaded))

@@ -1,4 +1,4 @@
-"""FLUX.2-klein: a flow transformer of two streams and then one, a Qwen3 text encoder, and FLUX.2's VAE.
+"""FLUX.2-klein, 4B and 9B: a flow transformer of two streams and then one, a Qwen3 text encoder, and FLUX.2's VAE.
 
 What the denoiser works on are squares of 2 x 2 cells of the VAE: 128 channels for 16 pixels, normalized by the statistics
 that the VAE's batch norm holds. Text is 512 tokens long, padding included: the denoiser was trained without a mask. Its
@@ -143,12 +143,21 @@ _DISTILLED_NAME = re.compile(r"flux[-.]2-klein-[49]b(?!.*base)", re.IGNORECASE)
 def _distilled(source: str) -> str | None:
     index = Path(source).expanduser() / "model_index.json"
     says = index.is_file() and read_json(index).get("is_distilled") is True
-    if not says and not _DISTILLED_NAME.search(source.rstrip("/").rpartition("/")[2]):
+    name = source.rstrip("/").rpartition("/")[2]
+    if not says and not _DISTILLED_NAME.search(name):
         return None
+    size = "9B" if "9b" in name.lower() else "4B"
     return (
         "looks like the distilled FLUX.2-klein, whose few steps without guidance are lost when it is trained on. Train on "
-        "black-forest-labs/FLUX.2-klein-base-4B, and sample with the LoRA on the distilled one."
+        f"black-forest-labs/FLUX.2-klein-base-{size}, and sample with the LoRA on the distilled one."
     )
+
+
+NINE: dict[str, Any] = {
+    "denoiser": {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288},
+    "text_encoders": [{"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}],
+}
+"""What the 9B model's configs have otherwise than the shipped ones, which are 4B's: its text encoder is Qwen3-8B."""
 
 
 FLUX2_KLEIN = Family(

@@ -308,10 +308,9 @@ def _tokenizer(files: ModelFiles, slot: TextEncoderSlot) -> Any:
     name = slot.tokenizer_folder
     found = files.tokenizers[name]
     if slot.tokenizer_class != "CLIPTokenizer":
-        own = isinstance(found, Path)
-        return (
-            load_language_tokenizer(found, slot.tokenizer_class) if own else build_plain_tokenizer(slot.tokenizer_class)
-        )
+        if isinstance(found, Path):
+            return load_language_tokenizer(found, slot.tokenizer_class)
+        return build_plain_tokenizer(slot.tokenizer_class)
     if isinstance(found, Vocabulary):
         return build_tokenizer(vocabulary=found)
     if found is not None:

@@ -350,7 +350,11 @@ def _rehearse_sampling(run: Run, tracker: StorageTracker, samples: SampleShape, 
         noisy = torch.cat([latents, latents]) if doubled else latents
         sizes = Sizes.uncropped(width, height, len(noisy))
         prediction = model.family.predict(model, noisy, torch.zeros(len(noisy)).long(), conditioning, sizes)
-        latents = guide(*prediction.chunk(2), torch.ones(num, 1, 1, 1)) if doubled else prediction
+        if doubled:
+            negative, positive = prediction.chunk(2)
+            prediction = guide(negative, positive, torch.ones(num, 1, 1, 1))
+            del negative, positive
+        latents = prediction
         del prediction, noisy, conditioning, encoded
         decode_latents(model, latents)
 

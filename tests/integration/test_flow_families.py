@@ -27,6 +27,7 @@ from everydream_kit.export.single_file_export import export_checkpoint
 from everydream_kit.models import sampling
 from everydream_kit.models.encoding import Sizes, encode_captions
 from everydream_kit.models.families import FAMILIES
+from everydream_kit.models.flux2_klein import NINE
 from everydream_kit.models.loading import assemble, load_model, open_model
 from everydream_kit.models.lora import add_lora, lora_parameters
 from everydream_kit.models.lora_formats import apply_lora, read_lora_file
@@ -244,8 +245,15 @@ def test_diffusers_reads_the_weights_from_a_single_file_bit_for_bit(family: str,
     assert all(torch.equal(theirs[name], own[name]) for name in own)
 
 
-def test_the_single_file_of_the_true_size_is_what_diffusers_converts(family: str) -> None:
-    model = build_model(family, device="meta")
+SIZES = [(name, {}, CASES[name].published) for name in FLOW]
+SIZES.append(("flux2_klein", NINE, (201, 9_078_581_248)))
+
+
+@pytest.mark.parametrize(("family", "changes", "published"), SIZES, ids=[*FLOW, "flux2_klein 9B"])
+def test_the_single_file_of_the_true_size_is_what_diffusers_converts(
+    family: str, changes: dict[str, Any], published: tuple[int, int]
+) -> None:
+    model = build_model(family, device="meta", **changes)
     folder = model.family.denoiser.folder
     files = open_model(tiny_folder(family))
     files.tensors[folder] = live_tensors(folder, model.denoiser.state_dict())
@@ -253,7 +261,7 @@ def test_the_single_file_of_the_true_size_is_what_diffusers_converts(family: str
     meta = {name: torch.empty(value.shape, device="meta") for name, value in written.items()}
     back = {name: tuple(value.shape) for name, value in converted(model, meta).items()}
     assert back == {name: tuple(value.shape) for name, value in model.denoiser.state_dict().items()}
-    assert (len(written), sum(math.prod(value.shape) for value in written.values())) == CASES[family].published
+    assert (len(written), sum(math.prod(value.shape) for value in written.values())) == published
 
 
 @pytest.fixture
@@ -405,6 +413,13 @@ def test_a_distilled_base_is_warned_of(settings: dict[str, Any], family: str, tm
     distilled = Path(shutil.copytree(tiny_folder(family), tmp_path / name))
     run = train(TrainConfig(**{**settings, "resume_ckpt": str(distilled), "max_steps": 1}))
     assert any(name in event["message"] and "Train on" in event["message"] for event in run.events("warning"))
+
+
+def test_klein_of_each_size_names_its_own_base() -> None:
+    distilled = FAMILIES["flux2_klein"].distilled
+    assert "klein-base-9B" in (distilled("black-forest-labs/FLUX.2-klein-9B") or "")
+    assert "klein-base-4B" in (distilled("black-forest-labs/FLUX.2-klein-4B") or "")
+    assert distilled("black-forest-labs/FLUX.2-klein-base-9B") is None
 
 
 def test_captions_are_encoded_once_before_the_run_and_found_again(
