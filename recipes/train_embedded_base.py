@@ -22,12 +22,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from embedded_base import autoencoder, denoiser, features, grids, vocabulary
+from embedded_base import architecture, autoencoder, denoiser, features, grids, vocabulary
+from embedded_base.folder import write_model_folder
 from embedded_base.peers import Peers
 from PIL import Image
 
-from everydream_kit.demo import architecture
-from everydream_kit.demo.folder import write_model_folder
 from everydream_kit.demo.score import score
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from embedded_base import architecture
 from embedded_base.clock import Ema, Stage
 from embedded_base.muon import Muon
 from embedded_base.peers import Peers
-from everydream_kit.demo import architecture
 
 CROP_PIXELS, CROP_BATCH = 64, 20
 WHOLE_BATCH = 6

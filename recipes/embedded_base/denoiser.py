@@ -16,10 +16,10 @@ from make_emoji_dataset import DEMO_SUBJECTS
 from PIL import Image
 from torch.nn import functional
 
+from embedded_base import architecture
 from embedded_base.clock import Ema, Stage
 from embedded_base.muon import Muon
 from embedded_base.peers import Peers
-from everydream_kit.demo import architecture
 
 BATCH = 40
 SHAPES = ((128, 128), (144, 112), (112, 144), (160, 96), (96, 160))  # (width, height); the square one most often

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from everydream_kit.demo import architecture
+from embedded_base import architecture
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
