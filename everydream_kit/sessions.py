@@ -26,9 +26,10 @@ from everydream_kit.plain_text import PlainFormatter
 from everydream_kit.preflight.auto_settings import resolve_auto_settings
 from everydream_kit.preflight.timing import MeasuredPlan
 from everydream_kit.runs import DEFAULT_LOGDIR, ENDED_STATES, Checkpoint, RunFolder, find_run
+from everydream_kit.runs.layout import RUN_FOLDER_VARIABLE
 from everydream_kit.runs.resume_state import RESTORE_ERRORS, State
 from everydream_kit.runs.run_folder import FOREIGN_HEARTBEAT_SECONDS, is_fresh
-from everydream_kit.settings import give_again, load_config, read_changes, with_side_files
+from everydream_kit.settings import give_again, load_config, read_changes, read_settings, with_side_files
 from everydream_kit.start_folder import KEY as START_FOLDER_KEY
 from everydream_kit.start_folder import read_start_folder, with_paths_from
 from everydream_kit.training.caching import require_output_folders
@@ -47,9 +48,6 @@ from everydream_kit.training.run import Run
 from everydream_kit.training.run_builder import build_run
 from everydream_kit.training.sharding import divide_optimizer_state
 from everydream_kit.training.summary import library_versions
-
-RUN_FOLDER_VARIABLE = "EVERYDREAM_RUN_FOLDER"
-"""Environment variable by which whoever starts a process names the run folder that was made for it."""
 
 ORPHANS_SECONDS = 20.0
 """How long a session waits for the lock of a run whose process is gone."""
@@ -155,15 +153,11 @@ def _hold_folder(folder: RunFolder, ranks: Ranks) -> Iterator[None]:
 
 def as_config(config: TrainConfig | dict[str, Any] | str | Path) -> TrainConfig:
     """Settings in any form that people give them, with what their side files say. Raises: ConfigError."""
-    warnings: list[str] = []
-    if isinstance(config, dict):
-        config, warnings = load_config(None, config)
-    elif not isinstance(config, TrainConfig):
-        config, warnings = load_config(config)
-    config, more = with_side_files(config)
+    read, warnings = read_settings(config)
+    read, more = with_side_files(read)
     for warning in [*warnings, *more]:
         logging.getLogger(__name__).warning("%s", warning)
-    return config
+    return read
 
 
 def _session(

@@ -54,6 +54,13 @@ def load_config(
         raise ConfigError((f"{path}:\n" if path is not None else "") + str(error)) from None
 
 
+def read_settings(given: TrainConfig | Mapping[str, Any] | str | Path) -> tuple[TrainConfig, list[str]]:
+    """Settings in any form that people give them: an object, a mapping, or the path of a file. Else as `load_config`."""
+    if isinstance(given, TrainConfig):
+        return given, []
+    return load_config(None, dict(given)) if isinstance(given, Mapping) else load_config(given)
+
+
 def _import_levels(values: dict[str, Any], flags: dict[str, Any], *, theirs: bool) -> tuple[dict[str, Any], list[str]]:
     """A settings file and the flags together, each with what its side files say."""
     values = {name: value for name, value in values.items() if not (name in SIDE_FILES and name in flags)}

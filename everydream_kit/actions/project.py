@@ -25,6 +25,7 @@ from everydream_kit.atomic import write_atomic
 from everydream_kit.config import EMBEDDED_MODEL, TrainConfig
 from everydream_kit.errors import ConfigError, JobError
 from everydream_kit.jobs import Job, find_jobs, running_jobs
+from everydream_kit.runs.in_folder import InFolder
 from everydream_kit.settings import load_config
 from everydream_kit.strict_json import read_json, read_small_object
 
@@ -56,26 +57,12 @@ class Project:
     def name(self) -> str:
         return self.folder.name
 
-    @property
-    def images_folder(self) -> Path:
-        return self.folder / "input"
-
-    @property
-    def logdir(self) -> Path:
-        return self.folder / "logs"
-
-    @property
-    def exports_folder(self) -> Path:
-        return self.folder / "exports"
-
-    @property
-    def settings_path(self) -> Path:
-        return self.folder / "settings.json"
-
-    @property
-    def presets_path(self) -> Path:
-        """The project's own presets."""
-        return self.folder / "presets.json"
+    images_folder = InFolder("input")
+    logdir = InFolder("logs")
+    exports_folder = InFolder("exports")
+    settings_path = InFolder("settings.json")
+    presets_path = InFolder("presets.json")
+    """The project's own presets."""
 
     @property
     def prompts_path(self) -> Path:

@@ -32,11 +32,9 @@ from everydream_kit.jobs.process import (
 from everydream_kit.jobs.safe_python import module_command
 from everydream_kit.locks import hold, is_held
 from everydream_kit.runs import ENDED_STATES, Action, RunFolder, Status, list_runs
+from everydream_kit.runs.layout import RUN_FOLDER_VARIABLE
 from everydream_kit.runs.run_folder import is_fresh
-from everydream_kit.settings import give_again, load_config
-
-RUN_FOLDER_VARIABLE = "EVERYDREAM_RUN_FOLDER"
-"""Environment variable that tells the trainer which run folder was made for it."""
+from everydream_kit.settings import give_again, read_settings
 
 FINAL_STATES = (*ENDED_STATES, "died")
 _KILLED = getattr(signal, "SIGKILL", 9)
@@ -224,7 +222,7 @@ def start(
         ConfigError: the settings are wrong.
         JobError: a run of the same project is in progress, or the process could not be started.
     """
-    checked = as_config(config)
+    checked = read_settings(config)[0]
     logdir = Path(checked.logdir)
     require_writable(logdir, "logdir")
     with hold(logdir / f".{checked.project_name}.starting", UNDER_WAY.format(logdir)):
@@ -313,15 +311,6 @@ def start_module(
         raise JobError(f"{folder}: still running. Wait for it, or stop it.")
     job.run.forget_session()
     return _launch(job.run, module_command(module, arguments), environment, append=False)
-
-
-def as_config(config: TrainConfig | Mapping[str, Any] | str | Path) -> TrainConfig:
-    """A validated config from any of the three forms. Raises: ConfigError."""
-    if isinstance(config, TrainConfig):
-        return config
-    if isinstance(config, Mapping):
-        return load_config(None, dict(config))[0]
-    return load_config(config)[0]
 
 
 def _launch(

@@ -19,11 +19,12 @@ from typing import Any, TypeVar
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import JobError
-from everydream_kit.jobs.job import FINAL_STATES, Job, as_config, running_jobs, start
+from everydream_kit.jobs.job import FINAL_STATES, Job, running_jobs, start
 from everydream_kit.jobs.process import may_be_running, spawn, write_object
 from everydream_kit.jobs.safe_python import module_command
 from everydream_kit.locks import hold
 from everydream_kit.runs import Status
+from everydream_kit.settings import read_settings
 from everydream_kit.strict_json import kind_of, read_json, read_small_object
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class Queue:
         Raises:
             ConfigError: the settings are wrong.
         """
-        entry = new_entry(as_config(config))
+        entry = new_entry(read_settings(config)[0])
         with self._edit() as plan:
             plan["entries"].append(entry)
         return str(entry["id"])
@@ -185,7 +186,7 @@ def start_queue(
         ConfigError: one of the settings is wrong.
         JobError: there are none, or this queue is running already.
     """
-    entries = [new_entry(as_config(config)) for config in configs]
+    entries = [new_entry(read_settings(config)[0]) for config in configs]
     if not entries:
         raise JobError("An empty queue: give at least one config.")
     queue = Queue(Path(path).resolve())

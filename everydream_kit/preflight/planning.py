@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from everydream_kit.config import TrainConfig, measures_losses, wants_auto_optimizer
 from everydream_kit.data.cache_room import free_memory, possible_flips
 from everydream_kit.data.epoch_plan import PlanSettings
-from everydream_kit.data.image_files import EXTENSIONS
+from everydream_kit.data.image_files import count_images
 from everydream_kit.errors import ConfigError, DataError, MemoryLimitError
 from everydream_kit.hosts import detect_host
 from everydream_kit.preflight.advice import (
@@ -41,7 +40,7 @@ from everydream_kit.preflight.gpus import GpuSpec, find_gpu, this_gpu
 from everydream_kit.preflight.plan import Offer, Plan, StepCount
 from everydream_kit.preflight.step_time import StepSeconds, estimate_step
 from everydream_kit.runs import RunFolder
-from everydream_kit.settings import load_config, with_side_files
+from everydream_kit.settings import load_config, read_settings, with_side_files
 from everydream_kit.training.training_images import estimate_steps, make_plan_settings, scan
 
 if TYPE_CHECKING:
@@ -50,7 +49,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = frozenset(EXTENSIONS)
 MOST_SCANNED = 50_000
 """Images up to which a dataset is scanned for a plan; of more only the files are counted."""
 LARGEST_BATCH_ON_CPU = 4
@@ -213,9 +211,9 @@ def _resolve_batch_size(
 
 def read_dataset(config: TrainConfig) -> _Images:
     """Scan what is on this machine and not huge; count the files of what is; say so where nothing can be looked at."""
-    if not _is_local(config.data_root):
+    count = count_images(config.data_root)
+    if count is None:
         return _Images(None, None, f"data_root {config.data_root}: not looked at: it is not a folder on this machine")
-    count = len(list(_image_files(config.data_root)))
     if count > MOST_SCANNED:
         return _Images(count, None, f"{count:,} image files were counted and not opened: all are taken as usable")
     try:
@@ -247,27 +245,12 @@ def count_steps(config: TrainConfig, images: _Images, settings: PlanSettings) ->
 def _read_config(given: TrainConfig | dict[str, Any] | str | Path | RunFolder) -> tuple[TrainConfig, int]:
     """Settings, and the steps that are done where they are a run's."""
     steps_done = 0
-    if isinstance(given, TrainConfig):
-        config = given
-    elif isinstance(given, dict):
-        config, _ = load_config(None, given)
-    elif isinstance(given, RunFolder) or Path(given).is_dir():
+    if isinstance(given, TrainConfig | dict) or (not isinstance(given, RunFolder) and not Path(given).is_dir()):
+        config = read_settings(given)[0]
+    else:
         run = given if isinstance(given, RunFolder) else RunFolder.open(given)
         config, steps_done = load_config(run.config_path)[0], int(run.status().get("step") or 0)
-    else:
-        config, _ = load_config(given)
     return with_side_files(config)[0], steps_done
-
-
-def _is_local(data_root: Any) -> bool:
-    roots = data_root if isinstance(data_root, list) else [data_root]
-    return all(isinstance(root, str) and Path(root).is_dir() for root in roots)
-
-
-def _image_files(data_root: Any) -> Iterator[str]:
-    for root in data_root if isinstance(data_root, list) else [data_root]:
-        for _, _, names in os.walk(root):
-            yield from (n for n in names if os.path.splitext(n)[1].lower() in IMAGE_SUFFIXES and ".mask." not in n)
 
 
 def _training_part(config: TrainConfig, dataset: Dataset) -> Dataset:

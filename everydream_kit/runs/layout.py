@@ -29,6 +29,12 @@ JOB = "job.json"
 REQUEST = "control.json"
 LIVE_SETTINGS = "live.json"
 UNDERSIZED = "undersized_images.txt"
+CHANGED_CONFIG = "config-{step:05}.json"
+"""The settings as they were before a resume changed them at this step."""
+LOSSES_OF_EPOCH = "ep{epoch}.json"
+"""The losses of an epoch, image by image, in the folder of losses."""
+SCHEDULE, USES = "ep{epoch}_batch_schedule.txt", "ep{epoch}_uses.txt"
+"""The batches of an epoch, for people, and how often it uses each image."""
 SAMPLES = "samples"
 LOSSES = "losses"
 CHECKPOINTS = "ckpts"
@@ -36,6 +42,9 @@ UPLOADING = ".uploading"
 """Hard links to checkpoints that are on their way to the Hub, in a folder of the same depth as CHECKPOINTS."""
 LOCK = ".lock"
 STARTING_LOCK = ".starting"
+
+RUN_FOLDER_VARIABLE = "EVERYDREAM_RUN_FOLDER"
+"""Environment variable by which whoever starts a process names the run folder that was made for it."""
 
 # In the folder of checkpoints
 BEST = "best"
@@ -79,23 +88,3 @@ def run_name(project: str, time: datetime, number: int = 1) -> str:
 def checkpoint_name(project: str, epoch: int, step: int, *, prefix: str = "") -> str:
     """`<prefix><project>-ep<NN>-gs<NNNNN>`: epochs that have ended and optimizer steps done, as EveryDream 2 names them."""
     return f"{prefix}{project}-ep{epoch:02}-gs{step:05}"
-
-
-def changed_config_name(step: int) -> str:
-    """The settings as they were before a resume changed them at this step."""
-    return f"config-{step:05}.json"
-
-
-def losses_name(epoch: int) -> str:
-    """The losses of an epoch, image by image, in the folder of losses."""
-    return f"ep{epoch}.json"
-
-
-def schedule_name(epoch: int) -> str:
-    """The batches of an epoch, for people."""
-    return f"ep{epoch}_batch_schedule.txt"
-
-
-def uses_name(epoch: int) -> str:
-    """How often an epoch uses each image."""
-    return f"ep{epoch}_uses.txt"

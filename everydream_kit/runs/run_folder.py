@@ -23,6 +23,7 @@ from typing import Any, cast
 from everydream_kit.atomic import require_writable, write_atomic
 from everydream_kit.errors import CheckpointError, JobError
 from everydream_kit.runs import layout
+from everydream_kit.runs.in_folder import InFolder
 from everydream_kit.runs.schema import Action, Event, ImageLoss, Request, Status, well_typed, wrong_keys
 from everydream_kit.strict_json import JsonLines, iterate_json_lines, parse_json, read_small_object
 
@@ -120,19 +121,11 @@ class Checkpoint:
         """Whether it holds optimizer and position as well, written to the end."""
         return self.manifest_path.is_file()
 
-    @property
-    def resume_folder(self) -> Path:
-        return self.folder / layout.RESUME
-
-    @property
-    def manifest_path(self) -> Path:
-        """Sizes and hashes of all its files; written last."""
-        return self.folder / layout.RESUME_MANIFEST
-
-    @property
-    def state_path(self) -> Path:
-        """Position, seed, and the state of listeners (`resume_state`)."""
-        return self.folder / layout.RESUME_STATE
+    resume_folder = InFolder(layout.RESUME)
+    manifest_path = InFolder(layout.RESUME_MANIFEST)
+    """Sizes and hashes of all its files; written last."""
+    state_path = InFolder(layout.RESUME_STATE)
+    """Position, seed, and the state of listeners (`resume_state`)."""
 
     def resume_tensors_path(self, name: str) -> Path:
         """Tensors of a resume by name: optimizer, precision, ema, dataset."""
@@ -199,94 +192,44 @@ class RunFolder:
 
     # Paths
 
-    @property
-    def config_path(self) -> Path:
-        return self.folder / layout.CONFIG
+    config_path = InFolder(layout.CONFIG)
+    environment_path = InFolder(layout.ENVIRONMENT)
+    """Versions, device and platform of the last session."""
+    origin_path = InFolder(layout.ORIGIN)
+    """Where a fetched run came from (`foreign`)."""
+    events_path = InFolder(layout.EVENTS)
+    log_path = InFolder(layout.LOG)
+    status_path = InFolder(layout.STATUS)
+    request_path = InFolder(layout.REQUEST)
+    live_settings_path = InFolder(layout.LIVE_SETTINGS)
+    """Settings that a person changes while it runs."""
+    job_path = InFolder(layout.JOB)
+    """Which process was started for it, by whoever started it."""
+    plan_path = InFolder(layout.PLAN)
+    """What was estimated before it began."""
+    undersized_path = InFolder(layout.UNDERSIZED)
+    samples_folder = InFolder(layout.SAMPLES)
+    losses_folder = InFolder(layout.LOSSES)
+    checkpoints_folder = InFolder(layout.CHECKPOINTS)
+    uploading_folder = InFolder(layout.UPLOADING)
+    lock_path = InFolder(layout.LOCK)
+    """The lock that a session holds from beginning to end."""
+    starting_lock_path = InFolder(layout.STARTING_LOCK)
+    """The lock that is held while a process is started for it."""
 
     def changed_config_path(self, step: int) -> Path:
         """The settings as they were before a resume changed them at this step."""
-        return self.folder / layout.changed_config_name(step)
-
-    @property
-    def environment_path(self) -> Path:
-        """Versions, device and platform of the last session."""
-        return self.folder / layout.ENVIRONMENT
-
-    @property
-    def origin_path(self) -> Path:
-        """Where a fetched run came from (`foreign`)."""
-        return self.folder / layout.ORIGIN
-
-    @property
-    def events_path(self) -> Path:
-        return self.folder / layout.EVENTS
-
-    @property
-    def log_path(self) -> Path:
-        return self.folder / layout.LOG
-
-    @property
-    def status_path(self) -> Path:
-        return self.folder / layout.STATUS
-
-    @property
-    def request_path(self) -> Path:
-        return self.folder / layout.REQUEST
-
-    @property
-    def live_settings_path(self) -> Path:
-        """Settings that a person changes while it runs."""
-        return self.folder / layout.LIVE_SETTINGS
-
-    @property
-    def job_path(self) -> Path:
-        """Which process was started for it, by whoever started it."""
-        return self.folder / layout.JOB
-
-    @property
-    def plan_path(self) -> Path:
-        """What was estimated before it began."""
-        return self.folder / layout.PLAN
-
-    @property
-    def undersized_path(self) -> Path:
-        return self.folder / layout.UNDERSIZED
-
-    @property
-    def samples_folder(self) -> Path:
-        return self.folder / layout.SAMPLES
-
-    @property
-    def losses_folder(self) -> Path:
-        return self.folder / layout.LOSSES
+        return self.folder / layout.CHANGED_CONFIG.format(step=step)
 
     def losses_path(self, epoch: int) -> Path:
         """The losses of an epoch, image by image."""
-        return self.losses_folder / layout.losses_name(epoch)
+        return self.losses_folder / layout.LOSSES_OF_EPOCH.format(epoch=epoch)
 
     def schedule_path(self, epoch: int) -> Path:
-        return self.folder / layout.schedule_name(epoch)
+        return self.folder / layout.SCHEDULE.format(epoch=epoch)
 
     def uses_path(self, epoch: int) -> Path:
-        return self.folder / layout.uses_name(epoch)
-
-    @property
-    def checkpoints_folder(self) -> Path:
-        return self.folder / layout.CHECKPOINTS
-
-    @property
-    def uploading_folder(self) -> Path:
-        return self.folder / layout.UPLOADING
-
-    @property
-    def lock_path(self) -> Path:
-        """The lock that a session holds from beginning to end."""
-        return self.folder / layout.LOCK
-
-    @property
-    def starting_lock_path(self) -> Path:
-        """The lock that is held while a process is started for it."""
-        return self.folder / layout.STARTING_LOCK
+        return self.folder / layout.USES.format(epoch=epoch)
 
     # What it says
 
@@ -429,12 +372,6 @@ class RunFolder:
         if not live:
             raise CheckpointError(f"{self.folder}: holds no whole checkpoint yet.")
         return live[-1].folder
-
-    @property
-    def best_checkpoint(self) -> Path | None:
-        """The checkpoint with the lowest validation loss, or None where nothing was validated."""
-        folder = self.checkpoint(layout.BEST).folder
-        return folder if is_checkpoint(folder) else None
 
     def samples(self) -> list[Path]:
         """Sample images, in order of their step."""
