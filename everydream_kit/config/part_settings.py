@@ -1,115 +1,81 @@
 """Settings of one part alone: the UNet's and the text encoder's own optimizer settings, and which layers are frozen.
 
-Each `unet_X` and `text_encoder_X` stands for `X` in that part only; None takes the value of `X`. A new setting of
-optimizers is declared three times, in `optimizer_settings` and twice here; a test compares.
+Each `unet_X` and `text_encoder_X` stands for `X` in that part only; None takes the value of `X`. Type, unit and facts are those
+of `X`, so a new setting of optimizers is declared once, in `optimizer_settings`, and gets its words for a part in `OWN`.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, create_model
 
-from everydream_kit.config.declaration import (
-    EVERYTHING,
-    MEMORY_AND_RESULT,
-    RESULT,
-    Betas,
-    Decay,
-    Epsilon,
-    Facts,
-    Group,
-    Guess,
-    Knob,
-    Momentum,
-    OwnRate,
-    PositiveSteps,
-    Schedule,
-    Steps,
-)
+from everydream_kit.config.declaration import EVERYTHING, RESULT, Facts, Group, Knob, OwnRate
+from everydream_kit.config.length_settings import LengthGroup
+from everydream_kit.config.optimizer_settings import OptimizerGroup
+
+OF_ITS_OWN = "with an optimizer of its own"
+OWN = {
+    "optimizer": (
+        "the {part} should have another optimizer",
+        "The {part}'s optimizer; by default `optimizer`. Another one does not inherit `momentum`, `d0`, `decouple` and "
+        "`optimizer_args`.",
+    ),
+    "lr": ("{lr}", "The {part}'s peak learning rate; by default `lr`."),
+    "lr_scheduler": (
+        "the {part} should stop learning earlier or later",
+        "Course of the {part}'s rate; by default `lr_scheduler`.",
+    ),
+    "lr_warmup_steps": (
+        "the {part} should start more slowly",
+        "Warm-up of the {part}'s rate; by default `lr_warmup_steps`.",
+    ),
+    "lr_decay_steps": (
+        "the {part} should stop learning earlier or later",
+        "Steps until the {part}'s schedule reaches zero; by default `lr_decay_steps`.",
+    ),
+    "weight_decay": ("the {part} overfits first", "The {part}'s weight decay; by default `weight_decay`."),
+    "betas": (OF_ITS_OWN, "The {part}'s betas; by default `betas`."),
+    "eps": (OF_ITS_OWN, "The {part}'s epsilon; by default `eps`."),
+    "momentum": (OF_ITS_OWN, "The {part}'s momentum; by default `momentum`."),
+    "d0": (OF_ITS_OWN, "The {part}'s first guess of a rate; by default `d0`."),
+    "decouple": (OF_ITS_OWN, "Whether the {part}'s decay is apart from the gradient; by default `decouple`."),
+    "optimizer_args": (OF_ITS_OWN, "Further arguments of the {part}'s optimizer, added to `optimizer_args`."),
+}
+"""Settings that a part may have of its own: when to give it one, and what it is."""
 
 
-class UnetGroup(Group):
+def _own_settings(prefix: str, part: str, off: str, lr: str) -> Any:
+    """A group of the settings in `OWN` for a part.
+
+    Args:
+        prefix: of their names.
+        part: in words.
+        off: the setting that freezes the part, which takes their effect away.
+        lr: when to give it a rate of its own.
+    """
+    fields: dict[str, Any] = {}
+    for name, (when, text) in OWN.items():
+        field = (LengthGroup if name in LengthGroup.model_fields else OptimizerGroup).model_fields[name]
+        knob = next(one for one in field.metadata if isinstance(one, Knob))
+        facts = next(one for one in field.metadata if isinstance(one, Facts))
+        kind: Any = OwnRate if name == "lr" else field.annotation
+        fields[f"{prefix}{name}"] = Annotated[
+            kind | None,
+            Field(description=text.format(part=part)),
+            Knob(unit=knob.unit, when=when.format(part=part, lr=lr), log=knob.log),
+            Facts(facts.affects, facts.change, unless=(off,), names=f"{facts.names} of the {part}" if facts.names else ""),
+        ], None  # fmt: skip
+    return create_model(f"Own{prefix.title()}", __base__=Group, __module__=__name__, **fields)
+
+
+class UnetGroup(
+    _own_settings(  # type: ignore[misc]
+        "unet_", "UNet", "disable_unet_training", "the text encoder takes `lr`, and the UNet another rate"
+    )
+):
     """UNet: settings of its own."""
 
-    unet_optimizer: Annotated[
-        str | None,
-        Knob(when="the UNet should have another optimizer"),
-        Facts(
-            EVERYTHING,
-            "never",
-            unless=("disable_unet_training",),
-            names="Python class that runs as the optimizer of the UNet",
-        ),
-    ] = None
-    """The UNet's optimizer; by default `optimizer`. Another one does not inherit `momentum`, `d0`, `decouple` and
-    `optimizer_args`."""
-    unet_lr: Annotated[
-        OwnRate | None,
-        Knob(unit="per optimizer step", when="the text encoder takes `lr`, and the UNet another rate", log=True),
-        Facts(RESULT, "resume", unless=("disable_unet_training",)),
-    ] = None
-    """The UNet's peak learning rate; by default `lr`."""
-    unet_lr_scheduler: Annotated[
-        Schedule | None,
-        Knob(when="the UNet should stop learning earlier or later"),
-        Facts(RESULT, "resume", unless=("disable_unet_training",)),
-    ] = None
-    """Course of the UNet's rate; by default `lr_scheduler`."""
-    unet_lr_warmup_steps: Annotated[
-        Steps | None,
-        Knob(unit="optimizer steps", when="the UNet should start more slowly"),
-        Facts(RESULT, "resume", unless=("disable_unet_training",)),
-    ] = None
-    """Warm-up of the UNet's rate; by default `lr_warmup_steps`."""
-    unet_lr_decay_steps: Annotated[
-        PositiveSteps | None,
-        Knob(unit="optimizer steps", when="the UNet should stop learning earlier or later"),
-        Facts(RESULT, "resume", unless=("disable_unet_training",)),
-    ] = None
-    """Steps until the UNet's schedule reaches zero; by default `lr_decay_steps`."""
-    unet_weight_decay: Annotated[
-        Decay | None,
-        Knob(unit="share per step, times the rate", when="the UNet overfits first"),
-        Facts(RESULT, "resume", unless=("disable_unet_training",)),
-    ] = None
-    """The UNet's weight decay; by default `weight_decay`."""
-    unet_betas: Annotated[
-        Betas | None,
-        Knob(unit="one number for each average", when="with an optimizer of its own"),
-        Facts(RESULT, "resume", unless=("disable_unet_training",)),
-    ] = None
-    """The UNet's betas; by default `betas`."""
-    unet_eps: Annotated[
-        Epsilon | None,
-        Knob(when="with an optimizer of its own"),
-        Facts(RESULT, "resume", unless=("disable_unet_training",)),
-    ] = None
-    """The UNet's epsilon; by default `eps`."""
-    unet_momentum: Annotated[
-        Momentum | None,
-        Knob(when="with an optimizer of its own"),
-        Facts(MEMORY_AND_RESULT, "resume", unless=("disable_unet_training",)),
-    ] = None
-    """The UNet's momentum; by default `momentum`."""
-    unet_d0: Annotated[
-        Guess | None,
-        Knob(when="with an optimizer of its own"),
-        Facts(RESULT, "resume", unless=("disable_unet_training",)),
-    ] = None
-    """The UNet's first guess of a rate; by default `d0`."""
-    unet_decouple: Annotated[
-        bool | None,
-        Knob(when="with an optimizer of its own"),
-        Facts(RESULT, "resume", unless=("disable_unet_training",)),
-    ] = None
-    """Whether the UNet's decay is apart from the gradient; by default `decouple`."""
-    unet_optimizer_args: Annotated[
-        dict[str, Any] | None,
-        Knob(when="with an optimizer of its own"),
-        Facts(EVERYTHING, "resume", unless=("disable_unet_training",)),
-    ] = None
-    """Further arguments of the UNet's optimizer, added to `optimizer_args`."""
     unet_train_layers: Annotated[
         list[str] | None,
         Knob(
@@ -138,87 +104,16 @@ class UnetGroup(Group):
     """And none in whose name one of these is found."""
 
 
-class TextEncoderGroup(Group):
+class TextEncoderGroup(
+    _own_settings(  # type: ignore[misc]
+        "text_encoder_",
+        "text encoder",
+        "disable_textenc_training",
+        "half of `lr` or less: the text encoder overfits first",
+    )
+):
     """Text encoder: settings of its own."""
 
-    text_encoder_optimizer: Annotated[
-        str | None,
-        Knob(when="the text encoder should have another optimizer"),
-        Facts(
-            EVERYTHING,
-            "never",
-            unless=("disable_textenc_training",),
-            names="Python class that runs as the optimizer of the text encoder",
-        ),
-    ] = None
-    """The text encoder's optimizer; by default `optimizer`. Another one does not inherit `momentum`, `d0`, `decouple` and
-    `optimizer_args`."""
-    text_encoder_lr: Annotated[
-        OwnRate | None,
-        Knob(unit="per optimizer step", when="half of `lr` or less: the text encoder overfits first", log=True),
-        Facts(RESULT, "resume", unless=("disable_textenc_training",)),
-    ] = None
-    """The text encoder's peak learning rate; by default `lr`."""
-    text_encoder_lr_scheduler: Annotated[
-        Schedule | None,
-        Knob(when="the text encoder should stop learning earlier or later"),
-        Facts(RESULT, "resume", unless=("disable_textenc_training",)),
-    ] = None
-    """Course of the text encoder's rate; by default `lr_scheduler`."""
-    text_encoder_lr_warmup_steps: Annotated[
-        Steps | None,
-        Knob(unit="optimizer steps", when="the text encoder should start more slowly"),
-        Facts(RESULT, "resume", unless=("disable_textenc_training",)),
-    ] = None
-    """Warm-up of the text encoder's rate; by default `lr_warmup_steps`."""
-    text_encoder_lr_decay_steps: Annotated[
-        PositiveSteps | None,
-        Knob(unit="optimizer steps", when="the text encoder should stop learning earlier or later"),
-        Facts(RESULT, "resume", unless=("disable_textenc_training",)),
-    ] = None
-    """Steps until the text encoder's schedule reaches zero; by default `lr_decay_steps`."""
-    text_encoder_weight_decay: Annotated[
-        Decay | None,
-        Knob(unit="share per step, times the rate", when="the text encoder overfits first"),
-        Facts(RESULT, "resume", unless=("disable_textenc_training",)),
-    ] = None
-    """The text encoder's weight decay; by default `weight_decay`."""
-    text_encoder_betas: Annotated[
-        Betas | None,
-        Knob(unit="one number for each average", when="with an optimizer of its own"),
-        Facts(RESULT, "resume", unless=("disable_textenc_training",)),
-    ] = None
-    """The text encoder's betas; by default `betas`."""
-    text_encoder_eps: Annotated[
-        Epsilon | None,
-        Knob(when="with an optimizer of its own"),
-        Facts(RESULT, "resume", unless=("disable_textenc_training",)),
-    ] = None
-    """The text encoder's epsilon; by default `eps`."""
-    text_encoder_momentum: Annotated[
-        Momentum | None,
-        Knob(when="with an optimizer of its own"),
-        Facts(MEMORY_AND_RESULT, "resume", unless=("disable_textenc_training",)),
-    ] = None
-    """The text encoder's momentum; by default `momentum`."""
-    text_encoder_d0: Annotated[
-        Guess | None,
-        Knob(when="with an optimizer of its own"),
-        Facts(RESULT, "resume", unless=("disable_textenc_training",)),
-    ] = None
-    """The text encoder's first guess of a rate; by default `d0`."""
-    text_encoder_decouple: Annotated[
-        bool | None,
-        Knob(when="with an optimizer of its own"),
-        Facts(RESULT, "resume", unless=("disable_textenc_training",)),
-    ] = None
-    """Whether the text encoder's decay is apart from the gradient; by default `decouple`."""
-    text_encoder_optimizer_args: Annotated[
-        dict[str, Any] | None,
-        Knob(when="with an optimizer of its own"),
-        Facts(EVERYTHING, "resume", unless=("disable_textenc_training",)),
-    ] = None
-    """Further arguments of the text encoder's optimizer, added to `optimizer_args`."""
     text_encoder_lr_scale: Annotated[
         OwnRate | None,
         Knob(unit="times lr", when="the text encoder's rate should follow `lr`: 0.5"),
