@@ -9,15 +9,12 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-import types
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args
 
-import annotated_types
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
 
 from everydream_kit.config import EMBEDDED_MODEL, GROUPS, Facts, Group, Knob, TrainConfig, facts
 from everydream_kit.config.declaration import FamilyName, TrainingKind
@@ -27,6 +24,9 @@ from everydream_kit.strict_json import parse_json
 PAGE_COLUMNS = 100
 
 Kind = Literal["bool", "int", "float", "choice", "text", "object"]
+_KINDS: dict[str, Kind] = {"boolean": "bool", "integer": "int", "number": "float", "string": "text"}
+"""By the type in a JSON schema; any other is an object."""
+_BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "multipleOf")
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,8 @@ class Parameter:
 @lru_cache(maxsize=1)
 def parameters() -> tuple[Parameter, ...]:
     """Every parameter of `TrainConfig`, in the order of declaration."""
-    return tuple(
-        _describe_field(name, TrainConfig.model_fields[name], group) for group in GROUPS for name in group.model_fields
-    )
+    schemas = TrainConfig.model_json_schema()["properties"]
+    return tuple(_describe_field(name, schemas[name], group) for group in GROUPS for name in group.model_fields)
 
 
 def parameter(name: str) -> Parameter:
@@ -225,72 +224,34 @@ def _reference_facts(stated: Facts) -> list[str]:
     return lines
 
 
-def _describe_field(name: str, field: FieldInfo, group: type[Group]) -> Parameter:
-    annotation = field.annotation
-    options = list(_options(annotation))
-    bounds = list(_constraints(annotation, field.metadata))
-    plain = [option for option in options if option not in (type(None),)]
-    choices = tuple(str(choice) for option in plain if get_origin(option) is Literal for choice in get_args(option))
+def _describe_field(name: str, schema: Mapping[str, Any], group: type[Group]) -> Parameter:
+    """The record of a field, from its JSON schema; a union's branches in the order of declaration."""
+    field = group.model_fields[name]
+    branches = [one for one in schema.get("anyOf", [schema]) if one["type"] != "null"]
+    bounds = {key: value for one in reversed(branches) for key, value in one.items() if key in _BOUNDS}
+    low, high = (bounds.get(inside, bounds.get(outside)) for inside, outside in (_BOUNDS[:2], _BOUNDS[2:4]))
+    step = bounds.get("multipleOf")
+    words = [one.get("enum", [one["const"]] if "const" in one else []) for one in branches]
+    kinds = [_KINDS.get(one["type"], "object") for one, choices in zip(branches, words, strict=True) if not choices]
+    simple = [kind for kind in kinds if kind != "object"]
     return Parameter(
         name=name,
-        kind=_kind(plain),
+        kind=simple[0] if simple else "object" if kinds else "choice",
         default=None if field.is_required() else field.default,
         required=field.is_required(),
-        optional=type(None) in options,
-        minimum=_bound(bounds, annotated_types.Ge, "ge", annotated_types.Gt, "gt"),
-        maximum=_bound(bounds, annotated_types.Le, "le", annotated_types.Lt, "lt"),
-        exclusive_minimum=any(isinstance(b, annotated_types.Gt) for b in bounds),
-        exclusive_maximum=any(isinstance(b, annotated_types.Lt) for b in bounds),
-        multiple_of=next((float(b.multiple_of) for b in bounds if isinstance(b, annotated_types.MultipleOf)), None),  # type: ignore[arg-type]
-        choices=choices,
-        many=any(get_origin(option) is list for option in plain),
+        optional=len(branches) < len(schema.get("anyOf", [schema])),
+        minimum=None if low is None else float(low),
+        maximum=None if high is None else float(high),
+        exclusive_minimum="exclusiveMinimum" in bounds,
+        exclusive_maximum="exclusiveMaximum" in bounds,
+        multiple_of=None if step is None else float(step),
+        choices=tuple(str(choice) for several in words for choice in several),
+        many=any(one["type"] == "array" for one in branches),
         help=" ".join((field.description or "").split()),
         group=group_title(group),
         knob=next((entry for entry in field.metadata if isinstance(entry, Knob)), Knob()),
         facts=facts()[name],
     )
-
-
-def _options(annotation: Any) -> Iterator[Any]:
-    """The members of a union, unwrapped from Annotated."""
-    if get_origin(annotation) is Annotated:
-        yield from _options(get_args(annotation)[0])
-    elif get_origin(annotation) in (Union, types.UnionType):
-        for option in get_args(annotation):
-            yield from _options(option)
-    else:
-        yield annotation
-
-
-def _constraints(annotation: Any, metadata: list[Any]) -> Iterator[Any]:
-    """Bounds that stand on the field or on a member of its union (not inside lists)."""
-    for entry in metadata:
-        yield from entry.metadata if isinstance(entry, FieldInfo) else [entry]
-    if get_origin(annotation) is Annotated:
-        inner, *entries = get_args(annotation)
-        yield from _constraints(inner, list(entries))
-    elif get_origin(annotation) in (Union, types.UnionType):
-        for option in get_args(annotation):
-            yield from _constraints(option, [])
-
-
-def _bound(bounds: list[Any], inclusive: type, key: str, exclusive: type, exclusive_key: str) -> float | None:
-    for bound in bounds:
-        if isinstance(bound, inclusive):
-            return float(getattr(bound, key))
-        if isinstance(bound, exclusive):
-            return float(getattr(bound, exclusive_key))
-    return None
-
-
-def _kind(options: list[Any]) -> Kind:
-    simple: dict[Any, Kind] = {bool: "bool", int: "int", float: "float", str: "text"}
-    for option in options:
-        if option in simple:
-            return simple[option]
-    if options and all(get_origin(option) is Literal for option in options):
-        return "choice"
-    return "object"
 
 
 def _looks_like_json(texts: list[str]) -> bool:
