@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from everydream_kit.errors import ConfigError
-from everydream_kit.export.checkpoint_formats import DEFAULT_PRECISION, LAYOUTS, FormatName, Precision, write_as
+from everydream_kit.export.checkpoint_formats import DEFAULT_PRECISION, FORMATS, LAYOUTS, FormatName, Precision
 from everydream_kit.generation import resolve_checkpoint
 from everydream_kit.runs import RunFolder
 
@@ -51,17 +51,27 @@ def export(
         ExportError, DiskSpaceError, ModelError: as the functions of `export/`.
     """
     _check_out(out, checkpoint)
-    return write_as(
-        resolve_checkpoint(checkpoint),
-        out,
-        format,
-        precision=precision,
-        strength=strength,
-        ema=ema,
-        token=token,
-        vae=vae,
-        base=base,
-    )
+    given = {"precision": precision, "strength": strength, "ema": ema, "token": token, "vae": vae, "base": base}
+    for name, value in given.items():
+        takers = [one.name for one in FORMATS.values() if name in one.options]
+        if value not in (None, False) and format not in takers:
+            raise ConfigError(f"{name}: does not apply to the form {format}; it goes with {' or '.join(takers)}.")
+    source, weights = resolve_checkpoint(checkpoint), precision or DEFAULT_PRECISION
+    if format == "embedding":
+        from everydream_kit.export.lora_files import export_token
+
+        return export_token(source, out, token=token)
+    if format in LAYOUTS:
+        from everydream_kit.export.lora_files import export_lora
+
+        return export_lora(source, out, layout=LAYOUTS[format], precision=weights, ema=ema, adapter_base=base)
+    from everydream_kit.export.merge import open_merged
+    from everydream_kit.export.model_folder import write_new_folder
+    from everydream_kit.export.single_file_export import export_files
+
+    files = open_merged(source, strength=strength, ema=ema, vae=vae, adapter_base=base)
+    write = export_files if format == "single_file" else write_new_folder
+    return write(files, Path(out), weights)
 
 
 def merge(

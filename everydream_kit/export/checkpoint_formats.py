@@ -1,5 +1,5 @@
 """What a checkpoint can be written as: one record for each form, from which the command line and the share panel are made,
-how large the result will be, and the function that writes it. No widgets here.
+and how large the result will be. `actions/converting.py` writes it. No widgets here.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from everydream_kit.errors import ConfigError, ExportError
+from everydream_kit.errors import ExportError
 from everydream_kit.runs import Checkpoint
 from everydream_kit.strict_json import parse_json
 
@@ -30,7 +30,7 @@ class Format:
     """A form of export.
 
     Attributes:
-        name: as it is given to `--format` and `write_as`.
+        name: as it is given to `--format`.
         title: as the panel lists it.
         end: what a suggested file name ends with, extension included, so that two forms do not overwrite each other.
         endings: extensions that a name may have; none: it is a folder.
@@ -105,58 +105,6 @@ def estimate_bytes(checkpoint: Path, form: Format, precision: str) -> float | No
         return float(source.stat().st_size)
     weights = [file for file in Checkpoint.at(source).model_files() if file.suffix == ".safetensors"]
     return float(sum(map(count_weights, weights)) * BYTES[precision]) if weights else None
-
-
-def write_as(
-    source: str | Path,
-    out: str | Path,
-    form: str,
-    *,
-    precision: Precision | None = None,
-    strength: float | None = None,
-    ema: bool = False,
-    token: str | None = None,
-    vae: str | Path | None = None,
-    base: str | Path | None = None,
-) -> Path:
-    """Write a model in one of its forms: what `everydream export` and the share panel do.
-
-    Args:
-        source: checkpoint, single file, or Hub id.
-        out: the file, or the folder.
-        form: a form's name.
-        precision: of the weights: fp16 (by default), bf16 or fp32.
-        strength: of a LoRA that is merged; 1 is as it was trained.
-        ema: the averaged weights.
-        token: which learned token, where there are several.
-        vae: a VAE in place of the model's own.
-        base: of a LoRA checkpoint, where the one that it names has moved.
-
-    Raises:
-        ConfigError: an option that does not apply to the form.
-        ExportError, DiskSpaceError, ModelError: as the library's functions.
-    """
-    given = {"precision": precision, "strength": strength, "ema": ema, "token": token, "vae": vae, "base": base}
-    for name, value in given.items():
-        takers = [one.name for one in FORMATS.values() if name in one.options]
-        if value not in (None, False) and form not in takers:
-            raise ConfigError(f"{name}: does not apply to the form {form}; it goes with {' or '.join(takers)}.")
-    if form == "embedding":
-        from everydream_kit.export.lora_files import export_token
-
-        return export_token(source, out, token=token)
-    if form in LAYOUTS:
-        from everydream_kit.export.lora_files import export_lora
-
-        weights = precision or DEFAULT_PRECISION
-        return export_lora(source, out, layout=LAYOUTS[form], precision=weights, ema=ema, adapter_base=base)
-    from everydream_kit.export.merge import open_merged
-    from everydream_kit.export.model_folder import write_new_folder
-    from everydream_kit.export.single_file_export import export_files
-
-    files = open_merged(source, strength=strength, ema=ema, vae=vae, adapter_base=base)
-    write = export_files if form == "single_file" else write_new_folder
-    return write(files, Path(out), precision or DEFAULT_PRECISION)
 
 
 def count_weights(path: Path) -> int:

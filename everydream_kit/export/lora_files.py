@@ -3,7 +3,6 @@ models, learned tokens."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Literal
 
@@ -20,8 +19,6 @@ from everydream_kit.models.tensors import LazyTensor, Tensors, open_safetensors
 from everydream_kit.models.tokens import write_embedding
 
 LoraLayout = Literal["diffusers", "kohya", "comfy"]
-
-logger = logging.getLogger(__name__)
 
 
 def export_lora(

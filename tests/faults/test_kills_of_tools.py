@@ -23,10 +23,10 @@ from hub_stand_in import HubStandIn
 from PIL import Image
 from safetensors.torch import load_file
 
+from everydream_kit.actions.converting import export
 from everydream_kit.data.changes import undo
 from everydream_kit.data.tagging import edit_tags
 from everydream_kit.export.hub import fetch_run
-from everydream_kit.export.model_folder import export_folder
 from everydream_kit.export.single_file_export import export_checkpoint
 from everydream_kit.jobs.queue import Queue
 from everydream_kit.runs import list_runs
@@ -96,6 +96,10 @@ def test_an_export_is_the_old_file_or_the_new_one(server: Any, tiny_model_folder
             assert all(torch.equal(found[name], value) for name, value in new.items())
     export_checkpoint(tiny_model_folder, out, "fp32")
     assert (leftovers(tmp_path), killer.kills > 2) == ([], True)
+
+
+def export_folder(model: Path, out: Path, precision: Any) -> None:
+    export(model, out, format="diffusers", precision=precision)
 
 
 def test_an_exported_folder_is_there_as_a_whole_or_not_at_all(

@@ -281,7 +281,7 @@ def _collect(
             events=events,
             pipeline_class=read_pipeline_class(source.checkpoint),
             is_lora="lora" in what,
-            single_file=next((f.path for f in files if "/" not in f.path and _is_single_file(f.path, source)), None),
+            single_file=next((f.path for f in files if f.path == _single_file_name(source)), None),
             has_folder="diffusers" in what and not source.learned_tokens,
             learned_tokens=source.learned_tokens if "diffusers" in what else {},
             samples=[(sample.path_in_repo, sample.prompt, sample.negative_prompt) for sample in samples],
@@ -291,10 +291,6 @@ def _collect(
     card = redact(card, token)
     files.append(UploadFile.of("README.md", card.encode()))
     return sorted(files, key=lambda file: (file.num_bytes, file.path)), card
-
-
-def _is_single_file(path: str, source: Source) -> bool:
-    return path == _single_file_name(source)
 
 
 def _single_file_name(source: Source) -> str:

@@ -18,14 +18,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from everydream_kit.errors import ExportError, KitError
 from everydream_kit.export.hub.push import push_to_hub
 from everydream_kit.runs import Checkpoint
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 Kind = Literal["uploading", "uploaded", "warning"]

@@ -10,9 +10,10 @@ from panel_parts import make_run_project, texts
 from PIL import Image
 
 from everydream_kit.actions.comparison import SAVED_FILE, Comparison
+from everydream_kit.actions.converting import export
 from everydream_kit.actions.project import Project
 from everydream_kit.errors import ConfigError, ExportError
-from everydream_kit.export.checkpoint_formats import FORMATS, count_weights, write_as
+from everydream_kit.export.checkpoint_formats import FORMATS, count_weights
 from everydream_kit.panels.compare_panel import ComparePanel
 from everydream_kit.panels.share_panel import SharePanel
 from everydream_kit.runs import RunFolder
@@ -263,9 +264,9 @@ def test_a_lora_run_is_exported_in_both_layouts_and_merged(lora_project):
     half = load_file(lora_project / "exports" / "jets-merged.safetensors")
 
     checkpoint, out = Path(panel.checkpoint.value), lora_project / "exports"
-    write_as(checkpoint, out / "d.safetensors", "diffusers_lora")
+    export(checkpoint, out / "d.safetensors", format="diffusers_lora")
     assert any(name.startswith("unet.") for name in load_file(out / "d.safetensors"))
-    write_as(checkpoint, out / "whole.safetensors", "single_file", precision="fp32")
+    export(checkpoint, out / "whole.safetensors", precision="fp32")
     whole = load_file(out / "whole.safetensors")
     differing = [name for name in whole if abs(whole[name] - half[name]).max() > 1e-4]
     assert any("attn1.to_q" in name for name in differing) and "model.diffusion_model.input_blocks.0.0.weight" in whole
@@ -364,7 +365,7 @@ def tensors_of(path):
 def test_an_option_that_a_form_does_not_take_is_named_with_the_forms_that_do(form, option, takers, tmp_path):
     (name,) = option
     with pytest.raises(ConfigError, match=f"^{name}: does not apply to the form {form}; it goes with {takers}.$"):
-        write_as(tmp_path, tmp_path / "x.safetensors", form, **option)
+        export(tmp_path, tmp_path / "x.safetensors", format=form, **option)
 
 
 def test_weights_are_counted_from_the_header_alone(tmp_path):
