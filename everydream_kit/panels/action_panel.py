@@ -16,7 +16,7 @@ from everydream_kit.actions.table import find_action
 from everydream_kit.errors import ConfigError
 from everydream_kit.panels import style
 from everydream_kit.panels.action_controls import is_lines, make_action_control, make_text_control
-from everydream_kit.panels.clock import has_clock, make_clock
+from everydream_kit.panels.clock import make_clock
 from everydream_kit.panels.labels import label_of
 from everydream_kit.panels.login import token_environment
 from everydream_kit.panels.panel import Panel, set_html
@@ -45,16 +45,9 @@ class ActionPanel(Panel):
         work = self.project.folder / "actions" / name
         self.task = BackgroundTask(work, {**token_environment(), **(environment or {})})
         self.controls = {argument.name: _control(argument) for argument in self.action.arguments.values()}
-        self.start_button = style.button("Start", tone="primary", icon="play", hint=self.action.summary)
-        self.stop_button = style.button("Stop", icon="stop", hint="End the work; what is written stays")
-        self.refresh_button = style.button("Refresh", icon="refresh")
-        self.refresh_button.layout.display = "none" if has_clock() else ""
-        for button, what in (
-            (self.start_button, self.start),
-            (self.stop_button, self.stop),
-            (self.refresh_button, self.refresh),
-        ):
-            self.on_press(button, what)
+        self.start_button = self.button("Start", self.start, tone="primary", icon="play", hint=self.action.summary)
+        self.stop_button = self.button("Stop", self.stop, icon="stop", hint="End the work; what is written stays")
+        self.refresh_button = self.make_refresh_button()
         self.bar, self.result = style.progress_bar(), widgets.HTML()
         self.box = style.panel_box(
             [

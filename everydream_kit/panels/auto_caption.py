@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class _Row:
         self.path: Path | None = None
         self._keep, self._quiet = keep, False
         self.image = widgets.HTML(layout=widgets.Layout(width="110px", flex="0 0 auto"))
-        self.check = widgets.Checkbox(description="Write", indent=False, layout=widgets.Layout(width="80px"))
+        self.check = style.control(widgets.Checkbox, "Write", "80px", indent=False)
         self.text = widgets.Textarea(
             description="Suggested caption",
             continuous_update=False,
@@ -93,25 +94,17 @@ class AutoCaption:
         self._album, self._chosen = album, chosen
         self.task = BackgroundTask(folder, environment)
         self.suggestions: dict[Path, tuple[str, bool]] = {}
-        wide = {"description_width": "60px"}
-        self.which = widgets.Dropdown(
-            options=[("images without a caption", MISSING), ("the selected images", SELECTED)],
-            description="For", style=wide, layout=widgets.Layout(width="290px"),
-        )  # fmt: skip
+        which = [("images without a caption", MISSING), ("the selected images", SELECTED)]
+        self.which = style.control(widgets.Dropdown, "For", "290px", label="60px", options=which)
         how = TIDY_STEPS["auto-caption"].arguments
-        self.model = make_action_control(how["model"], "Model", style=wide, layout=widgets.Layout(width="400px"))
-        self.prompt = make_action_control(
-            how["prompt"], "Begin with", placeholder="a photo of", style={"description_width": "74px"},
-            layout=widgets.Layout(width="260px"),
-        )  # fmt: skip
+        self.model = style.control(partial(make_action_control, how["model"]), "Model", "400px", label="60px")
+        prompt = partial(make_action_control, how["prompt"], placeholder="a photo of")
+        self.prompt = style.control(prompt, "Begin with", "260px", label="74px")
         self.start_button = style.button("Suggest captions", icon="magic", hint="Caption with the model, for review")
         self.stop_button = style.button("Stop", icon="stop", hint="End captioning; what is suggested stays")
         self.write_button = style.button("Write", tone="primary", icon="check")
         self.discard_button = style.button("Discard", icon="trash", hint="Forget all suggestions; nothing is written")
-        self.page = widgets.BoundedIntText(
-            value=1, min=1, max=1, description="Page", style={"description_width": "36px"},
-            layout=widgets.Layout(width="110px"),
-        )  # fmt: skip
+        self.page = style.control(widgets.BoundedIntText, "Page", "110px", label="36px", value=1, min=1, max=1)
         self.page.observe(lambda _: self._fill(), "value")
         self.count = widgets.HTML()
         self.rows = [_Row(self._keep) for _ in range(PAGE)]

@@ -41,13 +41,9 @@ class BaseChoice:
             style={"description_width": LABEL_WIDTH},
             layout=widgets.Layout(width=CONTROL_WIDTH, max_width="100%", flex="0 1 auto"),
         )
-        self._needs = widgets.HTML(layout=widgets.Layout(flex="1 1 260px", width="auto", min_width="220px"))
+        self._needs = widgets.HTML()
         self.chooser.observe(self._take, "value")
-        row = widgets.HBox(
-            [self.chooser, self._needs],
-            layout=widgets.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="2px 14px", padding="3px 0"),
-        )
-        self.box = style.column(row, field.box)
+        self.box = style.column(style.with_hint(self.chooser, self._needs), field.box)
         self.show(field.value)
 
     def show(self, source: Any) -> None:

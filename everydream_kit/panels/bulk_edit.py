@@ -70,15 +70,10 @@ class BulkEdit:
             chosen: gives the indices of the selected images.
         """
         self._album, self._chosen = album, chosen
-        narrow = {"description_width": "40px"}
-        self.action = widgets.Dropdown(
-            options=[(action.title, name) for name, action in ACTIONS.items()],
-            description="Edit",
-            style=narrow,
-            layout=widgets.Layout(width="270px"),
-        )
-        self.words = widgets.Text(description="Find", style=narrow, layout=widgets.Layout(width="230px"))
-        self.by = widgets.Text(description="with", style=narrow, layout=widgets.Layout(width="230px"))
+        titles = [(action.title, name) for name, action in ACTIONS.items()]
+        self.action = style.control(widgets.Dropdown, "Edit", "270px", label="40px", options=titles)
+        self.words = style.control(widgets.Text, "Find", "230px", label="40px")
+        self.by = style.control(widgets.Text, "with", "230px", label="40px")
         self.button = style.button("Apply to selected", icon="pencil", hint="Edit the captions of the selected images")
         self.preview = widgets.HTML(layout=widgets.Layout(width="100%"))
         self.action.observe(lambda _: self._choose(), "value")

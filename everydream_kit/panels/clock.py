@@ -8,22 +8,19 @@ anywidget there is no clock: the panel then has a Refresh button, and its `watch
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import ipywidgets as widgets
-import traitlets
 
-from everydream_kit.panels.asset_files import read_asset
+from everydream_kit.panels.page_widgets import has_page_widgets, make_page_widget
 
 INTERVAL_MILLISECONDS = 500
 
 
 def make_clock(on_beat: Callable[[], object], *, interval_milliseconds: int = INTERVAL_MILLISECONDS) -> widgets.Widget:
     """A widget that calls `on_beat` while it is shown and its trait `on` is true; an empty one without anywidget."""
-    kind = _clock_class()
-    if kind is None:
+    clock = make_page_widget("clock", beats=0, interval=interval_milliseconds, on=True, reveal=0)
+    if clock is None:
         return widgets.HTML("")
-    clock = kind(interval=interval_milliseconds)
     clock.observe(lambda change: on_beat(), "beats")
     return clock
 
@@ -36,26 +33,4 @@ def reveal(clock: widgets.Widget) -> None:
 
 def has_clock() -> bool:
     """Whether panels update by themselves here."""
-    return _clock_class() is not None
-
-
-def _clock_class() -> Any:
-    try:
-        import anywidget
-    except ImportError:
-        return None
-    global _cached  # noqa: PLW0603  one class for all panels: anywidget registers every new one with the page
-    if _cached is None:
-
-        class Clock(anywidget.AnyWidget):
-            _esm = read_asset("clock.js")
-            beats = traitlets.Int(0).tag(sync=True)
-            interval = traitlets.Int(INTERVAL_MILLISECONDS).tag(sync=True)
-            on = traitlets.Bool(True).tag(sync=True)
-            reveal = traitlets.Int(0).tag(sync=True)
-
-        _cached = Clock
-    return _cached
-
-
-_cached: Any = None
+    return has_page_widgets()

@@ -20,7 +20,7 @@ from everydream_kit.errors import ConfigError, JobError
 from everydream_kit.panels import style
 from everydream_kit.panels.action_controls import make_action_control
 from everydream_kit.panels.checkpoint_list import CheckpointList
-from everydream_kit.panels.clock import has_clock, make_clock, reveal
+from everydream_kit.panels.clock import make_clock, reveal
 from everydream_kit.panels.login import token_environment
 from everydream_kit.panels.pages import Fold, Pages
 from everydream_kit.panels.panel import Panel, set_html
@@ -82,15 +82,12 @@ class ComparePanel(Panel):
         self.checks: dict[str, widgets.Checkbox] = {}
         self.check_row = style.row(gap="4px 22px")
         self._build_settings()
-        self.generate_button = style.button(
-            "Generate images", tone="primary", icon="paint-brush", hint="Sample what is not there yet"
+        self.generate_button = self.button(
+            "Generate images", self.draw, tone="primary", icon="paint-brush", hint="Sample what is not there yet"
         )
-        self.stop_button = style.button("Stop", icon="stop", hint="End sampling; the images that are there stay")
-        self.refresh_button = style.button("Refresh", icon="refresh")
-        self.refresh_button.layout.display = "none" if has_clock() else ""
-        self.on_press(self.generate_button, self.draw)
-        self.on_press(self.stop_button, self.stop)
-        self.on_press(self.refresh_button, self.refresh)
+        hint = "End sampling; the images that are there stay"
+        self.stop_button = self.button("Stop", self.stop, icon="stop", hint=hint)
+        self.refresh_button = self.make_refresh_button()
         self.head, self.grid, self.pair = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.bar = style.progress_bar()
         self.tabs = Pages({"Before and after": self._build_pair(), "Whole grid": style.column(self.grid)})
@@ -183,24 +180,17 @@ class ComparePanel(Panel):
         self.seed = make_action_control(SAMPLE.arguments["seed"], "Seed", **how)
 
     def _build_pair(self) -> widgets.Widget:
-        self.prompt_choice = widgets.Dropdown(
-            description="Prompt", style={"description_width": "84px"}, layout=widgets.Layout(width="620px")
-        )
-        self.slider = widgets.IntSlider(
-            min=0, max=0, description="Checkpoint", readout=False, style={"description_width": "84px"},
-            layout=widgets.Layout(width="620px"),
-        )  # fmt: skip
-        self.prompt_choice.observe(lambda _: self._render_pair(), "value")
-        self.slider.observe(lambda _: self._render_pair(), "value")
+        wide = {"width": "620px", "label": "84px"}
+        self.prompt_choice = style.control(widgets.Dropdown, "Prompt", **wide)
+        self.slider = style.control(widgets.IntSlider, "Checkpoint", min=0, max=0, readout=False, **wide)
+        for control in (self.prompt_choice, self.slider):
+            control.observe(lambda _: self._render_pair(), "value")
         return style.column(self.prompt_choice, self.slider, self.pair)
 
     def _build_winner(self) -> widgets.Widget:
-        self.winner = widgets.Dropdown(
-            description="Winner", style={"description_width": "70px"}, layout=widgets.Layout(width="420px")
-        )
+        self.winner = style.control(widgets.Dropdown, "Winner", "420px", label="70px")
         self.winner.observe(self._note_pick, "value")
-        self.winner_button = style.button("Pick this one", icon="check")
-        self.on_press(self.winner_button, self.pick_winner)
+        self.winner_button = self.button("Pick this one", self.pick_winner, icon="check")
         return style.row(self.winner, self.winner_button)
 
     def _first_prompts(self) -> Sequence[str]:
@@ -293,11 +283,9 @@ class ComparePanel(Panel):
             return
         style.show_progress(self.bar, status if status["alive"] else None)
         if not status["alive"]:
-            good = status["state"] == "finished"
-            if good and self._began_by_itself:
+            if self.say_status(status) and self._began_by_itself:
                 self._began_by_itself = False
                 reveal(self.clock)
-            self.say(status.get("message") or status["state"], "good" if good else "bad")
         elif status.get("num_steps"):
             self.say(f"{status['step']} of {status['num_steps']} images.", "busy")
 

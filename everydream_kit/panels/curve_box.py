@@ -27,13 +27,9 @@ class CurveBox:
 
     def __init__(self) -> None:
         self._view: RunHistory | None = None
-        self.smoothing = widgets.FloatSlider(
-            value=SMOOTHING, min=0.0, max=0.99, step=0.01, description="Smoothing", continuous_update=False,
-            style={"description_width": "80px"}, layout=widgets.Layout(width="300px"),
-        )  # fmt: skip
-        self.is_log = widgets.Checkbox(
-            value=False, description="log scale", indent=False, layout=widgets.Layout(width="auto")
-        )
+        scale = {"value": SMOOTHING, "min": 0.0, "max": 0.99, "step": 0.01, "continuous_update": False}
+        self.smoothing = style.control(widgets.FloatSlider, "Smoothing", "300px", label="80px", **scale)
+        self.is_log = style.control(widgets.Checkbox, "log scale", "auto", value=False, indent=False)
         self.zoom = widgets.IntRangeSlider(
             value=(0, 1), min=0, max=1, description="Steps", continuous_update=False,
             style={"description_width": "44px"}, layout=widgets.Layout(width="340px", max_width="100%"),

@@ -69,14 +69,13 @@ class DatasetPanel(Panel):
         self.bar = style.progress_bar()
         self._inspection_failed = False
         self.head, self.figures, self.report = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self.undo_button = style.button("Undo", icon="undo")
-        self.reload_button = style.button("Rescan", icon="refresh", hint="Scan the folder again")
-        self.add_tag_button, self.remove_tag_button = style.button(""), style.button("")
-        self.exclude_button = style.button("", icon="archive")
+        self.undo_button = self.button("Undo", self.undo, icon="undo")
+        self.reload_button = self.button("Rescan", self.reload, icon="refresh", hint="Scan the folder again")
+        self.add_tag_button = self.button("", lambda: self._change_tags(add=True))
+        self.remove_tag_button = self.button("", lambda: self._change_tags(add=False))
+        self.exclude_button = self.button("", self.exclude_selected, icon="archive")
         self.gallery = Gallery(self.album, self.say, self._render)
         self.gallery.on_select = self._name_actions
-        self.on_press(self.undo_button, self.undo)
-        self.on_press(self.reload_button, self.reload)
         self.tabs = Pages(
             {
                 "Add images": self._build_add(),
@@ -113,38 +112,18 @@ class DatasetPanel(Panel):
         self.receiver = Receiver(self.album.root, self.album.excluded)
         zone = make_drop_zone(self.receiver, self._received)
         where = html.escape(str(self.album.root))
-        self.source = widgets.Text(
-            placeholder="/data/jets, images.zip, or owner/dataset on the Hub",
-            description="Or use",
-            style={"description_width": "60px"},
-            layout=widgets.Layout(width="520px"),
-        )
-        self.source_button = style.button("Use it")
-        self.on_press(self.source_button, self.use_source)
+        example = "/data/jets, images.zip, or owner/dataset on the Hub"
+        self.source = style.control(widgets.Text, "Or use", "520px", label="60px", placeholder=example)
+        self.source_button = self.button("Use it", self.use_source)
         hint = f'<div class="edk-hint">Files can also be copied into <code>{where}</code>; then press Rescan.</div>'
         return style.column(*([zone] if zone else []), style.row(self.source, self.source_button), widgets.HTML(hint))
 
     def _build_edit(self) -> widgets.Widget:
-        self.tag = widgets.Text(
-            description="Tags", placeholder="red hair, smile", style={"description_width": "36px"},
-            layout=widgets.Layout(width="260px"),
-        )  # fmt: skip
-        self.setting = widgets.Dropdown(
-            options=list(SETTINGS), description="Set", style={"description_width": "36px"},
-            layout=widgets.Layout(width="200px"),
-        )  # fmt: skip
-        self.setting_value = widgets.Text(
-            description="to", placeholder="empty: take it away", style={"description_width": "20px"},
-            layout=widgets.Layout(width="190px"),
-        )  # fmt: skip
-        self.setting_where = widgets.Dropdown(
-            description="for", style={"description_width": "26px"}, layout=widgets.Layout(width="260px")
-        )
-        self.setting_button = style.button("Apply")
-        self.on_press(self.add_tag_button, lambda: self._change_tags(add=True))
-        self.on_press(self.remove_tag_button, lambda: self._change_tags(add=False))
-        self.on_press(self.setting_button, self.apply_setting)
-        self.on_press(self.exclude_button, self.exclude_selected)
+        self.tag = style.control(widgets.Text, "Tags", "260px", label="36px", placeholder="red hair, smile")
+        self.setting = style.control(widgets.Dropdown, "Set", "200px", label="36px", options=list(SETTINGS))
+        self.setting_value = style.control(widgets.Text, "to", "190px", label="20px", placeholder="empty: take it away")
+        self.setting_where = style.control(widgets.Dropdown, "for", "260px", label="26px")
+        self.setting_button = self.button("Apply", self.apply_setting)
         self.bulk = BulkEdit(lambda: self.album, lambda: self.gallery.chosen_indices)
         self.on_press(self.bulk.button, self.edit_captions)
         self.gallery.tools.children = (
@@ -257,38 +236,30 @@ class DatasetPanel(Panel):
         status = self.captioner.refresh()
         if status is not None:
             style.show_progress(self.bar, status if status["alive"] else None)
-            good = status["alive"] or status["state"] == "finished"
-            self.say(
-                status.get("message") or status["state"], ("busy" if status["alive"] else "good") if good else "bad"
-            )
+            self.say_status(status)
 
     def _follow_fetching(self) -> None:
         status = self.fetching.poll()
-        if status is None:
-            return
-        if status["alive"]:
-            self.say(status.get("message") or "Fetching …", "busy")
-        elif status["state"] == "finished":
+        if status is not None and status["state"] == "finished" and not status["alive"]:
             self._use_folder(Path(status["folder"]))
-        else:
-            self.say(status.get("message") or "The dataset could not be fetched.", "bad")
+        elif status is not None:
+            self.say_status(status, running="Fetching …", failed="The dataset could not be fetched.")
 
     def _follow_unpacking(self) -> None:
         status = self.unpacking.poll()
         if status is not None:
             style.show_progress(self.bar, status if status["alive"] else None)
             if status["alive"]:
-                self.say(status.get("message") or "Unpacking …", "busy")
+                self.say_status(status, running="Unpacking …")
                 return
-            good = status["state"] == "finished"
-            if good and (unpacked := Path(status["folder"])).is_relative_to(self.album.root):
+            if status["state"] == "finished" and (unpacked := Path(status["folder"])).is_relative_to(self.album.root):
                 self.album.record_moves(
                     f"{unpacked.name} unpacked", [(self.receiver.place_outside(unpacked.name), unpacked)]
                 )
             else:
                 self.album.reload()
             self._rerender()
-            self.say(status.get("message") or "The archive could not be unpacked.", "good" if good else "bad")
+            self.say_status(status, failed="The archive could not be unpacked.")
         if self.receiver.archives and not self.unpacking.attach():
             archive, target = self.receiver.archives.pop(0)
             if not archive.is_file():  # another panel has unpacked it
@@ -313,13 +284,8 @@ class DatasetPanel(Panel):
             self.inspecting.begin("inspect", str(self.album.root), json.dumps(settings))
 
     def _needs_inspection(self) -> bool:
-        idle = (
-            self.captioner.task.job is None
-            and self.unpacking.job is None
-            and self.fetching.job is None
-            and not self._inspection_failed
-        )
-        return idle and len(self.album) > 0 and not self._fresh
+        is_busy = any(task.job is not None for task in (self.captioner.task, self.unpacking, self.fetching))
+        return not (is_busy or self._inspection_failed or self._fresh) and len(self.album) > 0
 
     def _report_settings(self) -> PlanSettings:
         try:

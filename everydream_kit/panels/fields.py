@@ -14,6 +14,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from everydream_kit.errors import ConfigError
+from everydream_kit.panels import style
 from everydream_kit.panels.labels import label_of
 from everydream_kit.params import Parameter, check_value, format_value, parse_text
 
@@ -37,14 +38,11 @@ class Field:
         self._outside_error: str | None = None
         self._on_change = on_change
         self._quiet = False
-        self._hint = widgets.HTML(layout=widgets.Layout(flex="1 1 260px", width="auto", min_width="220px"))
+        self._hint = widgets.HTML()
         self._value = value
         self.control = make_control(record, value)
         self.control.observe(self._take_input, "value")
-        self.box = widgets.HBox(
-            [self.control, self._hint],
-            layout=widgets.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="2px 14px", padding="3px 0"),
-        )
+        self.box = style.with_hint(self.control, self._hint)
         self._check()
 
     @property

@@ -257,12 +257,7 @@ class SettingsForm:
         self._check_together()
 
     def _file_row(self) -> widgets.Widget:
-        self.file_path = widgets.Text(
-            placeholder="train.json",
-            description="File",
-            style={"description_width": "90px"},
-            layout=widgets.Layout(width="420px"),
-        )
+        self.file_path = style.control(widgets.Text, "File", "420px", label="90px", placeholder="train.json")
         self.load_button, self.save_button = style.button("Load"), style.button("Save")
         report = widgets.HTML()
 

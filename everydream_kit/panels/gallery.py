@@ -34,7 +34,7 @@ class Card:
         self.image = widgets.Image(format="jpeg", value=blank())  # never a broken-image icon, also where it is hidden
         self.image.add_class("edk-thumb")
         self._key = ""
-        self.check = widgets.Checkbox(description="Select", indent=False, layout=widgets.Layout(width="auto"))
+        self.check = style.control(widgets.Checkbox, "Select", "auto", indent=False)
         self.title = widgets.HTML(layout=widgets.Layout(flex="1 1 0", width="auto", min_width="0"))
         self.text = widgets.Textarea(
             description="Caption", continuous_update=False, layout=widgets.Layout(width="auto", height="76px")
@@ -101,17 +101,9 @@ class Gallery:
         self.on_select: Callable[[], None] = lambda: None
         self.chosen: set[str] = set()
         self.found: list[int] = []
-        self.search = widgets.Text(
-            placeholder="words in captions and names; -word excludes",
-            description="Search",
-            continuous_update=False,
-            style={"description_width": "56px"},
-            layout=widgets.Layout(width="380px"),
-        )
-        self.page = widgets.BoundedIntText(
-            value=1, min=1, max=1, description="Page",
-            style={"description_width": "36px"}, layout=widgets.Layout(width="110px"),
-        )  # fmt: skip
+        how = {"placeholder": "words in captions and names; -word excludes", "continuous_update": False}
+        self.search = style.control(widgets.Text, "Search", "380px", label="56px", **how)
+        self.page = style.control(widgets.BoundedIntText, "Page", "110px", label="36px", value=1, min=1, max=1)
         self.previous, self.next = style.button("‹ Back"), style.button("Next ›")
         self.count, self.selection = widgets.HTML(), widgets.HTML()
         self.choose_page, self.choose_found = style.button("Select page"), style.button("Select all found")

@@ -66,14 +66,10 @@ class HardestBox:
             f"<div><b>{html.escape(image.path.name)}</b><br>{html.escape(caption)}"
             f'<div class="edk-hint">{number} · loss {image.loss:.4f} in {uses}</div></div></div>'
         )
-        words = widgets.HTML(layout=widgets.Layout(flex="1 1 260px", width="auto"))
-        set_html(words, text)
         trend = widgets.HTML(sparkline(image.trend, f"Loss of {image.path.name} by epoch"))
         button = style.button(
             "Open in dataset", icon="pencil", hint=f"Edit the caption of {image.path.name}, or exclude it"
         )
         button.disabled = not image.path.is_file()
         button.on_click(lambda _: self._open_image(image.path))
-        line = style.row(words, trend, button)
-        line.add_class("edk-line")
-        return line
+        return style.line(text, trend, button)

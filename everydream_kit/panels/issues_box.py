@@ -85,15 +85,11 @@ class ProblemsBox:
         text = f"<b>{html.escape(', '.join(names))}</b><br>{html.escape(issue.text)}"
         text += f'<div class="edk-hint">{html.escape(issue.cure)}</div>' if issue.cure else ""
         shots = f'<div class="edk-few">{images}</div>' if images else ""
-        words = widgets.HTML(layout=widgets.Layout(flex="1 1 420px", width="auto"))
-        set_html(words, f'<div class="edk-found">{shots}<div>{text}</div></div>')
-        controls: list[widgets.Widget] = [words]
+        controls: list[widgets.Widget] = []
         if issue.exclude:
             some = "Exclude the others" if len(issue.shown) > 1 else "Exclude"
             controls.append(self._exclude_button(some, issue.exclude, ", ".join(map(self._short, issue.exclude[:3]))))
-        line = style.row(*controls)
-        line.add_class("edk-line")
-        return line
+        return style.line(f'<div class="edk-found">{shots}<div>{text}</div></div>', *controls, basis="420px")
 
     def _exclude_button(self, words: str, files: Sequence[str], what: str) -> widgets.Button:
         control = style.button(words, icon="archive", hint=f"{words}: {what}. Undo brings back")

@@ -16,13 +16,13 @@ import ipywidgets as widgets
 from everydream_kit.errors import HubError
 from everydream_kit.export.hub.connection import HubConnection, clean_token
 from everydream_kit.hosts import ColabBridge, Host, detect_host, find_secret
-from everydream_kit.panels.asset_files import read_asset
+from everydream_kit.panels.page_widgets import make_page_widget
 
 
 def make_token_field(on_token: Callable[[str], object]) -> widgets.Widget:
     """A field for a token; `on_token` is called with what was typed."""
-    kind = _token_field_class()
-    if kind is None:
+    field = make_page_widget("token_field")
+    if field is None:
         box = widgets.Password(description="Access token", continuous_update=False, style={"description_width": "90px"})
 
         def take_box(change: dict[str, Any]) -> None:
@@ -33,7 +33,6 @@ def make_token_field(on_token: Callable[[str], object]) -> widgets.Widget:
 
         box.observe(take_box, "value")
         return box
-    field = kind()
 
     def take(widget: Any, content: dict[str, Any], buffers: list[Any]) -> None:
         if content.get("kind") == "token":
@@ -79,22 +78,3 @@ def token_environment(host: Host | None = None, bridge: ColabBridge | None = Non
     host = host or detect_host()
     token = find_secret("HF_TOKEN", host, environ={}, bridge=bridge) if host.name == "colab" else None
     return {"HF_TOKEN": token} if token else {}
-
-
-def _token_field_class() -> Any:
-    try:
-        import anywidget
-    except ImportError:
-        return None
-    global _cached  # noqa: PLW0603  one class for all panels: anywidget registers every new one with the page
-    if _cached is None:
-
-        class TokenField(anywidget.AnyWidget):
-            _esm = read_asset("token_field.js")
-            _css = read_asset("token_field.css")
-
-        _cached = TokenField
-    return _cached
-
-
-_cached: Any = None

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
-import traitlets
 from PIL import Image
 
 from everydream_kit.data.album import Album
 from everydream_kit.data.image_files import IMAGE_ERRORS, open_image
 from everydream_kit.errors import DataError, KitError
 from everydream_kit.panels import style
-from everydream_kit.panels.asset_files import read_asset
+from everydream_kit.panels.page_widgets import make_page_widget
 from everydream_kit.panels.panel import set_html
 from everydream_kit.panels.thumbnails import thumbnail
 
@@ -54,10 +53,7 @@ class MaskEditor:
             say: takes messages.
         """
         self._album, self._found, self._save, self._say = album, found, save, say
-        self.number = widgets.BoundedIntText(
-            value=1, min=1, max=1, description="Image", style={"description_width": "46px"},
-            layout=widgets.Layout(width="130px"),
-        )  # fmt: skip
+        self.number = style.control(widgets.BoundedIntText, "Image", "130px", label="46px", value=1, min=1, max=1)
         self.previous, self.next = style.button("‹ Back"), style.button("Next ›")
         self.remove_button = style.button("Remove mask", icon="trash", hint="Remove the mask. Undo brings it back")
         self.title, self.hint = widgets.HTML(), widgets.HTML()
@@ -65,8 +61,7 @@ class MaskEditor:
         self.previous.on_click(lambda _: self._turn(-1))
         self.next.on_click(lambda _: self._turn(1))
         self.remove_button.on_click(lambda _: self._try(lambda: self._save(self._index(), None)))
-        kind = _brush_class()
-        self.brush = None if kind is None else kind()
+        self.brush: Any = make_page_widget("brush", image=b"", mask=b"", name="", version=0)
         if self.brush is not None:
             self.brush.on_msg(self._take)
         shown = [] if self.brush is None else [self.brush]
@@ -160,26 +155,3 @@ def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
-
-
-def _brush_class() -> Any:
-    try:
-        import anywidget
-    except ImportError:
-        return None
-    global _cached  # noqa: PLW0603  one class for all panels: anywidget registers every new one with the page
-    if _cached is None:
-
-        class Brush(anywidget.AnyWidget):
-            _esm = read_asset("brush.js")
-            _css = read_asset("brush.css")
-            image = traitlets.Bytes(b"").tag(sync=True)
-            mask = traitlets.Bytes(b"").tag(sync=True)
-            name = traitlets.Unicode("").tag(sync=True)
-            version = traitlets.Int(0).tag(sync=True)
-
-        _cached = Brush
-    return _cached
-
-
-_cached: Any = None

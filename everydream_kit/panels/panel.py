@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import ipywidgets as widgets
 
 from everydream_kit.errors import KitError
 from everydream_kit.panels import style
 from everydream_kit.panels.asset_files import read_asset
+from everydream_kit.panels.clock import has_clock
+from everydream_kit.runs import Status
 
 AGAIN = "This panel is from an earlier session. Run this cell again."
 logger = logging.getLogger(__name__)
@@ -38,6 +41,30 @@ class Panel:
     def say(self, text: str, tone: style.Tone = "plain") -> None:
         """Show a message, or none with an empty text."""
         set_html(self.message, style.note(text, tone))
+
+    def button(self, text: str, action: Callable[[], object], **look: Any) -> widgets.Button:
+        """A button for an action, as `style.button` makes it; what goes wrong is shown in words (`on_press`)."""
+        control = style.button(text, **look)
+        self.on_press(control, action)
+        return control
+
+    def make_refresh_button(self) -> widgets.Button:
+        """A button that refreshes, hidden where the clock does."""
+        control = self.button("Refresh", self.refresh, icon="refresh")
+        control.layout.display = "none" if has_clock() else ""
+        return control
+
+    def say_status(self, status: Status, *, running: str = "", failed: str = "") -> bool:
+        """Show what a background task says of itself. Returns whether it is under way or has ended well.
+
+        Args:
+            status: as `BackgroundTask.poll` gives it.
+            running, failed: the words where it says none.
+        """
+        good = status["alive"] or status["state"] == "finished"
+        words = status.get("message") or (running if status["alive"] else failed) or status["state"]
+        self.say(words, "busy" if status["alive"] else "good" if good else "bad")
+        return good
 
     def on_press(self, control: widgets.Button, action: Callable[[], object]) -> None:
         """Run an action when a button is pressed; what goes wrong is shown in words, with its traceback in the log."""

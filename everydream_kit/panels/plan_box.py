@@ -72,16 +72,10 @@ class PlanBox:
         self.fit_button.layout.display = "none"
         self.fit_button.on_click(lambda _: self.make_it_fit())
         self.report = widgets.HTML()
-        self.gpu = widgets.Dropdown(
-            options=[("this machine", ""), *((name, name) for name in _gpu_names())],
-            description="Plan for",
-            style={"description_width": "70px"},
-            layout=widgets.Layout(width="300px"),
-        )
-        self.price = widgets.Text(
-            placeholder="from the table", description="$ an hour", continuous_update=False,
-            style={"description_width": "70px"}, layout=widgets.Layout(width="220px"),
-        )  # fmt: skip
+        gpus = [("this machine", ""), *((name, name) for name in _gpu_names())]
+        self.gpu = style.control(widgets.Dropdown, "Plan for", "300px", label="70px", options=gpus)
+        how = {"placeholder": "from the table", "continuous_update": False}
+        self.price = style.control(widgets.Text, "$ an hour", "220px", label="70px", **how)
         for control in (self.gpu, self.price):
             control.observe(lambda _: self._changed(), "value")
         self.fold = Fold("What this run takes", lambda: [style.row(self.gpu, self.price), self.report])

@@ -48,13 +48,8 @@ class PresetRow:
         self._saved, self._values, self._changed, self._apply = saved, values, changed, apply
         self._own: dict[str, Any] | None = None
         self._set: dict[str, Any] = {}
-        self.chooser = widgets.Dropdown(
-            description="Start from", style={"description_width": "90px"}, layout=widgets.Layout(width="340px")
-        )
-        self.name = widgets.Text(
-            placeholder="name", description="Save as", style={"description_width": "60px"},
-            layout=widgets.Layout(width="220px"),
-        )  # fmt: skip
+        self.chooser = style.control(widgets.Dropdown, "Start from", "340px", label="90px")
+        self.name = style.control(widgets.Text, "Save as", "220px", label="60px", placeholder="name")
         self.save_button = style.button("Save", icon="save", hint="Save these settings as a preset of this project")
         self.delete_button = style.button("Delete", icon="trash", hint="Delete the chosen preset of this project")
         self.report = widgets.HTML(layout=widgets.Layout(width="100%"))

@@ -18,7 +18,6 @@ from everydream_kit.config import TrainConfig
 from everydream_kit.errors import KitError
 from everydream_kit.panels import style
 from everydream_kit.panels.monitor import STATE_TONES
-from everydream_kit.panels.panel import set_html
 from everydream_kit.params import format_value
 
 HINT = (
@@ -61,18 +60,15 @@ class QueueBox:
         self._settings, self._say = settings, say
         self._command, self._environment = command, environment
         self._shown: object = None
-        self.add_button = style.button("Add these settings", icon="plus", hint="Put the form's settings at the end")
-        self.start_button = style.button("Start queue", tone="primary", icon="play", hint="Train what waits, in order")
-        self.stop_button = style.button("Stop queue", icon="stop", hint="Stop the run in progress, which saves")
-        self.clear_button = style.button("Clear ended", hint="Take out what has ended; its runs stay on disk")
+        hint = "Put the form's settings at the end"
+        self.add_button = self._button("Add these settings", self.add, icon="plus", hint=hint)
+        hint = "Train what waits, in order"
+        self.start_button = self._button("Start queue", self.start, tone="primary", icon="play", hint=hint)
+        hint = "Stop the run in progress, which saves"
+        self.stop_button = self._button("Stop queue", self.stop, icon="stop", hint=hint)
+        hint = "Take out what has ended; its runs stay on disk"
+        self.clear_button = self._button("Clear ended", self.clear, hint=hint)
         self.lines, self.hint = widgets.VBox(), widgets.HTML(f'<p class="edk-lead">{HINT}</p>')
-        for control, action in (
-            (self.add_button, self.add),
-            (self.start_button, self.start),
-            (self.stop_button, self.stop),
-            (self.clear_button, self.clear),
-        ):
-            self._on_press(control, action)
         buttons = style.row(self.add_button, self.start_button, self.stop_button, self.clear_button)
         self.box = style.column(self.hint, buttons, self.lines)
         self.refresh()
@@ -131,26 +127,17 @@ class QueueBox:
             text += f'<div class="edk-hint">{html.escape(Path(entry["run"]).name)}</div>'
         if entry["message"] and state == "failed":
             text += f'<div class="edk-hint">{html.escape(entry["message"])}</div>'
-        words = widgets.HTML(layout=widgets.Layout(flex="1 1 400px", width="auto"))
-        set_html(words, text)
-        controls: list[widgets.Widget] = [words]
+        controls: list[widgets.Widget] = []
         if state == "waiting":
             controls += [
-                self._small_button("Earlier", "arrow-up", lambda: self.queue.move(entry["id"], -1)),
-                self._small_button("Later", "arrow-down", lambda: self.queue.move(entry["id"], 1)),
+                self._button("Earlier", lambda: self.queue.move(entry["id"], -1), icon="arrow-up"),
+                self._button("Later", lambda: self.queue.move(entry["id"], 1), icon="arrow-down"),
             ]
         if state not in ("starting", "running"):
-            controls.append(self._small_button("Remove", "times", lambda: self.queue.remove(entry["id"])))
-        line = style.row(*controls)
-        line.add_class("edk-line")
-        return line
+            controls.append(self._button("Remove", lambda: self.queue.remove(entry["id"]), icon="times"))
+        return style.line(text, *controls, basis="400px")
 
-    def _small_button(self, text: str, icon: str, action: Callable[[], object]) -> widgets.Button:
-        control = style.button(text, icon=icon)
-        self._on_press(control, action)
-        return control
-
-    def _on_press(self, control: widgets.Button, action: Callable[[], object]) -> None:
+    def _button(self, text: str, action: Callable[[], object], **look: Any) -> widgets.Button:
         def press(_: widgets.Button) -> None:
             try:
                 action()
@@ -158,7 +145,9 @@ class QueueBox:
                 self._say(str(error), "bad")
             self.refresh()
 
+        control = style.button(text, **look)
         control.on_click(press)
+        return control
 
 
 def report_settings(entry: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:

@@ -40,8 +40,7 @@ class SetupPanel(Panel):
         self.project = Project.open(locate_project(folder, mount_drive=mount_drive and self.host.name == "colab"))
         self.diagnosis = diagnosis or diagnose(self.project.folder)
         self.head, self.checks, self.hub = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self.again_button = style.button("Refresh", icon="refresh")
-        self.on_press(self.again_button, self.refresh)
+        self.again_button = self.button("Refresh", self.refresh, icon="refresh")
         self.token_field = make_token_field(self._take_token)
         self.box = style.panel_box(
             [

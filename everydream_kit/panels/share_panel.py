@@ -19,7 +19,7 @@ from everydream_kit.export.checkpoint_formats import Format, Option, estimate_by
 from everydream_kit.panels import style
 from everydream_kit.panels.action_controls import make_action_control
 from everydream_kit.panels.checkpoint_list import CheckpointList
-from everydream_kit.panels.clock import has_clock, make_clock
+from everydream_kit.panels.clock import make_clock
 from everydream_kit.panels.login import token_environment
 from everydream_kit.panels.panel import Panel, set_html
 from everydream_kit.panels.question import Question
@@ -67,9 +67,7 @@ class SharePanel(Panel):
     def _build(self) -> None:
         self.checkpoint = widgets.Dropdown(description="Checkpoint", **_wide())
         self.checkpoint.observe(lambda _: self._choose_checkpoint(), "value")
-        self.refresh_button = style.button("Refresh", icon="refresh")
-        self.refresh_button.layout.display = "none" if has_clock() else ""
-        self.on_press(self.refresh_button, self.refresh)
+        self.refresh_button = self.make_refresh_button()
         self.head, self.result = widgets.HTML(), widgets.HTML()
         self.bar = style.progress_bar()
         self.clock = make_clock(self.on_beat)
@@ -90,8 +88,7 @@ class SharePanel(Panel):
         )  # fmt: skip
         self.size = widgets.HTML()
         self.question = Question(self._press)
-        self.export_button = style.button("Export", tone="primary", icon="file", hint="Write the file")
-        self.on_press(self.export_button, self.export)
+        self.export_button = self.button("Export", self.export, tone="primary", icon="file", hint="Write the file")
         self.form.observe(lambda _: self._choose_form(), "value")
         self.precision.observe(lambda _: self._estimate(), "value")
         return [
@@ -117,13 +114,10 @@ class SharePanel(Panel):
             )
             for name, text in PARTS.items()
         }
-        self.preview_button = style.button(
-            "Preview", icon="search", hint="Say what would be uploaded, and show the card"
-        )
-        self.push_button = style.button("Push to the Hub", tone="primary", icon="cloud-upload")
+        hint = "Say what would be uploaded, and show the card"
+        self.preview_button = self.button("Preview", self.preview, icon="search", hint=hint)
+        self.push_button = self.button("Push to the Hub", self.push, tone="primary", icon="cloud-upload")
         self.preview_text = widgets.HTML()
-        self.on_press(self.preview_button, self.preview)
-        self.on_press(self.push_button, self.push)
         return [
             style.section("On the Hugging Face Hub"),
             self.repo,
@@ -225,11 +219,8 @@ class SharePanel(Panel):
         status = self.sending.poll()
         if status is not None:
             style.show_progress(self.bar, status)
-            if status["alive"]:
-                self.say(status.get("message") or "Running …", "busy")
-            else:
-                good = status["state"] == "finished"
-                self.say(status.get("message") or status["state"], "good" if good else "bad")
+            good = self.say_status(status, running="Running …")
+            if not status["alive"]:
                 set_html(self.result, self._link(status) if good else "")
         self._render()
 

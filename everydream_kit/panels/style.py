@@ -18,9 +18,9 @@ from everydream_kit.plain_text import printable
 from everydream_kit.preflight.units import duration, size
 
 __all__ = [
-    "Tone", "actions", "badge", "button", "column", "document", "duration", "facts", "heading", "log_view",
+    "Tone", "actions", "badge", "button", "column", "control", "document", "duration", "facts", "heading", "line", "log_view",
     "name_html", "named", "note", "panel_box", "progress_bar", "read_asset", "row", "section", "set_hint", "show_progress",
-    "size", "style_sheet", "table",
+    "size", "style_sheet", "table", "with_hint",
 ]  # fmt: skip
 
 Tone = Literal["plain", "good", "warn", "bad", "busy"]
@@ -44,6 +44,20 @@ def row(*children: widgets.Widget, gap: str = "8px") -> widgets.HBox:
     return widgets.HBox(
         list(children), layout=widgets.Layout(flex_flow="row wrap", align_items="center", grid_gap=gap, width="100%")
     )
+
+
+def line(text: str, *controls: widgets.Widget, basis: str = "260px") -> widgets.HBox:
+    """A line of a list: words as HTML, at least `basis` wide where there is room, and what can be done about them."""
+    box = row(widgets.HTML(text, layout=widgets.Layout(flex=f"1 1 {basis}", width="auto")), *controls)
+    box.add_class("edk-line")
+    return box
+
+
+def with_hint(control: widgets.Widget, hint: widgets.HTML) -> widgets.HBox:
+    """A control with a sentence next to it, below it on narrow pages."""
+    hint.layout = widgets.Layout(flex="1 1 260px", width="auto", min_width="220px")
+    layout = widgets.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="2px 14px", padding="3px 0")
+    return widgets.HBox([control, hint], layout=layout)
 
 
 def actions(*buttons: widgets.Widget, message: widgets.HTML) -> widgets.HBox:
@@ -75,6 +89,13 @@ def button(text: str, *, tone: str = "", icon: str = "", width: str = "auto", hi
     return widgets.Button(
         description=text, button_style=tone, icon=icon, tooltip=hint or text, layout=widgets.Layout(width=width)
     )
+
+
+def control(kind: Any, description: str, width: str, *, label: str = "", **options: Any) -> Any:
+    """A control with constant words in a label `label` wide, both in all `width` wide (CSS lengths)."""
+    if label:
+        options["style"] = {"description_width": label}
+    return kind(description=description, layout=widgets.Layout(width=width), **options)
 
 
 def name_html(text: str) -> str:

@@ -11,7 +11,6 @@ import html
 import io
 import secrets
 from collections import OrderedDict
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -86,13 +85,3 @@ def image_tag(path: Path, side: int, *, words: str = "", height: int | None = No
         f'<img alt="{name}" title="{name}" tabindex="0" role="button" data-edk-image="{image_key(path)}"{tall} '
         f'src="data:image/jpeg;base64,{data}"/>'
     )
-
-
-def strip(images: Sequence[tuple[Path, str]], *, side: int = 220, height: int | None = None) -> str:
-    """Images next to each other, each with a caption below."""
-    figures = "".join(
-        f"<figure>{image_tag(path, side, words=words, height=height)}"
-        f"<figcaption>{html.escape(words)}</figcaption></figure>"
-        for path, words in images
-    )
-    return f'<div class="edk-shots">{figures}</div>'

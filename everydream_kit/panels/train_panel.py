@@ -19,12 +19,12 @@ from everydream_kit.actions.presets import PRESETS
 from everydream_kit.actions.project import Project
 from everydream_kit.actions.tensorboard import TensorBoard
 from everydream_kit.config import TrainConfig
-from everydream_kit.disk_space import free_disk
+from everydream_kit.disk_space import known_free_disk
 from everydream_kit.errors import ConfigError
 from everydream_kit.foreign import read_origin
 from everydream_kit.hosts import detect_host
 from everydream_kit.panels import style
-from everydream_kit.panels.clock import has_clock, make_clock, reveal
+from everydream_kit.panels.clock import make_clock, reveal
 from everydream_kit.panels.form import SettingsForm
 from everydream_kit.panels.hardest_box import HardestBox
 from everydream_kit.panels.login import token_environment
@@ -62,10 +62,8 @@ NO_ROOM_BYTES = 1_000_000
 
 def has_no_room(folder: Path) -> bool:
     """Whether a folder's disk is full, which the trainer cannot write down for us."""
-    try:
-        return free_disk(folder) < NO_ROOM_BYTES
-    except OSError:  # the folder is gone: other parts of the panel say so
-        return False
+    free = known_free_disk(folder)  # None: the folder is gone, and other parts of the panel say so
+    return free is not None and free < NO_ROOM_BYTES
 
 
 def as_in_a_file(values: dict[str, Any]) -> dict[str, Any]:
@@ -136,38 +134,10 @@ class TrainPanel(Panel):
         )  # fmt: skip
         self.question = Question(self._press)
         self.head, self.plan = widgets.HTML(), PlanBox(self.project, self.form.set_values, self.say)
-        self.start_button = style.button(
-            "Start training", tone="primary", icon="play", hint="Train with these settings"
-        )
-        self.stop_button = style.button("Stop", icon="stop", hint="Finish the step, save a checkpoint, and end")
-        self.resume_button = style.button(
-            "Resume", icon="forward", hint="Continue from the latest checkpoint of this run"
-        )
-        self.sample_button = style.button("Sample now", icon="picture-o", hint="Generate the sample prompts now")
-        self.save_button = style.button("Save now", icon="save", hint="Save a checkpoint now")
-        self.kill_button = style.button("End without saving", hint="End the process at once; unsaved steps are lost")
-        self.refresh_button = style.button("Refresh", icon="refresh")
-        for control, action in (
-            (self.start_button, self.start),
-            (self.stop_button, self.stop),
-            (self.resume_button, self.resume),
-            (self.sample_button, lambda: self._ask("sample")),
-            (self.save_button, lambda: self._ask("save")),
-            (self.kill_button, self.kill),
-            (self.refresh_button, self.refresh),
-        ):
-            self.on_press(control, action)
-        self.refresh_button.layout.display = "none" if has_clock() else ""
-        self.runs = widgets.Dropdown(
-            description="Run", style={"description_width": "40px"}, layout=widgets.Layout(width="360px")
-        )
+        self.runs = style.control(widgets.Dropdown, "Run", "360px", label="40px")
         self.runs.observe(self._choose_run, "value")
         self.clock = make_clock(self.on_beat)
-        buttons = style.row(
-            self.start_button, self.stop_button, self.resume_button, self.sample_button, self.save_button,
-            self.kill_button, self.refresh_button,
-        )  # fmt: skip
-        top = style.column(self.head, self.plan.line_row, buttons, self.question.box)
+        top = style.column(self.head, self.plan.line_row, self._build_buttons(), self.question.box)
         top.add_class("edk-top")  # stays in view, however long the form below is
         self.box = style.panel_box(
             [
@@ -179,6 +149,25 @@ class TrainPanel(Panel):
                 self._build_tabs(),
                 self.clock,
             ]
+        )  # fmt: skip
+
+    def _build_buttons(self) -> widgets.Widget:
+        hint = "Train with these settings"
+        self.start_button = self.button("Start training", self.start, tone="primary", icon="play", hint=hint)
+        hint = "Finish the step, save a checkpoint, and end"
+        self.stop_button = self.button("Stop", self.stop, icon="stop", hint=hint)
+        hint = "Continue from the latest checkpoint of this run"
+        self.resume_button = self.button("Resume", self.resume, icon="forward", hint=hint)
+        hint = "Generate the sample prompts now"
+        self.sample_button = self.button("Sample now", lambda: self._ask("sample"), icon="picture-o", hint=hint)
+        hint = "Save a checkpoint now"
+        self.save_button = self.button("Save now", lambda: self._ask("save"), icon="save", hint=hint)
+        hint = "End the process at once; unsaved steps are lost"
+        self.kill_button = self.button("End without saving", self.kill, hint=hint)
+        self.refresh_button = self.make_refresh_button()
+        return style.row(
+            self.start_button, self.stop_button, self.resume_button, self.sample_button, self.save_button,
+            self.kill_button, self.refresh_button,
         )  # fmt: skip
 
     def _build_tabs(self) -> widgets.Widget:
@@ -194,8 +183,8 @@ class TrainPanel(Panel):
         self.prompts.observe(lambda change: self._write_prompts(change["new"]), "value")
         samples = style.column(self.monitor.samples, style.section("Prompts of the next samples"), self.prompts)
         self.board = TensorBoard(self.project.logdir, self.project.folder / "tensorboard")
-        self.tensorboard_button, self.tensorboard_words = style.button("TensorBoard", icon="line-chart"), widgets.HTML()
-        self.on_press(self.tensorboard_button, self.switch_tensorboard)
+        self.tensorboard_button = self.button("TensorBoard", self.switch_tensorboard, icon="line-chart")
+        self.tensorboard_words = widgets.HTML()
         self.hardest = HardestBox(self._open_image)
         log = style.column(self.monitor.log, style.row(self.tensorboard_button, self.tensorboard_words))
         self._render_tensorboard()

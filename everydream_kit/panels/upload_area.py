@@ -25,18 +25,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import ipywidgets as widgets
-import traitlets
 
-from everydream_kit.actions.estimate import IMAGE_SUFFIXES
 from everydream_kit.atomic import create_temporary, put_in_place, sweep
+from everydream_kit.data.image_files import EXTENSIONS
 from everydream_kit.errors import DataError, KitError
-from everydream_kit.panels.asset_files import read_asset
+from everydream_kit.panels.page_widgets import make_page_widget
 
 PIECE_BYTES = 1 << 20
 """Of a message: far below Jupyter's limit of 10 MB."""
 KEPT_ANSWERS = 256
 """Numbers of messages whose answers are known still; the page has a handful under way."""
-ACCEPTED = IMAGE_SUFFIXES | {".txt", ".caption", ".yaml", ".yml", ".json", ".zip"}
+ACCEPTED = {*EXTENSIONS, ".txt", ".caption", ".yaml", ".yml", ".json", ".zip"}
 REFUSED = "not an image, a caption file or a .zip"
 
 
@@ -250,10 +249,9 @@ def safe_name(name: str) -> str:
 
 def make_drop_zone(receiver: Receiver, on_done: Callable[[], object]) -> widgets.Widget | None:
     """The upload area, or None without anywidget. `on_done` is called when everything dropped has arrived."""
-    kind = _drop_zone_class()
-    if kind is None:
+    zone = make_page_widget("drop_zone", piece=PIECE_BYTES)
+    if zone is None:
         return None
-    zone = kind(piece=PIECE_BYTES)
 
     def take(widget: Any, content: dict[str, Any], buffers: list[Any]) -> None:
         if content.get("kind") == "all":
@@ -263,23 +261,3 @@ def make_drop_zone(receiver: Receiver, on_done: Callable[[], object]) -> widgets
 
     zone.on_msg(take)
     return zone
-
-
-def _drop_zone_class() -> Any:
-    try:
-        import anywidget
-    except ImportError:
-        return None
-    global _cached  # noqa: PLW0603  one class for all panels: anywidget registers every new one with the page
-    if _cached is None:
-
-        class DropZone(anywidget.AnyWidget):
-            _esm = read_asset("drop_zone.js")
-            _css = read_asset("drop_zone.css")
-            piece = traitlets.Int(PIECE_BYTES).tag(sync=True)
-
-        _cached = DropZone
-    return _cached
-
-
-_cached: Any = None

@@ -12,7 +12,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from everydream_kit.panels.asset_files import read_asset
+from everydream_kit.panels.page_widgets import make_page_widget
 from everydream_kit.panels.thumbnails import known_image, thumbnail
 
 SHOWN_SIDE = 1600
@@ -39,10 +39,9 @@ def answer(content: dict[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
 
 def make_viewer() -> widgets.Widget:
     """The widget that lets the thumbnails of its panel be opened; an empty one without anywidget."""
-    kind = _viewer_class()
-    if kind is None:
+    viewer = make_page_widget("viewer")
+    if viewer is None:
         return widgets.HTML("")
-    viewer = kind()
 
     def take(widget: Any, content: dict[str, Any], buffers: list[Any]) -> None:
         if content.get("kind") in ("image", "file"):
@@ -50,22 +49,3 @@ def make_viewer() -> widgets.Widget:
 
     viewer.on_msg(take)
     return viewer
-
-
-def _viewer_class() -> Any:
-    try:
-        import anywidget
-    except ImportError:
-        return None
-    global _cached  # noqa: PLW0603  one class for all panels: anywidget registers every new one with the page
-    if _cached is None:
-
-        class Viewer(anywidget.AnyWidget):
-            _esm = read_asset("viewer.js")
-            _css = read_asset("viewer.css")
-
-        _cached = Viewer
-    return _cached
-
-
-_cached: Any = None

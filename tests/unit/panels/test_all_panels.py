@@ -1,6 +1,7 @@
 """The rules that all panels keep, the set-up panel, and background tasks."""
 
 import json
+import sys
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -68,12 +69,7 @@ def test_no_widget_is_one_that_colab_lacks(name, project):
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_every_panel_is_built_without_anywidget(name, project, monkeypatch):
-    for module in ("clock", "upload_area", "login", "viewer", "mask_editor"):
-        import importlib
-
-        loaded = importlib.import_module(f"everydream_kit.panels.{module}")
-        kind = {"login": "token_field", "upload_area": "drop_zone", "mask_editor": "brush"}.get(module, module)
-        monkeypatch.setattr(loaded, f"_{kind}_class", lambda: None)
+    monkeypatch.setitem(sys.modules, "anywidget", None)
     panel = BUILDERS[name](project)
     assert "edk-head" in texts(panel.box)
 

@@ -2,11 +2,13 @@
 
 import io
 import json
+import sys
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
-from everydream_kit.panels import mask_editor
+from everydream_kit.data.dataset import Defaults
 from everydream_kit.panels.dataset_panel import MASKS, DatasetPanel
 
 
@@ -44,7 +46,8 @@ def test_a_painted_mask_is_written_shown_removed_and_undone(panel):
     assert len(panel.album) == 3, "a mask is not an image of its own"
     settings = json.loads((panel.project.folder / "settings.json").read_text())
     assert settings["loss_mask"] == "file" and "loss_mask: file" in panel.message.value
-    assert panel.album.dataset.with_defaults(loss_mask="file").image(0).mask_path == str(file)
+    masked = replace(panel.album.dataset, defaults=Defaults(loss_mask="file"))
+    assert masked.image(0).mask_path == str(file)
     assert panel.masks.brush.mask[:4] == b"\x89PNG" and not panel.masks.remove_button.disabled
     panel.masks.remove_button.click()
     assert not file.exists() and panel.masks.brush.mask == b"" and panel.masks.remove_button.disabled
@@ -83,7 +86,7 @@ def test_a_mask_that_leaves_nothing_out_removes_the_file(panel):
 
 
 def test_without_anywidget_the_panel_says_how_to_make_a_mask(panel, monkeypatch):
-    monkeypatch.setattr(mask_editor, "_brush_class", lambda: None)
+    monkeypatch.setitem(sys.modules, "anywidget", None)
     again = DatasetPanel(panel.project.folder)
     again.tabs.selected_index = MASKS
     assert again.masks.brush is None and "a.mask.png" in again.masks.hint.value
