@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 _UNITS = (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
@@ -15,7 +16,14 @@ def free_disk(folder: Path) -> int:
     Raises:
         OSError: the disk does not answer.
     """
-    return shutil.disk_usage(_existing(folder)).free
+    return shutil.disk_usage(existing_folder(folder)).free
+
+
+def known_free_disk(folder: Path) -> int | None:
+    """The same; None where the disk does not answer."""
+    with suppress(OSError):
+        return free_disk(folder)
+    return None
 
 
 def lack_of_room(folder: Path, needed: int) -> str | None:
@@ -24,7 +32,7 @@ def lack_of_room(folder: Path, needed: int) -> str | None:
     Raises:
         OSError: the disk does not answer.
     """
-    place = _existing(folder)
+    place = existing_folder(folder)
     usage = shutil.disk_usage(place)
     if not usage.total or not os.access(place, os.W_OK):
         return f"nothing can be written in {place}: it is read-only, belongs to somebody else, or is no disk"
@@ -51,7 +59,7 @@ def _size(num_bytes: int, digits: int) -> str:
     return f"{num_bytes} B"
 
 
-def _existing(folder: Path) -> Path:
+def existing_folder(folder: Path) -> Path:
     """The folder, or the nearest one above that is there."""
     folder = Path(os.path.abspath(folder))
     while not folder.exists() and folder != folder.parent:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from everydream_kit.disk_space import free_disk
+from everydream_kit.disk_space import known_free_disk
 from everydream_kit.gpu_support import describe_unsupported
 from everydream_kit.hosts import Host, count_cores, detect_host, outlives_machine
 
@@ -94,14 +94,8 @@ class Diagnosis:
         raise KeyError(name)
 
     def __str__(self) -> str:
-        marks = {"ok": "ok     ", "warning": "warning", "error": "ERROR  "}
-        width = max((len(check.name) for check in self.checks), default=0)
-        lines = []
-        for check in self.checks:
-            lines.append(f"{marks[check.status]}  {check.name:<{width}}  {check.text}")
-            if check.cure:
-                lines.append(f"{'':{width + 11}}→ {check.cure}")
-        return "\n".join(lines)
+        lines = ((f"{one.status:<8} {one.name}: {one.text}", f"{'':<8} {one.cure}") for one in self.checks)
+        return "\n".join(line for pair in lines for line in pair if line.strip())
 
 
 @dataclass(frozen=True)
@@ -208,14 +202,6 @@ def _container_limit(root: Path = Path("/sys/fs/cgroup")) -> int | None:
     return None
 
 
-def _disk_free_bytes(folder: Path) -> int | None:
-    """Free bytes on the disk that holds a folder, which need not exist yet."""
-    try:
-        return free_disk(folder)
-    except OSError:
-        return None
-
-
 def _has_nvidia_driver() -> bool:
     return Path("/proc/driver/nvidia/version").is_file() or shutil.which("nvidia-smi") is not None
 
@@ -233,7 +219,7 @@ class Machine:
     import_problem: Callable[[str], str] = _import_problem
     device: Callable[[], Device | None] = _find_device
     memory: Callable[[], tuple[int, int] | None] = _memory_bytes
-    disk_free: Callable[[Path], int | None] = _disk_free_bytes
+    disk_free: Callable[[Path], int | None] = known_free_disk
     nvidia_driver: Callable[[], bool] = _has_nvidia_driver
 
 

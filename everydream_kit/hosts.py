@@ -2,7 +2,7 @@
 addresses.
 
 Here: recognizing the host, its folder that outlives the machine, and everything of `google.colab` that the kit uses
-(Drive, secrets, the widget manager), behind the small `ColabBridge` so that tests put a double in its place. Not here:
+(Drive, secrets), behind the small `ColabBridge` so that tests put a double in its place. Not here:
 what is installed and whether it is enough (`doctor`), and where projects lie inside the storage folder (`workspace`).
 
 Only the standard library is imported: `colab_setup.sh` asks this module before anything is installed. A host is
@@ -27,29 +27,24 @@ HostName = Literal["colab", "kaggle", "runpod", "vast", "lightning", "paperspace
 PROJECTS_FOLDER = "everydream"
 """Folder for projects inside a host's storage, so that a shared Drive or volume stays tidy."""
 
-_HOSTS: dict[HostName, tuple[tuple[str, ...], str, str]] = {
-    "colab": (("COLAB_RELEASE_TAG", "COLAB_GPU", "COLAB_BACKEND_VERSION"), "content", "content/drive/MyDrive"),
+_HOSTS: dict[HostName, tuple[str, tuple[str, ...], str, str]] = {
+    "colab": (
+        "Google Colab",
+        ("COLAB_RELEASE_TAG", "COLAB_GPU", "COLAB_BACKEND_VERSION"),
+        "content",
+        "content/drive/MyDrive",
+    ),
     # A network volume and a pod volume are both mounted at /workspace; the container disk is everything else.
-    "runpod": (("RUNPOD_POD_ID",), "tmp", "workspace"),
-    "vast": (("VAST_CONTAINERLABEL", "VAST_TCP_PORT_22"), "tmp", "workspace"),
+    "runpod": ("RunPod", ("RUNPOD_POD_ID",), "tmp", "workspace"),
+    "vast": ("Vast.ai", ("VAST_CONTAINERLABEL", "VAST_TCP_PORT_22"), "tmp", "workspace"),
     # What kagglehub (env.py), Lightning's litdata (streaming/client.py) and Paperspace's own notebooks ask for.
-    "kaggle": (("KAGGLE_KERNEL_RUN_TYPE",), "kaggle/temp", "kaggle/working"),
-    "lightning": (("LIGHTNING_CLOUD_SPACE_ID",), "tmp", "teamspace/studios/this_studio"),
-    "paperspace": (("PAPERSPACE_NOTEBOOK_REPO_ID",), "tmp", "storage"),
+    "kaggle": ("Kaggle", ("KAGGLE_KERNEL_RUN_TYPE",), "kaggle/temp", "kaggle/working"),
+    "lightning": ("Lightning Studio", ("LIGHTNING_CLOUD_SPACE_ID",), "tmp", "teamspace/studios/this_studio"),
+    "paperspace": ("Paperspace", ("PAPERSPACE_NOTEBOOK_REPO_ID",), "tmp", "storage"),
 }
-"""Host -> (variables that it sets, its fast disk, its folder that outlives the machine)."""
+"""Host -> (name for people, variables that it sets, its fast disk, its folder that outlives the machine)."""
 _ADDRESSES: dict[HostName, tuple[str, ...]] = {"runpod": ("RUNPOD_POD_ID",), "vast": ("VAST_CONTAINERLABEL",)}
 _STUDIO_LAB_HOME = "/home/studio-lab-user"  # SageMaker Studio Lab sets no variable of its own; every user has this home
-_TITLES: dict[HostName, str] = {
-    "colab": "Google Colab",
-    "kaggle": "Kaggle",
-    "runpod": "RunPod",
-    "vast": "Vast.ai",
-    "lightning": "Lightning Studio",
-    "paperspace": "Paperspace",
-    "studiolab": "SageMaker Studio Lab",
-    "plain": "this machine",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +80,6 @@ class ColabBridge(Protocol):
     def read_secret(self, name: str) -> str | None:
         """Value from Colab's Secrets panel, or None if it is not there or not shared with this notebook."""
 
-    def enable_widgets(self) -> None:
-        """Switch on the widget manager that third-party widgets need."""
-
-    def flush_drive(self) -> None:
-        """Wait until what was written has reached Drive, and unmount it."""
-
 
 class GoogleColab:
     """The real bridge. Its methods work only inside a Colab kernel."""
@@ -122,27 +111,6 @@ class GoogleColab:
         except (userdata.NotebookAccessError, self._module("errors").Error):  # SecretNotFoundError is one of these
             return None
 
-    def enable_widgets(self) -> None:
-        """Switch on the custom widget manager.
-
-        Raises:
-            HostError: not on Colab.
-        """
-        self._module("output").enable_custom_widget_manager()
-
-    def flush_drive(self) -> None:
-        """Wait until what was written has reached Drive, and unmount it.
-
-        Raises:
-            HostError: not on Colab, or Drive did not answer.
-        """
-        try:
-            self._module("drive").flush_and_unmount()
-        except (ValueError, self._module("errors").Error) as error:
-            raise HostError(
-                f"Google Drive could not be written out: {error}. Leave the session open and try again."
-            ) from error
-
     @staticmethod
     def _module(name: str) -> Any:
         try:
@@ -160,14 +128,14 @@ def detect_host(environ: Mapping[str, str] = os.environ, root: Path = Path("/"))
         environ: environment variables.
         root: what the host's paths start from; another folder only in tests.
     """
-    for name, (variables, local, storage) in _HOSTS.items():
+    for name, (title, variables, local, storage) in _HOSTS.items():
         if any(variable in environ for variable in variables):
             address = next((environ[variable] for variable in _ADDRESSES.get(name, ()) if variable in environ), None)
-            return Host(name, _TITLES[name], root / local, root / storage / PROJECTS_FOLDER, address)
+            return Host(name, title, root / local, root / storage / PROJECTS_FOLDER, address)
     if environ.get("HOME", "").rstrip("/") == _STUDIO_LAB_HOME:
         home = root / _STUDIO_LAB_HOME.lstrip("/")
-        return Host("studiolab", _TITLES["studiolab"], local=root / "tmp", storage=home / PROJECTS_FOLDER)
-    return Host("plain", _TITLES["plain"])
+        return Host("studiolab", "SageMaker Studio Lab", local=root / "tmp", storage=home / PROJECTS_FOLDER)
+    return Host("plain", "this machine")
 
 
 def count_cores() -> int:

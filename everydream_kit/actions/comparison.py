@@ -12,15 +12,11 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from everydream_kit.atomic import write_atomic
-from everydream_kit.config import EMBEDDED_MODEL
 from everydream_kit.errors import ConfigError
 from everydream_kit.strict_json import read_json
-
-if TYPE_CHECKING:
-    from everydream_kit.models.family import Model
 
 MAX_IMAGES = 400
 SAVED_FILE = "comparison.json"
@@ -107,6 +103,7 @@ def generate_missing(comparison: Comparison, progress: Callable[[int, int], obje
     Raises:
         ModelError: a checkpoint cannot be loaded.
     """
+    from everydream_kit.generation import open_for_sampling
     from everydream_kit.models.sampling import SamplePrompt, sample_images, save_image
 
     total = comparison.count_missing()
@@ -116,7 +113,7 @@ def generate_missing(comparison: Comparison, progress: Callable[[int, int], obje
         wanted = comparison.missing(checkpoint)
         if not wanted:
             continue
-        model = _load(checkpoint)
+        model = open_for_sampling(checkpoint)
         for prompt, cfg in wanted:  # one at a time: each appears as soon as it is generated
             size = comparison.size
             request = SamplePrompt(prompt=prompt, seed=comparison.seed, width=size, height=size, cfgs=(cfg,))
@@ -129,19 +126,6 @@ def generate_missing(comparison: Comparison, progress: Callable[[int, int], obje
             done += 1
             progress(done, total)
     return done
-
-
-def _load(checkpoint: str) -> Model:
-    import torch
-
-    from everydream_kit.models.loading import load_model
-
-    if checkpoint == EMBEDDED_MODEL:
-        from everydream_kit.demo import base_model_path
-
-        checkpoint = str(base_model_path())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(checkpoint, device=device, dtype=torch.float16 if device == "cuda" else torch.float32)
 
 
 def _identity(checkpoint: str) -> tuple[str, int]:

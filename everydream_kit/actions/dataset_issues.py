@@ -18,7 +18,9 @@ from everydream_kit.atomic import write_atomic
 from everydream_kit.config import EMBEDDED_MODEL, TrainConfig
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.data.epoch_plan import PlanSettings
+from everydream_kit.data.folders import FolderFiles
 from everydream_kit.data.report import find_undersized, make_report
+from everydream_kit.data.tidying import worth
 from everydream_kit.errors import KitError
 
 
@@ -159,15 +161,8 @@ def _present(groups: Sequence[Sequence[str]], here: Mapping[str, int]) -> Iterat
 
 
 def _group(kind: Kind, members: Sequence[str], dataset: Dataset, here: Mapping[str, int]) -> Issue:
-    numbers = dataset.numbers
-
-    def worth(path: str) -> tuple[int, bool, int]:
-        index = here[path]
-        captioned = any(Path(path).with_suffix(suffix).is_file() for suffix in (".txt", ".caption", ".yaml"))
-        pixels = int(numbers["width"][index]) * int(numbers["height"][index])
-        return pixels, captioned, int(numbers["file_bytes"][index])
-
-    best_first = sorted(members, key=worth, reverse=True)
+    numbers, files = dataset.numbers, FolderFiles()
+    best_first = sorted(members, key=lambda path: worth(dataset, here[path], files), reverse=True)
     sizes = ", ".join(
         _size((int(numbers["width"][here[path]]), int(numbers["height"][here[path]]))) for path in best_first[:4]
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,15 +19,14 @@ from everydream_kit.actions.project import Project
 from everydream_kit.config import EMBEDDED_MODEL, TrainConfig
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.data.epoch_plan import PlanSettings, plan_epoch
-from everydream_kit.data.image_files import EXTENSIONS
+from everydream_kit.data.image_files import count_images
 from everydream_kit.data.scanning import scan_dataset
 from everydream_kit.data.sources import kind_of_source
-from everydream_kit.disk_space import free_disk
+from everydream_kit.disk_space import known_free_disk
 from everydream_kit.errors import DataError
 from everydream_kit.preflight.units import size
 from everydream_kit.runs import Checkpoint
 
-IMAGE_SUFFIXES = frozenset(EXTENSIONS)
 LARGEST_PLANNED = 3000
 """Images up to which the first epoch is planned for real: a fraction of a second."""
 GUESSED_BATCH_SIZE = 4
@@ -97,7 +95,7 @@ def quick_estimate(config: TrainConfig, project: Project) -> QuickEstimate:
         num_steps=steps,
         seconds=steps * per_step / speed if steps is not None and speed else None,
         checkpoint_bytes=3 * weights if weights else None,  # the weights in float32 or half, and AdamW's two states
-        free_bytes=_free_bytes(Path(config.logdir)),
+        free_bytes=known_free_disk(Path(config.logdir)),
         missing=_missing_source(config.data_root),
     )
 
@@ -143,19 +141,6 @@ def _latest_change(data_root: str | list[str] | dict[str, Any]) -> int:
     return latest
 
 
-def count_images(data_root: str | list[str] | dict[str, Any]) -> int | None:
-    """Image files below the dataset's folders; None where it is an archive, an index or on the Hub."""
-    roots = [data_root] if isinstance(data_root, str) else data_root
-    if not isinstance(roots, list) or not all(isinstance(root, str) and Path(root).is_dir() for root in roots):
-        return None
-    return sum(
-        os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and ".mask." not in name
-        for root in roots
-        for _, _, names in os.walk(root)
-        for name in names
-    )
-
-
 def last_speed(project: Project, config: TrainConfig) -> float | None:
     """Images a second of the latest run of this project with the same resolution and base, or None."""
     for job in project.jobs()[:5]:
@@ -178,9 +163,3 @@ def base_bytes(source: str) -> float | None:
     if path.is_dir():
         return float(sum(f.stat().st_size for f in Checkpoint.at(path).model_files() if f.suffix == ".safetensors"))
     return SINGLE_FILE_BYTES[False]
-
-
-def _free_bytes(folder: Path) -> int | None:
-    with suppress(OSError):
-        return free_disk(folder)
-    return None

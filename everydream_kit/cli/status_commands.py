@@ -44,13 +44,9 @@ def _run_doctor(options: argparse.Namespace) -> int:
             "checks": list(map(asdict, diagnosis.checks)),
         }
         print(json.dumps(facts, indent=2))
-        return EXIT_PROBLEM if diagnosis.status == "error" else 0
-    for check in diagnosis.checks:
-        print(f"{check.status:<8} {check.name}: {check.text}")
-        if check.cure:
-            print(f"{'':<8} {check.cure}")
-    print(f"{'ok':<8} GPUs that `everydream plan --gpu NAME` knows: {describe_gpus()}")
-    return EXIT_PROBLEM if any(check.status == "error" for check in diagnosis.checks) else 0
+    else:
+        print(f"{diagnosis}\n{'ok':<8} GPUs that `everydream plan --gpu NAME` knows: {describe_gpus()}")
+    return EXIT_PROBLEM if diagnosis.status == "error" else 0
 
 
 def _run_parameters(options: argparse.Namespace) -> None:

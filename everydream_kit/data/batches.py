@@ -22,7 +22,7 @@ from everydream_kit.data.captions import compose_caption
 from everydream_kit.data.dataset import DatasetImage
 from everydream_kit.data.reading_problems import Problem
 from everydream_kit.data.records import Batch, MicroBatch, Size
-from everydream_kit.data.workers import problem_of
+from everydream_kit.data.workers import load_crop, problem_of
 from everydream_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -93,7 +93,9 @@ def load_batch(request: BatchRequest, settings: LoadSettings, latent_cache: Late
     for row, image in enumerate(request.images):
         crop = crop_for(request, row, settings)
         try:
-            rows.append((crop, _load_row(image, request.planned.bucket, crop, settings)))
+            rows.append(
+                (crop, load_crop(image, request.planned.bucket, crop, settings.background, settings.image_transform))
+            )
         except DataError as error:
             problems.append(problem_of(image.path, error))
             rows.append((crop, None))
@@ -127,18 +129,6 @@ def caption_for(request: BatchRequest, row: int, settings: LoadSettings) -> str:
         caption, shuffle = image.caption, image.shuffle_tags
     text = compose_caption(caption, draws.generator(settings.seed, "caption", *address), shuffle, image.keep_tags)
     return text if settings.caption_transform is None else settings.caption_transform(text)
-
-
-def _load_row(image: DatasetImage, bucket: Size, crop: pixels.Crop, settings: LoadSettings) -> pixels.LoadedPixels:
-    return pixels.load_pixels(
-        image.path,
-        bucket,
-        crop,
-        size=(image.width, image.height),
-        background=settings.background,
-        mask_path=image.mask_path,
-        transform=settings.image_transform,
-    )
 
 
 def _assemble_pixels(

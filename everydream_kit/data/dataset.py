@@ -115,7 +115,7 @@ NUMBERS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images in scan order. Frozen: `subset` and `with_defaults` make another one.
+    """Images in scan order. Frozen: `subset` makes another one.
 
     Attributes:
         roots: absolute folder of each root; an image's path is relative to its own.
@@ -242,10 +242,6 @@ class Dataset:
             captions=self.captions.take(chosen),
             numbers={name: column[chosen] for name, column in self.numbers.items()},
         )
-
-    def with_defaults(self, **changes: Any) -> Dataset:
-        """The same images under other run defaults (the names of `Defaults`), for instance for validation."""
-        return replace(self, defaults=replace(self.defaults, **changes))
 
     @property
     def num_bytes(self) -> int:

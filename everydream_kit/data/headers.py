@@ -8,7 +8,6 @@ full decode can find is found by the loader.
 from __future__ import annotations
 
 import os
-import struct
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -18,16 +17,16 @@ from everydream_kit.data.image_files import (
     EXTENSIONS,
     HEIF_CURE,
     IMAGE_ERRORS,
+    LYING,
+    ORIENTATION,
     check_size,
     describe_limits,
     formats,
     open_header,
+    orientation,
+    png_chunks,
 )
 from everydream_kit.data.webp import is_webp, read_webp_header
-
-ORIENTATION = 0x0112
-LYING = (5, 6, 7, 8)
-"""The EXIF tag of orientation, and its values for images that lie on their side."""
 
 
 class ImageHeaderError(Exception):
@@ -107,7 +106,7 @@ def _inspect(file: BinaryIO, size: int, extension: str) -> Header:
         assert isinstance(image, ImageFile.ImageFile)  # it was opened from a file
         if not _is_complete(image, file, size):
             raise ImageHeaderError(*_CUT_OFF)
-        if _is_turned(image):
+        if orientation(image) in LYING:
             width, height = height, width
         has_alpha = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
         return Header(width, height, has_alpha, _note(image, extension))
@@ -125,16 +124,6 @@ def _inspect_webp(file: BinaryIO, size: int, extension: str) -> Header:
     if header.exif is not None and header.exif.get(ORIENTATION) in LYING:
         width, height = height, width
     return Header(width, height, header.has_alpha, _ANIMATED if header.is_animated else _wrong_name("WEBP", extension))
-
-
-def _is_turned(image: Image.Image) -> bool:
-    """Whether EXIF says that the image lies on its side. Asked only where there is EXIF: PNG decodes to look for it."""
-    if not any(name in image.info for name in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")):
-        return False
-    try:
-        return image.getexif().get(ORIENTATION) in LYING
-    except IMAGE_ERRORS:
-        return False  # damaged EXIF: viewers show the image unturned
 
 
 def _note(image: Image.Image, extension: str) -> str:
@@ -156,7 +145,9 @@ def _is_complete(image: ImageFile.ImageFile, file: BinaryIO, size: int) -> bool:
         if image.format in ("JPEG", "MPO"):
             return _ends_with(file, size, b"\xff\xd9") or _decodes(image)
         if image.format == "PNG":
-            return _ends_with(file, size, b"IEND\xaeB`\x82") or _png_has_end(file, size)
+            return _ends_with(file, size, b"IEND\xaeB`\x82") or any(
+                kind == b"IEND" and place + length <= size for kind, place, length in png_chunks(file, size)
+            )
         if image.format == "GIF":
             return _ends_with(file, size, b";")
         if image.format in ("AVIF", "HEIF"):
@@ -182,18 +173,6 @@ def _decodes(image: Image.Image) -> bool:
     except IMAGE_ERRORS:
         return False
     return True
-
-
-def _png_has_end(file: BinaryIO, size: int) -> bool:
-    """Walk over the chunks by their lengths."""
-    position = 8
-    while position + 12 <= size:
-        file.seek(position)
-        length, kind = struct.unpack(">I4s", file.read(8))
-        position += 12 + length
-        if kind == b"IEND":
-            return bool(position <= size)
-    return False
 
 
 def _bmp_has_all_rows(image: ImageFile.ImageFile, size: int) -> bool:

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from PIL import Image, UnidentifiedImageError, features
 
@@ -112,6 +112,10 @@ IMAGE_ERRORS = (
 )
 """All that Pillow and its plug-ins raise on damaged files."""
 
+ORIENTATION = 0x0112
+LYING = (5, 6, 7, 8)
+"""The EXIF tag of orientation, and its values for images that lie on their side."""
+
 _MAX_CHUNK_BYTES = 1 << 20
 _MAX_TEXT_BYTES = 16 << 20
 """What PNG's notes may decompress to, each and together, so that Pillow reads them; larger ones are passed over."""
@@ -171,9 +175,31 @@ def check_size(width: int, height: int) -> None:
         raise Image.DecompressionBombError(f"{width} x {height} pixels")
 
 
+def count_images(data_root: Any) -> int | None:
+    """Image files below a dataset's folder or folders; None where it is an archive, an index or on the Hub."""
+    roots = data_root if isinstance(data_root, list) else [data_root]
+    if not all(isinstance(root, str) and Path(root).is_dir() for root in roots):
+        return None
+    names = (name for root in roots for _, _, names in os.walk(root) for name in names)
+    return sum(os.path.splitext(name)[1].lower() in EXTENSIONS and ".mask." not in name for name in names)
+
+
 def describe_limits() -> str:
     """The limits in words."""
     return f"{MAX_PIXELS // 10**6} million pixels or {MAX_SIDE:,} on a side"
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1 where there is none or it is damaged, as viewers show it.
+
+    Asked only where there is EXIF: PNG decodes to look for it.
+    """
+    if not any(name in image.info for name in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")):
+        return 1
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except IMAGE_ERRORS:
+        return 1
 
 
 def _without_long_notes(file: BinaryIO, with_trailer: bool) -> BinaryIO:
@@ -182,12 +208,12 @@ def _without_long_notes(file: BinaryIO, with_trailer: bool) -> BinaryIO:
     file.seek(0)
     if start != b"\x89PNG\r\n\x1a\n":
         return file
-    size = os.fstat(file.fileno()).st_size if _has_descriptor(file) else file.seek(0, io.SEEK_END)
+    size = os.fstat(file.fileno()).st_size if not isinstance(file, io.BytesIO) else file.seek(0, io.SEEK_END)
     kept: list[tuple[int, int]] = [(0, 8)]
     room = _MAX_TEXT_BYTES
     skipped = False
     end = 8
-    for kind, offset, length in _chunks(file, size):
+    for kind, offset, length in png_chunks(file, size):
         if kind == b"IDAT" and not with_trailer:
             break
         end = min(size, offset + length)
@@ -205,11 +231,7 @@ def _without_long_notes(file: BinaryIO, with_trailer: bool) -> BinaryIO:
     return io.BufferedReader(_Parts(file, kept))
 
 
-def _has_descriptor(file: BinaryIO) -> bool:
-    return not isinstance(file, io.BytesIO)
-
-
-def _chunks(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
+def png_chunks(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
     """Kind, offset and whole length of every chunk of a PNG."""
     position = 8
     while position + 12 <= size:
@@ -256,9 +278,6 @@ class _Parts(io.RawIOBase):
         self._position = max(0, base + offset)
         return self._position
 
-    def report(self) -> int:
-        return self._position
-
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         left = self._position
         for offset, length in self._parts:
@@ -281,13 +300,18 @@ __all__ = [
     "EXTENSIONS",
     "HEIF_CURE",
     "IMAGE_ERRORS",
+    "LYING",
     "MAX_PIXELS",
     "MAX_SIDE",
+    "ORIENTATION",
     "UNREAD_EXTENSIONS",
     "UnidentifiedImageError",
     "check_size",
+    "count_images",
     "describe_limits",
     "formats",
     "open_header",
     "open_image",
+    "orientation",
+    "png_chunks",
 ]

@@ -21,7 +21,7 @@ from everydream_kit.data.dataset import DatasetImage
 from everydream_kit.data.latents import Entry
 from everydream_kit.data.reading_problems import Problem
 from everydream_kit.data.records import Size
-from everydream_kit.data.workers import as_is, leave_signals_to_the_parent, problem_of
+from everydream_kit.data.workers import as_is, leave_signals_to_the_parent, load_crop, problem_of
 from everydream_kit.errors import DataError
 
 EncodeMoments = Callable[[torch.Tensor], torch.Tensor]
@@ -117,7 +117,7 @@ class _Decoder(TorchDataset[_DecodedCrops]):
         done, loaded, problems = [], [], {}
         for job in jobs:
             try:
-                item = self._load(job)
+                item = load_crop(job.image, job.bucket, job.crop, self._background)
             except DataError as error:
                 problems[job.name] = problem_of(job.image.path, error)
             else:
@@ -128,17 +128,6 @@ class _Decoder(TorchDataset[_DecodedCrops]):
         for row, item in enumerate(loaded):
             stacked[row] = item.pixels.transpose(2, 0, 1)
         return _DecodedCrops(done, torch.from_numpy(stacked), [item.mask for item in loaded], problems)
-
-    def _load(self, job: EncodingJob) -> pixels.LoadedPixels:
-        image = job.image
-        return pixels.load_pixels(
-            image.path,
-            job.bucket,
-            job.crop,
-            size=(image.width, image.height),
-            background=self._background,
-            mask_path=image.mask_path,
-        )
 
 
 def _batches(jobs: Iterable[EncodingJob], batch_size: int) -> Iterator[tuple[EncodingJob, ...]]:

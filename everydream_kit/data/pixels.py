@@ -22,7 +22,7 @@ from PIL import Image
 
 from everydream_kit import draws
 from everydream_kit.config import default_of
-from everydream_kit.data.image_files import IMAGE_ERRORS, open_image
+from everydream_kit.data.image_files import IMAGE_ERRORS, LYING, open_image, orientation
 from everydream_kit.data.records import Size
 from everydream_kit.errors import DataError
 
@@ -47,7 +47,6 @@ _TRANSPOSE = {  # EXIF orientation -> what turns the stored image into the displ
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_ORIENTATION_TAG = 0x0112
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,27 +189,17 @@ def load_pixels(
     return LoadedPixels(pixels[:, ::-1] if crop.flip else pixels, mask)
 
 
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation; 1 where there is none or it is damaged, as the scan has it."""
-    if not any(name in image.info for name in ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")):
-        return 1
-    try:
-        return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except IMAGE_ERRORS:
-        return 1
-
-
 def _read_crop(
     image: Image.Image, bucket: Size, crop: Crop, *, size: Size | None, background: str, draft: bool
 ) -> tuple[Image.Image, Image.Image | None]:
     """Decode and resample: an RGB image of the bucket's size, not mirrored, and the alpha of the same crop if any."""
-    orientation = _orientation(image)
+    turn = orientation(image)
     stored = image.size
-    displayed = (stored[1], stored[0]) if orientation in (5, 6, 7, 8) else stored
+    displayed = (stored[1], stored[0]) if turn in LYING else stored
     if size is not None and displayed != tuple(size):
         raise ValueError(f"it is {displayed} pixels now and was {tuple(size)} when the dataset was read")
-    box = _stored_box(crop.box, orientation, stored)
-    wanted = (bucket[1], bucket[0]) if orientation in (5, 6, 7, 8) else bucket
+    box = _stored_box(crop.box, turn, stored)
+    wanted = (bucket[1], bucket[0]) if turn in LYING else bucket
     if draft:
         scale = _draft(image, wanted, box)
         box = (box[0] / scale, box[1] / scale, box[2] / scale, box[3] / scale)
@@ -219,8 +208,8 @@ def _read_crop(
     source = _to_rgb_or_premultiplied(image)
     shrinks = crop.width >= bucket[0]
     resized = source.resize(wanted, Image.Resampling.LANCZOS if shrinks else Image.Resampling.BICUBIC, box=box)
-    if orientation in _TRANSPOSE:
-        resized = resized.transpose(_TRANSPOSE[orientation])
+    if turn in _TRANSPOSE:
+        resized = resized.transpose(_TRANSPOSE[turn])
     if resized.mode == "RGB":
         return resized, None
     return _composite(resized, background), resized.getchannel("a")
@@ -236,7 +225,7 @@ def _draft(image: Image.Image, wanted: Size, box: Box) -> int:
     return round(full[0] / image.width)  # sides are rounded up, so the quotient is at most the scale
 
 
-def _stored_box(box: Box, orientation: int, stored: Size) -> Box:
+def _stored_box(box: Box, turn: int, stored: Size) -> Box:
     """A box of the displayed image in coordinates of the stored one."""
     left, top, right, bottom = box
     width, height = stored
@@ -248,7 +237,7 @@ def _stored_box(box: Box, orientation: int, stored: Size) -> Box:
         6: (top, height - right, bottom, height - left),
         7: (width - bottom, height - right, width - top, height - left),
         8: (width - bottom, left, width - top, right),
-    }.get(orientation, box)
+    }.get(turn, box)
 
 
 def _to_rgb_or_premultiplied(image: Image.Image) -> Image.Image:
@@ -297,10 +286,10 @@ def _read_mask(
 def _read_mask_file(mask_path: str | Path, cells: Size, crop: Crop, size: Size | None) -> Image.Image:
     """Cut the same part from a mask file, which may be of another size than its image."""
     with open_image(mask_path) as image:
-        orientation = _orientation(image)
+        turn = orientation(image)
         gray: Image.Image = image.convert("L")
-    if orientation in _TRANSPOSE:
-        gray = gray.transpose(_TRANSPOSE[orientation])
+    if turn in _TRANSPOSE:
+        gray = gray.transpose(_TRANSPOSE[turn])
     width, height = size or gray.size
     x, y = gray.width / width, gray.height / height
     left, top, right, bottom = crop.box

@@ -7,6 +7,7 @@ tokenizers.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -121,7 +122,7 @@ class DatasetReport:
 
     def to_json(self) -> dict[str, Any]:
         """All of it as lists, dicts, numbers and texts, for `json.dumps`."""
-        plain: dict[str, Any] = _plain(asdict(self))
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
 
     @property
@@ -260,14 +261,6 @@ def cut_text(text: str, count_tokens: Callable[[str], int], max_tokens: int) -> 
         else:
             high = middle
     return " ".join(words[low:])
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _size(size: Size) -> str:

@@ -206,14 +206,15 @@ def exclude_duplicates(
     files = FolderFiles()
     for group in _joined_groups(count, [*found.exact, *found.near]):
         if len(group) > 1:
-            best = max(group, key=lambda index: _worth(dataset, index, files))
+            best = max(group, key=lambda index: worth(dataset, index, files))
             leaving = [Path(dataset.path(index)) for index in group if index != best]
             name = Path(dataset.path(best)).relative_to(root)
             move_images(changes, leaving, root, side, f"exclude (duplicate of {name})")
     return changes.report
 
 
-def _worth(dataset: Dataset, index: int, files: FolderFiles) -> tuple[int, bool, int, int]:
+def worth(dataset: Dataset, index: int, files: FolderFiles) -> tuple[int, bool, int, int]:
+    """Which of several duplicates is kept: the greatest has the most pixels, then a caption, then the most bytes."""
     numbers = dataset.numbers
     captioned = any(c.suffix in SIDECAR_EXTENSIONS for c in files.companions(Path(dataset.path(index))))
     pixels = int(numbers["width"][index]) * int(numbers["height"][index])

@@ -5,7 +5,10 @@ from __future__ import annotations
 import signal
 from typing import Any
 
+from everydream_kit.data.dataset import DatasetImage
+from everydream_kit.data.pixels import Crop, ImageTransform, LoadedPixels, load_pixels
 from everydream_kit.data.reading_problems import Problem
+from everydream_kit.data.records import Size
 from everydream_kit.errors import DataError
 
 _OF_THE_TERMINAL = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
@@ -21,6 +24,15 @@ def leave_signals_to_the_parent(worker: int) -> None:
 def as_is(item: Any) -> Any:
     """Nothing is left to collate: a named function, so that it can be pickled."""
     return item
+
+
+def load_crop(
+    image: DatasetImage, bucket: Size, crop: Crop, background: str, transform: ImageTransform | None = None
+) -> LoadedPixels:
+    """One crop of an image of the dataset. Raises: DataError, as `load_pixels`."""
+    size = (image.width, image.height)
+    how = {"mask_path": image.mask_path, "transform": transform}
+    return load_pixels(image.path, bucket, crop, size=size, background=background, **how)
 
 
 def problem_of(path: str, error: DataError) -> Problem:

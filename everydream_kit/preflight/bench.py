@@ -159,6 +159,7 @@ def bench(
 
 def measure(case: BenchCase) -> BenchResult:
     """Time the steps of one case, in a temporary folder."""
+    from everydream_kit.preflight.probe import free_device_memory
     from everydream_kit.training.memory_measures import is_out_of_memory
 
     with tempfile.TemporaryDirectory() as name:
@@ -173,7 +174,7 @@ def measure(case: BenchCase) -> BenchResult:
             error.__traceback__ = None  # its frames would hold the tensors that must go
             return BenchResult(case.name, reason="passed over: out of memory")
         finally:
-            _free()
+            free_device_memory()
 
 
 def _measure(case: BenchCase, folder: Path) -> BenchResult:
@@ -181,7 +182,7 @@ def _measure(case: BenchCase, folder: Path) -> BenchResult:
 
     from everydream_kit.models.model_saving import save_model
     from everydream_kit.models.random_models import build_model, build_tiny_model
-    from everydream_kit.preflight.probe import build_on_gpu, make_step
+    from everydream_kit.preflight.probe import build_on_gpu, free_device_memory, make_step
     from everydream_kit.preflight.rehearsal import largest_bucket, make_batch
 
     has_gpu = torch.cuda.is_available()
@@ -193,7 +194,7 @@ def _measure(case: BenchCase, folder: Path) -> BenchResult:
         module.half()
     save_model(made, base)
     del made
-    _free()
+    free_device_memory()
     config = TrainConfig(resume_ckpt=str(base), data_root=str(folder), logdir=str(folder), **case.settings)
     run = build_on_gpu(config, folder / "run")
     assert isinstance(config.batch_size, int)
@@ -208,18 +209,6 @@ def _measure(case: BenchCase, folder: Path) -> BenchResult:
         times.append(time.perf_counter() - started)
     peak = int(torch.cuda.max_memory_reserved()) if has_gpu else None
     return BenchResult(case.name, statistics.median(times[WARM_UP_STEPS:]), peak)
-
-
-def _free() -> None:
-    """Give the device's memory back."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def _figures(result: BenchResult) -> str:

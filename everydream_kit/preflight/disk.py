@@ -9,14 +9,13 @@ Not here: the size of one checkpoint (`memory_estimate`), and how long the run t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from everydream_kit.data.cache_room import estimate_bytes
-from everydream_kit.disk_space import compare_sizes, free_disk
+from everydream_kit.disk_space import compare_sizes, existing_folder, free_disk
 from everydream_kit.preflight.units import size
 from everydream_kit.training.caching import choose_latent_mode, latent_folder
 from everydream_kit.training.checkpoint_saving import DEFAULT_MINUTES
@@ -218,7 +217,4 @@ def _places(items: Sequence[DiskItem], free: Mapping[Path, int] | None) -> tuple
 
 def _file_system(folder: Path) -> int:
     """The device number of what holds a folder, which need not exist yet."""
-    folder = Path(os.path.abspath(folder))
-    while not folder.exists():
-        folder = folder.parent
-    return folder.stat().st_dev
+    return existing_folder(folder).stat().st_dev

@@ -124,16 +124,12 @@ def _plain(name: str) -> str:
 
 
 def _read_gpu_spec(entry: dict[str, Any]) -> GpuSpec:
+    same = ("name", "fp32_tflops", "fp16_tflops", "bf16_tflops", "context_bytes", "fragmentation")
     return GpuSpec(
-        name=entry["name"],
+        **{name: entry[name] for name in same},
         memory_bytes=round(entry["memory_gib"] * GIB),
-        fp32_tflops=entry["fp32_tflops"],
-        fp16_tflops=entry["fp16_tflops"],
-        bf16_tflops=entry["bf16_tflops"],
         bandwidth_bytes=entry["bandwidth_gb"] * 1e9,
         has_bf16=entry["bf16_tflops"] > 0,
-        context_bytes=entry["context_bytes"],
-        fragmentation=entry["fragmentation"],
         hosts=tuple(entry["hosts"]),
         aliases=tuple(entry["aliases"]),
     )

@@ -170,11 +170,7 @@ class _Session:
     def close(self) -> None:
         """Let go of the run, and of the device's memory."""
         self._run = None
-        gc.collect()
-        import torch
-
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_device_memory()
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -230,6 +226,16 @@ class _Session:
 
         with self._phase("latent caching"), run.learner.idle_models.at_work([run.learner.model.vae]):
             encode_moments(run.learner.model, torch.zeros(num_together, 3, bucket[1], bucket[0], dtype=torch.uint8))
+
+
+def free_device_memory() -> None:
+    """Give back what nothing holds any more."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def make_step(run: Run, batch: Any) -> None:

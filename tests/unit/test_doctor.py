@@ -154,9 +154,11 @@ def test_problems_list_errors_before_warnings():
 
 def test_the_text_form_puts_each_cure_under_its_check():
     lines = str(Diagnosis((Check("disk", "error", "1 GiB free", "Free some."), Check("x", "ok", "fine")))).splitlines()
-    assert lines[0].split() == ["ERROR", "disk", "1", "GiB", "free"]
-    assert lines[1].strip() == "→ Free some."
-    assert len(lines) == 3
+    assert [line.split() for line in lines] == [
+        ["error", "disk:", "1", "GiB", "free"],
+        ["Free", "some."],
+        ["ok", "x:", "fine"],
+    ]
 
 
 def test_a_container_limit_is_read_and_unlimited_means_none(tmp_path):

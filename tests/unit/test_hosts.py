@@ -34,12 +34,6 @@ class FakeColab:
     def read_secret(self, name):
         return self.secrets.get(name)
 
-    def enable_widgets(self):
-        raise AssertionError("nothing here shows widgets")
-
-    def flush_drive(self):
-        raise AssertionError("nothing here ends the session")
-
 
 @pytest.mark.parametrize(
     ("environ", "name"),
@@ -133,11 +127,7 @@ def test_outside_colab_the_real_bridge_says_where_it_would_work():
 
 FAKE_PACKAGE = {
     "errors": "class Error(Exception): pass\n",
-    "output": "calls = []\ndef enable_custom_widget_manager(): calls.append('widgets')\n",
-    "drive": (
-        "def mount(mountpoint): raise ValueError('mount failed: ' + mountpoint)\n"
-        "def flush_and_unmount(): raise ValueError('flush_and_unmount failed')\n"
-    ),
+    "drive": "def mount(mountpoint): raise ValueError('mount failed: ' + mountpoint)\n",
     "userdata": (
         "from google.colab import errors\n"
         "class NotebookAccessError(Exception): pass\n"
@@ -175,15 +165,6 @@ def test_the_real_bridge_reads_a_shared_secret_and_none_for_the_others(google_co
 def test_a_refused_drive_says_what_to_do_instead(google_colab):
     with pytest.raises(HostError, match=r"not mounted at /content/drive: mount failed.*continue without Drive"):
         google_colab.mount_drive(Path("/content/drive"))
-    with pytest.raises(HostError, match="Leave the session open"):
-        google_colab.flush_drive()
-
-
-def test_the_real_bridge_switches_colabs_widget_manager_on(google_colab):
-    google_colab.enable_widgets()
-    from google.colab import output
-
-    assert output.calls == ["widgets"]
 
 
 def test_a_port_of_a_pod_is_reached_through_runpods_proxy():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from everydream_kit.data.captions import Tag
-from everydream_kit.data.dataset import DatasetImage
+from everydream_kit.data.dataset import DatasetImage, Defaults
 from everydream_kit.data.scanning import scan_dataset
 from everydream_kit.data.sources import kind_of_source
 from everydream_kit.errors import DataError
@@ -178,7 +179,7 @@ def test_run_defaults_reach_every_image_that_says_nothing_else(tmp_path):
     found = scan(tmp_path, flip_p=0.5, shuffle_tags=True, keep_tags=2, cond_dropout=0.2)
     assert (found["a.png"].flip_p, found["a.png"].shuffle_tags, found["a.png"].keep_tags) == (0.5, True, 2)
     assert (found["sub/b.png"].flip_p, found["sub/b.png"].keep_tags, found["sub/b.png"].cond_dropout) == (0, 0, 0.2)
-    dataset = scan_dataset(tmp_path, flip_p=0.5).with_defaults(flip_p=0.0, cond_dropout=0.0)
+    dataset = replace(scan_dataset(tmp_path, flip_p=0.5), defaults=Defaults(flip_p=0.0, cond_dropout=0.0))
     assert (dataset.image(0).flip_p, dataset.image(0).cond_dropout) == (0.0, 0.0)
 
 
