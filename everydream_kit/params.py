@@ -232,7 +232,9 @@ def _describe_field(name: str, schema: Mapping[str, Any], group: type[Group]) ->
     low, high = (bounds.get(inside, bounds.get(outside)) for inside, outside in (_BOUNDS[:2], _BOUNDS[2:4]))
     step = bounds.get("multipleOf")
     words = [one.get("enum", [one["const"]] if "const" in one else []) for one in branches]
-    kinds = [_KINDS.get(one["type"], "object") for one, choices in zip(branches, words, strict=True) if not choices]
+    kinds: list[Kind] = [
+        _KINDS.get(one["type"], "object") for one, choices in zip(branches, words, strict=True) if not choices
+    ]
     simple = [kind for kind in kinds if kind != "object"]
     return Parameter(
         name=name,

@@ -30,9 +30,8 @@ def load_crop(
     image: DatasetImage, bucket: Size, crop: Crop, background: str, transform: ImageTransform | None = None
 ) -> LoadedPixels:
     """One crop of an image of the dataset. Raises: DataError, as `load_pixels`."""
-    size = (image.width, image.height)
-    how = {"mask_path": image.mask_path, "transform": transform}
-    return load_pixels(image.path, bucket, crop, size=size, background=background, **how)
+    size, mask = (image.width, image.height), image.mask_path
+    return load_pixels(image.path, bucket, crop, size=size, background=background, mask_path=mask, transform=transform)
 
 
 def problem_of(path: str, error: DataError) -> Problem:
