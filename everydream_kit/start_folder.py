@@ -20,15 +20,8 @@ logger = logging.getLogger(__name__)
 KEY = "started_in"
 """In the run's `environment.json`."""
 PATHS = (
-    *("resume_ckpt", "vae", "data_root", "latent_cache_dir", "optimizer_config", "ema_resume_model"),
-    *(
-        "sample_prompts",
-        "validation_config",
-        "validation_data_root",
-        "validation_extra_data_roots",
-        "logdir",
-        "save_ckpt_dir",
-    ),
+    *("resume_ckpt", "vae", "data_root", "latent_cache_dir", "optimizer_config", "ema_resume_model", "sample_prompts"),
+    *("validation_config", "validation_data_root", "validation_extra_data_roots", "logdir", "save_ckpt_dir"),
 )
 """Settings that may be paths, or hold some."""
 

@@ -39,56 +39,13 @@ EXTENSIONS = {
 """What is scanned for, and the format that each extension promises."""
 
 UNREAD_EXTENSIONS = frozenset(
-    {
-        *(
-            ".jxl",
-            ".jp2",
-            ".j2k",
-            ".jpf",
-            ".jpx",
-            ".psd",
-            ".psb",
-            ".xcf",
-            ".kra",
-            ".svg",
-            ".svgz",
-            ".eps",
-            ".ai",
-            ".tga",
-        ),
-        *(
-            ".ico",
-            ".icns",
-            ".exr",
-            ".hdr",
-            ".dds",
-            ".qoi",
-            ".ppm",
-            ".pgm",
-            ".pbm",
-            ".pnm",
-            ".pcx",
-            ".dib",
-            ".apng",
-            ".mng",
-        ),
-        *(
-            ".dng",
-            ".cr2",
-            ".cr3",
-            ".nef",
-            ".arw",
-            ".orf",
-            ".rw2",
-            ".raf",
-            ".pef",
-            ".srw",
-            ".heics",
-            ".avifs",
-            ".wmf",
-            ".emf",
-        ),
-    }
+    f".{name}"
+    for names in (
+        "jxl jp2 j2k jpf jpx psd psb xcf kra svg svgz eps ai tga",
+        "ico icns exr hdr dds qoi ppm pgm pbm pnm pcx dib apng mng",
+        "dng cr2 cr3 nef arw orf rw2 raf pef srw heics avifs wmf emf",
+    )
+    for name in names.split()
 )
 """Images of formats that are not read: named by the scan, with the cure."""
 
