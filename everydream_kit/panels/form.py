@@ -24,6 +24,7 @@ from everydream_kit.panels.base_choice import BaseChoice
 from everydream_kit.panels.fields import Field
 from everydream_kit.panels.labels import label_of
 from everydream_kit.panels.pages import Fold
+from everydream_kit.panels.panel import attempt
 from everydream_kit.panels.preset_row import PresetRow
 from everydream_kit.params import Parameter, check_value, parameters
 from everydream_kit.settings import load_config
@@ -261,22 +262,18 @@ class SettingsForm:
         self.load_button, self.save_button = style.button("Load"), style.button("Save")
         report = widgets.HTML()
 
-        def load(_: Any) -> None:
-            try:
-                warnings = self.load_file(self.file_path.value or "train.json")
-            except ConfigError as error:
-                report.value = style.note(str(error), "bad")
-            else:
-                report.value = style.note("\n".join(["Loaded.", *warnings]), "warn" if warnings else "good")
+        def say(text: str, tone: style.Tone) -> None:
+            report.value = style.note(text, tone)
 
-        def save(_: Any) -> None:
-            try:
-                report.value = style.note(f"Saved as {self.save_file(self.file_path.value or 'train.json')}.", "good")
-            except OSError as error:
-                report.value = style.note(f"Not saved: {error}", "bad")
+        def load() -> None:
+            warnings = self.load_file(self.file_path.value or "train.json")
+            say("\n".join(["Loaded.", *warnings]), "warn" if warnings else "good")
 
-        self.load_button.on_click(load)
-        self.save_button.on_click(save)
+        def save() -> None:
+            say(f"Saved as {self.save_file(self.file_path.value or 'train.json')}.", "good")
+
+        self.load_button.on_click(lambda _: attempt(load, say))
+        self.save_button.on_click(lambda _: attempt(save, lambda text, tone: say(f"Not saved: {text}", tone)))
         return style.column(style.row(self.file_path, self.load_button, self.save_button), report)
 
 

@@ -15,9 +15,8 @@ import ipywidgets as widgets
 
 from everydream_kit.data.album import Album
 from everydream_kit.data.tagging import CaptionSource
-from everydream_kit.errors import DataError
 from everydream_kit.panels import style
-from everydream_kit.panels.panel import set_html
+from everydream_kit.panels.panel import attempt, set_html
 from everydream_kit.panels.thumbnails import blank, image_key, thumbnail
 
 PAGE = 12
@@ -186,13 +185,12 @@ class Gallery:
         self._report_selection()
 
     def _write_caption(self, index: int, text: str) -> None:
-        try:
+        def write() -> None:
             self.album.set_caption(index, text)
-        except (DataError, OSError) as error:
-            self._say(str(error), "bad")
-            return
-        self._say(f"Caption of {self.album.name(index)} written.", "good")
-        self._on_edit()
+            self._say(f"Caption of {self.album.name(index)} written.", "good")
+            self._on_edit()
+
+        attempt(write, self._say)
 
 
 def _note_on(album: Album, index: int, source: CaptionSource) -> str:

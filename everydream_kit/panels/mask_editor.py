@@ -16,10 +16,10 @@ from PIL import Image
 
 from everydream_kit.data.album import Album
 from everydream_kit.data.image_files import IMAGE_ERRORS, open_image
-from everydream_kit.errors import DataError, KitError
+from everydream_kit.errors import DataError
 from everydream_kit.panels import style
 from everydream_kit.panels.page_widgets import make_page_widget
-from everydream_kit.panels.panel import set_html
+from everydream_kit.panels.panel import attempt, set_html
 from everydream_kit.panels.thumbnails import thumbnail
 
 SHOWN_SIDE = 768
@@ -60,7 +60,7 @@ class MaskEditor:
         self.number.observe(lambda _: self.show(), "value")
         self.previous.on_click(lambda _: self._turn(-1))
         self.next.on_click(lambda _: self._turn(1))
-        self.remove_button.on_click(lambda _: self._try(lambda: self._save(self._index(), None)))
+        self.remove_button.on_click(lambda _: attempt(lambda: self._save(self._index(), None), say))
         self.brush: Any = make_page_widget("brush", image=b"", mask=b"", name="", version=0)
         if self.brush is not None:
             self.brush.on_msg(self._take)
@@ -104,7 +104,7 @@ class MaskEditor:
     def _take(self, _: Any, content: Any, buffers: list[Any]) -> None:
         """A mask from the page. It names its image, which may not be the shown one any more."""
         if isinstance(content, dict) and content.get("kind") == "mask" and buffers:
-            self._try(lambda: self._receive(str(content.get("name")), bytes(buffers[0])))
+            attempt(lambda: self._receive(str(content.get("name")), bytes(buffers[0])), self._say)
 
     def _receive(self, name: str, data: bytes) -> None:
         album = self._album()
@@ -112,12 +112,6 @@ class MaskEditor:
         if index is None:
             raise DataError(f"{name}: is not in the dataset any more; its mask is not saved.")
         self._save(index, check_mask(data))
-
-    def _try(self, action: Callable[[], object]) -> None:
-        try:
-            action()
-        except (KitError, OSError) as error:
-            self._say(str(error), "bad")
 
 
 def check_mask(data: bytes) -> bytes | None:

@@ -73,22 +73,26 @@ class Panel:
 
     def on_beat(self) -> None:
         """What the clock calls: `refresh`, whose errors become words as well, and do not end the clock."""
-        try:
-            self.refresh()
-        except (KitError, OSError) as error:
-            logger.debug("refreshing failed", exc_info=True)
-            self.say(str(error), "bad")
+        attempt(self.refresh, self.say)
 
     def refresh(self) -> None:
         """Show what is new. Panels that have something to look after say how."""
 
     def _press(self, action: Callable[[], object]) -> None:
         self.say("")
-        try:
-            action()
-        except (KitError, OSError) as error:
-            logger.debug("%s failed", action, exc_info=True)
-            self.say(str(error), "bad")
+        attempt(action, self.say)
+
+
+def attempt(action: Callable[[], object], say: Callable[[str, style.Tone], object]) -> None:
+    """Run what a control asks for; what goes wrong is said in words, with its traceback in the log.
+
+    Callbacks of controls have nobody to raise to.
+    """
+    try:
+        action()
+    except (KitError, OSError) as error:
+        logger.debug("%s failed", action, exc_info=True)
+        say(str(error), "bad")
 
 
 def set_html(widget: widgets.HTML, text: str) -> None:

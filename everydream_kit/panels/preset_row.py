@@ -11,7 +11,7 @@ from everydream_kit.actions.presets import PRESETS, TOUCHED, SavedPresets, with_
 from everydream_kit.errors import ConfigError
 from everydream_kit.panels import style
 from everydream_kit.panels.labels import label_of
-from everydream_kit.panels.panel import set_html
+from everydream_kit.panels.panel import attempt, set_html
 from everydream_kit.params import format_value
 
 OWN, DEFAULTS = "", "defaults"
@@ -122,10 +122,7 @@ class PresetRow:
         return self._saved.read().get(chosen.removeprefix(SAVED), {}), "A preset of this project."
 
     def _try(self, action: Callable[[], object]) -> None:
-        try:
-            action()
-        except (ConfigError, OSError) as error:
-            set_html(self.report, style.note(str(error), "bad"))
+        attempt(action, lambda text, tone: set_html(self.report, style.note(text, tone)))
 
 
 def _report(why: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -15,9 +15,9 @@ import ipywidgets as widgets
 
 from everydream_kit import jobs
 from everydream_kit.config import TrainConfig
-from everydream_kit.errors import KitError
 from everydream_kit.panels import style
 from everydream_kit.panels.monitor import STATE_TONES
+from everydream_kit.panels.panel import attempt
 from everydream_kit.params import format_value
 
 HINT = (
@@ -139,10 +139,7 @@ class QueueBox:
 
     def _button(self, text: str, action: Callable[[], object], **look: Any) -> widgets.Button:
         def press(_: widgets.Button) -> None:
-            try:
-                action()
-            except (KitError, OSError) as error:
-                self._say(str(error), "bad")
+            attempt(action, self._say)
             self.refresh()
 
         control = style.button(text, **look)

@@ -13,7 +13,7 @@ from everydream_kit.doctor import Check, Diagnosis, diagnose
 from everydream_kit.hosts import Host, detect_host
 from everydream_kit.panels import style
 from everydream_kit.panels.login import has_token, log_in, make_token_field
-from everydream_kit.panels.panel import Panel, set_html
+from everydream_kit.panels.panel import Panel, attempt, set_html
 
 MARKS = {"ok": ("✓", "good"), "warning": ("!", "warn"), "error": ("✗", "bad")}
 
@@ -61,15 +61,8 @@ class SetupPanel(Panel):
         self._render()
 
     def _take_token(self, token: str) -> None:
-        from everydream_kit.errors import KitError
-
         self.say("Checking the token with the Hub …", "busy")
-        try:
-            user = log_in(token)
-        except KitError as error:
-            self.say(str(error), "bad")
-        else:
-            self.say(f"Logged in as {user}.", "good")
+        attempt(lambda: self.say(f"Logged in as {log_in(token)}.", "good"), self.say)
         self._render()
 
     def _render(self) -> None:

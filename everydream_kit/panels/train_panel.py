@@ -30,7 +30,7 @@ from everydream_kit.panels.hardest_box import HardestBox
 from everydream_kit.panels.login import token_environment
 from everydream_kit.panels.monitor import STATE_TONES, RunMonitor
 from everydream_kit.panels.pages import Pages
-from everydream_kit.panels.panel import Panel, display_widget, set_html
+from everydream_kit.panels.panel import Panel, attempt, display_widget, set_html
 from everydream_kit.panels.plan_box import PlanBox
 from everydream_kit.panels.prompts import prompt_lines, read_prompts, write_prompts
 from everydream_kit.panels.question import Question
@@ -335,19 +335,14 @@ class TrainPanel(Panel):
 
     def _write_prompts(self, text: str) -> None:
         """Keep the prompts in the project's file."""
-        try:
-            write_prompts(self.project.prompts_path, [line.strip() for line in text.splitlines() if line.strip()])
-        except (ConfigError, OSError) as error:  # callbacks of controls have nobody to raise to
-            self.say(str(error), "bad")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        attempt(lambda: write_prompts(self.project.prompts_path, lines), self.say)
 
     # Settings and the plan line
 
     def _settings_changed(self) -> None:
         if not self.form.errors:
-            try:
-                self._save_settings()
-            except (ConfigError, OSError) as error:  # callbacks of controls have nobody to raise to
-                self.say(str(error), "bad")
+            attempt(self._save_settings, self.say)
         self._report_plan()
         self._render_buttons()
 
