@@ -23,7 +23,7 @@ class Command:
     """
 
     summary: str
-    add_flags: Callable[[argparse.ArgumentParser], None]
+    add_flags: Callable[[argparse.ArgumentParser], object]
     run: Callable[[argparse.Namespace], int | None]
     usage: str | None = None
 
@@ -34,7 +34,3 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End with the message, without the usage."""
         self.exit(EXIT_USAGE, f"{self.prog}: {message}\n")
-
-
-def no_flags(parser: argparse.ArgumentParser) -> None:
-    """For a command that takes none."""

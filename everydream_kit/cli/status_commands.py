@@ -5,11 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from everydream_kit.cli.command import EXIT_PROBLEM, Command, no_flags
-
-
-def _add_runs_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--logdir", default="logs")
+from everydream_kit.cli.command import EXIT_PROBLEM, Command
 
 
 def _run_runs(options: argparse.Namespace) -> None:
@@ -21,10 +17,6 @@ def _run_runs(options: argparse.Namespace) -> None:
     for run in runs:
         status = run.status()
         print(f"{status.get('state', 'unknown'):<10} step {status.get('step', 0):>7}  {run.folder}")
-
-
-def _add_doctor_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object, for an issue; it holds no token")
 
 
 def _run_doctor(options: argparse.Namespace) -> int:
@@ -55,10 +47,6 @@ def _run_parameters(options: argparse.Namespace) -> None:
     print(reference_page(), end="")
 
 
-def _add_notebooks_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", nargs="?", default="notebooks", help="target folder; existing files stay")
-
-
 def _run_notebooks(options: argparse.Namespace) -> None:
     from everydream_kit.notebook_files import copy_notebooks
 
@@ -70,11 +58,21 @@ def _run_notebooks(options: argparse.Namespace) -> None:
     print(f"Open them with: jupyter lab {options.folder}")
 
 
+JSON_HELP = "print one JSON object, for an issue; it holds no token"
+FOLDER_HELP = "target folder; existing files stay"
 COMMANDS = {
-    "runs": Command("list runs and their status", _add_runs_flags, _run_runs),
-    "doctor": Command(
-        "report what is installed, which device is used, what is missing", _add_doctor_flags, _run_doctor
+    "runs": Command(
+        "list runs and their status", lambda parser: parser.add_argument("--logdir", default="logs"), _run_runs
     ),
-    "parameters": Command("print the reference page of all parameters", no_flags, _run_parameters),
-    "notebooks": Command("copy the notebooks into a folder", _add_notebooks_flags, _run_notebooks),
+    "doctor": Command(
+        "report what is installed, which device is used, what is missing",
+        lambda parser: parser.add_argument("--json", action="store_true", help=JSON_HELP),
+        _run_doctor,
+    ),
+    "parameters": Command("print the reference page of all parameters", lambda parser: None, _run_parameters),
+    "notebooks": Command(
+        "copy the notebooks into a folder",
+        lambda parser: parser.add_argument("folder", nargs="?", default="notebooks", help=FOLDER_HELP),
+        _run_notebooks,
+    ),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from everydream_kit.config import default_of
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.data.dataset_charts import draw_dataset
 from everydream_kit.data.epoch_plan import PlanSettings
-from everydream_kit.data.report import CLIP_WINDOW, DatasetReport, fill_buckets, make_report
+from everydream_kit.data.report import DatasetReport, fill_buckets, make_report
 from everydream_kit.data.scanning import DataRoot, scan_dataset
 
 DEFAULT_RESOLUTION: int = default_of("resolution")
@@ -29,23 +28,9 @@ class PreparedDataset:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def report(
-        self,
-        *,
-        near_duplicates: bool = True,
-        count_tokens: Callable[[str], int] | None = None,
-        max_tokens: int = CLIP_WINDOW,
-        progress: Callable[[int], None] | None = None,
-    ) -> DatasetReport:
-        """Look through the dataset: see `report.make_report`. `report().text` is for people."""
-        return make_report(
-            self.dataset,
-            self.settings,
-            near_duplicates=near_duplicates,
-            count_tokens=count_tokens,
-            max_tokens=max_tokens,
-            progress=progress,
-        )
+    def report(self, **options: Any) -> DatasetReport:
+        """Look through the dataset: options as `report.make_report`. `report().text` is for people."""
+        return make_report(self.dataset, self.settings, **options)
 
     def plot(self) -> Image.Image:
         """Bucket chart and contact sheet; a notebook shows it by itself, `.save(path)` keeps it."""
