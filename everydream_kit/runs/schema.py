@@ -7,11 +7,12 @@ caller checks again. Keys that are not named here are left as they are: nobody r
 
 from __future__ import annotations
 
-import types
-import typing
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Literal, TypedDict, Union
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 Action = Literal["stop", "save", "sample"]
 ENDED_STATES = ("finished", "stopped", "failed")
@@ -99,23 +100,14 @@ def well_typed(values: Mapping[str, Any], schema: type) -> dict[str, Any]:
 
 def wrong_keys(values: Mapping[str, Any], schema: type) -> list[str]:
     """Keys of the schema whose values have another type."""
-    hints = _hints(schema)
-    return [name for name, value in values.items() if name in hints and not _fits(value, hints[name])]
+    try:
+        _adapter(schema).validate_python(dict(values), strict=True)
+    except ValidationError as error:
+        wrong = {problem["loc"][0] for problem in error.errors(include_url=False, include_input=False)}
+        return [name for name in values if name in wrong]
+    return []
 
 
 @lru_cache(maxsize=8)
-def _hints(schema: type) -> dict[str, Any]:
-    return typing.get_type_hints(schema)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, one) for one in typing.get_args(hint))
-    if origin is list:
-        return isinstance(value, list) and all(_fits(entry, typing.get_args(hint)[0]) for entry in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(entry, typing.get_args(hint)[1]) for entry in value.values())
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)  # a norm may be infinite in float16
-    return type(value) is hint
+def _adapter(schema: type) -> TypeAdapter[Any]:
+    return TypeAdapter(schema)
