@@ -26,21 +26,15 @@ def add_action_flags(action: Action, parser: argparse.ArgumentParser) -> None:
 
 def _add_value(parser: argparse.ArgumentParser, argument: Argument) -> None:
     how: dict[str, Any] = {"type": TYPES[argument.kind], "help": _help(argument), "default": argparse.SUPPRESS}
-    if argument.choices:
-        how["choices"] = argument.choices
+    how |= {"choices": argument.choices} if argument.choices else {}
     if not argument.flag:
         nargs = "+" if argument.many else None if argument.required else "?"
         parser.add_argument(argument.name, nargs=nargs, **how)
         return
     if argument.many:
         how |= {"nargs": "+", "action": "extend"}
-    parser.add_argument(
-        f"--{argument.flag}", dest=argument.name, required=argument.required, **_metavar(argument), **how
-    )
-
-
-def _metavar(argument: Argument) -> dict[str, str]:
-    return {} if argument.choices else {"metavar": argument.flag.upper()}
+    how |= {} if argument.choices else {"metavar": argument.flag.upper()}
+    parser.add_argument(f"--{argument.flag}", dest=argument.name, required=argument.required, **how)
 
 
 def _add_switch(parser: argparse.ArgumentParser, argument: Argument) -> None:

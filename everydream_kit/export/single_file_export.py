@@ -24,7 +24,7 @@ from everydream_kit.models.family import ModelFiles
 from everydream_kit.models.loading import open_model
 from everydream_kit.models.single_file import CONFIGS_KEY, V_PRED_MARKER, VOCABULARY_KEY, ZTSNR_MARKER
 from everydream_kit.models.tensors import HASH_KEY, LazyTensor, Tensors, write_safetensors
-from everydream_kit.models.tokenizer import Vocabulary, read_vocabulary
+from everydream_kit.models.tokenizer import read_vocabulary
 from everydream_kit.runs import Checkpoint
 
 PRECISIONS: dict[str, torch.dtype] = {
@@ -135,8 +135,9 @@ def single_file_metadata(files: ModelFiles, title: str) -> dict[str, str]:
     for slot in family.text_encoders if family.layout.holds_all else ():  # learned tokens stay out of the file
         size = min(configs[slot.folder].get("vocab_size", CLIP_VOCABULARY), CLIP_VOCABULARY)
         configs[slot.folder] = {**configs[slot.folder], "vocab_size": size}
-        own = _own_vocabulary(files.tokenizers.get(slot.tokenizer_folder))
-        if own is not None:
+        tokenizer = files.tokenizers.get(slot.tokenizer_folder)
+        own = read_vocabulary(tokenizer) if isinstance(tokenizer, Path) else tokenizer
+        if own is not None:  # single-file readers could not know it
             vocabularies[slot.tokenizer_folder] = dataclasses.asdict(own)
     metadata = {
         "format": "pt",
@@ -153,11 +154,6 @@ def single_file_metadata(files: ModelFiles, title: str) -> dict[str, str]:
     if vocabularies:
         metadata[VOCABULARY_KEY] = json.dumps(vocabularies, ensure_ascii=False, separators=(",", ":"))
     return metadata
-
-
-def _own_vocabulary(tokenizer: Path | Vocabulary | None) -> Vocabulary | None:
-    """A vocabulary that single-file readers could not know."""
-    return read_vocabulary(tokenizer) if isinstance(tokenizer, Path) else tokenizer
 
 
 def _markers(files: ModelFiles) -> Tensors:

@@ -207,14 +207,9 @@ def _places(items: Sequence[DiskItem], free: Mapping[Path, int] | None) -> tuple
     """Needs by file system: folders on the same one share its free bytes."""
     needs: dict[int | Path, tuple[Path, int]] = {}
     for item in items:
-        key: int | Path = item.folder if free is not None else _file_system(item.folder)
+        key: int | Path = item.folder if free is not None else existing_folder(item.folder).stat().st_dev
         folder, needed = needs.get(key, (item.folder, 0))
         needs[key] = (folder, needed + item.most_bytes)
     return tuple(
         Place(folder, needed, free_disk(folder) if free is None else free[folder]) for folder, needed in needs.values()
     )
-
-
-def _file_system(folder: Path) -> int:
-    """The device number of what holds a folder, which need not exist yet."""
-    return existing_folder(folder).stat().st_dev

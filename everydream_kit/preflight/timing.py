@@ -8,7 +8,6 @@ the estimate.
 from __future__ import annotations
 
 import statistics
-from typing import Any
 
 from everydream_kit.preflight.units import cost, duration
 from everydream_kit.training.reports import Listener, ObservedRun, StepReport
@@ -32,7 +31,7 @@ class MeasuredPlan(Listener):
 
     def _report(self, run: ObservedRun, report: StepReport, seconds_per_step: float) -> None:
         left = max(0, run.num_steps - report.step) * seconds_per_step
-        plan = _read_plan(run)
+        plan = run.folder.plan()  # made before the run, or nothing
         usd = (plan.get("price") or {}).get("usd_per_hour")
         estimated = (plan.get("step_seconds") or {}).get("seconds")
         words = f"{seconds_per_step:.2f} s a step: about {duration(left)} of training left"
@@ -50,8 +49,3 @@ class MeasuredPlan(Listener):
             estimated_seconds_per_step=estimated,
             line=words,
         )
-
-
-def _read_plan(run: ObservedRun) -> dict[str, Any]:
-    """The plan that was made before the run, or nothing."""
-    return run.folder.plan()

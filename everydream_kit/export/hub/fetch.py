@@ -324,11 +324,9 @@ class _Fetch:
         mark = read_origin(run.folder)
         if mark is not None and mark.source != self.source:
             raise CheckpointError(f"{run.folder}: is there already, and came from {mark.source}. {cure}")
-        if mark is None and not (run.config_path.is_file() and self._pushes_here(run)):
+        held = {} if mark is not None else read_json(run.config_path, error=CheckpointError, missing={})
+        if mark is None and held.get("push_to") != self.repo_id:
             raise CheckpointError(f"{run.folder}: is there already, and did not come from {self.source}. {cure}")
-
-    def _pushes_here(self, run: RunFolder) -> bool:
-        return bool(read_json(run.config_path, error=CheckpointError).get("push_to") == self.repo_id)
 
     def _check_same_settings(self, run: RunFolder, config: TrainConfig) -> None:
         """Checkpoints of other settings do not belong into one run."""

@@ -176,7 +176,8 @@ def push_to_hub(
         if not create_pr:
             wish = replace(wish, repo_id=_open_repo(connection, repo_id, private is not False, revision))
         found_license = _find_license(source, wish, connection)
-        scratch = stack.enter_context(_scratch_next_to(source.place)) if _writes_single_file(source, wish) else None
+        writes_file = "single_file" in wish.what and source.single_file is None
+        scratch = stack.enter_context(_scratch_next_to(source.place)) if writes_file else None
         files, _ = _collect(source, wish, found_license=found_license, token=connection.token, scratch=scratch)
         target = Target(
             repo_id=wish.repo_id,
@@ -295,10 +296,6 @@ def _collect(
 
 def _single_file_name(source: Source) -> str:
     return source.single_file.name if source.single_file else f"{source.title}.safetensors"
-
-
-def _writes_single_file(source: Source, wish: _Wish) -> bool:
-    return "single_file" in wish.what and source.single_file is None
 
 
 def _single_file(source: Source, scratch: Path | None, precision: str) -> UploadFile:
