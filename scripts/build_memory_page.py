@@ -28,7 +28,13 @@ SHARE_OF_16 = 0.97
 none."""
 UNET_ONLY = "UNet only, bf16 weights, fused backward"
 README_ROWS = ("full", "LoRA", "textual inversion", UNET_ONLY)
-FAMILY_PAGES = {"z_image": "z-image.md", "flux2_klein": "flux2-klein.md", "flux1": "flux1.md"}
+FAMILY_PAGES = {
+    "z_image": "z-image.md",
+    "flux2_klein": "flux2-klein.md",
+    "flux1": "flux1.md",
+    "anima": "anima.md",
+    "krea2": "krea2.md",
+}
 """Families that have a page of their own."""
 SIZES = {"flux2_klein": "9B"}
 """Families with a second size, whose rows follow in their table."""

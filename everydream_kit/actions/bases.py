@@ -95,6 +95,8 @@ BASES = (
 )
 """Everything else the kit reads is given by its path or its Hub id."""
 
+INDEXES = ("model_index.json", "modular_model_index.json")
+"""What names a model's pipeline in its folder."""
 SUGGESTED = ("resolution", "max_epochs", "lr", "lr_scheduler", "batch_size", "cond_dropout")
 """Settings that follow the base model until somebody sets them."""
 
@@ -144,21 +146,22 @@ def recognize_family(source: Any, given: Any = None) -> str | None:
 
 
 def _index_of(source: str) -> Path | None:
-    """The `model_index.json` of a folder, of the folder around a file, or of a downloaded Hub model."""
+    """The index of a folder, of the folder around a file, or of a downloaded Hub model."""
     path = Path(source).expanduser()
     for folder in (path, path.parent) if path.exists() else ():
-        if (folder / "model_index.json").is_file():
-            return folder / "model_index.json"
+        for name in INDEXES:
+            if (folder / name).is_file():
+                return folder / name
     if path.exists() or source.count("/") != 1:
         return None
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(source, "model_index.json")
+        found = [try_to_load_from_cache(source, name) for name in INDEXES]
     except HFValidationError:
         return None
-    return Path(found) if isinstance(found, str) else None
+    return next((Path(path) for path in found if isinstance(path, str)), None)
 
 
 @cache

@@ -37,7 +37,8 @@ def export(
         out: what to write.
         format: `single_file`: one file that every image app loads (.safetensors or .ckpt), a LoRA merged into its base;
             `diffusers`: a diffusers folder, a LoRA merged into its base; `lora`: a LoRA file for image apps (kohya's
-            layout); `diffusers_lora`: a LoRA file for diffusers' load_lora_weights; `embedding`: a learned token as an
+            layout); `comfy_lora`: a LoRA file by the single file's names, `diffusion_model...` (FLUX.2-klein, Anima);
+            `diffusers_lora`: a LoRA file for diffusers' load_lora_weights; `embedding`: a learned token as an
             embedding file.
         precision: of the weights; by default fp16.
         strength: of a LoRA that is merged: 1, the default, is as it was trained.
@@ -125,7 +126,7 @@ def extract(
     *,
     rank: int = 32,
     text_encoder: bool = True,
-    format: Literal["lora", "diffusers_lora"] = "lora",
+    format: Literal["lora", "comfy_lora", "diffusers_lora"] = "lora",
     precision: Precision = DEFAULT_PRECISION,
     adapter_base: str | Path | None = None,
 ) -> Path:
@@ -137,7 +138,7 @@ def extract(
         out: file to write: .safetensors.
         rank: of the LoRA: more keeps more and is larger.
         text_encoder: extract the text encoders' difference, too.
-        format: `lora` for image apps, `diffusers_lora` for diffusers' load_lora_weights.
+        format: `lora` for image apps, `comfy_lora` by the single file's names, `diffusers_lora` for diffusers' load_lora_weights.
         precision: of the weights.
         adapter_base: base model of a LoRA checkpoint, where the one that it names has moved.
 

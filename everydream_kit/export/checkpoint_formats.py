@@ -17,9 +17,13 @@ BYTES: dict[str, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
 """Of a number, by the name of the precision."""
 DEFAULT_PRECISION: Precision = "fp16"
 """What image apps expect."""
-FormatName = Literal["single_file", "diffusers", "lora", "diffusers_lora", "embedding"]
+FormatName = Literal["single_file", "diffusers", "lora", "comfy_lora", "diffusers_lora", "embedding"]
 Option = Literal["precision", "strength", "ema", "token", "vae", "base"]
-LAYOUTS: dict[str, Literal["kohya", "diffusers"]] = {"lora": "kohya", "diffusers_lora": "diffusers"}
+LAYOUTS: dict[str, Literal["kohya", "comfy", "diffusers"]] = {
+    "lora": "kohya",
+    "comfy_lora": "comfy",
+    "diffusers_lora": "diffusers",
+}
 """Of LoRA files, by the name of their form."""
 
 
@@ -58,6 +62,14 @@ LORA = Format(
     (".safetensors",),
     frozenset({"precision", "ema", "base"}),
 )
+COMFY_LORA = Format(
+    "comfy_lora",
+    "LoRA, by the single file's names (diffusion_model.)",
+    "-lora-comfy.safetensors",
+    (".safetensors",),
+    LORA.options,
+)
+"""For families whose apps read it next to another form; not in the panel's list."""
 DIFFUSERS_LORA = Format(
     "diffusers_lora",
     "LoRA, for diffusers",
@@ -72,7 +84,9 @@ EMBEDDING = Format(
     (".safetensors",),
     frozenset({"token"}),
 )
-FORMATS: dict[str, Format] = {one.name: one for one in (SINGLE_FILE, FOLDER, LORA, DIFFUSERS_LORA, EMBEDDING)}
+FORMATS: dict[str, Format] = {
+    one.name: one for one in (SINGLE_FILE, FOLDER, LORA, COMFY_LORA, DIFFUSERS_LORA, EMBEDDING)
+}
 MERGED = replace(SINGLE_FILE, title="merged into its base: a complete model", end="-merged.safetensors")
 
 

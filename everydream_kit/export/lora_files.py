@@ -35,7 +35,8 @@ def export_lora(
     Args:
         checkpoint_folder: a checkpoint of `training_kind: lora`.
         out_path: `.safetensors`.
-        layout: `kohya` for image apps, `diffusers` for `load_lora_weights`.
+        layout: `kohya` for image apps, `diffusers` for `load_lora_weights`, `comfy` for apps that read the single file's
+            names.
         precision: fp16, bf16 or fp32.
         ema: take the averaged weights, which lie in the folder `<checkpoint>_ema` next to the checkpoint.
         adapter_base: its base, where the one that it names has moved.
@@ -123,7 +124,13 @@ def extract_lora(
 
 
 def layout_for(family: Family, asked: LoraLayout) -> LoraLayout:
-    """The layout that is written: apps read some families' LoRAs by diffusers' names alone."""
+    """The layout that is written: apps read some families' LoRAs by diffusers' names alone.
+
+    Raises:
+        ExportError: no app reads this family's LoRAs so.
+    """
+    if asked == "comfy" and not family.layout.app_layers(["layer"]):
+        raise ExportError(f"comfy_lora: no app reads LoRAs of {family.title} so. Take lora.")
     return family.layout.lora_for_apps if asked == "kohya" else asked
 
 

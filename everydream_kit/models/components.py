@@ -21,7 +21,12 @@ from everydream_kit.errors import ModelError
 from everydream_kit.models.family import KL_VAE, UNET, Component, Config
 from everydream_kit.models.imports import make_lazy
 from everydream_kit.models.number_formats import HALF, NameToDtype
-from everydream_kit.models.part_configs import diffusers_values, language_model_values, text_encoder_values
+from everydream_kit.models.part_configs import (
+    diffusers_values,
+    language_model_values,
+    text_encoder_values,
+    vision_language_values,
+)
 from everydream_kit.models.quantized import put_quantized
 from everydream_kit.models.tensors import LazyTensor, Tensors
 
@@ -99,10 +104,13 @@ def build_component(component: Component, config: Config, device: str = "meta") 
 
 
 def _build_language_model(cls: Any, config: Config, device: str) -> torch.nn.Module:
-    values = language_model_values(config)
-    theta = values.pop("rope_theta", None)
-    if theta is not None:
-        values["rope_parameters"] = {"rope_type": "default", "rope_theta": float(theta)}
+    if "vision_config" in config:
+        values = vision_language_values(config)
+    else:
+        values = language_model_values(config)
+        theta = values.pop("rope_theta", None)
+        if theta is not None:
+            values["rope_parameters"] = {"rope_type": "default", "rope_theta": float(theta)}
     try:
         with _building_on(device):
             known = cls.config_class(**values)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from everydream_kit.errors import ModelError
+from everydream_kit.models.anima import ANIMA
 from everydream_kit.models.family import Conditioning, Family, Sizes, TextEncoderSlot
 from everydream_kit.models.flux1 import FLUX1
 from everydream_kit.models.flux2_klein import FLUX2_KLEIN
+from everydream_kit.models.krea2 import KREA2
 from everydream_kit.models.sd1 import SD1
 from everydream_kit.models.sd2 import SD2
 from everydream_kit.models.sdxl import SDXL
@@ -13,7 +15,9 @@ from everydream_kit.models.z_image import Z_IMAGE
 
 __all__ = ["FAMILIES", "Conditioning", "Family", "Sizes", "TextEncoderSlot", "family_by_name"]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (SD1, SD2, SDXL, Z_IMAGE, FLUX2_KLEIN, FLUX1)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (SD1, SD2, SDXL, Z_IMAGE, FLUX2_KLEIN, FLUX1, ANIMA, KREA2)
+}
 
 
 def family_by_name(name: str) -> Family:

@@ -74,7 +74,7 @@ class TextEncoderSlot:
         single_file_layout: `hf`: transformers' own names; `openclip`: OpenCLIP's, with fused q, k, v.
         drops_last_block: the single file holds one more block than is used (SD 2.x).
         kohya_prefix: what its layers are called in a LoRA file for UIs.
-        trains, blocks, module: as `Component` has them.
+        trains, blocks, module, since: as `Component` has them.
         tokenizer_class: transformers' class, as `model_index.json` names it.
         index_class: the encoder's class there, where it is another one: a language model's head is not loaded.
     """
@@ -91,6 +91,7 @@ class TextEncoderSlot:
     module: str = "transformers.models.clip.modeling_clip"
     tokenizer_class: str = "CLIPTokenizer"
     index_class: str = ""
+    since: str = ""
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -236,7 +237,8 @@ class Family:
 
     Attributes:
         name: key in `FAMILIES`, and the name of the folder of shipped configs. title: for messages and model cards.
-        pipeline_class: diffusers' pipeline, written into `model_index.json`. denoiser, vae: the components of these
+        pipeline_class: diffusers' pipeline, written into `model_index.json`; a modular one has an index of its own, too
+        (`model_files.MODULAR_INDEX`). denoiser, vae: the components of these
             roles.
         text_encoders: in the order of `Model.text_encoders`. objective: what it learns, by name
         (`training.objectives.OBJECTIVES`). encode_prompt, predict, latent_space, sampler, layout: see their types.
@@ -286,7 +288,7 @@ class Family:
     def components(self) -> tuple[Component, ...]:
         """All of them: denoiser, VAE, text encoders."""
         texts = (
-            Component(slot.folder, slot.module, slot.class_name, "text_encoder", slot.trains, slot.blocks)
+            Component(slot.folder, slot.module, slot.class_name, "text_encoder", slot.trains, slot.blocks, slot.since)
             for slot in self.text_encoders
         )
         return (self.denoiser, self.vae, *texts)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,10 +27,9 @@ from everydream_kit.models.family import (
     TextEncoderSlot,
     input_dtype,
 )
-from everydream_kit.models.flow import REFUSES, shift_of, tokens_of
+from everydream_kit.models.flow import REFUSES, says_distilled, shift_of, tokens_of
 from everydream_kit.models.latent_spaces import batch_norm_space
 from everydream_kit.models.qwen_text import CHAT_WITHOUT_THINKING, MAX_TOKENS, qwen_prompt_encoder
-from everydream_kit.strict_json import read_json
 
 if TYPE_CHECKING:
     from everydream_kit.models.family import Model
@@ -141,10 +139,8 @@ _DISTILLED_NAME = re.compile(r"flux[-.]2-klein-[49]b(?!.*base)", re.IGNORECASE)
 
 
 def _distilled(source: str) -> str | None:
-    index = Path(source).expanduser() / "model_index.json"
-    says = index.is_file() and read_json(index).get("is_distilled") is True
     name = source.rstrip("/").rpartition("/")[2]
-    if not says and not _DISTILLED_NAME.search(name):
+    if not says_distilled(source) and not _DISTILLED_NAME.search(name):
         return None
     size = "9B" if "9b" in name.lower() else "4B"
     return (

@@ -276,7 +276,8 @@ def _embeddings(path: Path, bundled: Mapping[str, Tensors], base: ModelFiles) ->
     """Bundled words: one tensor for each text encoder of the base."""
     if not bundled:
         return {}
-    widths = [int(base.configs[slot.folder]["hidden_size"]) for slot in base.family.text_encoders]
+    learned = [slot.folder for slot in base.family.text_encoders if "textual_inversion" in slot.trains]
+    widths = [int(base.configs[folder]["hidden_size"]) for folder in learned]
     found = {}
     for word, parts in bundled.items():
         single = parts.get("string_to_param.*") or parts.get("emb_params")

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     pass
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+DISTILLED = "is_distilled"
+"""Key of a model's index; in memory it is with the settings of the sampler."""
+MODULAR_INDEX = "modular_model_index.json"
+"""Index of a model whose pipeline in diffusers is modular: its loader reads no `model_index.json`."""
 
 
 def open_folder(
@@ -48,6 +52,8 @@ def open_folder(
         if name not in configs:
             raise ModelError(f"{folder}: {name}/config.json is missing, and {found.title} needs it.")
     scheduler = _read_scheduler(folder)
+    if index.get(DISTILLED) is True:  # diffusers' pipelines shift such a model's noise levels in another way
+        scheduler[DISTILLED] = True
     tensors = {name: open_component(folder / name, variant) for name in wanted}
     for slot in found.text_encoders:  # what a whole CLIP model's file holds besides
         own = tensors[slot.folder]

@@ -21,6 +21,7 @@ from everydream_kit.models.components import BOOKKEEPING, shared_names
 from everydream_kit.models.family import Config, Model, ModelFiles
 from everydream_kit.models.loading import _tokenizer
 from everydream_kit.models.lora import base_name
+from everydream_kit.models.model_files import DISTILLED, MODULAR_INDEX
 from everydream_kit.models.tensors import LazyTensor, OpenFile, Tensors, write_safetensors
 from everydream_kit.models.tokenizer import save_tokenizer
 
@@ -185,8 +186,12 @@ def _write_components(
         cast = tensors if dtype is None else {key: value.cast(dtype) for key, value in tensors.items()}
         write_safetensors(part / f"{stem}.safetensors", cast, {"format": "pt"}, open_file=open_file)
     (folder / "scheduler").mkdir(exist_ok=True)
-    _write_json(folder / "scheduler" / "scheduler_config.json", files.scheduler_config)
-    _write_json(folder / "model_index.json", _model_index(files))
+    scheduler = {key: value for key, value in files.scheduler_config.items() if key != DISTILLED}
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    index = _model_index(files)
+    _write_json(folder / "model_index.json", index)
+    if files.family.pipeline_class.endswith("ModularPipeline"):
+        _write_json(folder / MODULAR_INDEX, {name: _modular(name, entry) for name, entry in index.items()})
 
 
 def _model_index(files: ModelFiles) -> dict[str, Any]:
@@ -200,7 +205,17 @@ def _model_index(files: ModelFiles) -> dict[str, Any]:
     index |= {
         slot.folder: ["transformers", slot.index_class] for slot in files.family.text_encoders if slot.index_class
     }
-    return {**index, **files.family.index}
+    distilled = {DISTILLED: True} if files.scheduler_config.get(DISTILLED) else {}
+    return {**index, **files.family.index, **distilled}
+
+
+def _modular(name: str, entry: Any) -> Any:
+    """An entry of the index as a modular pipeline has it. It names no path: the folder may be moved, and its loader looks
+    for the parts next to the index first."""
+    if not isinstance(entry, list):
+        return entry
+    place = {"pretrained_model_name_or_path": None, "subfolder": name, "variant": None, "revision": None}
+    return [*entry, {"type_hint": entry, **place}]
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -17,11 +17,14 @@ NameToDtype = Callable[[str], torch.dtype]
 """Format of a module's parameter, by its name."""
 
 HALF = (torch.float16, torch.bfloat16)
+EXACT = ("vae", "text_conditioner")
+"""Folders of components that are float32 and run so: several VAEs overflow in float16, and a text conditioner is small, is
+used once for each caption, and has norms that take one format alone."""
 
 
 @dataclass(frozen=True)
 class Formats:
-    """The formats of a model. The VAE is not in it: it stays float32, because several overflow in float16.
+    """The formats of a model. Those of `EXACT` are not in it: they stay float32.
 
     Attributes:
         trained: of the components that are trained.
@@ -45,7 +48,7 @@ class Formats:
             module: with or without values.
             stored: the widest format of its weights in the file; None: not known.
         """
-        if component == "vae":
+        if component in EXACT:
             return lambda name: torch.float32
         frozen = self.frozen
         if frozen in HALF and self.keeps_precision:

@@ -26,8 +26,18 @@ LANGUAGE_MODEL_KEYS = TEXT_ENCODER_KEYS | {
     *("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj", "layer_norm_epsilon"),  # T5's
     *("relative_attention_num_buckets", "relative_attention_max_distance", "dropout_rate"),
 }
-MAX_NUMBER = 1_000_000
-"""The largest numbers in configs are Qwen3's base of rotary positions, 1,000,000, and its vocabulary's 151,936."""
+VISION_KEYS = frozenset(
+    {
+        *("depth", "hidden_size", "hidden_act", "intermediate_size", "num_heads", "in_channels", "patch_size"),
+        *("spatial_merge_size", "temporal_patch_size", "out_hidden_size", "num_position_embeddings"),
+        *("deepstack_visual_indexes", "initializer_range"),
+    }
+)
+"""Of the half of a language model that sees images."""
+MROPE_KEYS = ("mrope_section", "mrope_interleaved")
+"""How such a model's positions are divided among time, height and width."""
+MAX_NUMBER = 10_000_000
+"""The largest numbers in configs are Qwen3-VL's base of rotary positions, 5,000,000, and its vocabulary's 151,936."""
 MAX_LAYERS = 100
 MAX_ENTRIES = 32
 """In a list; the longest have one entry for each of four blocks."""
@@ -55,6 +65,23 @@ def language_model_values(config: Config) -> dict[str, Any]:
         kept["rope_theta"] = rope["rope_theta"]
     _check(kept, "text encoder")
     return kept
+
+
+def vision_language_values(config: Config) -> dict[str, Any]:
+    """The part of a vision-language model's config that shapes it, as transformers 5 takes it. Raises: ModelError."""
+    text, vision = (config.get(name) for name in ("text_config", "vision_config"))
+    if not isinstance(text, dict) or not isinstance(vision, dict):
+        raise ModelError("text encoder: its config.json has no text_config and vision_config. Take it from its source.")
+    values = language_model_values(text)
+    rope = {"rope_type": "default", "rope_theta": float(values.pop("rope_theta", 5_000_000))}
+    given = text.get("rope_parameters") or text.get("rope_scaling")  # as transformers 5 writes it, or 4
+    rope |= {key: given[key] for key in MROPE_KEYS if isinstance(given, dict) and key in given}
+    seen = {key: value for key, value in vision.items() if key in VISION_KEYS}
+    for part in (rope, seen):
+        _check(part, "text encoder")
+    if not 0 <= seen.get("depth", 0) <= MAX_LAYERS:
+        raise _refusal("text encoder", "depth", seen["depth"], f"a number up to {MAX_LAYERS}")
+    return {"text_config": {**values, "rope_parameters": rope}, "vision_config": seen}
 
 
 def diffusers_values(cls: Any, config: Config) -> dict[str, Any]:

@@ -51,6 +51,18 @@ _TINY_QWEN = {
     **{"bos_token_id": 256, "eos_token_id": 258, "pad_token_id": 256},
 }
 _TINY_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 2, "num_layers": 2, "vocab_size": 98}
+_TINY_FRAME_VAE = {"base_dim": 8, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
+_TINY_QWEN_VL = {
+    "text_config": {
+        **_TINY_QWEN,
+        **{"hidden_size": 16, "head_dim": 8, "num_hidden_layers": 36, "intermediate_size": 32},  # 35 are read
+        "rope_parameters": {"rope_theta": 5_000_000, "mrope_section": [2, 1, 1], "mrope_interleaved": True},
+    },
+    "vision_config": {
+        **{"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16},
+        **{"num_position_embeddings": 16, "patch_size": 4, "deepstack_visual_indexes": [0]},
+    },
+}
 _TINY: dict[str, dict[str, Any]] = {
     "sd1": {"denoiser": _TINY_UNET, "text_encoders": [_TINY_TEXT]},
     "sd2": {
@@ -82,6 +94,30 @@ _TINY: dict[str, dict[str, Any]] = {
             **{"joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": [4, 6, 6]},
         },
         "text_encoders": [_TINY_TEXT, _TINY_T5],
+    },
+    "anima": {
+        "denoiser": {
+            **{"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "text_embed_dim": 32},
+            **{"mlp_ratio": 2.0, "adaln_lora_dim": 8, "max_size": [4, 64, 64]},
+        },
+        "vae": _TINY_FRAME_VAE,
+        "text_encoders": [
+            _TINY_QWEN,
+            {
+                **{"source_dim": 32, "target_dim": 32, "model_dim": 32, "num_layers": 2, "num_attention_heads": 2},
+                **{"target_vocab_size": 98, "min_sequence_length": 64},  # printable ASCII, and four more
+            },
+        ],
+    },
+    "krea2": {
+        "denoiser": {
+            **{"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1},
+            **{"intermediate_size": 64, "timestep_embed_dim": 32, "text_hidden_dim": 16, "axes_dims_rope": [4, 6, 6]},
+            **{"text_num_attention_heads": 2, "text_num_key_value_heads": 2, "text_intermediate_size": 32},
+            **{"num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1},
+        },
+        "vae": _TINY_FRAME_VAE,
+        "text_encoders": [_TINY_QWEN_VL],
     },
 }
 

@@ -26,6 +26,7 @@ from everydream_kit.models.file_kinds import (
     without_wrapper,
 )
 from everydream_kit.models.model_files import (
+    MODULAR_INDEX,
     has_zero_terminal_snr,
     open_folder,
     prediction_type_of,
@@ -109,7 +110,7 @@ def _family_of_denoiser(tensors: Tensors, named: str | None) -> Family | None:
 def _open_denoiser(path: Path, family: Family, tensors: Tensors, metadata: dict[str, str]) -> ModelFiles:
     """A denoiser's file with everything else from the diffusers folder that it lies in."""
     folder = path.parent
-    if not (folder / "model_index.json").is_file():
+    if not (folder / "model_index.json").is_file() and not (folder / MODULAR_INDEX).is_file():
         raise ModelError(
             f"{path}: holds the transformer of {family.title} alone, as its files do. Text encoder, tokenizer and VAE are "
             "read from the model's diffusers folder: put the file there, next to model_index.json."

@@ -67,11 +67,12 @@ CHECKPOINT_NAME = re.compile(rf".+-ep(?P<epoch>\d{{1,9}})-gs(?P<step>\d{{1,9}})(
 SAMPLE_NAME = re.compile(r"gs(?P<step>\d+)-(?P<index>\d+)(?P<averaged>-ema(?=-))?(?:-(?P<prompt>.*))?\.jpg")
 LOSSES_NAME = re.compile(r"ep(?P<epoch>\d+)\.json")
 CHECKPOINT_FILE = re.compile(
-    r"(model_index|adapter)\.json"
+    r"((modular_)?model_index|adapter)\.json"
     r"|(pytorch_lora_weights|learned_embeds)\.safetensors"
-    r"|(unet|vae|text_encoder(_2)?)/(config\.json|(diffusion_pytorch_model|model)\.safetensors)"
-    r"|tokenizer(_2)?/(vocab|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"
-    r"|tokenizer(_2)?/merges\.txt"
+    r"|(unet|transformer|vae|text_encoder(_2)?|text_conditioner)"
+    r"/(config\.json|(diffusion_pytorch_model|model)\.safetensors)"
+    r"|(t5_)?tokenizer(_2)?/(vocab|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"
+    r"|(t5_)?tokenizer(_2)?/(merges\.txt|chat_template\.jinja)"
     r"|scheduler/scheduler_config\.json"
     rf"|{RESUME}/[a-z_]{{1,40}}\{TENSORS_SUFFIX}"
     rf"|{re.escape(RESUME_STATE)}|{re.escape(RESUME_MANIFEST)}"

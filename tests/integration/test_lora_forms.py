@@ -24,12 +24,22 @@ from everydream_kit.models.model_saving import save_model
 from everydream_kit.models.sampling import SamplePrompt, sample_images
 from everydream_kit.preflight.memory_estimate import estimate_memory
 
-CASES = [("sd1", "loha"), ("sd1", "lokr"), ("sdxl", "lokr"), ("z_image", "lokr"), ("flux2_klein", "loha")]
+CASES = [
+    ("sd1", "loha"),
+    ("sd1", "lokr"),
+    ("sdxl", "lokr"),
+    ("z_image", "lokr"),
+    ("flux2_klein", "loha"),
+    ("anima", "lokr"),
+    ("krea2", "loha"),
+]
 STEMS = {
     "sd1": "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
     "sdxl": "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q",
     "z_image": "lycoris_layers_0_attention_to_q",
     "flux2_klein": "lycoris_transformer_blocks_0_attn_to_q",
+    "anima": "lora_unet_blocks_0_self_attn_q_proj",
+    "krea2": "lycoris_transformer_blocks_0_attn_to_q",
 }
 """The names that ComfyUI's key maps and kohya have of one layer."""
 PARTS = {

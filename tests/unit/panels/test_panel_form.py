@@ -8,7 +8,7 @@ import shutil
 import ipywidgets as widgets
 import pytest
 
-from everydream_kit.actions.bases import BASES, suggested_settings
+from everydream_kit.actions.bases import BASES, recognize_family, suggested_settings
 from everydream_kit.actions.presets import PRESETS
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ConfigError
@@ -101,6 +101,11 @@ def test_the_form_has_only_the_settings_of_the_bases_family(form, family, tmp_pa
     assert all(form.field(one).box.layout.display != "none" for one in refused)
     form.set_values({"family": family})
     assert found(form, "") == [] and name not in found(form, name)
+
+
+def test_a_folder_that_has_a_modular_index_alone_is_recognized(tmp_path):
+    shutil.copy(configs_folder(FAMILIES["anima"]) / "model_index.json", tmp_path / "modular_model_index.json")
+    assert recognize_family(tmp_path) == "anima"
 
 
 def test_a_setting_that_is_set_stays_in_sight_though_the_family_refuses_it(form):

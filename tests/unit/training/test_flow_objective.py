@@ -81,6 +81,20 @@ def test_flow_families_are_trained_with_the_shift_of_their_buckets_tokens(family
     assert table.shift(config, side, side) == pytest.approx(shift)  # exp(0.5), exp(0.63), exp(1.15)
 
 
+def test_anima_is_trained_and_sampled_with_one_shift_for_all_sizes():
+    table = family_by_name("anima")
+    config = json.loads((configs_folder(table) / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    assert [table.shift(config, side, side) for side in (512, 1024)] == [3.0, 3.0]
+
+
+@pytest.mark.parametrize(("side", "mu"), [(256, 0.5), (1024, 0.90625), (1280, 1.15)])
+def test_krea_2_is_trained_and_sampled_with_the_shift_of_its_tokens(side, mu):
+    table = family_by_name("krea2")
+    config = json.loads((configs_folder(table) / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    assert table.sampler.mu(config, side, side, 28) == pytest.approx(mu)  # 256, 4096 and 6400 tokens
+    assert table.shift(config, side, side) == pytest.approx(math.exp(mu))
+
+
 @pytest.mark.parametrize(
     ("side", "num_steps", "mu"),
     [(1024, 10, 2.2562455), (1024, 200, 1.1499966), (512, 50, 1.7019562), (2048, 50, 3.2299862)],
