@@ -164,10 +164,12 @@ def batch_norm_space(channels: int) -> LatentSpace:
 
 @torch.no_grad()
 def _encode_frames(model: Model, pixels: torch.Tensor) -> torch.Tensor:
-    """As `_encode_moments`, by a VAE of videos: an image is one frame (B, 3, 1, H, W)."""
-    return _encoded(
-        model, pixels, lambda vae, images: vae.encode(images.unsqueeze(2)).latent_dist.parameters.squeeze(2)
-    )
+    """As `_encode_moments`, by a VAE of videos: an image is one frame (B, 3, 1, H, W).
+
+    Its `encode` and `decode` keep a copy of every convolution's input for the next frame, which never comes here: several
+    GiB at 1024 px. So its parts are called.
+    """
+    return _encoded(model, pixels, lambda vae, images: vae.quant_conv(vae.encoder(images.unsqueeze(2))).squeeze(2))
 
 
 def _standardized(model: Model, moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -182,7 +184,7 @@ def _decode_frames(model: Model, latents: torch.Tensor) -> torch.Tensor:
     device = next(model.vae.parameters()).device
     mean, spread = _channel_statistics(model, device)
     cells = latents.to(device=device, dtype=torch.float32) * spread + mean
-    return _decoded(model, cells, lambda vae, piece: vae.decode(piece.unsqueeze(2)).sample.squeeze(2))
+    return _decoded(model, cells, lambda vae, piece: vae.decoder(vae.post_quant_conv(piece.unsqueeze(2))).squeeze(2))
 
 
 def _channel_statistics(model: Model, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
