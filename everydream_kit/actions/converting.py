@@ -37,7 +37,7 @@ def export(
         out: what to write.
         format: `single_file`: one file that every image app loads (.safetensors or .ckpt), a LoRA merged into its base;
             `diffusers`: a diffusers folder, a LoRA merged into its base; `lora`: a LoRA file for image apps (kohya's
-            layout); `comfy_lora`: a LoRA file by the single file's names, `diffusion_model...` (FLUX.2-klein, Anima);
+            layout); `comfy_lora`: a LoRA file by the single file's names, `diffusion_model...`, of families of flow matching;
             `diffusers_lora`: a LoRA file for diffusers' load_lora_weights; `embedding`: a learned token as an
             embedding file.
         precision: of the weights; by default fp16.
