@@ -7,6 +7,8 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from everydream_kit.errors import ConfigError
+
 _UNITS = (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 
 
@@ -39,6 +41,33 @@ def lack_of_room(folder: Path, needed: int) -> str | None:
     if needed <= usage.free:
         return None
     return f"{compare_sizes(needed, usage.free)} in {place}"
+
+
+def require_place(folder: Path, name: str) -> None:
+    """Refuse a folder that cannot be made or takes no files, before the work whose result goes there. Makes nothing.
+
+    Args:
+        name: of the argument, for the message.
+
+    Raises:
+        ConfigError: a file stands in its way, or nothing can be written there.
+    """
+    try:
+        place = existing_folder(folder)
+        problem = lack_of_room(folder, 0) if place.is_dir() else f"{place} is a file"
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name}: {folder} cannot be used ({getattr(error, 'strerror', error)}).") from error
+    if problem is not None:
+        raise ConfigError(f"{name}: {folder} cannot be made ({problem}). Give another place.")
+
+
+def make_place(folder: Path, name: str) -> None:
+    """Make a folder for a result where it is missing. Raises: ConfigError: as `require_place`."""
+    require_place(folder, name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{name}: {folder} cannot be made ({error.strerror}). Give another place.") from error
 
 
 def compare_sizes(needed: int, free: int) -> str:

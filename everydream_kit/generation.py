@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everydream_kit.config import EMBEDDED_MODEL, default_of
+from everydream_kit.disk_space import make_place, require_place
 from everydream_kit.errors import ConfigError
 from everydream_kit.params import check_value
 from everydream_kit.runs import RunFolder
@@ -89,6 +90,7 @@ def sample(
         raise ConfigError(f"num_images: must be at least 1 (got {num_images})")
     if Path(out).exists() and not Path(out).is_dir():
         raise ConfigError(f"out: {out} is a file; give a folder for the images")
+    require_place(Path(out), "out")
     texts: list[str] = _as_list("prompt", prompts)
     checkpoints: list[Checkpoint] = _as_list("checkpoint", checkpoint)
     wanted: list[SamplePrompt] = []
@@ -168,7 +170,7 @@ def _write_images(
     """A file for each image, and the grid: prompts and seeds downwards, checkpoints and guidance scales across."""
     from everydream_kit.models.sampling import label_grid, save_image
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_place(folder, "out")
     several = len(drawn) > 1
     names = [(prompt, cfg) for prompt in wanted for cfg in prompt.cfgs]
     paths = []

@@ -6,12 +6,19 @@ torch before the work begins.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Literal
 
+from everydream_kit.disk_space import require_place
 from everydream_kit.errors import ConfigError
-from everydream_kit.export.checkpoint_formats import DEFAULT_PRECISION, FORMATS, LAYOUTS, FormatName, Precision
+from everydream_kit.export.checkpoint_formats import (
+    DEFAULT_PRECISION,
+    FORMATS,
+    LAYOUTS,
+    SINGLE_FILE,
+    FormatName,
+    Precision,
+)
 from everydream_kit.generation import resolve_checkpoint
 from everydream_kit.runs import RunFolder
 
@@ -104,9 +111,6 @@ def merge(
     from everydream_kit.models.lora_formats import is_lora
 
     _check_out(out, model, other)
-    for name, value in (("strength", strength), ("weight", weight)):
-        if value is not None and not math.isfinite(value):
-            raise ConfigError(f"{name}: must be a finite number (got {value})")
     first, second = resolve_checkpoint(model), resolve_checkpoint(other)
     if is_lora(Path(second)):
         if weight is not None:
@@ -161,8 +165,11 @@ def extract(
 
 
 def _check_out(out: str | Path, *sources: Source) -> None:
-    """Raises ConfigError where the result would take the place of what it is made from."""
+    """Raises ConfigError where the result would take the place of what it is made from, or cannot be written."""
     for source in sources:
         given = Path(str(source)).expanduser()
         if Path(out).exists() and given.exists() and Path(out).samefile(given):
             raise ConfigError(f"out: {out} is the model that is read; give the result another name")
+    require_place(Path(out).parent, "out")
+    if Path(out).suffix in SINGLE_FILE.endings and Path(out).is_dir():
+        raise ConfigError(f"out: {out} is a folder; give the file another name")

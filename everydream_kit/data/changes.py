@@ -188,7 +188,7 @@ class Changes:
 
     def leave(self, path: str | Path, cause: str, cure: str) -> None:
         """Say why a file is left alone."""
-        self.report.problems.append(Problem(str(path), cause, cure, skipped=False))
+        self.report.problems.append(Problem(str(path), cause.rstrip("."), cure, skipped=False))
 
     def _may_change(self, path: Path) -> bool:
         """Whether a path stays below the roots with all links followed; one that does not is reported."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
-from everydream_kit.data.caption_tables import listed_caption
+from everydream_kit.data.caption_tables import listed_caption, unread_table
 from everydream_kit.data.captions import (
     Caption,
     caption_from_file_name,
@@ -52,6 +52,7 @@ class Entry(NamedTuple):
         settings: what its folder, or its entry in an index, says.
         settings_word: the same as `hash_settings` gives it, for the stamp; made once for each folder.
         listed: its caption in a table of its folder, which holds where no file of its own gives one; or None.
+        unread_table: a table that may hold its caption and cannot be read, where no other table lists one; or None.
     """
 
     path: str
@@ -61,6 +62,7 @@ class Entry(NamedTuple):
     settings: ImageSettings
     settings_word: int
     listed: str | None = None
+    unread_table: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,8 @@ def entries_of_folder(folder: Folder, names: Sequence[str]) -> tuple[Entry, ...]
     companions, prefix = folder.companions, f"{folder.relative}/" if folder.relative else ""
     place = os.path.join(folder.path, "")
     settings_word = hash_settings(folder.settings)
+    unread = unread_table(folder.tables)
+    unread_word = hash_settings(folder.settings, f"\0{unread}")
     entries = []
     for name in names:
         mask = companions.mask_of(name)
@@ -96,8 +100,13 @@ def entries_of_folder(folder: Folder, names: Sequence[str]) -> tuple[Entry, ...]
                 # masks were taken out of the images, so they are among the companions
                 mask=None if mask is None else place + mask,
                 settings=folder.settings,
-                settings_word=settings_word if listed is None else hash_settings(folder.settings, listed),
+                settings_word=hash_settings(folder.settings, listed)
+                if listed is not None
+                else settings_word
+                if unread is None
+                else unread_word,
                 listed=listed,
+                unread_table=unread if listed is None else None,
             )
         )
     return tuple(entries)
@@ -204,6 +213,9 @@ def _read_words(entry: Entry, choose_lines: bool, builder: DatasetBuilder) -> tu
             report_notes(said, path, builder.problems.append)
         settings = settings.updated(said)
         has_own_words |= said.main_prompt is not None or bool(said.tags)
+    if entry.unread_table is not None and not has_own_words:
+        cause = f"its caption may be in {entry.unread_table}, of which not everything can be read"
+        raise _CompanionError(entry.path, cause, "Fix the table, or put a caption file next to the image.")
     if entry.listed is not None and not has_own_words:
         settings = settings.updated(settings_from_text(entry.listed))
     return settings, *_caption_column(entry, settings)

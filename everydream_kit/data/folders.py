@@ -305,6 +305,9 @@ def _read_tables(path: str, companions: Companions, report: Report) -> list[Fold
         file = os.path.join(path, spelled)
         try:
             found.append(FolderTable(file))
+            if found[-1].unread:
+                cure = "Fix it; until then, images that have no other caption than their file name are skipped."
+                report(Problem(printable(file), printable(found[-1].unread), cure, skipped=False))
         except DataError as error:
             cause = str(error).removeprefix(f"{file}: ").rstrip(".")
             report(Problem(printable(file), f"no caption of it is used: {printable(cause)}", _TABLE_CURE, False))
@@ -323,10 +326,12 @@ def _note_unused_rows(table: FolderTable, path: str, report: Report) -> None:
         rows = "row" if table.num_rows == 1 else "rows"
         names = "names" if table.num_unused == 1 else "name"
         cause = f"{table.num_unused} of its {table.num_rows} {rows} {names} no image that is here"
-        cure = (
-            "Names start at the table's folder, such as train/a.png. To write the captions of images found by their "
-            f"bare names next to them: everydream tidy captions-from-table {quote(table.path)} {quote(path)}"
-        )
+        cure = "Names start at the table's folder, such as train/a.png. Fix them, or remove rows whose image is gone."
+        if table.has_bare_names:
+            cure += (
+                " Bare names of images are among them: everydream tidy captions-from-table "
+                f"{quote(table.path)} {quote(path)} writes their captions next to the images."
+            )
         report(Problem(printable(table.path), cause, printable(cure), skipped=False))
 
 

@@ -7,7 +7,8 @@ replaced in a journal for `changes.undo`.
 
 from __future__ import annotations
 
-from collections import Counter
+import os
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,10 +198,15 @@ def captions_from_table(
     root, changes, dataset = _start(f"Captions from {table}", folder, journal, "captions", dry_run)
     place, files = _places(dataset, root), FolderFiles()
     for name, caption in rows:
-        index = place.get(_key(name), place.get(_key(name).rpartition("/")[2]))
-        if index is None:
-            changes.leave(name, "there is no such image in the folder, or several.", "Give its path in the folder.")
+        found = place.get(_key(name)) or place.get(_key(name).rpartition("/")[2]) or []
+        if len(found) != 1:
+            several = ", ".join(dataset.paths[index] for index in found[:3]) + (", …" if len(found) > 3 else "")
+            cause = (
+                f"{len(found)} images have this name: {several}" if found else "there is no such image in the folder"
+            )
+            changes.leave(name, cause, "Give its path in the folder." if found else "Fix the name, or remove the row.")
             continue
+        index = found[0]
         path, source = Path(dataset.path(index)), caption_source(dataset, index, files)
         if source.locked:
             changes.leave(path, f"{source.locked}.", "Edit that file, or save it as UTF-8 text.")
@@ -211,16 +217,22 @@ def captions_from_table(
     return changes.report
 
 
-def _places(dataset: Dataset, root: Path) -> dict[str, int]:
-    """Index of each image by its path in the folder, and by its bare name where that is unique."""
+def _places(dataset: Dataset, root: Path) -> dict[str, list[int]]:
+    """Indices of the images by what a table may call them: path in the folder, then bare name, each also without its
+    extension, as kohya's tables have it. A nearer meaning replaces the others."""
     paths = [_key(Path(dataset.path(index)).relative_to(root).as_posix()) for index in range(len(dataset))]
-    bare = Counter(path.rpartition("/")[2] for path in paths)
-    places = {path.rpartition("/")[2]: i for i, path in enumerate(paths) if bare[path.rpartition("/")[2]] == 1}
-    return places | {path: index for index, path in enumerate(paths)}
+    places: dict[str, list[int]] = {}
+    for bare, short in ((True, True), (True, False), (False, True), (False, False)):
+        named: dict[str, list[int]] = {}
+        for index, path in enumerate(paths):
+            name = path.rpartition("/")[2] if bare else path
+            named.setdefault(os.path.splitext(name)[0] if short else name, []).append(index)
+        places |= named
+    return places
 
 
 def _key(name: str) -> str:
-    return name.replace("\\", "/").removeprefix("./")
+    return unicodedata.normalize("NFC", name.replace("\\", "/").removeprefix("./"))
 
 
 def _start(

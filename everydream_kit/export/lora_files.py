@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from everydream_kit.disk_space import make_place
 from everydream_kit.errors import ExportError
 from everydream_kit.export.single_file_export import live_or_averaged, precision_dtype
 from everydream_kit.models.adapters import LORA_FILE, TOKENS_FILE, is_adapter_folder, read_adapter_file
@@ -51,7 +52,7 @@ def export_lora(
         raise ExportError(f"{folder}: no LoRA checkpoint. Full checkpoints are exported with export_checkpoint.")
     _check_name(out)
     base = open_base(folder, read_adapter_file(folder), adapter_base)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_place(out.parent, "out")
     lora = read_lora(folder / LORA_FILE, base)
     kinds = {layer.kind for part in lora.values() for layer in part.values() if isinstance(layer, FactorLayer)}
     if layout == "diffusers" and kinds:
@@ -115,7 +116,7 @@ def extract_lora(
             lora[component] = layers
     if not lora:
         raise ExportError(f"{tuned}: its layers are equal to those of {base}, so there is nothing to extract.")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_place(out.parent, "out")
     layout = layout_for(one.family, layout)
     write_lora(
         out, lora, one.family, one.configs[one.family.denoiser.folder], layout=layout, title=out.stem, dtype=dtype
@@ -157,7 +158,7 @@ def export_token(checkpoint_folder: str | Path, out_path: str | Path, *, token: 
     chosen = tokens[0] if token is None else token
     if chosen not in tokens:
         raise ExportError(f"{folder}: has no learned token {chosen!r}; it has {', '.join(tokens)}.")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_place(out.parent, "out")
     write_embedding(out, chosen, [tensors[name] for name in (chosen, f"{chosen}|1") if name in tensors])
     return out
 

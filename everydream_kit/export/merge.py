@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from everydream_kit.errors import ExportError
+from everydream_kit.errors import ConfigError, ExportError
 from everydream_kit.export.model_folder import write_new_folder
 from everydream_kit.export.single_file_export import export_files, live_or_averaged
 from everydream_kit.models.adapters import LORA_FILE, is_adapter_folder, read_adapter_file
@@ -41,8 +41,10 @@ def open_merged(
         ema, vae, adapter_base: as for `export_checkpoint`.
 
     Raises:
+        ConfigError: the strength is NaN, infinite, or too large for float32.
         ExportError: a strength for what is no LoRA, or no EMA weights.
     """
+    _check_amount("strength", strength)
     source = live_or_averaged(checkpoint, ema=ema)
     if strength is None:
         return open_model(source, vae=vae, adapter_base=adapter_base)
@@ -72,7 +74,11 @@ def merge_lora(
         strength: 1 is the LoRA as it was trained.
         precision: of the result: fp16, bf16 or fp32.
         adapter_base: where `base` is a LoRA checkpoint itself: its base, where the one that it names has moved.
+
+    Raises:
+        ConfigError: as `open_merged`.
     """
+    _check_amount("strength", strength)
     files = open_model(base, adapter_base=adapter_base)
     read = read_lora_file(Path(lora), files)
     out = _write(apply_lora(files, read, strength), Path(out_path), precision)
@@ -101,8 +107,10 @@ def merge_checkpoints(
         adapter_base: base of those that are LoRA checkpoints, where the one that they name has moved.
 
     Raises:
+        ConfigError: the weight is NaN, infinite, or too large for float32.
         ExportError: the models differ in family or shape.
     """
+    _check_amount("weight", weight)
     one, other = open_with_base([first, second], adapter_base)
     if one.family is not other.family:
         raise ExportError(f"{first} is {one.family.title} and {second} is {other.family.title}: they cannot be mixed.")
@@ -114,6 +122,11 @@ def merge_checkpoints(
         for component, weights in one.tensors.items()
     }
     return _write(dataclasses.replace(one, tensors=tensors), Path(out_path), precision)
+
+
+def _check_amount(name: str, value: float | None) -> None:
+    if value is not None and not abs(value) <= torch.finfo(torch.float32).max:  # NaN compares as False
+        raise ConfigError(f"{name}: must be a finite number (got {value})")
 
 
 def _mixed(name: str, one: LazyTensor, other: LazyTensor | None, weight: float) -> LazyTensor:

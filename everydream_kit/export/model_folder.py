@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from everydream_kit.atomic import sweep, temporary_path
+from everydream_kit.disk_space import make_place
 from everydream_kit.errors import ExportError
 from everydream_kit.export.single_file_export import check_free_space, precision_dtype
 from everydream_kit.models.family import ModelFiles
@@ -26,7 +27,7 @@ def write_new_folder(files: ModelFiles, out: Path, precision: str) -> Path:
     dtype = precision_dtype(precision)
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise ExportError(f"{out}: is there already, and would be mixed with the new model. Choose another name.")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_place(out.parent, "out")
     check_free_space(out.parent, files.num_elements() * dtype.itemsize)
     sweep(out.parent)
     partial = temporary_path(out.parent)

@@ -17,13 +17,13 @@ import torch
 import yaml
 
 from everydream_kit.atomic import open_atomic, sweep, write_atomic
-from everydream_kit.disk_space import lack_of_room
+from everydream_kit.disk_space import lack_of_room, make_place
 from everydream_kit.errors import DiskSpaceError, ExportError
 from everydream_kit.models.convert import CLIP_VOCABULARY
 from everydream_kit.models.family import ModelFiles
 from everydream_kit.models.loading import open_model
 from everydream_kit.models.single_file import CONFIGS_KEY, V_PRED_MARKER, VOCABULARY_KEY, ZTSNR_MARKER
-from everydream_kit.models.tensors import HASH_KEY, LazyTensor, Tensors, write_safetensors
+from everydream_kit.models.tensors import HASH_KEY, LazyTensor, Tensors, require_finite, write_safetensors
 from everydream_kit.models.tokenizer import read_vocabulary
 from everydream_kit.runs import Checkpoint
 
@@ -64,7 +64,7 @@ def export_checkpoint(
     Raises:
         ExportError: unknown precision or extension, or no EMA weights.
         DiskSpaceError: not enough space; nothing was written.
-        ModelError: the checkpoint cannot be read.
+        ModelError: the checkpoint cannot be read, or a weight is NaN or infinite in this precision.
     """
     files = open_model(live_or_averaged(checkpoint_folder, ema=ema), vae=vae, adapter_base=adapter_base)
     return export_files(files, out_path, precision, title=title, extra_metadata=extra_metadata)
@@ -85,12 +85,12 @@ def export_files(
         raise ExportError(f"{out}: the name must end in .safetensors or .ckpt.")
     tensors = {name: tensor.cast(dtype) for name, tensor in files.family.layout.to_single_file(files).items()}
     tensors |= _markers(files)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_place(out.parent, "out")
     sweep(out.parent)
     check_free_space(out.parent, _num_bytes(tensors))
     metadata = {**single_file_metadata(files, title or out.stem), **(extra_metadata or {})}
     if out.suffix == ".safetensors":
-        write_safetensors(out, tensors, metadata)
+        write_safetensors(out, tensors, metadata, finite=True)
     else:
         _write_ckpt(out, tensors, metadata)
     _write_legacy_config(files, out)
@@ -185,8 +185,11 @@ def check_free_space(folder: Path, num_bytes: int) -> None:
 def _write_ckpt(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
     """The older pickle form; it takes the output's size in memory."""
     kept = {key: value for key, value in metadata.items() if key != HASH_KEY}
+    weights = {name: value.read() for name, value in tensors.items()}
+    for name, value in weights.items():
+        require_finite(name, value)
     with open_atomic(path) as file:
-        torch.save({"state_dict": {name: value.read() for name, value in tensors.items()}, "metadata": kept}, file)
+        torch.save({"state_dict": weights, "metadata": kept}, file)
 
 
 def _write_legacy_config(files: ModelFiles, out: Path) -> None:

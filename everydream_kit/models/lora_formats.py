@@ -90,7 +90,7 @@ def write_lora(
         tensors = _to_diffusers(plain)
         metadata[DIFFUSERS_METADATA] = _diffusers_metadata(plain)
     cast = tensors if dtype is None else {name: _cast(name, tensor, dtype) for name, tensor in tensors.items()}
-    write_safetensors(path, cast, metadata)
+    write_safetensors(path, cast, metadata, finite=dtype is not None)  # a given format: an export
 
 
 def _cast(name: str, tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:

@@ -184,7 +184,8 @@ def _write_components(
         _write_json(part / "config.json", files.configs[name])
         stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
         cast = tensors if dtype is None else {key: value.cast(dtype) for key, value in tensors.items()}
-        write_safetensors(part / f"{stem}.safetensors", cast, {"format": "pt"}, open_file=open_file)
+        exported = dtype is not None
+        write_safetensors(part / f"{stem}.safetensors", cast, {"format": "pt"}, open_file=open_file, finite=exported)
     (folder / "scheduler").mkdir(exist_ok=True)
     scheduler = {key: value for key, value in files.scheduler_config.items() if key != DISTILLED}
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)

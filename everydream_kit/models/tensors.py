@@ -201,6 +201,7 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     *,
     open_file: OpenFile | None = None,
+    finite: bool = False,
 ) -> None:
     """Write a `.safetensors` file tensor by tensor: next to its final name, synced, then renamed, so it is complete or
     absent.
@@ -210,6 +211,10 @@ def write_safetensors(
         tensors: in any order; wide formats come first in the file, so that every tensor is aligned.
         metadata: text by key. A `modelspec.hash_sha256` among the keys is filled in.
         open_file: opens the file instead; for a caller that answers for the whole folder, as checkpoints do.
+        finite: refuse NaN and infinity; for exports, where a strength or a narrow format can make them.
+
+    Raises:
+        ModelError: a weight is not finite, and `finite` is set; nothing was written.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header, hash_offset = _header(names, tensors, dict(metadata or {}))
@@ -217,7 +222,7 @@ def write_safetensors(
         with open_file(path) as file:
             file.write(struct.pack("<Q", len(header)) + header)
             for name in names:
-                for values in _checked_bytes(name, tensors[name]):
+                for values in _checked_bytes(name, tensors[name], finite):
                     file.write(values)
         return
     with (
@@ -227,7 +232,7 @@ def write_safetensors(
     ):
         file.write(struct.pack("<Q", len(header)) + header)
         for name in names:
-            for values in _checked_bytes(name, tensors[name]):
+            for values in _checked_bytes(name, tensors[name], finite):
                 hasher.update(values)
                 file.write(values)
                 disk.written(len(values))
@@ -293,12 +298,29 @@ class _Hasher:
             self._pending.result()
 
 
-def _checked_bytes(name: str, lazy: LazyTensor) -> Iterator[memoryview]:
+def require_finite(name: str, values: torch.Tensor) -> None:
+    """Refuse a weight that no app can use.
+
+    Raises:
+        ModelError: it holds NaN or infinity.
+    """
+    if values.numel() and values.is_floating_point():
+        low, high = torch.aminmax(values)  # a seventh of the time of isfinite; NaN comes through
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ModelError(
+                f"{name}: NaN or infinite as {str(values.dtype).removeprefix('torch.')}. Nothing was written. "
+                "Give a smaller strength or weight, or precision fp32; if it stays so, the model itself is damaged."
+            )
+
+
+def _checked_bytes(name: str, lazy: LazyTensor, finite: bool) -> Iterator[memoryview]:
     """A tensor's bytes in order; what is written must be what the header announces."""
     num_values = 0
     for piece in lazy.pieces():
         if piece.dtype != lazy.dtype:
             raise AssertionError(f"{name}: announced {lazy.dtype}, read {piece.dtype}")
+        if finite:
+            require_finite(name, piece)
         num_values += piece.numel()
         yield tensor_bytes(piece)
     if num_values != math.prod(lazy.shape):

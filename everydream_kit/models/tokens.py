@@ -191,7 +191,7 @@ def put_tokens(model: Model, embeddings: Mapping[str, Sequence[LazyTensor]], whe
 def write_embedding(path: Path, token: str, parts: Sequence[LazyTensor]) -> None:
     """Write a token's vectors, one tensor for each text encoder, as UIs name them."""
     names = ["emb_params"] if len(parts) == 1 else ["clip_l", "clip_g"]
-    write_safetensors(path, dict(zip(names, parts, strict=True)), {"format": "pt", "name": token})
+    write_safetensors(path, dict(zip(names, parts, strict=True)), {"format": "pt", "name": token}, finite=True)
 
 
 def expand_tokens(model: Model, caption: str) -> str:

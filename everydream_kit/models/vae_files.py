@@ -8,6 +8,7 @@ that of the model that it joins.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from pathlib import Path
 
@@ -18,22 +19,54 @@ from everydream_kit.models.model_files import open_component, read_json
 from everydream_kit.models.tensors import Tensors
 from everydream_kit.models.weight_files import open_weights
 
+logger = logging.getLogger(__name__)
+
 
 def with_given_vae(files: ModelFiles, vae: str | Path | None) -> ModelFiles:
     """A model with the VAE at this path in place of its own; None keeps its own.
 
     Raises:
-        ModelError: there is no VAE at this path.
+        ModelError: there is no VAE at this path, or it is one of another family's class or number of latent channels.
     """
     if vae is None:
         return files
     config, tensors = read_vae(Path(vae).expanduser())
+    _require_fit(files, str(vae), config, tensors)
     config = files.configs["vae"] if config is None else config
     return dataclasses.replace(
         files,
         configs={**files.configs, "vae": config},
         tensors={**files.tensors, "vae": vae_from_single_file(tensors, config)},
     )
+
+
+def _require_fit(files: ModelFiles, vae: str, config: Config | None, tensors: Tensors) -> None:
+    """Refuse a VAE whose latents the denoiser cannot take, and warn of one that scales them otherwise."""
+    own, title = files.configs["vae"], files.family.title
+    wanted = files.family.vae.class_name
+    given = wanted if config is None else str(config.get("_class_name", wanted))
+    if given != wanted:
+        raise ModelError(f"vae: {vae} is an {given}, {title} needs an {wanted}. Give a VAE made for {title}.")
+    channels, needed = _latent_channels(tensors), own.get("latent_channels", own.get("z_dim"))
+    if channels is not None and channels != needed:
+        raise ModelError(
+            f"vae: {vae} has {channels} latent channels, {title} needs {needed}. Give a VAE made for {title}."
+        )
+    if config is not None and config.get("scaling_factor") != own.get("scaling_factor"):
+        logger.warning(
+            "vae: %s scales latents by %s, and %s by %s. It seems made for another family: samples will be wrong, and "
+            "training spends its time on the new scale. Give a VAE made for %s.",
+            vae,
+            config.get("scaling_factor"),
+            files.source,
+            own.get("scaling_factor"),
+            title,
+        )
+
+
+def _latent_channels(tensors: Tensors) -> int | None:
+    found = next((value for name, value in tensors.items() if name.endswith("decoder.conv_in.weight")), None)
+    return None if found is None else found.shape[1]
 
 
 def read_vae(path: Path) -> tuple[Config | None, Tensors]:

@@ -88,6 +88,25 @@ def test_a_file_without_a_vae_says_how_to_give_one(without_vae: Path, tmp_path: 
         open_model(without_vae, vae=tmp_path / "banana.safetensors")
 
 
+@pytest.mark.parametrize("form", ["vae", "vae/diffusion_pytorch_model.safetensors"])
+def test_a_vae_with_other_latents_is_refused(form: str) -> None:
+    with pytest.raises(ModelError, match=r"vae: .*z_image.* has 16 latent channels, Stable Diffusion 1\.x needs 4\."):
+        open_model(tiny_folder("sd1"), vae=tiny_folder("z_image") / form)
+
+
+def test_a_vae_of_another_class_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"is an AutoencoderKLFlux2, Stable Diffusion 1\.x needs an AutoencoderKL"):
+        open_model(tiny_folder("sd1"), vae=tiny_folder("flux2_klein"))
+
+
+def test_a_vae_that_scales_latents_otherwise_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    open_model(tiny_folder("sd1"), vae=tiny_folder("sdxl"))
+    assert "scales latents by 0.13025, and" in caplog.text
+    caplog.clear()
+    open_model(tiny_folder("sd1"), vae=tiny_folder("sd2"))
+    assert not caplog.text
+
+
 def test_export_and_sample_take_it(
     without_vae: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

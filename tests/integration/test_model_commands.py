@@ -171,6 +171,11 @@ def test_a_result_does_not_take_the_place_of_what_it_is_made_from(
         ("merge BASE OTHER OUT.safetensors --strength 0.3", 1, "two models are mixed with weight"),
         ("merge BASE LORA OUT.safetensors --strength nan", 1, "strength: must be a finite number"),
         ("merge BASE OTHER OUT.safetensors --weight inf", 1, "weight: must be a finite number"),
+        ("merge BASE LORA OUT.safetensors --strength 1e39", 1, "strength: must be a finite number"),
+        ("export LORA OUT.safetensors --strength nan", 1, "strength: must be a finite number"),
+        ("merge BASE OTHER OUT.safetensors --weight 1e38", 1, "NaN or infinite as float16. Nothing was written"),
+        ("merge BASE OTHER OUT.ckpt --weight 1e38", 1, "NaN or infinite as float16. Nothing was written"),
+        ("merge BASE OTHER OUT --weight 1e38", 1, "NaN or infinite as float16. Nothing was written"),
         ("merge BASE SDXL OUT.safetensors", 1, "they cannot be mixed"),
         ("merge SDXL LORA OUT.safetensors", 1, "does not fit"),
         ("merge BASE LORA OUT.safetensor", 1, "ends in .safetensors or .ckpt"),
@@ -194,6 +199,36 @@ def test_each_misuse_is_one_clear_error(
     assert problem in text
     assert len(text.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["FILE/sub", "/proc/edk"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "export BASE OUT/x.safetensors",
+        "export BASE OUT/x --format diffusers",
+        "export LORA OUT/x.safetensors --format lora",
+        "merge BASE OTHER OUT/x",
+        "extract OTHER BASE OUT/x.safetensors",
+        "sample BASE --prompt cat --out OUT",
+    ],
+)
+def test_a_place_that_takes_no_files_is_refused_before_the_work(
+    command: str, place: str, lora: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file.json").write_text("{}")
+    out = place.replace("FILE", str(tmp_path / "file.json"))
+    places = {"BASE": str(tiny_folder("sd1")), "LORA": str(lora), "OTHER": str(other)}
+    status, problem = say(capsys, *[places.get(word, word.replace("OUT", out)) for word in command.split()])
+    assert status == 1
+    cause = "file.json is a file)" if "FILE" in place else "nothing can be written in /proc: it is read-only"
+    assert problem.startswith(f"error: out: {out} cannot be made (") and cause in problem
+
+
+def test_a_folder_with_the_name_of_the_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.safetensors").mkdir()
+    status, problem = say(capsys, "export", tiny_folder("sd1"), tmp_path / "x.safetensors")
+    assert (status, "x.safetensors is a folder; give the file another name" in problem) == (1, True)
 
 
 @pytest.mark.parametrize("form", ["x.safetensors", "x.ckpt"])

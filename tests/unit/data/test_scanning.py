@@ -466,7 +466,6 @@ def test_a_changed_table_changes_the_captions_that_a_scan_remembers(tmp_path):
             "file_name,label\na.png,3\n",
             "no caption of it is used: none of the columns is called caption",
         ),
-        ("metadata.jsonl", "{", "no caption of it is used: cannot be read as a table"),
         ("metadata.csv", "file_name,text\nz.png,a\na.png,b\n", "1 of its 2 rows names no image that is here"),
         ("metadata.parquet", "PAR1", "a table in Parquet is not read"),
     ],
@@ -477,6 +476,36 @@ def test_captions_of_a_table_that_are_not_used_are_reported(tmp_path, name, cont
     [problem] = scan_dataset(tmp_path).problems
     assert (problem.path, problem.skipped) == (str(table), False)
     assert problem.cause.startswith(cause)
+
+
+BAD_LINE = HF.replace("b.png", "z.png").splitlines()[0] + '\n{"file_name": "b.png", "text\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "trained", "cause"),
+    [
+        ("metadata.jsonl", BAD_LINE, {"a.png": "a cat, red", "own.png": "its own"}, "line 2, column 24: "),
+        ("metadata.jsonl", "{", {"own.png": "its own"}, "line 1, column 2: "),
+        ("meta_cap.json", '["a.png"]', {"own.png": "its own"}, "cannot be read as a table of captions (a list of obj"),
+    ],
+)
+def test_an_image_whose_caption_may_be_in_what_cannot_be_read_is_skipped(tmp_path, name, content, trained, cause):
+    for image in ("a.png", "b.png", "own.png"):
+        put(tmp_path, image)
+    put(tmp_path, "own.txt", "its own")
+    table = put(tmp_path, name, content)
+    dataset = scan_dataset(tmp_path)
+    assert {path: dataset.caption(index).text for index, path in enumerate(dataset.paths)} == trained
+    [problem, *images] = dataset.problems
+    assert (problem.path, problem.cause.startswith(cause), problem.skipped) == (str(table), True, False)
+    skipped = {"a.png", "b.png", "own.png"} - trained.keys()
+    assert {Path(one.path).name for one in images if one.skipped} == skipped
+
+
+def test_a_caption_may_hold_a_line_end_of_unicode(tmp_path):
+    put(tmp_path, "a.png")
+    put(tmp_path, "metadata.jsonl", '{"file_name": "a.png", "text": "a\u2028cat"}\n')
+    assert scan(tmp_path)["a.png"].caption.text == "a cat"
 
 
 def test_a_folder_named_after_kohyas_repeats_gets_a_note(tmp_path):

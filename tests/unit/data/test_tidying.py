@@ -341,6 +341,23 @@ def test_a_table_that_cannot_be_used_is_said_with_its_cause(folder, tmp_path, te
         captions_from_table(tmp_path / "t.csv", folder)
 
 
+def test_a_kohya_table_gets_a_cure_that_works(tmp_path):
+    for number, name in enumerate(["x/a.png", "x/twin.png", "y/twin.png"]):
+        noise(60, 40, number).save(_made(tmp_path / "set" / name))
+    table = tmp_path / "set" / "meta_cap.json"
+    table.write_text(json.dumps({"gone": "z"}))
+    [problem] = scan_dataset(tmp_path / "set").problems
+    assert "captions-from-table" not in problem.cure
+    table.write_text(json.dumps({"a": "a cat", "twin": "two", "gone": "z"}))
+    [problem] = scan_dataset(tmp_path / "set").problems
+    assert f"everydream tidy captions-from-table {table} {tmp_path / 'set'} writes" in problem.cure
+    report = captions_from_table(table, tmp_path / "set")
+    assert (tmp_path / "set" / "x" / "a.txt").read_text() == "a cat"
+    causes = {one.path: str(one) for one in report.problems}
+    assert causes["twin"] == "twin: 2 images have this name: x/twin.png, y/twin.png. Give its path in the folder."
+    assert causes["gone"].startswith("gone: there is no such image in the folder. ")
+
+
 @pytest.mark.parametrize("step", ["convert", "split"])
 def test_captions_of_a_folders_table_go_with_copied_and_moved_images(tmp_path, step):
     names = [f"x/{number}.png" for number in range(4)]
