@@ -1,7 +1,10 @@
 """The host's share of a training step: operations and Python time, ours next to a bare loop, without any arithmetic.
 
-Both sides make a step of SD 1.5's true size on fake tensors, which have shapes and no values, so that what remains is what the
-host does: Python, dispatch, launching. Where the host limits a GPU, the ratio of the sides is that of their steps. Counted are
+Ours is measured three times: with separate weights, as docs/gpu.md's table was measured; as it is on a GPU; and with CUDA
+graphs, where forward and backward are one replay and what is counted is all that surrounds it.
+
+All make a step of SD 1.5's true size on fake tensors, which have shapes and no values, so that what remains is what the host
+does: Python, dispatch, launching. Where the host limits a GPU, the ratio of the sides is that of their steps. Counted are
 all dispatched operators, and those of them that start a kernel. bitsandbytes launches its kernels past torch's dispatch, so its
 updates are counted as tensors updated, and their time is not in the seconds. Fake tensors cost the host more than real ones do:
 take ratios from here, not seconds.
@@ -32,6 +35,7 @@ from everydream_kit.preflight.imitation import imitate_autocast, replace_bitsand
 from everydream_kit.preflight.skeleton import build_skeleton, shipped_architecture
 from everydream_kit.preflight.tracker import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTED, LaunchCounter, StorageTracker
 from everydream_kit.training.base import select_trained
+from everydream_kit.training.graphs import NUM_EAGER, GraphedPasses
 
 PHASES = (FORWARD, BACKWARD, RECOMPUTED, OPTIMIZER)
 OPTIMIZERS = ("adamw8bit", "adamw")
@@ -39,11 +43,16 @@ Step = Callable[[LaunchCounter], None]
 
 
 class HostCounter(LaunchCounter):
-    """Also answers what needs values: a norm or a loss that is read back is 1, a check for infinity is passed."""
+    """Also answers what needs values: a norm or a loss that is read back is 1, a check for infinity is passed.
+
+    Only fake tensors are asked for their device by an operator, so that does not count.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return {torch.bool: False}.get(args[0].dtype, 1)
+        if func.namespace == "prim":
+            return func(*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
@@ -74,6 +83,12 @@ def our_step(config: TrainConfig, tracker: StorageTracker, model: Any) -> Step:
             "cuda",
             tracker,
         )
+    rehearsal._keep_gradients(run, tracker, "cuda")
+    learner = run.learner
+    if learner.kept_gradients is not None:
+        learner.graphs = GraphedPasses(
+            NoReplay, learner.learn_from, learner.kept_gradients, lambda: [], lambda message: None
+        )
     batch = rehearsal.make_batch(bucket, config.batch_size, with_moments=True)
     work = StepBatches(0, 0, 1, config.batch_size, config.batch_size, [batch])
 
@@ -84,6 +99,16 @@ def our_step(config: TrainConfig, tracker: StorageTracker, model: Any) -> Step:
             run.learner.update_weights(0)
 
     return step
+
+
+class NoReplay:
+    """A captured pass whose replay costs the host nothing: one call of the driver on a GPU."""
+
+    def __init__(self, call: Callable[[], torch.Tensor]) -> None:
+        self.result = call()
+
+    def replay(self) -> None:
+        pass
 
 
 def bare_step(config: TrainConfig, tracker: StorageTracker, model: Any) -> Step:
@@ -130,7 +155,10 @@ def measure(make: Callable[..., Step], config: TrainConfig, steps: int, changes:
         best = float("inf")
         with tracker:  # it answers what optimizers ask of values
             step = make(config, tracker, model)
-        for _ in range(1 + steps):  # the first makes the optimizer's states
+        num_before = NUM_EAGER + 1 if config.cuda_graphs == "on" else 1  # the first makes the optimizer's states
+        for number in range(num_before + steps):
+            if number == num_before:
+                best = float("inf")
             with HostCounter() as counter, tracker.stretch("step") as stretch:
                 started = time.perf_counter()
                 step(counter)
@@ -153,7 +181,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     changes = _TINY["sd1"] if options.tiny else {}
-    print(f"{'':22}{'seconds':>9}  {'operators (kernels) of':<8}" + "".join(f"{name:>16}" for name in PHASES))
+    print(f"{'':26}{'seconds':>9}  {'operators (kernels) of':<8}" + "".join(f"{name:>16}" for name in PHASES))
     for optimizer in OPTIMIZERS:
         config = TrainConfig(
             resume_ckpt="none",
@@ -164,21 +192,29 @@ def main() -> None:
             sample_steps=None,
         )
         found = {}
-        for name, make in (("kit", our_step), ("bare loop", bare_step)):
-            found[name] = one = measure(make, config, options.steps, changes)
+        sides: dict[str, tuple[Callable[..., Step], dict[str, Any]]] = {
+            "kit, separate": (our_step, {"flat_weights": "off"}),
+            "kit": (our_step, {}),
+            "kit, graphs": (our_step, {"cuda_graphs": "on"}),
+            "bare loop": (bare_step, {}),
+        }
+        for name, (make, settings) in sides.items():
+            found[name] = one = measure(make, config.replace(**settings), options.steps, changes)
             counts = [f"{one['operations'][name]:,} ({one['launches'][name]:,})" for name in PHASES]
             past = f"  and {one['tensors']:,} tensors updated by bitsandbytes" if one["tensors"] else ""
             print(
-                f"{name + ', ' + optimizer:22}{one['seconds']:9.3f}  {'':22}"
+                f"{name + ', ' + optimizer:26}{one['seconds']:9.3f}  {'':22}"
                 + "".join(f"{c:>16}" for c in counts)
                 + past,
                 flush=True,
             )
-        ratio = found["kit"]["seconds"] / found["bare loop"]["seconds"]
-        operations = [found[name]["operations"].total() for name in ("kit", "bare loop")]
-        print(
-            f"kit / bare loop, {optimizer}: time {ratio:.2f}, operators {operations[0] / operations[1]:.2f}", flush=True
-        )
+        for name in ("kit, separate", "bare loop"):
+            ratios = [
+                f"{side}: time {found[side]['seconds'] / found[name]['seconds']:.2f}, "
+                f"operators {found[side]['operations'].total() / found[name]['operations'].total():.2f}"
+                for side in ("kit", "kit, graphs")
+            ]
+            print(f"next to {name}, {optimizer}: {'; '.join(ratios)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,18 @@ class PrecisionGroup(Group):
         Facts(MEMORY_AND_SPEED, "resume"),
     ] = False
     """Recompute activations in the backward pass instead of keeping them."""
+    checkpointing_share: Annotated[
+        float,
+        Field(gt=0, le=1),
+        Knob(
+            memory="0.5 saves most of what 1 does",
+            when="checkpointing, and memory is left: less of it is faster",
+            step=0.1,
+        ),
+        Facts(MEMORY_AND_SPEED, "resume", needs=("gradient_checkpointing",)),
+    ] = 1.0
+    """Share of the denoiser's blocks that are recomputed, with `gradient_checkpointing`; those first that hold most for the
+    time they take. Below 1, text encoders keep their activations."""
     fused_backward: Annotated[
         bool,
         Knob(memory="saves the gradients", when="memory is short and grad_accum is 1"),
@@ -97,6 +109,14 @@ class PrecisionGroup(Group):
     hundreds. `auto` does so on a GPU. Optimizers that need each tensor's shape, paged ones, bfloat16 weights and
     `fused_backward` train as without. Before the run, a few small updates are compared with separate ones; where a number
     differs, the weights stay separate, with a warning."""
+    cuda_graphs: Annotated[
+        Literal["off", "on"],
+        Knob(memory="keeps all gradients, and activations a second time", when="a fast GPU that waits for its host"),
+        Facts(MEMORY_AND_SPEED, "resume", fsdp2=("off",)),
+    ] = "off"
+    """Capture forward and backward once for each shape of batch, and replay them without the host. Off until a GPU has shown
+    what it gains. The first three steps of a shape are eager, and so are shapes beyond eight. On one NVIDIA GPU, without
+    dropout, plug-ins, `fused_backward` and `torch_compile`."""
     offload_idle_models: Annotated[
         bool,
         Knob(memory="saves the VAE and frozen text encoders", when="memory is short; costs a little time"),

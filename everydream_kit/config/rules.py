@@ -54,6 +54,7 @@ def combination_problems(config: AllGroups) -> list[str]:
             "fused_backward: steps inside the backward pass, so it works without grad_accum and clip_grad_norm only; "
             "set grad_accum to 1 and clip_grad_norm to none, or fused_backward off"
         )
+    problems += graph_problems(c)
     if frozen_in_half(c) and c.weight_dtype == "float32" and not mixes_precision(c):
         problems.append(
             f"frozen_dtype, amp: frozen weights in {c.frozen_dtype} need mixed precision; set frozen_dtype to auto, or amp on"
@@ -87,6 +88,24 @@ def _adapter_problems(c: AllGroups) -> list[str]:
         own = "lora_dora" if c.lora_dora else "lora_dropout"
         problems.append(f"lora_form, {own}: {own} is for the form lora only; set lora_form to lora, or {own} off")
     return problems
+
+
+EAGER_ONLY = {
+    "fused_backward": "updates weights by hooks during the backward pass, which no replay calls",
+    "torch_compile": "may compile again during a capture",
+}
+"""Settings that CUDA graphs do not work with, and why."""
+
+
+def graph_problems(config: AllGroups) -> list[str]:
+    """Settings that do not work where passes are captured."""
+    if config.cuda_graphs == "off":
+        return []
+    return [
+        f"cuda_graphs, {name}: {name} {why}; set cuda_graphs or {name} off"
+        for name, why in EAGER_ONLY.items()
+        if _is_on(config, name)
+    ]
 
 
 def sharding_problems(config: AllGroups) -> list[str]:

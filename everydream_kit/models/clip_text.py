@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from everydream_kit.models.family import Conditioning, Model, PromptSettings
+from everydream_kit.models.family import Conditioning, Model, PromptSettings, text_tower
 from everydream_kit.transfers import send
 
 if TYPE_CHECKING:
@@ -17,25 +18,45 @@ EncodeTokens = Callable[[Model, Sequence[torch.Tensor], int], Conditioning]
 """(model, token ids (B, 77) for each tokenizer, clip_skip) -> Conditioning."""
 
 
-def clip_prompt_encoder(encode_tokens: EncodeTokens) -> Callable[[Model, Sequence[str], PromptSettings], Conditioning]:
-    """A family's `encode_prompt` from what its text encoders make of one window."""
+@dataclass(frozen=True)
+class TokenizedPrompts:
+    """A family's `encode_prompt` from what its text encoders make of one window.
 
-    def encode_prompt(model: Model, prompts: Sequence[str], settings: PromptSettings) -> Conditioning:
+    Its halves can be called apart: the host's, which sends token ids to the device, and the device's, which reads nothing else.
+    """
+
+    encode_tokens: EncodeTokens
+
+    def __call__(self, model: Model, prompts: Sequence[str], settings: PromptSettings) -> Conditioning:
+        return self.encode(model, self.tokenize(model, prompts, settings), settings)
+
+    def tokenize(self, model: Model, prompts: Sequence[str], settings: PromptSettings) -> tuple[torch.Tensor, ...]:
+        """Token ids (B, windows, 77) for each text encoder, on its device."""
+        return tuple(
+            send(tokenize(tokenizer, prompts, settings.num_windows), next(text_encoder.parameters()).device)
+            for tokenizer, text_encoder in zip(model.tokenizers, model.text_encoders, strict=True)
+        )
+
+    def shape(self, model: Model) -> tuple[int, int]:
+        """(77, D): of one window's hidden states."""
+        return model.tokenizers[0].model_max_length, sum(_width(encoder) for encoder in model.text_encoders)
+
+    def encode(self, model: Model, token_ids: Sequence[torch.Tensor], settings: PromptSettings) -> Conditioning:
         """Windows follow one another; the pooled embedding is the first one's."""
         num_windows = settings.num_windows
-        token_ids = [
-            send(tokenize(tokenizer, prompts, num_windows), next(text_encoder.parameters()).device)
-            for tokenizer, text_encoder in zip(model.tokenizers, model.text_encoders, strict=True)
-        ]
-        encoded = encode_tokens(model, [ids.flatten(0, 1) for ids in token_ids], settings.clip_skip)
+        encoded = self.encode_tokens(model, [ids.flatten(0, 1) for ids in token_ids], settings.clip_skip)
         if num_windows == 1:
             return encoded
-        hidden_states = encoded.encoder_hidden_states.unflatten(0, (len(prompts), num_windows)).flatten(1, 2)
+        shape = (len(token_ids[0]), num_windows)
+        hidden_states = encoded.encoder_hidden_states.unflatten(0, shape).flatten(1, 2)
         pooled = encoded.pooled
-        pooled = None if pooled is None else pooled.unflatten(0, (len(prompts), num_windows))[:, 0]
+        pooled = None if pooled is None else pooled.unflatten(0, shape)[:, 0]
         return Conditioning(hidden_states, pooled)
 
-    return encode_prompt
+
+def _width(text_encoder: torch.nn.Module) -> int:
+    width: int = text_tower(text_encoder).config.hidden_size
+    return width
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str], num_chunks: int = 1) -> torch.Tensor:

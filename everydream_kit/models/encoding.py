@@ -33,15 +33,24 @@ def encode_captions(
     """
     expanded = [expand_tokens(model, caption) for caption in captions]
     encoded = model.family.encode_prompt(model, expanded, PromptSettings(clip_skip, num_chunks))
-    if not (zero_empty and model.family.zeros_for_empty and "" in expanded):
-        return encoded
-    return scale_rows(encoded, [float(caption != "") for caption in expanded])
+    factors = row_factors(model, expanded) if zero_empty else None
+    return encoded if factors is None else scale_rows(encoded, factors)
 
 
-def scale_rows(conditioning: Conditioning, factors: Sequence[float]) -> Conditioning:
-    """Conditioning with each row multiplied: by 0 where there is no text. A product, so that there is always a gradient."""
+def row_factors(model: Model, captions: Sequence[str], *, always: bool = False) -> list[float] | None:
+    """What each caption's embeddings are multiplied by: 0 where there is no text.
+
+    None where the family needs no such factors, or no caption is empty and they are not wanted always.
+    """
+    if not (model.family.zeros_for_empty and (always or "" in captions)):
+        return None
+    return [float(caption != "") for caption in captions]
+
+
+def scale_rows(conditioning: Conditioning, factors: Sequence[float] | torch.Tensor) -> Conditioning:
+    """Conditioning with each row multiplied. A product, so that there is always a gradient."""
     states, pooled = conditioning.encoder_hidden_states, conditioning.pooled
-    rows = send(torch.tensor(factors, dtype=states.dtype), states.device)
+    rows = send(torch.as_tensor(factors, dtype=states.dtype), states.device)
     pooled = None if pooled is None else pooled * rows.view(-1, 1).to(pooled)
     return Conditioning(states * rows.view(-1, 1, 1), pooled, conditioning.lengths)
 

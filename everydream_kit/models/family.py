@@ -4,8 +4,7 @@ The training loop, the sampler, the caches and the converters know families only
 outside a family's own file. A new family is one new file (see `sd1.py`) and one line in `families.py`;
 `docs/architecture.md` says how.
 
-A family is a record of functions rather than a class to derive from: what two families share, they share by naming the
-same function.
+A family is a record of functions, not a class to derive from: two families share a function by naming it both.
 """
 
 from __future__ import annotations
@@ -46,12 +45,13 @@ class Sizes:
     Attributes:
         original_sizes: (width, height) of each file.
         crop_top_lefts: (left, top) cut away from each, at the target's scale.
-        target_size: (width, height) of the batch.
+        target_size: (width, height) of the batch. numbers: what `Family.size_numbers` makes of all, already on the device.
     """
 
     original_sizes: Sequence[tuple[int, int]]
     crop_top_lefts: Sequence[tuple[int, int]]
     target_size: tuple[int, int]
+    numbers: torch.Tensor | None = None
 
     @classmethod
     def uncropped(cls, width: int, height: int, batch_size: int) -> Sizes:
@@ -254,7 +254,8 @@ class Family:
         file, given the prediction type, or None. zeros_for_empty: its denoiser was trained with zeros in place of a
         dropped caption's embeddings, not with the encoded empty text. refuses: setting -> why it has no meaning here.
         distilled: a model's name -> why it should not be trained on, or None. prompt_version: what encoded captions depend
-        on, apart from the text encoders' weights: template and layers.
+        on, apart from the text encoders' weights: template and layers. size_numbers: (sizes, B) -> (B, n) float32 on the
+        host, what its denoiser is told of them.
     """
 
     name: str
@@ -283,6 +284,7 @@ class Family:
     refuses: Mapping[str, str] = field(default_factory=dict)
     distilled: Callable[[str], str | None] = lambda source: None
     prompt_version: str = ""
+    size_numbers: Callable[[Sizes, int], torch.Tensor] | None = None
 
     @property
     def components(self) -> tuple[Component, ...]:

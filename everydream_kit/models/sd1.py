@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from everydream_kit.models import convert
-from everydream_kit.models.clip_text import clip_prompt_encoder, count_windows
+from everydream_kit.models.clip_text import TokenizedPrompts, count_windows
 from everydream_kit.models.family import (
     Conditioning,
     Config,
@@ -86,7 +86,7 @@ SD1 = Family(
     text_encoders=(
         TextEncoderSlot("text_encoder", "tokenizer", "CLIPTextModel", "cond_stage_model.transformer.", "hf", "lora_te"),
     ),
-    encode_prompt=clip_prompt_encoder(encode_one_encoder),
+    encode_prompt=TokenizedPrompts(encode_one_encoder),
     count_windows=count_windows,
     predict=predict_from_text,
     latent_space=kl_space(4),

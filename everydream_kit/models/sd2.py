@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from everydream_kit.models.clip_text import clip_prompt_encoder, count_windows
+from everydream_kit.models.clip_text import TokenizedPrompts, count_windows
 from everydream_kit.models.family import Config, Family, Shapes, TextEncoderSlot
 from everydream_kit.models.latent_spaces import kl_space
 from everydream_kit.models.sd1 import CLIP_INDEX, DIFFUSION_REFUSES, LDM_LAYOUT, encode_one_encoder, predict_from_text
@@ -112,7 +112,7 @@ SD2 = Family(
             drops_last_block=True,
         ),
     ),
-    encode_prompt=clip_prompt_encoder(encode_one_encoder),
+    encode_prompt=TokenizedPrompts(encode_one_encoder),
     count_windows=count_windows,
     predict=predict_from_text,
     latent_space=kl_space(4),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from everydream_kit.models import convert
-from everydream_kit.models.clip_text import clip_prompt_encoder, count_windows
+from everydream_kit.models.clip_text import TokenizedPrompts, count_windows
 from everydream_kit.models.family import (
     Conditioning,
     Config,
@@ -67,11 +67,10 @@ def predict_from_text_and_sizes(
     """The UNet's prediction (B, 4, H/8, W/8) in float32, from the caption and the sizes before and after cropping."""
     if conditioning.pooled is None:
         raise ValueError("SDXL needs the pooled text embedding")
-    dtype = input_dtype(model.denoiser)
-    added = {
-        "text_embeds": conditioning.pooled.to(dtype),
-        "time_ids": send(time_ids(sizes, len(noisy_latents)), noisy_latents.device),
-    }
+    dtype, numbers = input_dtype(model.denoiser), sizes.numbers
+    if numbers is None:
+        numbers = send(time_ids(sizes, len(noisy_latents)), noisy_latents.device)
+    added = {"text_embeds": conditioning.pooled.to(dtype), "time_ids": numbers}
     text = conditioning.encoder_hidden_states.to(dtype)
     prediction = model.denoiser(noisy_latents.to(dtype), timesteps, encoder_hidden_states=text, added_cond_kwargs=added)
     sample: torch.Tensor = prediction.sample
@@ -107,7 +106,7 @@ SDXL = Family(
             "lora_te2",
         ),
     ),
-    encode_prompt=clip_prompt_encoder(encode_two_encoders),
+    encode_prompt=TokenizedPrompts(encode_two_encoders),
     count_windows=count_windows,
     predict=predict_from_text_and_sizes,
     latent_space=kl_space(4),
@@ -124,5 +123,6 @@ SDXL = Family(
     kohya_base="sdxl_base_v1-0",
     resolution=lambda prediction_type: 1024,
     zeros_for_empty=True,
+    size_numbers=time_ids,
     refuses=DIFFUSION_REFUSES,
 )

@@ -56,6 +56,7 @@ class BenchCase:
 
 GPU_CASES = (
     BenchCase("SD 1.5, full, 512 px, batch 4", "sd1", {"batch_size": 4}, 3 * GIB),
+    BenchCase("SD 1.5, full, 512 px, batch 4, CUDA graphs", "sd1", {"batch_size": 4, "cuda_graphs": "on"}, 3 * GIB),
     BenchCase("SD 1.5, LoRA, 512 px, batch 4", "sd1", {"training_kind": "lora", "batch_size": 4}, 3 * GIB),
     BenchCase(
         "SDXL, LoRA, 1024 px, batch 1, checkpointing",

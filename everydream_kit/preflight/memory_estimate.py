@@ -26,6 +26,7 @@ from everydream_kit.strict_json import read_json
 
 if TYPE_CHECKING:
     from collections import Counter
+    from collections.abc import Sequence
 
     from everydream_kit.config import TrainConfig
     from everydream_kit.data.cache_room import CacheMode
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from everydream_kit.preflight.rehearsal import Rehearsal, SampleShape
     from everydream_kit.preflight.skeleton import Architecture
 
-VERSION = 8
+VERSION = 9
 """Of the method: raised where the same settings would now give other numbers."""
 
 DEFAULT_CONTEXT_BYTES = 600 * 2**20
@@ -393,9 +394,12 @@ def _conclude(config: TrainConfig, rehearsal: Rehearsal, device: str) -> MemoryE
         if before_run:
             peak.num_bytes -= peak.by_category.pop(STATES, 0)
         phases.append(_phase(stretch.name, peak.by_category))
-    standing = {name: rehearsal.standing.get(name, 0) for name in (WEIGHTS, VAE_WEIGHTS, STATES, EMA)}
+    stays = (WEIGHTS, VAE_WEIGHTS, STATES, EMA, *([SHARED_GRADIENTS] if rehearsal.has_graphs else []))
+    standing = {name: rehearsal.standing.get(name, 0) for name in stays}
     swapped = rehearsal.ema_bytes if rehearsal.ema_on_device or (device == "cpu" and rehearsal.ema_bytes) else 0
     phases.append(_phase("saving", {**standing, "other": swapped}))
+    if rehearsal.has_graphs:
+        phases = _next_to_graphs(phases)
     training = lives.named("training step")
     host = sum(rehearsal.standing.get(name, 0) for name in (HOST, IDLE, IDLE_VAE, LARGE_TEXTS))
     host += rehearsal.snapshot_bytes
@@ -414,6 +418,21 @@ def _conclude(config: TrainConfig, rehearsal: Rehearsal, device: str) -> MemoryE
         pass_launches=_launches_of_passes(training.launches) * config.grad_accum // rehearsal.num_micro_batches,
         update_launches=training.launches[OPTIMIZER],
     )
+
+
+def _next_to_graphs(phases: Sequence[Phase]) -> list[Phase]:
+    """Phases with the memory that captured passes hold: a pass's activations, next to whatever is eager.
+
+    That is the training step too, where a further shape's first passes come while another's graph is there.
+    """
+    step = next(phase for phase in phases if phase.name == "training step")
+    pool = sum(step.by_category.get(name, 0) for name in ("activations", "other"))
+    return [
+        phase
+        if phase.name.endswith("caching")
+        else _phase(phase.name, {**phase.by_category, "activations": phase.by_category.get("activations", 0) + pool})
+        for phase in phases
+    ]
 
 
 def _launches_of_passes(launches: Counter[str]) -> int:

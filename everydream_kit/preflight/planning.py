@@ -274,7 +274,7 @@ def _seconds_of(config: TrainConfig, steps: StepCount, step: StepSeconds | None,
     if step is None or not steps.num_steps:
         return {}
     assert isinstance(config.batch_size, int)
-    passes = FORWARDS_IN_A_STEP[config.training_kind] + config.gradient_checkpointing
+    passes = FORWARDS_IN_A_STEP[config.training_kind] + config.gradient_checkpointing * config.checkpointing_share
     forward = step.seconds / (passes * config.batch_size * config.grad_accum)
     parts = {"training": step.seconds * steps.num_steps}
     drawn, sampling_steps, _ = _grids(config)
@@ -367,6 +367,8 @@ def _assumptions(config: TrainConfig, gpu_spec: GpuSpec | None) -> Iterator[str]
     where = f"a {gpu_spec.name}" if gpu_spec is not None else "a CPU"
     yield f"memory is estimated by rehearsing the trainer's own step for {where}, with {MARGIN:.0%} of the memory kept free"
     yield "time counts training, samples and encoding; not downloads, set-up, validation and loading"
+    if config.cuda_graphs == "on":
+        yield "cuda_graphs: what they gain was not measured on a GPU yet; the time is that of eager steps"
     if config.max_steps is None:
         yield "every epoch has as many steps as the first"
     if config.seed == -1:

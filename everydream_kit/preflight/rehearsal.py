@@ -36,7 +36,9 @@ from everydream_kit.preflight.tracker import OPTIMIZER, SCRATCH, Lives, StorageT
 from everydream_kit.runs import RunFolder
 from everydream_kit.training.base import choose_formats, precision_of, select_trained
 from everydream_kit.training.flat import flat_optimizers
+from everydream_kit.training.graphs import why_eager
 from everydream_kit.training.journal import Journal
+from everydream_kit.training.kept_gradients import KeptGradients
 from everydream_kit.training.offload import idle_modules
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.run_builder import assemble_run
@@ -84,6 +86,7 @@ class Rehearsal:
             averaged ones next to them, of the optimizer's state and of the averages.
         side_bytes: of tokenizers and headers in a checkpoint's folder.
         snapshot_bytes: host memory that a save in the background takes while it writes.
+        has_graphs: passes would be captured on that device.
     """
 
     lives: Lives
@@ -98,6 +101,7 @@ class Rehearsal:
     state_bytes: int
     ema_bytes: int
     snapshot_bytes: int
+    has_graphs: bool = False
 
 
 def rehearse(
@@ -139,6 +143,7 @@ def rehearse(
         if device_type == "cuda":
             imitate_autocast(model.modules().values())
         run = _assemble(config, model, dataset, Path(logdir), device_type, tracker)
+        _keep_gradients(run, tracker, device_type)
         without_chance(model.denoiser)
         idle = _idle(config, run, latents) if device_type != "cpu" else []
         _label_idle(model, idle, tracker)
@@ -199,7 +204,7 @@ def _follow_gradient(parameter: torch.nn.Parameter, tracker: StorageTracker) -> 
 
     def label(owner: torch.Tensor) -> None:
         if owner.grad is not None:
-            tracker.label([owner.grad], GRADIENTS)
+            tracker.label([owner.grad], GRADIENTS, unless=SHARED_GRADIENTS)
 
     if parameter.requires_grad:
         parameter.register_post_accumulate_grad_hook(label)
@@ -238,6 +243,20 @@ def _assemble(  # noqa: PLR0917 - what a run is made of, each once
     if learner.ema is not None and device_type != "cpu" and config.ema_device == "cpu":
         tracker.label(learner.ema.averages, HOST)
     return run
+
+
+def _keep_gradients(run: Run, tracker: StorageTracker, device_type: str) -> None:
+    """Where passes would be captured: gradients that are there all the time."""
+    learner = run.learner
+    if run.config.cuda_graphs == "off" or why_eager(run.config, learner.model, learner.ranks, device_type) is not None:
+        return
+    for flat in flat_optimizers(learner.optimizer):
+        tracker.label(flat.gradients, SCRATCH)  # gone before the first step
+    learner.kept_gradients = KeptGradients(learner.optimizer)
+    for parameter in learner.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    learner.kept_gradients.clear()
+    tracker.label(learner.kept_gradients.wholes, SHARED_GRADIENTS)
 
 
 def _idle(config: TrainConfig, run: Run, latents: CacheMode) -> list[torch.nn.Module]:
@@ -307,11 +326,12 @@ def _rehearse_step(run: Run, tracker: StorageTracker, batch: Batch) -> int:
 
 def _launches_of_update(run: Run, tracker: StorageTracker) -> int:
     """Of every update but the first, which creates the states; it does not belong to the memory's trace."""
-    for parameter in run.learner.parameters():
+    stays = run.learner.kept_gradients is not None
+    for parameter in () if stays else run.learner.parameters():
         parameter.grad = torch.zeros_like(parameter)
     with tracker.stretch("update") as stretch:
         run.learner.update_weights(1)
-    for parameter in run.learner.parameters():
+    for parameter in () if stays else run.learner.parameters():
         parameter.grad = None  # where steps are made within the backward pass, the update leaves them
     tracker.record.stretches.pop()
     return stretch.launches.total()
@@ -380,6 +400,7 @@ def _summarise(config: TrainConfig, run: Run, tracker: StorageTracker, num_micro
         state_bytes=state_bytes + ema_bytes,
         ema_bytes=ema_bytes,
         snapshot_bytes=trained + state_bytes + (trained + ema_bytes if run.learner.ema is not None else 0),
+        has_graphs=run.learner.kept_gradients is not None,
     )
 
 

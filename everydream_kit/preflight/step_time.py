@@ -135,7 +135,7 @@ def benchmarked(config: TrainConfig, gpu_spec: GpuSpec, num_parameters: int) -> 
     wanted = configuration(config, gpu_spec, _model_of(num_parameters))
     for entry in read_bench(Path(config.logdir)):
         seconds = entry.get("seconds")
-        if isinstance(seconds, float) and seconds > 0 and wanted.items() <= entry.items():
+        if isinstance(seconds, float) and seconds > 0 and wanted.items() <= {**dict.fromkeys(wanted), **entry}.items():
             return StepSeconds(seconds, "measured here", f"everydream bench ({entry.get('source')})")
     return None
 
@@ -149,6 +149,7 @@ def read_bench(logdir: Path) -> list[dict[str, Any]]:
 def configuration(config: TrainConfig, gpu_spec: GpuSpec, model: str | None) -> dict[str, Any]:
     """The points in which two figures must agree to be about the same, as `speeds.json` names them."""
     mixed, lora = config.amp and not config.disable_amp, config.training_kind == "lora"
+    recomputes_some = config.gradient_checkpointing and config.checkpointing_share < 1
     return {
         "card": gpu_spec.name,
         "model": model,
@@ -158,6 +159,8 @@ def configuration(config: TrainConfig, gpu_spec: GpuSpec, model: str | None) -> 
         "grad_accum": config.grad_accum,
         "precision": "fp32" if not mixed else half_precision(config, gpu_spec),
         "gradient_checkpointing": config.gradient_checkpointing,
+        "checkpointing_share": config.checkpointing_share if recomputes_some else None,
+        "cuda_graphs": True if config.cuda_graphs == "on" else None,  # older entries do not say it
         "optimizer": config.optimizer or "adamw8bit",
         "trains_text": config.lora_text_encoder if lora else not config.disable_textenc_training,
         "lora_rank": config.lora_rank if lora else None,

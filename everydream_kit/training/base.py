@@ -6,7 +6,8 @@ file becomes a model is in `models.loading`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -232,15 +233,64 @@ def prepare_modules(model: Model, config: TrainConfig) -> None:
         # a frozen text encoder drops nothing out: what is remembered of a caption would keep one chance forever
         module.train(module is denoiser or any(parameter.requires_grad for parameter in module.parameters()))
     if config.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
-        for text_encoder in text_encoders if trains_texts(model.family) else ():
-            text_encoder.gradient_checkpointing_enable()
+        all_of_it = config.checkpointing_share == 1.0
+        kept = blocks_to_keep(denoiser, model.family.denoiser.blocks, config.checkpointing_share)
+        checkpoint_blocks(denoiser, text_encoders if trains_texts(model.family) and all_of_it else [], kept)
     if config.attn_type == "slice":
         denoiser.set_attention_slice("auto")
     if config.channels_last:
         denoiser.to(memory_format=torch.channels_last)
     if config.torch_compile:
         compile_blocks(model.denoiser, model.family.denoiser.blocks)
+
+
+def checkpoint_blocks(denoiser: Any, text_encoders: Sequence[Any], kept: Collection[Any] = ()) -> None:
+    """Let the libraries compute their blocks again in the backward pass, as they mark them.
+
+    What drops out must do the same the second time. Elsewhere the generators are left alone: reading them costs the host
+    time, and a capture forbids it.
+
+    Args:
+        kept: blocks of the denoiser that are not computed again.
+    """
+    import torch
+
+    for text_encoder in text_encoders:
+        options = {"use_reentrant": False, "preserve_rng_state": drops_out(text_encoder)}
+        text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    preserves, keeps = drops_out(denoiser), frozenset(map(id, kept))
+
+    def run(block: Any, *inputs: Any) -> Any:
+        if id(block) in keeps:
+            return block(*inputs)
+        return torch.utils.checkpoint.checkpoint(
+            block.__call__, *inputs, use_reentrant=False, preserve_rng_state=preserves
+        )
+
+    denoiser.enable_gradient_checkpointing(run)
+
+
+def blocks_to_keep(denoiser: torch.nn.Module, names: Sequence[str], share: float) -> list[torch.nn.Module]:
+    """The blocks that are left when a share of them is recomputed.
+
+    What a block holds grows with its width, and its arithmetic with its weights, each times the tokens. So a block with fewer
+    weights holds more for each operation: in a UNet those of the highest resolution. Equal ones go in their order.
+
+    Args:
+        names: classes of the blocks (`Component.blocks`).
+    """
+    blocks = [m for m in denoiser.modules() if any(kind.__name__ in names for kind in type(m).__mro__)]
+    blocks.sort(key=lambda block: sum(p.numel() for p in block.parameters()))
+    return blocks[math.ceil(share * len(blocks)) :]
+
+
+def drops_out(module: torch.nn.Module) -> bool:
+    """Whether some layer drops out by chance: a Dropout, or an attention that has the share as a number."""
+    import torch
+
+    layers = list(module.modules())
+    shares = [layer.p if isinstance(layer, torch.nn.Dropout) else vars(layer).get("dropout") for layer in layers]
+    return any(isinstance(share, float) and share > 0 for share in shares)
 
 
 def tile_large_images(model: Model, precision: Precision) -> None:

@@ -42,6 +42,7 @@ class _Buffer:
         gradient: (as `whole`,) the memory that the buffers' gradients share.
         gradient_pieces: the parameters' places in `gradient`.
         gaps: the numbers of `gradient` between the pieces.
+        keeps: `gradient` is this buffer's own, and the parameters' gradients live there (`kept_gradients`).
     """
 
     whole: torch.nn.Parameter
@@ -50,13 +51,16 @@ class _Buffer:
     gradient: torch.Tensor
     gradient_pieces: list[torch.Tensor]
     gaps: list[torch.Tensor]
+    keeps: bool = False
 
     def step(self) -> None:
-        # None: of a process without an image, or of a path that was not taken
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p, _ in self.pieces]
-        torch._foreach_copy_(self.gradient_pieces, gradients)
-        if self.gaps:
-            torch._foreach_zero_(self.gaps)
+        pieces = zip(self.pieces, self.gradient_pieces, strict=True)
+        if not (self.keeps and all(parameter.grad is place for (parameter, _), place in pieces)):
+            # None: of a process without an image, or of a path that was not taken
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p, _ in self.pieces]
+            torch._foreach_copy_(self.gradient_pieces, gradients)
+            if self.gaps:
+                torch._foreach_zero_(self.gaps)
         self.whole.grad = self.gradient
         self.optimizer.step()
         self.whole.grad = None
@@ -108,6 +112,20 @@ class FlatOptimizer:
     def gradients(self) -> list[torch.Tensor]:
         """What the buffers' gradients share."""
         return [buffer.gradient for buffer in self._buffers]
+
+    def keep_gradients(self) -> list[tuple[torch.Tensor, dict[torch.nn.Parameter, torch.Tensor]]]:
+        """Give each buffer that has none yet memory of its own for gradients, zeros, and say where each parameter's is."""
+        new = [buffer for buffer in self._buffers if not buffer.keeps]
+        for buffer in new:  # all together: the shared memory goes with the last
+            buffer.gradient = torch.empty(0)
+            buffer.gradient_pieces, buffer.gaps = [], []
+        for buffer in new:
+            buffer.keeps, buffer.gradient = True, torch.zeros_like(buffer.whole.data)
+            buffer.gradient_pieces = [place_of(buffer.gradient, start, p) for p, start in buffer.pieces]
+        return [
+            (one.gradient, {p: place for (p, _), place in zip(one.pieces, one.gradient_pieces, strict=True)})
+            for one in new
+        ]
 
     def watch(self, watcher: Callable[[Any], None]) -> None:
         """Call something with each inner optimizer, those that are made later too."""
@@ -256,6 +274,14 @@ def _cut(parameters: list[torch.nn.Parameter], max_numbers: int) -> list[list[to
         runs[-1].append(parameter)
         numbers += _padded(parameter)
     return runs
+
+
+def lay_out(parameters: Sequence[torch.Tensor]) -> tuple[list[int], int]:
+    """Where each begins if they lie one behind the other, and how many numbers that takes."""
+    starts = [0]
+    for parameter in parameters:
+        starts.append(starts[-1] + _padded(parameter))
+    return starts[:-1], starts[-1]
 
 
 def _padded(parameter: torch.Tensor) -> int:

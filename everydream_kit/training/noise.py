@@ -96,17 +96,21 @@ def perturb_input(noise: torch.Tensor, gamma: float, sources: Sequence[Source]) 
     return noise + gamma * _standard_normal_like(noise, sources)
 
 
-def perturb_embeddings(embeddings: torch.Tensor, gamma: float, sources: Sequence[Source]) -> torch.Tensor:
+def standard_normal(shape_one: tuple[int, ...], sources: Sequence[Source]) -> torch.Tensor:
+    """(B, ...) float32 on the CPU: N(0, 1), each image's from its own source."""
+    return torch.stack([torch.randn(shape_one, generator=as_generator(s)) for s in sources])
+
+
+def perturb_embeddings(embeddings: torch.Tensor, gamma: float, noise: torch.Tensor) -> torch.Tensor:
     """Text embeddings with noise of standard deviation gamma / sqrt(D), against memorizing captions (arXiv 2405.20494).
 
     Args:
         embeddings: (B, L, D) on any device; gradients flow through.
         gamma: strength; about 1.
-        sources: a seed or generator for each image.
+        noise: (B, L, D), standard normal, on the same device.
     """
-    return embeddings + gamma / math.sqrt(embeddings.shape[-1]) * _standard_normal_like(embeddings, sources)
+    return embeddings + gamma / math.sqrt(embeddings.shape[-1]) * noise.to(embeddings.dtype)
 
 
 def _standard_normal_like(tensor: torch.Tensor, sources: Sequence[Source]) -> torch.Tensor:
-    drawn = torch.stack([torch.randn(tensor.shape[1:], generator=as_generator(s)) for s in sources])
-    return send(drawn, tensor.device).to(tensor.dtype)
+    return send(standard_normal(tuple(tensor.shape[1:]), sources), tensor.device).to(tensor.dtype)

@@ -20,7 +20,7 @@ import torch
 
 from everydream_kit.errors import ConfigError
 from everydream_kit.training.combined import CombinedOptimizer, FusedBackwardOptimizer
-from everydream_kit.training.flat import FlatOptimizer
+from everydream_kit.training.flat import BUFFER_NUMBERS, FlatOptimizer
 from everydream_kit.training.parts import PartSettings, plain_name
 from everydream_kit.training.rounding import RoundedOptimizer
 
@@ -161,6 +161,7 @@ def build_optimizer_for_parts(
     rounding_seed: int | None = None,
     fused_backward: bool = False,
     flat: bool = False,
+    buffer_numbers: int = BUFFER_NUMBERS,
 ) -> AnyOptimizer:
     """Make the optimizer of everything that is trained: one group for each part.
 
@@ -171,7 +172,7 @@ def build_optimizer_for_parts(
         settings: for each part, in the same order.
         rounding_seed: the run's seed, where bfloat16 weights should be rounded stochastically.
         fused_backward: step inside the backward pass (see `combined`).
-        flat: step a few buffers where the optimizer allows it (see `flat`).
+        flat: step a few buffers, of at most `buffer_numbers`, where the optimizer allows it (see `flat`).
 
     Raises:
         ConfigError: as `build_optimizer`; or fused_backward with an optimizer that needs all gradients together.
@@ -194,7 +195,7 @@ def build_optimizer_for_parts(
         if fused_backward:
             optimizers.append(FusedBackwardOptimizer(build, groups))
         elif flat and rounding_seed is None and is_elementwise(name):
-            optimizers.append(FlatOptimizer(build, groups))
+            optimizers.append(FlatOptimizer(build, groups, buffer_numbers=buffer_numbers))
         else:
             optimizers.append(build(groups))
     return optimizers[0] if len(optimizers) == 1 else CombinedOptimizer(optimizers)

@@ -47,6 +47,7 @@ from everydream_kit.training.ema_builder import build_ema
 from everydream_kit.training.file_hashes import OpenFile
 from everydream_kit.training.flat_check import check_flat_weights, lays_flat
 from everydream_kit.training.gradient_sums import GradientSums
+from everydream_kit.training.graphs import add_graphs, numbers_of_a_buffer
 from everydream_kit.training.held_out_images import ValidationSet, split_dataset
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.objectives import OBJECTIVES
@@ -183,6 +184,7 @@ def assemble_run(
         stop=stop,
         measured=[entry.dataset for entry in validation_sets] if encodes_ahead else None,
     )
+    add_graphs(config, sync.learner, journal)
     return Run(
         config=config,
         folder=folder,
@@ -406,6 +408,7 @@ def build_learner(
         rounding_seed=seed if config.weight_dtype == "bfloat16" else None,
         fused_backward=config.fused_backward,
         flat=lays_flat(config, device_type) and not is_sharded,
+        buffer_numbers=numbers_of_a_buffer(config, model, ranks, device_type),
     )
     sums = GradientSums(parameters_of(optimizer), ranks) if ranks.num_ranks > 1 and not is_sharded else None
     return Learner(

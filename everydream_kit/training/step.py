@@ -11,7 +11,6 @@ Not here: which images a step has (`data.epoch_plan`), what other processes do m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -22,17 +21,27 @@ import torch
 
 from everydream_kit.data.pixels import LATENT_CELL_PIXELS
 from everydream_kit.draws import derive_seed, torch_generator
-from everydream_kit.models.encoding import encode_captions, encode_moments, latents_from_moments
-from everydream_kit.models.family import Conditioning, Sizes
+from everydream_kit.models.clip_text import TokenizedPrompts
+from everydream_kit.models.encoding import (
+    encode_captions,
+    encode_moments,
+    latents_from_moments,
+    row_factors,
+    scale_rows,
+)
+from everydream_kit.models.family import Conditioning, PromptSettings, Sizes
+from everydream_kit.models.tokens import expand_tokens
+from everydream_kit.training.base import drops_out
 from everydream_kit.training.combined import measure_gradient_norm, take_gradient_norm
 from everydream_kit.training.decisions import Decisions
 from everydream_kit.training.losses import ImageLosses, refuse_non_finite
-from everydream_kit.training.noise import make_noise, perturb_embeddings, perturb_input
+from everydream_kit.training.noise import make_noise, perturb_embeddings, perturb_input, standard_normal
 from everydream_kit.training.objectives import denoising_losses
 from everydream_kit.training.offload import IdleModels
 from everydream_kit.training.optimizers import parameters_of
 from everydream_kit.training.sharding import as_whole
 from everydream_kit.training.skipping import Update, find_non_finite, finds_non_finite
+from everydream_kit.training.step_inputs import StepInputs
 from everydream_kit.training.timesteps import draw_timesteps
 from everydream_kit.transfers import Fetched, send
 
@@ -44,6 +53,7 @@ if TYPE_CHECKING:
     from everydream_kit.models.family import Model
     from everydream_kit.training.ema import Ema
     from everydream_kit.training.gradient_sums import GradientSums
+    from everydream_kit.training.kept_gradients import KeptGradients
     from everydream_kit.training.objectives import Objective
     from everydream_kit.training.optimizers import AnyOptimizer
     from everydream_kit.training.parameters import TrainedPart
@@ -70,6 +80,8 @@ class Learner:
         wants_gradient_norm: whether the norm is wanted after so many steps.
         is_sharded: the trained modules are divided among the processes (`sharding`).
         saves_components: a checkpoint holds whole components, and not only what is trained of them (adapters, tokens).
+        graphs: `learn_from`, eager or replayed, where there are CUDA graphs (`graphs`).
+        kept_gradients: where gradients stay for them.
     """
 
     model: Model
@@ -93,10 +105,12 @@ class Learner:
     is_sharded: bool = False
     saves_components: bool = True
     decisions: Decisions = field(default_factory=Decisions)
+    graphs: Callable[[StepInputs], torch.Tensor] | None = None
+    kept_gradients: KeptGradients | None = None
     has_dropout: bool = field(init=False)  # an adapter's, or the base model's own
 
     def __post_init__(self) -> None:
-        self.has_dropout = any(_drops_out(m) for m in [self.model.denoiser, *self.model.text_encoders])
+        self.has_dropout = any(drops_out(m) for m in [self.model.denoiser, *self.model.text_encoders])
 
     # The step, in the order of the loop
 
@@ -125,16 +139,32 @@ class Learner:
         Raises:
             NonFiniteLossError: where weights change inside the backward pass; elsewhere the loop looks at the whole step.
         """
-        losses = self.image_losses(batch, work)
+        inputs = self.draw_inputs(batch, work)
+        if self.graphs is not None:
+            return self.graphs(inputs)
+        losses = self.losses_of(inputs)
         if self.updates_in_backward:  # it is now or never
             refuse_non_finite(_single(batch, losses), step)
-        share = share_of_step(losses, batch.loss_scale, work.loss_divisor)
-        if self.is_sharded:
-            share = share * self.ranks.num_ranks  # FSDP takes the mean over the processes where we want the sum
         if self.gradient_sums is not None and batch is work.batches[-1]:
             self.gradient_sums.watch()
-        (self.precision.scale(share) * _one_or_nan(losses)).backward()
+        self._add_gradients(losses, inputs)
         return losses.detach()
+
+    def learn_from(self, inputs: StepInputs) -> torch.Tensor:
+        """Forward and backward of a micro-batch, reading inputs and weights alone: what a GPU can capture and replay.
+
+        Returns:
+            (B,) float32 losses, detached.
+        """
+        losses = self.losses_of(inputs)
+        self._add_gradients(losses, inputs)
+        return losses.detach()
+
+    def _add_gradients(self, losses: torch.Tensor, inputs: StepInputs) -> None:
+        share = share_of_step(losses, inputs.loss_scale, inputs.loss_divisor)
+        if self.is_sharded:
+            share = share * self.ranks.num_ranks  # FSDP takes the mean over the processes where we want the sum
+        (self.precision.scale(share) * _one_or_nan(losses)).backward()
 
     def update_weights(self, step: int) -> Update:
         """Reduce, measure, clip, step, zero. Where a loss or a gradient is not finite, nothing is stepped.
@@ -157,7 +187,10 @@ class Learner:
         if norm is not None and self.clip_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_grad_norm, norm)
         self.precision.step(self.optimizer, skip=skip)
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.kept_gradients is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self.kept_gradients.clear()
         return update
 
     def refuse_non_finite(self, losses: ImageLosses, update: Update, step: int) -> None:
@@ -175,6 +208,10 @@ class Learner:
 
     def image_losses(self, batch: Batch, work: StepBatches) -> torch.Tensor:
         """(B,) float32: the objective's loss for each image of a micro-batch."""
+        return self.losses_of(self.draw_inputs(batch, work))
+
+    def draw_inputs(self, batch: Batch, work: StepBatches) -> StepInputs:
+        """What belongs to a micro-batch: drawn by address, encoded where nothing is learned in that, and sent to the device."""
         settings = self.noise_settings
         latents = self.encode_images(batch)  # (B, C, h, w), as the denoiser knows them
         noise = make_noise(
@@ -184,22 +221,79 @@ class Learner:
             pyramid_discount=settings.pyramid_noise_discount,
         )
         noise = send(noise, latents.device).to(latents.dtype)
-        timesteps = send(self._draw_timesteps(batch, work), latents.device)  # (B,)
-        input_noise = noise
+        inputs = StepInputs(
+            latents,
+            noise,
+            timesteps=send(self._draw_timesteps(batch, work), latents.device),
+            loss_scale=send(batch.loss_scale, latents.device),
+            loss_divisor=send(torch.tensor(float(work.loss_divisor)), latents.device),
+            sizes=self._sizes_of(batch, latents.device),
+            mask=None if batch.mask is None else send(batch.mask, latents.device),
+        )
         if settings.input_perturbation:
-            input_noise = perturb_input(noise, settings.input_perturbation, self.generators(batch, "input noise"))
+            inputs.input_noise = perturb_input(
+                noise, settings.input_perturbation, self.generators(batch, "input noise")
+            )
+        self._draw_text(inputs, batch)
+        return inputs
+
+    def losses_of(self, inputs: StepInputs) -> torch.Tensor:
+        """(B,) float32: forward, from inputs and weights alone. The host decides nothing by a value here."""
 
         def predict(noisy_latents: torch.Tensor) -> torch.Tensor:
-            with self.precision.autocast():
-                conditioning = self.encode_captions(batch.captions)
-                if settings.embedding_perturbation:
-                    generators = self.generators(batch, "embedding")
-                    conditioning = _perturbed(conditioning, settings.embedding_perturbation, generators)
-                return self.predict(batch, noisy_latents, timesteps, conditioning)
+            # a capture must find no cast weights of an earlier pass, and a replay gives what the calls before it gave
+            with self.precision.autocast(keep_casts=self.graphs is None):
+                return self.predict(inputs.sizes, noisy_latents, inputs.timesteps, self._condition(inputs))
 
         return denoising_losses(
-            self.objective, predict, latents, noise, timesteps, mask=batch.mask, input_noise=input_noise
+            self.objective,
+            predict,
+            inputs.latents,
+            inputs.noise,
+            inputs.timesteps,
+            mask=inputs.mask,
+            input_noise=inputs.input_noise,
         )
+
+    def _draw_text(self, inputs: StepInputs, batch: Batch) -> None:
+        """Token ids where a text encoder is trained, else what the denoiser is conditioned on, and the noise for that."""
+        encoder = self.model.family.encode_prompt
+        if self.trains_text and isinstance(encoder, TokenizedPrompts):
+            captions = [expand_tokens(self.model, caption) for caption in batch.captions]
+            inputs.token_ids = encoder.tokenize(self.model, captions, PromptSettings(self.clip_skip))
+            rows = row_factors(self.model, captions, always=self.graphs is not None)
+            inputs.text_rows = None if rows is None else send(torch.tensor(rows), inputs.latents.device)
+            shape: tuple[int, ...] = encoder.shape(self.model)
+        else:
+            inputs.conditioning = self.encode_captions(batch.captions)
+            shape = tuple(inputs.conditioning.encoder_hidden_states.shape[1:])
+        if self.noise_settings.embedding_perturbation:
+            noise = standard_normal(shape, self.generators(batch, "embedding"))
+            inputs.text_noise = send(noise, inputs.latents.device)
+
+    def _condition(self, inputs: StepInputs) -> Conditioning:
+        """What the denoiser is conditioned on."""
+        conditioning = inputs.conditioning
+        if conditioning is None:
+            encoder = self.model.family.encode_prompt
+            assert isinstance(encoder, TokenizedPrompts)
+            conditioning = encoder.encode(self.model, inputs.token_ids, PromptSettings(self.clip_skip))
+            if inputs.text_rows is not None:
+                conditioning = scale_rows(conditioning, inputs.text_rows)
+        if inputs.text_noise is not None:
+            states, gamma = conditioning.encoder_hidden_states, self.noise_settings.embedding_perturbation
+            conditioning = replace(
+                conditioning, encoder_hidden_states=perturb_embeddings(states, gamma, inputs.text_noise)
+            )
+        return conditioning
+
+    def _sizes_of(self, batch: Batch, device: torch.device) -> Sizes:
+        """For the pass: numbers on the device, and nothing of single images that it could read on the host."""
+        numbers = self.model.family.size_numbers
+        if numbers is None:
+            return Sizes((), (), batch.planned.bucket)
+        made = numbers(sizes_of(batch), len(batch.captions))
+        return Sizes((), (), batch.planned.bucket, send(made, device))
 
     def generators(self, batch: Batch, purpose: str) -> list[torch.Generator]:
         """One generator for each image of the batch, by its address."""
@@ -244,10 +338,9 @@ class Learner:
                     return self.text_cache.encode(captions)
 
     def predict(
-        self, batch: Batch, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+        self, sizes: Sizes, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
-        """The denoiser's prediction, (B, C, h, w) float32, with the sizes that its family is conditioned on."""
-        sizes = Sizes(batch.original_sizes, batch.crop_top_lefts, batch.planned.bucket)
+        """The denoiser's prediction, (B, C, h, w) float32."""
         return self.model.family.predict(self.model, noisy_latents, timesteps, conditioning, sizes)
 
     def _draw_timesteps(self, batch: Batch, work: StepBatches) -> torch.Tensor:
@@ -295,7 +388,12 @@ class Learner:
         return self.ema.swapped() if self.ema is not None else nullcontext()
 
 
-def share_of_step(losses: torch.Tensor, loss_scale: torch.Tensor, loss_divisor: int) -> torch.Tensor:
+def sizes_of(batch: Batch) -> Sizes:
+    """Where the images of a batch come from."""
+    return Sizes(batch.original_sizes, batch.crop_top_lefts, batch.planned.bucket)
+
+
+def share_of_step(losses: torch.Tensor, loss_scale: torch.Tensor, loss_divisor: torch.Tensor | int) -> torch.Tensor:
     """What a micro-batch adds to the loss of its step.
 
     Args:
@@ -303,30 +401,20 @@ def share_of_step(losses: torch.Tensor, loss_scale: torch.Tensor, loss_divisor: 
         loss_scale: (B,), weight of each image; 0 for fillers.
         loss_divisor: the same for all steps of an epoch (`EpochPlan.images_in_fullest_step`).
     """
-    return (losses * send(loss_scale, losses.device)).sum() / loss_divisor
+    return (losses * loss_scale).sum() / loss_divisor
 
 
 def _one_or_nan(losses: torch.Tensor) -> torch.Tensor:
     """() NaN if a loss is not finite, else 1. As a factor it reaches every gradient, of other processes too.
 
-    By itself an infinite loss need not: the derivative of a square that overflows is finite.
+    By itself an infinite loss need not: the derivative of a square that overflows is finite. A quotient and no choice between
+    two numbers of the host: those would be sent first, which waits for the device.
     """
-    return torch.where(losses.detach().isfinite().all(), 1.0, math.nan)
+    one_or_zero = losses.detach().isfinite().all().float()
+    return one_or_zero / one_or_zero
 
 
 def _single(batch: Batch, losses: torch.Tensor) -> ImageLosses:
     single = ImageLosses()
     single.add(batch, losses.detach())
     return single
-
-
-def _perturbed(conditioning: Conditioning, gamma: float, generators: list[torch.Generator]) -> Conditioning:
-    embeddings = perturb_embeddings(conditioning.encoder_hidden_states, gamma, generators)
-    return replace(conditioning, encoder_hidden_states=embeddings)
-
-
-def _drops_out(module: torch.nn.Module) -> bool:
-    """Whether some layer drops out by chance: a Dropout, or an attention that has the share as a number."""
-    layers = list(module.modules())
-    shares = [layer.p if isinstance(layer, torch.nn.Dropout) else vars(layer).get("dropout") for layer in layers]
-    return any(isinstance(share, float) and share > 0 for share in shares)

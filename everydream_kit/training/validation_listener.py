@@ -13,6 +13,7 @@ import torch
 
 from everydream_kit.data.loader import make_loader
 from everydream_kit.training.reports import Listener, ObservedRun, StepReport
+from everydream_kit.training.step import sizes_of
 from everydream_kit.training.validation import (
     LossCurve,
     once_each,
@@ -144,7 +145,7 @@ def measure_loss(run: Run, dataset: Dataset, settings: ValidationGroup, *, avera
         batch: Batch, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
         with learner.precision.autocast():
-            return learner.predict(batch, noisy_latents, timesteps, conditioning)
+            return learner.predict(sizes_of(batch), noisy_latents, timesteps, conditioning)
 
     with loader, run.sync.whole_model(averaged=averaged):
         return validate(

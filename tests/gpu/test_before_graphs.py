@@ -20,6 +20,7 @@ from everydream_kit.training.journal import Journal
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.run import Run
 from everydream_kit.training.run_builder import assemble_run
+from everydream_kit.training.step import sizes_of
 from everydream_kit.transfers import send
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -101,7 +102,7 @@ def test_a_captured_pass_gives_the_losses_and_gradients_of_a_call(run: Run) -> N
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.zero_()
-        error = learner.predict(batch, static["noisy"], timesteps, text) - static["target"]
+        error = learner.predict(sizes_of(batch), static["noisy"], timesteps, text) - static["target"]
         mean = error.square().mean()
         mean.backward()
         loss.copy_(mean.detach())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import subprocess
@@ -115,6 +116,32 @@ def test_flat_weights_train_as_separate_ones(settings: dict[str, Any], tmp_path:
     flat = train(config.replace(flat_weights="on"))
     separate = train(config.replace(flat_weights="off", logdir=str(tmp_path / "separate")))
     assert losses_of(flat) == pytest.approx(losses_of(separate), rel=1e-6)
+
+
+@needs_cuda
+@pytest.mark.parametrize("kind", ["defaults", "float16", "8-bit AdamW", "LoRA", "checkpointing", "accumulated"])
+def test_replayed_passes_train_as_eager_ones(
+    settings: dict[str, Any], tmp_path: Path, deterministic: None, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """What decides over `cuda_graphs`: twenty steps, samples and a save between them."""
+    caplog.set_level(logging.INFO)
+    more = {"checkpointing": {"gradient_checkpointing": True}, "accumulated": {"grad_accum": 2}}
+    changed = {**KINDS.get(kind, {}), **more.get(kind, {}), "max_epochs": 40, "max_steps": 20, "sample_steps": 10}
+    config = TrainConfig(**{**settings, **changed})
+    eager = train(config)
+    replayed = train(config.replace(cuda_graphs="on", logdir=str(tmp_path / "replayed")))
+    assert "CUDA graph 1: a pass of" in caplog.text
+    assert losses_of(replayed) == pytest.approx(losses_of(eager), rel=1e-6)
+
+
+@needs_cuda
+def test_a_run_with_graphs_resumes_without_them(settings: dict[str, Any], tmp_path: Path, deterministic: None) -> None:
+    config = TrainConfig(**{**settings, "max_epochs": 40, "max_steps": 12})
+    complete = train(config)
+    graphs = config.replace(cuda_graphs="on", logdir=str(tmp_path / "parted"))
+    parted = train(graphs, listeners=[StopAfter(7)])
+    resume(parted.folder, changes={"cuda_graphs": "off"})
+    assert losses_of(parted) == pytest.approx(losses_of(complete), rel=1e-6)
 
 
 def test_sdxl_trains_a_lora_and_samples_meanwhile(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ConfigError
 from everydream_kit.runs import RunFolder
 from everydream_kit.sessions import resume, train
+from everydream_kit.training.control import StopSignal
+from everydream_kit.training.loop import train_loop
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +267,25 @@ def test_measures_that_save_memory_leave_the_losses_as_they_are(settings: dict[s
     assert not plain_unet.is_gradient_checkpointing
     assert not any("Sliced" in type(p).__name__ for p in plain_unet.attn_processors.values())
     assert not plain_unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_share_of_the_blocks_is_recomputed_and_the_losses_stay(settings: dict[str, Any], plain: Rehearsal) -> None:
+    calls: Counter[int] = Counter()
+    losses: list[float] = []
+    with prepared(**settings, gradient_checkpointing=True, checkpointing_share=0.25) as rehearsal:
+        learner = rehearsal.run.learner
+        names = learner.model.family.denoiser.blocks
+        blocks = [m for m in learner.model.unet.modules() if type(m).__name__ in names]
+        for block in blocks:
+            block.register_forward_pre_hook(lambda module, inputs: calls.update([id(module)]))
+        train_loop(rehearsal.run, [lambda run, report: losses.append(report.losses.mean)], StopSignal())
+    assert losses == plain.losses  # to the bit
+    num_steps = len(losses)
+    twice = [block for block in blocks if calls[id(block)] == 2 * num_steps]
+    assert len(twice) == math.ceil(0.25 * len(blocks))
+    weights = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    assert max(sum(p.numel() for p in block.parameters()) for block in twice) == sorted(weights)[len(twice) - 1]
+    assert not learner.model.text_encoders[0].is_gradient_checkpointing
 
 
 def test_a_fused_backward_keeps_no_gradient_and_gives_the_same_losses(

@@ -28,7 +28,7 @@ class LinearMemory:
         self.options.append(options)
         activations = 0.5 * config.batch_size * (max(config.resolutions) / 512) ** 2
         activations *= 1 if config.amp and not config.disable_amp else 2
-        activations *= 0.1 if config.gradient_checkpointing else 1
+        activations *= 1 - 0.9 * config.checkpointing_share if config.gradient_checkpointing else 1
         standing = 4.0 * (0.5 if config.weight_dtype == "bfloat16" else 1) + 4.0 * (config.training_kind == "full")
         standing -= 0.25 * config.offload_idle_models + 0.5 * config.disable_textenc_training
         peak = int((activations + standing) * GIB)

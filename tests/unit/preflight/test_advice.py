@@ -50,6 +50,7 @@ def test_the_context_of_the_card_counts():
     ("gib", "changes"),
     [
         (11.8, {"offload_idle_models": True}),  # 11.75
+        (10.3, {"gradient_checkpointing": True, "checkpointing_share": 0.5}),  # 10.2
         (8.5, {"gradient_checkpointing": True}),  # 8.4; offloading is not needed for it
         (8.2, {"offload_idle_models": True, "gradient_checkpointing": True}),  # 8.15
         (8.0, {"offload_idle_models": True, "gradient_checkpointing": True, "batch_size": 4, "grad_accum": 2}),  # 7.95
@@ -73,6 +74,8 @@ def test_the_cheapest_change_in_speed_that_is_enough_is_taken(gib, changes):
 
 
 def name_of(setting):
+    if setting == "checkpointing_share":
+        return "gradient_checkpointing"
     return "batch_size, grad_accum" if setting in ("batch_size", "grad_accum") else setting
 
 

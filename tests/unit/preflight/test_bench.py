@@ -16,7 +16,7 @@ from everydream_kit.preflight.step_time import BENCH_FILE, estimate_step, read_b
 
 @pytest.fixture
 def on_h100(monkeypatch):
-    """A machine with an H100 whose cases take 0.1, 0.2 and 0.3 s."""
+    """A machine with an H100 whose cases take 0.1, 0.2, 0.3 and 0.4 s."""
     seconds = {case.name: 0.1 * number for number, case in enumerate(GPU_CASES, 1)}
     monkeypatch.setattr("everydream_kit.preflight.gpus.this_gpu", lambda index=0: find_gpu("H100"))
     monkeypatch.setattr(module, "measure", lambda case: BenchResult(case.name, seconds[case.name], 12 * 1024**3))
@@ -44,7 +44,8 @@ def test_a_plan_takes_what_was_measured_for_the_same_configuration(on_h100, tmp_
     step = planned(tmp_path, batch_size=4)
     assert (step.seconds, step.basis) == (0.1, "measured here")
     assert step.source.startswith("everydream bench (this machine, ")
-    assert planned(tmp_path, batch_size=4, training_kind="lora").seconds == 0.2
+    assert planned(tmp_path, batch_size=4, cuda_graphs="on").seconds == 0.2
+    assert planned(tmp_path, batch_size=4, training_kind="lora").seconds == pytest.approx(0.3)
     for other in ({"batch_size": 5}, {"batch_size": 4, "optimizer": "lion"}, {"batch_size": 4, "resolution": 576}):
         assert planned(tmp_path, **other).basis == "computed"
 
@@ -53,7 +54,7 @@ def test_a_second_measurement_replaces_the_first(on_h100, tmp_path):
     bench(tmp_path)
     on_h100[GPU_CASES[0].name] = 0.05
     bench(tmp_path, cases=GPU_CASES[:1])
-    assert sorted(one["seconds"] for one in read_bench(tmp_path)) == pytest.approx([0.05, 0.2, 0.3])
+    assert sorted(one["seconds"] for one in read_bench(tmp_path)) == pytest.approx([0.05, 0.2, 0.3, 0.4])
 
 
 def test_a_damaged_file_is_as_good_as_none(on_h100, tmp_path):

@@ -116,6 +116,17 @@ def test_an_average_lives_where_the_setting_says(estimate):
     assert on_gpu.weight_bytes_written == 2 * estimate().weight_bytes_written
 
 
+def test_cuda_graphs_keep_gradients_and_the_memory_of_a_pass(estimate, real_model):
+    eager, graphs = estimate(), estimate(cuda_graphs="on")
+    trained = [p for m in (real_model.unet, *real_model.text_encoders) for p in m.parameters()]
+    gradients = sum(-(-p.numel() // 256) * 256 * 4 for p in trained)  # each begins at a multiple of 256 numbers
+    step, saving = phase(graphs).by_category, phase(graphs, "saving").by_category
+    assert step["gradients"] == saving["gradients"] == pytest.approx(gradients, rel=0.01)
+    assert step["activations"] > 1.8 * phase(eager).by_category["activations"]
+    assert saving["activations"] > 0.9 * phase(eager).by_category["activations"]
+    assert estimate(device="cpu", cuda_graphs="on").peak_bytes == estimate(device="cpu").peak_bytes
+
+
 def test_a_fused_backward_never_holds_all_gradients(estimate):
     fused = phase(estimate(fused_backward=True, disable_textenc_training=True))
     plain = phase(estimate(disable_textenc_training=True))

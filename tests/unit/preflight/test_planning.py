@@ -97,8 +97,8 @@ def test_what_does_not_fit_is_said_first_and_how_it_would(settings):
     made = planned({**settings, "gradient_checkpointing": False, "batch_size": 16})
     assert made.fits is False
     assert "does not fit: 16.4 of 14.6 GiB" in made.line
-    assert made.advice.changes == {"gradient_checkpointing": True}
-    assert "to make it fit (9.2 GiB):" in made.text
+    assert made.advice.changes == {"gradient_checkpointing": True, "checkpointing_share": 0.5}
+    assert "to make it fit (12.8 GiB):" in made.text
     assert made.warnings[0].startswith("It does not fit the T4: 16.4 GiB are estimated; 13.5 GiB are available.")
 
 

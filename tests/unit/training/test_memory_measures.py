@@ -48,6 +48,7 @@ def test_the_message_lists_what_to_lower_in_order():
     assert names == [
         "offload_idle_models",
         "gradient_checkpointing",
+        "gradient_checkpointing",
         "batch_size, grad_accum",
         "attn_type",
         "optimizer",

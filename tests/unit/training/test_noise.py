@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from everydream_kit.draws import torch_generator
-from everydream_kit.training.noise import make_noise, perturb_embeddings, perturb_input
+from everydream_kit.training.noise import make_noise, perturb_embeddings, perturb_input, standard_normal
 
 SHAPE = (4, 24, 16)
 OPTIONS = [{}, {"offset": 0.1}, {"pyramid_discount": 0.5}, {"offset": 0.1, "pyramid_discount": 0.5}]
@@ -87,7 +87,7 @@ def test_input_perturbation_adds_gamma_times_fresh_noise():
 
 def test_embedding_perturbation_has_the_spread_gamma_over_root_dim_and_lets_gradients_through():
     embeddings = torch.zeros(8, 77, 64, requires_grad=True)
-    perturbed = perturb_embeddings(embeddings, 2.0, list(range(8)))
+    perturbed = perturb_embeddings(embeddings, 2.0, standard_normal(tuple(embeddings.shape[1:]), list(range(8))))
     assert (perturbed.std() - 0.25).abs() < 0.005  # 2 / sqrt(64)
     perturbed.sum().backward()
     assert torch.equal(embeddings.grad, torch.ones_like(embeddings))
@@ -95,4 +95,4 @@ def test_embedding_perturbation_has_the_spread_gamma_over_root_dim_and_lets_grad
 
 def test_perturbations_keep_the_type():
     embeddings = torch.zeros(1, 77, 64, dtype=torch.bfloat16)
-    assert perturb_embeddings(embeddings, 1.0, [0]).dtype == torch.bfloat16
+    assert perturb_embeddings(embeddings, 1.0, torch.zeros(1, 77, 64)).dtype == torch.bfloat16
