@@ -9,7 +9,9 @@ FOLDER is a checkout, by default this one, so a version can be compared with ano
 from __future__ import annotations
 
 import ast
+import io
 import sys
+import tokenize
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,6 +55,25 @@ class Module:
     @property
     def room(self) -> str:
         return self.name.split(".")[0]
+
+    @cached_property
+    def code_lines(self) -> int:
+        """Lines that hold code: no blank ones, comments or docstrings."""
+        skipped = {
+            tokenize.COMMENT,
+            tokenize.NL,
+            tokenize.NEWLINE,
+            tokenize.INDENT,
+            tokenize.DEDENT,
+            tokenize.ENDMARKER,
+        }
+        tokens = tokenize.generate_tokens(io.StringIO(self.text).readline)
+        lines = {n for one in tokens if one.type not in skipped for n in range(one.start[0], one.end[0] + 1)}
+        said = [
+            node for node in ast.walk(self.tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        ]
+        texts = [node for node in said if isinstance(node.value.value, str)]  # type: ignore[attr-defined]
+        return len(lines - {n for one in texts for n in range(one.lineno, (one.end_lineno or one.lineno) + 1)})
 
     def imports(self) -> Iterator[tuple[str, ...]]:
         """Of each import in the package, at the top, in functions or for types alone, the names that it may mean.
@@ -213,13 +234,13 @@ def main() -> None:
     by_room: dict[str, list[Module]] = defaultdict(list)
     for module in modules:
         by_room[module.room].append(module)
-    print("Packages: files, lines, longest file")
+    print("Packages: files, lines, lines of code, longest file")
     for room, members in sorted(by_room.items()):
         lengths = [(len(module.text.splitlines()), module.name) for module in members]
-        print(
-            f"  {room:20} {len(members):4} {sum(length for length, _ in lengths):6}   {max(lengths)[1]} {max(lengths)[0]}"
-        )
-    print(f"  {'all':20} {len(modules):4} {sum(len(module.text.splitlines()) for module in modules):6}")
+        total, code = sum(length for length, _ in lengths), sum(module.code_lines for module in members)
+        print(f"  {room:20} {len(members):4} {total:6} {code:6}   {max(lengths)[1]} {max(lengths)[0]}")
+    total, code = sum(len(one.text.splitlines()) for one in modules), sum(one.code_lines for one in modules)
+    print(f"  {'all':20} {len(modules):4} {total:6} {code:6}")
 
     long = functions(modules)
     print(f"Functions of more than {LONG_FUNCTION} lines: {sum(lines > LONG_FUNCTION for lines, _ in long)}")
