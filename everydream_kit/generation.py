@@ -272,11 +272,7 @@ def token_counter(model: str | Path) -> Callable[[str], int]:
     """How many tokens a caption has for a model's first tokenizer, begin and end skipped: what a report counts by."""
     from everydream_kit.models.tokenizer import load_tokenizer
 
-    if str(model) == EMBEDDED_MODEL:
-        from everydream_kit.demo import base_model_path
-
-        model = base_model_path()
-    tokenizer = load_tokenizer(Path(model) / "tokenizer")
+    tokenizer = load_tokenizer(Path(resolve_checkpoint(model)) / "tokenizer")
     return lambda caption: len(tokenizer(caption, add_special_tokens=False)["input_ids"])
 
 

@@ -69,10 +69,8 @@ class Module:
         }
         tokens = tokenize.generate_tokens(io.StringIO(self.text).readline)
         lines = {n for one in tokens if one.type not in skipped for n in range(one.start[0], one.end[0] + 1)}
-        said = [
-            node for node in ast.walk(self.tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        ]
-        texts = [node for node in said if isinstance(node.value.value, str)]  # type: ignore[attr-defined]
+        said = [node for node in ast.walk(self.tree) if isinstance(node, ast.Expr)]
+        texts = [one for one in said if isinstance(one.value, ast.Constant) and isinstance(one.value.value, str)]
         return len(lines - {n for one in texts for n in range(one.lineno, (one.end_lineno or one.lineno) + 1)})
 
     def imports(self) -> Iterator[tuple[str, ...]]:
