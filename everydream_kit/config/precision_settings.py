@@ -9,6 +9,7 @@ from pydantic import Field
 from everydream_kit.config.declaration import (
     DIFFUSION,
     EVERYTHING,
+    FLOW,
     MEMORY,
     MEMORY_AND_RESULT,
     MEMORY_AND_SPEED,
@@ -76,6 +77,17 @@ class PrecisionGroup(Group):
     is e4m3 and `int8` whole numbers, both with a scale for each row; `nf4` needs bitsandbytes, which the kit installs.
     Weights are made in the format of mixed precision at each use, so GPUs without fp8 arithmetic do it too, and steps take
     longer. Checkpoints hold the adapter alone; merging and export take the base as its files have it."""
+    text_quantization: Annotated[
+        Literal["none", "fp8", "int8", "nf4"],
+        Knob(
+            memory="as `quantization`, of a language model that encodes captions",
+            when="encoding captions takes more memory than the steps of a LoRA",
+        ),
+        Facts(EVERYTHING, "resume", kinds=("lora",), families=FLOW, fsdp2=("none",)),
+    ] = "none"
+    """Keep a language model that encodes the captions of a LoRA (Qwen3 of Z-Image and FLUX.2-klein) in 8 or 4 bits, as
+    `quantization` does with the transformer. Captions are then encoded slightly otherwise than by apps that sample with the
+    whole one."""
     gradient_checkpointing: Annotated[
         bool,
         Knob(basic=True, memory="saves most of the activations", when="out of memory; costs about a quarter in speed"),

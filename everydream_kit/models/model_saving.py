@@ -57,7 +57,7 @@ def save_model(
 def _refuse_quantized(model: Model) -> None:
     from everydream_kit.models.quantized import is_quantized
 
-    if is_quantized(model.denoiser):
+    if any(map(is_quantized, model.modules().values())):
         raise ModelError(
             f"{model.source}: its weights are quantized and would be saved inexactly. Load it without quantization."
         )

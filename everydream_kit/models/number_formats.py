@@ -31,6 +31,7 @@ class Formats:
         frozen: of the matrices in the other components; None: as the trained ones, norms and embeddings included.
         components: folders of those that are trained ("unet", "text_encoder", ...).
         quantization: of the linear layers in a frozen denoiser's blocks, by name (`quantized.FORMS`), or None.
+        text_quantization: the same of text encoders that are never trained.
         keeps_precision: checkpoints hold the frozen components too, so that none may lose anything: one is held in half
             precision only where its file holds it so, and then in the file's own format.
     """
@@ -40,6 +41,7 @@ class Formats:
     components: frozenset[str] = field(default_factory=frozenset)
     keeps_precision: bool = False
     quantization: str | None = None
+    text_quantization: str | None = None
 
     def of(self, component: str, module: torch.nn.Module, stored: torch.dtype | None) -> NameToDtype:
         """The format of each parameter of a component.

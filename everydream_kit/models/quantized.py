@@ -77,17 +77,19 @@ def _from_int8(stored: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int
 
 
 def _to_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    stored, state = _bitsandbytes().quantize_4bit(weight.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4")
+    # one block in a row: bitsandbytes 0.50 on a CPU mixes up the scales of rows that are no multiple of a block
+    flat = weight.flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % NF4_BLOCK)).view(-1, NF4_BLOCK)
+    stored, state = _bitsandbytes().quantize_4bit(blocks, blocksize=NF4_BLOCK, quant_type="nf4")
     return stored, state.absmax
 
 
 def _from_nf4(stored: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     functional = _bitsandbytes()
-    state = functional.QuantState(
-        absmax=scales, shape=torch.Size(shape), blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype
-    )
-    weight: torch.Tensor = functional.dequantize_4bit(stored, state)
-    return weight
+    blocks = torch.Size((len(scales), NF4_BLOCK))
+    state = functional.QuantState(absmax=scales, shape=blocks, blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype)
+    flat: torch.Tensor = functional.dequantize_4bit(stored, state).view(-1)
+    return flat[: math.prod(shape)].view(shape)
 
 
 def _bitsandbytes() -> Any:
@@ -188,10 +190,12 @@ class _Product(torch.autograd.Function):
 def quantized_layers(formats: Formats, component: Component, module: torch.nn.Module) -> dict[str, str]:
     """The layers of a component that are quantized, each with its form.
 
-    They are the linear layers of a frozen denoiser's repeated blocks, but for those that scale, shift and embed.
+    They are the linear layers in the repeated blocks of a frozen denoiser, or of a text encoder that nothing trains, but
+    for those that scale, shift and embed.
     """
-    form = formats.quantization
-    if form is None or component.role != "denoiser" or component.folder in formats.components:
+    texts = None if component.trains else formats.text_quantization
+    form = {"denoiser": formats.quantization, "text_encoder": texts}.get(component.role)
+    if form is None or component.folder in formats.components:
         return {}
     found: dict[str, str] = {}
     for block_name, block in module.named_modules():

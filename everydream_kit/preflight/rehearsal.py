@@ -27,7 +27,7 @@ from everydream_kit.data.records import Batch, Draw, MicroBatch, Size, StepBatch
 from everydream_kit.models.encoding import decode_latents, encode_captions, encode_moments
 from everydream_kit.models.family import Sizes, has_large_texts
 from everydream_kit.models.lora import without_chance
-from everydream_kit.models.quantized import num_weights
+from everydream_kit.models.quantized import is_quantized, num_weights
 from everydream_kit.models.sampling import guide, is_doubled
 from everydream_kit.models.tokenizer import saved_bytes
 from everydream_kit.preflight.imitation import imitate_autocast, imitate_precision, replace_bitsandbytes
@@ -275,7 +275,8 @@ def _label_idle(model: Model, idle: list[torch.nn.Module], tracker: StorageTrack
     tracker.label(model.vae.parameters(), VAE_WEIGHTS)
     for module in idle:
         kind = LARGE_TEXTS if has_large_texts(model.family) else IDLE
-        tracker.label(module.parameters(), IDLE_VAE if module is model.vae else kind)
+        weights = [*module.parameters(), *(module.buffers() if is_quantized(module) else ())]
+        tracker.label(weights, IDLE_VAE if module is model.vae else kind)
 
 
 def make_batch(bucket: Size, batch_size: int, *, with_moments: bool, channels: int = MOMENT_CHANNELS) -> Batch:

@@ -143,9 +143,6 @@ def choose_formats(config: TrainConfig, precision: Precision) -> Formats:
     """
     trains_unet = config.training_kind == "full" and not config.disable_unet_training
     trains_text = config.training_kind == "full" and not config.disable_textenc_training
-    form = QUANTIZED_FORMS.get(config.quantization)
-    if form is not None:
-        form.check()
     components = [component for family in FAMILIES.values() for component in family.components]
     roles = ({"denoiser"} if trains_unet else set()) | ({"text_encoder"} if trains_text else set())
     trained = {one.folder for one in components if one.role in roles and "full" in one.trains}
@@ -154,8 +151,17 @@ def choose_formats(config: TrainConfig, precision: Precision) -> Formats:
         frozen=None if config.parallel == "fsdp2" else precision.frozen_dtype,
         components=frozenset(trained),
         keeps_precision=config.training_kind == "full" and config.frozen_dtype == "auto",
-        quantization=None if form is None else config.quantization,
+        quantization=_quantized_form(config.quantization),
+        text_quantization=_quantized_form(config.text_quantization),
     )
+
+
+def _quantized_form(name: str) -> str | None:
+    """A form that this machine has what is needed for."""
+    if name == "none":
+        return None
+    QUANTIZED_FORMS[name].check()
+    return name
 
 
 def shards(config: TrainConfig, ranks: Ranks) -> bool:

@@ -138,6 +138,7 @@ TEST_OF = {
         "integration/test_frozen_formats.py::test_a_base_in_half_precision_gives_the_same_losses_as_in_float32"
     ),
     "quantization": "integration/test_quantized_bases.py::test_linear_layers_of_the_blocks_are_quantized_one_by_one",
+    "text_quantization": "integration/test_quantized_bases.py::test_a_language_model_is_quantized_for_its_captions",
     "gradient_checkpointing": MEMORY,
     "checkpointing_share": f"{TRAINING}::test_a_share_of_the_blocks_is_recomputed_and_the_losses_stay",
     "flat_weights": f"{TRAINING}::test_flat_weights_are_stepped_together_and_give_the_same_losses",

@@ -32,6 +32,7 @@ KEPT = {
     "sdxl": ("conv_in", "add_embedding.linear_1", "down_blocks.1.attentions.0.proj_in"),
     "z_image": ("all_x_embedder.2-1", "layers.0.adaLN_modulation.0", "cap_embedder.1"),
     "flux2_klein": ("x_embedder", "double_stream_modulation_img.linear", "proj_out"),
+    "flux1": ("x_embedder", "transformer_blocks.0.norm1.linear", "single_transformer_blocks.0.norm.linear"),
 }
 """Layers that stay as they are, of each family."""
 QUANTIZED = {
@@ -39,6 +40,7 @@ QUANTIZED = {
     "sdxl": "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",
     "z_image": "layers.0.feed_forward.w2",
     "flux2_klein": "single_transformer_blocks.0.attn.to_qkv_mlp_proj",
+    "flux1": "single_transformer_blocks.0.proj_mlp",
 }
 
 TOLERANCES = {"int8": 0.04, "fp8": 0.12, "nf4": 0.4}
@@ -135,7 +137,7 @@ def test_gradients_of_the_adapter_are_nearly_those_on_the_whole_base(
     ("family", "form", "extra"),
     [
         ("z_image", "nf4", {"ema_decay_rate": 0.9, "ema_update_interval": 1, **MEASURED}),
-        ("flux2_klein", "fp8", {"lora_form": "loha", "gradient_checkpointing": True}),
+        ("flux2_klein", "fp8", {"lora_form": "loha", "gradient_checkpointing": True, "text_quantization": "nf4"}),
         ("sd1", "int8", {"lora_dora": True, "lora_text_encoder": True}),
     ],
 )
@@ -208,3 +210,31 @@ def test_weights_of_a_plan_are_those_of_the_run(tmp_path: Path) -> None:
             assert sizes[form] == sum(map(held, rehearsal.run.learner.model.modules().values()))
     assert len(numbers) == 1
     assert sizes["nf4"] < sizes["fp8"]
+
+
+def test_a_language_model_is_quantized_for_its_captions(tmp_path: Path) -> None:
+    from everydream_kit.preflight.memory_estimate import estimate_memory
+
+    settings = {**settings_for("z_image", tmp_path), "training_kind": "lora", "lora_rank": 4, "max_steps": 1}
+    plain = TrainConfig(**settings)
+    changed = plain.replace(text_quantization="int8", project_name="changed")
+    losses = []
+    for config in (plain, changed):
+        with prepared(**config.model_dump(exclude_unset=True)) as rehearsal:
+            run = rehearsal.run
+            work = next(iter(run.batches()))
+            losses.append(run.learner.backward(work.batches[0], work, 0).mean().item())
+            layers = dict(run.learner.model.text_encoders[0].named_modules())
+            assert isinstance(layers["layers.0.mlp.gate_proj"], QuantizedLinear) == (config is changed)
+            assert type(layers["embed_tokens"]) is torch.nn.Embedding
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    caches = list((Path(settings["logdir"]) / ".edk_cache" / "texts").iterdir())
+    assert len(caches) == 2  # captions of one encoder are not those of the other
+    texts = []
+    for config in (plain, changed):
+        found = estimate_memory(config.replace(amp_dtype="bf16"), device="cuda", cache_folder=tmp_path / "kept")
+        phases = {phase.name: phase.by_category["weights"] for phase in found.phases}
+        texts.append(phases["text caching"])
+        assert phases["training step"] < phases["saving"] + texts[-1]
+    assert texts[1] < 0.8 * texts[0]

@@ -81,6 +81,7 @@ def test_all_problems_are_reported_together_with_name_rule_and_value() -> None:
             {"quantization": "fp8"},
             "quantization, training_kind: fp8 weights cannot be trained.* set training_kind to lora",
         ),
+        ({"text_quantization": "int8"}, "text_quantization, training_kind: .*hold the text encoder too"),
         ({"quantization": "nf4", "training_kind": "lora", "parallel": "fsdp2"}, "parallel, quantization"),
     ],
 )

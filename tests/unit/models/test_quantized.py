@@ -54,6 +54,16 @@ def test_a_weight_comes_back_within_the_formats_bound(form: str, stored: torch.d
     assert not list(layer.parameters())
 
 
+@pytest.mark.parametrize("shape", [(8, 96), (3, 50), (1, 1)])
+def test_rows_need_be_no_multiple_of_a_block(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = QuantizedLinear("nf4", weight, None, torch.float32).dequantize()
+    assert (found - weight).abs().max() <= 0.1520 * weight.abs().max() * 1.001
+    assert ((found - weight).norm() / weight.norm()).item() < 0.12
+    meta = QuantizedLinear("nf4", weight.to("meta"), None, torch.float32)
+    assert meta.dequantize().shape == shape
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_gradient_of_the_input_needs_no_copy_of_the_weight(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bias = torch.nn.Parameter(torch.ones(32), requires_grad=False)

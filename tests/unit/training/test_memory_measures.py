@@ -80,6 +80,7 @@ def test_what_is_lowered_already_is_not_named():
             attn_type="slice",
             resolution=256,
             training_kind="lora",
+            quantization="nf4",
         )
     )
     assert "Everything that could be lowered is" in text
@@ -108,7 +109,7 @@ def test_every_measure_can_be_taken_until_none_is_left():
     assert taken[:2] == ["cache_latents", "offload_idle_models"]
     assert taken.count("batch_size, grad_accum") == 3
     assert (config.batch_size, config.grad_accum, config.resolutions) == (1, 8, (256,))
-    assert taken[-1] == "training_kind"
+    assert taken[-3:] == ["training_kind", "quantization", "quantization"]
 
 
 def test_a_smaller_batch_next_to_fused_backward_is_not_accumulated():
@@ -116,3 +117,20 @@ def test_a_smaller_batch_next_to_fused_backward_is_not_accumulated():
     (measure,) = [m for m in measures_left(config) if "batch_size" in m.name]
     assert measure.changes == {"batch_size": 2}
     assert config.replace(**measure.changes).batch_size == 2
+
+
+def test_the_base_of_a_lora_is_quantized_before_anything_else_that_changes_the_result():
+    lora = TrainConfig(resume_ckpt="base", training_kind="lora", batch_size=1)
+    named = [(m.name, m.changes.get("quantization")) for m in measures_left(lora) if m.costs == "result"]
+    assert named[0] == ("quantization", "int8")
+    smaller = [(m.name, m.changes.get("quantization")) for m in measures_left(lora.replace(quantization="int8"))]
+    assert smaller[-2:] == [("quantization", "nf4"), ("resolution", None)]
+    assert "quantization" not in [m.name for m in measures_left(lora.replace(training_kind="full"))]
+
+
+def test_only_what_works_on_a_sharded_model_is_named_for_one():
+    config = TrainConfig(resume_ckpt="base", parallel="fsdp2", optimizer="adamw")
+    left = list(measures_left(config))
+    assert "resolution" in [measure.name for measure in left]
+    for measure in left:
+        config.replace(**measure.changes)
