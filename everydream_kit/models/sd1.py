@@ -75,6 +75,7 @@ CLIP_INDEX = {"feature_extractor": [None, None], "safety_checker": [None, None],
 
 DIFFUSION_REFUSES = {
     "timestep_shift": "it is for flow matching; diffusion has timestep_start, timestep_end and timestep_sampling",
+    "text_quantization": "it is for language models; CLIP's text encoders are small",
     "weighting_scheme": "it is for flow matching; diffusion has min_snr_gamma and debiased_estimation",
 }
 """Settings that mean nothing for diffusion models, and why."""
