@@ -102,7 +102,7 @@ FLOW_METHODS = (
     ("LoRA, batch 4", 1024, {**LORA, "batch_size": 4}),
     ("LoRA, base in int8 or fp8", 1024, {**LORA, "quantization": "int8"}),
     ("LoRA, base in int8 or fp8, batch 4", 1024, {**LORA, "quantization": "int8", "batch_size": 4}),
-    ("LoRA, base and text encoder in nf4", 1024, {**LORA, "quantization": "nf4", "text_quantization": "nf4"}),
+    ("LoRA, base in nf4", 1024, {**LORA, "quantization": "nf4"}),
     ("full, bf16 weights, fused backward", 1024, {**FULL, "fused_backward": True}),
     ("full, bf16 weights", 1024, FULL),
     ("full, float32 weights", 1024, COMMON),
