@@ -458,17 +458,17 @@ def test_the_last_modulation_in_a_lora_for_apps_is_the_single_files(family: str,
         assert torch.allclose(change, ours.roll(len(ours) // 2, 0), atol=1e-5)
 
 
-def test_flux1_is_told_a_guidance_of_1_in_training_and_schnell_none(tmp_path: Path) -> None:
+def test_flux1_is_given_a_guidance_of_1_in_training_and_schnell_none(tmp_path: Path) -> None:
     model = load_model(tiny_folder("flux1"))
     with torch.no_grad():
         conditioning = encode_captions(model, ["a cat"])
         noisy, times, sizes = torch.randn(1, 16, 4, 4), torch.tensor([300.0]), Sizes.uncropped(32, 32, 1)
-        told = [model.family.predict(model, noisy, times, conditioning, sizes)]
+        predicted = [model.family.predict(model, noisy, times, conditioning, sizes)]
         for scale in (1.0, 3.5):
             guided = replace(conditioning, guidance=torch.tensor([scale]))
-            told.append(model.family.predict(model, noisy, times, guided, sizes))
-    assert torch.equal(told[0], told[1])
-    assert not torch.allclose(told[1], told[2], atol=1e-3)
+            predicted.append(model.family.predict(model, noisy, times, guided, sizes))
+    assert torch.equal(predicted[0], predicted[1])
+    assert not torch.allclose(predicted[1], predicted[2], atol=1e-3)
     schnell = write_model(build_tiny_model("flux1", denoiser={"guidance_embeds": False}), tmp_path / "renamed")
     path = schnell / "scheduler" / "scheduler_config.json"
     path.write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0}', encoding="utf-8")
