@@ -135,6 +135,17 @@ class PrecisionGroup(Group):
         Facts(MEMORY_AND_SPEED, "resume"),
     ] = False
     """Keep the VAE and frozen text encoders in host memory while they are not needed."""
+    blocks_to_swap: Annotated[
+        Annotated[int, Field(ge=0, le=1000)] | Literal["auto"],
+        Knob(
+            memory="saves their weights, which wait in host memory",
+            when="a LoRA's base does not fit, with gradient_checkpointing on; costs time for copying",
+        ),
+        Facts(MEMORY_AND_SPEED, "resume", fsdp2=(0,)),
+    ] = 0
+    """Blocks of the denoiser that wait in host memory and come to the GPU one ahead of their use, for what leaves the base
+    frozen: a LoRA in any form, or textual inversion. Losses and weights are the same with it. `auto` takes as few as the
+    memory requires. Full training is refused: every block changes at every step, and would have to go back as well."""
     channels_last: Annotated[
         bool,
         Knob(when="a GPU with tensor cores; often a few percent faster"),

@@ -74,7 +74,7 @@ def combination_problems(config: AllGroups) -> list[str]:
         problems.append(
             "text_encoder_unfreeze_last_n_layers, text_encoder_freeze_front_n_layers: they say the same thing; give one of them"
         )
-    return problems + _adapter_problems(c) + sharding_problems(c)
+    return problems + _adapter_problems(c) + swapping_problems(c) + sharding_problems(c)
 
 
 def _adapter_problems(c: AllGroups) -> list[str]:
@@ -97,6 +97,7 @@ def _adapter_problems(c: AllGroups) -> list[str]:
 
 EAGER_ONLY = {
     "fused_backward": "updates weights by hooks during the backward pass, which no replay calls",
+    "blocks_to_swap": "brings weights by hooks while a pass runs, which no replay calls",
     "torch_compile": "may compile again during a capture",
 }
 """Settings that CUDA graphs do not work with, and why."""
@@ -111,6 +112,25 @@ def graph_problems(config: AllGroups) -> list[str]:
         for name, why in EAGER_ONLY.items()
         if _is_on(config, name)
     ]
+
+
+def swapping_problems(config: AllGroups) -> list[str]:
+    """What does not go together with blocks that wait in host memory."""
+    c = config
+    if not c.blocks_to_swap:
+        return []
+    problems = []
+    if c.training_kind == "full":
+        problems.append(
+            "blocks_to_swap, training_kind: full training changes every block at every step, so each would have to go back as "
+            "well; set blocks_to_swap to 0, or training_kind to lora. For full training, fused_backward and an 8-bit optimizer "
+            "save more"
+        )
+    if c.torch_compile:
+        problems.append(
+            "blocks_to_swap, torch_compile: compiled blocks keep the place of their weights; switch one of them off"
+        )
+    return problems
 
 
 def sharding_problems(config: AllGroups) -> list[str]:

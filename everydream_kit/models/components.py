@@ -189,6 +189,7 @@ def fill(
     device: torch.device | str = "cpu",
     *,
     quantized: Mapping[str, str] | None = None,
+    waiting: tuple[str, ...] = (),
 ) -> torch.nn.Module:
     """Give a module that was built without values its weights, one by one.
 
@@ -198,6 +199,7 @@ def fill(
         where: file or folder, for messages.
         device: where the module is to be. A weight is in host memory only on its way there.
         quantized: linear layers whose weights are quantized there, each before the next is read -> the form of each.
+        waiting: what the names of weights and buffers begin with that stay in host memory.
 
     Returns:
         The module, in evaluation mode, with its weights in memory.
@@ -234,15 +236,22 @@ def fill(
         if leaf == "weight" and layer in (quantized or {}):
             exact = found[name].dtype if found[name].dtype in HALF else torch.float32
             put_quantized(module, layer, (quantized or {})[layer], found[name].load(exact, device), dtypes(name))
+            if name.startswith(waiting):
+                module.get_submodule(layer).to("cpu")  # quantized where the others are, so that it is the same
         else:
-            _place_weight(module, name, found[name], dtypes, device)
+            _place_weight(module, name, found[name], dtypes, "cpu" if name.startswith(waiting) else device)
     for name, first in shared.items():
         owner_name, _, leaf = name.rpartition(".")
         module.get_submodule(owner_name)._parameters[leaf] = module.get_parameter(first)
     left = [name for name, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta]
     if left:
         raise ModelError(f"{where}: {left[0]} of the {type(module).__name__} has no value in the file.")
-    return module.to(device).requires_grad_(True).eval()
+    if not waiting:
+        module.to(device)
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if not name.startswith(waiting):
+            value.data = value.data.to(device)
+    return module.requires_grad_(True).eval()
 
 
 def shared_names(module: torch.nn.Module) -> dict[str, str]:

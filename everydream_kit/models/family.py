@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from diffusers import DDPMScheduler
     from transformers import CLIPTokenizer
 
+    from everydream_kit.models.block_swap import BlockSwap
     from everydream_kit.models.lora_settings import LoraSettings
     from everydream_kit.models.tensors import Tensors
     from everydream_kit.models.tokenizer import Vocabulary
@@ -109,7 +110,8 @@ class Component:
         role: what it is for.
         since: version of the library that has the class, for hosts with an older one.
         trains: training kinds that change it; for all others it is frozen.
-        blocks: classes of its repeated blocks, which are compiled, divided among processes and kept one at a time.
+        blocks: classes of its repeated blocks, which are compiled, divided among processes, kept one at a time
+            and, while they are not used, in host memory.
     """
 
     folder: str
@@ -380,6 +382,7 @@ class Model:
         fingerprint: what its weights were known by when they were loaded; None where they were not.
         lora: the settings of its LoRA adapter (`lora.py`), if it has one.
         new_tokens: learned tokens (`tokens.py`): name -> the names of its vectors in the tokenizers.
+        block_swap: brings the denoiser's blocks that wait in host memory, if any do.
     """
 
     family: Family
@@ -396,6 +399,7 @@ class Model:
     fingerprint: str | None = None
     lora: LoraSettings | None = None
     new_tokens: dict[str, list[str]] = field(default_factory=dict)
+    block_swap: BlockSwap | None = None
 
     def modules(self) -> dict[str, torch.nn.Module]:
         """Every module by the name of its folder."""

@@ -28,6 +28,7 @@ from everydream_kit.models.adapters import (
     kind_of_adapter,
     read_adapter_file,
 )
+from everydream_kit.models.block_swap import waiting_prefixes
 from everydream_kit.models.components import build_component, fill
 from everydream_kit.models.download import fetch_model, is_hub_id
 from everydream_kit.models.family import Family, Model, ModelFiles, TextEncoderSlot, configs_folder, has_large_texts
@@ -67,6 +68,7 @@ def load_model(
     adapter_base: AdapterBase | None = None,
     check: Callable[[Family], None] | None = None,
     large_texts_on: torch.device | str | None = None,
+    blocks_to_swap: int | str = 0,
 ) -> Model:
     """Load a model for training or sampling.
 
@@ -81,12 +83,13 @@ def load_model(
             arguments by name.
         check: called with the family once it is known, before any weight is read; may raise.
         large_texts_on: where text encoders go that are never trained; by default to the device.
+        blocks_to_swap: blocks of the denoiser that stay in host memory (`block_swap`).
 
     Raises:
         ModelError: it is not there, damaged, or of a kind that the kit does not train.
     """
     where: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "variant": variant}
-    placing = _Placing(dtype, device, large_texts_on, check)
+    placing = _Placing(dtype, device, large_texts_on, blocks_to_swap, check)
     folder = Path(source).expanduser()
     if folder.is_dir() and is_adapter_folder(folder):
         return _load_adapted(folder, adapter_base, placing, token=token, vae=vae)
@@ -103,6 +106,7 @@ class _Placing:
     dtype: torch.dtype | Formats
     device: torch.device | str
     large_texts_on: torch.device | str | None
+    blocks_to_swap: int | str
     check: Callable[[Family], None] | None
 
 
@@ -110,7 +114,13 @@ def _load_opened(files: ModelFiles, wanted: Mapping[str, Any], placing: _Placing
     """Modules that know how to be loaded again, whatever the working folder is then."""
     if placing.check is not None:
         placing.check(files.family)
-    model = assemble(files, dtype=placing.dtype, device=placing.device, large_texts_on=placing.large_texts_on)
+    model = assemble(
+        files,
+        dtype=placing.dtype,
+        device=placing.device,
+        large_texts_on=placing.large_texts_on,
+        blocks_to_swap=placing.blocks_to_swap,
+    )
     model.origin = {name: value for name, value in wanted.items() if value is not None}
     for name in model.origin.keys() & {"source", "vae"}:
         local = Path(model.origin[name]).expanduser()
@@ -142,9 +152,11 @@ def _load_adapted(
     if "lora" in note:
         inject(model, LoraSettings.from_json(note["lora"]), dtype=as_formats(placing.dtype).trained)
         set_lora(model, read_lora(folder / LORA_FILE, files))
-    texts = {id(text_encoder) for text_encoder in model.text_encoders if has_large_texts(model.family)}
+    stay = {id(text_encoder) for text_encoder in model.text_encoders if has_large_texts(model.family)}
+    if placing.blocks_to_swap:
+        stay.add(id(model.denoiser))  # whoever swaps the blocks brings what was added to them
     for module in model.modules().values():
-        if id(module) not in texts:  # nothing is added to those
+        if id(module) not in stay:
             module.to(placing.device)  # what was added to the base
     model.source = str(folder)
     return model
@@ -262,16 +274,20 @@ def assemble(
     dtype: torch.dtype | Formats = torch.float32,
     device: torch.device | str = "cpu",
     large_texts_on: torch.device | str | None = None,
+    blocks_to_swap: int | str = 0,
 ) -> Model:
     """Build the modules, and read their weights. Arguments as `load_model`."""
     formats = as_formats(dtype)
     modules = {name: build_component(files.family.component(name), config) for name, config in files.configs.items()}
     for name, module in modules.items():
         dtypes = formats.of(name, module, files.stored_dtype(name))
-        waits = files.family.component(name).role == "text_encoder" and has_large_texts(files.family)
+        component = files.family.component(name)
+        waits = component.role == "text_encoder" and has_large_texts(files.family)
         where = large_texts_on if waits and large_texts_on is not None else device
-        layers = quantized_layers(formats, files.family.component(name), module)
-        fill(module, files.tensors[name], dtypes, f"{files.source}/{name}", where, quantized=layers)
+        layers = quantized_layers(formats, component, module)
+        stays = blocks_to_swap if component.role == "denoiser" else 0
+        waiting = waiting_prefixes(module, component.blocks, stays)
+        fill(module, files.tensors[name], dtypes, f"{files.source}/{name}", where, quantized=layers, waiting=waiting)
     return model_of(files, modules)
 
 

@@ -112,10 +112,10 @@ def make_it_fit(
         smallest = ladder[-1][1] if ladder else config
         return Advice(_changes(config, smallest), smallest, questions(smallest), _reasons(ladder), fits=False)
     taken = [measure for measure, _ in ladder[: rung + 1]]
-    chosen = ladder[rung][1]
+    chosen = _with_fewest_blocks(ladder[rung][1], questions)
     needed = [measure for measure in taken if measure.costs != "nothing"]
     if 0 < len(needed) < len(taken):  # what costs nothing may not have been needed: few changes are easy to follow
-        plain = _take(config, needed)
+        plain = _with_fewest_blocks(_take(config, needed), questions)
         if questions.fits(plain):
             chosen, taken = plain, needed
     return Advice(_changes(config, chosen), chosen, questions(chosen), tuple(map(str, _last_of_each(taken))))
@@ -147,13 +147,45 @@ def largest_batch(
     def peak(batch_size: int) -> MemoryEstimate:
         return ask(config.replace(batch_size=batch_size), gpu_spec, estimate)
 
+    swaps, config = config, config.replace(blocks_to_swap=0) if config.blocks_to_swap == "auto" else config
     found = _largest(range(1, largest + 1), peak, limit)
+    if found is None and swaps != config:  # smaller batches cost less time than moving blocks
+        config = swaps
+        found = _largest([1], peak, limit)
     if found is None:
         raise MemoryLimitError(
             f"batch_size: not even one image fits: needs about {peak(1).peak_bytes / GIB:.1f} GiB; available: "
             f"{limit / GIB:.1f} GiB{f' on the {gpu_spec.name}' if gpu_spec else ''}. `everydream plan` says what to lower."
         )
     return found
+
+
+def fewest_blocks(
+    config: TrainConfig, gpu_spec: GpuSpec | None, *, estimate: Estimate | None = None, limit_bytes: int | None = None
+) -> tuple[int, MemoryEstimate]:
+    """How many blocks must wait in host memory so that the rest fits, with everything else as it is: `blocks_to_swap: auto`.
+
+    All of them where even that is not enough, and none on a CPU, where it saves nothing.
+
+    Returns:
+        The number, and the estimate with it.
+    """
+    estimate = estimate or _estimate_memory()
+
+    def peak(count: int | str) -> MemoryEstimate:
+        return ask(config.replace(blocks_to_swap=count), gpu_spec, estimate)
+
+    if gpu_spec is None:
+        return 0, peak(0)
+    total = peak("auto").num_blocks
+    found = _largest(range(total + 1), lambda stay: peak(total - stay), _limit(gpu_spec, limit_bytes))
+    return (total, peak(total)) if found is None else (total - found[0], found[1])
+
+
+def describe_blocks(chosen: int, found: MemoryEstimate, limit_bytes: int) -> str:
+    """What `blocks_to_swap: auto` came to, in words."""
+    numbers = f"{found.peak_bytes / GIB:.1f} GiB estimated, {limit_bytes / GIB:.1f} GiB available"
+    return f"blocks_to_swap auto: {chosen} of {found.num_blocks} ({numbers})"
 
 
 def choose_optimizer(
@@ -236,6 +268,17 @@ class _Questions:
 
     def fits(self, config: TrainConfig) -> bool:
         return fits(self(config), self._gpu_spec, self._margin)
+
+    def fewest_blocks(self, config: TrainConfig) -> int:
+        limit = room(self._gpu_spec, self._margin)
+        return fewest_blocks(config, self._gpu_spec, estimate=self._estimate, limit_bytes=limit)[0]
+
+
+def _with_fewest_blocks(config: TrainConfig, questions: _Questions) -> TrainConfig:
+    """A number where blocks are to wait in host memory."""
+    if config.blocks_to_swap != "auto":
+        return config
+    return config.replace(blocks_to_swap=questions.fewest_blocks(config))
 
 
 def _ladder(config: TrainConfig, gpu_spec: GpuSpec) -> list[tuple[Measure, TrainConfig]]:

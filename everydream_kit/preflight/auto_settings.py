@@ -21,6 +21,8 @@ from everydream_kit.preflight.advice import (
     SMALL_OPTIMIZER,
     Estimate,
     choose_optimizer,
+    describe_blocks,
+    fewest_blocks,
     largest_batch,
 )
 from everydream_kit.preflight.gpus import GIB, GpuSpec, this_gpu
@@ -36,9 +38,10 @@ if TYPE_CHECKING:
 def resolve_auto_settings(
     config: TrainConfig, ranks: Ranks, journal: Journal, *, estimate: Estimate | None = None
 ) -> TrainConfig:
-    """The config with a number and a name where `batch_size` and `optimizer` are `auto`; the config itself where neither is.
+    """The config with numbers and a name where `batch_size`, `blocks_to_swap` and `optimizer` are `auto`, else itself.
 
-    What was chosen is reported in the log and as events `batch size` and `optimizer`. The main process decides for all.
+    What was chosen is reported in the log and as events `batch size`, `optimizer` and `blocks to swap`. The main process
+    decides for all.
 
     Args:
         estimate: the memory model.
@@ -47,7 +50,8 @@ def resolve_auto_settings(
         MemoryLimitError: not even one image fits.
     """
     if not wants_auto_optimizer(config):
-        return resolve_batch_size(config, ranks, journal, estimate=estimate)
+        config = resolve_batch_size(config, ranks, journal, estimate=estimate)
+        return resolve_blocks(config, ranks, journal, estimate=estimate)
     config = resolve_batch_size(config.replace(optimizer=None), ranks, journal, estimate=estimate)
     is_exact = True
     if ranks.is_main:
@@ -60,7 +64,26 @@ def resolve_auto_settings(
         journal.note(reason)
         journal.report("optimizer", optimizer=chosen.optimizer, reason=reason)
         is_exact = chosen.optimizer == EXACT_OPTIMIZER
-    return config.replace(optimizer=EXACT_OPTIMIZER if ranks.share(is_exact) else SMALL_OPTIMIZER)
+    config = config.replace(optimizer=EXACT_OPTIMIZER if ranks.share(is_exact) else SMALL_OPTIMIZER)
+    return resolve_blocks(config, ranks, journal, estimate=estimate)
+
+
+def resolve_blocks(
+    config: TrainConfig, ranks: Ranks, journal: Journal, *, estimate: Estimate | None = None
+) -> TrainConfig:
+    """The config with a number in the place of `blocks_to_swap: auto`; reported in the log and as an event `blocks to swap`."""
+    if config.blocks_to_swap != "auto":
+        return config
+    chosen = 0
+    if ranks.is_main:
+        gpu_spec, free_bytes = device_room(ranks)
+        journal.set_state("starting", message="choosing the blocks that wait in host memory")
+        model = estimate or memory_model(config)
+        chosen, found = fewest_blocks(config, gpu_spec, estimate=model, limit_bytes=free_bytes)
+        journal.set_state("starting", message=None)
+        journal.note(describe_blocks(chosen, found, free_bytes))
+        journal.report("blocks to swap", blocks=chosen, num_blocks=found.num_blocks, estimated_bytes=found.peak_bytes)
+    return config.replace(blocks_to_swap=ranks.share(chosen))
 
 
 def resolve_batch_size(

@@ -29,6 +29,7 @@ class GpuSpec:
         memory_bytes: all of it, as the driver reports it.
         fp32_tflops, fp16_tflops, bf16_tflops: dense peak in 10^12 operations a second; 0 where unknown or not there.
         bandwidth_bytes: peak memory bandwidth, bytes a second; 0 where unknown.
+        link_bytes: peak of the link to the host in one direction, bytes a second; 0 where unknown.
         has_bf16: bfloat16 is fast on it (Ampere and later); else mixed precision means float16 and a gradient scaler.
         context_bytes: taken by the CUDA context and its libraries before the first tensor.
         fragmentation: share of the allocator's memory that is lost in gaps.
@@ -42,6 +43,7 @@ class GpuSpec:
     fp16_tflops: float = 0.0
     bf16_tflops: float = 0.0
     bandwidth_bytes: float = 0.0
+    link_bytes: float = 0.0
     has_bf16: bool = True
     context_bytes: int = 550_000_000
     fragmentation: float = 0.05
@@ -129,6 +131,7 @@ def _read_gpu_spec(entry: dict[str, Any]) -> GpuSpec:
         **{name: entry[name] for name in same},
         memory_bytes=round(entry["memory_gib"] * GIB),
         bandwidth_bytes=entry["bandwidth_gb"] * 1e9,
+        link_bytes=entry["link_gb"] * 1e9,
         has_bf16=entry["bf16_tflops"] > 0,
         hosts=tuple(entry["hosts"]),
         aliases=tuple(entry["aliases"]),

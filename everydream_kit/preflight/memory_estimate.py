@@ -102,6 +102,8 @@ class MemoryEstimate:
         pass_launches: kernels that the forward and backward passes of one optimizer step launch, all micro-batches
             together.
         update_launches: kernels that its update launches. Both are weighed by what each costs the host.
+        copied_bytes: of blocks that wait in host memory, to the device, in one optimizer step.
+        num_blocks: blocks of the denoiser that could wait there.
     """
 
     phases: tuple[Phase, ...]
@@ -115,6 +117,8 @@ class MemoryEstimate:
     pass_launches: int = 0
     update_launches: int = 0
     side_bytes_written: int = 0
+    copied_bytes: int = 0
+    num_blocks: int = 0
 
     @property
     def worst(self) -> Phase:
@@ -152,7 +156,7 @@ def estimate_memory(
     Full-size models take 15 to 60 s of a processor's time the first time.
 
     Args:
-        config: of the run; `batch_size` is a number.
+        config: of the run; `batch_size` is a number. With `blocks_to_swap: auto`, every block waits in host memory.
         device: "cuda" or "cpu".
         has_bf16: whether the GPU computes in bfloat16 (compute capability 8.0 on).
         context_bytes, fragmentation: of the GPU; by default the cautious values above. Without effect on a CPU, whose
@@ -404,7 +408,7 @@ def _conclude(config: TrainConfig, rehearsal: Rehearsal, device: str) -> MemoryE
     host = sum(rehearsal.standing.get(name, 0) for name in (HOST, IDLE, IDLE_VAE, LARGE_TEXTS))
     host += rehearsal.snapshot_bytes
     if any(stretch.name == "text caching" for stretch in lives.stretches):
-        host = max(host, standing[WEIGHTS])
+        host = max(host, standing[WEIGHTS] + rehearsal.standing.get(HOST, 0))
     return MemoryEstimate(
         phases=tuple(phases),
         allowance_bytes=0,
@@ -417,6 +421,8 @@ def _conclude(config: TrainConfig, rehearsal: Rehearsal, device: str) -> MemoryE
         host_bytes=host,
         pass_launches=_launches_of_passes(training.launches) * config.grad_accum // rehearsal.num_micro_batches,
         update_launches=training.launches[OPTIMIZER],
+        copied_bytes=rehearsal.copied_bytes * config.grad_accum // rehearsal.num_micro_batches,
+        num_blocks=rehearsal.num_blocks,
     )
 
 

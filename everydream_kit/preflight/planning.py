@@ -29,6 +29,8 @@ from everydream_kit.preflight.advice import (
     Estimate,
     ask,
     choose_optimizer,
+    describe_blocks,
+    fewest_blocks,
     largest_batch,
     largest_resolution,
     make_it_fit,
@@ -181,7 +183,7 @@ def cpu_room() -> int:
 def resolve_for_plan(
     config: TrainConfig, gpu_spec: GpuSpec | None, estimate: Estimate, room_bytes: int
 ) -> tuple[TrainConfig, list[str]]:
-    """`batch_size: auto` as a number and `optimizer: auto` as a name, and what was chosen in words, one line each."""
+    """A number or a name where `batch_size`, `optimizer` or `blocks_to_swap` is `auto`, and what was chosen, one line each."""
     notes: list[str] = []
     wants_optimizer = wants_auto_optimizer(config)
     if wants_optimizer:
@@ -192,6 +194,10 @@ def resolve_for_plan(
     if wants_optimizer:
         config, note = choose_optimizer(config, gpu_spec, estimate=estimate, limit_bytes=room_bytes)
         notes.append(note)
+    if config.blocks_to_swap == "auto":
+        chosen, found = fewest_blocks(config, gpu_spec, estimate=estimate, limit_bytes=room_bytes)
+        config = config.replace(blocks_to_swap=chosen)
+        notes.append(describe_blocks(chosen, found, room_bytes))
     return config, notes
 
 

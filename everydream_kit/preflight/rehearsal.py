@@ -24,6 +24,7 @@ from everydream_kit.data.buckets import bucket_table
 from everydream_kit.data.cache_room import MOMENT_CHANNELS, CacheMode
 from everydream_kit.data.dataset import FROM_TEXT, Dataset, DatasetBuilder, Defaults
 from everydream_kit.data.records import Batch, Draw, MicroBatch, Size, StepBatches
+from everydream_kit.models.block_swap import repeated_blocks
 from everydream_kit.models.encoding import decode_latents, encode_captions, encode_moments
 from everydream_kit.models.family import Sizes, has_large_texts
 from everydream_kit.models.lora import without_chance
@@ -87,6 +88,8 @@ class Rehearsal:
         side_bytes: of tokenizers and headers in a checkpoint's folder.
         snapshot_bytes: host memory that a save in the background takes while it writes.
         has_graphs: passes would be captured on that device.
+        copied_bytes: of waiting blocks, to the device, in those micro-batches.
+        num_blocks: repeated blocks of the denoiser, which could wait.
     """
 
     lives: Lives
@@ -101,6 +104,8 @@ class Rehearsal:
     state_bytes: int
     ema_bytes: int
     snapshot_bytes: int
+    copied_bytes: int
+    num_blocks: int
     has_graphs: bool = False
 
 
@@ -144,6 +149,7 @@ def rehearse(
             imitate_autocast(model.modules().values())
         run = _assemble(config, model, dataset, Path(logdir), device_type, tracker)
         _keep_gradients(run, tracker, device_type)
+        _label_waiting(model, tracker, HOST if device_type != "cpu" else WEIGHTS)
         without_chance(model.denoiser)
         idle = _idle(config, run, latents) if device_type != "cpu" else []
         _label_idle(model, idle, tracker)
@@ -154,11 +160,12 @@ def rehearse(
         if latents != "off":
             _rehearse_caching(run, tracker, bucket, CACHED_TOGETHER[latents])
         num_micro_batches = _rehearse_step(run, tracker, batch)
+        copied_bytes = 0 if model.block_swap is None else model.block_swap.copied_bytes
         if validates is not None:
             _rehearse_validation(run, tracker, make_batch(bucket, validates, with_moments=False))
         if samples is not None:
             _rehearse_sampling(run, tracker, samples, averaged=config.ema_sample_ema_model)
-        return _summarise(config, run, tracker, num_micro_batches)
+        return _summarise(config, run, tracker, num_micro_batches, copied_bytes)
 
 
 def _as_on(device_type: str, has_bf16: bool, config: TrainConfig) -> TrainConfig:
@@ -279,6 +286,13 @@ def _label_idle(model: Model, idle: list[torch.nn.Module], tracker: StorageTrack
         tracker.label(weights, IDLE_VAE if module is model.vae else kind)
 
 
+def _label_waiting(model: Model, tracker: StorageTracker, where: str) -> None:
+    """Say of blocks that wait in host memory where they wait, and that what comes to the device is weights."""
+    if model.block_swap is not None:
+        tracker.label(model.block_swap.host_buffers, where)
+        model.block_swap.watch = lambda buffer: tracker.label([buffer], WEIGHTS)
+
+
 def make_batch(bucket: Size, batch_size: int, *, with_moments: bool, channels: int = MOMENT_CHANNELS) -> Batch:
     """A batch of gray images of one bucket, or of their cached latents of so many channels."""
     width, height = bucket
@@ -380,8 +394,11 @@ def _rehearse_sampling(run: Run, tracker: StorageTracker, samples: SampleShape, 
         decode_latents(model, latents)
 
 
-def _summarise(config: TrainConfig, run: Run, tracker: StorageTracker, num_micro_batches: int) -> Rehearsal:
-    modules = run.learner.model.modules().values()
+def _summarise(
+    config: TrainConfig, run: Run, tracker: StorageTracker, num_micro_batches: int, copied_bytes: int
+) -> Rehearsal:
+    model = run.learner.model
+    modules = model.modules().values()
     state_bytes = _count(run.learner.optimizer.state.values())
     trained = count_bytes(run.learner.trained_weights())
     is_full = config.training_kind == "full"
@@ -400,6 +417,8 @@ def _summarise(config: TrainConfig, run: Run, tracker: StorageTracker, num_micro
         averaged_bytes=averaged,
         state_bytes=state_bytes + ema_bytes,
         ema_bytes=ema_bytes,
+        copied_bytes=copied_bytes,
+        num_blocks=len(repeated_blocks(model.denoiser, model.family.denoiser.blocks)),
         snapshot_bytes=trained + state_bytes + (trained + ema_bytes if run.learner.ema is not None else 0),
         has_graphs=run.learner.kept_gradients is not None,
     )

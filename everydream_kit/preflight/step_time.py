@@ -44,6 +44,10 @@ BYTES_PER_PARAMETER = 50.0
 """Moved in one optimizer step for each trained parameter: the update itself, casting, unscaling, zeroing."""
 LAUNCH_SECONDS = 50e-6
 """Of the host for one kernel, where it was not measured: 30 to 100 microseconds were seen on four hosts."""
+LINK_SHARE = 0.75
+"""Of the peak of the link between host and GPU that copies from pinned memory reach: 12 of 16 GB/s and 25 of 32 are seen."""
+LINK_BYTES = 32e9
+"""Peak of that link where it is not known, bytes a second: PCIe 4.0 with 16 lanes."""
 CPU_SHARE = 0.35
 """Of the speed of a large matrix product that a training step reaches on a CPU (tiny SD 1.x at 128 px, two cores)."""
 
@@ -165,6 +169,7 @@ def configuration(config: TrainConfig, gpu_spec: GpuSpec, model: str | None) -> 
         "trains_text": config.lora_text_encoder if lora else not config.disable_textenc_training,
         "lora_rank": config.lora_rank if lora else None,
         "latents_cached": config.cache_latents != "off",
+        **({"blocks_to_swap": config.blocks_to_swap} if config.blocks_to_swap else {}),
     }
 
 
@@ -188,14 +193,22 @@ def compute(
     gpu, host = work_seconds(gpu_spec, estimate.step_flops, mixed=mixed), estimate.pass_launches * launch
     update = estimate.num_trained_parameters * BYTES_PER_PARAMETER / gpu_spec.bandwidth_bytes
     update += estimate.update_launches * launch
+    copies = estimate.copied_bytes / ((gpu_spec.link_bytes or LINK_BYTES) * LINK_SHARE)
     precision = half_precision(config, gpu_spec) if mixed else "fp32"
     measured = "measured" if launch_seconds is not None else "assumed"
     source = (
         f"the GPU needs {gpu:.2g} s for {estimate.step_flops / 1e12:.1f} teraflops in {precision}, the host {host:.2g} s for "
-        f"{estimate.pass_launches:,} kernels at {launch * 1e6:.0f} \u00b5s ({measured}); the slower counts, and the update's "
-        f"{update:.2g} s"
+        f"{estimate.pass_launches:,} kernels at {launch * 1e6:.0f} \u00b5s ({measured}){_in_words(estimate, copies)}; the slower "
+        f"counts, and the update's {update:.2g} s"
     )
-    return StepSeconds(max(gpu, host) + update, "computed", source)
+    return StepSeconds(max(gpu, host, copies) + update, "computed", source)
+
+
+def _in_words(estimate: MemoryEstimate, copies: float) -> str:
+    """The time of bringing blocks from host memory, where any wait there."""
+    if not estimate.copied_bytes:
+        return ""
+    return f", the link {copies:.2g} s for {estimate.copied_bytes / 2**30:.1f} GiB of waiting blocks"
 
 
 def work_seconds(gpu_spec: GpuSpec, flops: float, *, mixed: bool = True) -> float:

@@ -16,6 +16,7 @@ from everydream_kit.config import EMBEDDED_MODEL
 from everydream_kit.errors import ConfigError
 from everydream_kit.foreign import read_origin
 from everydream_kit.models.adapters import AdapterBase, is_adapter_folder
+from everydream_kit.models.block_swap import BlockSwap, waiting_blocks
 from everydream_kit.models.families import FAMILIES
 from everydream_kit.models.family import Family, Model, has_large_texts
 from everydream_kit.models.loading import load_model
@@ -65,6 +66,7 @@ def load_base(
         adapter_base=adapter_base or _own_base(config, weights_from),
         check=partial(refuse_settings, config),
         large_texts_on="cpu",  # they come to the device for the captions, while the denoiser waits
+        blocks_to_swap=config.blocks_to_swap,
     )
     if config.enable_zero_terminal_snr and not model.zero_terminal_snr:
         model.noise_scheduler = rescale_zero_terminal_snr(model.noise_scheduler, model.prediction_type)
@@ -229,7 +231,7 @@ def parts_that_ask_for_gradients(model: Model) -> list[TrainedPart]:
     return parts
 
 
-def prepare_modules(model: Model, config: TrainConfig) -> None:
+def prepare_modules(model: Model, config: TrainConfig, journal: Journal) -> None:
     """Modes and memory measures of the modules: training mode, checkpointing, attention, memory format."""
     import torch
 
@@ -246,6 +248,10 @@ def prepare_modules(model: Model, config: TrainConfig) -> None:
         denoiser.set_attention_slice("auto")
     if config.channels_last:
         denoiser.to(memory_format=torch.channels_last)
+    if config.blocks_to_swap:
+        swap_blocks(model, config.blocks_to_swap)
+        if model.device.type == "cpu":
+            journal.warn("blocks_to_swap: saves nothing on a CPU, where all memory is host memory.")
     if config.torch_compile:
         compile_blocks(model.denoiser, model.family.denoiser.blocks)
 
@@ -297,6 +303,16 @@ def drops_out(module: torch.nn.Module) -> bool:
     layers = list(module.modules())
     shares = [layer.p if isinstance(layer, torch.nn.Dropout) else vars(layer).get("dropout") for layer in layers]
     return any(isinstance(share, float) and share > 0 for share in shares)
+
+
+def swap_blocks(model: Model, count: int | str) -> None:
+    """Let so many of the denoiser's blocks wait in host memory; what is trained goes to the device. Before an optimizer sees it.
+
+    Raises:
+        ConfigError: there are not so many.
+    """
+    blocks = waiting_blocks(model.denoiser, model.family.denoiser.blocks, count)
+    model.block_swap = BlockSwap(model.denoiser, list(blocks.values()), model.device)
 
 
 def tile_large_images(model: Model, precision: Precision) -> None:

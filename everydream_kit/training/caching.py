@@ -18,6 +18,7 @@ from everydream_kit.data.text_cache import TextCache, TextStore, captions_vary
 from everydream_kit.models.encoding import encode_captions, encode_moments
 from everydream_kit.models.family import Conditioning, has_large_texts, join_conditioning
 from everydream_kit.share_bar import ShareBar
+from everydream_kit.training.offload import in_host_memory
 from everydream_kit.training.progress import WorkProgress
 
 if TYPE_CHECKING:
@@ -194,15 +195,11 @@ def encode_texts(
     wanted = [text for text in dict.fromkeys([*captions, *more_texts]) if not text_cache.knows([text])]
     if not wanted:
         return
-    device = model.device
     journal.report("text cache", captions=len(wanted))
     with torch.no_grad(), ShareBar("encoding texts") as bar:
         progress = WorkProgress(journal, "starting", bar, message="Encoding the captions once.")
-        if device.type != "cpu":
-            model.denoiser.to("cpu")
-        with idle_models.at_work(model.text_encoders):
+        with in_host_memory(model.denoiser), idle_models.at_work(model.text_encoders):
             for done, caption in enumerate(wanted, 1):
                 text_cache.encode([caption])
                 progress(done, len(wanted))
-        model.denoiser.to(device)
     journal.set_state("starting", message=None)

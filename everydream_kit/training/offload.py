@@ -53,6 +53,20 @@ class IdleModels:
                     module.to("cpu")
 
 
+@contextmanager
+def in_host_memory(module: torch.nn.Module) -> Iterator[None]:
+    """While inside, a module is in host memory; afterwards each of its tensors is where it was."""
+    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.device.type != "cpu"]
+    devices = [tensor.device for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.to("cpu")
+    try:
+        yield
+    finally:
+        for tensor, device in zip(tensors, devices, strict=True):
+            tensor.data = tensor.data.to(device)
+
+
 def idle_modules(
     model: Model,
     dataset: Dataset,

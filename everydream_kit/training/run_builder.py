@@ -251,7 +251,7 @@ def build_learning(
         stop=stop,
         measured=measured,
     )
-    prepare_modules(model, config)
+    prepare_modules(model, config, journal)
     learner = build_learner(
         config,
         model,

@@ -341,7 +341,9 @@ class Learner:
         self, sizes: Sizes, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:
         """The denoiser's prediction, (B, C, h, w) float32."""
-        return self.model.family.predict(self.model, noisy_latents, timesteps, conditioning, sizes)
+        swap = self.model.block_swap
+        with nullcontext() if swap is None else swap.saving_places():
+            return self.model.family.predict(self.model, noisy_latents, timesteps, conditioning, sizes)
 
     def _draw_timesteps(self, batch: Batch, work: StepBatches) -> torch.Tensor:
         settings = self.noise_settings

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from stop_after import StopAfter
+from tiny_models import tiny_folder
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import MemoryLimitError
@@ -40,6 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "accumulated and clipped": {"grad_accum": 2, "clip_grad_norm": 0.5},
     "idle models in host memory": {"offload_idle_models": True},
     "LoRA": {"training_kind": "lora", "lora_rank": 4, "lr": 1e-3},
+    "LoRA, blocks in host memory": {"training_kind": "lora", "lora_rank": 4, "lr": 1e-3, "blocks_to_swap": 5},
     "textual inversion": {"training_kind": "textual_inversion", "lr": 1e-3, "new_tokens": {"<square>": "square"}},
     "EMA on the GPU": {"ema_decay_rate": 0.9, "ema_update_interval": 1, "ema_device": "cuda"},
     "EMA on the host": {"ema_decay_rate": 0.9, "ema_update_interval": 1, "ema_device": "cpu"},
@@ -142,6 +144,19 @@ def test_a_run_with_graphs_resumes_without_them(settings: dict[str, Any], tmp_pa
     parted = train(graphs, listeners=[StopAfter(7)])
     resume(parted.folder, changes={"cuda_graphs": "off"})
     assert losses_of(parted) == pytest.approx(losses_of(complete), rel=1e-6)
+
+
+@pytest.mark.parametrize("is_recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("family", ["sd1", "z_image"])
+def test_blocks_in_host_memory_change_no_number(
+    settings: dict[str, Any], tmp_path: Path, deterministic: None, family: str, is_recomputed: bool
+) -> None:
+    """The copies on their own stream come in time, and nothing is overwritten while in use."""
+    changed = {"training_kind": "lora", "lr": 1e-3, "gradient_checkpointing": is_recomputed, "sample_steps": 3}
+    config = TrainConfig(**{**settings, **changed, "resume_ckpt": str(tiny_folder(family)), "max_steps": 6})
+    plain = train(config)
+    swapped = train(config.replace(blocks_to_swap=4, logdir=str(tmp_path / "swapped")))
+    assert losses_of(swapped) == losses_of(plain)
 
 
 def test_sdxl_trains_a_lora_and_samples_meanwhile(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -236,3 +236,17 @@ def test_help_says_what_holds_for_each_family_and_optimizer() -> None:
     help_of = {record.name: record.help for record in parameters()}
     assert "SDXL takes its penultimate layers without the norm" in help_of["clip_skip"]
     assert "adafactor's lr is relative" in help_of["optimizer"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"training_kind": "full"}, "blocks_to_swap, training_kind: full training changes every block"),
+        ({"training_kind": "lora", "torch_compile": True}, "blocks_to_swap, torch_compile: compiled blocks keep"),
+        ({"training_kind": "lora", "parallel": "fsdp2"}, "parallel, blocks_to_swap: fsdp2 does not work"),
+    ],
+)
+def test_blocks_wait_in_host_memory_only_where_they_can(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(resume_ckpt="base", blocks_to_swap=4, **settings)
+    TrainConfig(resume_ckpt="base", blocks_to_swap=0, **settings)

@@ -7,7 +7,15 @@ from memory_stand_in import GIB, LinearMemory
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import MemoryLimitError
-from everydream_kit.preflight.advice import MARGIN, fits, largest_batch, largest_resolution, make_it_fit, room
+from everydream_kit.preflight.advice import (
+    MARGIN,
+    fewest_blocks,
+    fits,
+    largest_batch,
+    largest_resolution,
+    make_it_fit,
+    room,
+)
 from everydream_kit.preflight.gpus import find_gpu
 from everydream_kit.training.memory_measures import measures_left
 
@@ -83,6 +91,21 @@ def order(changes):
     """Settings in the order of the one list of measures."""
     ranks = [measure.name for measure in measures_left(config())]
     return sorted(changes, key=lambda name: ranks.index(name_of(name)))
+
+
+def test_as_few_blocks_as_fit_wait_in_host_memory():
+    """A LoRA's 4 GiB with 0.05 for one image; 0.15 for each block. What costs nothing comes first."""
+    asked = config(training_kind="lora", gradient_checkpointing=True, batch_size=1, offload_idle_models=True)
+    memory = LinearMemory()
+    advice = make_it_fit(asked, gpu_spec(2.75), estimate=memory)
+    assert advice.changes == {"blocks_to_swap": 8}  # 3.8 GiB less 1.05, and a byte
+    assert advice.fits and advice.reasons[0].startswith("blocks_to_swap: auto")
+    assert len(memory.asked) <= 8
+    assert fewest_blocks(asked, gpu_spec(10), estimate=memory)[0] == 0
+    assert fewest_blocks(asked, gpu_spec(0.1), estimate=memory)[0] == 20
+    assert fewest_blocks(asked, None, estimate=memory)[0] == 0
+    assert largest_batch(asked.replace(blocks_to_swap="auto"), gpu_spec(3.9), estimate=memory)[0] == 3
+    assert largest_batch(asked.replace(blocks_to_swap="auto"), gpu_spec(2.0), estimate=memory)[0] == 1
 
 
 def test_bfloat16_weights_are_not_advised_on_a_card_without_it():

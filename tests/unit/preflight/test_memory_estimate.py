@@ -276,3 +276,20 @@ def test_default_samples_are_estimated_as_many_together_as_a_run_makes(tmp_path,
     config = TrainConfig(resume_ckpt="none", **{"batch_size": 1, **settings})
     shape = sampled_together(config)
     assert shape is not None and shape.num_images == together
+
+
+def test_blocks_that_wait_are_host_memory_and_two_of_them_are_there_in_a_step(estimate):
+    base = {"training_kind": "lora", "gradient_checkpointing": True}
+    plain, some, every = (estimate(**base, blocks_to_swap=count) for count in (0, 4, "auto"))
+    assert (plain.copied_bytes, plain.num_blocks) == (0, every.num_blocks)
+    weights = [phase(found).by_category["weights"] for found in (plain, some, every)]
+    assert weights == sorted(weights, reverse=True)
+    waiting = [found.host_bytes - plain.host_bytes for found in (plain, some, every)]
+    assert waiting == sorted(waiting) and waiting[1] > 0
+    saved = phase(plain, "saving").peak_bytes - phase(every, "saving").peak_bytes
+    assert saved == pytest.approx(waiting[2], rel=0.2)  # but for the block that came last
+    assert waiting[2] < every.copied_bytes < 2 * waiting[2]  # forward and backward, without the one that turns around
+    assert estimate(**base, grad_accum=4, blocks_to_swap=4).copied_bytes == pytest.approx(
+        4 * some.copied_bytes, rel=0.2
+    )
+    assert phase(estimate(device="cpu", **base, blocks_to_swap="auto")).by_category["weights"] > weights[0]

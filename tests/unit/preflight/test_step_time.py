@@ -1,6 +1,7 @@
 """How long a step takes: measured here before published before computed, and each says which it is."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from memory_stand_in import LinearMemory
@@ -52,6 +53,16 @@ def test_a_small_batch_waits_for_the_host_and_a_large_one_for_the_gpu():
     seconds = [compute(config(), gpu_spec, work(2.5 * n, launches=4500), 40e-6).seconds for n in (1, 4, 64, 128)]
     assert seconds[0] == seconds[1] == pytest.approx(4500 * 40e-6 + 860e6 * 50 / 3350e9)
     assert seconds[3] - seconds[2] == pytest.approx(64 * 2.5e12 * (1 / (989e12 * 0.31) + 1 / 190 / 3350e9))
+
+
+def test_copies_of_waiting_blocks_count_where_they_take_longest():
+    gpu_spec = find_gpu("RTX 4090")
+    moving = replace(work(2.5, trained=0), copied_bytes=int(24e9))
+    found = compute(config(), gpu_spec, moving, 40e-6)
+    assert found.seconds == pytest.approx(24e9 / (32e9 * 0.75))  # PCIe 4.0
+    assert "the link 1 s for 22.4 GiB of waiting blocks" in found.source
+    assert compute(config(), gpu_spec, replace(work(2500), copied_bytes=1), 40e-6) != found
+    assert published(config(training_kind="lora", blocks_to_swap=3), gpu_spec, SD15) is None
 
 
 def test_the_update_follows_the_passes():
