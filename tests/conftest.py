@@ -38,3 +38,17 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(pixels).save(folder / f"{number:02}{suffix}", quality=95)
         (folder / f"{number:02}.txt").write_text(f"a {subject}, plain, flat, number {number}", encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def family(request: pytest.FixtureRequest) -> str:
+    """Name of the family that a test trains: Stable Diffusion 1.x, unless it is parametrized with others (`indirect`)."""
+    return str(getattr(request, "param", "sd1"))
+
+
+@pytest.fixture
+def family_folder(family: str, tiny_model_folder: Path) -> Path:
+    """A diffusers folder of that family, with seeded random weights."""
+    from tiny_models import tiny_folder
+
+    return tiny_model_folder if family == "sd1" else tiny_folder(family)

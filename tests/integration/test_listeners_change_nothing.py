@@ -18,14 +18,15 @@ from everydream_kit.sessions import resume, train
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.run import Run
 
+EMA = {"ema_decay_rate": 0.9, "ema_update_interval": 1}
 MIXED = {"amp_dtype": "bf16", "disable_textenc_training": True}
 """What a GPU does by default where the text encoder is frozen: its captions are remembered."""
 
 
 @pytest.fixture
-def settings(tmp_path: Path, tiny_model_folder: Path, image_folder: Path) -> dict[str, Any]:
+def settings(tmp_path: Path, family_folder: Path, image_folder: Path) -> dict[str, Any]:
     return {
-        "resume_ckpt": str(tiny_model_folder),
+        "resume_ckpt": str(family_folder),
         "data_root": str(image_folder),
         "resolution": 64,
         "batch_size": 4,
@@ -97,9 +98,14 @@ def watched(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [{**MIXED, "ema_decay_rate": 0.9, "ema_update_interval": 1}, {**MIXED, "disable_textenc_training": False}],
-    ids=["captions remembered, EMA", "captions encoded again"],
+    ("family", "kind"),
+    [
+        ("sd1", {**MIXED, **EMA}),
+        ("sd1", {**MIXED, "disable_textenc_training": False}),
+        ("z_image", {"amp_dtype": "bf16", **EMA}),
+    ],
+    ids=["captions remembered, EMA", "captions encoded again", "Z-Image, EMA"],
+    indirect=["family"],
 )
 def test_validation_samples_requests_and_a_resume_change_no_weight(
     settings: dict[str, Any], tmp_path: Path, kind: dict[str, Any]
@@ -124,16 +130,17 @@ def with_dropout(model: Path, copy: Path, attention_dropout: float) -> Path:
 
 
 @pytest.mark.parametrize(
-    "kind",
+    ("family", "kind"),
     [
-        {"optimizer": "prodigy", "lr": 1.0, "ema_decay_rate": 0.9, "ema_update_interval": 1},
-        {"training_kind": "lora", "lora_rank": 2, "lora_dropout": 0.3},
-        {"training_kind": "textual_inversion", "new_tokens": {"<zkx>": "red"}},
-        {"weight_dtype": "bfloat16"},
-        {"optimizer": "dowg", "lr": 1.0},
-        {**MIXED, "validation_config": {"val_split_mode": "manual", "every_n_epochs": 0.5}},
-        {"disable_textenc_training": True},
-        {"attention_dropout": 0.5},
+        ("sd1", {"optimizer": "prodigy", "lr": 1.0, "ema_decay_rate": 0.9, "ema_update_interval": 1}),
+        ("sd1", {"training_kind": "lora", "lora_rank": 2, "lora_dropout": 0.3}),
+        ("sd1", {"training_kind": "textual_inversion", "new_tokens": {"<zkx>": "red"}}),
+        ("sd1", {"weight_dtype": "bfloat16"}),
+        ("sd1", {"optimizer": "dowg", "lr": 1.0}),
+        ("sd1", {**MIXED, "validation_config": {"val_split_mode": "manual", "every_n_epochs": 0.5}}),
+        ("sd1", {"disable_textenc_training": True}),
+        ("sd1", {"attention_dropout": 0.5}),
+        ("z_image", {"training_kind": "lora", "lora_rank": 2, "lora_dropout": 0.3}),
     ],
     ids=[
         "Prodigy and EMA",
@@ -144,7 +151,9 @@ def with_dropout(model: Path, copy: Path, attention_dropout: float) -> Path:
         "validation, bf16",
         "text cache",
         "dropout",
+        "Z-Image, LoRA and dropout",
     ],
+    indirect=["family"],
 )
 def test_a_resume_with_other_loader_processes_is_exact(
     settings: dict[str, Any], tmp_path: Path, kind: dict[str, Any]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import tiny_folder
 
 from everydream_kit.config.objective_settings import ObjectiveGroup
 from everydream_kit.config.sample_settings import ValidationGroup
@@ -18,15 +19,19 @@ from everydream_kit.models.encoding import encode_captions, encode_moments, late
 from everydream_kit.models.family import Sizes
 from everydream_kit.models.loading import load_model
 from everydream_kit.training.held_out_images import split_dataset
-from everydream_kit.training.objectives import build_objective
+from everydream_kit.training.objectives import OBJECTIVES
 from everydream_kit.training.validation import content_groups, once_each, split_indices, validate
 
 TIMESTEPS = [250, 750]
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model_folder):
-    return load_model(str(tiny_model_folder))
+@pytest.fixture(scope="module", params=["sd1", "z_image"])
+def model(request, tiny_model_folder):
+    return load_model(tiny_model_folder if request.param == "sd1" else tiny_folder(request.param))
+
+
+def objective_of(model, **settings):
+    return OBJECTIVES[model.family.objective](model.noise_scheduler, model.prediction_type, ObjectiveGroup(**settings))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +44,8 @@ def measure(model, dataset, *, batch_size=4, seed=555, num_ranks=1, rank=0, time
 
     def encode(batch):
         moments = encode_moments(model, batch.pixels)
-        mean = torch.zeros(len(moments), moments.shape[1] // 2, *moments.shape[2:])
+        height, width = (side * 8 for side in moments.shape[2:])
+        mean = torch.zeros(len(moments), *model.family.latent_space.shape(model, width, height))
         return latents_from_moments(model, moments, mean), encode_captions(model, batch.captions)
 
     def predict(batch, noisy_latents, steps, conditioning):
@@ -52,7 +58,7 @@ def measure(model, dataset, *, batch_size=4, seed=555, num_ranks=1, rank=0, time
             keys=lambda batch: [dataset.key(draw.image) for draw in batch.planned.draws],
             encode=encode,
             predict=predict,
-            objective=objective or build_objective(model.noise_scheduler, "epsilon", ObjectiveGroup()),
+            objective=objective or objective_of(model),
             timesteps=timesteps,
             seed=seed,
             modules=[model.unet, *model.text_encoders],
@@ -106,15 +112,15 @@ def test_another_seed_and_other_timesteps_are_other_measurements(model, dataset)
 
 def test_the_objective_is_the_trainings_own(model, dataset):
     some = dataset.subset([0, 1])
-    huber = build_objective(model.noise_scheduler, "epsilon", ObjectiveGroup(loss_type="huber"))
+    huber = objective_of(model, loss_type="huber")
     assert measure(model, some, objective=huber).mean < measure(model, some).mean
 
 
+@pytest.mark.parametrize("model", ["sd1"], indirect=True)  # flow matching has no table of timesteps to exceed
 def test_modes_come_back_after_an_error(model, dataset):
     model.unet.train()
-    objective = build_objective(model.noise_scheduler, "epsilon", ObjectiveGroup())
     with pytest.raises(IndexError):
-        measure(model, dataset.subset([0]), objective=objective, timesteps=[5000])
+        measure(model, dataset.subset([0]), timesteps=[5000])
     assert model.unet.training
 
 
@@ -125,7 +131,7 @@ def test_without_images_there_is_nothing_to_measure(model):
             keys=list,
             encode=lambda batch: (torch.zeros(1), None),
             predict=lambda *arguments: torch.zeros(1),
-            objective=build_objective(model.noise_scheduler, "epsilon", ObjectiveGroup()),
+            objective=objective_of(model),
             timesteps=[1],
             seed=1,
         )
