@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from everydream_kit.errors import ConfigError
+from everydream_kit.errors import ConfigError, MemoryLimitError
 
 ALIGNMENT = 512
 """Bytes that a tensor's place in its block's buffer is a multiple of, as torch's allocator for GPUs has it."""
@@ -260,11 +260,16 @@ def _pin(buffers: Sequence[torch.Tensor], owner: object) -> None:
     Not `pin_memory`: torch's own pinned memory rounds each size up to a power of two, a third more for a typical block.
 
     Raises:
-        RuntimeError: the driver refuses.
+        MemoryLimitError: the driver refuses.
     """
     cuda: Any = torch.cuda.cudart()
     for buffer in buffers:
-        torch.cuda.check_error(cuda.cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
+        status = int(cuda.cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
+        if status:
+            raise MemoryLimitError(
+                f"blocks_to_swap: {buffer.numel() / 2**20:.0f} MiB of host memory cannot be pinned (CUDA error {status}). Lower "
+                "blocks_to_swap, or free host memory."
+            )
     weakref.finalize(owner, _unpin, cuda, list(buffers)).atexit = False
 
 

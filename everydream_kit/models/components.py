@@ -246,12 +246,15 @@ def fill(
     left = [name for name, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta]
     if left:
         raise ModelError(f"{where}: {left[0]} of the {type(module).__name__} has no value in the file.")
-    if not waiting:
-        module.to(device)
+    _move_all_but(module, waiting, device)
+    return module.requires_grad_(True).eval()
+
+
+def _move_all_but(module: torch.nn.Module, waiting: tuple[str, ...], device: torch.device | str) -> None:
+    """Move a module, but for the weights and buffers whose names begin so."""
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         if not name.startswith(waiting):
             value.data = value.data.to(device)
-    return module.requires_grad_(True).eval()
 
 
 def shared_names(module: torch.nn.Module) -> dict[str, str]:

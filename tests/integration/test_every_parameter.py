@@ -144,6 +144,7 @@ TEST_OF = {
     "flat_weights": f"{TRAINING}::test_flat_weights_are_stepped_together_and_give_the_same_losses",
     "cuda_graphs": "integration/test_replayed_passes.py::test_replayed_passes_train_as_eager_ones",
     "fused_backward": f"{TRAINING}::test_a_fused_backward_keeps_no_gradient_and_gives_the_same_losses",
+    "blocks_to_swap": "integration/test_block_swap_runs.py::test_losses_and_weights_are_those_without",
     "offload_idle_models": f"{SAVING}::test_idle_models_are_at_work_for_new_images_and_captions_and_for_sampling_only",
     "channels_last": MEMORY,
     "torch_compile": f"{TRAINING}::test_the_unets_transformer_blocks_are_compiled",
