@@ -68,7 +68,7 @@ def load_model(
     adapter_base: AdapterBase | None = None,
     check: Callable[[Family], None] | None = None,
     large_texts_on: torch.device | str | None = None,
-    blocks_to_swap: int | str = 0,
+    blocks_in_host_memory: int | str = 0,
 ) -> Model:
     """Load a model for training or sampling.
 
@@ -83,13 +83,13 @@ def load_model(
             arguments by name.
         check: called with the family once it is known, before any weight is read; may raise.
         large_texts_on: where text encoders go that are never trained; by default to the device.
-        blocks_to_swap: blocks of the denoiser that stay in host memory (`block_swap`).
+        blocks_in_host_memory: blocks of the denoiser that stay in host memory (`block_swap`).
 
     Raises:
         ModelError: it is not there, damaged, or of a kind that the kit does not train.
     """
     where: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "variant": variant}
-    placing = _Placing(dtype, device, large_texts_on, blocks_to_swap, check)
+    placing = _Placing(dtype, device, large_texts_on, blocks_in_host_memory, check)
     folder = Path(source).expanduser()
     if folder.is_dir() and is_adapter_folder(folder):
         return _load_adapted(folder, adapter_base, placing, token=token, vae=vae)
@@ -106,7 +106,7 @@ class _Placing:
     dtype: torch.dtype | Formats
     device: torch.device | str
     large_texts_on: torch.device | str | None
-    blocks_to_swap: int | str
+    blocks_in_host_memory: int | str
     check: Callable[[Family], None] | None
 
 
@@ -119,7 +119,7 @@ def _load_opened(files: ModelFiles, wanted: Mapping[str, Any], placing: _Placing
         dtype=placing.dtype,
         device=placing.device,
         large_texts_on=placing.large_texts_on,
-        blocks_to_swap=placing.blocks_to_swap,
+        blocks_in_host_memory=placing.blocks_in_host_memory,
     )
     model.origin = {name: value for name, value in wanted.items() if value is not None}
     for name in model.origin.keys() & {"source", "vae"}:
@@ -153,7 +153,7 @@ def _load_adapted(
         inject(model, LoraSettings.from_json(note["lora"]), dtype=as_formats(placing.dtype).trained)
         set_lora(model, read_lora(folder / LORA_FILE, files))
     stay = {id(text_encoder) for text_encoder in model.text_encoders if has_large_texts(model.family)}
-    if placing.blocks_to_swap:
+    if placing.blocks_in_host_memory:
         stay.add(id(model.denoiser))  # whoever swaps the blocks brings what was added to them
     for module in model.modules().values():
         if id(module) not in stay:
@@ -274,7 +274,7 @@ def assemble(
     dtype: torch.dtype | Formats = torch.float32,
     device: torch.device | str = "cpu",
     large_texts_on: torch.device | str | None = None,
-    blocks_to_swap: int | str = 0,
+    blocks_in_host_memory: int | str = 0,
 ) -> Model:
     """Build the modules, and read their weights. Arguments as `load_model`."""
     formats = as_formats(dtype)
@@ -285,7 +285,7 @@ def assemble(
         waits = component.role == "text_encoder" and has_large_texts(files.family)
         where = large_texts_on if waits and large_texts_on is not None else device
         layers = quantized_layers(formats, component, module)
-        stays = blocks_to_swap if component.role == "denoiser" else 0
+        stays = blocks_in_host_memory if component.role == "denoiser" else 0
         waiting = waiting_prefixes(module, component.blocks, stays)
         fill(module, files.tensors[name], dtypes, f"{files.source}/{name}", where, quantized=layers, waiting=waiting)
     return model_of(files, modules)

@@ -177,7 +177,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
-        ctx.save_for_backward(layer.quantized, layer.scales)  # a block that leaves the device knows them by this
+        ctx.save_for_backward(layer.quantized, layer.scales)  # itself, and no copy: see `block_swap`
         ctx.layer = layer
         bias = None if layer.bias is None else layer.bias.to(inputs.dtype)
         return torch.nn.functional.linear(inputs, layer.dequantize(inputs.dtype), bias)
@@ -185,8 +185,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = gradients
-        shape = (ctx.layer.out_features, ctx.layer.in_features)
-        return gradient @ FORMS[ctx.layer.form].dequantize(*ctx.saved_tensors, shape, gradient.dtype), None
+        _ = ctx.saved_tensors  # reading them brings a block back that has left the device
+        return gradient @ ctx.layer.dequantize(gradient.dtype), None
 
 
 def quantized_layers(formats: Formats, component: Component, module: torch.nn.Module) -> dict[str, str]:

@@ -178,8 +178,11 @@ def fewest_blocks(
     if gpu_spec is None:
         return 0, peak(0)
     total = peak("auto").num_blocks
-    found = _largest(range(total + 1), lambda stay: peak(total - stay), _limit(gpu_spec, limit_bytes))
-    return (total, peak(total)) if found is None else (total - found[0], found[1])
+    # all of them are asked about by one name, so that an answer that is there already is found
+    found = _largest(
+        range(total + 1), lambda stay: peak(total - stay if stay else "auto"), _limit(gpu_spec, limit_bytes)
+    )
+    return (total, peak("auto")) if found is None else (total - found[0], found[1])
 
 
 def describe_blocks(chosen: int, found: MemoryEstimate, limit_bytes: int) -> str:
@@ -271,7 +274,7 @@ class _Questions:
 
     def fewest_blocks(self, config: TrainConfig) -> int:
         limit = room(self._gpu_spec, self._margin)
-        return fewest_blocks(config, self._gpu_spec, estimate=self._estimate, limit_bytes=limit)[0]
+        return fewest_blocks(config, self._gpu_spec, estimate=lambda asked, **_: self(asked), limit_bytes=limit)[0]
 
 
 def _with_fewest_blocks(config: TrainConfig, questions: _Questions) -> TrainConfig:

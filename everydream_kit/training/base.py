@@ -66,7 +66,7 @@ def load_base(
         adapter_base=adapter_base or _own_base(config, weights_from),
         check=partial(refuse_settings, config),
         large_texts_on="cpu",  # they come to the device for the captions, while the denoiser waits
-        blocks_to_swap=config.blocks_to_swap,
+        blocks_in_host_memory=config.blocks_to_swap,
     )
     if config.enable_zero_terminal_snr and not model.zero_terminal_snr:
         model.noise_scheduler = rescale_zero_terminal_snr(model.noise_scheduler, model.prediction_type)

@@ -122,7 +122,7 @@ def test_what_waits_is_never_put_on_the_device(monkeypatch: pytest.MonkeyPatch) 
         return load(tensor, dtype, "cpu")
 
     monkeypatch.setattr(LazyTensor, "load", note)
-    model = load_model(tiny_folder("z_image"), device="cpu:0", large_texts_on="cpu:0", blocks_to_swap=2)
+    model = load_model(tiny_folder("z_image"), device="cpu:0", large_texts_on="cpu:0", blocks_in_host_memory=2)
     waiting = waiting_prefixes(model.denoiser, model.family.denoiser.blocks, 2)
     sizes = [value.numel() for name, value in model.denoiser.named_parameters() if name.startswith(waiting)]
     assert len(sizes) > 20

@@ -13,7 +13,7 @@ GIB = 1024**3
 class LinearMemory:
     """Weights, gradients and states of a 1-billion model, and half a GiB of activations an image at 512 px.
 
-    Of the weights, 3 GiB are 20 blocks, which can wait in host memory.
+    Of the weights, 1 GiB are 20 blocks, which can wait in host memory.
 
     Attributes:
         asked: the configs, in order.
@@ -34,7 +34,7 @@ class LinearMemory:
         standing = 4.0 * (0.5 if config.weight_dtype == "bfloat16" else 1) + 4.0 * (config.training_kind == "full")
         standing -= 0.25 * config.offload_idle_models + 0.5 * config.disable_textenc_training
         blocks = 20 if config.blocks_to_swap == "auto" else config.blocks_to_swap
-        standing -= 0.15 * blocks
+        standing -= 0.05 * blocks
         peak = int((activations + standing) * GIB)
         return MemoryEstimate(
             phases=(Phase("training step", peak, {"weights": peak}),),
@@ -46,6 +46,6 @@ class LinearMemory:
             state_bytes_written=2_000_000_000,
             pass_launches=4_500 * config.grad_accum,
             update_launches=2_600,
-            copied_bytes=int(0.3 * blocks * GIB),
+            copied_bytes=int(0.1 * blocks * GIB),
             num_blocks=20,
         )

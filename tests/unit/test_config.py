@@ -243,7 +243,6 @@ def test_help_says_what_holds_for_each_family_and_optimizer() -> None:
     [
         ({"training_kind": "full"}, "blocks_to_swap, training_kind: full training changes every block"),
         ({"training_kind": "lora", "torch_compile": True}, "blocks_to_swap, torch_compile: compiled blocks keep"),
-        ({"training_kind": "lora", "parallel": "fsdp2"}, "parallel, blocks_to_swap: fsdp2 does not work"),
     ],
 )
 def test_blocks_wait_in_host_memory_only_where_they_can(settings, message):

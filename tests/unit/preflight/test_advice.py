@@ -94,18 +94,18 @@ def order(changes):
 
 
 def test_as_few_blocks_as_fit_wait_in_host_memory():
-    """A LoRA's 4 GiB with 0.05 for one image; 0.15 for each block. What costs nothing comes first."""
+    """A LoRA's 3.75 GiB with 0.05 for one image, less 0.05 for each block."""
     asked = config(training_kind="lora", gradient_checkpointing=True, batch_size=1, offload_idle_models=True)
     memory = LinearMemory()
-    advice = make_it_fit(asked, gpu_spec(2.75), estimate=memory)
-    assert advice.changes == {"blocks_to_swap": 8}  # 3.8 GiB less 1.05, and a byte
+    advice = make_it_fit(asked, gpu_spec(3.4), estimate=memory)
+    assert advice.changes == {"blocks_to_swap": 8}
     assert advice.fits and advice.reasons[0].startswith("blocks_to_swap: auto")
     assert len(memory.asked) <= 8
     assert fewest_blocks(asked, gpu_spec(10), estimate=memory)[0] == 0
     assert fewest_blocks(asked, gpu_spec(0.1), estimate=memory)[0] == 20
     assert fewest_blocks(asked, None, estimate=memory)[0] == 0
     assert largest_batch(asked.replace(blocks_to_swap="auto"), gpu_spec(3.9), estimate=memory)[0] == 3
-    assert largest_batch(asked.replace(blocks_to_swap="auto"), gpu_spec(2.0), estimate=memory)[0] == 1
+    assert largest_batch(asked.replace(blocks_to_swap="auto"), gpu_spec(3.5), estimate=memory)[0] == 1
 
 
 def test_bfloat16_weights_are_not_advised_on_a_card_without_it():
@@ -115,7 +115,7 @@ def test_bfloat16_weights_are_not_advised_on_a_card_without_it():
 
 
 def test_what_never_fits_is_said_with_the_least_that_was_tried():
-    advice = make_it_fit(config(), gpu_spec(1.0), estimate=LinearMemory())
+    advice = make_it_fit(config(), gpu_spec(0.2), estimate=LinearMemory())
     assert not advice.fits
     assert advice.changes["training_kind"] == "lora" and advice.changes["resolution"] == 256
     assert advice.reasons[0].startswith("offload_idle_models")

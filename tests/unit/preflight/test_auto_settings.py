@@ -159,11 +159,11 @@ def test_blocks_that_wait_become_a_number_that_is_reported(journal, monkeypatch,
     config = TrainConfig(resume_ckpt="base", training_kind="lora", batch_size=1, blocks_to_swap="auto")
     here = Ranks(0, 1, torch.device("cpu"))
     assert resolve_auto_settings(config, here, journal, estimate=LinearMemory()).blocks_to_swap == 0
-    gpu_spec = replace(find_gpu("A40"), memory_bytes=3 * GIB, context_bytes=0)
-    monkeypatch.setattr("everydream_kit.preflight.auto_settings.device_room", lambda ranks: (gpu_spec, 3 * GIB))
+    gpu_spec = replace(find_gpu("A40"), memory_bytes=4 * GIB, context_bytes=0)
+    monkeypatch.setattr("everydream_kit.preflight.auto_settings.device_room", lambda ranks: (gpu_spec, 4 * GIB))
     with caplog.at_level("INFO", "everydream_kit"):
         assert resolve_auto_settings(config, here, journal, estimate=LinearMemory()).blocks_to_swap == 10
-    assert "blocks_to_swap auto: 10 of 20 (3.0 GiB estimated, 3.0 GiB available)" in caplog.text
+    assert "blocks_to_swap auto: 10 of 20 (4.0 GiB estimated, 4.0 GiB available)" in caplog.text
     assert [event["blocks"] for event in journal.folder.events("blocks to swap")] == [0, 10]
-    resolved, notes = resolve_for_plan(config, gpu_spec, LinearMemory(), 3 * GIB)
+    resolved, notes = resolve_for_plan(config, gpu_spec, LinearMemory(), 4 * GIB)
     assert (resolved.blocks_to_swap, len(notes)) == (10, 1)

@@ -289,7 +289,3 @@ def test_blocks_that_wait_are_host_memory_and_two_of_them_are_there_in_a_step(es
     saved = phase(plain, "saving").peak_bytes - phase(every, "saving").peak_bytes
     assert saved == pytest.approx(waiting[2], rel=0.2)  # but for the block that came last
     assert waiting[2] < every.copied_bytes < 2 * waiting[2]  # forward and backward, without the one that turns around
-    assert estimate(**base, grad_accum=4, blocks_to_swap=4).copied_bytes == pytest.approx(
-        4 * some.copied_bytes, rel=0.2
-    )
-    assert phase(estimate(device="cpu", **base, blocks_to_swap="auto")).by_category["weights"] > weights[0]

@@ -81,6 +81,7 @@ def test_what_is_lowered_already_is_not_named():
             resolution=256,
             training_kind="lora",
             quantization="nf4",
+            blocks_to_swap="auto",
         )
     )
     assert "Everything that could be lowered is" in text
@@ -109,7 +110,7 @@ def test_every_measure_can_be_taken_until_none_is_left():
     assert taken[:2] == ["cache_latents", "offload_idle_models"]
     assert taken.count("batch_size, grad_accum") == 3
     assert (config.batch_size, config.grad_accum, config.resolutions) == (1, 8, (256,))
-    assert taken[-3:] == ["training_kind", "quantization", "quantization"]
+    assert taken[-4:] == ["training_kind", "blocks_to_swap", "quantization", "quantization"]
 
 
 def test_a_smaller_batch_next_to_fused_backward_is_not_accumulated():
