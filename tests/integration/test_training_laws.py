@@ -86,8 +86,8 @@ RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
     "bfloat16": ("sd1", {"weight_dtype": "bfloat16", "disable_textenc_training": True}),
     "fused": ("sd1", FUSED),
     "Z-Image, accumulated with EMA": ("z_image", {**ACCUMULATED, **EARLY}),
-    "Z-Image, bfloat16, 8 bit": ("z_image", {"weight_dtype": "bfloat16", "optimizer": "adamw8bit"}),
-    "klein, fused": ("flux2_klein", {**FUSED, **EARLY}),
+    "Z-Image, bfloat16, 8 bit": ("z_image", {"weight_dtype": "bfloat16", "optimizer": "adamw8bit", **EARLY}),
+    "Z-Image, fused": ("z_image", {**FUSED, **EARLY}),
 }
 
 
