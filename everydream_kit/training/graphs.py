@@ -41,6 +41,9 @@ MAX_COUNTED = 64
 KEPT_BUFFER_NUMBERS = 2**30
 """Numbers of a buffer of flat weights whose gradients stay: few kernels, and sizes that kernels count in 32 bits."""
 
+MAX_DROPS = 2
+"""Times that all graphs may be dropped since weights have moved; weights that always move are not worth a capture."""
+
 Capture = Callable[[Callable[[], torch.Tensor]], "Captured"]
 
 
@@ -115,6 +118,7 @@ class GraphedPasses:
         self._seen: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, _Graph] = {}
         self._addresses: tuple[Any, ...] = ()
+        self._num_drops = 0
         self.num_replays = 0
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
@@ -136,7 +140,7 @@ class GraphedPasses:
         if shape in self._seen or len(self._seen) < MAX_COUNTED:
             self._seen[shape] += 1
         is_warm = self._seen[shape] > NUM_EAGER and self._gradients.has_places()
-        return is_warm and len(self._graphs) < MAX_SHAPES
+        return is_warm and len(self._graphs) < MAX_SHAPES and self._num_drops <= MAX_DROPS
 
     def _captured(self, inputs: StepInputs) -> _Graph:
         static = inputs.clone()
@@ -163,7 +167,10 @@ class GraphedPasses:
         """Graphs of weights that have moved would read memory that is another's now."""
         if self._graphs and self._addresses != self._addresses_now():
             self._graphs.clear()
-            self._note("CUDA graphs: weights have moved, so passes are captured anew.")
+            self._num_drops += 1
+            stays = self._num_drops > MAX_DROPS
+            then = "again and again, so passes stay eager" if stays else "so passes are captured anew"
+            self._note(f"CUDA graphs: weights have moved, {then}.")
 
     def _addresses_now(self) -> tuple[Any, ...]:
         return tuple((tensor.data_ptr(), tensor.requires_grad) for tensor in self._fixed())

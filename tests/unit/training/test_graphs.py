@@ -8,7 +8,7 @@ import torch
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ConfigError
 from everydream_kit.models.family import Conditioning, Sizes
-from everydream_kit.training.graphs import MAX_COUNTED, MAX_SHAPES, NUM_EAGER, GraphedPasses
+from everydream_kit.training.graphs import MAX_COUNTED, MAX_DROPS, MAX_SHAPES, NUM_EAGER, GraphedPasses
 from everydream_kit.training.kept_gradients import KeptGradients
 from everydream_kit.training.step_inputs import StepInputs
 
@@ -31,8 +31,8 @@ def inputs_of(width: int, text_length: int = 3) -> StepInputs:
     )
 
 
-def passes(notes: list[str]) -> GraphedPasses:
-    weight = torch.nn.Parameter(torch.ones(3))
+def passes(notes: list[str], weight: torch.nn.Parameter | None = None) -> GraphedPasses:
+    weight = torch.nn.Parameter(torch.ones(3)) if weight is None else weight
     optimizer = torch.optim.SGD([weight], lr=0.0)
     gradients = KeptGradients(optimizer)
     weight.grad = torch.ones(3)
@@ -48,6 +48,18 @@ def test_shapes_beyond_eight_stay_eager() -> None:
             assert graphed(inputs_of(width)) == width
     assert graphed.num_replays == 2 * MAX_SHAPES
     assert len(notes) == MAX_SHAPES + 1 and "passes of further shapes stay eager" in notes[-1]
+
+
+def test_weights_that_always_move_are_not_captured_again_and_again() -> None:
+    notes: list[str] = []
+    weight = torch.nn.Parameter(torch.ones(3))
+    kept, graphed = [], passes(notes, weight)
+    for _ in range(NUM_EAGER + 10):
+        kept.append(weight.data)  # so that its address is not given again
+        weight.data = torch.ones(3)
+        assert graphed(inputs_of(2)) == 2.0
+    assert graphed.num_replays == 1 + MAX_DROPS
+    assert "again and again, so passes stay eager" in notes[-1]
 
 
 def test_texts_of_any_length_do_not_fill_the_memory() -> None:
