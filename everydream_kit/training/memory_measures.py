@@ -120,6 +120,9 @@ def _measures_for_nothing(c: TrainConfig) -> Iterator[Measure]:
 
 
 def _measures_that_cost_time(c: TrainConfig) -> Iterator[Measure]:
+    if c.cuda_graphs == "on":
+        why = "off; gradients and a pass's activations are not kept"
+        yield Measure("cuda_graphs", {"cuda_graphs": "off"}, why, "time")
     if not c.gradient_checkpointing:
         why = "switch it on with checkpointing_share 0.5; half of the blocks, those that hold most, cost least to recompute"
         changes = {"gradient_checkpointing": True, "checkpointing_share": 0.5}

@@ -88,7 +88,8 @@ def test_what_is_lowered_already_is_not_named():
 
 
 def test_settings_that_cost_memory_are_named_when_on():
-    text = str(explain(disable_amp=True, cache_latents="off", ema_decay_rate=0.99, ema_device="cuda"))
+    text = str(explain(disable_amp=True, cache_latents="off", ema_decay_rate=0.99, ema_device="cuda", cuda_graphs="on"))
+    assert "cuda_graphs: off; gradients" in text
     for name in ("amp: switch it on", "cache_latents: auto", "ema_device: cpu instead of cuda"):
         assert name in text
 
