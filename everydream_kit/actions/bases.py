@@ -92,6 +92,14 @@ BASES = (
         "All weights: GPU with 24 GB and more (19.3 GiB with bf16 weights and fused backward). LoRA: 16 GB and more "
         "(11.8 GiB), or 12 GB at 512 px with one sample at a time (9.5 GiB). Needs bfloat16. About 16 GB to download.",
     ),
+    Base(
+        "Anima",
+        "circlestone-labs/Anima-Base-v1.0-Diffusers",
+        "anima",
+        1024,
+        "All weights: GPU with 12 GB and more (11.5 GiB with bf16 weights and fused backward). LoRA: 12 GB and more "
+        "(7.8 GiB). Needs bfloat16. About 6 GB to download.",
+    ),
 )
 """Everything else the kit reads is given by its path or its Hub id."""
 
