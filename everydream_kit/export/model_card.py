@@ -36,6 +36,8 @@ PIPELINES = {
     "StableDiffusionPipeline": ("stable-diffusion", "stable-diffusion-diffusers"),
     "StableDiffusionXLPipeline": ("stable-diffusion-xl", "stable-diffusion-xl-diffusers"),
 }
+DIFFUSION = (*PIPELINES, "DiffusionPipeline")
+"""Pipelines whose weights fit float16; the general name stands where a base is not known."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def _section(title: str, text: str) -> tuple[str, ...]:
 
 
 def _metadata(facts: CardFacts) -> str:
-    tags = ["text-to-image", *PIPELINES.get(facts.pipeline_class, ("stable-diffusion",)), "diffusers"]
+    tags = ["text-to-image", *_pipeline_tags(facts), "diffusers"]
     if facts.is_lora:
         tags += ["lora", "template:sd-lora"]
     else:
@@ -114,6 +116,12 @@ def _metadata(facts: CardFacts) -> str:
 
 def _relation(facts: CardFacts) -> str:
     return "adapter" if facts.is_lora or facts.learned_tokens else "finetune"
+
+
+def _pipeline_tags(facts: CardFacts) -> tuple[str, ...]:
+    """Tags of Stable Diffusion, which the Hub finds models by; later families have none."""
+    fallback = ("stable-diffusion",) if facts.pipeline_class in DIFFUSION else ()
+    return PIPELINES.get(facts.pipeline_class, fallback)
 
 
 def _introduction(facts: CardFacts) -> str:
@@ -143,17 +151,32 @@ def _usage_lines(facts: CardFacts) -> list[str]:
     skip = skip if isinstance(skip, int) else 0
     argument = f", clip_skip={skip - 1}" if skip > 1 else ""  # diffusers counts the layers that are skipped
     source = facts.repo_id if facts.has_folder and not facts.is_lora else facts.base_model or "the-base-model"
+    if facts.pipeline_class.endswith("ModularPipeline"):
+        return [*_modular_lines(source), f"image = pipeline(prompt={prompt!r}).get('images')[0]"]
+    dtype = "float16" if facts.pipeline_class in DIFFUSION else "bfloat16"
     lines = [
         "import torch",
         "from diffusers import DiffusionPipeline",
         "",
-        f"pipeline = DiffusionPipeline.from_pretrained({source!r}, torch_dtype=torch.float16).to('cuda')",
+        f"pipeline = DiffusionPipeline.from_pretrained({source!r}, torch_dtype=torch.{dtype}).to('cuda')",
     ]
     if facts.is_lora:
         lines.append(f"pipeline.load_lora_weights({facts.repo_id!r})")
     if facts.learned_tokens:
         lines += _token_lines(facts)
     return [*lines, f"image = pipeline({prompt!r}{argument}).images[0]"]
+
+
+def _modular_lines(source: str) -> list[str]:
+    """A modular pipeline names its parts first and loads them then."""
+    return [
+        "import torch",
+        "from diffusers import ModularPipeline",
+        "",
+        f"pipeline = ModularPipeline.from_pretrained({source!r})",
+        f"pipeline.load_components(pretrained_model_name_or_path={source!r}, torch_dtype=torch.bfloat16)",
+        "pipeline.to('cuda')",
+    ]
 
 
 def _token_lines(facts: CardFacts) -> list[str]:

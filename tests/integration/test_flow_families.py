@@ -139,9 +139,11 @@ def pipeline_of(folder: Path) -> Any:
     import diffusers
 
     cls = getattr(diffusers, FAMILIES[open_model(folder).family.name].pipeline_class)
-    pipeline = cls.from_pretrained(folder)
-    if isinstance(pipeline, diffusers.ModularPipeline):
-        pipeline.load_components()
+    if issubclass(cls, diffusers.ModularPipeline):  # as model cards say
+        pipeline = diffusers.ModularPipeline.from_pretrained(folder)
+        pipeline.load_components(pretrained_model_name_or_path=str(folder))
+    else:
+        pipeline = cls.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from hub_runs import make_run
 
@@ -76,6 +77,20 @@ def test_a_card_of_a_bare_checkpoint_says_only_what_is_known() -> None:
     card = make_model_card(CardFacts("jets", "me/jets"))
     assert "base_model" not in metadata(card) and "license" not in metadata(card)
     assert "## Training settings" not in card and "## Results" not in card and "<Gallery" not in card
+
+
+@pytest.mark.parametrize(
+    ("pipeline_class", "line"),
+    [
+        ("StableDiffusionPipeline", "DiffusionPipeline.from_pretrained('me/jets', torch_dtype=torch.float16)"),
+        ("Krea2Pipeline", "DiffusionPipeline.from_pretrained('me/jets', torch_dtype=torch.bfloat16)"),
+        ("AnimaModularPipeline", "ModularPipeline.from_pretrained('me/jets')\n"),
+    ],
+)
+def test_the_lines_of_use_and_the_tags_are_those_of_the_models_pipeline(pipeline_class: str, line: str) -> None:
+    card = make_model_card(CardFacts("jets", "me/jets", pipeline_class=pipeline_class))
+    assert line in card
+    assert ("stable-diffusion" in card) == (pipeline_class == "StableDiffusionPipeline")
 
 
 def test_only_a_hub_id_counts_as_a_base(tmp_path: Path) -> None:
