@@ -100,6 +100,14 @@ BASES = (
         "All weights: GPU with 12 GB and more (11.5 GiB with bf16 weights and fused backward). LoRA: 12 GB and more "
         "(7.8 GiB). Needs bfloat16. About 6 GB to download.",
     ),
+    Base(
+        "Krea 2",
+        "krea/Krea-2-Raw",
+        "krea2",
+        1024,
+        "All weights: GPU with 80 GB and more (58.1 GiB with bf16 weights and fused backward). LoRA: 40 GB and more "
+        "(31.7 GiB). Needs bfloat16. About 35 GB to download.",
+    ),
 )
 """Everything else the kit reads is given by its path or its Hub id."""
 

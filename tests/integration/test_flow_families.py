@@ -190,6 +190,27 @@ def test_the_distilled_krea_2_is_sampled_with_its_own_shift_and_stays_what_it_is
     assert np.abs(image - ours(load_model(tmp_path / "again"), cfg=1.0)).max() <= 1
 
 
+def test_a_text_next_to_a_longer_one_is_what_it_is_alone(family: str) -> None:
+    """To 1e-5, where an image of 255 levels hides a token that should be masked."""
+    model = load_model(tiny_folder(family))
+    noisy = torch.randn(1, *model.family.latent_space.shape(model, 64, 64), generator=torch.Generator().manual_seed(0))
+
+    def predicted(prompts: list[str]) -> torch.Tensor:
+        texts, sizes = encode_captions(model, prompts), Sizes.uncropped(64, 64, len(prompts))
+        count = len(prompts)
+        return model.family.predict(model, noisy.expand(count, -1, -1, -1), torch.full((count,), 500.0), texts, sizes)
+
+    with torch.no_grad():
+        torch.testing.assert_close(predicted(["a cat", LONG])[:1], predicted(["a cat"]), rtol=1e-4, atol=1e-5)
+
+
+def test_krea_2_sees_of_each_token_what_diffusers_pipeline_gives_it() -> None:
+    theirs, mask = pipeline_of(tiny_folder("krea2")).encode_prompt("a cat", device=torch.device("cpu"))
+    with torch.no_grad():
+        own = encode_captions(load_model(tiny_folder("krea2")), ["a cat"]).encoder_hidden_states
+    torch.testing.assert_close(own[0], theirs.detach()[mask].flatten(1), rtol=1e-4, atol=1e-5)
+
+
 def test_an_overfitted_model_samples_the_image_it_has_seen(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong sign or scale of the target cannot pass."""
     for name, value in SHORT_TEXTS.items():
