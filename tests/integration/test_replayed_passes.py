@@ -81,6 +81,7 @@ CASES = {
         5,
     ),
     "new words": ("sd1", {"training_kind": "textual_inversion", "new_tokens": {"<one>": "one"}, "max_steps": 6}, 3),
+    "flow, next to a frozen encoder with dropout": ("flux1", {**LORA, "optimizer": "adamw", "max_steps": 5}, 2),
     "flow": ("flux2_klein", {**LORA, "optimizer": "adamw", "max_steps": 8}, 5),
 }
 """Family, changes, and how many passes of how many are replayed: all but three."""
