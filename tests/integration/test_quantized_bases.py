@@ -69,7 +69,8 @@ def test_linear_layers_of_the_blocks_are_quantized_one_by_one(family: str, monke
     def noted(self: LazyTensor, *args: Any) -> torch.Tensor:
         most.append(sum(one() is not None for one in read))
         values = load(self, *args)
-        read.append(weakref.ref(values))
+        if values.dim() == 2:  # not the statistics of a VAE, which stay as they come
+            read.append(weakref.ref(values))
         return values
 
     monkeypatch.setattr(LazyTensor, "load", noted)
