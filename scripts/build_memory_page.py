@@ -34,6 +34,7 @@ FAMILY_PAGES = {
     "flux1": "flux1.md",
     "anima": "anima.md",
     "krea2": "krea2.md",
+    "qwen_image": "qwen-image.md",
 }
 """Families that have a page of their own."""
 SIZES = {"flux2_klein": "9B"}

@@ -108,6 +108,15 @@ BASES = (
         "All weights: GPU with 80 GB and more (58.1 GiB with bf16 weights and fused backward). LoRA: 40 GB and more "
         "(31.7 GiB). Needs bfloat16. About 35 GB to download.",
     ),
+    Base(
+        "FLUX.1 dev",
+        "black-forest-labs/FLUX.1-dev",
+        "flux1",
+        1024,
+        "All weights: GPU with 80 GB and more (51.3 GiB with bf16 weights and fused backward). LoRA: 40 GB and more "
+        "(27.6 GiB). Needs bfloat16, and its terms accepted on the Hub. About 34 GB to download.",
+        {"cond_dropout": 0.0},
+    ),
 )
 """Everything else the kit reads is given by its path or its Hub id."""
 

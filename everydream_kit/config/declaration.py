@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 Effect = Literal["memory", "speed", "result"]
 Change = Literal["never", "resume", "live"]
 TrainingKind = Literal["full", "lora", "textual_inversion"]
-FamilyName = Literal["sd1", "sd2", "sdxl", "z_image", "flux2_klein", "flux1", "anima", "krea2"]
+FamilyName = Literal["sd1", "sd2", "sdxl", "z_image", "flux2_klein", "flux1", "anima", "krea2", "qwen_image"]
 
 NOTHING: tuple[Effect, ...] = ()
 MEMORY: tuple[Effect, ...] = ("memory",)

@@ -289,8 +289,11 @@ def renamed_for(module: torch.nn.Module, tensors: Tensors) -> Tensors:
     renamed: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
         current = _OLD_VAE_ATTENTION.sub(lambda match: _NEW_VAE_ATTENTION[match[0]], name)
-        if current not in wanted and current.removeprefix("model.") in wanted:
-            current = current.removeprefix("model.")  # a language model is saved with the head that it is used without
+        bare = current.removeprefix("model.")
+        if current not in wanted and (bare in wanted or f"language_model.{bare}" in wanted):
+            current = bare  # a language model is saved with the head that it is used without
+        if f"language_model.{current}" in wanted:
+            current = f"language_model.{current}"  # Qwen2.5-VL was published before its language model had a name
         if current == "lm_head.weight" and current not in wanted:
             continue
         if current.endswith("position_ids"):

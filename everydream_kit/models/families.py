@@ -8,6 +8,7 @@ from everydream_kit.models.family import Conditioning, Family, Sizes, TextEncode
 from everydream_kit.models.flux1 import FLUX1
 from everydream_kit.models.flux2_klein import FLUX2_KLEIN
 from everydream_kit.models.krea2 import KREA2
+from everydream_kit.models.qwen_image import QWEN_IMAGE
 from everydream_kit.models.sd1 import SD1
 from everydream_kit.models.sd2 import SD2
 from everydream_kit.models.sdxl import SDXL
@@ -16,7 +17,7 @@ from everydream_kit.models.z_image import Z_IMAGE
 __all__ = ["FAMILIES", "Conditioning", "Family", "Sizes", "TextEncoderSlot", "family_by_name"]
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (SD1, SD2, SDXL, Z_IMAGE, FLUX2_KLEIN, FLUX1, ANIMA, KREA2)
+    family.name: family for family in (SD1, SD2, SDXL, Z_IMAGE, FLUX2_KLEIN, FLUX1, ANIMA, KREA2, QWEN_IMAGE)
 }
 
 

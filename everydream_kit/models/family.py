@@ -184,6 +184,7 @@ class SamplerSpec:
         num_steps, cfg: sensible values, for advice.
         mu: (scheduler's config, width, height, steps) -> logarithm of the shift in sampling, for schedulers whose shift
             follows the image's size.
+        after_guidance: (guided prediction, the caption's own) -> what is used of them.
     """
 
     kind: Literal["diffusion", "flow"] = "diffusion"
@@ -192,6 +193,7 @@ class SamplerSpec:
     num_steps: int = 30
     cfg: float = 7.0
     mu: Callable[[Mapping[str, Any], int, int, int], float] = mu_of
+    after_guidance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda guided, conditional: guided
 
 
 @dataclass(frozen=True, slots=True)

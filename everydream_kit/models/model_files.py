@@ -108,6 +108,11 @@ def refuse_unsupported(where: str, configs: Mapping[str, Config], index: Config)
             f"{where}: this is {kind} (its UNet takes {channels} channels, not 4), which this version cannot train. "
             "Take the ordinary model of the same family."
         )
+    if "Edit" in pipeline or "Kontext" in pipeline:
+        raise ModelError(
+            f"{where}: this is a model for editing images ({pipeline}), which this version cannot train. Take the ordinary "
+            "model of the same family."
+        )
     if "text_encoder_2" in configs and "text_encoder" not in configs:
         raise ModelError(
             f"{where}: this is an SDXL refiner, which this version cannot train. Take the SDXL base model."

@@ -31,6 +31,7 @@ VISION_KEYS = frozenset(
         *("depth", "hidden_size", "hidden_act", "intermediate_size", "num_heads", "in_channels", "patch_size"),
         *("spatial_merge_size", "temporal_patch_size", "out_hidden_size", "num_position_embeddings"),
         *("deepstack_visual_indexes", "initializer_range"),
+        *("fullatt_block_indexes", "tokens_per_second", "window_size"),  # of Qwen2.5-VL
     }
 )
 """Of the half of a language model that sees images."""
@@ -69,7 +70,8 @@ def language_model_values(config: Config) -> dict[str, Any]:
 
 def vision_language_values(config: Config) -> dict[str, Any]:
     """The part of a vision-language model's config that shapes it, as transformers 5 takes it. Raises: ModelError."""
-    text, vision = (config.get(name) for name in ("text_config", "vision_config"))
+    text, vision = config.get("text_config"), config.get("vision_config")
+    text = config if text is None else text  # Qwen2.5-VL's was published flat
     if not isinstance(text, dict) or not isinstance(vision, dict):
         raise ModelError("text encoder: its config.json has no text_config and vision_config. Take it from its source.")
     values = language_model_values(text)

@@ -50,8 +50,15 @@ _TINY_QWEN = {
     **{"num_hidden_layers": 3, "vocab_size": 261},  # bytes, and five special tokens
     **{"bos_token_id": 256, "eos_token_id": 258, "pad_token_id": 256},
 }
-_TINY_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 2, "num_layers": 2, "vocab_size": 98}
 _TINY_FRAME_VAE = {"base_dim": 8, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
+_TINY_QWEN25_VL = {
+    **{**_TINY_QWEN, "rope_scaling": {"mrope_section": [4, 2, 2], "rope_type": "default"}},
+    "vision_config": {
+        **{"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32},
+        **{"patch_size": 4, "window_size": 8, "fullatt_block_indexes": [0]},
+    },
+}
+_TINY_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 2, "num_layers": 2, "vocab_size": 98}
 _TINY_QWEN_VL = {
     "text_config": {
         **_TINY_QWEN,
@@ -118,6 +125,14 @@ _TINY: dict[str, dict[str, Any]] = {
         },
         "vae": _TINY_FRAME_VAE,
         "text_encoders": [_TINY_QWEN_VL],
+    },
+    "qwen_image": {
+        "denoiser": {
+            **{"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32},
+            "axes_dims_rope": [4, 6, 6],
+        },
+        "vae": _TINY_FRAME_VAE,
+        "text_encoders": [_TINY_QWEN25_VL],
     },
 }
 

@@ -242,6 +242,7 @@ def _denoise(
         if guided:
             negative, positive = prediction.chunk(2)
             prediction = guide(negative, positive, cfg, guidance_rescale)
+            prediction = model.family.sampler.after_guidance(prediction, positive)
             del negative, positive
         latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
         if progress is not None:

@@ -92,6 +92,13 @@ CASES = {
         (149, 3_875_544_576),  # flux-2-klein-base-4b.safetensors has 16,560 bytes more, its header
         "double_blocks.0.img_attn.qkv",
     ),
+    "qwen_image": Case(
+        {"attention_head_dim": 48, "num_attention_heads": 4, "num_layers": 1, "axes_dims_rope": [8, 20, 20]},
+        lambda pipeline, cfg, negative: {"true_cfg_scale": cfg, "negative_prompt": negative},
+        "Qwen-Image-2512-Lightning",
+        80,
+        (1933, 20_430_401_088),  # qwen_image_bf16.safetensors has twice as many bytes, and its header
+    ),
     "flux1": Case(
         {"attention_head_dim": 48, "num_attention_heads": 4, "num_single_layers": 1, "axes_dims_rope": [8, 20, 20]},
         lambda pipeline, cfg, negative: {"guidance_scale": cfg},  # embedded: there is no second prediction
@@ -498,6 +505,15 @@ def test_flux1_is_given_a_guidance_of_1_in_training_and_schnell_none(tmp_path: P
     assert "distilled to few steps" in (FAMILIES["flux1"].distilled(str(schnell)) or "")
     assert FAMILIES["flux1"].distilled(str(tiny_folder("flux1"))) is None
     assert np.abs(ours(load_model(schnell)) - theirs("flux1", pipeline_of(schnell))).max() <= 1
+
+
+def test_models_for_editing_are_refused_by_name(tmp_path: Path) -> None:
+    """Their transformers have the same class; what they need besides the caption is an image."""
+    folder = copy_of_base("qwen_image", tmp_path)
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("QwenImagePipeline", "QwenImageEditPipeline"), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"editing images \(QwenImageEditPipeline\)"):
+        open_model(folder)
 
 
 def test_a_scheduler_of_diffusion_is_refused(family: str) -> None:

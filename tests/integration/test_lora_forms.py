@@ -32,6 +32,7 @@ CASES = [
     ("flux2_klein", "loha"),
     ("anima", "lokr"),
     ("krea2", "loha"),
+    ("qwen_image", "lokr"),
 ]
 STEMS = {
     "sd1": "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
@@ -40,6 +41,7 @@ STEMS = {
     "flux2_klein": "lycoris_transformer_blocks_0_attn_to_q",
     "anima": "lora_unet_blocks_0_self_attn_q_proj",
     "krea2": "lycoris_transformer_blocks_0_attn_to_q",
+    "qwen_image": "lycoris_transformer_blocks_0_attn_to_q",
 }
 """The names that ComfyUI's key maps and kohya have of one layer."""
 PARTS = {

@@ -73,8 +73,17 @@ def test_a_dynamic_shift_follows_each_buckets_own_tokens(width, height, mu):
     assert shift_of({"shift": 3.0}, width, height) == 3.0
 
 
-@pytest.mark.parametrize(("side", "shift"), [(256, 1.648721), (512, 1.877611), (1024, 3.158193)])
-@pytest.mark.parametrize("family", ["z_image", "flux2_klein", "flux1"])
+LIKE_FLUX = [(256, 1.648721), (512, 1.877611), (1024, 3.158193)]
+SLOWER = [(256, 1.648721), (512, 1.713794), (1024, 2.000803)]  # 0.5 + 0.4 · (tokens - 256) / 7936
+
+
+@pytest.mark.parametrize(
+    ("family", "side", "shift"),
+    [
+        *((family, *one) for family in ("z_image", "flux2_klein", "flux1") for one in LIKE_FLUX),
+        *(("qwen_image", *one) for one in SLOWER),
+    ],
+)
 def test_flow_families_are_trained_with_the_shift_of_their_buckets_tokens(family, side, shift):
     table = family_by_name(family)
     config = json.loads((configs_folder(table) / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))

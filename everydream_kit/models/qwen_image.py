@@ -1,0 +1,171 @@
+"""Qwen-Image (also 2512): a flow transformer of two streams, Qwen2.5-VL's last state, and a VAE of videos.
+
+A caption stands behind a system prompt whose tokens are dropped after encoding. Texts are as long as they are: a batch of
+different lengths has a mask. Where guidance makes two predictions, each token of the result is as long as the caption's
+own. The text encoder's half that sees images is loaded, since diffusers' pipeline expects it, and not used. Its single
+files hold the transformer alone, by diffusers' names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from everydream_kit.models.family import (
+    Component,
+    Conditioning,
+    Config,
+    Family,
+    Layout,
+    PromptSettings,
+    SamplerSpec,
+    Shapes,
+    Sizes,
+    TextEncoderSlot,
+    input_dtype,
+    join_conditioning,
+)
+from everydream_kit.models.flow import REFUSES, packed, shift_of, unpacked
+from everydream_kit.models.latent_spaces import QWEN_IMAGE_VAE, frame_space
+
+if TYPE_CHECKING:
+    from everydream_kit.models.family import Model, ModelFiles
+    from everydream_kit.models.tensors import Tensors
+
+TRANSFORMER = Component(
+    "transformer",
+    "diffusers.models.transformers.transformer_qwenimage",
+    "QwenImageTransformer2DModel",
+    "denoiser",
+    frozenset({"full", "lora"}),
+    ("QwenImageTransformerBlock",),
+    since="0.35",
+)
+TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+DROPPED = 34
+"""Tokens of the template before the caption."""
+MAX_TOKENS = 1024
+"""Of the caption and what follows it; the rest is cut off."""
+PREFIX = "model.diffusion_model."
+"""Before the names in files that were cut out of whole checkpoints."""
+
+
+def encode_prompt(model: Model, prompts: Sequence[str], settings: PromptSettings) -> Conditioning:
+    """The last states of the caption's tokens and of those that follow in the template."""
+    tokenizer = model.tokenizers[0]
+    text_encoder = model.text_encoders[0].get_submodule("language_model")
+    device = next(text_encoder.parameters()).device
+    rows = []
+    for prompt in prompts:
+        ids = tokenizer(TEMPLATE.format(prompt), truncation=True, max_length=MAX_TOKENS + DROPPED)["input_ids"]
+        states = text_encoder(input_ids=torch.tensor([ids], device=device), use_cache=False).last_hidden_state
+        rows.append(Conditioning(states[:, DROPPED:]))
+    return join_conditioning(rows)
+
+
+def predict(
+    model: Model, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, sizes: Sizes
+) -> torch.Tensor:
+    """The velocity (B, 16, h, w) in float32."""
+    dtype = input_dtype(model.denoiser)
+    height, width = noisy_latents.shape[2:]
+    output = model.denoiser(
+        hidden_states=packed(noisy_latents.to(dtype)),
+        encoder_hidden_states=conditioning.encoder_hidden_states.to(dtype),
+        encoder_hidden_states_mask=_mask(conditioning, noisy_latents.device),
+        timestep=(timesteps / 1000).to(dtype),
+        img_shapes=[[(1, height // 2, width // 2)]] * len(noisy_latents),
+        return_dict=False,
+    )[0]
+    return unpacked(output.float(), height, width)
+
+
+def _mask(conditioning: Conditioning, device: torch.device) -> torch.Tensor | None:
+    """(B, L), True where a token is text; None where all are."""
+    if conditioning.lengths is None:
+        return None
+    places = torch.arange(conditioning.encoder_hidden_states.shape[1], device=device)
+    return torch.stack([places < length for length in conditioning.lengths])
+
+
+def with_own_lengths(guided: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:
+    """A guided prediction whose tokens are as long as those of the caption's own, as diffusers' pipeline has it."""
+    tokens, own = packed(guided), packed(conditional)
+    scaled = tokens * (own.norm(dim=-1, keepdim=True) / tokens.norm(dim=-1, keepdim=True))
+    return unpacked(scaled, *guided.shape[2:])
+
+
+def _matches_configs(configs: Mapping[str, Config]) -> bool:
+    own = configs["transformer"]
+    return own.get("_class_name") == TRANSFORMER.class_name and not own.get("use_layer3d_rope", False)
+
+
+def _matches_keys(shapes: Shapes) -> bool:
+    names = {name.removeprefix(PREFIX) for name in shapes}
+    return {"txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"} <= names
+
+
+def to_single_file(files: ModelFiles) -> Tensors:
+    """The transformer's weights; image apps know them by diffusers' names."""
+    return dict(files.tensors[TRANSFORMER.folder])
+
+
+def from_single_file(tensors: Tensors, family: Family, configs: dict[str, Config]) -> dict[str, Tensors]:
+    """The transformer from a file with or without a prefix."""
+    return {TRANSFORMER.folder: {name.removeprefix(PREFIX): value for name, value in tensors.items()}}
+
+
+def _distilled(source: str) -> str | None:
+    if not re.search(
+        r"lightning|turbo|distill|lcm|[48][-_]?steps?\b", source.rstrip("/").rpartition("/")[2], re.IGNORECASE
+    ):
+        return None
+    return (
+        "looks like a Qwen-Image that was distilled to few steps, which are lost when it is trained on. Train on "
+        "Qwen/Qwen-Image-2512 or Qwen/Qwen-Image, and sample with the LoRA on the distilled one."
+    )
+
+
+QWEN_IMAGE = Family(
+    name="qwen_image",
+    title="Qwen-Image",
+    pipeline_class="QwenImagePipeline",
+    denoiser=TRANSFORMER,
+    vae=QWEN_IMAGE_VAE,
+    text_encoders=(
+        TextEncoderSlot(
+            "text_encoder",
+            "tokenizer",
+            "Qwen2_5_VLModel",
+            trains=frozenset(),
+            blocks=("Qwen2_5_VLDecoderLayer",),
+            module="transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+            tokenizer_class="Qwen2Tokenizer",
+            index_class="Qwen2_5_VLForConditionalGeneration",
+        ),
+    ),
+    objective="flow",
+    encode_prompt=encode_prompt,
+    predict=predict,
+    latent_space=frame_space(16),
+    shift=shift_of,
+    sampler=SamplerSpec("flow", "cfg", size_multiple=16, num_steps=50, cfg=4.0, after_guidance=with_own_lengths),
+    layout=Layout(to_single_file, from_single_file, holds_all=False, lora_for_apps="diffusers"),
+    lora_targets=(
+        r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
+    ),
+    matches_configs=_matches_configs,
+    matches_keys=_matches_keys,
+    modelspec_architecture="qwen-image",
+    kohya_base="qwen_image",
+    resolution=lambda prediction_type: 1328,
+    refuses=REFUSES,
+    distilled=_distilled,
+    prompt_version=f"last layer of {MAX_TOKENS} tokens after {DROPPED} of {TEMPLATE}",
+)
