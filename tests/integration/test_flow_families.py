@@ -125,7 +125,10 @@ CASES = {
 }
 
 
-SHORT_TEXTS = {"qwen_text.MAX_TOKENS": 48, "flux1.MAX_TOKENS": 48, "krea2.INSTRUCTION": "", "krea2.NUM_INSTRUCTION": 0}
+SHORT_TEXTS = {
+    **{"qwen_text.MAX_TOKENS": 48, "flux1.MAX_TOKENS": 48, "krea2.INSTRUCTION": "", "krea2.NUM_INSTRUCTION": 0},
+    **{"qwen_image.TEMPLATE": "{}", "qwen_image.DROPPED": 0},
+}
 """Less padding and less template to attend to, where only the objective matters."""
 
 
