@@ -36,6 +36,13 @@ class Conditioning:
         guidance = None if self.guidance is None else self.guidance[picked]
         return Conditioning(self.encoder_hidden_states[picked], pooled, lengths, guidance)
 
+    def mask(self, device: torch.device) -> torch.Tensor | None:
+        """(B, L), True where a token is text; None where all are."""
+        if self.lengths is None:
+            return None
+        places = torch.arange(self.encoder_hidden_states.shape[1], device=device)
+        return torch.stack([places < length for length in self.lengths])
+
     def texts(self) -> list[torch.Tensor]:
         """Each row's own tokens (L_row, D)."""
         lengths = self.lengths or (self.encoder_hidden_states.shape[1],) * len(self.encoder_hidden_states)

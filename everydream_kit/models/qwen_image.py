@@ -78,20 +78,12 @@ def predict(
     output = model.denoiser(
         hidden_states=packed(noisy_latents.to(dtype)),
         encoder_hidden_states=conditioning.encoder_hidden_states.to(dtype),
-        encoder_hidden_states_mask=_mask(conditioning, noisy_latents.device),
+        encoder_hidden_states_mask=conditioning.mask(noisy_latents.device),
         timestep=(timesteps / 1000).to(dtype),
         img_shapes=[[(1, height // 2, width // 2)]] * len(noisy_latents),
         return_dict=False,
     )[0]
     return unpacked(output.float(), height, width)
-
-
-def _mask(conditioning: Conditioning, device: torch.device) -> torch.Tensor | None:
-    """(B, L), True where a token is text; None where all are."""
-    if conditioning.lengths is None:
-        return None
-    places = torch.arange(conditioning.encoder_hidden_states.shape[1], device=device)
-    return torch.stack([places < length for length in conditioning.lengths])
 
 
 def with_own_lengths(guided: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:
