@@ -155,7 +155,9 @@ def begin(scheduler: Any, model: Model, num_inference_steps: int, size: tuple[in
     dynamic = model.scheduler_config.get("use_dynamic_shifting", False)
     extra = {"mu": model.family.sampler.mu(model.scheduler_config, *size, num_inference_steps)} if dynamic else {}
     if num_inference_steps == 1 and scheduler.config.get("shift_terminal"):
-        scheduler.register_to_config(shift_terminal=None)  # a single level cannot be stretched: diffusers makes it 0 / 0
+        scheduler.register_to_config(
+            shift_terminal=None
+        )  # a single level cannot be stretched: diffusers makes it 0 / 0
     scheduler.set_timesteps(sigmas=sigmas, device=device, **extra)
     return 1.0
 
