@@ -42,6 +42,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "idle models in host memory": {"offload_idle_models": True},
     "LoRA": {"training_kind": "lora", "lora_rank": 4, "lr": 1e-3},
     "LoRA, blocks in host memory": {"training_kind": "lora", "lora_rank": 4, "lr": 1e-3, "blocks_to_swap": 5},
+    "LoRA on int8, blocks in host memory": {
+        **{"training_kind": "lora", "lora_rank": 4, "lr": 1e-3, "blocks_to_swap": 5, "quantization": "int8"}
+    },
     "textual inversion": {"training_kind": "textual_inversion", "lr": 1e-3, "new_tokens": {"<square>": "square"}},
     "EMA on the GPU": {"ema_decay_rate": 0.9, "ema_update_interval": 1, "ema_device": "cuda"},
     "EMA on the host": {"ema_decay_rate": 0.9, "ema_update_interval": 1, "ema_device": "cpu"},
