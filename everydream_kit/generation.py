@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from everydream_kit.config import EMBEDDED_MODEL, default_of
 from everydream_kit.disk_space import make_place, require_place
-from everydream_kit.errors import ConfigError
+from everydream_kit.errors import ConfigError, ModelError
 from everydream_kit.params import check_value
-from everydream_kit.runs import RunFolder
+from everydream_kit.runs import RunFolder, list_runs
 from everydream_kit.runs.run_folder import is_run
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def sample(
         num_images: images of each prompt, with seeds counting up from `seed`.
         width, height: in pixels; by default the model's own size.
         clip_skip: layers of the text encoder that are skipped at its end.
-        lora: a LoRA file or checkpoint to generate with.
+        lora: a LoRA to generate with: its file, a checkpoint, or a run folder (its last checkpoint).
         vae: a VAE to use in place of the models' own: its file, or a diffusers folder.
         adapter_base: for LoRA checkpoints, their base, where the one that they name has moved.
         out: folder for the images; made if it is not there.
@@ -88,9 +88,7 @@ def sample(
     )
     if num_images < 1:
         raise ConfigError(f"num_images: must be at least 1 (got {num_images})")
-    if Path(out).exists() and not Path(out).is_dir():
-        raise ConfigError(f"out: {out} is a file; give a folder for the images")
-    require_place(Path(out), "out")
+    _check_out(Path(out))
     texts: list[str] = _as_list("prompt", prompts)
     checkpoints: list[Checkpoint] = _as_list("checkpoint", checkpoint)
     wanted: list[SamplePrompt] = []
@@ -98,6 +96,7 @@ def sample(
     bases = _adapter_bases(checkpoints, adapter_base)
     for number, (each, base) in enumerate(zip(checkpoints, bases, strict=True)):
         model = open_for_sampling(each, lora=lora, vae=vae, adapter_base=base)
+        _check_clip_skip(model, clip_skip)
         side = native_size(model)
         wanted = [
             SamplePrompt(text, negative_prompt, seed + index, width or side, height or side, tuple(cfgs))
@@ -140,6 +139,18 @@ def _check_settings(**given: Any) -> None:
         problem = check_value(_SETTINGS[name], value)
         if problem is not None:
             raise ConfigError(f"{name}: {problem}")
+
+
+def _check_out(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"out: {folder} is a file; give a folder for the images")
+    require_place(folder, "out")
+
+
+def _check_clip_skip(model: Model, clip_skip: int) -> None:
+    why = model.family.refuses.get("clip_skip")
+    if clip_skip and why is not None:
+        raise ConfigError(f"clip_skip: {why} ({model.family.title}). Leave it out.")
 
 
 def _adapter_bases(checkpoints: Sequence[Checkpoint], adapter_base: str | Path | None) -> Sequence[str | Path | None]:
@@ -239,11 +250,36 @@ def open_for_sampling(
     from everydream_kit.models.lora_formats import apply_lora, read_lora_file
     from everydream_kit.models.tokens import put_tokens
 
-    read = read_lora_file(Path(lora), files)
+    read = read_lora_file(_resolve_lora(lora), files)
     model = assemble(apply_lora(files, read), dtype=dtype, device=device)
     if read.embeddings:
         put_tokens(model, read.embeddings, str(lora))
     return model
+
+
+def _resolve_lora(lora: str | Path) -> Path:
+    """The file or checkpoint that is meant by `lora`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from everydream_kit.models.lora_formats import is_lora
+
+    path = Path(resolve_checkpoint(lora)).expanduser()
+    if not path.exists():
+        raise ConfigError(f"lora: {lora} is not there. Give a LoRA's file, a LoRA checkpoint or a run folder.")
+    if path.is_dir() and not is_lora(path):
+        what = (
+            "a complete model; generate with it as the checkpoint"
+            if (path / "model_index.json").is_file()
+            else ("a folder without a LoRA. Give a LoRA's file, a LoRA checkpoint or a run folder")
+        )
+        raise ConfigError(f"lora: {path} is {what}.")
+    return path
+
+
+MOST_NAMED = 3
+"""Runs in a message."""
 
 
 def resolve_checkpoint(checkpoint: str | Path | RunFolder) -> str | Path:
@@ -256,6 +292,9 @@ def resolve_checkpoint(checkpoint: str | Path | RunFolder) -> str | Path:
         return base_model_path()
     if is_run(Path(checkpoint)):
         return RunFolder(Path(checkpoint)).last_checkpoint
+    if runs := list_runs(checkpoint):
+        some = ", ".join(str(run.folder) for run in reversed(runs[-MOST_NAMED:]))
+        raise ConfigError(f"{checkpoint}: is a folder of runs. Name one of them, the latest first: {some}.")
     return checkpoint
 
 
@@ -270,9 +309,13 @@ def native_size(model: Model) -> int:
 
 def token_counter(model: str | Path) -> Callable[[str], int]:
     """How many tokens a caption has for a model's first tokenizer, begin and end skipped: what a report counts by."""
-    from everydream_kit.models.tokenizer import load_tokenizer
+    from everydream_kit.models.tokenizer import load_language_tokenizer, load_tokenizer
+    from everydream_kit.strict_json import read_json
 
-    tokenizer = load_tokenizer(Path(resolve_checkpoint(model)) / "tokenizer")
+    folder = Path(resolve_checkpoint(model)) / "tokenizer"
+    class_name = read_json(folder / "tokenizer_config.json", error=ModelError, missing={}).get("tokenizer_class")
+    is_clip = str(class_name or "CLIP").startswith("CLIP")
+    tokenizer = load_tokenizer(folder) if is_clip else load_language_tokenizer(folder, str(class_name))
     return lambda caption: len(tokenizer(caption, add_special_tokens=False)["input_ids"])
 
 

@@ -47,6 +47,7 @@ from everydream_kit.training.resuming import refuse_other_training, resolve_posi
 from everydream_kit.training.run import Run
 from everydream_kit.training.run_builder import build_run
 from everydream_kit.training.sharding import divide_optimizer_state
+from everydream_kit.training.start_checks import check_start
 from everydream_kit.training.summary import library_versions
 
 ORPHANS_SECONDS = 20.0
@@ -73,6 +74,7 @@ def train(
     if resume_from is not None:
         return resume(resume_from.folder if isinstance(resume_from, RunFolder) else resume_from, listeners=listeners)
     config = as_config(config)
+    check_start(config)
     ranks = Ranks.find(config.gpuid)
     if ranks.is_main:
         sweep_dead_runs(config.logdir)

@@ -78,7 +78,8 @@ def read_json(
             raise
         return missing
     except (OSError, ValueError) as problem:  # ValueError: a zero byte in the path
-        raise error(f"{source}: cannot be read: {getattr(problem, 'strerror', None) or problem}.") from problem
+        folder = ". Give a file inside it" if isinstance(problem, IsADirectoryError) else ""
+        raise error(f"{source}: cannot be read: {getattr(problem, 'strerror', None) or problem}{folder}.") from problem
     return parse_json(content, source, expect=expect, error=error, max_bytes=max_bytes, allow_nan=allow_nan)
 
 
@@ -194,7 +195,8 @@ def iterate_json_lines(
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as problem:
-        raise error(f"{path}: cannot be read: {problem.strerror or problem}.") from problem
+        folder = ". Give a file inside it" if isinstance(problem, IsADirectoryError) else ""
+        raise error(f"{path}: cannot be read: {problem.strerror or problem}{folder}.") from problem
 
 
 def _bounded_lines(file: Any, most: int) -> Iterator[bytes]:

@@ -39,6 +39,7 @@ def report_dataset(
         ConfigError: a resolution has no buckets, or the plot cannot be written under its name.
     """
     from everydream_kit.data import prepare_dataset
+    from everydream_kit.data.scanning import HOLDS_NO_IMAGE
     from everydream_kit.generation import token_counter
 
     if plot is not None:
@@ -49,9 +50,11 @@ def report_dataset(
         data.plot().save(plot)
     text = json.dumps(report.to_json(), indent=2) if as_json else report.text
     if not len(data):
-        raise DataError(
-            f"{text}\n{data_root}: holds no image that can be trained on. Give the folder that holds yours."
+        named = any(
+            problem.skipped and not problem.cause.startswith(HOLDS_NO_IMAGE) for problem in data.dataset.problems
         )
+        cure = "Fix what is listed above" if named else "Give the folder that holds yours"
+        raise DataError(f"{text}\n{data_root}: holds no image that can be trained on. {cure}.")
     return text
 
 

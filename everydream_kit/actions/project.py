@@ -46,6 +46,8 @@ class Project:
         Raises:
             JobError: the path cannot be a project folder.
         """
+        if not isinstance(folder, str | Path) or folder == "":
+            raise JobError(f"project: give a name or a folder (got {folder!r}).")
         path = locate_project(folder).expanduser().resolve()
         if path.exists() and not path.is_dir():
             raise JobError(f"{path}: is a file; a project is a folder. Give another name.")

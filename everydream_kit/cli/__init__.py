@@ -61,7 +61,7 @@ def _outer_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="everydream",
         usage="everydream COMMAND [flags]      (everydream COMMAND --help explains one)",
-        description=f"Fine-tune Stable Diffusion.\n\ncommands:\n{table}",
+        description=f"Fine-tune text-to-image models on your images.\n\ncommands:\n{table}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS)

@@ -62,7 +62,7 @@ class DataGroup(Group):
         Knob(basic=True, unit="probability", when="0.5 for styles; not for faces or captions with left and right"),
         Facts(RESULT, "resume"),
     ] = 0.0
-    """Probability that a image is mirrored left to right. A folder's or image's own `flip_p` wins."""
+    """Probability that an image is mirrored left to right. A folder's or image's own `flip_p` wins."""
     crop_jitter: Annotated[
         Annotated[float, Field(ge=0, le=0.25)],
         Knob(unit="fraction of the side", when="0 for images whose borders matter"),

@@ -28,7 +28,8 @@ def describe(error: ValidationError, fields: Mapping[str, FieldInfo]) -> str:
             by_name.setdefault(str(problem["loc"][0]), []).append(problem)
     for name, problems in by_name.items():
         if problems[0]["type"] == "missing":
-            lines[f"{name}: required, and not given"] = None
+            cure = ". Name a model: a folder, a file, a Hub id, or embedded" if name == "resume_ckpt" else ""
+            lines[f"{name}: required, and not given{cure}"] = None
         else:
             lines |= dict.fromkeys(_of_its_branches(name, problems, fields.get(name)))
     return "\n".join(lines)

@@ -89,6 +89,11 @@ def _adapter_problems(c: AllGroups) -> list[str]:
             f"text_quantization, training_kind: checkpoints of full training hold the text encoder too, and "
             f"{c.text_quantization} would make it worse; set training_kind to lora, or text_quantization to none"
         )
+    if c.lora_form != "lora" and c.training_kind != "lora":
+        problems.append(
+            f"lora_form, training_kind: {c.lora_form} is a form of training_kind lora, and {c.training_kind} was asked for; "
+            "set training_kind to lora, or leave lora_form out"
+        )
     if c.lora_form != "lora" and (c.lora_dora or c.lora_dropout):
         own = "lora_dora" if c.lora_dora else "lora_dropout"
         problems.append(f"lora_form, {own}: {own} is for the form lora only; set lora_form to lora, or {own} off")

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from everydream_kit.config.declaration import MEMORY, MEMORY_AND_RESULT, NOTHING, RESULT, Facts, Group, Knob
 
-Cfgs = Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1, max_length=100)]
+Cfgs = Annotated[list[Annotated[float, Field(ge=0, le=1000)]], Field(min_length=1, max_length=100)]
 SamplerName = Literal[
     "ddim",
     "ddpm",

@@ -135,7 +135,8 @@ def _note(image: Image.Image, extension: str) -> str:
 
 def _wrong_name(found: str, extension: str) -> str:
     promised = EXTENSIONS.get(extension)
-    return f"named {extension}, but is a {found} file" if promised and found != promised else ""
+    article = "an" if found == "AVIF" else "a"
+    return f"named {extension}, but is {article} {found} file" if promised and found != promised else ""
 
 
 def _is_complete(image: ImageFile.ImageFile, file: BinaryIO, size: int) -> bool:

@@ -269,8 +269,11 @@ def _size(size: Size) -> str:
 
 def _lines(report: DatasetReport) -> list[str]:
     r = report
-    lines = [f"{r.dataset_size} images in {', '.join(r.roots)}"]
-    lines.append(f"{r.num_images} images and {r.num_steps} optimizer steps in the first epoch")
+    lines = [f"{r.dataset_size} image{'' if r.dataset_size == 1 else 's'} in {', '.join(r.roots)}"]
+    images, steps = (
+        f"{n} {what}{'' if n == 1 else 's'}" for n, what in ((r.num_images, "image"), (r.num_steps, "optimizer step"))
+    )
+    lines.append(f"{images} and {steps} in the first epoch")
     lines += ["", f"Buckets at batch size {r.batch_size}:"]
     lines += [
         f"  {_size(b.size):>11}  {b.num_images:>6} images  {b.num_batches:>5} batches  {b.fullness:>4.0%} full"

@@ -91,16 +91,20 @@ def _from_card(path: Path) -> dict[str, str]:
 
 
 def _from_header(path: Path) -> dict[str, str]:
+    return license_fields(header_metadata(path).get(FILE_KEY, ""))
+
+
+def header_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file's header says of it; nothing for other files, damaged ones and those that are not there."""
     from safetensors import SafetensorError, safe_open
 
     if path.suffix != ".safetensors":
         return {}
     try:
         with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
+            return dict(file.metadata() or {})
     except (OSError, SafetensorError):
         return {}
-    return license_fields(metadata.get(FILE_KEY, ""))
 
 
 def _adapter_base(path: Path) -> Path | None:

@@ -49,7 +49,9 @@ def export_lora(
     folder, out = Path(live_or_averaged(checkpoint_folder, ema=ema)), Path(out_path)
     dtype = precision_dtype(precision)
     if not is_adapter_folder(folder) or not (folder / LORA_FILE).is_file():
-        raise ExportError(f"{folder}: no LoRA checkpoint. Full checkpoints are exported with export_checkpoint.")
+        raise ExportError(
+            f"{folder}: no LoRA checkpoint. Full checkpoints are exported with --format single_file or diffusers."
+        )
     _check_name(out)
     base = open_base(folder, read_adapter_file(folder), adapter_base)
     make_place(out.parent, "out")

@@ -19,6 +19,7 @@ import yaml
 
 from everydream_kit.config import facts
 from everydream_kit.errors import ExportError
+from everydream_kit.export.license import header_metadata
 from everydream_kit.strict_json import read_json
 
 MAIN_SETTINGS = (
@@ -32,6 +33,9 @@ HIDDEN_SETTINGS = frozenset(
     | {name for name, one in facts().items() if one.names and name not in NAMED_AND_SHOWN}
 )
 """Settings that say nothing about the model, or name a place or a service of the machine that trained it."""
+LORA_FILE = "pytorch_lora_weights.safetensors"
+ARCHITECTURE_KEY = "modelspec.architecture"
+"""Of a file's header: what it is of, with `/lora` behind it for a LoRA."""
 PIPELINES = {
     "StableDiffusionPipeline": ("stable-diffusion", "stable-diffusion-diffusers"),
     "StableDiffusionXLPipeline": ("stable-diffusion-xl", "stable-diffusion-xl-diffusers"),
@@ -50,10 +54,13 @@ class CardFacts:
         license: metadata of the license: `license`, and for `other` also `license_name` and `license_link`.
         config: the run's settings, without folders of the machine.
         events: the run's events.
-        pipeline_class: diffusers class that loads it, from model_index.json.
+        pipeline_class: diffusers class that loads it.
+        tags: of a family that is not Stable Diffusion.
         is_lora: LoRA weights, to be loaded over the base.
         learned_tokens: words that were learned, each with the number of text encoders that know it.
         single_file: name of the single file next to it, if there is one.
+        holds_all: the single file is a complete model; else it is the denoiser of a `family`.
+        family: its title.
         has_folder: it can be loaded with from_pretrained.
         samples: (path in the repository, prompt, negative prompt).
         curves: path of the training curves in the repository.
@@ -66,6 +73,9 @@ class CardFacts:
     config: dict[str, Any] = field(default_factory=dict)
     events: Sequence[Mapping[str, Any]] = ()
     pipeline_class: str = "DiffusionPipeline"
+    tags: tuple[str, ...] = ()
+    holds_all: bool = True
+    family: str = ""
     is_lora: bool = False
     learned_tokens: Mapping[str, int] = field(default_factory=dict)
     single_file: str | None = None
@@ -119,8 +129,8 @@ def _relation(facts: CardFacts) -> str:
 
 
 def _pipeline_tags(facts: CardFacts) -> tuple[str, ...]:
-    """Tags of Stable Diffusion, which the Hub finds models by; later families have none."""
-    fallback = ("stable-diffusion",) if facts.pipeline_class in DIFFUSION else ()
+    """Tags that the Hub finds models by: Stable Diffusion's, or the name of a later family."""
+    fallback = ("stable-diffusion",) if facts.pipeline_class in DIFFUSION else facts.tags
     return PIPELINES.get(facts.pipeline_class, fallback)
 
 
@@ -141,8 +151,18 @@ def _usage(facts: CardFacts) -> str:
     if facts.has_folder or facts.is_lora or facts.learned_tokens:
         blocks.append("```python\n" + "\n".join(_usage_lines(facts)) + "\n```")
     if facts.single_file:
-        blocks.append(f"`{_inline(facts.single_file)}` loads in every image app that takes checkpoint files.")
+        blocks.append(f"`{_inline(facts.single_file)}` {_use_of_file(facts)}")
     return "\n\n".join(blocks)
+
+
+def _use_of_file(facts: CardFacts) -> str:
+    if facts.is_lora and not facts.has_folder:
+        return "goes into an image app's folder of LoRAs, and is used over its base model."
+    if not facts.holds_all:
+        return (
+            f"holds the denoiser of {facts.family} alone, for image apps that load its text encoder and VAE themselves."
+        )
+    return "loads in every image app that takes checkpoint files."
 
 
 def _usage_lines(facts: CardFacts) -> list[str]:
@@ -151,17 +171,18 @@ def _usage_lines(facts: CardFacts) -> list[str]:
     skip = skip if isinstance(skip, int) else 0
     argument = f", clip_skip={skip - 1}" if skip > 1 else ""  # diffusers counts the layers that are skipped
     source = facts.repo_id if facts.has_folder and not facts.is_lora else facts.base_model or "the-base-model"
+    file = f", weight_name={facts.single_file!r}" if facts.single_file and not facts.has_folder else ""
+    lora = [f"pipeline.load_lora_weights({facts.repo_id!r}{file})"] if facts.is_lora else []
     if facts.pipeline_class.endswith("ModularPipeline"):
-        return [*_modular_lines(source), f"image = pipeline(prompt={prompt!r}).get('images')[0]"]
+        return [*_modular_lines(source), *lora, f"image = pipeline(prompt={prompt!r}).get('images')[0]"]
     dtype = "float16" if facts.pipeline_class in DIFFUSION else "bfloat16"
     lines = [
         "import torch",
         "from diffusers import DiffusionPipeline",
         "",
         f"pipeline = DiffusionPipeline.from_pretrained({source!r}, torch_dtype=torch.{dtype}).to('cuda')",
+        *lora,
     ]
-    if facts.is_lora:
-        lines.append(f"pipeline.load_lora_weights({facts.repo_id!r})")
     if facts.learned_tokens:
         lines += _token_lines(facts)
     return [*lines, f"image = pipeline({prompt!r}{argument}).images[0]"]
@@ -205,7 +226,7 @@ def dataset_summary(events: Iterable[Mapping[str, Any]], config: dict[str, Any])
         resolution = config.get("resolution")
         sizes = resolution if isinstance(resolution, list) else [resolution]
         at = f", trained at {' and '.join(_value(size) for size in sizes)} px" if resolution else ""
-        lines.append(f"{count} images{at}.")
+        lines.append(f"{count} image{'' if count == 1 else 's'}{at}.")
     captions = event.get("captions") if event else None
     if isinstance(captions, dict):
         lines += [f"- {_inline(name.replace('_', ' '))}: {_value(value)}" for name, value in captions.items()]
@@ -267,12 +288,28 @@ def read_base(config: dict[str, Any]) -> str | None:
     return None if Path(base).suffix in (".safetensors", ".ckpt") else base
 
 
-def read_pipeline_class(folder: Path | None) -> str:
-    """Class named by a checkpoint's model_index.json."""
-    path = folder / "model_index.json" if folder else None
-    if path is None or not path.is_file():
-        return "DiffusionPipeline"
-    return str(read_json(path, error=ExportError).get("_class_name", "DiffusionPipeline"))
+def read_kind(checkpoint: Path | None, file: Path | None) -> dict[str, Any]:
+    """What `CardFacts` says of the family: from a checkpoint's model_index.json, or from the header of a LoRA or single
+    file."""
+    index = checkpoint / "model_index.json" if checkpoint else None
+    if index is not None and index.is_file():
+        named = str(read_json(index, error=ExportError).get("_class_name", "DiffusionPipeline"))
+    else:
+        header = header_metadata(checkpoint / LORA_FILE if checkpoint else file or Path())
+        named = header.get(ARCHITECTURE_KEY, "").partition("/")[0]
+    if not named or named in PIPELINES:
+        return {"pipeline_class": named} if named else {}
+    from everydream_kit.models.families import FAMILIES
+
+    family = next((one for one in FAMILIES.values() if named in (one.pipeline_class, one.modelspec_architecture)), None)
+    if family is None:
+        return {"pipeline_class": named} if index is not None and index.is_file() else {}
+    return {
+        "pipeline_class": family.pipeline_class,
+        "tags": (family.name.replace("_", "-"),),
+        "holds_all": family.layout.holds_all,
+        "family": family.title,
+    }
 
 
 def _inline(text: str) -> str:

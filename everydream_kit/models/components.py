@@ -100,7 +100,7 @@ def build_component(component: Component, config: Config, device: str = "meta") 
         return build_text_encoder(config, component.class_name, device)
     if component.library == "transformers":
         return _build_language_model(_class_of(component), config, device)
-    return _build_diffusers(_class_of(component), config, device)
+    return _build_diffusers(component, _class_of(component), config, device)
 
 
 def _build_language_model(cls: Any, config: Config, device: str) -> torch.nn.Module:
@@ -166,12 +166,13 @@ def build_text_encoder(config: Config, class_name: str, device: str = "meta") ->
         raise ModelError(f"text encoder: its config.json cannot be built ({error}).") from error
 
 
-def _build_diffusers(cls: Any, config: Config, device: str) -> torch.nn.Module:
+def _build_diffusers(component: Component, cls: Any, config: Config, device: str) -> torch.nn.Module:
     named = config.get("_class_name", cls.__name__)
     if named != cls.__name__:
         raise ModelError(
-            f"{cls.__name__}: the config.json names the class {named!r} instead. The kit trains models made of "
-            "UNet2DConditionModel, AutoencoderKL and CLIP text encoders."
+            f"{component.folder}/config.json: names the class {named!r}, and this family's {component.folder} is "
+            f"{cls.__name__}. The folder mixes parts of different model families; fetch the model again, or give the "
+            "family's own part."
         )
     try:
         with _building_on(device):

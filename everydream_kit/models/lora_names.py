@@ -56,8 +56,6 @@ OTHER_KINDS = {
     r"lora_embedding_[AB]": "LoRA of an embedding table",
     r"\.(mag|dora_norm|vera_lambda)|vera_": "VeRA",
     r"^lora_controlnet|controlnet": "ControlNet LoRA",
-    r"^lora_te3|lora_t5|^t5xxl|double_blocks|single_blocks|transformer_blocks_\d+_attn_add|^lora_transformer_": "LoRA "
-    "for SD 3, Flux or a later model",
 }
 """What else a file can hold; it is refused by this name."""
 

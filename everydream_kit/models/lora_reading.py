@@ -78,7 +78,8 @@ def read_lora_file(path: Path, base: ModelFiles) -> LoraFile:
     if unknown:
         raise ModelError(
             f"{path}: does not fit {base.source} ({base.family.title}): {len(unknown)} of its {len(layers)} layers are "
-            f"not in it, such as {unknown[0][:100]!r}. It was made for another model family."
+            f"not in it, such as {unknown[0][:100]!r}. It was made for another model family"
+            + (f": its header says {made_for[:60]}." if (made_for := metadata.get("modelspec.architecture")) else ".")
         )
     values = _settings(path, metadata)
     found = LoraFile(embeddings=_embeddings(path, embeddings, base))

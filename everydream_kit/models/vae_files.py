@@ -21,6 +21,9 @@ from everydream_kit.models.weight_files import open_weights
 
 logger = logging.getLogger(__name__)
 
+OLD_SCALE = 0.18215
+"""`scaling_factor` of Stable Diffusion 1's VAE, whose old configs do not say it; diffusers' default."""
+
 
 def with_given_vae(files: ModelFiles, vae: str | Path | None) -> ModelFiles:
     """A model with the VAE at this path in place of its own; None keeps its own.
@@ -52,14 +55,15 @@ def _require_fit(files: ModelFiles, vae: str, config: Config | None, tensors: Te
         raise ModelError(
             f"vae: {vae} has {channels} latent channels, {title} needs {needed}. Give a VAE made for {title}."
         )
-    if config is not None and config.get("scaling_factor") != own.get("scaling_factor"):
+    scales = [one.get("scaling_factor", OLD_SCALE) for one in (config or own, own)]
+    if scales[0] != scales[1]:
         logger.warning(
             "vae: %s scales latents by %s, and %s by %s. It seems made for another family: samples will be wrong, and "
             "training spends its time on the new scale. Give a VAE made for %s.",
             vae,
-            config.get("scaling_factor"),
+            scales[0],
             files.source,
-            own.get("scaling_factor"),
+            scales[1],
             title,
         )
 

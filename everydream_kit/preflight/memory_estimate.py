@@ -236,15 +236,16 @@ class _Question:
         from everydream_kit.settings import with_side_files
 
         config, _ = with_side_files(config)
+        architecture = architecture or architecture_of(config)
         return cls(
             config=config,
-            architecture=architecture or architecture_of(config),
+            architecture=architecture,
             device=device,
             has_bf16=has_bf16,
             bucket=bucket or largest_bucket(config.resolutions),
             captions_vary=config.shuffle_tags if dataset is None else captions_vary(dataset),
             validates=validated_together(config),
-            samples=sampled_together(config, dataset),
+            samples=sampled_together(config, dataset, multiple=architecture.files.family.sampler.size_multiple),
             dataset=dataset,
         )
 
@@ -336,13 +337,17 @@ def validated_together(config: TrainConfig) -> int | None:
     return config.validation_batch_size or config.batch_size
 
 
-def sampled_together(config: TrainConfig, dataset: Dataset | None = None) -> SampleShape | None:
-    """The largest batch of sample images that the prompt file, or the lack of one, leads to."""
+def sampled_together(config: TrainConfig, dataset: Dataset | None = None, *, multiple: int = 8) -> SampleShape | None:
+    """The largest batch of sample images that the prompt file, or the lack of one, leads to.
+
+    Args:
+        multiple: as in `plan_prompts`.
+    """
     if config.sample_steps is None:
         return None
     from everydream_kit.preflight.rehearsal import SampleShape
-    from everydream_kit.training.prompt_file import SampleSettings, read_prompt_file
-    from everydream_kit.training.sampling_listener import NUM_RANDOM_CAPTIONS, plan_prompts
+    from everydream_kit.training.prompt_file import SampleEntry, SampleSettings, read_prompt_file
+    from everydream_kit.training.sampling_listener import NUM_RANDOM_CAPTIONS, plan_prompts, sample_size
 
     path = Path(config.sample_prompts)
     side = max(config.resolutions)
@@ -353,10 +358,11 @@ def sampled_together(config: TrainConfig, dataset: Dataset | None = None) -> Sam
     written = [entry.model_copy(update={"random_caption": False}) for entry in settings.samples]
     if written:
         read = settings.model_copy(update={"samples": written})
-        planned = plan_prompts(read, dataset, seed=0, resolution=side, step=0)
+        planned = plan_prompts(read, dataset, seed=0, resolution=side, step=0, multiple=multiple)
         images = [((one.width, one.height), len(one.cfgs)) for one in planned]
     else:
-        images = [((settings.resolution or side,) * 2, len(settings.cfgs))] * NUM_RANDOM_CAPTIONS
+        size = sample_size(SampleEntry(), settings.resolution or side, multiple)
+        images = [(size, len(settings.cfgs))] * NUM_RANDOM_CAPTIONS
     counts: dict[tuple[int, int], int] = {}
     for size, number in images:
         counts[size] = counts.get(size, 0) + number

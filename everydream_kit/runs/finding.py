@@ -32,7 +32,8 @@ def find_run(
     """The run that a person means.
 
     Args:
-        reference: a run folder, a run's name under logdir, a checkpoint inside a run, or None for the latest run.
+        reference: a run folder, a run's name under logdir, a checkpoint inside a run, or None for the latest run that
+            trained anything, or is about to.
         logdir: where runs are looked for by name.
         project: narrows the latest run to one project.
 
@@ -45,7 +46,7 @@ def find_run(
             raise JobError(
                 f"{logdir}: holds no run" + (f" of project {project}" if project else "") + ". Give a run folder."
             )
-        return runs[-1]
+        return next((run for run in reversed(runs) if not _is_failed_start(run)), runs[-1])
     for folder in (Path(reference), Path(logdir) / str(reference)):
         if is_run(folder):
             return RunFolder(folder)
@@ -53,6 +54,12 @@ def find_run(
             return run
     known = ", ".join(run.name for run in list_runs(logdir)[-5:]) or "none"
     raise JobError(f"{reference}: no such run folder. Latest runs in {logdir}: {known}.")
+
+
+def _is_failed_start(run: RunFolder) -> bool:
+    """Whether a run failed or was stopped before its first step, so that there is nothing to continue."""
+    status = run.status()
+    return status.get("state") in ("failed", "stopped") and not status.get("step") and not run.checkpoints()
 
 
 def find_last_checkpoint(logdir: str | Path, project: str, *, averaged: bool = False) -> Path:

@@ -295,15 +295,32 @@ def _make_builder(name: str, groups: Sequence[Group], device_type: str, kwargs: 
     return build
 
 
-def _find(name: str, device_type: str) -> tuple[OptimizerKind, Any]:
-    """The kind and class of a name, or of what stands in for it, with a warning."""
+def require_optimizer(name: str) -> None:
+    """Refuse a name that stands for no optimizer.
+
+    Raises:
+        ConfigError: it is neither in the table nor a class that can be imported.
+    """
     if "." in name:
-        return OptimizerKind(name, weight_decay=None, by_parameter=False), _import(name)
+        _import(name)
+    else:
+        _kind_of(name)
+
+
+def _kind_of(name: str) -> OptimizerKind:
     kind = OPTIMIZERS.get(plain_name(name))
     if kind is None:
         near = difflib.get_close_matches(plain_name(name), OPTIMIZERS, n=1)
         hint = f"; did you mean {near[0]}?" if near else f". Known: {', '.join(OPTIMIZERS)}, or module.Class."
         raise ConfigError(f"optimizer: unknown name {name!r}{hint}")
+    return kind
+
+
+def _find(name: str, device_type: str) -> tuple[OptimizerKind, Any]:
+    """The kind and class of a name, or of what stands in for it, with a warning."""
+    if "." in name:
+        return OptimizerKind(name, weight_decay=None, by_parameter=False), _import(name)
+    kind = _kind_of(name)
     if kind.unpaged is not None and device_type == "cpu":
         logger.warning("optimizer %s: there is nothing to page on a CPU; %s is used instead.", name, kind.unpaged)
         return _find(kind.unpaged, device_type)

@@ -55,13 +55,14 @@ logger = logging.getLogger("everydream_kit")
 
 
 def plan_prompts(
-    settings: SampleSettings, dataset: Dataset | None, *, seed: int, resolution: int, step: int
+    settings: SampleSettings, dataset: Dataset | None, *, seed: int, resolution: int, step: int, multiple: int = 8
 ) -> list[SamplePrompt]:
     """Turn the file's entries into prompts with sizes and seeds; random captions are drawn from the dataset by
     address.
 
     Args:
         dataset: None where no entry wants a caption of it.
+        multiple: sides that follow from a resolution are rounded down to it (`SamplerSpec.size_multiple`).
     """
     from everydream_kit.models.sampling import SamplePrompt
 
@@ -69,7 +70,7 @@ def plan_prompts(
     planned = []
     for index, entry in enumerate(entries):
         prompt = _random_caption(dataset, seed, step, index) if entry.random_caption else entry.prompt
-        width, height = _size(entry, settings.resolution or resolution)
+        width, height = sample_size(entry, settings.resolution or resolution, multiple)
         own_seed = next(s for s in (entry.seed, settings.seed, seed) if s is not None)
         if own_seed == -1:
             own_seed = derive_seed(seed, "sample seed", step, index) % 2**31
@@ -97,12 +98,15 @@ def _random_caption(dataset: Dataset | None, seed: int, step: int, index: int) -
     return dataset.caption(image).text
 
 
-def _size(entry: SampleEntry, resolution: int) -> tuple[int, int]:
+def sample_size(entry: SampleEntry, resolution: int, multiple: int) -> tuple[int, int]:
+    """Width and height of a sample: as the entry says, or what its resolution gives, rounded down to what the family
+    samples."""
     if entry.size is not None:
         return entry.size[0], entry.size[1]
+    width = height = resolution
     if entry.aspect_ratio is not None:
-        return assign_bucket(round(1000 * entry.aspect_ratio), 1000, bucket_table(resolution))
-    return resolution, resolution
+        width, height = assign_bucket(round(1000 * entry.aspect_ratio), 1000, bucket_table(resolution))
+    return max(width // multiple, 1) * multiple, max(height // multiple, 1) * multiple
 
 
 def clean_for_file_name(prompt: str) -> str:
@@ -202,7 +206,14 @@ class Sampler(Listener):
     def _sample_variants(self, run: ObservedRun, settings: SampleSettings) -> None:
         variants = [("", False)] * self.live + [("ema-", True)] * self.averaged
         resolution = max(run.plan_settings.resolutions)
-        prompts = plan_prompts(settings, run.dataset, seed=run.seed, resolution=resolution, step=run.position.step)
+        prompts = plan_prompts(
+            settings,
+            run.dataset,
+            seed=run.seed,
+            resolution=resolution,
+            step=run.position.step,
+            multiple=self.sync.learner.model.family.sampler.size_multiple,
+        )
         together = self._images_together(run, settings, prompts)
         if has_large_texts(self.sync.learner.model.family):
             # now, so that the text encoder is gone when images are made

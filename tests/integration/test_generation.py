@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageChops
+from tiny_models import tiny_folder
 
 from everydream_kit.cli import main
 from everydream_kit.errors import ConfigError
-from everydream_kit.generation import sample
+from everydream_kit.generation import sample, token_counter
 
 SMALL = {"num_inference_steps": 2, "width": 64, "height": 64}
 
@@ -172,3 +173,8 @@ def test_the_sample_and_export_commands_name_what_they_wrote(
     assert Path(capsys.readouterr().out.strip()) == tmp_path / "x.safetensors"
     assert main(["export", str(tiny_model_folder), str(tmp_path / "x.txt")]) == 1
     assert ".safetensors or .ckpt" in capsys.readouterr().err
+
+
+def test_captions_are_counted_by_the_tokenizer_of_any_family() -> None:
+    for family in ("sd1", "z_image"):
+        assert token_counter(tiny_folder(family))("a cat") > 0

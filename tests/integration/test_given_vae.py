@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -99,11 +100,16 @@ def test_a_vae_of_another_class_is_refused() -> None:
         open_model(tiny_folder("sd1"), vae=tiny_folder("flux2_klein"))
 
 
-def test_a_vae_that_scales_latents_otherwise_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_vae_that_scales_latents_otherwise_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     open_model(tiny_folder("sd1"), vae=tiny_folder("sdxl"))
     assert "scales latents by 0.13025, and" in caplog.text
     caplog.clear()
-    open_model(tiny_folder("sd1"), vae=tiny_folder("sd2"))
+    old = shutil.copytree(tiny_folder("sd2") / "vae", tmp_path / "vae")
+    config = json.loads((old / "config.json").read_text())
+    del config["scaling_factor"]  # as in configs before diffusers 0.8
+    (old / "config.json").write_text(json.dumps(config))
+    for vae in (tiny_folder("sd2"), old):
+        open_model(tiny_folder("sd1"), vae=vae)
     assert not caplog.text
 
 

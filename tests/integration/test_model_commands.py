@@ -95,6 +95,25 @@ def test_a_run_and_its_averaged_weights_can_be_named(
     assert (status, "no EMA weights were saved with it" in problem) == (1, True)
 
 
+def test_sample_takes_a_run_as_its_lora_and_says_what_is_none(
+    lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, base = tmp_path / "jets-20261122-120000", tiny_folder("sd1")
+    shutil.copytree(lora, run / "ckpts" / lora.name)
+    (run / "config.json").write_text("{}")
+    words = ("--prompt", "cat", "--num_inference_steps", 1, "--width", 64, "--height", 64, "--out", tmp_path / "out")
+    assert say(capsys, "sample", base, *words, "--lora", run)[0] == 0
+    assert (
+        f"is a folder of runs. Name one of them, the latest first: {run}." in say(capsys, "sample", tmp_path, *words)[1]
+    )
+    for given, problem in (
+        (run / "ckpts", "is a folder without a LoRA. Give a LoRA's file, a LoRA checkpoint or a run folder."),
+        (base, "is a complete model; generate with it as the checkpoint."),
+        (tmp_path / "no", "is not there. Give a LoRA's file, a LoRA checkpoint or a run folder."),
+    ):
+        assert say(capsys, "sample", base, *words, "--lora", given) == (1, f"error: lora: {given} {problem}")
+
+
 def test_a_lora_is_merged_at_its_strength(lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = tiny_folder("sd1")
     for strength, out in ((0.0, "none.safetensors"), (0.5, "half.ckpt"), (1.0, "whole")):
@@ -185,12 +204,17 @@ def test_a_result_does_not_take_the_place_of_what_it_is_made_from(
         ("extract BASE SDXL OUT.safetensors", 1, "no LoRA leads over there"),
         ("extract OTHER BASE OUT.ckpt", 1, "must end in .safetensors"),
         ("extract OTHER BASE OUT.safetensors --rank 0", 1, "must be at least 1"),
+        ("export BASE OUT.safetensors --format lora", 1, "are exported with --format single_file or diffusers"),
+        ("sample BASE --prompt cat --cfg 1e30", 1, "cfgs: "),
+        ("sample FLOW --prompt cat --clip_skip 2", 1, "clip_skip: "),
     ],
 )
 def test_each_misuse_is_one_clear_error(
     words: str, status: int, problem: str, lora: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = {"BASE": tiny_folder("sd1"), "LORA": lora, "OTHER": other, "NOWHERE": tmp_path / "nowhere"}
+    if "FLOW" in words:
+        places["FLOW"] = tiny_folder("z_image")
     if "SDXL" in words:
         places["SDXL"] = tiny_folder("sdxl")
     typed = [str(places.get(word, tmp_path / word if word.startswith("OUT") else word)) for word in words.split(" ")]

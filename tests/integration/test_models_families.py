@@ -317,6 +317,10 @@ def test_a_unet_that_is_not_ours_is_refused(copied, change, message):
             "the folder is empty",
         ),
         (lambda folder: shutil.rmtree(folder / "unet"), "not a diffusers model"),
+        (
+            lambda folder: (folder / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKLFlux2"}'),
+            r"vae/config\.json: names the class 'AutoencoderKLFlux2', and this family's vae is AutoencoderKL\. The folder",
+        ),
     ],
 )
 def test_an_incomplete_folder_says_what_is_missing(copied, spoil, message):

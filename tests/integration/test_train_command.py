@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from everydream_kit.cli import main
 from everydream_kit.runs import RunFolder, list_runs
 
 BATCH, ACCUM, EPOCHS, LR = 4, 2, 3, 1e-4
@@ -189,3 +190,25 @@ def test_clip_skip_two_gives_the_penultimate_layer_with_the_final_norm(tiny_mode
         last = encode_captions(model, ["a red square"], 0).encoder_hidden_states
     torch.testing.assert_close(returned, expected)
     assert not torch.allclose(returned, last)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("--optimizer nosuch", "optimizer: unknown name 'nosuch'"),
+        ("--push_to bad/na/me", "bad/na/me: not a repository's name"),
+        ("--push_to me/jets", "No Hugging Face token was found"),
+        ("--sample_prompts nope.txt", "sample_prompts: nope.txt is not there"),
+        ("--lora_form loha", "lora_form, training_kind: loha is a form of training_kind lora, and full was asked for"),
+    ],
+)
+def test_what_needs_no_model_is_checked_before_there_is_a_run(
+    words: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    assert main(["train", "--resume_ckpt", "absent.safetensors", "--data_root", "absent", *words.split()]) == 1
+    assert problem in capsys.readouterr().err
+    assert not (tmp_path / "logs").exists()

@@ -309,8 +309,12 @@ LAYOUTS = {
     "GLoRA": (lambda: more(pair(kohya(LINEAR)), {f"{kohya(OUT)}.a1.weight": noise(2, 4)}), "kind GLoRA"),
     "(IA)3": (lambda: more(pair(kohya(LINEAR)), {f"{kohya(OUT)}.on_input": noise(1)}), r"kind \(IA\)³"),
     "Flux": (
-        lambda: Made({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": noise(4, 8)}, {}),
-        "LoRA for SD 3, Flux or a later model",
+        lambda: Made(
+            {"diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": noise(4, 8)},
+            {},
+            metadata={"modelspec.architecture": "flux-2-klein/lora"},
+        ),
+        "made for another model family: its header says flux-2-klein/lora",
     ),
     "sdxl on sd1": (lambda: plus(sdxl_single_file_name(), family="sd1"), "made for another model family"),
     "one unknown tensor": (

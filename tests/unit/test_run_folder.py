@@ -71,6 +71,25 @@ def test_checkpoints_are_listed_by_step_and_half_written_ones_are_not(tmp_path: 
         find_last_checkpoint(tmp_path, "cars")
 
 
+@pytest.mark.parametrize(
+    ("status", "is_passed_over"),
+    [
+        ({"state": "failed"}, True),
+        ({"state": "stopped", "step": 0}, True),
+        ({"state": "failed", "step": 7}, False),
+        ({"state": "starting"}, False),
+    ],
+)
+def test_the_latest_run_is_none_that_failed_before_its_first_step(
+    tmp_path: Path, status: dict[str, object], is_passed_over: bool
+) -> None:
+    real, late = make_run(tmp_path), make_run(tmp_path, now=datetime(2026, 3, 1))
+    late.status_path.write_text(json.dumps(status))
+    assert find_run(None, tmp_path).folder == (real if is_passed_over else late).folder
+    real.status_path.write_text(json.dumps({"state": "failed"}))
+    assert find_run(None, tmp_path).folder == late.folder  # and where all failed, the latest
+
+
 def test_checkpoint_names_are_everydream2s() -> None:
     assert checkpoint_name("jets", 3, 120) == "jets-ep03-gs00120"
     assert checkpoint_name("jets", 120, 123456, prefix="last-") == "last-jets-ep120-gs123456"

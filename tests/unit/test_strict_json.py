@@ -50,7 +50,7 @@ def test_a_missing_file_is_not_a_broken_one(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "none.json")
     assert read_json(tmp_path / "none.json", missing=None) is None
-    with pytest.raises(KitError, match="cannot be read: Is a directory"):
+    with pytest.raises(KitError, match=r"cannot be read: Is a directory\. Give a file inside it\."):
         read_json(tmp_path, missing=None)
 
 

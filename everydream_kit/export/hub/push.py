@@ -32,7 +32,7 @@ from everydream_kit.export.hub.repository_contents import (
 )
 from everydream_kit.export.hub.upload import Progress, Target, Upload, size_words
 from everydream_kit.export.license import local_license
-from everydream_kit.export.model_card import CardFacts, make_model_card, read_base, read_pipeline_class
+from everydream_kit.export.model_card import CardFacts, make_model_card, read_base, read_kind
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -280,18 +280,26 @@ def _collect(
             license=found_license,
             config=without_folders(source.config),
             events=events,
-            pipeline_class=read_pipeline_class(source.checkpoint),
-            is_lora="lora" in what,
+            is_lora="lora" in what or _is_lora_file(source),
             single_file=next((f.path for f in files if f.path == _single_file_name(source)), None),
             has_folder="diffusers" in what and not source.learned_tokens,
             learned_tokens=source.learned_tokens if "diffusers" in what else {},
             samples=[(sample.path_in_repo, sample.prompt, sample.negative_prompt) for sample in samples],
             curves="training/curves.png" if curves is not None else None,
+            **read_kind(source.checkpoint, source.single_file),
         )
     )
     card = redact(card, token)
     files.append(UploadFile.of("README.md", card.encode()))
     return sorted(files, key=lambda file: (file.num_bytes, file.path)), card
+
+
+def _is_lora_file(source: Source) -> bool:
+    if source.single_file is None:
+        return False
+    from everydream_kit.models.lora_formats import is_lora
+
+    return is_lora(source.single_file)
 
 
 def _single_file_name(source: Source) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 
 from everydream_kit.data import image_files
 from everydream_kit.data.scanning import scan_dataset
@@ -73,12 +73,15 @@ def test_a_cut_off_image_says_so(tmp_path):
     assert problems["a.jpg"].cause == "the file is cut off: its end is missing"
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+AVIF = pytest.param("AVIF", marks=pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF"))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", AVIF])
 def test_a_wrong_extension_is_a_note(tmp_path, kind):
     name = "a.jpg" if kind != "JPEG" else "a.png"
     used, problems = scan_bytes(tmp_path, {name: encode(noise(), kind)})
     assert used == [name]
-    assert problems[name].cause == f"named {name[1:]}, but is a {kind} file"
+    assert problems[name].cause == f"named {name[1:]}, but is {'an' if kind == 'AVIF' else 'a'} {kind} file"
     assert not problems[name].skipped
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from everydream_kit.actions.dataset_report import report_dataset
 from everydream_kit.data.captions import Tag
 from everydream_kit.data.dataset import DatasetImage, Defaults
 from everydream_kit.data.scanning import scan_dataset
@@ -390,6 +391,18 @@ def test_a_folder_of_archives_says_to_give_the_archive(tmp_path):
     [problem] = scan_dataset(tmp_path).problems
     assert problem.cause == "holds no image, but a.zip, b.tar.gz"
     assert problem.cure == f"Give the archive as data_root, such as {tmp_path / 'a.zip'}, or unpack it."
+
+
+@pytest.mark.parametrize(
+    ("files", "cure"), [(["a.psd"], "Fix what is listed above."), ([], "Give the folder that holds yours.")]
+)
+def test_a_report_without_an_image_ends_with_the_cure_that_fits(tmp_path, monkeypatch, files, cure):
+    monkeypatch.chdir(tmp_path)
+    for name in files:
+        put(tmp_path, name, "")
+    with pytest.raises(DataError) as raised:
+        report_dataset(str(tmp_path))
+    assert str(raised.value).endswith(f"holds no image that can be trained on. {cure}")
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "table.tsv"])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hub_runs import make_run
+from safetensors.numpy import save_file
 
 from everydream_kit.export.curves import draw_curves, read_curves, running_mean
 from everydream_kit.export.hub import preview_push
@@ -73,6 +76,42 @@ def test_a_lora_is_an_adapter_that_is_loaded_over_its_base(tmp_path: Path) -> No
     assert "pytorch_lora_weights.safetensors" in [file.path for file in preview.files]
 
 
+@pytest.mark.parametrize(
+    ("architecture", "tags", "dtype"),
+    [
+        ("flux-2-klein", {"flux2-klein"}, "bfloat16"),
+        ("stable-diffusion-xl-v1-base", {"stable-diffusion-xl"}, "float16"),
+    ],
+)
+@pytest.mark.parametrize("as_file", [True, False])
+def test_the_card_of_a_lora_is_of_its_family(
+    architecture: str, tags: set[str], dtype: str, as_file: bool, tmp_path: Path
+) -> None:
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    weights = {"unet.x.lora_A.weight": np.zeros((1, 1), np.float32)}
+    save_file(weights, file, {"modelspec.architecture": f"{architecture}/lora"})
+    preview = preview_push(file if as_file else tmp_path, "me/jets", base_model="someone/base", license="mit")
+    card = metadata(preview.card)
+    assert tags | {"lora"} <= set(card["tags"])
+    assert not {"diffusers-training", "stable-diffusion"} & set(card["tags"])
+    assert card["base_model_relation"] == "adapter"
+    assert f"from_pretrained('someone/base', torch_dtype=torch.{dtype})" in preview.card
+    end = f", weight_name='{file.name}')" if as_file else ")"
+    assert f"load_lora_weights('me/jets'{end}" in preview.card
+    assert "checkpoint files" not in preview.card
+
+
+@pytest.mark.parametrize(("class_name", "dtype"), [("Flux2KleinPipeline", "bfloat16"), (None, "float16")])
+def test_the_card_of_a_model_loads_it_in_its_format(class_name: str | None, dtype: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    if class_name:
+        (run.last_checkpoint / "model_index.json").write_text(json.dumps({"_class_name": class_name}))
+    preview = preview_push(run, "me/jets", what=("diffusers", "single_file"))
+    assert f"torch_dtype=torch.{dtype})" in preview.card
+    assert ("holds the denoiser of FLUX.2-klein alone" in preview.card) == (class_name is not None)
+    assert ("stable-diffusion" in metadata(preview.card)["tags"]) == (class_name is None)
+
+
 def test_a_card_of_a_bare_checkpoint_says_only_what_is_known() -> None:
     card = make_model_card(CardFacts("jets", "me/jets"))
     assert "base_model" not in metadata(card) and "license" not in metadata(card)
@@ -91,6 +130,11 @@ def test_the_lines_of_use_and_the_tags_are_those_of_the_models_pipeline(pipeline
     card = make_model_card(CardFacts("jets", "me/jets", pipeline_class=pipeline_class))
     assert line in card
     assert ("stable-diffusion" in card) == (pipeline_class == "StableDiffusionPipeline")
+
+
+def test_a_lora_of_a_modular_pipeline_is_loaded_too() -> None:
+    card = make_model_card(CardFacts("jets", "me/jets", pipeline_class="AnimaModularPipeline", is_lora=True))
+    assert "pipeline.load_lora_weights('me/jets')" in card
 
 
 def test_only_a_hub_id_counts_as_a_base(tmp_path: Path) -> None:

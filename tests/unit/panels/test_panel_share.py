@@ -12,7 +12,7 @@ from PIL import Image
 from everydream_kit.actions.comparison import SAVED_FILE, Comparison
 from everydream_kit.actions.converting import export
 from everydream_kit.actions.project import Project
-from everydream_kit.errors import ConfigError, ExportError
+from everydream_kit.errors import ConfigError, ExportError, JobError
 from everydream_kit.export.checkpoint_formats import FORMATS, count_weights
 from everydream_kit.panels.compare_panel import ComparePanel
 from everydream_kit.panels.share_panel import SharePanel
@@ -400,3 +400,11 @@ def test_a_repository_that_the_hub_would_refuse_is_refused_at_once(project, name
         panel.say("")
         button.click()
         assert "such as me/jets" in panel.message.value and panel.job is None
+
+
+@pytest.mark.parametrize("given", ["", 5])
+def test_a_project_without_a_name_is_refused(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(JobError, match="project: give a name or a folder"):
+        Project.open(given)
+    assert list(tmp_path.iterdir()) == []

@@ -289,3 +289,9 @@ def test_blocks_that_wait_are_host_memory_and_two_of_them_are_there_in_a_step(es
     saved = phase(plain, "saving").peak_bytes - phase(every, "saving").peak_bytes
     assert saved == pytest.approx(waiting[2], rel=0.2)  # but for the block that came last
     assert waiting[2] < every.copied_bytes < 2 * waiting[2]  # forward and backward, without the one that turns around
+
+
+def test_default_samples_are_estimated_in_a_size_that_the_family_samples(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shape = sampled_together(TrainConfig(resume_ckpt="none", resolution=72, batch_size=1), multiple=16)
+    assert shape is not None and shape.size == (64, 64)

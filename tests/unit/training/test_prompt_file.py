@@ -11,9 +11,11 @@ import pytest
 
 from everydream_kit.config.sample_settings import SampleGroup, SamplerName
 from everydream_kit.errors import ConfigError
+from everydream_kit.models.families import FAMILIES
+from everydream_kit.models.family import Family
 from everydream_kit.models.sampling_schedulers import SAMPLERS, sampler_by_name
 from everydream_kit.training.prompt_file import MOST_SAMPLES, PromptFile, SampleSettings, read_prompt_file
-from everydream_kit.training.sampling_listener import clean_for_file_name
+from everydream_kit.training.sampling_listener import clean_for_file_name, plan_prompts
 
 DEFAULTS = SampleSettings.of(SampleGroup())
 EVERYDREAM_2 = """{
@@ -36,6 +38,15 @@ def read(tmp_path: Path, content: Any) -> PromptFile:
     path = tmp_path / "prompts.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
     return read_prompt_file(path, DEFAULTS)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+def test_samples_have_a_size_that_the_family_samples(tmp_path: Path, family: Family) -> None:
+    file = read(tmp_path, {"samples": [{"prompt": "a"}, {"prompt": "b", "aspect_ratio": 0.5}]})
+    multiple = family.sampler.size_multiple
+    planned = plan_prompts(file.settings, None, seed=0, resolution=72, step=0, multiple=multiple)
+    assert (planned[0].width, planned[0].height) == (72 // multiple * multiple,) * 2
+    assert not any(side % multiple for one in planned for side in (one.width, one.height))
 
 
 def test_everydream_2s_own_file_is_read_whole(tmp_path: Path) -> None:
