@@ -159,8 +159,9 @@ def read_origin(folder: Path) -> Origin | None:
     listed = content.get("given")
     names = listed if isinstance(listed, list) else []
     given = [name for name in names if isinstance(name, str) and name in ASKED]
-    kept = {name: content[name] for name in ("source", "commit", "reference", "asked", "waiting")}
-    return Origin(**kept, given=given)
+    kept = {name: content[name] for name in ("source", "commit", "reference", "asked")}
+    waiting = {name: value for name, value in content["waiting"].items() if name in FOLLOWS}
+    return Origin(**kept, waiting=waiting, given=given)
 
 
 def require_given(origin: Origin, names: Collection[str] = ()) -> None:

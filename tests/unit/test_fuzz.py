@@ -183,6 +183,7 @@ def test_configs(place: Path, content: bytes) -> None:
     damaged(ORIGIN), damaged(CONFIG), st.dictionaries(st.sampled_from(["data_root", "push_to", "lr"]), JSON, max_size=3)
 )
 @example(json.dumps({**ORIGIN, "asked": {"": None}}).encode(), json.dumps(CONFIG).encode(), {})
+@example(json.dumps({**ORIGIN, "waiting": {"": None}}).encode(), json.dumps(CONFIG).encode(), {"data_root": "/y"})
 def test_marks_of_fetched_runs(place: Path, origin: bytes, config: bytes, changes: dict[str, Any]) -> None:
     folder = place / "fetched"
     written(folder, "config.json", config)
