@@ -280,8 +280,8 @@ def assemble(
     formats = as_formats(dtype)
     modules = {name: build_component(files.family.component(name), config) for name, config in files.configs.items()}
     for name, module in modules.items():
-        dtypes = formats.of(name, module, files.stored_dtype(name))
         component = files.family.component(name)
+        dtypes = formats.of(component, module, files.stored_dtype(name))
         waits = component.role == "text_encoder" and has_large_texts(files.family)
         where = large_texts_on if waits and large_texts_on is not None else device
         layers = quantized_layers(formats, component, module)

@@ -10,8 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from everydream_kit.models.family import Component
 
 NameToDtype = Callable[[str], torch.dtype]
 """Format of a module's parameter, by its name."""
@@ -29,7 +33,7 @@ class Formats:
     Attributes:
         trained: of the components that are trained.
         frozen: of the matrices in the other components; None: as the trained ones, norms and embeddings included.
-        components: folders of those that are trained ("unet", "text_encoder", ...).
+        trained_roles: of the components that are trained, where their family trains them: "denoiser", "text_encoder".
         quantization: of the linear layers in a frozen denoiser's blocks, by name (`quantized.FORMS`), or None.
         text_quantization: the same of text encoders that are never trained.
         keeps_precision: checkpoints hold the frozen components too, so that none may lose anything: one is held in half
@@ -38,24 +42,28 @@ class Formats:
 
     trained: torch.dtype = torch.float32
     frozen: torch.dtype | None = None
-    components: frozenset[str] = field(default_factory=frozenset)
+    trained_roles: frozenset[str] = field(default_factory=frozenset)
     keeps_precision: bool = False
     quantization: str | None = None
     text_quantization: str | None = None
 
-    def of(self, component: str, module: torch.nn.Module, stored: torch.dtype | None) -> NameToDtype:
+    def trains(self, component: Component) -> bool:
+        """Whether a component is trained as a whole. No language model is, whatever other families train."""
+        return component.role in self.trained_roles and "full" in component.trains
+
+    def of(self, component: Component, module: torch.nn.Module, stored: torch.dtype | None) -> NameToDtype:
         """The format of each parameter of a component.
 
         Args:
             module: with or without values.
             stored: the widest format of its weights in the file; None: not known.
         """
-        if component in EXACT:
+        if component.folder in EXACT:
             return lambda name: torch.float32
         frozen = self.frozen
         if frozen in HALF and self.keeps_precision:
             frozen = stored if stored in HALF else None
-        if frozen is None or component in self.components:
+        if frozen is None or self.trains(component):
             return lambda name: self.trained
         matrices = {
             f"{name}.{key}" if name else key

@@ -197,7 +197,7 @@ def quantized_layers(formats: Formats, component: Component, module: torch.nn.Mo
     """
     texts = None if component.trains else formats.text_quantization
     form = {"denoiser": formats.quantization, "text_encoder": texts}.get(component.role)
-    if form is None or component.folder in formats.components:
+    if form is None or formats.trains(component):
         return {}
     found: dict[str, str] = {}
     for block_name, block in module.named_modules():

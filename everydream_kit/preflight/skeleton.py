@@ -289,10 +289,11 @@ def build_skeleton(architecture: Architecture, dtype: torch.dtype | Formats) -> 
     files, formats = architecture.files, as_formats(dtype)
     modules = {name: build_component(files.family.component(name), config) for name, config in files.configs.items()}
     for name, module in modules.items():
-        dtypes = formats.of(name, module, architecture.stored_dtype(name))
+        component = files.family.component(name)
+        dtypes = formats.of(component, module, architecture.stored_dtype(name))
         for key, parameter in module.named_parameters():
             parameter.data = parameter.data.to(dtypes(key))  # not `module.to`: diffusers would comment on it
-        for layer, form in quantized_layers(formats, files.family.component(name), module).items():
+        for layer, form in quantized_layers(formats, component, module).items():
             weight: Any = module.get_submodule(layer).weight
             put_quantized(module, layer, form, weight, weight.dtype)
     model = model_of(files, modules)

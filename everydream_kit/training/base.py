@@ -17,7 +17,6 @@ from everydream_kit.errors import ConfigError
 from everydream_kit.foreign import read_origin
 from everydream_kit.models.adapters import AdapterBase, is_adapter_folder
 from everydream_kit.models.block_swap import BlockSwap, waiting_blocks
-from everydream_kit.models.families import FAMILIES
 from everydream_kit.models.family import Family, Model, has_large_texts
 from everydream_kit.models.loading import load_model
 from everydream_kit.models.number_formats import Formats
@@ -145,13 +144,11 @@ def choose_formats(config: TrainConfig, precision: Precision) -> Formats:
     """
     trains_unet = config.training_kind == "full" and not config.disable_unet_training
     trains_text = config.training_kind == "full" and not config.disable_textenc_training
-    components = [component for family in FAMILIES.values() for component in family.components]
     roles = ({"denoiser"} if trains_unet else set()) | ({"text_encoder"} if trains_text else set())
-    trained = {one.folder for one in components if one.role in roles and "full" in one.trains}
     return Formats(
         trained=precision.weight_dtype,
         frozen=None if config.parallel == "fsdp2" else precision.frozen_dtype,
-        components=frozenset(trained),
+        trained_roles=frozenset(roles),
         keeps_precision=config.training_kind == "full" and config.frozen_dtype == "auto",
         quantization=_quantized_form(config.quantization),
         text_quantization=_quantized_form(config.text_quantization),

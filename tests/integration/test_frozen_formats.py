@@ -114,6 +114,19 @@ def test_a_full_runs_checkpoint_holds_frozen_parts_as_precisely_as_the_base(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("family", ["z_image", "flux1"])
+def test_a_language_model_is_frozen_in_a_full_run_and_stays_in_its_files_format(family: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_model(load_model(tiny_folder(family)), base, dtype=torch.bfloat16)
+    config = TrainConfig(resume_ckpt=str(base), data_root=str(tmp_path))
+    formats = choose_formats(config, choose_precision("cuda", PrecisionGroup(amp_dtype="bf16")))
+    model = load_model(base, dtype=formats)
+    assert {p.dtype for p in model.denoiser.parameters()} == {torch.float32}
+    for text_encoder in model.text_encoders:
+        matrices = [module for module in text_encoder.modules() if isinstance(module, MATRICES)]
+        assert {p.dtype for module in matrices for p in module.parameters()} == {torch.bfloat16}
+
+
 @pytest.fixture(scope="module")
 def half_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base that is stored in float16."""
