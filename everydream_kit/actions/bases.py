@@ -117,6 +117,14 @@ BASES = (
         "(27.6 GiB). Needs bfloat16, and its terms accepted on the Hub. About 34 GB to download.",
         {"cond_dropout": 0.0},
     ),
+    Base(
+        "Qwen-Image 2512",
+        "Qwen/Qwen-Image-2512",
+        "qwen_image",
+        1024,
+        "LoRA: GPU with 80 GB and more (44.4 GiB), or 48 GB with the base in int8 (31.1 GiB). Needs bfloat16. About 58 GB "
+        "to download.",
+    ),
 )
 """Everything else the kit reads is given by its path or its Hub id."""
 

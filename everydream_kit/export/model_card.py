@@ -59,8 +59,8 @@ class CardFacts:
         is_lora: LoRA weights, to be loaded over the base.
         learned_tokens: words that were learned, each with the number of text encoders that know it.
         single_file: name of the single file next to it, if there is one.
-        holds_all: the single file is a complete model; else it is the denoiser of a `family`.
-        family: its title.
+        holds_all: the single file is a complete model; else it is the denoiser alone.
+        family_title: of a family that is not Stable Diffusion.
         has_folder: it can be loaded with from_pretrained.
         samples: (path in the repository, prompt, negative prompt).
         curves: path of the training curves in the repository.
@@ -75,7 +75,7 @@ class CardFacts:
     pipeline_class: str = "DiffusionPipeline"
     tags: tuple[str, ...] = ()
     holds_all: bool = True
-    family: str = ""
+    family_title: str = ""
     is_lora: bool = False
     learned_tokens: Mapping[str, int] = field(default_factory=dict)
     single_file: str | None = None
@@ -159,9 +159,7 @@ def _use_of_file(facts: CardFacts) -> str:
     if facts.is_lora and not facts.has_folder:
         return "goes into an image app's folder of LoRAs, and is used over its base model."
     if not facts.holds_all:
-        return (
-            f"holds the denoiser of {facts.family} alone, for image apps that load its text encoder and VAE themselves."
-        )
+        return f"holds the denoiser of {facts.family_title} alone, for image apps that load its text encoder and VAE themselves."
     return "loads in every image app that takes checkpoint files."
 
 
@@ -308,7 +306,7 @@ def read_kind(checkpoint: Path | None, file: Path | None) -> dict[str, Any]:
         "pipeline_class": family.pipeline_class,
         "tags": (family.name.replace("_", "-"),),
         "holds_all": family.layout.holds_all,
-        "family": family.title,
+        "family_title": family.title,
     }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from everydream_kit.data import latent_encoding
+from everydream_kit.data import latent_encoding, workers
 from everydream_kit.data.cache import CacheSettings, DiskCache, MemoryCache
 from everydream_kit.data.cache_room import choose_cache_mode, estimate_bytes
 from everydream_kit.data.epoch_plan import PlanSettings
@@ -248,8 +248,8 @@ def test_many_new_crops_are_decoded_by_other_processes_with_the_same_result(fold
     dataset = scan_dataset(folder, flip_p=0.5)
     alone, _ = run(dataset, in_memory(dataset)[0])
     decoded_here = []
-    load = latent_encoding.pixels.load_pixels
-    monkeypatch.setattr(latent_encoding.pixels, "load_pixels", lambda *a, **k: decoded_here.append(a) or load(*a, **k))
+    load = workers.load_pixels
+    monkeypatch.setattr(workers, "load_pixels", lambda *a, **k: decoded_here.append(a) or load(*a, **k))
     monkeypatch.setattr(latent_encoding, "WORTH_PROCESSES", 3)
     cache, encoder = in_memory(dataset, num_workers=2)
     alongside, _ = run(dataset, cache)
@@ -270,9 +270,9 @@ def test_in_memory_a_broken_image_is_tried_once_and_has_no_weight(folder, monkey
     dataset = scan_dataset(folder)
     (folder / "gone.png").unlink()
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:3000])
-    decoded, load = [], latent_encoding.pixels.load_pixels
+    decoded, load = [], workers.load_pixels
     monkeypatch.setattr(
-        latent_encoding.pixels,
+        workers,
         "load_pixels",
         lambda path, *a, **k: decoded.append(Path(path).name) or load(path, *a, **k),
     )

@@ -132,7 +132,8 @@ def test_an_image_alone_in_its_step_moves_the_weights_as_far_as_one_among_many(
     assert [len(losses_of(run)) for run in (apart, together)] == [2, 1]
     before = load_file(tiny_model_folder / "unet" / "diffusion_pytorch_model.safetensors")
     moved, expected = (
-        torch.cat([(weights_of(run)[name].double() - before[name].double()).flatten() for name in before]) * num_images
+        torch.cat([(weights_of(run)[f"unet/{name}"].double() - old.double()).flatten() for name, old in before.items()])
+        * num_images
         for run, num_images in ((apart, 12), (together, 13))
     )
     assert float((moved - expected).norm() / expected.norm()) < 0.05
