@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ FAMILY_PAGES = {
 SIZES = {"flux2_klein": "9B"}
 """Families with a second size, whose rows follow in their table."""
 MARKS = ("<!-- memory table: scripts/build_memory_page.py writes it -->", "<!-- /memory table -->")
+FAMILY_MARKS = ("<!-- family table: scripts/build_memory_page.py writes it -->", "<!-- /family table -->")
+README_METHODS = ("LoRA", "LoRA, base in int8 or fp8", "full, bf16 weights, fused backward")
+"""Of the families' pages, in the README."""
 LEAN: dict[str, Any] = {
     "optimizer": "adamw8bit",
     "disable_textenc_training": True,
@@ -142,12 +146,19 @@ def main() -> None:
     parser.add_argument("--family", choices=FAMILY_PAGES, help="this family's page alone")
     arguments = parser.parse_args()
     written = {}
+    docs = REPOSITORY / "docs"
     for family in [arguments.family] if arguments.family else FAMILY_PAGES:
-        file = REPOSITORY / "docs" / FAMILY_PAGES[family]
+        file = docs / FAMILY_PAGES[family]
         written[file] = between_marks(file.read_text(encoding="utf-8"), family_table(family))
+    readme = README.read_text(encoding="utf-8")
     if not arguments.family:
         page = write_page()
-        written |= {PAGE: page, README: with_table(README.read_text(encoding="utf-8"), page)}
+        written[PAGE] = page
+        readme = with_table(readme, page)
+    pages = {
+        name: written.get(docs / name) or (docs / name).read_text(encoding="utf-8") for name in FAMILY_PAGES.values()
+    }
+    written[README] = between_marks(readme, family_lines(pages), FAMILY_MARKS)
     for file, text in written.items():
         if not arguments.check:
             file.write_text(text, encoding="utf-8")
@@ -173,10 +184,31 @@ def with_table(readme: str, page: str) -> str:
     return between_marks(readme, "\n".join(shown))
 
 
-def between_marks(text: str, table: str) -> str:
+def family_lines(pages: Mapping[str, str]) -> str:
+    """The README's table of the families that have a page, from the pages' tables.
+
+    Args:
+        pages: texts by file name.
+    """
+    lines = ["| model, 1024 px | " + " | ".join(README_METHODS) + " |", "|---|" + "---|" * len(README_METHODS)]
+    for name, text in pages.items():
+        title = text.partition("\n")[0].lstrip("# ")
+        table = [
+            [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if " px | " in line
+        ]
+        figures = {cells[0]: cells[1] for cells in table}
+        sizes = [key.removesuffix("LoRA, 1024 px") for key in figures if key.endswith("LoRA, 1024 px")]
+        for size in sizes:
+            cells = [figures.get(f"{size}{method}, 1024 px", "") for method in README_METHODS]
+            named = f"[{title}](docs/{name}) {size.removesuffix(', ')}".rstrip()
+            lines.append(f"| {named} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def between_marks(text: str, table: str, marks: tuple[str, str] = MARKS) -> str:
     """A text with another table in the place of the one it has."""
-    before, rest = text.split(MARKS[0])
-    return "\n".join([before + MARKS[0], table, MARKS[1] + rest.split(MARKS[1])[1]])
+    before, rest = text.split(marks[0])
+    return "\n".join([before + marks[0], table, marks[1] + rest.split(marks[1])[1]])
 
 
 def family_table(family: str) -> str:

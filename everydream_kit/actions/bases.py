@@ -93,6 +93,15 @@ BASES = (
         "(11.8 GiB), or 12 GB at 512 px with one sample at a time (9.5 GiB). Needs bfloat16. About 16 GB to download.",
     ),
     Base(
+        "FLUX.2-klein 9B",
+        "black-forest-labs/FLUX.2-klein-base-9B",
+        "flux2_klein",
+        1024,
+        "All weights: GPU with 48 GB and more (41.8 GiB with bf16 weights and fused backward). LoRA: 40 GB and more "
+        "(22.1 GiB), or 24 GB with the base in int8 (17.0 GiB). Needs bfloat16, and its terms accepted on the Hub. About "
+        "35 GB to download.",
+    ),
+    Base(
         "Anima",
         "circlestone-labs/Anima-Base-v1.0-Diffusers",
         "anima",
