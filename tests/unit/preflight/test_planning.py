@@ -51,6 +51,21 @@ def test_steps_are_the_trainers_own(settings):
     assert planned({**settings, "max_steps": 50}).steps.num_steps == 50
 
 
+@pytest.mark.parametrize("family", ["sd1", "z_image"], indirect=True)
+def test_a_family_is_planned_from_its_own_configs(family, family_folder, settings):
+    """Without a stand-in: a step holds the weights, their gradients and Adam's two states, four times the weights."""
+    made = plan(TrainConfig(**{**settings, "resume_ckpt": str(family_folder), "optimizer": "adamw"}), "L4", price=0.8)
+    assert (made.steps.per_epoch, made.steps.num_steps) == (4, 160)
+    assert made.fits is True and made.seconds_of.keys() >= {"training", "samples", "latents"} and made.cost > 0
+    phases = {phase.name: phase.peak_bytes for phase in made.memory.phases}
+    assert phases.keys() >= {"latent caching", "training step", "sampling"}
+    assert ("text caching" in phases) == (family == "z_image")
+    files = family_folder.glob("*/diffusion_pytorch_model.safetensors")
+    denoiser = next(file for file in files if file.parent.name != "vae").stat().st_size
+    assert phases["training step"] > 4 * denoiser
+    assert made.disk.most_bytes > denoiser
+
+
 def test_time_is_training_samples_and_latents(settings):
     made = planned(settings)
     assert set(made.seconds_of) == {"training", "samples", "latents"}
