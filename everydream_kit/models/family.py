@@ -22,7 +22,7 @@ from everydream_kit.errors import ConfigError
 from everydream_kit.models.conditioning import Conditioning as Conditioning  # noqa: PLC0414 - known from here
 from everydream_kit.models.conditioning import join_conditioning as join_conditioning  # noqa: PLC0414
 from everydream_kit.models.flow import mu_of
-from everydream_kit.models.number_formats import widest
+from everydream_kit.models.tensors import Tensors, widest
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from everydream_kit.models.block_swap import BlockSwap
     from everydream_kit.models.lora_settings import LoraSettings
-    from everydream_kit.models.tensors import Tensors
     from everydream_kit.models.tokenizer import Vocabulary
 
 Config = Mapping[str, Any]

@@ -72,17 +72,3 @@ class Formats:
             for key in ("weight", "bias")
         }
         return lambda name: frozen if name in matrices else torch.float32
-
-
-def widest(dtypes: list[torch.dtype]) -> torch.dtype | None:
-    """The floating-point format that holds all of these exactly; None where there is no floating-point one.
-
-    float16 and bfloat16 hold neither the other: float32 does.
-    """
-    floating = {dtype for dtype in dtypes if dtype.is_floating_point}
-    if not floating:
-        return None
-    together = floating.pop()
-    for dtype in floating:
-        together = torch.promote_types(together, dtype)
-    return together

@@ -358,3 +358,17 @@ def _header(names: list[str], tensors: Mapping[str, LazyTensor], metadata: dict[
         return text, None
     mark = f'"{HASH_KEY}":"0x{placeholder}"'.encode()
     return text, 8 + text.index(mark) + len(mark) - 1 - len(placeholder)
+
+
+def widest(dtypes: list[torch.dtype]) -> torch.dtype | None:
+    """The floating-point format that holds all of these exactly; None where there is no floating-point one.
+
+    float16 and bfloat16 hold neither the other: float32 does.
+    """
+    floating = {dtype for dtype in dtypes if dtype.is_floating_point}
+    if not floating:
+        return None
+    together = floating.pop()
+    for dtype in floating:
+        together = torch.promote_types(together, dtype)
+    return together
