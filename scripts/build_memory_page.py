@@ -242,7 +242,7 @@ def estimate(family: str, resolution: int, settings: dict[str, Any], *, has_bf16
         size: a second size of the family, in place of the one whose configs ship with the kit.
     """
     from everydream_kit.config import TrainConfig
-    from everydream_kit.models.flux2_klein import NINE
+    from everydream_kit.models.families.flux2_klein import NINE
     from everydream_kit.preflight.memory_estimate import estimate_memory
     from everydream_kit.preflight.skeleton import shipped_architecture
 

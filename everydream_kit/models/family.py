@@ -1,7 +1,7 @@
 """What a model family is, a table of facts and functions; and `Model`, one of a family in memory.
 
 The training loop, the sampler, the caches and the converters know families only through `Family`; there is no `if sdxl`
-outside a family's own file. A new family is one new file (see `sd1.py`) and one line in `families.py`;
+outside a family's own file. A new family is one new file (see `families/sd1.py`) and one line in `families/__init__.py`;
 `docs/architecture.md` says how.
 
 A family is a record of functions, not a class to derive from: two families share a function by naming it both.

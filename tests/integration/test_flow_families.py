@@ -28,7 +28,7 @@ from everydream_kit.export.single_file_export import export_checkpoint
 from everydream_kit.models import sampling
 from everydream_kit.models.encoding import Sizes, encode_captions
 from everydream_kit.models.families import FAMILIES
-from everydream_kit.models.flux2_klein import NINE
+from everydream_kit.models.families.flux2_klein import NINE
 from everydream_kit.models.loading import assemble, load_model, open_model
 from everydream_kit.models.lora import add_lora, lora_parameters
 from everydream_kit.models.lora_formats import apply_lora, read_lora_file

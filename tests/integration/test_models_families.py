@@ -14,12 +14,12 @@ from everydream_kit.errors import ConfigError, DiskSpaceError, ExportError, Mode
 from everydream_kit.export.single_file_export import export_checkpoint
 from everydream_kit.models import families
 from everydream_kit.models.encoding import Sizes, encode_captions, encode_moments, latents_from_moments
+from everydream_kit.models.families.sdxl import time_ids
 from everydream_kit.models.family import text_tower
 from everydream_kit.models.loading import load_model, open_model
 from everydream_kit.models.model_saving import save_model, write_folder
 from everydream_kit.models.random_models import build_tiny_model
 from everydream_kit.models.sampling import SamplePrompt, guide, sample_images
-from everydream_kit.models.sdxl import time_ids
 from everydream_kit.models.tensors import open_safetensors
 
 WIDTHS = {"sd1": 32, "sd2": 32, "sdxl": 80}

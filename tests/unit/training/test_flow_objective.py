@@ -11,9 +11,9 @@ from diffusers.training_utils import compute_loss_weighting_for_sd3
 from everydream_kit.config.objective_settings import ObjectiveGroup
 from everydream_kit.errors import ConfigError
 from everydream_kit.models.families import family_by_name
+from everydream_kit.models.families.flux2_klein import sampling_mu
 from everydream_kit.models.family import configs_folder
 from everydream_kit.models.flow import mu_of, shift_of
-from everydream_kit.models.flux2_klein import sampling_mu
 from everydream_kit.training.objectives import build_flow_objective, build_objective
 from everydream_kit.training.timesteps import draw_timesteps
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from everydream_kit.models.black_forest import PREFIX, SWAPPED, BlackForestNames
 from everydream_kit.models.clip_text import tokenize
+from everydream_kit.models.families.black_forest import PREFIX, SWAPPED, BlackForestNames
 from everydream_kit.models.family import (
     Component,
     Conditioning,

@@ -9,9 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from everydream_kit.models.clip_text import TokenizedPrompts, count_windows
+from everydream_kit.models.families.sd1 import (
+    CLIP_INDEX,
+    DIFFUSION_REFUSES,
+    LDM_LAYOUT,
+    encode_one_encoder,
+    predict_from_text,
+)
 from everydream_kit.models.family import Config, Family, Shapes, TextEncoderSlot
 from everydream_kit.models.latent_spaces import kl_space
-from everydream_kit.models.sd1 import CLIP_INDEX, DIFFUSION_REFUSES, LDM_LAYOUT, encode_one_encoder, predict_from_text
 
 
 def _matches_configs(configs: Mapping[str, Config]) -> bool:

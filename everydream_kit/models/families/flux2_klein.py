@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from everydream_kit.models.black_forest import PREFIX, SWAPPED, BlackForestNames
+from everydream_kit.models.families.black_forest import PREFIX, SWAPPED, BlackForestNames
 from everydream_kit.models.family import (
     Component,
     Conditioning,

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from everydream_kit.errors import ModelError
-from everydream_kit.models.anima import ANIMA
+from everydream_kit.models.families.anima import ANIMA
+from everydream_kit.models.families.flux1 import FLUX1
+from everydream_kit.models.families.flux2_klein import FLUX2_KLEIN
+from everydream_kit.models.families.krea2 import KREA2
+from everydream_kit.models.families.qwen_image import QWEN_IMAGE
+from everydream_kit.models.families.sd1 import SD1
+from everydream_kit.models.families.sd2 import SD2
+from everydream_kit.models.families.sdxl import SDXL
+from everydream_kit.models.families.z_image import Z_IMAGE
 from everydream_kit.models.family import Conditioning, Family, Sizes, TextEncoderSlot
-from everydream_kit.models.flux1 import FLUX1
-from everydream_kit.models.flux2_klein import FLUX2_KLEIN
-from everydream_kit.models.krea2 import KREA2
-from everydream_kit.models.qwen_image import QWEN_IMAGE
-from everydream_kit.models.sd1 import SD1
-from everydream_kit.models.sd2 import SD2
-from everydream_kit.models.sdxl import SDXL
-from everydream_kit.models.z_image import Z_IMAGE
 
 __all__ = ["FAMILIES", "Conditioning", "Family", "Sizes", "TextEncoderSlot", "family_by_name"]
 

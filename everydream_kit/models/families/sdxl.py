@@ -14,6 +14,7 @@ import torch
 
 from everydream_kit.models import convert
 from everydream_kit.models.clip_text import TokenizedPrompts, count_windows
+from everydream_kit.models.families.sd1 import DIFFUSION_REFUSES
 from everydream_kit.models.family import (
     Conditioning,
     Config,
@@ -26,7 +27,6 @@ from everydream_kit.models.family import (
     run_text_encoder,
 )
 from everydream_kit.models.latent_spaces import kl_space
-from everydream_kit.models.sd1 import DIFFUSION_REFUSES
 from everydream_kit.transfers import send
 
 if TYPE_CHECKING:
