@@ -82,6 +82,16 @@ def merge_lora(
     files = open_model(base, adapter_base=adapter_base)
     read = read_lora_file(Path(lora), files)
     out = _write(apply_lora(files, read, strength), Path(out_path), precision)
+    outside = sorted(read.changes.keys() - {files.family.denoiser.folder})
+    if out.is_file() and outside and not files.family.layout.holds_all:
+        logger.warning(
+            "%s: a single file of %s holds the %s alone, so what the LoRA changes in %s is not in it. Give the name of a folder "
+            "to keep it.",
+            out,
+            files.family.title,
+            files.family.denoiser.folder,
+            " and ".join(outside),
+        )
     for token, parts in read.embeddings.items():
         near = out.parent / (re.sub(r"[^\w.-]", "_", token) + ".safetensors")
         if near.exists():

@@ -73,7 +73,7 @@ class TextEncoderSlot:
         single_file_prefix: what its keys start with in a single file.
         single_file_layout: `hf`: transformers' own names; `openclip`: OpenCLIP's, with fused q, k, v.
         drops_last_block: the single file holds one more block than is used (SD 2.x).
-        kohya_prefix: what its layers are called in a LoRA file for UIs.
+        kohya_prefix: what its layers are called in a LoRA file for UIs; "" where no trainer makes LoRAs of it.
         trains, blocks, module, since: as `Component` has them.
         tokenizer_class: transformers' class, as `model_index.json` names it.
         index_class: the encoder's class there, where it is another one: a language model's head is not loaded.

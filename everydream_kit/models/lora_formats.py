@@ -277,6 +277,9 @@ def read_lora(path: Path, base: ModelFiles) -> Lora:
     others = sorted(
         {_kind(change) for part in file.changes.values() for change in part.values() if not change.can_be_trained}
     )
+    slots = {slot.folder: slot for slot in base.family.text_encoders}
+    if any(component in slots and "lora" not in slots[component].trains for component in file.changes):
+        others.append("layers of text encoders")
     if others or file.embeddings:
         raise ModelError(
             f"{path}: holds {', '.join([*others, *['bundled embeddings'] * bool(file.embeddings)])}, which can be merged "

@@ -89,19 +89,21 @@ def spellings(base: ModelFiles) -> dict[str, Place]:
     table: dict[str, Place] = {}
     denoiser = base.family.denoiser.folder
     single_file = dict(base.family.layout.renames(base.configs[denoiser]))
-    for component in reversed(
-        [denoiser, *(slot.folder for slot in base.family.text_encoders if "lora" in slot.trains)]
-    ):
-        for key in base.tensors[component]:
-            name = key.rpartition(".")[0]
-            if component == denoiser:
-                theirs = rename(key, single_file).rpartition(".")[0]
-                table |= dict.fromkeys(_denoiser_spellings(denoiser, name, theirs), (component, name))
-            else:
-                bare = name.removeprefix("text_model.")
-                long = bare if bare.startswith("text_projection") else f"text_model.{bare}"
-                table |= dict.fromkeys(_text_spellings(component, bare, base.family), (component, long))
+    for slot in reversed([slot for slot in base.family.text_encoders if slot.kohya_prefix]):
+        for key in base.tensors[slot.folder]:
+            bare = key.rpartition(".")[0].removeprefix("text_model.")
+            is_short = bare.startswith("text_projection") or not slot.class_name.startswith("CLIP")
+            long = bare if is_short else f"text_model.{bare}"
+            table |= dict.fromkeys(_text_spellings(slot.folder, bare, base.family), (slot.folder, long))
+    for key in base.tensors[denoiser]:
+        name, theirs = key.rpartition(".")[0], rename(key, single_file).rpartition(".")[0]
+        table |= dict.fromkeys(_denoiser_spellings(denoiser, name, theirs), (denoiser, name))
     return table
+
+
+def is_of_text_encoder(layer: str) -> bool:
+    """Whether a layer, as a file spells it, belongs to a text encoder, whatever model the file is for."""
+    return re.match(r"(base_model\.model\.)?(lora_te|lycoris_te|text_encoder|te\d|clip_[lg]\.)", layer) is not None
 
 
 def fused_spellings(base: ModelFiles) -> dict[str, tuple[str, list[str]]]:

@@ -12,7 +12,7 @@ from everydream_kit.errors import ModelError
 from everydream_kit.models.adapters import LORA_FILE
 from everydream_kit.models.family import Layout, ModelFiles
 from everydream_kit.models.lora_changes import Change, LoraFile, base_key
-from everydream_kit.models.lora_names import OTHER_KINDS, fused_spellings, spellings, split_name
+from everydream_kit.models.lora_names import OTHER_KINDS, fused_spellings, is_of_text_encoder, spellings, split_name
 from everydream_kit.models.tensors import LazyTensor, Tensors, halves_swapped, row_shares
 from everydream_kit.models.weight_files import WEIGHT_SUFFIXES, open_weights
 from everydream_kit.strict_json import parse_json, read_json
@@ -76,10 +76,13 @@ def read_lora_file(path: Path, base: ModelFiles) -> LoraFile:
     layers = _taken_apart(path, layers, together, base.family.layout)
     unknown = [stem for stem in layers if stem not in table]
     if unknown:
+        made_for = metadata.get("modelspec.architecture")
+        cause = "It was made for another model family" + (f": its header says {made_for[:60]}." if made_for else ".")
+        if all(map(is_of_text_encoder, unknown)):  # and the denoiser's fit
+            cause = f"{cause[:-1]}, or changes text encoders that LoRAs of {base.family.title} do not change."
         raise ModelError(
             f"{path}: does not fit {base.source} ({base.family.title}): {len(unknown)} of its {len(layers)} layers are "
-            f"not in it, such as {unknown[0][:100]!r}. It was made for another model family"
-            + (f": its header says {made_for[:60]}." if (made_for := metadata.get("modelspec.architecture")) else ".")
+            f"not in it, such as {unknown[0][:100]!r}. {cause}"
         )
     values = _settings(path, metadata)
     found = LoraFile(embeddings=_embeddings(path, embeddings, base))

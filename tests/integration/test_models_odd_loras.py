@@ -49,7 +49,11 @@ def test_a_lora_that_is_not_read_whole_is_refused_by_name(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["LoHa with a core", "LoKr with a core", "LoCon with lora_mid", "DoRA along the input", "bundled embedding"]
+    "kind",
+    [
+        *("LoHa with a core", "LoKr with a core", "LoCon with lora_mid", "DoRA along the input", "bundled embedding"),
+        "FLUX.1 with text encoders, kohya",
+    ],
 )
 def test_what_cannot_be_trained_on_says_so(kind, tmp_path):
     path, made = write_lora_layout(kind, tmp_path)
@@ -65,6 +69,14 @@ def test_a_bundled_word_is_learned_by_the_model_and_written_next_to_a_merge(tmp_
     assert torch.equal(table.new, made.embeddings["mytoken"])
     merge_lora(tiny_folder("sd1"), path, tmp_path / "merged.safetensors", precision="fp32")
     assert torch.equal(open_safetensors(tmp_path / "mytoken.safetensors")[0]["emb_params"].read(), table.new)
+
+
+def test_a_merge_into_a_transformers_file_says_what_is_not_in_it(tmp_path, caplog):
+    path, _ = write_lora_layout("FLUX.1 with text encoders, kohya", tmp_path)
+    merge_lora(tiny_folder("flux1"), path, tmp_path / "folder")
+    assert not caplog.messages
+    merge_lora(tiny_folder("flux1"), path, tmp_path / "merged.safetensors")
+    assert "holds the transformer alone, so what the LoRA changes in text_encoder and text_encoder_2" in caplog.text
 
 
 @pytest.mark.parametrize("layer", ["linear", "convolution", "convolution with a core"])

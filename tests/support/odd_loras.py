@@ -19,6 +19,7 @@ OUT = "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"
 CONV = "down_blocks.0.resnets.0.conv1"
 NORM = "down_blocks.0.resnets.0.norm1"
 TEXT = "text_model.encoder.layers.0.self_attn.q_proj"
+T5 = "encoder.block.0.layer.0.SelfAttention.q"
 SDXL_LINEAR = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 RANK, ALPHA = 4, 2.0
 
@@ -222,6 +223,13 @@ def sdxl_single_file_name():
     return both(pair(stem, SDXL_LINEAR, family="sdxl"), second)
 
 
+def flux1(denoiser, clip, t5, **how):
+    """A layer of FLUX.1's transformer, and one of each text encoder."""
+    made = pair(denoiser, "transformer_blocks.0.ff.net.0.proj", component="transformer", family="flux1", **how)
+    made = both(made, pair(clip, TEXT, component="text_encoder", family="flux1", **how)) if clip else made
+    return both(made, pair(t5, T5, component="text_encoder_2", family="flux1", **how)) if t5 else made
+
+
 DOTS = ("lora_down.weight", "lora_up.weight")
 PEFT = ("lora_A.weight", "lora_B.weight")
 OF_2024 = ("lora.down.weight", "lora.up.weight")
@@ -239,6 +247,28 @@ LAYOUTS = {
     "sdxl of ComfyUI": (
         lambda: pair(
             "diffusion_model.input_blocks.3.1.transformer_blocks.0.attn1.to_q", SDXL_LINEAR, family="sdxl", ends=PEFT
+        ),
+        None,
+    ),
+    "FLUX.1 with text encoders, kohya": (
+        lambda: flux1(
+            "lora_unet_double_blocks_0_img_mlp_0",
+            "lora_te1_" + TEXT.replace(".", "_"),
+            "lora_te3_" + T5.replace(".", "_"),
+        ),
+        None,
+    ),
+    "FLUX.1 with text encoders, OneTrainer": (
+        lambda: flux1(
+            "lora_transformer_transformer_blocks_0_ff_net_0_proj",
+            "lora_te1_" + TEXT.replace(".", "_"),
+            "lora_te2_" + T5.replace(".", "_"),
+        ),
+        None,
+    ),
+    "FLUX.1 with CLIP, diffusers": (
+        lambda: flux1(
+            "transformer.transformer_blocks.0.ff.net.0.proj", f"text_encoder.{TEXT}", "", ends=PEFT, alpha=None
         ),
         None,
     ),
@@ -317,6 +347,10 @@ LAYOUTS = {
         "made for another model family: its header says flux-2-klein/lora",
     ),
     "sdxl on sd1": (lambda: plus(sdxl_single_file_name(), family="sd1"), "made for another model family"),
+    "another text encoder": (
+        lambda: more(pair(kohya(LINEAR)), {"lora_te3_encoder_block_0_layer_0_SelfAttention_q.diff": noise(2)}),
+        "1 of its 2 layers are not in it, .* or changes text encoders that",
+    ),
     "one unknown tensor": (
         lambda: more(pair(kohya(LINEAR)), {f"{kohya(OUT)}.banana": noise(2)}),
         "1 of its tensors are of no kind of LoRA",

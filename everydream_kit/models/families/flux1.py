@@ -169,11 +169,12 @@ FLUX1 = Family(
     pipeline_class="FluxPipeline",
     denoiser=TRANSFORMER,
     text_encoders=(
-        TextEncoderSlot("text_encoder", "tokenizer", "CLIPTextModel", trains=frozenset()),
+        TextEncoderSlot("text_encoder", "tokenizer", "CLIPTextModel", kohya_prefix="lora_te1", trains=frozenset()),
         TextEncoderSlot(
             "text_encoder_2",
             "tokenizer_2",
             "T5EncoderModel",
+            kohya_prefix="lora_te3",  # sd-scripts' number of it; OneTrainer's is 2
             trains=frozenset(),
             blocks=("T5Block",),
             module="transformers.models.t5.modeling_t5",
