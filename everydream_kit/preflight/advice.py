@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from everydream_kit.data.cache_room import free_memory
 from everydream_kit.errors import ConfigError, MemoryLimitError
 from everydream_kit.preflight.gpus import GIB, GpuSpec
 from everydream_kit.training.memory_measures import Measure, measures_left
@@ -27,6 +28,8 @@ MARGIN = 0.07
 """Share of the GPU that stays free: the memory model is right to within a tenth, on both sides."""
 LARGEST_BATCH = 16
 """Beyond it a step learns hardly more and takes as much longer; `auto` and the advice stop here."""
+LARGEST_BATCH_ON_CPU = 4
+"""Where `auto` stops on a CPU: a larger batch is no faster there."""
 EXACT_OPTIMIZER, SMALL_OPTIMIZER = "adamw", "adamw8bit"
 """What `optimizer: auto` chooses between."""
 SMALLEST_RESOLUTION, LARGEST_RESOLUTION, RESOLUTION_STEP = 256, 1536, 64
@@ -55,85 +58,77 @@ class Advice:
     fits: bool = True
 
 
-def room(gpu_spec: GpuSpec, margin: float = MARGIN) -> int:
-    """Bytes that a run's estimate may reach on this GPU."""
-    return int(gpu_spec.memory_bytes * (1 - margin))
-
-
-def fits(estimate: MemoryEstimate, gpu_spec: GpuSpec, margin: float = MARGIN) -> bool:
-    """Whether a run's peak leaves the margin free."""
-    return estimate.peak_bytes <= room(gpu_spec, margin)
-
-
-def ask(config: TrainConfig, gpu_spec: GpuSpec | None, estimate: Estimate, **options: Any) -> MemoryEstimate:
-    """Ask the memory model about a GPU, or about this CPU where there is none.
+class Budget:
+    """What a run may take of a device, and the memory model's answers about it; each question is asked once.
 
     Args:
-        options: passed on, such as `cache_folder`.
+        gpu_spec: the GPU; None for this CPU.
+        estimate: the memory model.
+        limit_bytes: what a run's estimate may reach; by default what the device has, less the margin.
     """
-    if gpu_spec is None:
-        return estimate(config, device="cpu", **options)
-    return estimate(
-        config,
-        device="cuda",
-        has_bf16=gpu_spec.has_bf16,
-        context_bytes=gpu_spec.context_bytes,
-        fragmentation=gpu_spec.fragmentation,
-        **options,
-    )
+
+    def __init__(self, gpu_spec: GpuSpec | None, estimate: Estimate, limit_bytes: int | None = None) -> None:
+        self.gpu_spec, self._estimate = gpu_spec, estimate
+        self.limit_bytes = device_room(gpu_spec) if limit_bytes is None else limit_bytes
+        self.largest_batch = LARGEST_BATCH if gpu_spec is not None else LARGEST_BATCH_ON_CPU
+        self._answers: dict[str, MemoryEstimate] = {}
+
+    def __call__(self, config: TrainConfig) -> MemoryEstimate:
+        """What a run takes of the device."""
+        key = config.to_json()
+        if key not in self._answers:
+            self._answers[key] = self._estimate(config, **self._facts())
+        return self._answers[key]
+
+    def fits(self, config: TrainConfig) -> bool:
+        """Whether a run's peak leaves the margin free."""
+        return self(config).peak_bytes <= self.limit_bytes
+
+    def figures(self, estimate: MemoryEstimate) -> str:
+        """What is needed next to what there is, in words."""
+        return f"{estimate.peak_bytes / GIB:.1f} GiB estimated, {self.limit_bytes / GIB:.1f} GiB available"
+
+    def _facts(self) -> dict[str, Any]:
+        if self.gpu_spec is None:
+            return {"device": "cpu"}
+        names = ("has_bf16", "context_bytes", "fragmentation")
+        return {"device": "cuda", **{name: getattr(self.gpu_spec, name) for name in names}}
 
 
-def make_it_fit(
-    config: TrainConfig,
-    gpu_spec: GpuSpec,
-    *,
-    estimate: Estimate | None = None,
-    margin: float = MARGIN,
-    known: MemoryEstimate | None = None,
-) -> Advice:
+def device_room(gpu_spec: GpuSpec | None) -> int:
+    """Bytes that a run's estimate may reach on a GPU, or on this CPU."""
+    return int((gpu_spec.memory_bytes if gpu_spec is not None else free_memory()) * (1 - MARGIN))
+
+
+def make_it_fit(config: TrainConfig, budget: Budget) -> Advice:
     """The fewest and cheapest changes with which a run fits a GPU.
 
     Args:
         config: as requested; `batch_size: auto` begins at the largest batch that is advised.
-        estimate: the memory model.
-        margin: share of the GPU that stays free.
-        known: the estimate of `config` itself, if it is there already.
     """
-    questions = _Questions(gpu_spec, estimate or _estimate_memory(), margin)
     if config.batch_size == "auto":
-        config, known = config.replace(batch_size=LARGEST_BATCH), None
-    first = known or questions(config)
-    if fits(first, gpu_spec, margin):
-        return Advice({}, config, first, ())
-    ladder = _ladder(config, gpu_spec)
+        config = config.replace(batch_size=LARGEST_BATCH)
+    if budget.fits(config):
+        return Advice({}, config, budget(config), ())
+    ladder = _ladder(config, budget.gpu_spec is None or budget.gpu_spec.has_bf16)
     likely = next((n for n, (measure, _) in enumerate(ladder) if measure.costs != "nothing"), 0)
-    rung = _first_that_fits([c for _, c in ladder], questions, likely)
+    rung = _first_that_fits([c for _, c in ladder], budget, likely)
     if rung is None:
         smallest = ladder[-1][1] if ladder else config
-        return Advice(_changes(config, smallest), smallest, questions(smallest), _reasons(ladder), fits=False)
+        taken = [measure for measure, _ in ladder]
+        return Advice(_changes(config, smallest), smallest, budget(smallest), _reasons(taken), fits=False)
     taken = [measure for measure, _ in ladder[: rung + 1]]
-    chosen = _with_fewest_blocks(ladder[rung][1], questions)
+    chosen = _with_fewest_blocks(ladder[rung][1], budget)
     needed = [measure for measure in taken if measure.costs != "nothing"]
     if 0 < len(needed) < len(taken):  # what costs nothing may not have been needed: few changes are easy to follow
-        plain = _with_fewest_blocks(_take(config, needed), questions)
-        if questions.fits(plain):
+        plain = _with_fewest_blocks(_take(config, needed), budget)
+        if budget.fits(plain):
             chosen, taken = plain, needed
-    return Advice(_changes(config, chosen), chosen, questions(chosen), tuple(map(str, _last_of_each(taken))))
+    return Advice(_changes(config, chosen), chosen, budget(chosen), _reasons(taken))
 
 
-def largest_batch(
-    config: TrainConfig,
-    gpu_spec: GpuSpec | None,
-    *,
-    estimate: Estimate | None = None,
-    limit_bytes: int | None = None,
-    largest: int = LARGEST_BATCH,
-) -> tuple[int, MemoryEstimate]:
-    """The largest batch that fits, up to `largest`, with everything else as it is.
-
-    Args:
-        gpu_spec: or None for this CPU; then `limit_bytes` must be given.
-        limit_bytes: room; by default the GPU's, less the margin.
+def largest_batch(config: TrainConfig, budget: Budget) -> tuple[int, MemoryEstimate]:
+    """The largest batch that fits, up to `Budget.largest_batch`, with everything else as it is.
 
     Returns:
         The batch size, and its estimate.
@@ -141,28 +136,25 @@ def largest_batch(
     Raises:
         MemoryLimitError: not even one image fits.
     """
-    limit = _limit(gpu_spec, limit_bytes)
-    estimate = estimate or _estimate_memory()
 
     def peak(batch_size: int) -> MemoryEstimate:
-        return ask(config.replace(batch_size=batch_size), gpu_spec, estimate)
+        return budget(config.replace(batch_size=batch_size))
 
     swaps, config = config, config.replace(blocks_to_swap=0) if config.blocks_to_swap == "auto" else config
-    found = _largest(range(1, largest + 1), peak, limit)
+    found = _largest(range(1, budget.largest_batch + 1), peak, budget.limit_bytes)
     if found is None and swaps != config:  # smaller batches cost less time than moving blocks
         config = swaps
-        found = _largest([1], peak, limit)
+        found = _largest([1], peak, budget.limit_bytes)
     if found is None:
         raise MemoryLimitError(
             f"batch_size: not even one image fits: needs about {peak(1).peak_bytes / GIB:.1f} GiB; available: "
-            f"{limit / GIB:.1f} GiB{f' on the {gpu_spec.name}' if gpu_spec else ''}. `everydream plan` says what to lower."
+            f"{budget.limit_bytes / GIB:.1f} GiB{f' on the {budget.gpu_spec.name}' if budget.gpu_spec else ''}. "
+            "`everydream plan` says what to lower."
         )
     return found
 
 
-def fewest_blocks(
-    config: TrainConfig, gpu_spec: GpuSpec | None, *, estimate: Estimate | None = None, limit_bytes: int | None = None
-) -> tuple[int, MemoryEstimate]:
+def fewest_blocks(config: TrainConfig, budget: Budget) -> tuple[int, MemoryEstimate]:
     """How many blocks must wait in host memory so that the rest fits, with everything else as it is: `blocks_to_swap: auto`.
 
     All of them where even that is not enough, and none on a CPU, where it saves nothing.
@@ -170,30 +162,24 @@ def fewest_blocks(
     Returns:
         The number, and the estimate with it.
     """
-    estimate = estimate or _estimate_memory()
 
     def peak(count: int | str) -> MemoryEstimate:
-        return ask(config.replace(blocks_to_swap=count), gpu_spec, estimate)
+        return budget(config.replace(blocks_to_swap=count))
 
-    if gpu_spec is None:
+    if budget.gpu_spec is None:
         return 0, peak(0)
     total = peak("auto").num_blocks
     # all of them are asked about by one name, so that an answer that is there already is found
-    found = _largest(
-        range(total + 1), lambda stay: peak(total - stay if stay else "auto"), _limit(gpu_spec, limit_bytes)
-    )
-    return (total, peak("auto")) if found is None else (total - found[0], found[1])
+    stays = _largest(range(total + 1), lambda stay: peak(total - stay if stay else "auto"), budget.limit_bytes)
+    return (total, peak("auto")) if stays is None else (total - stays[0], stays[1])
 
 
-def describe_blocks(chosen: int, found: MemoryEstimate, limit_bytes: int) -> str:
+def describe_blocks(chosen: int, found: MemoryEstimate, budget: Budget) -> str:
     """What `blocks_to_swap: auto` came to, in words."""
-    numbers = f"{found.peak_bytes / GIB:.1f} GiB estimated, {limit_bytes / GIB:.1f} GiB available"
-    return f"blocks_to_swap auto: {chosen} of {found.num_blocks} ({numbers})"
+    return f"blocks_to_swap auto: {chosen} of {found.num_blocks} ({budget.figures(found)})"
 
 
-def choose_optimizer(
-    config: TrainConfig, gpu_spec: GpuSpec | None, *, estimate: Estimate, limit_bytes: int
-) -> tuple[TrainConfig, str]:
+def choose_optimizer(config: TrainConfig, budget: Budget) -> tuple[TrainConfig, str]:
     """The config with an optimizer's name in the place of `auto`, and what was chosen in words.
 
     On a GPU fused AdamW, whose states are exact, where the estimate leaves the margin free with it; else bitsandbytes' 8-bit
@@ -201,32 +187,23 @@ def choose_optimizer(
 
     Args:
         config: with its batch size as a number.
-        gpu_spec: or None for this CPU.
-        estimate: the memory model.
-        limit_bytes: what the run's estimate may reach.
     """
     exact = config.replace(optimizer=EXACT_OPTIMIZER)
-    if gpu_spec is None:
+    if budget.gpu_spec is None:
         return exact, "optimizer auto: AdamW (fused), as always on a CPU"
     if config.parallel == "fsdp2":
         return exact, "optimizer auto: AdamW (fused); 8-bit states do not work on the slices of fsdp2"
-    needed = ask(exact, gpu_spec, estimate).peak_bytes
-    numbers = f"{needed / GIB:.1f} GiB estimated, {limit_bytes / GIB:.1f} GiB available"
-    if needed <= limit_bytes:
-        return exact, f"optimizer auto: AdamW (fused), which fits ({numbers})"
-    return config.replace(
-        optimizer=SMALL_OPTIMIZER
-    ), f"optimizer auto: 8-bit AdamW; AdamW (fused) does not fit ({numbers})"
+    figures = budget.figures(budget(exact))
+    if budget.fits(exact):
+        return exact, f"optimizer auto: AdamW (fused), which fits ({figures})"
+    small = config.replace(optimizer=SMALL_OPTIMIZER)
+    return small, f"optimizer auto: 8-bit AdamW; AdamW (fused) does not fit ({figures})"
 
 
-def largest_resolution(
-    config: TrainConfig, gpu_spec: GpuSpec, *, estimate: Estimate | None = None, limit_bytes: int | None = None
-) -> tuple[int, MemoryEstimate] | None:
+def largest_resolution(config: TrainConfig, budget: Budget) -> tuple[int, MemoryEstimate] | None:
     """The largest area class that fits, with everything else as it is, and its estimate; None where not even 256 px do."""
-    limit = _limit(gpu_spec, limit_bytes)
-    estimate = estimate or _estimate_memory()
     choices = range(SMALLEST_RESOLUTION, LARGEST_RESOLUTION + 1, RESOLUTION_STEP)
-    return _largest(choices, lambda r: ask(config.replace(resolution=r), gpu_spec, estimate), limit)
+    return _largest(choices, lambda resolution: budget(config.replace(resolution=resolution)), budget.limit_bytes)
 
 
 def _largest(
@@ -256,50 +233,29 @@ def _largest(
     return choices[first], low
 
 
-class _Questions:
-    """Asks about configurations, each once."""
-
-    def __init__(self, gpu_spec: GpuSpec, estimate: Estimate, margin: float) -> None:
-        self._gpu_spec, self._estimate, self._margin = gpu_spec, estimate, margin
-        self._answers: dict[str, MemoryEstimate] = {}
-
-    def __call__(self, config: TrainConfig) -> MemoryEstimate:
-        key = config.to_json()
-        if key not in self._answers:
-            self._answers[key] = ask(config, self._gpu_spec, self._estimate)
-        return self._answers[key]
-
-    def fits(self, config: TrainConfig) -> bool:
-        return fits(self(config), self._gpu_spec, self._margin)
-
-    def fewest_blocks(self, config: TrainConfig) -> int:
-        limit = room(self._gpu_spec, self._margin)
-        return fewest_blocks(config, self._gpu_spec, estimate=lambda asked, **_: self(asked), limit_bytes=limit)[0]
-
-
-def _with_fewest_blocks(config: TrainConfig, questions: _Questions) -> TrainConfig:
+def _with_fewest_blocks(config: TrainConfig, budget: Budget) -> TrainConfig:
     """A number where blocks are to wait in host memory."""
     if config.blocks_to_swap != "auto":
         return config
-    return config.replace(blocks_to_swap=questions.fewest_blocks(config))
+    return config.replace(blocks_to_swap=fewest_blocks(config, budget)[0])
 
 
-def _ladder(config: TrainConfig, gpu_spec: GpuSpec) -> list[tuple[Measure, TrainConfig]]:
+def _ladder(config: TrainConfig, has_bf16: bool) -> list[tuple[Measure, TrainConfig]]:
     """One measure after the other, each on top of those before, until none is left."""
     rungs: list[tuple[Measure, TrainConfig]] = []
     while True:
-        left = [m for m in measures_left(config) if m.is_estimated and (gpu_spec.has_bf16 or m.name != "weight_dtype")]
+        left = [m for m in measures_left(config) if m.is_estimated and (has_bf16 or m.name != "weight_dtype")]
         if not left:
             return rungs
         config = config.replace(**left[0].changes)
         rungs.append((left[0], config))
 
 
-def _first_that_fits(rungs: Sequence[TrainConfig], questions: _Questions, likely: int) -> int | None:
+def _first_that_fits(rungs: Sequence[TrainConfig], budget: Budget, likely: int) -> int | None:
     """Index of the first that fits; None if none does. Asks about the likely one first, and continues by halving."""
     low, high, middle = 0, len(rungs), likely
     while low < high:
-        if questions.fits(rungs[middle]):
+        if budget.fits(rungs[middle]):
             high = middle
         else:
             low = middle + 1
@@ -322,23 +278,6 @@ def _changes(before: TrainConfig, after: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in new.items() if value != old[name]}
 
 
-def _last_of_each(measures: Sequence[Measure]) -> list[Measure]:
+def _reasons(taken: Sequence[Measure]) -> tuple[str, ...]:
     """A measure that was taken several times is told once, as it was taken last."""
-    return list({measure.name: measure for measure in measures}.values())
-
-
-def _reasons(ladder: Sequence[tuple[Measure, TrainConfig]]) -> tuple[str, ...]:
-    return tuple(map(str, _last_of_each([measure for measure, _ in ladder])))
-
-
-def _limit(gpu_spec: GpuSpec | None, limit_bytes: int | None) -> int:
-    if limit_bytes is not None:
-        return limit_bytes
-    assert gpu_spec is not None, "without a GPU the room must be given"
-    return room(gpu_spec)
-
-
-def _estimate_memory() -> Estimate:
-    from everydream_kit.preflight.memory_estimate import estimate_memory
-
-    return estimate_memory
+    return tuple(map(str, {measure.name: measure for measure in taken}.values()))

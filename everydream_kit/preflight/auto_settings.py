@@ -16,17 +16,17 @@ from everydream_kit.config import wants_auto_optimizer
 from everydream_kit.errors import MemoryLimitError
 from everydream_kit.preflight.advice import (
     EXACT_OPTIMIZER,
-    LARGEST_BATCH,
     MARGIN,
     SMALL_OPTIMIZER,
+    Budget,
     Estimate,
     choose_optimizer,
     describe_blocks,
     fewest_blocks,
     largest_batch,
 )
-from everydream_kit.preflight.gpus import GIB, GpuSpec, this_gpu
-from everydream_kit.preflight.planning import LARGEST_BATCH_ON_CPU, cpu_room, memory_model
+from everydream_kit.preflight.gpus import GpuSpec, this_gpu
+from everydream_kit.preflight.planning import memory_model
 
 if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
@@ -49,39 +49,39 @@ def resolve_auto_settings(
     Raises:
         MemoryLimitError: not even one image fits.
     """
-    if not wants_auto_optimizer(config):
-        config = resolve_batch_size(config, ranks, journal, estimate=estimate)
-        return resolve_blocks(config, ranks, journal, estimate=estimate)
-    config = resolve_batch_size(config.replace(optimizer=None), ranks, journal, estimate=estimate)
+    wants_optimizer = wants_auto_optimizer(config)
+    if wants_optimizer:
+        config = config.replace(optimizer=None)  # the batch is chosen with the device's own
+    config = resolve_batch_size(config, ranks, journal, estimate=estimate)
+    if wants_optimizer:
+        config = resolve_optimizer(config, ranks, journal, estimate)
+    if config.blocks_to_swap == "auto":
+        config = resolve_blocks(config, ranks, journal, estimate)
+    return config
+
+
+def resolve_optimizer(config: TrainConfig, ranks: Ranks, journal: Journal, estimate: Estimate | None) -> TrainConfig:
+    """The config with an optimizer's name; reported in the log and as an event `optimizer`."""
     is_exact = True
     if ranks.is_main:
-        gpu_spec, free_bytes = device_room(ranks)
         journal.set_state("starting", message="choosing the optimizer")
-        chosen, reason = choose_optimizer(
-            config, gpu_spec, estimate=estimate or memory_model(config), limit_bytes=free_bytes
-        )
+        chosen, reason = choose_optimizer(config, budget_here(config, ranks, estimate))
         journal.set_state("starting", message=None)
         journal.note(reason)
         journal.report("optimizer", optimizer=chosen.optimizer, reason=reason)
         is_exact = chosen.optimizer == EXACT_OPTIMIZER
-    config = config.replace(optimizer=EXACT_OPTIMIZER if ranks.share(is_exact) else SMALL_OPTIMIZER)
-    return resolve_blocks(config, ranks, journal, estimate=estimate)
+    return config.replace(optimizer=EXACT_OPTIMIZER if ranks.share(is_exact) else SMALL_OPTIMIZER)
 
 
-def resolve_blocks(
-    config: TrainConfig, ranks: Ranks, journal: Journal, *, estimate: Estimate | None = None
-) -> TrainConfig:
+def resolve_blocks(config: TrainConfig, ranks: Ranks, journal: Journal, estimate: Estimate | None) -> TrainConfig:
     """The config with a number in the place of `blocks_to_swap: auto`; reported in the log and as an event `blocks to swap`."""
-    if config.blocks_to_swap != "auto":
-        return config
     chosen = 0
     if ranks.is_main:
-        gpu_spec, free_bytes = device_room(ranks)
         journal.set_state("starting", message="choosing the blocks that wait in host memory")
-        model = estimate or memory_model(config)
-        chosen, found = fewest_blocks(config, gpu_spec, estimate=model, limit_bytes=free_bytes)
+        budget = budget_here(config, ranks, estimate)
+        chosen, found = fewest_blocks(config, budget)
         journal.set_state("starting", message=None)
-        journal.note(describe_blocks(chosen, found, free_bytes))
+        journal.note(describe_blocks(chosen, found, budget))
         journal.report("blocks to swap", blocks=chosen, num_blocks=found.num_blocks, estimated_bytes=found.peak_bytes)
     return config.replace(blocks_to_swap=ranks.share(chosen))
 
@@ -108,7 +108,7 @@ def resolve_batch_size(
     chosen = 0
     if ranks.is_main:
         journal.set_state("starting", message="choosing the batch size")
-        chosen = _choose(config, ranks, journal, estimate or memory_model(config))
+        chosen = _choose(config, journal, budget_here(config, ranks, estimate))
         if measure is None and ranks.device.type == "cuda" and ranks.num_ranks == 1:
             from everydream_kit.preflight.probe import probe as measure
         if measure is not None:
@@ -117,21 +117,15 @@ def resolve_batch_size(
     return config.replace(batch_size=ranks.share(chosen))
 
 
-def _choose(config: TrainConfig, ranks: Ranks, journal: Journal, estimate: Estimate) -> int:
-    gpu_spec, free_bytes = device_room(ranks)
-    largest = LARGEST_BATCH if gpu_spec is not None else LARGEST_BATCH_ON_CPU
-    chosen, found = largest_batch(config, gpu_spec, estimate=estimate, limit_bytes=free_bytes, largest=largest)
-    where = gpu_spec.name if gpu_spec is not None else "this CPU"
-    message = (
-        f"batch_size auto: {chosen}, the largest up to {largest} that fits {where}: {found.peak_bytes / GIB:.1f} GiB estimated, "
-        f"{free_bytes / GIB:.1f} GiB available"
-    )
-    journal.note(message)
+def _choose(config: TrainConfig, journal: Journal, budget: Budget) -> int:
+    chosen, found = largest_batch(config, budget)
+    largest, where = budget.largest_batch, budget.gpu_spec.name if budget.gpu_spec is not None else "this CPU"
+    journal.note(f"batch_size auto: {chosen}, the largest up to {largest} that fits {where}: {budget.figures(found)}")
     journal.report(
         "batch size",
         batch_size=chosen,
         estimated_bytes=found.peak_bytes,
-        room_bytes=free_bytes,
+        room_bytes=budget.limit_bytes,
         largest=largest,
         device=where,
     )
@@ -152,15 +146,20 @@ def _prove(config: TrainConfig, chosen: int, journal: Journal, measure: Callable
     )
 
 
-def device_room(ranks: Ranks) -> tuple[GpuSpec | None, int]:
-    """The GPU, or None for a CPU, and what a run's estimate may reach there: of what is free, less the margin."""
+def budget_here(config: TrainConfig, ranks: Ranks, estimate: Estimate | None) -> Budget:
+    """What a run may take of this process's device."""
+    gpu_spec, limit_bytes = free_room(ranks)
+    return Budget(gpu_spec, estimate or memory_model(config), limit_bytes)
+
+
+def free_room(ranks: Ranks) -> tuple[GpuSpec | None, int | None]:
+    """The GPU, and what a run's estimate may reach there: of what is free, less the margin. Neither for a CPU."""
     if ranks.device.type != "cuda":
-        return None, cpu_room()
+        return None, None
     import torch
 
     gpu_spec = this_gpu(ranks.device.index or 0)
     assert gpu_spec is not None
     free, _ = torch.cuda.mem_get_info(ranks.device)
-    return gpu_spec, int(
-        (free + gpu_spec.context_bytes) * (1 - MARGIN)
-    )  # the context is there already, and in the estimate as well
+    # the context is there already, and in the estimate as well
+    return gpu_spec, int((free + gpu_spec.context_bytes) * (1 - MARGIN))

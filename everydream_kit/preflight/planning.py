@@ -24,17 +24,15 @@ from everydream_kit.data.image_files import count_images
 from everydream_kit.errors import ConfigError, DataError, MemoryLimitError
 from everydream_kit.hosts import detect_host
 from everydream_kit.preflight.advice import (
-    LARGEST_BATCH,
     MARGIN,
+    Budget,
     Estimate,
-    ask,
     choose_optimizer,
     describe_blocks,
     fewest_blocks,
     largest_batch,
     largest_resolution,
     make_it_fit,
-    room,
 )
 from everydream_kit.preflight.cost import Price, entered_price, find_price, read_prices
 from everydream_kit.preflight.disk import DiskUse, estimate_disk, latent_cache_bytes, num_samples
@@ -53,8 +51,6 @@ logger = logging.getLogger(__name__)
 
 MOST_SCANNED = 50_000
 """Images up to which a dataset is scanned for a plan; of more only the files are counted."""
-LARGEST_BATCH_ON_CPU = 4
-"""Where `auto` stops on a CPU: a larger batch is no faster there."""
 FORWARDS_IN_A_STEP = {"full": 3.0, "lora": 2.0, "textual_inversion": 2.0}
 """A training step of one image in forward passes of the UNet; one more with gradient checkpointing."""
 ENCODING_IN_FORWARDS = 1.4
@@ -96,14 +92,12 @@ def plan(
     entered = None if price is None else entered_price(price)
     config, steps_done = _read_config(config)
     gpu_spec = find_gpu(gpu) if gpu is not None else this_gpu(config.gpuid)
-    asked = estimate or memory_model(config)
-    device_bytes = gpu_spec.memory_bytes if gpu_spec is not None else free_memory()
-    room_bytes = room(gpu_spec) if gpu_spec is not None else cpu_room()
+    budget = Budget(gpu_spec, estimate or memory_model(config))
     assumptions, warnings = list(_assumptions(config, gpu_spec)), []
-    config, notes = resolve_for_plan(config, gpu_spec, asked, room_bytes)
+    config, notes = resolve_for_plan(config, budget)
     assumptions += notes
     logger.info("Estimating the memory; kept for the next time …")
-    memory = ask(config, gpu_spec, asked)
+    memory = budget(config)
     images = read_dataset(config)
     if images.note:
         assumptions.append(images.note)
@@ -119,8 +113,8 @@ def plan(
         gpu_spec=gpu_spec,
         steps=steps,
         memory=memory,
-        room_bytes=room_bytes,
-        device_bytes=device_bytes,
+        room_bytes=budget.limit_bytes,
+        device_bytes=gpu_spec.memory_bytes if gpu_spec is not None else free_memory(),
         step=step,
         seconds_of=_seconds_of(config, steps, step, latents),
         price=entered or _table_price(config, gpu_spec),
@@ -130,13 +124,12 @@ def plan(
     )
     disk = _disk(made, latent_bytes if latents == "disk" else 0)
     advice = None
-    if gpu_spec is not None and not made.fits:
-        logger.info(f"It does not fit the {gpu_spec.name}; looking for what does …")
-        advice = make_it_fit(config, gpu_spec, estimate=asked, known=memory)
+    if not made.fits:
         warnings.append(_too_large(made))
-    elif not made.fits:
-        warnings.append(_too_large(made))
-    offer = _offer(config, gpu_spec, asked) if advise and gpu_spec is not None else None
+        if gpu_spec is not None:
+            logger.info(f"It does not fit the {gpu_spec.name}; looking for what does …")
+            advice = make_it_fit(config, budget)
+    offer = _offer(config, budget) if advise and gpu_spec is not None else None
     warnings += disk.warnings if disk is not None else ()
     return replace(made, disk=disk, advice=advice, offer=offer, warnings=tuple(warnings))
 
@@ -175,44 +168,28 @@ def memory_model(config: TrainConfig) -> Estimate:
     return partial(estimate_memory, architecture=architecture_of(config))
 
 
-def cpu_room() -> int:
-    """Bytes of host memory that the estimate of a run on this CPU may reach."""
-    return int(free_memory() * (1 - MARGIN))
-
-
-def resolve_for_plan(
-    config: TrainConfig, gpu_spec: GpuSpec | None, estimate: Estimate, room_bytes: int
-) -> tuple[TrainConfig, list[str]]:
+def resolve_for_plan(config: TrainConfig, budget: Budget) -> tuple[TrainConfig, list[str]]:
     """A number or a name where `batch_size`, `optimizer` or `blocks_to_swap` is `auto`, and what was chosen, one line each."""
     notes: list[str] = []
     wants_optimizer = wants_auto_optimizer(config)
     if wants_optimizer:
         config = config.replace(optimizer=None)  # the batch is chosen with the device's own
     if config.batch_size == "auto":
-        config, note = _resolve_batch_size(config, gpu_spec, estimate, room_bytes)
-        notes.append(note)
+        try:
+            chosen, found = largest_batch(config, budget)
+            why = f"{chosen}, the largest that fits, up to {budget.largest_batch} ({budget.figures(found)})"
+        except MemoryLimitError:
+            chosen, why = 1, "not even one image fits; planned with 1"
+        config = config.replace(batch_size=chosen)
+        notes.append(f"batch_size auto: {why}")
     if wants_optimizer:
-        config, note = choose_optimizer(config, gpu_spec, estimate=estimate, limit_bytes=room_bytes)
+        config, note = choose_optimizer(config, budget)
         notes.append(note)
     if config.blocks_to_swap == "auto":
-        chosen, found = fewest_blocks(config, gpu_spec, estimate=estimate, limit_bytes=room_bytes)
+        chosen, found = fewest_blocks(config, budget)
         config = config.replace(blocks_to_swap=chosen)
-        notes.append(describe_blocks(chosen, found, room_bytes))
+        notes.append(describe_blocks(chosen, found, budget))
     return config, notes
-
-
-def _resolve_batch_size(
-    config: TrainConfig, gpu_spec: GpuSpec | None, estimate: Estimate, room_bytes: int
-) -> tuple[TrainConfig, str]:
-    """A number, and why in words; 1 where not even one image fits."""
-    largest = LARGEST_BATCH if gpu_spec is not None else LARGEST_BATCH_ON_CPU
-    try:
-        chosen, found = largest_batch(config, gpu_spec, estimate=estimate, limit_bytes=room_bytes, largest=largest)
-    except MemoryLimitError:
-        return config.replace(batch_size=1), "batch_size auto: not even one image fits; planned with 1"
-    why = f"the largest that fits, up to {largest}"
-    peak = f"{found.peak_bytes / 2**30:.1f} GiB estimated, {room_bytes / 2**30:.1f} GiB available"
-    return config.replace(batch_size=chosen), f"batch_size auto: {chosen}, {why} ({peak})"
 
 
 def read_dataset(config: TrainConfig) -> _Images:
@@ -353,12 +330,12 @@ def _table_price(config: TrainConfig, gpu_spec: GpuSpec | None) -> Price | None:
     return find_price(gpu_spec.name, read_prices(config.logdir), host.name if host.is_rented else None)
 
 
-def _offer(config: TrainConfig, gpu_spec: GpuSpec, estimate: Estimate) -> Offer:
+def _offer(config: TrainConfig, budget: Budget) -> Offer:
     try:
-        batch: int | None = largest_batch(config, gpu_spec, estimate=estimate)[0]
+        batch: int | None = largest_batch(config, budget)[0]
     except MemoryLimitError:
         batch = None
-    resolution = largest_resolution(config, gpu_spec, estimate=estimate)
+    resolution = largest_resolution(config, budget)
     return Offer(batch, None if resolution is None else resolution[0])
 
 

@@ -42,7 +42,7 @@ def bytes_under(folder):
 
 
 def test_the_number_is_chosen_once_and_a_resumed_run_takes_the_same(settings, monkeypatch):
-    monkeypatch.setattr("everydream_kit.preflight.auto_settings.LARGEST_BATCH_ON_CPU", 3)
+    monkeypatch.setattr("everydream_kit.preflight.advice.LARGEST_BATCH_ON_CPU", 3)
     run = train(TrainConfig(**settings, optimizer="auto"))
     assert json.loads(run.config_path.read_text("utf-8"))["batch_size"] == 3
     assert json.loads(run.config_path.read_text("utf-8"))["optimizer"] == "adamw"
@@ -62,7 +62,7 @@ def test_the_number_is_chosen_once_and_a_resumed_run_takes_the_same(settings, mo
     assert (estimated.step.basis, estimated.step.source) == ("measured here", f"run {run.name}")
     assert estimated.seconds_left == 0
 
-    monkeypatch.setattr("everydream_kit.preflight.auto_settings.LARGEST_BATCH_ON_CPU", 1)
+    monkeypatch.setattr("everydream_kit.preflight.advice.LARGEST_BATCH_ON_CPU", 1)
     resume(run.folder, changes={"max_steps": 12})
     assert json.loads(run.config_path.read_text("utf-8"))["batch_size"] == 3
     assert len(list(run.events("batch size"))) == 1
@@ -70,7 +70,7 @@ def test_the_number_is_chosen_once_and_a_resumed_run_takes_the_same(settings, mo
 
 
 def test_a_run_that_cannot_fit_fails_before_its_model_is_loaded(settings, monkeypatch):
-    monkeypatch.setattr("everydream_kit.preflight.auto_settings.cpu_room", lambda: 1000)
+    monkeypatch.setattr("everydream_kit.preflight.advice.device_room", lambda gpu_spec: 1000)
     monkeypatch.setattr("everydream_kit.preflight.auto_settings.memory_model", lambda config: LinearMemory())
     with pytest.raises(MemoryLimitError, match="batch_size: not even one image fits"):
         train(TrainConfig(**{**settings, "resume_ckpt": "absent"}))

@@ -9,12 +9,11 @@ from everydream_kit.config import TrainConfig
 from everydream_kit.errors import MemoryLimitError
 from everydream_kit.preflight.advice import (
     MARGIN,
+    Budget,
     fewest_blocks,
-    fits,
     largest_batch,
     largest_resolution,
     make_it_fit,
-    room,
 )
 from everydream_kit.preflight.gpus import find_gpu
 from everydream_kit.training.memory_measures import measures_left
@@ -31,21 +30,21 @@ def config(**settings):
 
 def test_what_fits_is_left_alone_and_asked_about_once():
     memory = LinearMemory()
-    advice = make_it_fit(config(), gpu_spec(12.1), estimate=memory)
+    advice = make_it_fit(config(), Budget(gpu_spec(12.1), memory))
     assert (advice.changes, advice.reasons, advice.fits) == ({}, (), True)
     assert len(memory.asked) == 1
 
 
 def test_the_margin_stays_free():
     exactly = replace(find_gpu("A40"), memory_bytes=12 * GIB, context_bytes=0)
-    assert room(exactly) == int(12 * GIB * 0.93)
-    assert not fits(LinearMemory()(config()), exactly)  # 12 GiB to the byte
-    assert fits(LinearMemory()(config()), exactly, margin=0)
+    assert Budget(exactly, LinearMemory()).limit_bytes == int(12 * GIB * 0.93)
+    assert not Budget(exactly, LinearMemory()).fits(config())  # 12 GiB to the byte
+    assert Budget(exactly, LinearMemory(), 12 * GIB).fits(config())
 
 
 def test_the_context_of_the_card_counts():
     memory = LinearMemory()
-    make_it_fit(config(), find_gpu("T4"), estimate=memory)
+    make_it_fit(config(), Budget(find_gpu("T4"), memory))
     assert memory.options[0] == {
         "device": "cuda",
         "has_bf16": False,
@@ -71,9 +70,9 @@ def test_the_context_of_the_card_counts():
 )
 def test_the_cheapest_change_in_speed_that_is_enough_is_taken(gib, changes):
     memory = LinearMemory()
-    advice = make_it_fit(config(), gpu_spec(gib), estimate=memory)
+    advice = make_it_fit(config(), Budget(gpu_spec(gib), memory))
     assert advice.changes == changes
-    assert advice.fits and fits(advice.estimate, gpu_spec(gib))
+    assert advice.fits and advice.estimate.peak_bytes <= gib * GIB
     assert advice.config == config().replace(**changes)
     assert [reason.split(":")[0] for reason in advice.reasons] == list(
         dict.fromkeys(name_of(name) for name in order(changes))
@@ -97,32 +96,32 @@ def test_as_few_blocks_as_fit_wait_in_host_memory():
     """A LoRA's 3.75 GiB with 0.05 for one image, less 0.05 for each block."""
     asked = config(training_kind="lora", gradient_checkpointing=True, batch_size=1, offload_idle_models=True)
     memory = LinearMemory()
-    advice = make_it_fit(asked, gpu_spec(3.4), estimate=memory)
+    advice = make_it_fit(asked, Budget(gpu_spec(3.4), memory))
     assert advice.changes == {"blocks_to_swap": 8}
     assert advice.fits and advice.reasons[0].startswith("blocks_to_swap: auto")
     assert len(memory.asked) <= 8
-    assert fewest_blocks(asked, gpu_spec(10), estimate=memory)[0] == 0
-    assert fewest_blocks(asked, gpu_spec(0.1), estimate=memory)[0] == 20
-    assert fewest_blocks(asked, None, estimate=memory)[0] == 0
-    assert largest_batch(asked.replace(blocks_to_swap="auto"), gpu_spec(3.9), estimate=memory)[0] == 3
-    assert largest_batch(asked.replace(blocks_to_swap="auto"), gpu_spec(3.5), estimate=memory)[0] == 1
+    assert fewest_blocks(asked, Budget(gpu_spec(10), memory))[0] == 0
+    assert fewest_blocks(asked, Budget(gpu_spec(0.1), memory))[0] == 20
+    assert fewest_blocks(asked, Budget(None, memory))[0] == 0
+    assert largest_batch(asked.replace(blocks_to_swap="auto"), Budget(gpu_spec(3.9), memory))[0] == 3
+    assert largest_batch(asked.replace(blocks_to_swap="auto"), Budget(gpu_spec(3.5), memory))[0] == 1
 
 
 def test_bfloat16_weights_are_not_advised_on_a_card_without_it():
     for name, advised in (("T4", False), ("A40", True)):
-        advice = make_it_fit(config(), gpu_spec(5.5, name), estimate=LinearMemory())
+        advice = make_it_fit(config(), Budget(gpu_spec(5.5, name), LinearMemory()))
         assert ("weight_dtype" in advice.changes) == advised
 
 
 def test_what_never_fits_is_said_with_the_least_that_was_tried():
-    advice = make_it_fit(config(), gpu_spec(0.2), estimate=LinearMemory())
+    advice = make_it_fit(config(), Budget(gpu_spec(0.2), LinearMemory()))
     assert not advice.fits
     assert advice.changes["training_kind"] == "lora" and advice.changes["resolution"] == 256
     assert advice.reasons[0].startswith("offload_idle_models")
 
 
 def test_slicing_attention_is_not_tried_since_paper_does_not_show_it():
-    advice = make_it_fit(config(), gpu_spec(1.0), estimate=LinearMemory())
+    advice = make_it_fit(config(), Budget(gpu_spec(1.0), LinearMemory()))
     assert "attn_type" not in advice.changes
 
 
@@ -132,12 +131,12 @@ def test_slicing_attention_is_not_tried_since_paper_does_not_show_it():
 def test_the_largest_batch_is_found_to_the_image_with_few_questions(gib, batch):
     memory = LinearMemory()
     if batch:
-        found, estimate = largest_batch(config(), gpu_spec(gib), estimate=memory)
+        found, estimate = largest_batch(config(), Budget(gpu_spec(gib), memory))
         assert found == batch
         assert estimate == LinearMemory()(config(batch_size=batch), device="cuda")
     else:
         with pytest.raises(MemoryLimitError, match=r"not even one image fits: needs about 8.5 GiB; available: 8.4"):
-            largest_batch(config(), gpu_spec(gib), estimate=memory)
+            largest_batch(config(), Budget(gpu_spec(gib), memory))
     assert len(memory.asked) <= 5
 
 
@@ -152,23 +151,23 @@ def test_the_largest_batch_is_found_where_the_line_is_bent_too():
             return replace(estimate, phases=(replace(estimate.phases[0], peak_bytes=peak),))
 
     memory = Bent()
-    assert largest_batch(config(), gpu_spec(15.05), estimate=memory)[0] == 14
+    assert largest_batch(config(), Budget(gpu_spec(15.05), memory))[0] == 14
     assert len(memory.asked) <= 8
 
 
 def test_a_given_room_wins_over_the_cards():
-    assert largest_batch(config(), gpu_spec(80), estimate=LinearMemory(), limit_bytes=10 * GIB)[0] == 4
-    assert largest_batch(config(), None, estimate=LinearMemory(), limit_bytes=10 * GIB, largest=3)[0] == 3
+    assert largest_batch(config(), Budget(gpu_spec(80), LinearMemory(), 10 * GIB))[0] == 4
+    assert largest_batch(config(), Budget(None, LinearMemory(), 10 * GIB))[0] == 4
 
 
 def test_the_largest_resolution_is_found():
     memory = LinearMemory()
-    found, _ = largest_resolution(config(batch_size=1), gpu_spec(9.2), estimate=memory)
+    found, _ = largest_resolution(config(batch_size=1), Budget(gpu_spec(9.2), memory))
     assert found == 768  # 0.5 × 2.25 = 1.125; 832 px would take 1.32
     assert len(memory.asked) <= 8
-    assert largest_resolution(config(), gpu_spec(3), estimate=LinearMemory()) is None
+    assert largest_resolution(config(), Budget(gpu_spec(3), LinearMemory())) is None
 
 
 def test_auto_begins_at_the_largest_batch():
-    advice = make_it_fit(config(batch_size="auto"), gpu_spec(8.5), estimate=LinearMemory())
+    advice = make_it_fit(config(batch_size="auto"), Budget(gpu_spec(8.5), LinearMemory()))
     assert isinstance(advice.config.batch_size, int) and advice.fits

@@ -9,8 +9,7 @@ from memory_stand_in import GIB, LinearMemory
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import MemoryLimitError
-from everydream_kit.preflight.advice import choose_optimizer
-from everydream_kit.preflight.advice import room as room_of
+from everydream_kit.preflight.advice import Budget, choose_optimizer
 from everydream_kit.preflight.auto_settings import resolve_auto_settings, resolve_batch_size
 from everydream_kit.preflight.gpus import find_gpu
 from everydream_kit.preflight.planning import resolve_for_plan
@@ -33,7 +32,7 @@ def resolve(journal, memory, measure=None, **settings):
 
 
 def room(monkeypatch, gib):
-    monkeypatch.setattr("everydream_kit.preflight.auto_settings.cpu_room", lambda: gib * GIB)
+    monkeypatch.setattr("everydream_kit.preflight.advice.device_room", lambda gpu_spec: gib * GIB)
 
 
 def test_the_largest_that_fits_host_memory_is_taken_and_reported(journal, monkeypatch, caplog):
@@ -121,14 +120,14 @@ class LinearStates(LinearMemory):
 def test_exact_states_are_taken_where_they_fit(available, chosen, reason):
     config = TrainConfig(resume_ckpt="base", optimizer="Auto", batch_size=1)
     gpu_spec = replace(find_gpu("RTX 4090"), context_bytes=0)
-    resolved, words = choose_optimizer(config, gpu_spec, estimate=LinearStates(), limit_bytes=available * GIB)
+    resolved, words = choose_optimizer(config, Budget(gpu_spec, LinearStates(), available * GIB))
     assert (resolved.optimizer, words) == (chosen, reason)
 
 
 def test_neither_a_cpu_nor_divided_weights_ask_for_eight_bits():
     divided = TrainConfig(resume_ckpt="base", optimizer="auto", batch_size=1, parallel="fsdp2")
     for config, gpu_spec in ((divided, find_gpu("RTX 4090")), (divided.replace(parallel="ddp"), None)):
-        assert choose_optimizer(config, gpu_spec, estimate=LinearStates(), limit_bytes=0)[0].optimizer == "adamw"
+        assert choose_optimizer(config, Budget(gpu_spec, LinearStates(), 0))[0].optimizer == "adamw"
 
 
 def test_both_are_resolved_and_reported_and_other_settings_are_left_alone(journal, monkeypatch, caplog):
@@ -148,8 +147,7 @@ def test_both_are_resolved_and_reported_and_other_settings_are_left_alone(journa
 def test_a_plan_says_which_optimizer_a_gpu_would_take():
     config = TrainConfig(resume_ckpt="base", optimizer="auto", batch_size=1)
     for name, chosen in (("RTX 4090", "adamw"), ("T4", "adamw8bit")):
-        gpu_spec = find_gpu(name)
-        resolved, notes = resolve_for_plan(config, gpu_spec, LinearStates(), room_of(gpu_spec))
+        resolved, notes = resolve_for_plan(config, Budget(find_gpu(name), LinearStates()))
         assert resolved.optimizer == chosen
         assert len(notes) == 1 and notes[0].startswith("optimizer auto: ")
 
@@ -160,10 +158,10 @@ def test_blocks_that_wait_become_a_number_that_is_reported(journal, monkeypatch,
     here = Ranks(0, 1, torch.device("cpu"))
     assert resolve_auto_settings(config, here, journal, estimate=LinearMemory()).blocks_to_swap == 0
     gpu_spec = replace(find_gpu("A40"), memory_bytes=4 * GIB, context_bytes=0)
-    monkeypatch.setattr("everydream_kit.preflight.auto_settings.device_room", lambda ranks: (gpu_spec, 4 * GIB))
+    monkeypatch.setattr("everydream_kit.preflight.auto_settings.free_room", lambda ranks: (gpu_spec, 4 * GIB))
     with caplog.at_level("INFO", "everydream_kit"):
         assert resolve_auto_settings(config, here, journal, estimate=LinearMemory()).blocks_to_swap == 10
     assert "blocks_to_swap auto: 10 of 20 (4.0 GiB estimated, 4.0 GiB available)" in caplog.text
     assert [event["blocks"] for event in journal.folder.events("blocks to swap")] == [0, 10]
-    resolved, notes = resolve_for_plan(config, gpu_spec, LinearMemory(), 4 * GIB)
+    resolved, notes = resolve_for_plan(config, Budget(gpu_spec, LinearMemory(), 4 * GIB))
     assert (resolved.blocks_to_swap, len(notes)) == (10, 1)
