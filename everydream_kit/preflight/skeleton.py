@@ -44,8 +44,11 @@ class Architecture:
     stored: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     def stored_dtype(self, component: str) -> torch.dtype | None:
-        """The format that a component's file has its weights in; None where that is not known."""
-        return self.stored.get(component) or self.files.stored_dtype(component)
+        """The format that a component's file has its weights in; None where that is not known.
+
+        Without the file, a language model's config says it. Of CLIP's, many name a format that their files do not have.
+        """
+        return self.stored.get(component) or self.files.stored_dtype(component) or named_dtype(self.files, component)
 
     def identity(self) -> dict[str, Any]:
         """Everything that memory depends on, as JSON values."""
@@ -111,6 +114,16 @@ def stored_dtypes(folder: Path, files: ModelFiles, variant: str | None) -> dict[
             if dtype is not None:
                 found[name] = dtype
     return found
+
+
+def named_dtype(files: ModelFiles, component: str) -> torch.dtype | None:
+    """The half precision that a text encoder's config names, in families that never train it; else None."""
+    from everydream_kit.models.number_formats import HALF
+
+    texts = [slot.folder for slot in files.family.text_encoders if not slot.trains]
+    config = files.configs.get(component, {}) if component in texts else {}
+    name = config.get("dtype") or config.get("torch_dtype")  # transformers 5's word, and 4's
+    return next((dtype for dtype in HALF if str(dtype) == f"torch.{name}"), None)
 
 
 def shipped_architecture(

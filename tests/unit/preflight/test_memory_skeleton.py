@@ -1,5 +1,6 @@
 """Models without weights: the same names and shapes as the real ones, from wherever they are read."""
 
+import json
 import shutil
 
 import pytest
@@ -37,6 +38,30 @@ def test_a_folder_without_weights_gives_the_shapes_of_the_whole_one(family, tmp_
     assert all(parameter.is_meta for module in model.modules().values() for parameter in module.parameters())
     assert {p.dtype for p in model.unet.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in model.vae.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "named", "held"),
+    [
+        ("z_image", "torch_dtype", "bfloat16", "bfloat16"),
+        ("flux1", "dtype", "bfloat16", "bfloat16"),
+        ("z_image", "dtype", "float32", "float32"),
+        ("sdxl", "torch_dtype", "float16", "float32"),  # SDXL's own configs say so, and its files are float32
+    ],
+)
+def test_without_weights_a_language_model_has_the_format_that_its_config_names(family, key, named, held, tmp_path):
+    import torch
+
+    from everydream_kit.models.number_formats import Formats
+
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_folder(family), bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    for config in bare.glob("text_encoder*/config.json"):
+        config.write_text(json.dumps({**json.loads(config.read_text()), key: named}))
+    full = Formats(frozen=torch.bfloat16, trained_roles=frozenset({"denoiser"}), keeps_precision=True)
+    for text_encoder in build_skeleton(read_architecture(bare), full).text_encoders:
+        linear = [part for part in text_encoder.modules() if isinstance(part, torch.nn.Linear)]
+        assert {part.weight.dtype for part in linear} == {getattr(torch, held)}
 
 
 def test_a_single_file_gives_the_architecture_that_it_carries(tmp_path):
