@@ -132,7 +132,7 @@ def layout_for(family: Family, asked: LoraLayout) -> LoraLayout:
     Raises:
         ExportError: no app reads this family's LoRAs so.
     """
-    if asked == "comfy" and not family.layout.app_layers(["layer"]):
+    if asked == "comfy" and not family.layout.has_app_layers:
         raise ExportError(f"comfy_lora: no app reads LoRAs of {family.title} so. Take lora.")
     return family.layout.lora_for_apps if asked == "kohya" else asked
 

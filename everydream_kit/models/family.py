@@ -195,6 +195,10 @@ class SamplerSpec:
     after_guidance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda guided, conditional: guided
 
 
+def _same_layers(names: Sequence[str]) -> dict[str, list[str]]:
+    return {}
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How a family's weights are named outside diffusers folders.
@@ -217,10 +221,15 @@ class Layout:
     lora_for_apps: Literal["kohya", "diffusers", "comfy"] = "kohya"
     lora_stem: Callable[[str, Config], str] = lambda name, config: name.replace(".", "_")
     renames: Callable[[Config], list[tuple[str, str]]] = lambda config: []
-    app_layers: Callable[[Sequence[str]], dict[str, list[str]]] = lambda names: {}
+    app_layers: Callable[[Sequence[str]], dict[str, list[str]]] = _same_layers
     shares_of: Callable[[str], tuple[int, ...]] = lambda layer: ()
     swapped_layers: tuple[str, ...] = ()
     holds_all: bool = True
+
+    @property
+    def has_app_layers(self) -> bool:
+        """Whether the single file has layers of its own, so that a LoRA can be written by their names."""
+        return self.app_layers is not _same_layers
 
 
 EncodePrompt = Callable[["Model", Sequence[str], PromptSettings], Conditioning]

@@ -15,7 +15,7 @@ import datetime
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -28,7 +28,14 @@ from everydream_kit.models.lora_changes import Change, LoraFile, apply_changes, 
 from everydream_kit.models.lora_forms import FORMS
 from everydream_kit.models.lora_names import kohya_name
 from everydream_kit.models.lora_reading import DIFFUSERS_METADATA, is_lora, lora_file, read_lora_file
-from everydream_kit.models.tensors import LazyTensor, Tensors, concatenated, halves_swapped, write_safetensors
+from everydream_kit.models.tensors import (
+    LazyTensor,
+    Tensors,
+    concatenated,
+    halves_swapped,
+    row_shares,
+    write_safetensors,
+)
 
 Layout = Literal["diffusers", "kohya", "comfy"]
 PlainLora = dict[str, dict[str, LoraLayer]]
@@ -205,7 +212,12 @@ def _for_comfy(lora: PlainLora, family: Family) -> dict[str, tuple[list[str], Lo
     groups = family.layout.app_layers(list(layers))
     swapped = family.layout.swapped_layers
     return {
-        theirs: (ours, _alone(layers[ours[0]], theirs in swapped) if len(ours) == 1 else _as_one(theirs, ours, layers))
+        theirs: (
+            ours,
+            _alone(layers[ours[0]], theirs in swapped)
+            if len(ours) == 1
+            else _as_one(theirs, ours, layers, family.layout.shares_of(theirs) or (1,) * len(ours)),
+        )
         for theirs, ours in groups.items()
     }
 
@@ -237,28 +249,34 @@ def _comfy_metadata(together: Mapping[str, tuple[list[str], LoraLayer]], family:
     return _diffusers_metadata({family.denoiser.folder: plain})
 
 
-def _as_one(theirs: str, ours: list[str], layers: Mapping[str, LoraLayer]) -> LoraLayer:
-    """Adapters of layers that are one in the file: downs stacked, ups on a diagonal; zeros where a layer has none."""
+def _as_one(theirs: str, ours: list[str], layers: Mapping[str, LoraLayer], shares: Sequence[int]) -> LoraLayer:
+    """Adapters of layers that are one in the file: downs stacked, ups on a diagonal; zeros where a layer has none.
+
+    Args:
+        shares: of the rows, that each layer has.
+    """
     there = [layers[name] for name in ours if name in layers]
     magnitudes = [layer.magnitude for layer in there if layer.magnitude is not None]
     if magnitudes and len(magnitudes) < len(ours):
         raise ModelError(
             f"{theirs}: a DoRA of {len(there)} of its {len(ours)} parts cannot be written as one layer. Adapt all of "
-            f"{', '.join(ours)}, or write the file with the layout diffusers."
+            f"{', '.join(ours)}, or write the file by diffusers' names (diffusers_lora)."
         )
-    rows, ranks = there[0].up.shape[0], [layer.rank for layer in there]
+    ranks = [layer.rank for layer in there]
+    first = next(place for place, name in enumerate(ours) if name in layers)
+    num_rows = there[0].up.shape[0] // shares[first] * sum(shares)
 
     def read_up() -> torch.Tensor:
-        up = torch.zeros(len(ours) * rows, sum(ranks), dtype=there[0].up.dtype)
+        up = torch.zeros(num_rows, sum(ranks), dtype=there[0].up.dtype)
         start = 0
-        for place, name in enumerate(ours):
+        for name, rows in zip(ours, row_shares(num_rows, shares), strict=True):
             if name in layers:
                 stop = start + layers[name].rank
-                up[place * rows : (place + 1) * rows, start:stop] = layers[name].up.read()
+                up[slice(*rows), start:stop] = layers[name].up.read()
                 start = stop
         return up
 
-    up = LazyTensor((len(ours) * rows, sum(ranks)), there[0].up.dtype, read_up)
+    up = LazyTensor((num_rows, sum(ranks)), there[0].up.dtype, read_up)
     magnitude = concatenated(magnitudes) if magnitudes else None
     return LoraLayer(concatenated([layer.down for layer in there]), up, float(sum(ranks)), magnitude)
 

@@ -5,13 +5,16 @@ import torch
 from odd_loras import LAYOUTS, write_lora_layout
 from tiny_models import tiny_folder
 
-from everydream_kit.errors import ModelError
+from everydream_kit.errors import ExportError, ModelError
+from everydream_kit.export.lora_files import export_lora
 from everydream_kit.export.merge import merge_lora
 from everydream_kit.generation import open_for_sampling
 from everydream_kit.models.family import text_tower
-from everydream_kit.models.loading import open_model
+from everydream_kit.models.loading import load_model, open_model
+from everydream_kit.models.lora import add_lora, lora_parameters
 from everydream_kit.models.lora_changes import Change
 from everydream_kit.models.lora_formats import apply_lora, is_lora, read_lora, read_lora_file
+from everydream_kit.models.model_saving import save_model
 from everydream_kit.models.tensors import LazyTensor, open_safetensors
 
 READ = [name for name, (_, error) in LAYOUTS.items() if error is None]
@@ -77,6 +80,32 @@ def test_a_merge_into_a_transformers_file_says_what_is_not_in_it(tmp_path, caplo
     assert not caplog.messages
     merge_lora(tiny_folder("flux1"), path, tmp_path / "merged.safetensors")
     assert "holds the transformer alone, so what the LoRA changes in text_encoder and text_encoder_2" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["flux2_klein", "flux1", "krea2", "anima"])
+def test_a_lora_by_the_single_files_names_changes_what_it_changed(family, tmp_path):
+    """q, k and v of a block are one layer there, and in FLUX.1 the four times as wide MLP is in it, too."""
+    model = load_model(tiny_folder(family))
+    add_lora(model, 2)
+    for parameter in lora_parameters(model):
+        parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    save_model(model, tmp_path / "lora")
+    file = export_lora(tmp_path / "lora", tmp_path / "out.safetensors", layout="comfy", precision="fp32")
+    base = open_model(tiny_folder(family))
+    own, again = (
+        apply_lora(base, read_lora_file(path, base)).tensors["transformer"] for path in (tmp_path / "lora", file)
+    )
+    assert all(name.startswith("diffusion_model.") for name in open_safetensors(file)[0])
+    for name, weight in own.items():
+        assert torch.allclose(weight.read(), again[name].read(), atol=1e-5), name
+
+
+def test_a_family_whose_single_file_has_diffusers_names_has_one_kind_of_lora(tmp_path):
+    model = load_model(tiny_folder("z_image"))
+    add_lora(model, 2)
+    save_model(model, tmp_path / "lora")
+    with pytest.raises(ExportError, match=r"comfy_lora: no app reads LoRAs of Z-Image so\. Take lora"):
+        export_lora(tmp_path / "lora", tmp_path / "out.safetensors", layout="comfy")
 
 
 @pytest.mark.parametrize("layer", ["linear", "convolution", "convolution with a core"])
