@@ -150,10 +150,11 @@ def go_through(model: Any, config: Any, folder: Path, phase: str) -> int:
     """Two optimizer steps and then the phase; the peak of the second step, or of the phase."""
     import torch
 
+    from everydream_kit.data.buckets import largest_bucket
     from everydream_kit.models.encoding import encode_moments
     from everydream_kit.models.sampling import SamplePrompt, sample_images
     from everydream_kit.preflight.memory_estimate import estimate_latent_mode
-    from everydream_kit.preflight.rehearsal import CACHED_TOGETHER, largest_bucket
+    from everydream_kit.preflight.rehearsal import CACHED_TOGETHER
 
     bucket = largest_bucket(config.resolutions)
     latents = estimate_latent_mode(config)

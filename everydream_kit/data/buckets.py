@@ -59,6 +59,11 @@ def bucket_table(resolution: int, step: int | None = None) -> tuple[Size, ...]:
     return tuple(sorted(sizes, key=lambda size: (size[0] / size[1], size)))
 
 
+def largest_bucket(resolutions: tuple[int, ...]) -> Size:
+    """The bucket with the most pixels of all that a run may use; of equal ones the nearest to the square."""
+    return max(bucket_table(max(resolutions)), key=lambda size: (size[0] * size[1], -abs(size[0] - size[1])))
+
+
 def assign_bucket(width: int, height: int, buckets: Sequence[Size]) -> Size:
     """Choose the bucket whose aspect ratio is nearest, in log ratio, so wide and tall err alike.
 

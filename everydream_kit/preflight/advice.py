@@ -22,7 +22,7 @@ from everydream_kit.training.memory_measures import Measure, measures_left
 
 if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
-    from everydream_kit.preflight.memory_estimate import MemoryEstimate
+    from everydream_kit.preflight.memory_records import MemoryEstimate
 
 MARGIN = 0.07
 """Share of the GPU that stays free: the memory model is right to within a tenth, on both sides."""

@@ -181,10 +181,11 @@ def measure(case: BenchCase) -> BenchResult:
 def _measure(case: BenchCase, folder: Path) -> BenchResult:
     import torch
 
+    from everydream_kit.data.buckets import largest_bucket
     from everydream_kit.models.model_saving import save_model
     from everydream_kit.models.random_models import build_model, build_tiny_model
     from everydream_kit.preflight.probe import build_on_gpu, free_device_memory, make_step
-    from everydream_kit.preflight.rehearsal import largest_bucket, make_batch
+    from everydream_kit.preflight.rehearsal import make_batch
 
     has_gpu = torch.cuda.is_available()
     base = folder / "base"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
     from everydream_kit.data.dataset import Dataset
     from everydream_kit.data.epoch_plan import PlanSettings
-    from everydream_kit.preflight.memory_estimate import MemoryEstimate
+    from everydream_kit.preflight.memory_records import MemoryEstimate
 
 BYTES_PER_SAMPLE_PIXEL = 2.0
 """A grid is kept as a JPEG of quality 95 (about half a byte) and as a PNG for TensorBoard (about one and a half)."""

@@ -13,25 +13,24 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from everydream_kit.atomic import write_atomic
 from everydream_kit.config import wants_auto_optimizer
+from everydream_kit.data.buckets import largest_bucket
 from everydream_kit.data.records import Size
 from everydream_kit.errors import ConfigError, KitError
+from everydream_kit.preflight.memory_records import MemoryEstimate, Question, SampleShape
+from everydream_kit.settings import with_side_files
 from everydream_kit.strict_json import read_json
 
 if TYPE_CHECKING:
-    from collections import Counter
-    from collections.abc import Sequence
-
     from everydream_kit.config import TrainConfig
     from everydream_kit.data.cache_room import CacheMode
     from everydream_kit.data.dataset import Dataset
-    from everydream_kit.preflight.rehearsal import Rehearsal, SampleShape
     from everydream_kit.preflight.skeleton import Architecture
 
 VERSION = 9
@@ -47,11 +46,6 @@ PROCESS_BYTES = 600 * 2**20
 """On a CPU: Python with torch and diffusers loaded, and what their kernels keep for the next time: 440 to 570 MB next
 to the tensors were measured (docs/experiments.md)."""
 
-RECOMPUTED_COSTS = 2.7
-"""Launches that one counts as which gradient checkpointing repeats: Python packs and unpacks what it saves. Fitted to the one
-figure with checkpointing in docs/gpu.md."""
-
-CATEGORIES = ("weights", "gradients", "optimizer states", "activations", "EMA", "other")
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes", "pytorch_optimizer", "everydream-kit")
 
 KEY_HAS_OTHERWISE = frozenset(
@@ -67,76 +61,6 @@ KEY_HAS_OTHERWISE = frozenset(
 )
 """Settings that affect the memory and stand in the key in another form: what the base is made of, the bucket, whether
 captions vary, whether an average is kept, the shapes of samples and of validation."""
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One phase of a run at its worst moment.
-
-    Attributes:
-        name: "text caching", "latent caching", "training step", "validation", "sampling" or "saving".
-        peak_bytes: alive on the device at that moment.
-        by_category: of these, by `CATEGORIES`.
-    """
-
-    name: str
-    peak_bytes: int
-    by_category: dict[str, int]
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """What a run needs.
-
-    Attributes:
-        phases: in the order in which a run meets them.
-        allowance_bytes: context and fragmentation of the GPU; on a CPU the process itself.
-        step_flops: floating-point operations of one optimizer step, all of its micro-batches.
-        num_trained_parameters, num_parameters: numbers, not tensors.
-        weight_bytes_written: the weights of one checkpoint, the averaged ones of an EMA included.
-        state_bytes_written: its resume state.
-        side_bytes_written: what its folders hold next to weights: tokenizers and headers.
-        host_bytes: host memory that the run takes next to a GPU's: paged states, averages and modules that are kept
-            there, and the copy that is written in the background. On a CPU only the copy, which is made where there is
-            space for it.
-        pass_launches: kernels that the forward and backward passes of one optimizer step launch, all micro-batches
-            together.
-        update_launches: kernels that its update launches. Both are weighed by what each costs the host.
-        copied_bytes: of blocks that wait in host memory, to the device, in one optimizer step.
-        num_blocks: blocks of the denoiser that could wait there.
-    """
-
-    phases: tuple[Phase, ...]
-    allowance_bytes: int
-    step_flops: int
-    num_trained_parameters: int
-    num_parameters: int
-    weight_bytes_written: int
-    state_bytes_written: int
-    host_bytes: int = 0
-    pass_launches: int = 0
-    update_launches: int = 0
-    side_bytes_written: int = 0
-    copied_bytes: int = 0
-    num_blocks: int = 0
-
-    @property
-    def worst(self) -> Phase:
-        """The phase that needs most."""
-        return max(self.phases, key=lambda phase: phase.peak_bytes)
-
-    @property
-    def peak_bytes(self) -> int:
-        """What the device must have: the greatest phase and the allowance."""
-        return self.worst.peak_bytes + self.allowance_bytes
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "phases": [asdict(phase) for phase in self.phases], "peak_bytes": self.peak_bytes}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> MemoryEstimate:
-        kept = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-        return cls(**{**kept, "phases": tuple(Phase(**phase) for phase in values["phases"])})
 
 
 def estimate_memory(
@@ -177,12 +101,29 @@ def estimate_memory(
         )
     if wants_auto_optimizer(config):
         raise ConfigError("optimizer: memory can be estimated for a named one only; give its name, or ask the advice")
-    question = _Question.of(config, device, has_bf16, bucket, dataset, architecture)
+    from everydream_kit.data.text_cache import captions_vary
+
     folder = cache_folder or Path(config.logdir) / ".edk_cache" / "preflight"
-    kept = folder / f"{question.key()}.json"
+    config, _ = with_side_files(config)
+    architecture = architecture or architecture_of(config)
+    asked = Question(
+        config=config,
+        architecture=architecture,
+        device=device,
+        has_bf16=has_bf16,
+        bucket=bucket or largest_bucket(config.resolutions),
+        latents=estimate_latent_mode(config),
+        captions_vary=config.shuffle_tags if dataset is None else captions_vary(dataset),
+        validates=validated_together(config),
+        samples=sampled_together(config, dataset, multiple=architecture.files.family.sampler.size_multiple),
+        dataset=dataset,
+    )
+    kept = folder / f"{_key(asked)}.json"
     estimate = _read_kept(kept)
     if estimate is None:
-        estimate = question.answer()
+        from everydream_kit.preflight.rehearsal import rehearse  # torch, which kept answers do without
+
+        estimate = rehearse(asked)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(kept, json.dumps(estimate.to_json(), indent=1))
     return replace(estimate, allowance_bytes=allowance(estimate, device, context_bytes, fragmentation))
@@ -207,82 +148,23 @@ def _read_kept(path: Path) -> MemoryEstimate | None:
         return None
 
 
-@dataclass(frozen=True)
-class _Question:
-    """Everything that an estimate depends on."""
-
-    config: TrainConfig
-    architecture: Architecture
-    device: str
-    has_bf16: bool
-    bucket: Size
-    captions_vary: bool
-    validates: int | None
-    samples: SampleShape | None
-    dataset: Dataset | None
-
-    @classmethod
-    def of(  # noqa: PLR0917 - what `estimate_memory` was asked, in its order
-        cls,
-        config: TrainConfig,
-        device: str,
-        has_bf16: bool,
-        bucket: Size | None,
-        dataset: Dataset | None,
-        architecture: Architecture | None,
-    ) -> _Question:
-        from everydream_kit.data.text_cache import captions_vary
-        from everydream_kit.preflight.rehearsal import largest_bucket
-        from everydream_kit.settings import with_side_files
-
-        config, _ = with_side_files(config)
-        architecture = architecture or architecture_of(config)
-        return cls(
-            config=config,
-            architecture=architecture,
-            device=device,
-            has_bf16=has_bf16,
-            bucket=bucket or largest_bucket(config.resolutions),
-            captions_vary=config.shuffle_tags if dataset is None else captions_vary(dataset),
-            validates=validated_together(config),
-            samples=sampled_together(config, dataset, multiple=architecture.files.family.sampler.size_multiple),
-            dataset=dataset,
-        )
-
-    def key(self) -> str:
-        """A hash of all of it, and of the libraries that decide what is allocated."""
-        settings = self.config.model_dump(mode="json")
-        facts = {
-            "version": VERSION,
-            "settings": {name: settings[name] for name in settings_in_key()},
-            "has_ema": has_ema(self.config),
-            "grad_accum": min(2, self.config.grad_accum),
-            "architecture": self.architecture.identity(),
-            "device": [self.device, self.has_bf16],
-            "bucket": self.bucket,
-            "captions_vary": self.captions_vary,
-            "validates": self.validates,
-            "samples": None if self.samples is None else asdict(self.samples),
-            "libraries": [_version(name) for name in LIBRARIES],
-        }
-        return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-    def answer(self) -> MemoryEstimate:
-        """Go through the run."""
-        from everydream_kit.preflight.rehearsal import rehearse
-
-        rehearsal = rehearse(
-            self.config,
-            self.architecture,
-            device_type=self.device,
-            has_bf16=self.has_bf16,
-            bucket=self.bucket,
-            latents=estimate_latent_mode(self.config),
-            validates=self.validates,
-            samples=self.samples,
-            dataset=self.dataset,
-        )
-        return _conclude(self.config, rehearsal, self.device)
+def _key(asked: Question) -> str:
+    """A hash of all that is asked, and of the libraries that decide what is allocated."""
+    settings = asked.config.model_dump(mode="json")
+    facts = {
+        "version": VERSION,
+        "settings": {name: settings[name] for name in settings_in_key()},
+        "has_ema": has_ema(asked.config),
+        "grad_accum": min(2, asked.config.grad_accum),
+        "architecture": asked.architecture.identity(),
+        "device": [asked.device, asked.has_bf16],
+        "bucket": asked.bucket,
+        "captions_vary": asked.captions_vary,
+        "validates": asked.validates,
+        "samples": None if asked.samples is None else asdict(asked.samples),
+        "libraries": [_version(name) for name in LIBRARIES],
+    }
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def settings_in_key() -> list[str]:
@@ -345,7 +227,6 @@ def sampled_together(config: TrainConfig, dataset: Dataset | None = None, *, mul
     """
     if config.sample_steps is None:
         return None
-    from everydream_kit.preflight.rehearsal import SampleShape
     from everydream_kit.training.prompt_file import SampleEntry, SampleSettings, read_prompt_file
     from everydream_kit.training.sampling_listener import NUM_RANDOM_CAPTIONS, plan_prompts, sample_size
 
@@ -371,103 +252,3 @@ def sampled_together(config: TrainConfig, dataset: Dataset | None = None, *, mul
     together = {size: min(settings.images_together(*size, trained_pixels), number) for size, number in counts.items()}
     size = max(together, key=lambda size: together[size] * size[0] * size[1])
     return SampleShape(together[size], size)
-
-
-def _conclude(config: TrainConfig, rehearsal: Rehearsal, device: str) -> MemoryEstimate:
-    """Phases from a trace."""
-    from everydream_kit.preflight.rehearsal import (
-        EMA,
-        GRADIENTS,
-        HOST,
-        IDLE,
-        IDLE_VAE,
-        LARGE_TEXTS,
-        SHARED_GRADIENTS,
-        STATES,
-        VAE_WEIGHTS,
-        WEIGHTS,
-    )
-    from everydream_kit.preflight.tracker import OPTIMIZER
-
-    lives, phases = rehearsal.lives, []
-    for stretch in lives.stretches:
-        caching = stretch.name == "latent caching"
-        before_run = caching and estimate_latent_mode(config) == "disk"
-        never = [HOST, LARGE_TEXTS, *([EMA, GRADIENTS, SHARED_GRADIENTS] if before_run else [IDLE] if caching else [])]
-        if stretch.name == "training step":
-            never += [IDLE, IDLE_VAE]
-        if stretch.name == "text caching":  # before the run, while the denoiser waits in host memory
-            absent = [WEIGHTS, EMA, GRADIENTS, SHARED_GRADIENTS, HOST, IDLE_VAE]
-            phases.append(_phase(stretch.name, lives.peak(stretch, never=absent).by_category))
-            continue
-        peak = lives.peak(stretch, always=() if before_run else (STATES, SHARED_GRADIENTS), never=never)
-        if before_run:
-            peak.num_bytes -= peak.by_category.pop(STATES, 0)
-        phases.append(_phase(stretch.name, peak.by_category))
-    stays = (WEIGHTS, VAE_WEIGHTS, STATES, EMA, *([SHARED_GRADIENTS] if rehearsal.has_graphs else []))
-    standing = {name: rehearsal.standing.get(name, 0) for name in stays}
-    swapped = rehearsal.ema_bytes if rehearsal.ema_on_device or (device == "cpu" and rehearsal.ema_bytes) else 0
-    phases.append(_phase("saving", {**standing, "other": swapped}))
-    if rehearsal.has_graphs:
-        phases = _next_to_graphs(phases)
-    training = lives.named("training step")
-    host = sum(rehearsal.standing.get(name, 0) for name in (HOST, IDLE, IDLE_VAE, LARGE_TEXTS))
-    host += rehearsal.snapshot_bytes
-    if any(stretch.name == "text caching" for stretch in lives.stretches):
-        host = max(host, standing[WEIGHTS] + rehearsal.standing.get(HOST, 0))
-    return MemoryEstimate(
-        phases=tuple(phases),
-        allowance_bytes=0,
-        step_flops=training.flops * config.grad_accum // rehearsal.num_micro_batches,
-        num_trained_parameters=rehearsal.num_trained_parameters,
-        num_parameters=rehearsal.num_parameters,
-        weight_bytes_written=rehearsal.checkpoint_bytes + rehearsal.averaged_bytes,
-        state_bytes_written=rehearsal.state_bytes,
-        side_bytes_written=rehearsal.side_bytes * (2 if rehearsal.averaged_bytes else 1),
-        host_bytes=host,
-        pass_launches=_launches_of_passes(training.launches) * config.grad_accum // rehearsal.num_micro_batches,
-        update_launches=training.launches[OPTIMIZER],
-        copied_bytes=rehearsal.copied_bytes * config.grad_accum // rehearsal.num_micro_batches,
-        num_blocks=rehearsal.num_blocks,
-    )
-
-
-def _next_to_graphs(phases: Sequence[Phase]) -> list[Phase]:
-    """Phases with the memory that captured passes hold: a pass's activations, next to whatever is eager.
-
-    That is the training step too, where a further shape's first passes come while another's graph is there.
-    """
-    step = next(phase for phase in phases if phase.name == "training step")
-    pool = sum(step.by_category.get(name, 0) for name in ("activations", "other"))
-    return [
-        phase
-        if phase.name.endswith("caching")
-        else _phase(phase.name, {**phase.by_category, "activations": phase.by_category.get("activations", 0) + pool})
-        for phase in phases
-    ]
-
-
-def _launches_of_passes(launches: Counter[str]) -> int:
-    from everydream_kit.preflight.tracker import BACKWARD, FORWARD, RECOMPUTED
-
-    return launches[FORWARD] + launches[BACKWARD] + round(RECOMPUTED_COSTS * launches[RECOMPUTED])
-
-
-def _phase(name: str, by_category: dict[str, int]) -> Phase:
-    """A phase under the public categories: what waited and came back is weights again."""
-    from everydream_kit.preflight.rehearsal import (
-        GRADIENTS,
-        IDLE,
-        IDLE_VAE,
-        LARGE_TEXTS,
-        SHARED_GRADIENTS,
-        VAE_WEIGHTS,
-        WEIGHTS,
-    )
-
-    kinds = dict.fromkeys((IDLE, IDLE_VAE, LARGE_TEXTS, VAE_WEIGHTS), WEIGHTS)
-    public = {**kinds, SHARED_GRADIENTS: GRADIENTS}
-    named = dict.fromkeys(CATEGORIES, 0)
-    for category, num_bytes in by_category.items():
-        named[public.get(category, category)] += num_bytes
-    return Phase(name, sum(named.values()), {key: value for key, value in named.items() if value})

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from everydream_kit.preflight.cost import Price
     from everydream_kit.preflight.disk import DiskUse
     from everydream_kit.preflight.gpus import GpuSpec
-    from everydream_kit.preflight.memory_estimate import MemoryEstimate
+    from everydream_kit.preflight.memory_records import MemoryEstimate
     from everydream_kit.preflight.step_time import StepSeconds
 
 

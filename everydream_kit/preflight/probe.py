@@ -20,13 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from everydream_kit.data.buckets import largest_bucket
 from everydream_kit.errors import KitError
-from everydream_kit.preflight.memory_estimate import (
-    Phase,
-    estimate_latent_mode,
-    sampled_together,
-    validated_together,
-)
+from everydream_kit.preflight.memory_estimate import estimate_latent_mode, sampled_together, validated_together
+from everydream_kit.preflight.memory_records import Phase
 
 if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
@@ -115,7 +112,7 @@ def probe(
 
 def build_on_gpu(config: TrainConfig, folder: Path) -> Run:
     """The run that training would build, around gray images."""
-    from everydream_kit.preflight.rehearsal import largest_bucket, stand_in_dataset
+    from everydream_kit.preflight.rehearsal import stand_in_dataset
     from everydream_kit.runs import RunFolder
     from everydream_kit.settings import with_side_files
     from everydream_kit.training.base import load_base
@@ -185,7 +182,7 @@ class _Session:
 
         from everydream_kit.models.family import has_large_texts
         from everydream_kit.models.sampling import SamplePrompt, sample_images
-        from everydream_kit.preflight.rehearsal import CACHED_TOGETHER, largest_bucket, make_batch
+        from everydream_kit.preflight.rehearsal import CACHED_TOGETHER, make_batch
 
         config, bucket = self._config, largest_bucket(self._config.resolutions)
         run = self._run = self._build(config, self._folder)

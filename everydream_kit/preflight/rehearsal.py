@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from everydream_kit.data.buckets import bucket_table
 from everydream_kit.data.cache_room import MOMENT_CHANNELS, CacheMode
 from everydream_kit.data.dataset import FROM_TEXT, Dataset, DatasetBuilder, Defaults
 from everydream_kit.data.records import Batch, Draw, MicroBatch, Size, StepBatches
@@ -32,8 +31,17 @@ from everydream_kit.models.quantized import is_quantized, num_weights
 from everydream_kit.models.sampling import guide, is_doubled
 from everydream_kit.models.tokenizer import saved_bytes
 from everydream_kit.preflight.imitation import imitate_autocast, imitate_precision, replace_bitsandbytes
-from everydream_kit.preflight.skeleton import Architecture, build_skeleton
-from everydream_kit.preflight.tracker import OPTIMIZER, SCRATCH, Lives, StorageTracker
+from everydream_kit.preflight.memory_records import CATEGORIES, MemoryEstimate, Phase, Question, SampleShape
+from everydream_kit.preflight.skeleton import build_skeleton
+from everydream_kit.preflight.tracker import (
+    BACKWARD,
+    FORWARD,
+    OPTIMIZER,
+    RECOMPUTED,
+    SCRATCH,
+    Lives,
+    StorageTracker,
+)
 from everydream_kit.runs import RunFolder
 from everydream_kit.training.base import choose_formats, precision_of, select_trained
 from everydream_kit.training.flat import flat_optimizers
@@ -61,86 +69,24 @@ CACHED_TOGETHER = {"disk": 4, "memory": 1}
 """Crops that are encoded together: before the run, or next to everything that it holds."""
 FIRST_UPDATE = "first update"
 """Phase of the launches that no later update has."""
+RECOMPUTED_COSTS = 2.7
+"""Launches that one counts as which gradient checkpointing repeats: Python packs and unpacks what it saves. Fitted to the one
+figure with checkpointing in docs/gpu.md."""
 CAPTION = "a photo of a cat, sitting, by the window"
 ALLOCATOR_GRANULE = 512
 """Bytes that torch's CUDA allocator rounds a tensor's size up to (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
 
 
-@dataclass(frozen=True)
-class SampleShape:
-    """The largest batch of sample images: how many go through the UNet together, and their size in pixels."""
-
-    num_images: int
-    size: Size
-
-
-@dataclass(frozen=True)
-class Rehearsal:
-    """What was found.
-
-    Attributes:
-        lives: the trace; its stretches are "latent caching", "training step", "validation", "sampling".
-        num_micro_batches: how many of the step's micro-batches were gone through.
-        standing: bytes that are there between two steps, by category.
-        ema_on_device: the averages live next to the weights.
-        checkpoint_bytes, averaged_bytes, state_bytes, ema_bytes: of the weights that a checkpoint holds, of the
-            averaged ones next to them, of the optimizer's state and of the averages.
-        side_bytes: of tokenizers and headers in a checkpoint's folder.
-        snapshot_bytes: host memory that a save in the background takes while it writes.
-        has_graphs: passes would be captured on that device.
-        copied_bytes: of waiting blocks, to the device, in those micro-batches.
-        num_blocks: repeated blocks of the denoiser, which could wait.
-    """
-
-    lives: Lives
-    num_micro_batches: int
-    standing: dict[str, int]
-    ema_on_device: bool
-    num_parameters: int
-    num_trained_parameters: int
-    checkpoint_bytes: int
-    side_bytes: int
-    averaged_bytes: int
-    state_bytes: int
-    ema_bytes: int
-    snapshot_bytes: int
-    copied_bytes: int
-    num_blocks: int
-    has_graphs: bool = False
-
-
-def rehearse(
-    config: TrainConfig,
-    architecture: Architecture,
-    *,
-    device_type: str,
-    has_bf16: bool,
-    bucket: Size,
-    latents: CacheMode,
-    validates: int | None,
-    samples: SampleShape | None,
-    dataset: Dataset | None = None,
-) -> Rehearsal:
-    """Go through a run.
-
-    Args:
-        config: `batch_size` is a number.
-        device_type: "cuda" or "cpu": what is estimated.
-        has_bf16: the GPU computes in bfloat16 (and has flash attention).
-        bucket: of the images.
-        latents: off, where the VAE encodes in every step; disk, where it does before the run; memory, where it does
-            between the steps of the first epochs.
-        validates: images measured together, or None.
-        samples: images generated together, or None.
-        dataset: says whether captions vary; None: as the settings say.
-    """
+def rehearse(asked: Question) -> MemoryEstimate:
+    """Go through a run. The estimate's allowance is left to whoever knows the device."""
+    device_type, latents, bucket = asked.device, asked.latents, asked.bucket
     tracker = StorageTracker(granule=ALLOCATOR_GRANULE if device_type == "cuda" else 1)
-    dataset = dataset or stand_in_dataset(config, bucket)
+    dataset = asked.dataset or stand_in_dataset(asked.config, bucket)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         logdir = stack.enter_context(tempfile.TemporaryDirectory())
-        config = _as_on(device_type, has_bf16, config)
-        model = build_skeleton(architecture, choose_formats(config, precision_of(config, device_type)))
+        config = _as_on(device_type, asked.has_bf16, asked.config)
+        model = build_skeleton(asked.architecture, choose_formats(config, precision_of(config, device_type)))
         select_trained(model, config, config.seed)  # on meta: adapters are drawn at random
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(tracker)
@@ -161,11 +107,11 @@ def rehearse(
             _rehearse_caching(run, tracker, bucket, CACHED_TOGETHER[latents])
         num_micro_batches = _rehearse_step(run, tracker, batch)
         copied_bytes = 0 if model.block_swap is None else model.block_swap.copied_bytes
-        if validates is not None:
-            _rehearse_validation(run, tracker, make_batch(bucket, validates, with_moments=False))
-        if samples is not None:
-            _rehearse_sampling(run, tracker, samples, averaged=config.ema_sample_ema_model)
-        return _summarise(config, run, tracker, num_micro_batches, copied_bytes)
+        if asked.validates is not None:
+            _rehearse_validation(run, tracker, make_batch(bucket, asked.validates, with_moments=False))
+        if asked.samples is not None:
+            _rehearse_sampling(run, tracker, asked.samples, averaged=config.ema_sample_ema_model)
+        return _conclude(asked, run, tracker, num_micro_batches, copied_bytes)
 
 
 def _as_on(device_type: str, has_bf16: bool, config: TrainConfig) -> TrainConfig:
@@ -394,34 +340,96 @@ def _rehearse_sampling(run: Run, tracker: StorageTracker, samples: SampleShape, 
         decode_latents(model, latents)
 
 
-def _summarise(
-    config: TrainConfig, run: Run, tracker: StorageTracker, num_micro_batches: int, copied_bytes: int
-) -> Rehearsal:
-    model = run.learner.model
+def _conclude(
+    asked: Question, run: Run, tracker: StorageTracker, num_micro_batches: int, copied_bytes: int
+) -> MemoryEstimate:
+    """Phases from the trace, and what is written."""
+    config, learner, model = asked.config, run.learner, run.learner.model
     modules = model.modules().values()
-    state_bytes = _count(run.learner.optimizer.state.values())
-    trained = count_bytes(run.learner.trained_weights())
-    is_full = config.training_kind == "full"
+    states = _count(learner.optimizer.state.values())
+    trained = count_bytes(learner.trained_weights())
+    is_full, has_ema = config.training_kind == "full", learner.ema is not None
     whole = sum(_count(module.state_dict()) for module in modules) if is_full else trained
-    ema_bytes = 0 if run.learner.ema is None else _count(run.learner.ema.averages)
-    averaged = 0 if run.learner.ema is None else whole
-    return Rehearsal(
-        lives=tracker.record,
-        num_micro_batches=num_micro_batches,
-        standing=tracker.alive(),
-        ema_on_device=run.learner.ema is not None and config.ema_device != "cpu",
+    averages = 0 if learner.ema is None else _count(learner.ema.averages)
+    lives, standing = tracker.record, Counter(tracker.alive())
+    phases = _phases(asked, lives)
+    has_graphs = learner.kept_gradients is not None
+    stays = {name: standing[name] for name in (WEIGHTS, VAE_WEIGHTS, STATES, EMA)}
+    if has_graphs:
+        stays[SHARED_GRADIENTS] = standing[SHARED_GRADIENTS]
+    swapped = averages if config.ema_device != "cpu" or asked.device == "cpu" else 0
+    phases.append(_phase("saving", {**stays, "other": swapped}))
+    if has_graphs:
+        phases = _next_to_graphs(phases)
+    snapshot = trained + states + (trained + averages if has_ema else 0)  # of a save in the background
+    host = sum(standing[name] for name in (HOST, IDLE, IDLE_VAE, LARGE_TEXTS)) + snapshot
+    if any(stretch.name == "text caching" for stretch in lives.stretches):
+        host = max(host, standing[WEIGHTS] + standing[HOST])
+    training = lives.named("training step")
+    return MemoryEstimate(
+        phases=tuple(phases),
+        allowance_bytes=0,
+        step_flops=training.flops * config.grad_accum // num_micro_batches,
+        num_trained_parameters=sum(part.num_parameters for part in learner.parts),
         num_parameters=sum(map(num_weights, modules)),
-        num_trained_parameters=sum(part.num_parameters for part in run.learner.parts),
-        checkpoint_bytes=whole,
-        side_bytes=_side_bytes(run.learner.model) if is_full else 0,
-        averaged_bytes=averaged,
-        state_bytes=state_bytes + ema_bytes,
-        ema_bytes=ema_bytes,
-        copied_bytes=copied_bytes,
+        weight_bytes_written=2 * whole if has_ema else whole,
+        state_bytes_written=states + averages,
+        side_bytes_written=_side_bytes(model) * (2 if has_ema else 1) if is_full else 0,
+        host_bytes=host,
+        pass_launches=_launches_of_passes(training.launches) * config.grad_accum // num_micro_batches,
+        update_launches=training.launches[OPTIMIZER],
+        copied_bytes=copied_bytes * config.grad_accum // num_micro_batches,
         num_blocks=len(repeated_blocks(model.denoiser, model.family.denoiser.blocks)),
-        snapshot_bytes=trained + state_bytes + (trained + ema_bytes if run.learner.ema is not None else 0),
-        has_graphs=run.learner.kept_gradients is not None,
     )
+
+
+def _phases(asked: Question, lives: Lives) -> list[Phase]:
+    """Each stretch of the trace at its worst moment, without what is not on the device then."""
+    phases = []
+    for stretch in lives.stretches:
+        caching = stretch.name == "latent caching"
+        before_run = caching and asked.latents == "disk"
+        never = [HOST, LARGE_TEXTS, *([EMA, GRADIENTS, SHARED_GRADIENTS] if before_run else [IDLE] if caching else [])]
+        if stretch.name == "training step":
+            never += [IDLE, IDLE_VAE]
+        if stretch.name == "text caching":  # before the run, while the denoiser waits in host memory
+            absent = [WEIGHTS, EMA, GRADIENTS, SHARED_GRADIENTS, HOST, IDLE_VAE]
+            phases.append(_phase(stretch.name, lives.peak(stretch, never=absent).by_category))
+            continue
+        peak = lives.peak(stretch, always=() if before_run else (STATES, SHARED_GRADIENTS), never=never)
+        if before_run:
+            peak.by_category.pop(STATES, None)
+        phases.append(_phase(stretch.name, peak.by_category))
+    return phases
+
+
+def _next_to_graphs(phases: Sequence[Phase]) -> list[Phase]:
+    """Phases with the memory that captured passes hold: a pass's activations, next to whatever is eager.
+
+    That is the training step too, where a further shape's first passes come while another's graph is there.
+    """
+    step = next(phase for phase in phases if phase.name == "training step")
+    pool = sum(step.by_category.get(name, 0) for name in ("activations", "other"))
+    return [
+        phase
+        if phase.name.endswith("caching")
+        else _phase(phase.name, {**phase.by_category, "activations": phase.by_category.get("activations", 0) + pool})
+        for phase in phases
+    ]
+
+
+def _launches_of_passes(launches: Counter[str]) -> int:
+    return launches[FORWARD] + launches[BACKWARD] + round(RECOMPUTED_COSTS * launches[RECOMPUTED])
+
+
+def _phase(name: str, by_category: dict[str, int]) -> Phase:
+    """A phase under the public categories: what waited and came back is weights again."""
+    kinds = dict.fromkeys((IDLE, IDLE_VAE, LARGE_TEXTS, VAE_WEIGHTS), WEIGHTS)
+    public = {**kinds, SHARED_GRADIENTS: GRADIENTS}
+    named = dict.fromkeys(CATEGORIES, 0)
+    for category, num_bytes in by_category.items():
+        named[public.get(category, category)] += num_bytes
+    return Phase(name, sum(named.values()), {key: value for key, value in named.items() if value})
 
 
 HEADER_BYTES = 120
@@ -439,8 +447,3 @@ def _count(values: Any) -> int:
     leaves = tree_leaves(values if isinstance(values, dict) else list(values))
     tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}
     return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def largest_bucket(resolutions: tuple[int, ...]) -> Size:
-    """The bucket with the most pixels of all that a run may use; of equal ones the nearest to the square."""
-    return max(bucket_table(max(resolutions)), key=lambda size: (size[0] * size[1], -abs(size[0] - size[1])))

@@ -29,7 +29,7 @@ from everydream_kit.strict_json import read_small_object
 
 if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
-    from everydream_kit.preflight.memory_estimate import MemoryEstimate
+    from everydream_kit.preflight.memory_records import MemoryEstimate
 
 Basis = Literal["measured here", "published", "computed"]
 

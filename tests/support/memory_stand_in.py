@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from everydream_kit.config import TrainConfig
-from everydream_kit.preflight.memory_estimate import MemoryEstimate, Phase
+from everydream_kit.preflight.memory_records import MemoryEstimate, Phase
 
 GIB = 1024**3
 

@@ -7,8 +7,9 @@ from small_architecture import SMALL, small_architecture
 from everydream_kit.config import TrainConfig, facts
 from everydream_kit.errors import ConfigError
 from everydream_kit.models.random_models import build_model, write_model
-from everydream_kit.preflight import memory_estimate
-from everydream_kit.preflight.memory_estimate import MemoryEstimate, Phase, estimate_memory, sampled_together
+from everydream_kit.preflight import memory_estimate, rehearsal
+from everydream_kit.preflight.memory_estimate import estimate_memory, sampled_together
+from everydream_kit.preflight.memory_records import MemoryEstimate, Phase
 
 MIB = 2**20
 
@@ -195,7 +196,7 @@ def test_an_allowance_is_added_for_the_card_and_the_process_on_a_cpu(kept):
 
 def test_asking_again_reads_what_is_kept(monkeypatch, kept, estimate):
     first = estimate(batch_size=1)
-    monkeypatch.setattr(memory_estimate, "_conclude", lambda *_: pytest.fail("went through the run again"))
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *_: pytest.fail("went through the run again"))
     assert estimate(batch_size=1, lr=1e-3, project_name="another", max_epochs=7) == first
 
 

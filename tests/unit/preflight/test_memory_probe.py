@@ -5,9 +5,10 @@ import torch
 from small_architecture import SMALL
 
 from everydream_kit.config import TrainConfig
+from everydream_kit.data.buckets import largest_bucket
 from everydream_kit.models.random_models import build_model
 from everydream_kit.preflight.probe import NO_GPU, Meter, Probe, probe
-from everydream_kit.preflight.rehearsal import largest_bucket, stand_in_dataset
+from everydream_kit.preflight.rehearsal import stand_in_dataset
 from everydream_kit.runs import RunFolder
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.ranks import Ranks

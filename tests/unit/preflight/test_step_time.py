@@ -8,7 +8,7 @@ from memory_stand_in import LinearMemory
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.preflight.gpus import GpuSpec, find_gpu, known_gpus
-from everydream_kit.preflight.memory_estimate import MemoryEstimate, Phase
+from everydream_kit.preflight.memory_records import MemoryEstimate, Phase
 from everydream_kit.preflight.step_time import compute, estimate_step, measured_here, published, published_speeds
 
 SD15 = 1_066_000_000
