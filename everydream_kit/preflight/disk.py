@@ -18,7 +18,7 @@ from everydream_kit.data.cache_room import estimate_bytes
 from everydream_kit.disk_space import compare_sizes, existing_folder, free_disk
 from everydream_kit.preflight.units import size
 from everydream_kit.training.caching import choose_latent_mode, latent_folder
-from everydream_kit.training.checkpoint_saving import DEFAULT_MINUTES
+from everydream_kit.training.checkpoint_saving import SavingRules
 from everydream_kit.training.checkpoints import RESUMABLE_KEPT
 
 if TYPE_CHECKING:
@@ -134,12 +134,10 @@ def estimate_disk(
 
 def save_steps(config: TrainConfig, num_steps: int, steps_per_epoch: int, seconds: float | None) -> list[int]:
     """Optimizer steps after which a checkpoint is saved, the last one included, by the rules of `training.checkpoint_saving`."""
-    minutes = config.ckpt_every_n_minutes
-    if minutes is None and config.save_every_n_epochs is None and config.save_every_n_steps is None:
-        minutes = DEFAULT_MINUTES
+    rules = SavingRules.of(config)
     steps: set[int] = {num_steps}
-    if minutes is not None and seconds:
-        between = minutes * 60 * num_steps / seconds
+    if rules.every_n_minutes is not None and seconds:
+        between = rules.every_n_minutes * 60 * num_steps / seconds
         steps |= {round(between * n) for n in range(1, min(MOST_SAVES, int(num_steps / between)) + 1)}
     if config.save_every_n_steps is not None:
         steps |= set(range(config.save_every_n_steps, num_steps, config.save_every_n_steps))

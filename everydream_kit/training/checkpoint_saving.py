@@ -30,6 +30,7 @@ from everydream_kit.training.checkpoints import (
 from everydream_kit.training.reports import Listener, ObservedRun, StepReport
 
 if TYPE_CHECKING:
+    from everydream_kit.config import TrainConfig
     from everydream_kit.training.decisions import Decisions
     from everydream_kit.training.run_snapshot import Snapshot, Snapshots
 
@@ -66,13 +67,12 @@ class SavingRules:
     from_n_epochs: int = 0
 
     @classmethod
-    def make(
-        cls, every_n_minutes: float | None, every_n_epochs: int | None, every_n_steps: int | None, from_n_epochs: int
-    ) -> SavingRules:
+    def of(cls, config: TrainConfig) -> SavingRules:
         """Rules from the settings; twenty minutes where none is given."""
-        if every_n_minutes is None and every_n_epochs is None and every_n_steps is None:
-            every_n_minutes = DEFAULT_MINUTES
-        return cls(every_n_minutes, every_n_epochs, every_n_steps, from_n_epochs)
+        minutes, epochs, steps = config.ckpt_every_n_minutes, config.save_every_n_epochs, config.save_every_n_steps
+        if minutes is None and epochs is None and steps is None:
+            minutes = DEFAULT_MINUTES
+        return cls(minutes, epochs, steps, config.save_ckpts_from_n_epochs)
 
     def due(self, report: StepReport, minutes_since_save: float) -> bool:
         """Whether a checkpoint should be saved after this step."""
@@ -87,10 +87,11 @@ class SavingRules:
         return is_reached and epochs_ended >= self.from_n_epochs
 
 
+@dataclass(eq=False)
 class Saver(Listener):
     """Saves by rule, on request, and at the end; prunes what is not kept.
 
-    Args:
+    Attributes:
         rules: when.
         snapshots: of the run.
         decisions: a run that ended early is final too.
@@ -104,36 +105,23 @@ class Saver(Listener):
         clock: seconds from any moment on.
     """
 
-    def __init__(
-        self,
-        rules: SavingRules,
-        snapshots: Snapshots,
-        decisions: Decisions,
-        *,
-        keep_last_n: int | None = None,
-        keep_all_resume_state: bool = False,
-        prepend_last: bool = True,
-        single_files: Path | None = None,
-        write_single_file: Callable[[Path, Path], Any] | None = None,
-        uploader: Uploader | None = None,
-        stop: threading.Event | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.rules = rules
-        self.snapshots = snapshots
-        self.decisions = decisions
-        self.keep_last_n = keep_last_n
-        self.keep_all_resume_state = keep_all_resume_state
-        self.prepend_last = prepend_last
-        self.single_files = single_files
-        self.write_single_file = write_single_file
-        self.uploader = uploader
-        self.stop = stop
+    rules: SavingRules
+    snapshots: Snapshots
+    decisions: Decisions
+    keep_last_n: int | None = None
+    keep_all_resume_state: bool = False
+    prepend_last: bool = True
+    single_files: Path | None = None
+    write_single_file: Callable[[Path, Path], Any] | None = None
+    uploader: Uploader | None = None
+    stop: threading.Event | None = None
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
         self._files_of: dict[str, list[Path]] = {}  # by checkpoint: single files that this run wrote
         self._unfinished: Path | None = None  # the last checkpoint, while its single file waits for room
         self.saved_steps: list[int] = []
-        self.clock = clock
-        self._began = self._last_save = clock()
+        self._began = self._last_save = self.clock()
         self._writer: threading.Thread | None = None
         self._failure: KitError | None = None
         self._waited = 0.0

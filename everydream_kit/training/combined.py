@@ -50,7 +50,7 @@ class FusedBackwardOptimizer(CombinedOptimizer):
     """One optimizer for each parameter, stepped by a hook when the parameter's gradient is complete.
 
     `step` and `zero_grad` do nothing; both have happened. Only for optimizers whose update of a parameter depends on
-    that parameter alone (`optimizers.may_step_by_parameter`). Call `remove` when the run is over.
+    that parameter alone (`optimizers.may_step_by_parameter`).
 
     Args:
         build: makes an optimizer from a list of one group.
@@ -58,14 +58,14 @@ class FusedBackwardOptimizer(CombinedOptimizer):
     """
 
     def __init__(self, build: Callable[[list[dict[str, Any]]], Any], param_groups: Sequence[dict[str, Any]]) -> None:
-        optimizers, self._handles = [], []
+        optimizers = []
         self.measures_norm = False
         self._squared_norms: list[torch.Tensor] = []
         for group in param_groups:
             for parameter in group["params"]:
                 optimizer = build([{**group, "params": [parameter]}])
                 optimizers.append(optimizer)
-                self._handles.append(parameter.register_post_accumulate_grad_hook(self._make_hook(optimizer)))
+                parameter.register_post_accumulate_grad_hook(self._make_hook(optimizer))
         super().__init__(optimizers)
 
     def _make_hook(self, optimizer: Any) -> Callable[[torch.Tensor], None]:
@@ -91,12 +91,6 @@ class FusedBackwardOptimizer(CombinedOptimizer):
         norm = torch.stack([one.to(self._squared_norms[0].device) for one in self._squared_norms]).sum().sqrt()
         self._squared_norms.clear()
         return float(norm)
-
-    def remove(self) -> None:
-        """Take the hooks off the parameters."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
 
 def measure_gradient_norm(optimizer: Any, wanted: bool) -> None:

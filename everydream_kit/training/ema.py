@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from everydream_kit.training.runs_of_items import cut
+
 SLICE_NUMBERS = 2**25
 """Numbers that are moved between devices together: 128 MiB in float32."""
 
@@ -57,13 +59,10 @@ class Ema:
         """
         self.num_updates = self.num_updates + 1 if num_updates is None else num_updates
         weight = 1.0 - self.decay
-        for start, end in _slices(self.averages):
-            averages = self.averages[start:end]
-            weights = [
-                p.detach().to(average.device, torch.float32)
-                for p, average in zip(self.parameters[start:end], averages, strict=True)
-            ]
-            torch._foreach_lerp_(averages, weights, weight)
+        pairs = zip(self.averages, self.parameters, strict=True)
+        for piece in cut(pairs, lambda pair: pair[0].numel(), SLICE_NUMBERS):
+            weights = [p.detach().to(average.device, torch.float32) for average, p in piece]
+            torch._foreach_lerp_([average for average, _ in piece], weights, weight)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -117,15 +116,3 @@ def decay_from_strength_target(target: float, num_steps: int, interval: int) -> 
         interval: optimizer steps between updates.
     """
     return float(target ** (1.0 / max(1.0, num_steps / interval)))
-
-
-def _slices(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
-    """(start, end) of runs of tensors that hold about SLICE_NUMBERS together."""
-    start = numbers = 0
-    for index, tensor in enumerate(tensors):
-        numbers += tensor.numel()
-        if numbers >= SLICE_NUMBERS:
-            yield start, index + 1
-            start, numbers = index + 1, 0
-    if start < len(tensors):
-        yield start, len(tensors)

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from everydream_kit.training.runs_of_items import cut
+
 Group = dict[str, Any]
 State = dict[str, Any]
 
@@ -210,7 +212,11 @@ class FlatOptimizer:
                 if parameter in wanted and is_dense(parameter):
                     key = (index, *_kind(parameter, self._plain.state, num_small))
                     bundles.setdefault(key, []).append(parameter)
-        runs = [(key, run) for key, bundle in bundles.items() for run in _cut(bundle, self._buffer_numbers)]
+        runs = [
+            (key, run)
+            for key, bundle in bundles.items()
+            for run in cut(bundle, _padded, self._buffer_numbers, at_most=True)
+        ]
         shared: dict[Any, torch.Tensor] = {}
         for (_, _, *form, _, _), run in runs:
             numbers = sum(map(_padded, run))
@@ -261,19 +267,6 @@ def _kind(parameter: torch.nn.Parameter, states: dict[Any, State], num_small: in
     state = states.get(parameter, {})
     age = float(state["step"]) if "step" in state else None
     return parameter.numel() < num_small, parameter.dtype, parameter.device, age, tuple(state)
-
-
-def _cut(parameters: list[torch.nn.Parameter], max_numbers: int) -> list[list[torch.nn.Parameter]]:
-    """Runs of parameters that hold at most so many numbers together."""
-    runs: list[list[torch.nn.Parameter]] = [[]]
-    numbers = 0
-    for parameter in parameters:
-        if runs[-1] and numbers + _padded(parameter) > max_numbers:
-            runs.append([])
-            numbers = 0
-        runs[-1].append(parameter)
-        numbers += _padded(parameter)
-    return runs
 
 
 def lay_out(parameters: Sequence[torch.Tensor]) -> tuple[list[int], int]:

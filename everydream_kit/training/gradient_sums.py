@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from everydream_kit.training.flat import is_dense, place_of
 from everydream_kit.training.ranks import Ranks
+from everydream_kit.training.runs_of_items import cut
 
 PIECE_BYTES = 25 * 2**20
 """Gradients are sent in pieces of about this size, as torch's own DDP does."""
@@ -89,20 +90,13 @@ class GradientSums:
         by_format: dict[Any, list[int]] = {}
         for index in order:
             by_format.setdefault((self._parameters[index].dtype, self._parameters[index].device), []).append(index)
-        pieces = [piece for bundle in by_format.values() for piece in self._cut(bundle)]
+        pieces = [
+            piece
+            for bundle in by_format.values()
+            for piece in cut(bundle, lambda i: self._parameters[i].nbytes, PIECE_BYTES)
+        ]
         self._pieces = sorted(pieces, key=lambda piece: place[piece[-1]])  # in the order in which they are complete
         self._piece_of = {index: number for number, piece in enumerate(self._pieces) for index in piece}
-
-    def _cut(self, bundle: list[int]) -> list[list[int]]:
-        pieces: list[list[int]] = [[]]
-        num_bytes = 0
-        for index in bundle:
-            if num_bytes >= PIECE_BYTES:
-                pieces.append([])
-                num_bytes = 0
-            pieces[-1].append(index)
-            num_bytes += self._parameters[index].nbytes
-        return pieces
 
     @torch.no_grad()
     def _send(self, piece: list[int]) -> None:

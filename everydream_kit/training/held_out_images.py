@@ -40,11 +40,6 @@ def split_dataset(
             kept, held_out = split_indices(
                 content_groups(dataset), settings.validation_split_proportion, settings.validation_seed
             )
-            if not kept:
-                raise DataError(
-                    f"validation_split_proportion: the split leaves none of {len(dataset)} images for training; lower "
-                    "it, or add images."
-                )
             training, measured = dataset.subset(kept), dataset.subset(held_out)
         else:
             measured = _scan_some(scan, str(settings.validation_data_root))

@@ -27,7 +27,7 @@ from everydream_kit.training.reports import (
     StepReport,
 )
 from everydream_kit.training.run_snapshot import Snapshots
-from everydream_kit.training.sampling_listener import Sampler, SampleSchedule
+from everydream_kit.training.sampling_listener import Sampler
 from everydream_kit.training.validation_listener import Validator, measure_loss
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def build_listeners(run: Run, stop: StopSignal) -> list[Listener]:
                 config,
                 run.validation_sets,
                 run.decisions,
-                measure=partial(measure_loss, run, settings=config),
+                measure_loss=partial(measure_loss, run, settings=config),
                 has_averages=run.learner.ema is not None,
                 save_best=saver.save_best,
             )
@@ -76,8 +76,9 @@ def build_sampler(run: Run, stop: StopSignal) -> Sampler:
     averaged = run.learner.ema is not None and config.ema_sample_ema_model
     return Sampler(
         Path(config.sample_prompts),
-        SampleSchedule(config.sample_steps, config.sample_before_training),
         run.sync,
+        every_n_steps=config.sample_steps,
+        before_training=config.sample_before_training,
         live=not averaged or config.ema_sample_nonema_model,
         averaged=averaged,
         stop=stop,
@@ -89,12 +90,7 @@ def build_saver(run: Run, stop: StopSignal | None = None) -> Saver:
     config = run.config
     precision = "fp32" if config.save_full_precision else "fp16"
     return Saver(
-        SavingRules.make(
-            config.ckpt_every_n_minutes,
-            config.save_every_n_epochs,
-            config.save_every_n_steps,
-            config.save_ckpts_from_n_epochs,
-        ),
+        SavingRules.of(config),
         Snapshots(run),
         run.decisions,
         keep_last_n=config.keep_last_n,

@@ -6,6 +6,7 @@ sample and save. A wrong file is a warning, and the values before it stay.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ from everydream_kit.strict_json import read_json
 from everydream_kit.training.checkpoint_saving import Saver
 from everydream_kit.training.decisions import Decisions
 from everydream_kit.training.reports import Listener, ObservedRun, StepReport
-from everydream_kit.training.sampling_listener import Sampler, SampleSchedule
+from everydream_kit.training.sampling_listener import Sampler
 
 
 class _LiveSettings(BaseModel):
@@ -38,16 +39,16 @@ def _live_fields() -> dict[str, Any]:
 LiveSettings = create_model("LiveSettings", __base__=_LiveSettings, **_live_fields())
 
 
+@dataclass(eq=False)
 class LiveSettingsReader(Listener):
     """Reads `live.json` at each epoch's start and puts it to work. The rate's factor is kept over a resume."""
 
     name = "live"
 
-    def __init__(self, sampler: Sampler, saver: Saver, decisions: Decisions) -> None:
-        self.sampler = sampler
-        self.saver = saver
-        self.decisions = decisions
-        self.lr_factor = 1.0
+    sampler: Sampler
+    saver: Saver
+    decisions: Decisions
+    lr_factor: float = 1.0
 
     def on_start(self, run: ObservedRun) -> None:
         self.decisions.lr_factor = self.lr_factor
@@ -74,7 +75,7 @@ class LiveSettingsReader(Listener):
         if live.lr_factor is not None:
             self.decisions.lr_factor = self.lr_factor = live.lr_factor
         if "sample_steps" in changed:
-            self.sampler.schedule = SampleSchedule(changed["sample_steps"], self.sampler.schedule.before_training)
+            self.sampler.every_n_steps = changed["sample_steps"]
         if "sample_prompts" in changed:
             self.sampler.prompts_path = Path(changed["sample_prompts"])
         rules = self.saver.rules

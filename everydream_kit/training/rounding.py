@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from everydream_kit.draws import derive_seed
+from everydream_kit.training.runs_of_items import cut
 
 Group = dict[str, Any]
 
@@ -161,16 +162,5 @@ def _plan_chunks(
     """Lists of (group, some of its parameters). None: everything in one."""
     if max_numbers is None:
         return [[(group, group["params"]) for group in groups]]
-    chunks = []
-    for group in groups:
-        chunk: list[torch.nn.Parameter] = []
-        numbers = 0
-        for parameter in group["params"]:
-            chunk.append(parameter)
-            numbers += parameter.numel()
-            if numbers >= max_numbers:
-                chunks.append([(group, chunk)])
-                chunk, numbers = [], 0
-        if chunk:
-            chunks.append([(group, chunk)])
-    return chunks
+    runs = [(group, run) for group in groups for run in cut(group["params"], torch.Tensor.numel, max_numbers)]
+    return [[run] for run in runs]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from everydream_kit.runs.resume_state import PlaceInTraining, State
 from everydream_kit.training.file_hashes import OpenFile
@@ -122,21 +123,9 @@ class Snapshots:
 
 def clone_to_host(value: Any) -> Any:
     """A copy of nested containers, with every tensor cloned to host memory."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: clone_to_host(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(clone_to_host(entry) for entry in value)
-    return value
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), value)
 
 
 def count_bytes(value: Any) -> int:
     """Bytes of all tensors in nested containers."""
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        return sum(map(count_bytes, value.values()))
-    if isinstance(value, (list, tuple)):
-        return sum(map(count_bytes, value))
-    return 0
+    return sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))

@@ -27,6 +27,7 @@ from everydream_kit.training.memory_measures import is_out_of_memory
 from everydream_kit.training.progress import StopRequested, WorkProgress
 from everydream_kit.training.prompt_file import PromptFile, SampleEntry, SampleSettings, read_prompt_file
 from everydream_kit.training.reports import Listener, ObservedRun, StepReport
+from everydream_kit.training.runs_of_items import cut
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -115,43 +116,30 @@ def clean_for_file_name(prompt: str) -> str:
     return cleaned.encode()[:NAME_BYTES].decode(errors="ignore").strip(" .")
 
 
-@dataclass(frozen=True)
-class SampleSchedule:
-    """When to generate: every so many steps (None: never), and before the first one."""
-
-    every_n_steps: int | None
-    before_training: bool
-
-
+@dataclass(eq=False)
 class Sampler(Listener):
     """Draws the prompts of the prompt file every `sample_steps` steps, on request, and at the end.
 
-    Args:
+    Attributes:
         prompts_path: the prompt file.
-        schedule: when, unless the prompt file says otherwise.
         sync: has the model, whole.
+        every_n_steps: unless the prompt file says otherwise; None: never.
+        before_training: also before the first step.
         live, averaged: generate with the live weights, with the EMA weights, or both.
         stop: ends sampling in progress: it is saved first, and generated when the run continues.
     """
 
     name = "sampler"
 
-    def __init__(
-        self,
-        prompts_path: Path,
-        schedule: SampleSchedule,
-        sync: RankSync,
-        *,
-        live: bool = True,
-        averaged: bool = False,
-        stop: StopSignal | None = None,
-    ) -> None:
-        self.prompts_path = prompts_path
-        self.schedule = schedule
-        self.sync = sync
-        self.live = live
-        self.averaged = averaged
-        self.stop = stop
+    prompts_path: Path
+    sync: RankSync
+    every_n_steps: int | None
+    before_training: bool
+    live: bool = True
+    averaged: bool = False
+    stop: StopSignal | None = None
+
+    def __post_init__(self) -> None:
         self._last_step: int | None = None
         self._is_owed = False
         self._read: tuple[object, PromptFile | None] | None = None
@@ -163,7 +151,7 @@ class Sampler(Listener):
             self.draw(run)
         if run.position.step:
             return
-        if self.schedule.before_training or (settings is not None and settings.generate_pretrain_samples):
+        if self.before_training or (settings is not None and settings.generate_pretrain_samples):
             self.draw(run)
 
     def __call__(self, run: ObservedRun, report: StepReport) -> None:
@@ -241,11 +229,11 @@ class Sampler(Listener):
         return together
 
     def _every(self, run: ObservedRun) -> int | None:
-        if self.schedule.every_n_steps is None:
+        if self.every_n_steps is None:
             return None
         settings = self._settings(run)
         own = settings.generate_samples_every_n_steps if settings is not None else None
-        return own or self.schedule.every_n_steps
+        return own or self.every_n_steps
 
     def _settings(self, run: ObservedRun) -> SampleSettings | None:
         """What the prompt file says now; None where nothing of it can be used. Its problems are reported when it changes."""
@@ -384,15 +372,7 @@ def _groups(prompts: Sequence[SamplePrompt]) -> Iterator[list[int]]:
     for index, prompt in enumerate(prompts):
         by_size.setdefault(_size_of(prompt), []).append(index)
     for indices in by_size.values():
-        group: list[int] = []
-        num_images = 0
-        for index in indices:
-            if group and num_images + len(prompts[index].cfgs) > IMAGES_OF_A_GROUP:
-                yield group
-                group, num_images = [], 0
-            group.append(index)
-            num_images += len(prompts[index].cfgs)
-        yield group
+        yield from cut(indices, lambda index: len(prompts[index].cfgs), IMAGES_OF_A_GROUP, at_most=True)
 
 
 def _version_of(path: Path) -> tuple[Path, tuple[int, int] | None]:

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from everydream_kit.errors import ConfigError
 from everydream_kit.training.optimizers import unwrap_optimizers
@@ -119,14 +120,14 @@ def gather(value: Any, *, keep: bool) -> Any:
     Args:
         keep: whether this process wants the result; others take part and get nothing worth having.
     """
-    if isinstance(value, torch.Tensor):
-        whole = as_whole(value.detach())  # a collective: every process must come by here for each tensor, in one order
-        return whole.to("cpu", copy=True) if keep else None
-    if isinstance(value, dict):
-        return {key: gather(entry, keep=keep) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(gather(entry, keep=keep) for entry in value)
-    return value
+
+    def whole(tensor: torch.Tensor) -> torch.Tensor | None:
+        merged = as_whole(
+            tensor.detach()
+        )  # a collective: every process must come by here for each tensor, in one order
+        return merged.to("cpu", copy=True) if keep else None
+
+    return tree_map_only(torch.Tensor, whole, value)
 
 
 def as_whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -44,14 +46,8 @@ def read_nested(path: Path) -> Any:
     Raises:
         CheckpointError: the file is damaged, or not one of these.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            structure = _parse((file.metadata() or {})[STRUCTURE], path)
-            return _rebuild(structure, lru_cache(maxsize=8)(file.get_tensor))
-    except (SafetensorError, OSError, *RESTORE_ERRORS) as error:
-        raise CheckpointError(f"{path}: damaged, or no resume state ({error}).") from error
+    with _opened(path) as (file, structure):
+        return _rebuild(structure, lru_cache(maxsize=8)(file.get_tensor))
 
 
 def check_nested(path: Path) -> None:
@@ -60,19 +56,22 @@ def check_nested(path: Path) -> None:
     Raises:
         CheckpointError: as `read_nested`.
     """
+    with _opened(path) as (file, structure):
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
+        _rebuild(structure, lambda name: torch.empty(shapes[name], device="meta"))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """A file and the structure in its header; what is wrong with either, or found out inside, is a CheckpointError."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
-            structure = _parse((file.metadata() or {})[STRUCTURE], path)
-            _rebuild(structure, lambda name: torch.empty(shapes[name], device="meta"))
+            text, most = (file.metadata() or {})[STRUCTURE], MAX_HEADER_BYTES
+            yield file, parse_json(text, str(path), expect=None, error=CheckpointError, max_bytes=most, allow_nan=True)
     except (SafetensorError, OSError, *RESTORE_ERRORS) as error:
         raise CheckpointError(f"{path}: damaged, or no resume state ({error}).") from error
-
-
-def _parse(text: str, path: Path) -> Any:
-    return parse_json(text, str(path), expect=None, error=CheckpointError, max_bytes=MAX_HEADER_BYTES, allow_nan=True)
 
 
 class _Packer:

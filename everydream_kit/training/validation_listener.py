@@ -6,7 +6,7 @@ Which images is decided in `held_out_images`, the measurement itself is in `vali
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -38,37 +38,30 @@ class Measurement(Protocol):
     def __call__(self, dataset: Dataset, *, averaged: bool) -> float: ...
 
 
+@dataclass(eq=False)
 class Validator(Listener):
     """Measures every set when it is due, and before the first step.
 
-    Args:
+    Attributes:
         settings: how often and how it is measured, and when the run ends for lack of improvement.
         sets: what is measured.
         decisions: told of an early end.
-        measure: `measure_loss` of the run.
+        measure_loss: of the run.
         has_averages: there is an EMA, which is measured as well.
         save_best: called when the deciding set's loss is the lowest so far.
     """
 
     name = "validator"
 
-    def __init__(
-        self,
-        settings: ValidationGroup,
-        sets: list[ValidationSet],
-        decisions: Decisions,
-        *,
-        measure: Measurement,
-        has_averages: bool,
-        save_best: Callable[[ObservedRun], None],
-    ) -> None:
-        self.settings = settings
-        self.sets = sets
-        self.decisions = decisions
-        self.measure_loss = measure
-        self.has_averages = has_averages
-        self.save_best = save_best
-        self.curves = {entry.tag: LossCurve() for entry in sets}
+    settings: ValidationGroup
+    sets: list[ValidationSet]
+    decisions: Decisions
+    measure_loss: Measurement
+    has_averages: bool
+    save_best: Callable[[ObservedRun], None]
+
+    def __post_init__(self) -> None:
+        self.curves = {entry.tag: LossCurve() for entry in self.sets}
 
     def on_start(self, run: ObservedRun) -> None:
         if run.position.step == 0:

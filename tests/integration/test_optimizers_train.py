@@ -153,10 +153,6 @@ def test_a_fused_backward_holds_no_gradients_and_knows_their_norm(base):
     assert all(p.grad is None for p in fused.unet.parameters())
     assert fused.optimizer.take_gradient_norm() == pytest.approx(expected, rel=1e-5)
     assert fused.optimizer.take_gradient_norm() == 0.0
-    fused.optimizer.remove()
-    before = [p.detach().clone() for p in fused.unet.parameters()]
-    fused.losses([0]).sum().backward()
-    assert all(torch.equal(p, old) for p, old in zip(fused.unet.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("windows", [((0, 1), (2, 3)), ((0,), (1,), (2,), (3,)), ((0, 1, 2), (3,))])
