@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import suppress
+from collections import Counter
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -115,7 +115,7 @@ def estimate_memory(
         latents=estimate_latent_mode(config),
         captions_vary=config.shuffle_tags if dataset is None else captions_vary(dataset),
         validates=validated_together(config),
-        samples=sampled_together(config, dataset, multiple=architecture.files.family.sampler.size_multiple),
+        samples=sampled_together(config, multiple=architecture.files.family.sampler.size_multiple),
         dataset=dataset,
     )
     kept = folder / f"{_key(asked)}.json"
@@ -219,7 +219,7 @@ def validated_together(config: TrainConfig) -> int | None:
     return config.validation_batch_size or config.batch_size
 
 
-def sampled_together(config: TrainConfig, dataset: Dataset | None = None, *, multiple: int = 8) -> SampleShape | None:
+def sampled_together(config: TrainConfig, *, multiple: int = 8) -> SampleShape | None:
     """The largest batch of sample images that the prompt file, or the lack of one, leads to.
 
     Args:
@@ -227,28 +227,14 @@ def sampled_together(config: TrainConfig, dataset: Dataset | None = None, *, mul
     """
     if config.sample_steps is None:
         return None
-    from everydream_kit.training.prompt_file import SampleEntry, SampleSettings, read_prompt_file
-    from everydream_kit.training.sampling_listener import NUM_RANDOM_CAPTIONS, plan_prompts, sample_size
+    from everydream_kit.training.prompt_file import prompts_of
+    from everydream_kit.training.sampling_listener import sample_grids
 
-    path = Path(config.sample_prompts)
-    side = max(config.resolutions)
-    settings = SampleSettings.of(config)
-    if path.is_file():
-        with suppress(ConfigError):  # a warning when it is read in training, where it may have been fixed
-            settings = read_prompt_file(path, settings).settings
-    written = [entry.model_copy(update={"random_caption": False}) for entry in settings.samples]
-    if written:
-        read = settings.model_copy(update={"samples": written})
-        planned = plan_prompts(read, dataset, seed=0, resolution=side, step=0, multiple=multiple)
-        images = [((one.width, one.height), len(one.cfgs)) for one in planned]
-    else:
-        size = sample_size(SampleEntry(), settings.resolution or side, multiple)
-        images = [(size, len(settings.cfgs))] * NUM_RANDOM_CAPTIONS
-    counts: dict[tuple[int, int], int] = {}
-    for size, number in images:
-        counts[size] = counts.get(size, 0) + number
+    counts: Counter[Size] = Counter()
+    for size, number in sample_grids(config, multiple):
+        counts[size] += number
     assert isinstance(config.batch_size, int)
-    trained_pixels = config.batch_size * side**2
+    trained_pixels, settings = config.batch_size * max(config.resolutions) ** 2, prompts_of(config).settings
     together = {size: min(settings.images_together(*size, trained_pixels), number) for size, number in counts.items()}
     size = max(together, key=lambda size: together[size] * size[0] * size[1])
     return SampleShape(together[size], size)

@@ -41,11 +41,11 @@ from everydream_kit.preflight.plan import Offer, Plan, StepCount
 from everydream_kit.preflight.step_time import StepSeconds, estimate_step
 from everydream_kit.runs import RunFolder
 from everydream_kit.settings import load_config, read_settings, with_side_files
+from everydream_kit.training.prompt_file import prompts_of
 from everydream_kit.training.training_images import estimate_steps, make_plan_settings, scan
 
 if TYPE_CHECKING:
     from everydream_kit.data.dataset import Dataset
-    from everydream_kit.training.prompt_file import PromptFile
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def plan(
     steps = count_steps(config, images, settings)
     if images.count == 0:
         warnings.append(f"data_root {config.data_root}: no image can be used there.")
-    warnings += [f"sample_prompts {config.sample_prompts}: {problem}" for problem in _prompt_file(config).problems]
+    warnings += [f"sample_prompts {config.sample_prompts}: {problem}" for problem in prompts_of(config).problems]
     latents, latent_bytes = _latents(config, images, settings)
     step = estimate_step(config, gpu_spec, memory, launch_seconds=_launch_seconds(config, gpu_spec))
     made = Plan(
@@ -260,10 +260,9 @@ def _seconds_of(config: TrainConfig, steps: StepCount, step: StepSeconds | None,
     passes = FORWARDS_IN_A_STEP[config.training_kind] + config.gradient_checkpointing * config.checkpointing_share
     forward = step.seconds / (passes * config.batch_size * config.grad_accum)
     parts = {"training": step.seconds * steps.num_steps}
-    drawn, sampling_steps, _ = _grids(config)
-    samples = num_samples(config, steps.num_steps)
+    samples, (drawn, _) = num_samples(config, steps.num_steps), _grids(config)
     if samples:
-        parts["samples"] = samples * drawn * sampling_steps * 2 * forward
+        parts["samples"] = samples * drawn * prompts_of(config).settings.num_inference_steps * 2 * forward
     if latents != "off" and steps.num_images:
         crops = steps.num_images * config.cache_variants * len(possible_flips(config.flip_p))
         if latents == "memory":  # what is never drawn is never encoded
@@ -279,34 +278,12 @@ def _launch_seconds(config: TrainConfig, gpu_spec: GpuSpec | None) -> float | No
     return None if gpu_spec is None else launch_seconds_here(gpu_spec, Path(config.logdir) / ".edk_cache" / "preflight")
 
 
-def _grids(config: TrainConfig) -> tuple[int, int, int]:
-    """Images of one sampling, denoising steps of each, and the pixels of all of them."""
-    from everydream_kit.training.prompt_file import SampleEntry
-    from everydream_kit.training.sampling_listener import NUM_RANDOM_CAPTIONS
+def _grids(config: TrainConfig) -> tuple[int, int]:
+    """Images of one sampling, and the pixels of all of them."""
+    from everydream_kit.training.sampling_listener import sample_grids
 
-    settings = _prompt_file(config).settings
-    side = settings.resolution or max(config.resolutions)
-    num_images = num_pixels = 0
-    for entry in settings.samples or [SampleEntry()] * NUM_RANDOM_CAPTIONS:
-        columns = len(entry.cfgs or settings.cfgs)
-        width, height = entry.size or (side, side)
-        num_images += columns
-        num_pixels += columns * width * height
-    return num_images, settings.num_inference_steps, num_pixels
-
-
-def _prompt_file(config: TrainConfig) -> PromptFile:
-    """The prompt file as training would use it; the defaults where there is none or it cannot be read."""
-    from everydream_kit.training.prompt_file import PromptFile, SampleSettings, read_prompt_file
-
-    path = Path(config.sample_prompts)
-    defaults = SampleSettings.of(config)
-    if config.sample_steps is None or not path.is_file():
-        return PromptFile(defaults)
-    try:
-        return read_prompt_file(path, defaults)
-    except ConfigError as error:
-        return PromptFile(defaults, (str(error).removeprefix(f"sample_prompts: {path}: "),))
+    grids = sample_grids(config)
+    return sum(number for _, number in grids), sum(number * width * height for (width, height), number in grids)
 
 
 def _disk(made: Plan, latent_bytes: int) -> DiskUse | None:
@@ -319,7 +296,7 @@ def _disk(made: Plan, latent_bytes: int) -> DiskUse | None:
         steps_per_epoch=made.steps.per_epoch or made.steps.num_steps,
         seconds=made.seconds,
         latent_bytes=latent_bytes,
-        grid_pixels=_grids(made.config)[2],
+        grid_pixels=_grids(made.config)[1],
     )
 
 

@@ -20,7 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from everydream_kit.data.cache_room import MOMENT_CHANNELS, CacheMode
+from everydream_kit.data.cache_room import MOMENT_CHANNELS
 from everydream_kit.data.dataset import FROM_TEXT, Dataset, DatasetBuilder, Defaults
 from everydream_kit.data.records import Batch, Draw, MicroBatch, Size, StepBatches
 from everydream_kit.models.block_swap import repeated_blocks
@@ -43,12 +43,11 @@ from everydream_kit.preflight.tracker import (
     StorageTracker,
 )
 from everydream_kit.runs import RunFolder
-from everydream_kit.training.base import choose_formats, precision_of, select_trained
+from everydream_kit.training.base import choose_formats, choose_idle_modules, precision_of, select_trained
 from everydream_kit.training.flat import flat_optimizers
 from everydream_kit.training.graphs import why_eager
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.kept_gradients import KeptGradients
-from everydream_kit.training.offload import idle_modules
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.run_builder import assemble_run
 from everydream_kit.training.run_snapshot import count_bytes
@@ -97,7 +96,15 @@ def rehearse(asked: Question) -> MemoryEstimate:
         _keep_gradients(run, tracker, device_type)
         _label_waiting(model, tracker, HOST if device_type != "cpu" else WEIGHTS)
         without_chance(model.denoiser)
-        idle = _idle(config, run, latents) if device_type != "cpu" else []
+        idle = choose_idle_modules(
+            config,
+            model,
+            dataset,
+            run.journal,
+            device_type=device_type,
+            latents_cached=latents != "off",
+            transforms_captions=bool(config.plugins),
+        )
         _label_idle(model, idle, tracker)
         channels = model.family.latent_space.stored_channels
         batch = make_batch(bucket, run.plan_settings.batch_size, with_moments=latents != "off", channels=channels)
@@ -210,17 +217,6 @@ def _keep_gradients(run: Run, tracker: StorageTracker, device_type: str) -> None
         parameter.grad = torch.zeros_like(parameter)
     learner.kept_gradients.clear()
     tracker.label(learner.kept_gradients.wholes, SHARED_GRADIENTS)
-
-
-def _idle(config: TrainConfig, run: Run, latents: CacheMode) -> list[torch.nn.Module]:
-    return idle_modules(
-        run.learner.model,
-        run.dataset,
-        offload=config.offload_idle_models,
-        latents_cached=latents != "off",
-        trains_text=run.learner.trains_text,
-        transforms_captions=bool(config.plugins),
-    )
 
 
 def _label_idle(model: Model, idle: list[torch.nn.Module], tracker: StorageTracker) -> None:

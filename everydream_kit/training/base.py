@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everydream_kit.config import EMBEDDED_MODEL
+from everydream_kit.data.text_cache import captions_vary
 from everydream_kit.errors import ConfigError
 from everydream_kit.foreign import read_origin
 from everydream_kit.models.adapters import AdapterBase, is_adapter_folder
@@ -23,7 +24,6 @@ from everydream_kit.models.number_formats import Formats
 from everydream_kit.models.quantized import FORMS as QUANTIZED_FORMS
 from everydream_kit.runs import Checkpoint, find_last_checkpoint
 from everydream_kit.training.objectives import rescale_zero_terminal_snr
-from everydream_kit.training.offload import idle_modules
 from everydream_kit.training.parameters import TrainedPart, select_parameters
 from everydream_kit.training.parts import TEXT_ENCODER, UNET
 from everydream_kit.training.precision import Precision, choose_precision
@@ -345,20 +345,20 @@ def choose_idle_modules(
     latents_cached: bool,
     transforms_captions: bool,
 ) -> list[torch.nn.Module]:
-    """What is offloaded to host memory: if requested, and large text encoders that the steps do without."""
-    if not config.offload_idle_models and not has_large_texts(model.family):
-        return []
-    if device_type == "cpu" and not config.offload_idle_models:
-        return []
+    """The modules that the steps do without, which are offloaded to host memory: if requested; large text encoders in any case.
+
+    Args:
+        latents_cached: images need not be encoded at every step.
+        transforms_captions: a plug-in may give a new text at every use.
+    """
+    is_asked = config.offload_idle_models
     if device_type == "cpu":
-        journal.warn("offload_idle_models: has no effect on a CPU, where all memory is host memory.")
+        if is_asked:
+            journal.warn("offload_idle_models: has no effect on a CPU, where all memory is host memory.")
         return []
     trains_text = any(p.requires_grad for encoder in model.text_encoders for p in encoder.parameters())
-    return idle_modules(
-        model,
-        dataset,
-        offload=config.offload_idle_models,
-        latents_cached=latents_cached,
-        trains_text=trains_text,
-        transforms_captions=transforms_captions,
-    )
+    modules = [model.vae] if is_asked and latents_cached else []
+    stays_as_it_is = not trains_text and not transforms_captions and not captions_vary(dataset)
+    if stays_as_it_is and (is_asked or has_large_texts(model.family)):
+        modules += model.text_encoders
+    return modules

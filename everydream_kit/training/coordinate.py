@@ -25,14 +25,14 @@ class AdaCoor(torch.optim.Adagrad):
         super().__init__(params, lr=lr, eps=eps, weight_decay=weight_decay)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self) -> None:  # type: ignore[override]  # nobody gives a closure
         """One update of every parameter that has a gradient."""
         asked = [(group["lr"], group["eps"]) for group in self.param_groups]
         try:
             for group in self.param_groups:
                 root = group["eps"] ** 0.5
                 group["lr"], group["eps"] = group["lr"] * root, root
-            return super().step(closure)
+            super().step()
         finally:
             for group, (lr, eps) in zip(self.param_groups, asked, strict=True):
                 group["lr"], group["eps"] = lr, eps
@@ -52,17 +52,12 @@ class CoordinateDoWG(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "d0": d0, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self) -> None:  # type: ignore[override]  # nobody gives a closure
         """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     self._update(p, group)
-        return loss
 
     def _update(self, p: torch.Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]

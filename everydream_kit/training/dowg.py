@@ -31,15 +31,11 @@ class DoWG(torch.optim.Optimizer):
             group.setdefault("weighted_norms", 0.0)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self) -> None:  # type: ignore[override]  # nobody gives a closure
         """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not parameters:
-            return loss
+            return
         for p in parameters:
             if not self.state[p]:
                 self.state[p]["start"] = p.detach().clone()
@@ -55,7 +51,6 @@ class DoWG(torch.optim.Optimizer):
         for group in self.param_groups:
             group["distance_squared"], group["weighted_norms"] = farthest, weighted_norms
             self._update_group(group, group["lr"] * rate)
-        return loss
 
     def _update_group(self, group: dict[str, Any], rate: float) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]

@@ -43,6 +43,8 @@ class Objective(Protocol):
     Timesteps are as the denoiser's `predict` takes them: 0 is the image, `num_timesteps` nothing but noise.
     """
 
+    loss_type: str
+
     @property
     def num_timesteps(self) -> int: ...
 
@@ -55,6 +57,9 @@ class Objective(Protocol):
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """What the model should predict, (B, C, h, w) float32."""
 
+    def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """(B,) float32: the weight of each timestep."""
+
     def loss(
         self,
         model_pred: torch.Tensor,
@@ -62,7 +67,20 @@ class Objective(Protocol):
         timesteps: torch.Tensor,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(B,) float32: the loss of each image, weighting included."""
+        """The loss of each image, weighting included.
+
+        Args:
+            model_pred, target: (B, C, h, w), any float type; computed in float32.
+            timesteps: (B,).
+            mask: (B, 1, h, w) in 0..1, or None. The loss is the mean over the latent cells, weighed by the mask, so an
+                image counts the same however small its masked area is; one that is masked altogether costs 0.
+
+        Returns:
+            (B,) float32.
+        """
+        share = timesteps.float() / self.num_timesteps
+        cost = _COSTS[self.loss_type]((model_pred.float() - target.float()), share.view(-1, 1, 1, 1))
+        return self.weight(timesteps) * _mean_over_cells(cost, mask)
 
 
 def denoising_losses(
@@ -94,7 +112,7 @@ def denoising_losses(
 
 
 @dataclass
-class DiffusionObjective:
+class DiffusionObjective(Objective):
     """Target, noise mixing and loss of one noise schedule and prediction type. Made by `build_objective`.
 
     Attributes:
@@ -134,28 +152,6 @@ class DiffusionObjective:
             return latents.float()
         signal, spread = self._mixing_rates(timesteps)
         return signal * noise.float() - spread * latents.float()
-
-    def loss(
-        self,
-        model_pred: torch.Tensor,
-        target: torch.Tensor,
-        timesteps: torch.Tensor,
-        mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The loss of each image, weighting included.
-
-        Args:
-            model_pred, target: (B, 4, h, w), any float type; computed in float32.
-            timesteps: (B,) int64.
-            mask: (B, 1, h, w) in 0..1, or None. The loss is the mean over the latent cells, weighed by the mask, so an
-                image counts the same however small its masked area is; one that is masked altogether costs 0.
-
-        Returns:
-            (B,) float32.
-        """
-        share = timesteps.float() / self.num_timesteps
-        cost = _COSTS[self.loss_type]((model_pred.float() - target.float()), share.view(-1, 1, 1, 1))
-        return self.weight(timesteps) * _mean_over_cells(cost, mask)
 
     def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
         """(B,) float32: the weight of each timestep. 1 unless Min-SNR or debiased estimation is on.
@@ -227,7 +223,7 @@ def build_objective(
 
 
 @dataclass
-class FlowObjective:
+class FlowObjective(Objective):
     """Rectified flow (arXiv 2209.03003): straight paths from image to noise, and their velocity as target.
 
     With s = t / 1000, x the latents and n the noise:
@@ -259,18 +255,6 @@ class FlowObjective:
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """The velocity (B, C, h, w) float32."""
         return noise.float() - latents.float()
-
-    def loss(
-        self,
-        model_pred: torch.Tensor,
-        target: torch.Tensor,
-        timesteps: torch.Tensor,
-        mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """(B,) float32: the loss of each image, weighting included."""
-        sigmas = self._sigmas(timesteps)
-        cost = _COSTS[self.loss_type]((model_pred.float() - target.float()), sigmas.view(-1, 1, 1, 1))
-        return self.weight(timesteps) * _mean_over_cells(cost, mask)
 
     def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
         """(B,) float32: the weight of each noise level."""

@@ -12,14 +12,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from everydream_kit.data.text_cache import captions_vary
-from everydream_kit.models.family import has_large_texts
-
 if TYPE_CHECKING:
     import torch
-
-    from everydream_kit.data.dataset import Dataset
-    from everydream_kit.models.family import Model
 
 
 class IdleModels:
@@ -65,27 +59,3 @@ def in_host_memory(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for tensor, device in zip(tensors, devices, strict=True):
             tensor.data = tensor.data.to(device)
-
-
-def idle_modules(
-    model: Model,
-    dataset: Dataset,
-    *,
-    offload: bool = True,
-    latents_cached: bool,
-    trains_text: bool,
-    transforms_captions: bool,
-) -> list[torch.nn.Module]:
-    """The modules that the steps do without. Large text encoders are always among them where captions can be encoded once.
-
-    Args:
-        offload: whether it is asked for.
-        latents_cached: images need not be encoded at every step.
-        trains_text: gradients flow into a text encoder.
-        transforms_captions: a plug-in may give a new text at every use.
-    """
-    modules = [model.vae] if offload and latents_cached else []
-    wanted = offload or has_large_texts(model.family)
-    if wanted and not trains_text and not transforms_captions and not captions_vary(dataset):
-        modules += model.text_encoders
-    return modules

@@ -12,7 +12,7 @@ import importlib
 import inspect
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +26,6 @@ from everydream_kit.training.rounding import RoundedOptimizer
 
 if TYPE_CHECKING:
     from everydream_kit.training.parameters import TrainedPart
-
-__all__ = [
-    "CombinedOptimizer",
-    "PartSettings",
-    "build_optimizer",
-    "build_optimizer_for_parts",
-    "default_optimizer_name",
-    "restore_optimizer",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -120,39 +111,6 @@ def default_optimizer_name(device_type: str) -> str:
     return "adamw8bit" if device_type == "cuda" else "adamw"
 
 
-def build_optimizer(
-    name: str,
-    param_groups: Iterable[Group] | Iterable[torch.Tensor],
-    *,
-    lr: float,
-    betas: Sequence[float] | None = None,
-    eps: float | None = None,
-    weight_decay: float | None = None,
-    device_type: str = "cpu",
-    **kwargs: Any,
-) -> torch.optim.Optimizer:
-    """Make one optimizer.
-
-    Args:
-        name: a name of the table, or `module.Class`.
-        param_groups: as torch's optimizers take them; a group may give its own lr, betas, eps and weight_decay.
-        lr, betas, eps, weight_decay: for groups that have none of their own. betas and eps None: the class's default;
-            weight_decay None: the name's (`OptimizerKind.weight_decay`).
-        device_type: where the parameters live.
-        **kwargs: further keyword arguments of the class.
-
-    Raises:
-        ConfigError: an unknown name, a class that cannot be imported, or an argument that it does not take.
-    """
-    groups: list[Group] = [dict(group) if isinstance(group, dict) else {"params": [group]} for group in param_groups]
-    for group in groups:
-        group.setdefault("lr", lr)
-        for key, value in (("betas", betas), ("eps", eps), ("weight_decay", weight_decay)):
-            group.setdefault(key, value)
-    optimizer: torch.optim.Optimizer = _make_builder(name, groups, device_type, kwargs)(groups)
-    return optimizer
-
-
 def build_optimizer_for_parts(
     parts: Sequence[TrainedPart],
     settings: Sequence[PartSettings],
@@ -175,7 +133,8 @@ def build_optimizer_for_parts(
         flat: step a few buffers, of at most `buffer_numbers`, where the optimizer allows it (see `flat`).
 
     Raises:
-        ConfigError: as `build_optimizer`; or fused_backward with an optimizer that needs all gradients together.
+        ConfigError: an unknown name, a class that cannot be imported, an argument that it does not take, or fused_backward
+            with an optimizer that needs all gradients together.
     """
     bundles: dict[Any, list[tuple[Group, PartSettings]]] = {}
     for part, how in zip(parts, settings, strict=True):
@@ -184,7 +143,7 @@ def build_optimizer_for_parts(
     optimizers: list[AnyOptimizer] = []
     for number, bundle in enumerate(bundles.values()):
         name, groups = bundle[0][1].optimizer, [group for group, _ in bundle]
-        build = _make_builder(name, groups, device_type, bundle[0][1].kwargs)
+        build = make_builder(name, groups, device_type, bundle[0][1].kwargs)
         if fused_backward and not may_step_by_parameter(name):
             raise ConfigError(
                 f"fused_backward, optimizer: {name} needs all gradients together; "
@@ -266,7 +225,7 @@ def is_elementwise(name: str) -> bool:
     return kind is not None and kind.elementwise
 
 
-def _make_builder(name: str, groups: Sequence[Group], device_type: str, kwargs: Mapping[str, Any]) -> Builder:
+def make_builder(name: str, groups: Sequence[Group], device_type: str, kwargs: Mapping[str, Any]) -> Builder:
     """What makes an optimizer of this name from groups. Everything is checked and said here, once.
 
     Args:

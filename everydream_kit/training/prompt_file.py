@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -145,11 +144,19 @@ def sampled_texts(group: SampleGroup) -> list[str]:
     """
     if group.sample_steps is None:
         return []
-    entries: list[SampleEntry] = []
-    with suppress(ConfigError):
-        entries = read_prompt_file(Path(group.sample_prompts), SampleSettings.of(group)).settings.samples
-    texts = [text for entry in entries for text in (entry.prompt, entry.negative_prompt)]
+    texts = [text for entry in prompts_of(group).settings.samples for text in (entry.prompt, entry.negative_prompt)]
     return list(dict.fromkeys(texts or [""]))
+
+
+def prompts_of(group: SampleGroup) -> PromptFile:
+    """The prompt file as training would use it; the settings alone where there is none, or it cannot be read."""
+    path, defaults = Path(group.sample_prompts), SampleSettings.of(group)
+    if group.sample_steps is None or not path.is_file():
+        return PromptFile(defaults)
+    try:
+        return read_prompt_file(path, defaults)
+    except ConfigError as error:
+        return PromptFile(defaults, (str(error).removeprefix(f"sample_prompts: {path}: "),))
 
 
 def read_prompt_file(path: Path, defaults: SampleSettings) -> PromptFile:

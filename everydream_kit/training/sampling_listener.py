@@ -25,7 +25,7 @@ from everydream_kit.models.sampling_schedulers import build_scheduler
 from everydream_kit.share_bar import ShareBar
 from everydream_kit.training.memory_measures import is_out_of_memory
 from everydream_kit.training.progress import StopRequested, WorkProgress
-from everydream_kit.training.prompt_file import PromptFile, SampleEntry, SampleSettings, read_prompt_file
+from everydream_kit.training.prompt_file import PromptFile, SampleEntry, SampleSettings, prompts_of, read_prompt_file
 from everydream_kit.training.reports import Listener, ObservedRun, StepReport
 from everydream_kit.training.runs_of_items import cut
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
+    from everydream_kit.config import TrainConfig
     from everydream_kit.data.dataset import Dataset
     from everydream_kit.models.sampling import SamplePrompt
     from everydream_kit.training.control import StopSignal
@@ -108,6 +109,18 @@ def sample_size(entry: SampleEntry, resolution: int, multiple: int) -> tuple[int
     if entry.aspect_ratio is not None:
         width, height = assign_bucket(round(1000 * entry.aspect_ratio), 1000, bucket_table(resolution))
     return max(width // multiple, 1) * multiple, max(height // multiple, 1) * multiple
+
+
+def sample_grids(config: TrainConfig, multiple: int = 8) -> list[tuple[tuple[int, int], int]]:
+    """Width and height of each grid's images in a sampling, and how many those are.
+
+    Args:
+        multiple: as in `plan_prompts`.
+    """
+    settings = prompts_of(config).settings
+    side = settings.resolution or max(config.resolutions)
+    entries = settings.samples or [SampleEntry()] * NUM_RANDOM_CAPTIONS
+    return [(sample_size(entry, side, multiple), len(entry.cfgs or settings.cfgs)) for entry in entries]
 
 
 def clean_for_file_name(prompt: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from optimizers_by_name import build_optimizer
 
 from everydream_kit.cli import main
 from everydream_kit.config import RETIRED, TrainConfig
@@ -19,7 +20,6 @@ from everydream_kit.everydream2 import FORK, FORK_WITHOUT_EFFECT, OFF_AT_ZERO
 from everydream_kit.everydream2.optimizer_file import import_optimizer_file
 from everydream_kit.everydream2.validation_file import import_validation_file
 from everydream_kit.settings import load_config
-from everydream_kit.training.optimizers import build_optimizer
 
 COMMON = {
     "batch_size": 8,

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from optimizers_by_name import build_optimizer
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from everydream_kit.training.flat import FlatOptimizer
-from everydream_kit.training.optimizers import OPTIMIZERS, build_optimizer
+from everydream_kit.training.optimizers import OPTIMIZERS
 
 ELEMENTWISE = [name for name, kind in OPTIMIZERS.items() if kind.elementwise]
 TORCH_FUSED = {"adamw", "adam", "sgd", "pagedadamw"}

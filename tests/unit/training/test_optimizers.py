@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
+from optimizers_by_name import build_optimizer
 
 from everydream_kit.errors import ConfigError
 from everydream_kit.training.optimizers import (
     OPTIMIZERS,
-    build_optimizer,
     build_optimizer_for_parts,
     default_optimizer_name,
     may_step_by_parameter,

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from optimizers_by_name import build_optimizer
 
 from everydream_kit.draws import torch_generator
 from everydream_kit.training import rounding
-from everydream_kit.training.optimizers import build_optimizer
 from everydream_kit.training.rounding import RoundedOptimizer, stochastic_round
 
 
