@@ -31,13 +31,19 @@ MODULAR_INDEX = "modular_model_index.json"
 
 
 def open_folder(
-    folder: Path, *, family: str | None = None, prediction_type: str | None = None, variant: str | None = None
+    folder: Path,
+    *,
+    family: str | None = None,
+    prediction_type: str | None = None,
+    variant: str | None = None,
+    needs_weights: bool = True,
 ) -> ModelFiles:
     """Open a diffusers folder.
 
     Args:
         family, prediction_type: overrides of what the files say.
         variant: of the weight files, such as `fp16`; a component without it is taken plain.
+        needs_weights: False: configs will do. No weights are opened, and a scheduler may be missing.
 
     Raises:
         ModelError: a part is missing, damaged, or of a kind that the kit does not train.
@@ -51,11 +57,11 @@ def open_folder(
     for name in wanted:
         if name not in configs:
             raise ModelError(f"{folder}: {name}/config.json is missing, and {found.title} needs it.")
-    scheduler = _read_scheduler(folder)
+    scheduler = _read_scheduler(folder, is_needed=needs_weights)
     if index.get(DISTILLED) is True:  # diffusers' pipelines shift such a model's noise levels in another way
         scheduler[DISTILLED] = True
-    tensors = {name: open_component(folder / name, variant) for name in wanted}
-    for slot in found.text_encoders:  # what a whole CLIP model's file holds besides
+    tensors = {name: open_component(folder / name, variant) for name in wanted} if needs_weights else {}
+    for slot in found.text_encoders if needs_weights else ():  # what a whole CLIP model's file holds besides
         own = tensors[slot.folder]
         tensors[slot.folder] = {name: value for name, value in own.items() if not name.startswith(slot.unused)}
     return ModelFiles(
@@ -85,7 +91,7 @@ def read_configs(folder: Path) -> dict[str, Config]:
 def _check_is_model(folder: Path) -> None:
     if any((folder / name / "config.json").is_file() for name in denoiser_folders()):
         return
-    if not any(folder.iterdir()):
+    if folder.is_dir() and not any(folder.iterdir()):
         raise ModelError(f"{folder}: the folder is empty, so there is no model to load. Was the download cut short?")
     raise ModelError(
         f"{folder}: not a diffusers model (unet/config.json is missing). Give the folder that holds "
@@ -180,9 +186,11 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: is missing.") from None
 
 
-def _read_scheduler(folder: Path) -> dict[str, Any]:
+def _read_scheduler(folder: Path, *, is_needed: bool) -> dict[str, Any]:
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
+        if not is_needed:
+            return {}
         raise ModelError(f"{folder}: scheduler/scheduler_config.json is missing, so the noise schedule is not known.")
     return dict(scheduler_values(read_json(path), str(folder)))
 

@@ -167,45 +167,16 @@ def _read_adapted(folder: Path, endpoint: str | None, vae: str | Path | None) ->
 
 
 def open_configs(folder: Path, *, family: str | None = None, prediction_type: str | None = None) -> ModelFiles:
-    """`models.model_files.open_folder` of a folder that need not hold weights.
+    """A diffusers folder that need not hold weights.
 
     Raises:
         ModelError: a config is missing, or of a kind that the kit does not train.
     """
-    from everydream_kit.models.families import family_by_name
-    from everydream_kit.models.family import ModelFiles
-    from everydream_kit.models.model_files import (
-        denoiser_folders,
-        has_zero_terminal_snr,
-        predicted_by,
-        read_configs,
-        read_json,
-        recognize_configs,
-        refuse_unsupported,
-    )
+    from everydream_kit.models.model_files import open_folder
 
-    configs = read_configs(folder)
-    if not configs.keys() & denoiser_folders():
-        raise ModelError(f"{folder}: not a diffusers model (unet/config.json is missing).")
-    index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
-    refuse_unsupported(str(folder), configs, index)
-    found = family_by_name(family) if family else recognize_configs(str(folder), configs)
-    wanted = [component.folder for component in found.components]
-    missing = [name for name in wanted if name not in configs]
-    if missing:
-        raise ModelError(f"{folder}: {missing[0]}/config.json is missing, and {found.title} needs it.")
-    schedule = folder / "scheduler" / "scheduler_config.json"
-    scheduler = read_json(schedule) if schedule.is_file() else {}
-    return ModelFiles(
-        family=found,
-        source=str(folder),
-        configs={name: configs[name] for name in wanted},
-        tensors={},
-        tokenizers={slot.tokenizer_folder: _own_vocabulary(folder, slot) for slot in found.text_encoders},
-        scheduler_config=scheduler,
-        prediction_type=predicted_by(found, scheduler, str(folder), prediction_type),
-        zero_terminal_snr=has_zero_terminal_snr(scheduler),
-    )
+    files = open_folder(folder, family=family, prediction_type=prediction_type, needs_weights=False)
+    files.tokenizers = {slot.tokenizer_folder: _own_vocabulary(folder, slot) for slot in files.family.text_encoders}
+    return files
 
 
 def _own_vocabulary(folder: Path, slot: TextEncoderSlot) -> Path | None:

@@ -94,8 +94,13 @@ def test_the_shipped_configs_have_the_published_sizes(family, millions):
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(ModelError, match="there is no such file or folder"):
         read_architecture("no/such/place")
+    with pytest.raises(ModelError, match="the folder is empty"):
+        read_architecture(tmp_path)
+    (tmp_path / "note.txt").touch()
     with pytest.raises(ModelError, match=r"unet/config\.json is missing"):
         read_architecture(tmp_path)
+    with pytest.raises(ModelError, match=r"unet/config\.json is missing"):
+        read_architecture(tmp_path, subfolder="absent")
     shutil.copytree(tiny_folder("sdxl"), tmp_path / "part", ignore=shutil.ignore_patterns("*.safetensors"))
     shutil.rmtree(tmp_path / "part" / "vae")
     with pytest.raises(ModelError, match=r"vae/config\.json is missing"):
