@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from everydream_kit.data.cache_room import estimate_bytes
 from everydream_kit.disk_space import compare_sizes, existing_folder, free_disk
+from everydream_kit.preflight.memory_estimate import has_ema
 from everydream_kit.preflight.units import size
 from everydream_kit.training.caching import choose_latent_mode, latent_folder
 from everydream_kit.training.checkpoint_saving import SavingRules
@@ -115,7 +116,7 @@ def estimate_disk(
     run = Path(config.logdir)
     items = [_checkpoints(config, estimate, saves, run)]
     if not config.no_save_ckpt:
-        one = single_file_bytes(config, estimate) * (2 if _averages(config) else 1)
+        one = single_file_bytes(config, estimate) * (2 if has_ema(config) else 1)
         folder = Path(config.save_ckpt_dir or ".")
         kept = min(config.keep_last_n or len(saves), len(saves))
         most = min(kept + 1, len(saves))  # the next is written before the oldest is removed
@@ -181,7 +182,7 @@ def _checkpoints(config: TrainConfig, estimate: MemoryEstimate, saves: Sequence[
     them."""
     weights = estimate.weight_bytes_written + estimate.side_bytes_written
     best = (
-        0 if config.validation_split_mode == "none" else weights // (2 if _averages(config) else 1)
+        0 if config.validation_split_mode == "none" else weights // (2 if has_ema(config) else 1)
     )  # live weights only
     kept = most = 0  # the most grows with every save until pruning holds it
     for number in range(1, len(saves) + 1):
@@ -195,10 +196,6 @@ def _checkpoints(config: TrainConfig, estimate: MemoryEstimate, saves: Sequence[
     one = size(weights)
     note = f"{len(saves)} saved, {kept} kept, {one} each; {resumable} with {size(estimate.state_bytes_written)} of resume state"
     return DiskItem("checkpoints", folder, most, last, note)
-
-
-def _averages(config: TrainConfig) -> bool:
-    return config.ema_decay_rate is not None or config.ema_strength_target is not None
 
 
 def _places(items: Sequence[DiskItem], free: Mapping[Path, int] | None) -> tuple[Place, ...]:

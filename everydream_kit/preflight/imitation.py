@@ -8,7 +8,6 @@ CPU computes them in the low format), and the optimizers of bitsandbytes want va
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 
 from everydream_kit.preflight.tracker import StorageTracker
 from everydream_kit.training.flat import FlatOptimizer
-from everydream_kit.training.precision import Precision
 
 PAGED_FROM = 100_000
 """Numbers from which bitsandbytes pages a state (optimizer.py, `get_state_buffer`: `p.numel() < 1e5` is not paged)."""
@@ -24,23 +22,6 @@ PAGED_FROM = 100_000
 
 BITSANDBYTES_LAUNCHES = 3
 """Launches that a tensor's update counts as: its Python costs about 104 µs where a launch costs 37 (docs/gpu.md)."""
-
-
-class ImitatedPrecision(Precision):
-    """A run's precision as it is on the device that is estimated, on tensors of the CPU and without a gradient scaler.
-
-    The scaler's memory is a few numbers, and whether it lets a step happen depends on values that do not exist here.
-    """
-
-    def autocast(self, *, keep_casts: bool = True) -> AbstractContextManager[Any]:
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast("cpu", self.dtype, cache_enabled=keep_casts)
-
-
-def imitate_precision(precision: Precision) -> ImitatedPrecision:
-    """The same formats, without scaler."""
-    return ImitatedPrecision(precision.device_type, precision.dtype, precision.weight_dtype, precision.frozen_dtype)
 
 
 def imitate_autocast(modules: Iterable[torch.nn.Module]) -> None:

@@ -119,11 +119,6 @@ class Plan:
         return None if self.price is None or self.seconds_left is None else self.price.cost(self.seconds_left)
 
     @property
-    def cost_of_idling(self) -> float | None:
-        """US dollars of every hour in which the machine waits, or None."""
-        return None if self.price is None else self.price.usd_per_hour
-
-    @property
     def line(self) -> str:
         """The plan in one line."""
         parts = [self._length_words()]
@@ -176,7 +171,7 @@ class Plan:
             "price": None if self.price is None else asdict(self.price),
             "cost_usd": self.cost,
             "cost_left_usd": self.cost_left,
-            "idle_usd_per_hour": self.cost_of_idling,
+            "idle_usd_per_hour": None if self.price is None else self.price.usd_per_hour,
             "advice": None if self.advice is None else self._advice_json(),
             "offer": None if self.offer is None else asdict(self.offer),
             "assumptions": list(self.assumptions),

@@ -202,7 +202,9 @@ def read_dataset(config: TrainConfig) -> _Images:
     try:
         dataset = scan(config, config.data_root)
         if measures_losses(config):
-            dataset = _training_part(config, dataset)
+            from everydream_kit.training.held_out_images import split_dataset
+
+            dataset = split_dataset(dataset, config, partial(scan, config))[0]  # what validation leaves
     except DataError as problem:
         return _Images(0, None, str(problem))
     skipped = len(dataset.problems)
@@ -234,13 +236,6 @@ def _read_config(given: TrainConfig | dict[str, Any] | str | Path | RunFolder) -
         run = given if isinstance(given, RunFolder) else RunFolder.open(given)
         config, steps_done = load_config(run.config_path)[0], int(run.status().get("step") or 0)
     return with_side_files(config)[0], steps_done
-
-
-def _training_part(config: TrainConfig, dataset: Dataset) -> Dataset:
-    """The images that validation leaves for training."""
-    from everydream_kit.training.held_out_images import split_dataset
-
-    return split_dataset(dataset, config, partial(scan, config))[0]
 
 
 def _latents(config: TrainConfig, images: _Images, settings: PlanSettings) -> tuple[str, int]:

@@ -13,6 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from everydream_kit.models.lora import without_chance
 from everydream_kit.models.quantized import is_quantized, num_weights
 from everydream_kit.models.sampling import guide, is_doubled
 from everydream_kit.models.tokenizer import saved_bytes
-from everydream_kit.preflight.imitation import imitate_autocast, imitate_precision, replace_bitsandbytes
+from everydream_kit.preflight.imitation import imitate_autocast, replace_bitsandbytes
 from everydream_kit.preflight.memory_records import CATEGORIES, MemoryEstimate, Phase, Question, SampleShape
 from everydream_kit.preflight.skeleton import build_skeleton
 from everydream_kit.preflight.tracker import (
@@ -197,7 +198,8 @@ def _assemble(  # noqa: PLR0917 - what a run is made of, each once
     for flat in flat_optimizers(learner.optimizer):
         tracker.label(flat.weights, WEIGHTS)
         tracker.label(flat.gradients, SHARED_GRADIENTS)
-    learner.precision = imitate_precision(learner.precision)
+    # a scaler's memory is a few numbers, and whether it lets a step happen depends on values that do not exist here
+    learner.precision = replace(learner.precision, device_type="cpu", scaler=None)
     learner.updates_in_backward = False  # the optimizer's hooks stay; only the look at losses that have no values goes
     replace_bitsandbytes(learner.optimizer, tracker, HOST, device_type=device_type)
     if learner.ema is not None and device_type != "cpu" and config.ema_device == "cpu":

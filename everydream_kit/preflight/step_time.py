@@ -120,8 +120,10 @@ def measured_here(config: TrainConfig, gpu_spec: GpuSpec | None) -> StepSeconds 
             continue
         images_per_second = _images_per_second(run)
         if images_per_second:
-            per_step = _whole(config.batch_size) * config.grad_accum
-            return StepSeconds(per_step / images_per_second, "measured here", f"run {run.name}")
+            assert isinstance(config.batch_size, int)
+            return StepSeconds(
+                config.batch_size * config.grad_accum / images_per_second, "measured here", f"run {run.name}"
+            )
     return None
 
 
@@ -261,8 +263,3 @@ def _images_per_second(run: RunFolder) -> float | None:
         return statistics.median(known)
     speed = run.status().get("images_per_second")
     return float(speed) if speed else None
-
-
-def _whole(batch_size: int | str) -> int:
-    assert isinstance(batch_size, int), "the batch size must be known before a step's time is estimated"
-    return batch_size

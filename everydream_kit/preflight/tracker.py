@@ -227,11 +227,6 @@ class StorageTracker(TorchDispatchMode):
             sums[life.category] = sums.get(life.category, 0) + life.num_bytes
         return sums
 
-    def add_flops(self, flops: int) -> None:
-        """Count operations that no operator of the trace stands for."""
-        for stretch in self._open:
-            stretch.flops += flops
-
     def add_launches(self, number: int) -> None:
         """Count kernels that no operator of the trace stands for."""
         phase = phase_of_backward() or self._phase
@@ -277,7 +272,9 @@ class StorageTracker(TorchDispatchMode):
             self.add_launches(1)
         formula = FLOP_FORMULAS.get(func._overloadpacket)
         if formula is not None and self._open:
-            self.add_flops(int(formula(*args, **kwargs, out_val=result)))
+            flops = int(formula(*args, **kwargs, out_val=result))
+            for stretch in self._open:
+                stretch.flops += flops
 
     def _life_of(self, tensor: torch.Tensor) -> Life:
         storage = tensor.untyped_storage()

@@ -246,7 +246,9 @@ def prepare_modules(model: Model, config: TrainConfig, journal: Journal) -> None
     if config.channels_last:
         denoiser.to(memory_format=torch.channels_last)
     if config.blocks_to_swap:
-        swap_blocks(model, config.blocks_to_swap)
+        # the others, and what is trained, go to the device; before an optimizer sees it
+        blocks = waiting_blocks(denoiser, model.family.denoiser.blocks, config.blocks_to_swap)
+        model.block_swap = BlockSwap(denoiser, list(blocks.values()), model.device)
         if model.device.type == "cpu":
             journal.warn("blocks_to_swap: saves nothing on a CPU, where all memory is host memory.")
     if config.torch_compile:
@@ -300,16 +302,6 @@ def drops_out(module: torch.nn.Module) -> bool:
     layers = list(module.modules())
     shares = [layer.p if isinstance(layer, torch.nn.Dropout) else vars(layer).get("dropout") for layer in layers]
     return any(isinstance(share, float) and share > 0 for share in shares)
-
-
-def swap_blocks(model: Model, count: int | str) -> None:
-    """Let so many of the denoiser's blocks wait in host memory; what is trained goes to the device. Before an optimizer sees it.
-
-    Raises:
-        ConfigError: there are not so many.
-    """
-    blocks = waiting_blocks(model.denoiser, model.family.denoiser.blocks, count)
-    model.block_swap = BlockSwap(model.denoiser, list(blocks.values()), model.device)
 
 
 def tile_large_images(model: Model, precision: Precision) -> None:

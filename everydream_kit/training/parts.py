@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from everydream_kit.config import facts
 
@@ -20,8 +20,6 @@ PREFIXES = {UNET: "unet_", TEXT_ENCODER: "text_encoder_"}
 """Of the settings of one part alone."""
 OPTIMIZERS_OWN = tuple(name for name, one in facts().items() if one.optimizer_argument)
 """Settings that only some optimizers take."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,8 @@ def part_settings(config: TrainConfig, part: str, default_optimizer: str) -> Par
         return getattr(config, PREFIXES[part] + name, None)
 
     def value(name: str) -> Any:
-        return _first(own(name), getattr(config, name))
+        given = own(name)
+        return getattr(config, name) if given is None else given
 
     optimizer = value("optimizer") or default_optimizer
     inherits = plain_name(optimizer) == plain_name(config.optimizer or default_optimizer)
@@ -107,7 +106,3 @@ def _rate(config: TrainConfig, part: str) -> float:
     if part == TEXT_ENCODER and config.text_encoder_lr_scale is not None:
         return config.lr * config.text_encoder_lr_scale
     return config.lr
-
-
-def _first(own: T | None, shared: T | None) -> T | None:
-    return shared if own is None else own

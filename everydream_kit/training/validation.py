@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +150,7 @@ def validate(
     """
     sums = torch.zeros(len(timesteps), dtype=torch.float64)
     num_images = 0
-    with torch.no_grad(), _EvaluationMode(modules):
+    with torch.no_grad(), _evaluation_mode(modules):
         for batch in batches:
             counts = torch.tensor([not draw.filler for draw in batch.planned.draws])
             latents, conditioning = encode(batch)
@@ -193,18 +194,16 @@ def _losses_at(
     )
 
 
-class _EvaluationMode:
+@contextmanager
+def _evaluation_mode(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     """Modules in evaluation mode while inside; each submodule goes back to its own mode, also after an error."""
-
-    def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
-        self._modes = [(one, one.training) for module in modules for one in module.modules()]
-
-    def __enter__(self) -> None:
-        for module, _ in self._modes:
+    modes = [(one, one.training) for module in modules for one in module.modules()]
+    try:
+        for module, _ in modes:
             module.training = False
-
-    def __exit__(self, *exception: object) -> None:
-        for module, mode in self._modes:
+        yield
+    finally:
+        for module, mode in modes:
             module.training = mode
 
 

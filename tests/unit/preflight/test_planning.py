@@ -40,7 +40,7 @@ def test_the_line_says_steps_time_memory_disk_and_cost(settings):
         made.line,
     )
     assert made.cost == pytest.approx(0.35 * made.seconds / 3600)
-    assert made.cost_of_idling == 0.35
+    assert made.to_json()["idle_usd_per_hour"] == 0.35
 
 
 def test_steps_are_the_trainers_own(settings):
