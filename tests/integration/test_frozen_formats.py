@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from rehearsals import plain_settings, prepared, rehearse, square_images
+from tiny_models import tiny_folder
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.config.precision_settings import PrecisionGroup
@@ -20,8 +22,6 @@ from everydream_kit.models.model_saving import save_model
 from everydream_kit.preflight.skeleton import build_skeleton, read_architecture
 from everydream_kit.training.base import choose_formats
 from everydream_kit.training.precision import choose_precision
-from tests.support.rehearsals import plain_settings, prepared, rehearse, square_images
-from tests.support.tiny_models import tiny_folder
 
 MATRICES = (torch.nn.Linear, torch.nn.Conv2d)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from rehearsals import prepared
 from stop_after import StopAfter
 from test_flow_families import settings_for, weights_of
 from tiny_models import tiny_folder
@@ -25,7 +26,6 @@ from everydream_kit.models.quantized import QuantizedLinear, num_weights
 from everydream_kit.models.tensors import LazyTensor
 from everydream_kit.preflight.skeleton import build_skeleton, read_architecture
 from everydream_kit.sessions import resume, train
-from tests.support.rehearsals import prepared
 
 KEPT = {
     "sd1": ("conv_in", "time_embedding.linear_1", "down_blocks.0.resnets.0.time_emb_proj"),

@@ -2,9 +2,8 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = REPOSITORY / "everydream_kit"
@@ -14,6 +13,11 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 def name_of(path):
     return str(path.relative_to(REPOSITORY))
+
+
+@cache
+def tree_of(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def public_nodes(tree):
@@ -42,17 +46,17 @@ def is_obvious(name, node):
     return lines <= 3 or (is_method and (lines <= OBVIOUS_LINES or node.name.startswith("on_")))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_every_module_opens_with_what_it_is(path):
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+def test_every_module_opens_with_what_it_is():
+    assert MODULES
+    assert not [name_of(path) for path in MODULES if not ast.get_docstring(tree_of(path))]
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if path.parent.name != "benchmarks"], ids=name_of)
-def test_everything_public_has_a_docstring(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+def test_everything_public_has_a_docstring():
     silent = [
         f"{name_of(path)}:{node.lineno} {name}"
-        for name, node in public_nodes(tree)
+        for path in MODULES
+        if path.parent.name != "benchmarks"
+        for name, node in public_nodes(tree_of(path))
         if not ast.get_docstring(node) and not is_obvious(name, node)
     ]
     assert not silent
@@ -77,14 +81,13 @@ def argument_names(node):
     return {argument.arg for argument in listed if argument is not None}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_documented_arguments_exist(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    wrong = []
-    for node in ast.walk(tree):
-        if isinstance(node, FUNCTIONS):
-            unknown = set(documented_arguments(ast.get_docstring(node) or "")) - argument_names(node)
-            wrong += [f"{name_of(path)}:{node.lineno} {node.name}: {name}" for name in sorted(unknown)]
+def test_documented_arguments_exist():
+    functions = [(path, node) for path in MODULES for node in ast.walk(tree_of(path)) if isinstance(node, FUNCTIONS)]
+    wrong = [
+        f"{name_of(path)}:{node.lineno} {node.name}: {name}"
+        for path, node in functions
+        for name in sorted(set(documented_arguments(ast.get_docstring(node) or "")) - argument_names(node))
+    ]
     assert not wrong
 
 

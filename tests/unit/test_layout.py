@@ -68,7 +68,6 @@ RAISES_EVERYTHING_AGAIN = {
     "everydream_kit/training/plugins.py": "code of other people: its errors are raised again with the plug-in's name",
     "everydream_kit/actions/background.py": "the status of the task names the error; then it is raised into the log",
 }
-LONG_BY_NATURE = {}
 LONGEST_FUNCTION = 60
 """Without the docstring."""
 
@@ -80,6 +79,11 @@ def name_of(path):
 @cache
 def tree_of(path):
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+@cache
+def nodes_of(path):
+    return list(ast.walk(tree_of(path)))
 
 
 def room_of(path):
@@ -111,6 +115,7 @@ def is_type_checking(node):
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
 
 
+@cache
 def imports(path, *, inside_functions=True, for_types=True):
     """(line, dotted name) of every import in a file."""
 
@@ -138,84 +143,114 @@ def test_the_package_is_found():
     assert {room_of(path) for path in MODULES} - {"__init__", "__main__"} <= set(ROOMS)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_point_up_the_list_only(path):
-    room = room_of(path)
-    if room in ("__init__", "__main__"):  # the public names and the command's door know every room
-        return
-    wrong = []
-    for line, name in imports(path):
-        other = room_of_name(name)
-        if other not in ROOMS or other == room:
-            continue
-        if ROOMS.index(other) > ROOMS.index(room) or (room, other) in APART:
-            wrong.append(f"{name_of(path)}:{line} imports {name}")
+def is_downward(room, other):
+    """Whether an import of one room by another points down the list, or between two that do not know each other."""
+    if other not in ROOMS or other == room:
+        return False
+    return ROOMS.index(other) > ROOMS.index(room) or (room, other) in APART
+
+
+def test_imports_point_up_the_list_only():
+    every_room = ("__init__", "__main__")  # the public names and the command's door know every room
+    wrong = [
+        f"{name_of(path)}:{line} imports {name}"
+        for path in MODULES
+        if room_of(path) not in every_room
+        for line, name in imports(path)
+        if is_downward(room_of(path), room_of_name(name))
+    ]
     assert not wrong
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_only_panels_know_widgets(path):
-    widgets = [name for _, name in imports(path) if name.split(".")[0] in ("ipywidgets", "anywidget", "IPython")]
-    assert not widgets or room_of(path) == "panels"
+def imported_from(packages, path, **kinds):
+    """`file:line name` of every import in a file that is one of these packages or of one of them."""
+    return [f"{name_of(path)}:{line} {name}" for line, name in imports(path, **kinds) if name.split(".")[0] in packages]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_slow_packages_are_imported_where_they_are_used(path):
-    """At the top of a file they would be paid for by all who import it. Torch may be where nothing works without."""
+def test_only_panels_know_widgets():
+    others = [path for path in MODULES if room_of(path) != "panels"]
+    assert not [found for path in others for found in imported_from(("ipywidgets", "anywidget", "IPython"), path)]
+
+
+def slow_here(path):
+    """Packages that a file may not import at its top: torch may be where nothing works without."""
     needs_torch = room_of(path) in ("transfers", "models", "training", "export", "demo") or path.name in TORCH_IN_DATA
     needs_torch |= room_of(path) == "preflight" and path.name in TORCH_IN_PREFLIGHT
-    top = [name for _, name in imports(path, inside_functions=False, for_types=False) if name.split(".")[0] in SLOW]
-    assert not [name for name in top if not (needs_torch and name.split(".")[0] == "torch")]
+    return [name for name in SLOW if not (needs_torch and name == "torch")]
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if room_of(path) in TORCH_FREE], ids=name_of)
-def test_the_first_rooms_never_need_torch(path):
-    torch = [name for _, name in imports(path, for_types=False) if name.split(".")[0] == "torch"]
-    assert not torch or path.name == "draws.py"  # which makes torch generators, and imports it when one is requested
+def test_slow_packages_are_imported_where_they_are_used():
+    """At the top of a file they would be paid for by all who import it."""
+    assert not [
+        found
+        for path in MODULES
+        for found in imported_from(slow_here(path), path, inside_functions=False, for_types=False)
+    ]
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if room_of(path) == "data"], ids=name_of)
-def test_data_needs_torch_in_the_loader_and_the_cache_only(path):
-    torch = [name for _, name in imports(path, for_types=False) if name.split(".")[0] == "torch"]
-    assert not torch or path.name in TORCH_IN_DATA
+def test_the_first_rooms_never_need_torch():
+    # draws.py makes torch generators, and imports it when one is requested
+    first = [path for path in MODULES if room_of(path) in TORCH_FREE and path.name != "draws.py"]
+    assert first
+    assert not [found for path in first for found in imported_from(("torch",), path, for_types=False)]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_only_the_faces_print_and_exit(path):
-    if faces(path):
-        return
-    calls = [ast.unparse(node.func) for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
+def test_data_needs_torch_in_the_loader_and_the_cache_only():
+    others = [path for path in MODULES if room_of(path) == "data" and path.name not in TORCH_IN_DATA]
+    assert others
+    assert not [found for path in others for found in imported_from(("torch",), path, for_types=False)]
+
+
+def test_only_the_faces_print_and_exit():
     forbidden = {"print", "exit", "quit", "sys.exit", "os._exit", "input"}
-    if name_of(path) == "everydream_kit/training/control.py":
-        forbidden -= {"os._exit"}  # the second Ctrl-C, when the first one's orderly way hangs
-    assert not forbidden & set(calls)
+    # the second Ctrl-C, when the first one's orderly way hangs
+    allowed = {("everydream_kit/training/control.py", "os._exit")}
+    calls = {
+        (name_of(path), ast.unparse(node.func))
+        for path in MODULES
+        if not faces(path)
+        for node in nodes_of(path)
+        if isinstance(node, ast.Call)
+    }
+    assert calls
+    assert not sorted(call for call in calls - allowed if call[1] in forbidden)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_no_handler_catches_everything(path):
-    """A handler that names no error hides the next bug. `BaseException` is for cleaning up, and must raise again."""
-    for node in ast.walk(tree_of(path)):
-        if not isinstance(node, ast.ExceptHandler):
-            continue
-        caught = ast.unparse(node.type) if node.type else "everything"
-        raises_again = any(isinstance(child, ast.Raise) for child in ast.walk(node))
-        if name_of(path) in RAISES_EVERYTHING_AGAIN and raises_again:
-            continue
-        assert caught not in ("everything", "Exception"), f"{name_of(path)}:{node.lineno}"
-        assert caught != "BaseException" or raises_again, f"{name_of(path)}:{node.lineno}"
+def catches_everything(node, path):
+    """Whether a handler hides the next bug. `BaseException` is for cleaning up, and must raise again."""
+    caught = ast.unparse(node.type) if node.type else "everything"
+    raises_again = any(isinstance(child, ast.Raise) for child in ast.walk(node))
+    if raises_again and (caught == "BaseException" or name_of(path) in RAISES_EVERYTHING_AGAIN):
+        return False
+    return caught in ("everything", "Exception", "BaseException")
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_files_and_functions_stay_readable(path):
-    length = len(path.read_text(encoding="utf-8").splitlines())
-    assert length <= LONGEST_FILE or path.name in LONG_BY_NATURE, f"{name_of(path)} has {length} lines"
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            lines = node.end_lineno - node.lineno + 1
-            lines -= len((ast.get_docstring(node) or "").splitlines())
-            assert lines <= LONGEST_FUNCTION or node.name in LONG_BY_NATURE, (
-                f"{name_of(path)}:{node.lineno} {node.name} has {lines} lines"
-            )
+def test_no_handler_catches_everything():
+    assert not [
+        f"{name_of(path)}:{node.lineno}"
+        for path in MODULES
+        for node in nodes_of(path)
+        if isinstance(node, ast.ExceptHandler) and catches_everything(node, path)
+    ]
+
+
+def test_files_stay_readable():
+    lengths = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
+    assert not {name: length for name, length in lengths.items() if length > LONGEST_FILE}
+
+
+def test_functions_stay_readable():
+    lengths = {
+        f"{name_of(path)}:{node.lineno} {node.name}": node.end_lineno
+        - node.lineno
+        + 1
+        - len((ast.get_docstring(node) or "").splitlines())
+        for path in MODULES
+        for node in nodes_of(path)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    }
+    assert lengths
+    assert not {name: lines for name, lines in lengths.items() if lines > LONGEST_FUNCTION}
 
 
 @pytest.fixture(scope="module")
@@ -308,13 +343,14 @@ def test_test_files_have_names_of_their_own():
     assert not list((REPOSITORY / "tests").rglob("__init__.py"))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_images_are_opened_in_one_place_only(path):
+def test_images_are_opened_in_one_place_only():
     """`Image.open` tries every format that Pillow knows, and runs Ghostscript on PostScript."""
+    others = [path for path in MODULES if path.relative_to(PACKAGE).as_posix() != "data/image_files.py"]
     opens = [
         f"{name_of(path)}:{node.lineno}"
-        for node in ast.walk(tree_of(path))
+        for path in others
+        for node in nodes_of(path)
         if isinstance(node, ast.Attribute) and node.attr == "open" and ast.unparse(node.value) in ("Image", "PIL.Image")
     ]
-    opens += [f"{name_of(path)}:{line}" for line, name in imports(path) if name == "PIL.Image.open"]
-    assert not opens or path.relative_to(PACKAGE).as_posix() == "data/image_files.py"
+    opens += [f"{name_of(path)}:{line}" for path in others for line, name in imports(path) if name == "PIL.Image.open"]
+    assert not opens

@@ -11,8 +11,6 @@ import tokenize
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 REPOSITORY = Path(__file__).parents[2]
 FOLDERS = ("everydream_kit", "scripts", "benchmarks", "recipes", "tests", "notebooks/src")
 
@@ -126,8 +124,8 @@ def retired_in(path, number, text, line):
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_code_uses_the_fields_words(path):
+def retired_in_code(path):
+    """Retired names, and retired phrases of comments and strings."""
     source = path.read_text(encoding="utf-8")
     found = []
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -140,11 +138,15 @@ def test_code_uses_the_fields_words(path):
             ]
         elif token.type in (tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.COMMENT)):
             found += retired_in(path, number, token.string, token.line)
-    assert not found
+    return found
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
-def test_pages_use_the_fields_words(path):
+def test_code_uses_the_fields_words():
+    assert not [place for path in SOURCES for place in retired_in_code(path)]
+
+
+def retired_in_page(path):
+    """Retired phrases, and retired parts of names."""
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         found += retired_in(path, number, line, line)
@@ -153,19 +155,26 @@ def test_pages_use_the_fields_words(path):
             found += [
                 f"{name_of(path)}:{number}: name {name!r}" for name in names if set(parts_of(name)) & set(NAME_PARTS)
             ]
-    assert not found
+    return found
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
-def test_prose_of_pages_is_at_most_100_columns_wide(path):
-    """Tables, code and addresses may be wider."""
+def test_pages_use_the_fields_words():
+    assert not [place for path in PAGES for place in retired_in_page(path)]
+
+
+def wide_prose(path):
+    """Lines of prose above 100 columns; tables, code and addresses may be wider."""
     wide, in_code = [], False
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         in_code ^= line.lstrip().startswith("```")
         is_prose = not in_code and not re.match(r"\s*(\||<|!\[|#)|    ", line) and "://" not in line
         if is_prose and len(line) > 100 and " " in line.strip()[:90]:
             wide.append(f"{name_of(path)}:{number}")
-    assert not wide
+    return wide
+
+
+def test_prose_of_pages_is_at_most_100_columns_wide():
+    assert not [place for path in PAGES for place in wide_prose(path)]
 
 
 def test_there_is_something_to_read_and_the_exceptions_exist():
