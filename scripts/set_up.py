@@ -491,6 +491,7 @@ def main(arguments: Sequence[str]) -> int:
         os.chdir(REPOSITORY)
         os.environ["EDK_PYTHON"] = target.python
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models gain nothing from threads that fight for the cores
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process compiles anew what no set-up has compiled
     sys.stdout.flush()
     words = command_line(target, command, rest)
     os.execvp(words[0], words)

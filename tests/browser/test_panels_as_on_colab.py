@@ -6,6 +6,7 @@ it (but those of what happens in separate processes), and one panel is driven in
 widget manager cannot be had here; core widgets behave alike in both.
 """
 
+import json
 import os
 import secrets
 import signal
@@ -15,11 +16,10 @@ import sysconfig
 import venv
 from pathlib import Path
 
-import nbformat
 import pytest
 from hostile_project import make_hostile_project
 from installing import install
-from jupyter_lab import REPOSITORY, VIEWPORT, free_port, wait_for
+from jupyter_lab import REPOSITORY, VIEWPORT, free_port, notebook_of, wait_for
 from PIL import Image
 from playwright.sync_api import expect
 
@@ -84,9 +84,7 @@ def classic(colab_python, tmp_path):
     }
 
     def write(*cells):
-        book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-        book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        nbformat.write(book, tmp_path / "panel.ipynb")
+        (tmp_path / "panel.ipynb").write_text(json.dumps(notebook_of(*cells)), "utf-8")
         return f"http://127.0.0.1:{port}/notebooks/panel.ipynb?token={token}"
 
     with (tmp_path / "server.log").open("wb") as log:

@@ -23,9 +23,7 @@ ALPHA = f"{TRAINING}::test_alpha_is_the_adapters_strength_and_dropout_makes_its_
 TOKENS = f"{TRAINING}::test_new_tokens_are_all_that_textual_inversion_trains"
 RATES = f"{TRAINING}::test_the_rate_of_each_step"
 LOSS = f"{TRAINING}::test_what_the_loss_asks_for_changes_the_loss"
-FLOW = (
-    "integration/test_flow_families.py::test_settings_of_flow_matching_are_refused_for_diffusion_and_change_a_flow_run"
-)
+FLOW = "integration/test_flow_runs.py::test_settings_of_flow_matching_are_refused_for_diffusion_and_change_a_flow_run"
 TIMESTEPS = f"{TRAINING}::test_only_timesteps_from_start_to_before_end_are_drawn"
 AMP = f"{TRAINING}::test_mixed_precision_can_be_forced_and_switched_off"
 MEMORY = f"{TRAINING}::test_measures_that_save_memory_leave_the_losses_as_they_are"

@@ -120,7 +120,8 @@ def test_the_adapter_survives_its_checkpoint_export_and_merging(case, tmp_path):
 
 @pytest.mark.parametrize("form", ["loha", "lokr"])
 def test_a_resumed_run_of_another_form_equals_one_that_never_stopped(form, tmp_path):
-    from test_flow_families import StopAfter, settings_for, weights_of
+    from flow_cases import settings_for, weights_of
+    from stop_after import StopAfter
 
     from everydream_kit.sessions import resume, train
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from flow_cases import settings_for, weights_of
 from rehearsals import prepared
 from stop_after import StopAfter
-from test_flow_families import settings_for, weights_of
 from tiny_models import tiny_folder
 
 from everydream_kit.config import TrainConfig

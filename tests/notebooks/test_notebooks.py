@@ -11,10 +11,7 @@ import sys
 import types
 from pathlib import Path
 
-import nbformat
 import pytest
-from IPython.core.inputtransformer2 import TransformerManager
-from nbclient import NotebookClient
 
 pytestmark = pytest.mark.timeout(900)  # a busy machine is slow, not broken
 REPOSITORY = Path(__file__).parents[2]
@@ -23,6 +20,8 @@ NAMES = ["00_quickstart", "01_prepare_dataset", "02_train", "03_compare_and_expo
 
 
 def read(path):
+    import nbformat  # here: every test process collects this file, and the import takes two seconds of processor time
+
     return nbformat.read(path, as_version=4)
 
 
@@ -42,6 +41,8 @@ def test_they_are_what_their_sources_say():
 
 @pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
 def test_no_output_is_stored_and_ids_are_hashes(path):
+    import nbformat
+
     book = read(path)
     nbformat.validate(book)
     assert all(not cell.outputs and cell.execution_count is None for cell in code_cells(path))
@@ -73,6 +74,8 @@ def test_the_first_code_cell_is_the_same_set_up_everywhere():
 @pytest.fixture
 def run_setup(monkeypatch, tmp_path):
     """Runs the set-up cell as on a machine without the kit; gives the shell lines that it would run."""
+    from IPython.core.inputtransformer2 import TransformerManager
+
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("EVERYDREAM_KIT_REPOSITORY", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -157,6 +160,9 @@ def test_the_quickstart_has_five_code_cells():
 
 def run_book(name, folder, *more, **parameters):
     """Execute a notebook in a folder of its own, with other values in the cell tagged `parameters`, and more cells at its end."""
+    import nbformat
+    from nbclient import NotebookClient
+
     book = read(REPOSITORY / "notebooks" / f"{name}.ipynb")
     cell = next(cell for cell in book.cells if "parameters" in cell.metadata.get("tags", ()))
     lines = cell.source.splitlines()

@@ -318,6 +318,20 @@ def test_versions_are_compared_as_numbers(version, numbers):
     assert set_up.as_numbers(version) == numbers
 
 
+@pytest.mark.parametrize("command", ["test", "check"])
+def test_tests_and_checks_keep_what_python_compiles(pretended, monkeypatch, command):
+    pretended.set(**COLAB)
+    for name in ("PYTHONDONTWRITEBYTECODE", "OMP_NUM_THREADS", "EDK_PYTHON"):  # what it changes comes back
+        monkeypatch.setenv(name, "1")
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(set_up, "choose_target", lambda *_: pretended.target())
+    monkeypatch.setattr(set_up, "install_browser", lambda: None)
+    started = []
+    monkeypatch.setattr(set_up.os, "execvp", lambda *_: started.append(set(os.environ)))
+    set_up.main([command])
+    assert [("PYTHONDONTWRITEBYTECODE" in names, "EDK_PYTHON" in names) for names in started] == [(False, True)]
+
+
 def test_the_test_command_runs_what_the_ci_runs():
     words = set_up.command_line(set_up.Target("python", None, "plain"), "test", ["-k", "doctor"])
     assert words[:3] == ["python", "-m", "pytest"]
