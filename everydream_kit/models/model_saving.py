@@ -33,6 +33,7 @@ def save_model(
     dtype: torch.dtype | None = None,
     weights: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
     open_file: OpenFile | None = None,
+    title: str = "",
 ) -> None:
     """Write a model as a diffusers folder; a model with an adapter as a small one that names its base (`adapters.py`).
 
@@ -42,10 +43,11 @@ def save_model(
         weights: state dicts by component ("unet", ...) that are written in place of the live ones: a snapshot of an
             earlier step, or averaged weights.
         open_file: see `write_safetensors`.
+        title: of an adapter, for its file's header, which apps show; by default the folder's name.
     """
     folder = Path(folder)
     if model.lora is not None or model.new_tokens:
-        _save_adapter(model, folder, weights)
+        _save_adapter(model, folder, weights, title or folder.name)
         return
     _refuse_quantized(model)
     files = files_of(model, weights)
@@ -63,7 +65,9 @@ def _refuse_quantized(model: Model) -> None:
         )
 
 
-def _save_adapter(model: Model, folder: Path, weights: Mapping[str, Mapping[str, torch.Tensor]] | None) -> None:
+def _save_adapter(
+    model: Model, folder: Path, weights: Mapping[str, Mapping[str, torch.Tensor]] | None, title: str
+) -> None:
     from everydream_kit.models.lora import lora_of
     from everydream_kit.models.lora_formats import write_lora
     from everydream_kit.models.tokens import save_tokens
@@ -82,7 +86,7 @@ def _save_adapter(model: Model, folder: Path, weights: Mapping[str, Mapping[str,
             model.family,
             denoiser_config,
             layout="diffusers",
-            title=folder.name,
+            title=title,
         )
         parts["lora"] = model.lora.to_json()
     if model.new_tokens:

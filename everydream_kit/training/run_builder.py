@@ -21,7 +21,7 @@ from everydream_kit.errors import ConfigError
 from everydream_kit.models.adapters import AdapterBase
 from everydream_kit.models.family import Conditioning, Model, has_large_texts
 from everydream_kit.models.model_saving import save_model
-from everydream_kit.runs import Checkpoint, RunFolder
+from everydream_kit.runs import Checkpoint, RunFolder, layout
 from everydream_kit.settings import with_side_files
 from everydream_kit.training import schedules
 from everydream_kit.training.base import (
@@ -497,4 +497,4 @@ def announce_schedule(how: PartSettings, schedule: partial[float], num_steps: in
 
 
 def _write_model(model: Model, folder: Path, weights: dict[str, dict[str, Any]], open_file: OpenFile) -> None:
-    save_model(model, folder, weights=weights, open_file=open_file)
+    save_model(model, folder, weights=weights, open_file=open_file, title=folder.name.removeprefix(layout.PARTIAL))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from stop_after import StopAfter
 from tiny_models import tiny_folder
@@ -149,6 +150,13 @@ def test_a_base_of_other_weights_is_warned_of(
     with caplog.at_level(logging.WARNING):
         export_checkpoint(checkpoint, tmp_path / "x.safetensors", adapter_base=another_base)
     assert f"the weights of {another_base} are not those of the base that this LoRA was trained on" in caplog.text
+
+
+def test_apps_are_shown_the_name_of_a_lora_checkpoint(project: Path) -> None:
+    checkpoint = the_run(project).last_checkpoint
+    with safe_open(checkpoint / "pytorch_lora_weights.safetensors", "pt") as file:
+        header = file.metadata()
+    assert (header["modelspec.title"], header["ss_output_name"]) == (checkpoint.name, checkpoint.name)
 
 
 def test_a_whole_model_needs_no_base(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
