@@ -36,6 +36,7 @@ from everydream_kit.config.names import OTHER_TRAINERS, RETIRED, closest_setting
 from everydream_kit.config.rules import (
     combination_problems,
     config_warnings,
+    family_warnings,
     frozen_in_half,
     measures_losses,
     mixes_precision,
@@ -57,6 +58,7 @@ __all__ = [
     "config_warnings",
     "default_of",
     "facts",
+    "family_warnings",
     "frozen_in_half",
     "measures_losses",
     "mixes_precision",

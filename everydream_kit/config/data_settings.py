@@ -150,6 +150,17 @@ class CaptionGroup(Group):
         Facts(RESULT, "resume"),
     ] = 0
     """This many tags after the main prompt stay in place when shuffling."""
+    caption_variants: Annotated[
+        Annotated[int, Field(ge=1, le=1000)] | None,
+        Knob(
+            unit="texts for each image",
+            when="tags are shuffled for a model with a large text encoder: 4 to 8, so that all texts are encoded before the run",
+            memory="2,000 texts or fewer: a large text encoder need not stay on the GPU",
+        ),
+        Facts(MEMORY_AND_RESULT, "resume"),
+    ] = None
+    """Where a caption is drawn (tags shuffled, or one line of several), use so many of its forms in turn, one an epoch. By
+    default every epoch draws a new one."""
     caption_lines: Annotated[
         Literal["join", "choose"],
         Knob(when="each line of a .txt is a caption of its own: `choose`"),

@@ -85,7 +85,7 @@ class PrecisionGroup(Group):
         ),
         Facts(EVERYTHING, "resume", kinds=("lora",), families=FLOW, fsdp2=("none",)),
     ] = "none"
-    """Keep a language model that encodes the captions of a LoRA (Qwen3 of Z-Image and FLUX.2-klein) in 8 or 4 bits, as
+    """Keep a language model that encodes the captions of a LoRA (Qwen3 or Qwen-VL, T5 of FLUX.1) in 8 or 4 bits, as
     `quantization` does with the transformer. Captions are then encoded slightly otherwise than by apps that sample with the
     whole one."""
     gradient_checkpointing: Annotated[

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 
-from everydream_kit.config.declaration import Facts, facts_of
+from everydream_kit.config.declaration import FLOW, Facts, facts_of
 from everydream_kit.config.groups import AllGroups
 from everydream_kit.config.optimizer_settings import OptimizerGroup
 from everydream_kit.config.precision_settings import PrecisionGroup
 from everydream_kit.config.sample_settings import MEASURED, ValidationGroup
+
+LOW_TIMESTEP = 100
+"""Below it, `sigma_sqrt` weighs an image more than a hundred times as much as one of pure noise."""
 
 
 def mixes_precision(config: PrecisionGroup) -> bool:
@@ -186,6 +189,23 @@ def settings_without_meaning(config: AllGroups, family: str) -> list[str]:
     ]
 
 
+def family_warnings(config: AllGroups, family: str) -> list[str]:
+    """What a model's family makes doubtful or without effect, once it is known; a sentence each."""
+    found = settings_without_meaning(config, family)
+    if family in FLOW and config.zero_frequency_noise_ratio:
+        found.append(
+            "zero_frequency_noise_ratio: flow matching reaches pure noise already, and no app begins a sample with offset noise; "
+            "0 is usual."
+        )
+    meets_low_noise = config.timestep_sampling != "logit_normal" and config.timestep_start < LOW_TIMESTEP
+    if family in FLOW and config.weighting_scheme == "sigma_sqrt" and meets_low_noise:
+        found.append(
+            "weighting_scheme sigma_sqrt: weighs an image at low noise up to a million times as much as one at high noise; "
+            f"take timestep_sampling logit_normal, or timestep_start {LOW_TIMESTEP}."
+        )
+    return found
+
+
 def config_warnings(config: AllGroups) -> list[str]:
     """Settings that are allowed, and probably not what is meant, or without effect next to the others."""
     c = config
@@ -197,6 +217,11 @@ def config_warnings(config: AllGroups) -> list[str]:
     if c.keep_tags and not c.shuffle_tags:
         warnings.append(
             "keep_tags: has an effect only where tags are shuffled (shuffle_tags, or a folder's own setting)."
+        )
+    if c.caption_variants and not c.shuffle_tags and c.caption_lines != "choose":
+        warnings.append(
+            "caption_variants: has an effect only where captions are drawn (shuffle_tags, caption_lines choose, or a "
+            "folder's own setting)."
         )
     if c.attn_type == "xformers":
         warnings.append("attn_type xformers: torch's own attention (sdp) is used instead; it is as fast.")

@@ -44,6 +44,7 @@ class LoadSettings:
         background: "#rrggbb" behind transparent images.
         fixed: nothing is drawn: center crop, no mirroring, no dropout, tags as written. For validation.
         caption_transform, image_transform: plug-ins; they must be picklable where workers are spawned.
+        caption_variants: texts of each image over the run, where its caption is drawn; None: a new one at every use.
     """
 
     seed: int
@@ -52,6 +53,7 @@ class LoadSettings:
     fixed: bool = False
     caption_transform: CaptionTransform | None = None
     image_transform: pixels.ImageTransform | None = None
+    caption_variants: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,9 @@ def caption_for(request: BatchRequest, row: int, settings: LoadSettings) -> str:
         return ""
     else:
         caption, shuffle = image.caption, image.shuffle_tags
+    if settings.caption_variants is not None:
+        epoch, *others = address
+        address = (int(epoch) % settings.caption_variants, *others)
     text = compose_caption(caption, draws.generator(settings.seed, "caption", *address), shuffle, image.keep_tags)
     return text if settings.caption_transform is None else settings.caption_transform(text)
 

@@ -32,6 +32,7 @@ from everydream_kit.data.batches import (
     CaptionTransform,
     LoadedBatch,
     LoadSettings,
+    caption_for,
     load_batch,
 )
 from everydream_kit.data.cache import LatentCache, MemoryCache, Use
@@ -74,6 +75,7 @@ def make_loader(
     num_workers: int = 0,
     crop_jitter: float = default_of("crop_jitter"),
     background: str = default_of("background"),
+    caption_variants: int | None = None,
     latent_cache: LatentCache | None = None,
     caption_transform: CaptionTransform | None = None,
     image_transform: ImageTransform | None = None,
@@ -92,6 +94,7 @@ def make_loader(
         num_workers: decoding processes; 0 decodes in this one. Changes no result.
         crop_jitter: largest share of the shorter side that a random crop takes from each side.
         background: "#rrggbb" behind transparent images.
+        caption_variants: texts of each image over the run, where its caption is drawn; None: a new one at every use.
         latent_cache: moments come from here instead of pixels from the files.
         caption_transform: changes each composed caption (not the empty ones that dropout makes).
         image_transform: changes each cropped image.
@@ -100,13 +103,33 @@ def make_loader(
     """
     if latent_cache is not None:
         _check_cache(latent_cache, dataset, fixed, image_transform)
-    settings = LoadSettings(seed, crop_jitter, background, fixed, caption_transform, image_transform)
+    settings = LoadSettings(
+        seed, crop_jitter, background, fixed, caption_transform, image_transform, caption_variants=caption_variants
+    )
     sampler = _RunSampler(dataset, plan_settings, rank, range(start_epoch, start_epoch + num_epochs), start_step)
     memory = latent_cache if isinstance(latent_cache, MemoryCache) else None
     if memory is not None:
         num_workers = 0  # a look-up costs less than passing its result between processes
         sampler.announce = partial(memory.expect, seed=seed)
     return Loader(sampler, _BatchDecoder(settings, latent_cache), num_workers, pin_memory, memory)
+
+
+def captions_of_run(
+    dataset: Dataset, plan_settings: PlanSettings, settings: LoadSettings, *, num_epochs: int, most: int, rank: int = 0
+) -> list[str] | None:
+    """Every caption that a run's steps will ask for, in the order of first use; None where there are more than `most`.
+
+    Captions are addressed, so what a step will draw is known before the run.
+
+    Args:
+        settings: as `make_loader` has them; no pixels are read.
+    """
+    found: dict[str, None] = {}
+    for request in _RunSampler(dataset, plan_settings, rank, range(num_epochs), 0):
+        found.update((caption_for(request, row, settings), None) for row in range(len(request.images)))
+        if len(found) > most:
+            return None
+    return list(found)
 
 
 def _check_cache(cache: LatentCache, dataset: Dataset, fixed: bool, image_transform: ImageTransform | None) -> None:

@@ -18,7 +18,7 @@ from everydream_kit.data.cache_room import estimate_bytes
 from everydream_kit.disk_space import compare_sizes, existing_folder, free_disk
 from everydream_kit.preflight.memory_estimate import has_ema
 from everydream_kit.preflight.units import size
-from everydream_kit.training.caching import choose_latent_mode, latent_folder
+from everydream_kit.training.caching import choose_latent_mode, latent_folder, text_folder
 from everydream_kit.training.checkpoint_saving import SavingRules
 from everydream_kit.training.checkpoints import RESUMABLE_KEPT
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 BYTES_PER_SAMPLE_PIXEL = 2.0
 """A grid is kept as a JPEG of quality 95 (about half a byte) and as a PNG for TensorBoard (about one and a half)."""
+LATENT_CACHE, TEXT_CACHE = "latent cache", "text cache"
 MOST_SAVES = 100_000
 """Saves that are gone through; a run with more is wrong in other ways."""
 
@@ -100,6 +101,7 @@ def estimate_disk(
     steps_per_epoch: int,
     seconds: float | None,
     latent_bytes: int = 0,
+    text_bytes: int = 0,
     grid_pixels: int = 0,
     free: Mapping[Path, int] | None = None,
 ) -> DiskUse:
@@ -109,6 +111,7 @@ def estimate_disk(
         estimate: for the sizes of what is saved.
         seconds: of the whole run, for saving by the minute; None leaves that rule's saves out.
         latent_bytes: of the latent cache on disk, see `latent_cache_bytes`.
+        text_bytes: of the captions that are encoded before the run.
         grid_pixels: of all sample grids of one sampling.
         free: free bytes by folder, measured unless given.
     """
@@ -124,8 +127,11 @@ def estimate_disk(
         items.append(DiskItem("single files", folder, most * one, kept * one, note))
     if latent_bytes:
         items.append(
-            DiskItem("latent cache", latent_folder(config), latent_bytes, latent_bytes, "stays for the next run")
+            DiskItem(LATENT_CACHE, latent_folder(config), latent_bytes, latent_bytes, "stays for the next run")
         )
+    if text_bytes:
+        note = f"{text_bytes // estimate.text_bytes:,} captions, long ones take more; stays for the next run"
+        items.append(DiskItem(TEXT_CACHE, text_folder(config), text_bytes, text_bytes, note))
     samples = num_samples(config, num_steps)
     if samples and grid_pixels:
         total = int(samples * grid_pixels * BYTES_PER_SAMPLE_PIXEL)

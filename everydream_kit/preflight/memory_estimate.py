@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from everydream_kit.data.dataset import Dataset
     from everydream_kit.preflight.skeleton import Architecture
 
-VERSION = 9
+VERSION = 10
 """Of the method: raised where the same settings would now give other numbers."""
 
 DEFAULT_CONTEXT_BYTES = 600 * 2**20
@@ -49,7 +49,8 @@ to the tensors were measured (docs/experiments.md)."""
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes", "pytorch_optimizer", "everydream-kit")
 
 KEY_HAS_OTHERWISE = frozenset(
-    {"resume_ckpt", "resolution", "shuffle_tags", "ema_decay_rate", "ema_strength_target", "sample_steps"}
+    {"resume_ckpt", "resolution", "ema_decay_rate", "ema_strength_target", "sample_steps"}
+    | {"shuffle_tags", "caption_variants"}
     | {"sample_prompts", "optimizer_config", "validation_config", "validation_split_mode", "validation_batch_size"}
     | {
         "validation_extra_data_roots",
@@ -60,7 +61,7 @@ KEY_HAS_OTHERWISE = frozenset(
     }
 )
 """Settings that affect the memory and stand in the key in another form: what the base is made of, the bucket, whether
-captions vary, whether an average is kept, the shapes of samples and of validation."""
+texts are known before the run, whether an average is kept, the shapes of samples and of validation."""
 
 
 def estimate_memory(
@@ -87,8 +88,8 @@ def estimate_memory(
             allowance is the process.
         cache_folder: where answers are kept; by default `.edk_cache/preflight` next to the run folders.
         bucket: (width, height) of the images; by default the largest of the resolution.
-        dataset: says whether captions vary, which decides what may be kept in host memory; by default the settings say
-            it.
+        dataset: says which texts the run will ask for, which decides what may be kept in host memory; by default the settings
+            and the number of files say it.
         architecture: of the base, where it has been read already.
 
     Raises:
@@ -101,7 +102,7 @@ def estimate_memory(
         )
     if wants_auto_optimizer(config):
         raise ConfigError("optimizer: memory can be estimated for a named one only; give its name, or ask the advice")
-    from everydream_kit.data.text_cache import captions_vary
+    from everydream_kit.models.family import has_large_texts
 
     folder = cache_folder or Path(config.logdir) / ".edk_cache" / "preflight"
     config, _ = with_side_files(config)
@@ -113,7 +114,7 @@ def estimate_memory(
         has_bf16=has_bf16,
         bucket=bucket or largest_bucket(config.resolutions),
         latents=estimate_latent_mode(config),
-        captions_vary=config.shuffle_tags if dataset is None else captions_vary(dataset),
+        texts_known=_knows_texts(config, dataset, large_texts=has_large_texts(architecture.files.family)),
         validates=validated_together(config),
         samples=sampled_together(config, multiple=architecture.files.family.sampler.size_multiple),
         dataset=dataset,
@@ -148,6 +149,25 @@ def _read_kept(path: Path) -> MemoryEstimate | None:
         return None
 
 
+def _knows_texts(config: TrainConfig, dataset: Dataset | None, *, large_texts: bool) -> bool:
+    """Whether the steps of a run do without text encoders that are not trained; of an unknown dataset, by its number of files."""
+    from everydream_kit.data.image_files import count_images
+    from everydream_kit.training.caching import MOST_TEXTS, texts_of_run
+    from everydream_kit.training.training_images import make_plan_settings
+
+    if config.plugins:  # one of them may change captions
+        return False
+    if dataset is not None:
+        settings = make_plan_settings(config, max(0, config.seed), 1)
+        return texts_of_run(config, dataset, settings, large_texts=large_texts) is not None
+    if not config.shuffle_tags and config.caption_lines != "choose":
+        return True
+    count = count_images(config.data_root) if large_texts else None
+    return (
+        count is not None and count * min(config.max_epochs, config.caption_variants or config.max_epochs) <= MOST_TEXTS
+    )
+
+
 def _key(asked: Question) -> str:
     """A hash of all that is asked, and of the libraries that decide what is allocated."""
     settings = asked.config.model_dump(mode="json")
@@ -159,7 +179,7 @@ def _key(asked: Question) -> str:
         "architecture": asked.architecture.identity(),
         "device": [asked.device, asked.has_bf16],
         "bucket": asked.bucket,
-        "captions_vary": asked.captions_vary,
+        "texts_known": asked.texts_known,
         "validates": asked.validates,
         "samples": None if asked.samples is None else asdict(asked.samples),
         "libraries": [_version(name) for name in LIBRARIES],

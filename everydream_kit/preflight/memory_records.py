@@ -34,10 +34,10 @@ class Question:
         bucket: of the images.
         latents: off, where the VAE encodes in every step; disk, where it does before the run; memory, where it does
             between the steps of the first epochs.
-        captions_vary: captions cannot be encoded once.
+        texts_known: the steps do without text encoders that are not trained.
         validates: images measured together, or None.
         samples: images generated together, or None.
-        dataset: says whether captions vary; None: as the settings say.
+        dataset: of the run; None: one image stands for it.
     """
 
     config: TrainConfig
@@ -46,7 +46,7 @@ class Question:
     has_bf16: bool
     bucket: Size
     latents: CacheMode
-    captions_vary: bool
+    texts_known: bool
     validates: int | None
     samples: SampleShape | None
     dataset: Dataset | None
@@ -87,6 +87,7 @@ class MemoryEstimate:
         update_launches: kernels that its update launches. Both are weighed by what each costs the host.
         copied_bytes: of blocks that wait in host memory, to the device, in one optimizer step.
         num_blocks: blocks of the denoiser that could wait there.
+        text_bytes: of a short caption in the cache of encoded ones, where there is one.
     """
 
     phases: tuple[Phase, ...]
@@ -102,6 +103,7 @@ class MemoryEstimate:
     side_bytes_written: int = 0
     copied_bytes: int = 0
     num_blocks: int = 0
+    text_bytes: int = 0
 
     @property
     def worst(self) -> Phase:

@@ -35,12 +35,20 @@ from everydream_kit.preflight.advice import (
     make_it_fit,
 )
 from everydream_kit.preflight.cost import Price, entered_price, find_price, read_prices
-from everydream_kit.preflight.disk import DiskUse, estimate_disk, latent_cache_bytes, num_samples
+from everydream_kit.preflight.disk import (
+    LATENT_CACHE,
+    TEXT_CACHE,
+    DiskUse,
+    estimate_disk,
+    latent_cache_bytes,
+    num_samples,
+)
 from everydream_kit.preflight.gpus import GpuSpec, find_gpu, this_gpu
 from everydream_kit.preflight.plan import Offer, Plan, StepCount
 from everydream_kit.preflight.step_time import StepSeconds, estimate_step
 from everydream_kit.runs import RunFolder
 from everydream_kit.settings import load_config, read_settings, with_side_files
+from everydream_kit.training.caching import texts_of_run
 from everydream_kit.training.prompt_file import prompts_of
 from everydream_kit.training.training_images import estimate_steps, make_plan_settings, scan
 
@@ -92,13 +100,13 @@ def plan(
     entered = None if price is None else entered_price(price)
     config, steps_done = _read_config(config)
     gpu_spec = find_gpu(gpu) if gpu is not None else this_gpu(config.gpuid)
-    budget = Budget(gpu_spec, estimate or memory_model(config))
+    images = read_dataset(config)
+    budget = Budget(gpu_spec, estimate or memory_model(config, images.dataset))
     assumptions, warnings = list(_assumptions(config, gpu_spec)), []
     config, notes = resolve_for_plan(config, budget)
     assumptions += notes
     logger.info("Estimating the memory; kept for the next time …")
     memory = budget(config)
-    images = read_dataset(config)
     if images.note:
         assumptions.append(images.note)
     settings = make_plan_settings(config, max(0, config.seed), 1)
@@ -122,7 +130,7 @@ def plan(
         steps_done=steps_done,
         assumptions=tuple(assumptions),
     )
-    disk = _disk(made, latent_bytes if latents == "disk" else 0)
+    disk = _disk(made, latent_bytes if latents == "disk" else 0, _text_bytes(made, images))
     advice = None
     if not made.fits:
         warnings.append(_too_large(made))
@@ -150,22 +158,22 @@ def corrected(plan: Plan, measured_seconds_per_step: float, *, steps_done: int =
     step = StepSeconds(measured_seconds_per_step, "measured here", source)
     seconds_of = _seconds_of(plan.config, plan.steps, step, plan.latents)
     again = replace(plan, step=step, seconds_of=seconds_of, steps_done=steps_done)
-    latents = [item.most_bytes for item in plan.disk.items if item.name == "latent cache"] if plan.disk else []
-    disk = _disk(again, sum(latents))
+    of = {item.name: item.most_bytes for item in plan.disk.items} if plan.disk else {}
+    disk = _disk(again, of.get(LATENT_CACHE, 0), of.get(TEXT_CACHE, 0))
     short = plan.disk.warnings if plan.disk is not None else ()
     kept = tuple(warning for warning in plan.warnings if warning not in short)
     return replace(again, disk=disk, warnings=kept + (disk.warnings if disk is not None else ()))
 
 
-def memory_model(config: TrainConfig) -> Estimate:
-    """`memory.estimate_memory` for this base, whose config files are read once for all questions.
+def memory_model(config: TrainConfig, dataset: Dataset | None = None) -> Estimate:
+    """`memory.estimate_memory` for this base, whose config files are read once for all questions, and for this dataset.
 
     Raises:
         ModelError, CheckpointError: the base is not there.
     """
     from everydream_kit.preflight.memory_estimate import architecture_of, estimate_memory
 
-    return partial(estimate_memory, architecture=architecture_of(config))
+    return partial(estimate_memory, architecture=architecture_of(config), dataset=dataset)
 
 
 def resolve_for_plan(config: TrainConfig, budget: Budget) -> tuple[TrainConfig, list[str]]:
@@ -281,7 +289,16 @@ def _grids(config: TrainConfig) -> tuple[int, int]:
     return sum(number for _, number in grids), sum(number * width * height for (width, height), number in grids)
 
 
-def _disk(made: Plan, latent_bytes: int) -> DiskUse | None:
+def _text_bytes(made: Plan, images: _Images) -> int:
+    """What encoded captions take on disk where a large text encoder encodes them before the run; short ones."""
+    if images.dataset is None or made.memory is None or not made.memory.text_bytes:
+        return 0
+    settings = make_plan_settings(made.config, max(0, made.config.seed), 1)
+    texts = texts_of_run(made.config, images.dataset, settings, large_texts=True) or ()
+    return len(set(texts)) * made.memory.text_bytes
+
+
+def _disk(made: Plan, latent_bytes: int, text_bytes: int) -> DiskUse | None:
     if made.memory is None or not made.steps.num_steps:
         return None
     return estimate_disk(
@@ -291,6 +308,7 @@ def _disk(made: Plan, latent_bytes: int) -> DiskUse | None:
         steps_per_epoch=made.steps.per_epoch or made.steps.num_steps,
         seconds=made.seconds,
         latent_bytes=latent_bytes,
+        text_bytes=text_bytes,
         grid_pixels=_grids(made.config)[1],
     )
 

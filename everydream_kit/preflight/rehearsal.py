@@ -100,17 +100,17 @@ def rehearse(asked: Question) -> MemoryEstimate:
         idle = choose_idle_modules(
             config,
             model,
-            dataset,
             run.journal,
             device_type=device_type,
             latents_cached=latents != "off",
-            transforms_captions=bool(config.plugins),
+            texts_known=asked.texts_known,
         )
         _label_idle(model, idle, tracker)
         channels = model.family.latent_space.stored_channels
         batch = make_batch(bucket, run.plan_settings.batch_size, with_moments=latents != "off", channels=channels)
+        text_bytes = 0
         if has_large_texts(model.family) and model.text_encoders[0] in idle:
-            _rehearse_texts(run, tracker)
+            text_bytes = _rehearse_texts(run, tracker)
         if latents != "off":
             _rehearse_caching(run, tracker, bucket, CACHED_TOGETHER[latents])
         num_micro_batches = _rehearse_step(run, tracker, batch)
@@ -119,7 +119,8 @@ def rehearse(asked: Question) -> MemoryEstimate:
             _rehearse_validation(run, tracker, make_batch(bucket, asked.validates, with_moments=False))
         if asked.samples is not None:
             _rehearse_sampling(run, tracker, asked.samples, averaged=config.ema_sample_ema_model)
-        return _conclude(asked, run, tracker, num_micro_batches, copied_bytes)
+        estimate = _conclude(asked, run, tracker, num_micro_batches, copied_bytes)
+        return replace(estimate, text_bytes=text_bytes)
 
 
 def _as_on(device_type: str, has_bf16: bool, config: TrainConfig) -> TrainConfig:
@@ -253,10 +254,12 @@ def make_batch(bucket: Size, batch_size: int, *, with_moments: bool, channels: i
     )
 
 
-def _rehearse_texts(run: Run, tracker: StorageTracker) -> None:
-    """Captions are encoded one by one, while the denoiser waits in host memory."""
+def _rehearse_texts(run: Run, tracker: StorageTracker) -> int:
+    """Captions are encoded one by one, while the denoiser waits in host memory. Returns the bytes that one takes on disk."""
     with tracker.stretch("text caching"), torch.no_grad(), run.learner.precision.autocast():
-        encode_captions(run.learner.model, [CAPTION], run.config.clip_skip)
+        encoded = encode_captions(run.learner.model, [CAPTION], run.config.clip_skip)
+    pooled = 0 if encoded.pooled is None else encoded.pooled.numel()
+    return (encoded.encoder_hidden_states.numel() + pooled) * torch.bfloat16.itemsize
 
 
 def _rehearse_caching(run: Run, tracker: StorageTracker, bucket: Size, num_together: int) -> None:

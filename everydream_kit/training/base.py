@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everydream_kit.config import EMBEDDED_MODEL
-from everydream_kit.data.text_cache import captions_vary
 from everydream_kit.errors import ConfigError
 from everydream_kit.foreign import read_origin
 from everydream_kit.models.adapters import AdapterBase, is_adapter_folder
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     import torch
 
     from everydream_kit.config import TrainConfig
-    from everydream_kit.data.dataset import Dataset
     from everydream_kit.training.journal import Journal
     from everydream_kit.training.ranks import Ranks
 
@@ -330,27 +328,30 @@ def compile_blocks(denoiser: torch.nn.Module, blocks: Sequence[str]) -> None:
 def choose_idle_modules(
     config: TrainConfig,
     model: Model,
-    dataset: Dataset,
     journal: Journal,
     *,
     device_type: str,
     latents_cached: bool,
-    transforms_captions: bool,
+    texts_known: bool,
 ) -> list[torch.nn.Module]:
     """The modules that the steps do without, which are offloaded to host memory: if requested; large text encoders in any case.
 
     Args:
         latents_cached: images need not be encoded at every step.
-        transforms_captions: a plug-in may give a new text at every use.
+        texts_known: all that the steps will ask for (`caching.texts_of_run`).
     """
     is_asked = config.offload_idle_models
     if device_type == "cpu":
         if is_asked:
             journal.warn("offload_idle_models: has no effect on a CPU, where all memory is host memory.")
         return []
+    if not texts_known and has_large_texts(model.family):
+        journal.warn(
+            "The text encoder stays on the GPU: captions are drawn anew in every epoch and are too many to be encoded before "
+            "the run, or a plug-in changes them. caption_variants 4 to 8 makes drawn ones few."
+        )
     trains_text = any(p.requires_grad for encoder in model.text_encoders for p in encoder.parameters())
     modules = [model.vae] if is_asked and latents_cached else []
-    stays_as_it_is = not trains_text and not transforms_captions and not captions_vary(dataset)
-    if stays_as_it_is and (is_asked or has_large_texts(model.family)):
+    if texts_known and not trains_text and (is_asked or has_large_texts(model.family)):
         modules += model.text_encoders
     return modules

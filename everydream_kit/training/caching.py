@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -11,9 +12,11 @@ import torch
 
 from everydream_kit import draws
 from everydream_kit.atomic import require_writable
+from everydream_kit.data.batches import LoadSettings
 from everydream_kit.data.cache import CacheSettings, DiskCache, LatentCache, MemoryCache
 from everydream_kit.data.cache_room import MOMENT_CHANNELS, CacheMode, choose_cache_mode, estimate_bytes
 from everydream_kit.data.captions import compose_caption
+from everydream_kit.data.loader import captions_of_run
 from everydream_kit.data.text_cache import TextCache, TextStore, captions_vary
 from everydream_kit.models.encoding import encode_captions, encode_moments
 from everydream_kit.models.family import Conditioning, has_large_texts, join_conditioning
@@ -29,6 +32,12 @@ if TYPE_CHECKING:
     from everydream_kit.training.control import StopSignal
     from everydream_kit.training.journal import Journal
     from everydream_kit.training.offload import IdleModels
+    from everydream_kit.training.precision import Precision
+
+
+MOST_TEXTS = 2_000
+"""Texts that are encoded before the first step where each use has its own: a minute or two, and up to 16 GB of disk where a
+family keeps padding."""
 
 
 def latent_folder(config: TrainConfig) -> Path:
@@ -169,37 +178,63 @@ def build_text_cache(
     )
 
 
-def encode_texts(
-    model: Model,
-    datasets: Sequence[Dataset],
-    text_cache: TextCache[Conditioning] | None,
-    journal: Journal,
-    idle_models: IdleModels,
-    *,
-    more_texts: Sequence[str] = (),
-) -> None:
-    """Encode every caption with a large text encoder before the first step, so that it need not stay on the device.
-
-    Meanwhile the denoiser is in host memory: the two do not fit side by side on the GPUs that the families are trained
-    on. Captions that are put together anew at every use, or that a plug-in changes, are encoded when they come.
+def texts_of_run(
+    config: TrainConfig, dataset: Dataset, plan_settings: PlanSettings, *, large_texts: bool
+) -> list[str] | None:
+    """The texts that the steps of a run will ask for; None where they are not worth encoding before the run, or too many.
 
     Args:
-        datasets: what is trained on and, where captions are fixed, what is measured.
-        more_texts: what else will be needed: prompts of samples, and the empty text where captions are dropped.
+        large_texts: a large text encoder reads them (`has_large_texts`).
     """
-    if text_cache is None or not has_large_texts(model.family) or captions_vary(datasets[0]):
-        return
+    if not captions_vary(dataset):
+        return [*([""] if config.cond_dropout > 0 else []), *fixed_captions([dataset])]
+    if not large_texts:  # encoded when they come: that costs little
+        return None
+    settings = LoadSettings(plan_settings.seed, caption_variants=config.caption_variants)
+    drawn = captions_of_run(dataset, plan_settings, settings, num_epochs=config.max_epochs, most=MOST_TEXTS)
+    return None if drawn is None else [*drawn, *fixed_captions([dataset])]  # samples take them as they are written
+
+
+def fixed_captions(datasets: Sequence[Dataset]) -> list[str]:
+    """Each image's caption as it is written, where nothing is drawn."""
     images = (dataset.image(index) for dataset in datasets for index in range(len(dataset)))
     generator = draws.generator(0, "no caption varies")
-    captions = [compose_caption(image.caption, generator, False, image.keep_tags) for image in images]
-    wanted = [text for text in dict.fromkeys([*captions, *more_texts]) if not text_cache.knows([text])]
+    return [
+        compose_caption(replace(image.caption, alternatives=()), generator, False, image.keep_tags) for image in images
+    ]
+
+
+def fill_text_cache(
+    config: TrainConfig,
+    model: Model,
+    texts: Sequence[str] | None,
+    *,
+    trains_text: bool,
+    precision: Precision,
+    journal: Journal,
+    idle_models: IdleModels,
+) -> TextCache[Conditioning] | None:
+    """The cache of what frozen text encoders make of captions; large ones fill it before the first step.
+
+    So they need not stay on the device. Meanwhile the denoiser is in host memory: the two do not fit side by side on the GPUs
+    that the families are trained on. Any other text is encoded when it comes.
+
+    Args:
+        texts: what large text encoders encode now, and keep on disk; None: nothing.
+    """
+    folder = None if texts is None else text_folder(config)
+    text_cache = build_text_cache(model, config.clip_skip, trains_text=trains_text, folder=folder)
+    if text_cache is None or texts is None or not has_large_texts(model.family):
+        return text_cache
+    wanted = [text for text in dict.fromkeys(texts) if not text_cache.knows([text])]
     if not wanted:
-        return
+        return text_cache
     journal.report("text cache", captions=len(wanted))
-    with torch.no_grad(), ShareBar("encoding texts") as bar:
+    with torch.no_grad(), precision.autocast(), ShareBar("encoding texts") as bar:
         progress = WorkProgress(journal, "starting", bar, message="Encoding the captions once.")
         with in_host_memory(model.denoiser), idle_models.at_work(model.text_encoders):
             for done, caption in enumerate(wanted, 1):
                 text_cache.encode([caption])
                 progress(done, len(wanted))
     journal.set_state("starting", message=None)
+    return text_cache

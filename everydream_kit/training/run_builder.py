@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from everydream_kit.config import TrainConfig, measures_losses, settings_without_meaning
+from everydream_kit.config import TrainConfig, family_warnings, measures_losses
 from everydream_kit.data.cache import CacheSettings
 from everydream_kit.data.cache_room import CacheMode
 from everydream_kit.data.dataset import Dataset
@@ -36,11 +36,11 @@ from everydream_kit.training.base import (
 )
 from everydream_kit.training.caching import (
     build_latent_cache,
-    build_text_cache,
     choose_latent_mode,
-    encode_texts,
+    fill_text_cache,
+    fixed_captions,
     latent_folder,
-    text_folder,
+    texts_of_run,
 )
 from everydream_kit.training.ema import Ema
 from everydream_kit.training.ema_builder import build_ema
@@ -120,7 +120,7 @@ def build_run(
     if not shards(config, ranks):
         config = check_flat_weights(config, ranks.device, journal)
     model = load_base(config, weights_from, ranks, adapter_base)
-    for warning in settings_without_meaning(config, model.family.name):
+    for warning in family_warnings(config, model.family.name):
         journal.warn(warning)
     distilled = model.family.distilled(model.source)
     if distilled is not None:
@@ -302,22 +302,24 @@ def build_caches(
             encoders encode nothing now.
     """
     mode = _latent_mode(config, model, dataset, plan_settings, plugins)
+    texts = None
+    if caption_transform(plugins) is None:
+        texts = texts_of_run(config, dataset, plan_settings, large_texts=has_large_texts(model.family))
     idle = choose_idle_modules(
         config,
         model,
-        dataset,
         journal,
         device_type=ranks.device.type,
         latents_cached=mode != "off",
-        transforms_captions=caption_transform(plugins) is not None,
+        texts_known=texts is not None,
     )
     idle_models = IdleModels(idle, ranks.device)
     _place_large_encoders(model, idle, ranks.device)
-    datasets = None if measured is None else [dataset, *measured]
-    text_cache = _fill_text_cache(
+    ahead = None if measured is None else [*(texts or ()), *fixed_captions(measured), *sampled_texts(config)]
+    text_cache = fill_text_cache(
         config,
         model,
-        datasets,
+        ahead,
         trains_text=trains_text,
         precision=precision,
         journal=journal,
@@ -362,26 +364,6 @@ def _place_large_encoders(model: Model, idle: Collection[Any], device: Any) -> N
     for text_encoder in model.text_encoders if has_large_texts(model.family) else ():
         if text_encoder not in idle and next(text_encoder.parameters()).device != device:
             text_encoder.to(device)
-
-
-def _fill_text_cache(
-    config: TrainConfig,
-    model: Model,
-    datasets: Sequence[Dataset] | None,
-    *,
-    trains_text: bool,
-    precision: Precision,
-    journal: Journal,
-    idle_models: IdleModels,
-) -> TextCache[Conditioning] | None:
-    """The cache of conditionings; large text encoders fill it with the captions of these datasets, unless they are None."""
-    folder = None if datasets is None else text_folder(config)
-    text_cache = build_text_cache(model, config.clip_skip, trains_text=trains_text, folder=folder)
-    if datasets is not None:
-        more = [*([""] if config.cond_dropout > 0 else []), *sampled_texts(config)]
-        with precision.autocast():
-            encode_texts(model, datasets, text_cache, journal, idle_models, more_texts=more)
-    return text_cache
 
 
 def build_learner(
@@ -440,6 +422,7 @@ def _loader_options(config: TrainConfig, plugins: Sequence[Any]) -> dict[str, An
         "num_workers": choose_num_workers(config.num_workers),
         "crop_jitter": config.crop_jitter,
         "background": config.background,
+        "caption_variants": config.caption_variants,
         "caption_transform": caption_transform(plugins),
         "image_transform": image_transform(plugins),
     }

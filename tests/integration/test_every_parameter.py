@@ -78,6 +78,7 @@ TEST_OF = {
     "cond_dropout": f"{DATA}::test_dropped_captions_are_empty",
     "shuffle_tags": TAGS,
     "keep_tags": TAGS,
+    "caption_variants": f"{DATA}::test_caption_variants_are_the_orders_that_each_caption_has",
     "caption_lines": f"{DATA}::test_lines_of_a_caption_file_are_one_caption_or_one_each",
     "max_epochs": f"{TRAINING}::test_a_run_ends_with_its_epochs_or_its_steps_whichever_come_first",
     "max_steps": f"{TRAINING}::test_a_run_ends_with_its_epochs_or_its_steps_whichever_come_first",

@@ -13,7 +13,7 @@ from PIL import Image
 
 from everydream_kit.data.batches import BatchRequest, LoadSettings, load_batch
 from everydream_kit.data.epoch_plan import PlanSettings, plan_epoch
-from everydream_kit.data.loader import make_loader
+from everydream_kit.data.loader import captions_of_run, make_loader
 from everydream_kit.data.scanning import scan_dataset
 
 PLAN = PlanSettings(batch_size=2, grad_accum=2, resolutions=(64,), seed=7)
@@ -163,6 +163,31 @@ def test_masks_and_weights_reach_the_batch(tmp_path):
     of = {Path(path).name: row for row, path in enumerate(batch.paths)}
     assert batch.mask[of["0.png"], 0, 0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
     assert batch.mask[of["1.png"]].min() == 1
+
+
+def captions_of(steps):
+    return [caption for step in steps for batch in step.batches for caption in batch.captions]
+
+
+def test_the_captions_of_a_run_are_known_before_it(dataset):
+    drawn = list(dict.fromkeys(captions_of(run(dataset))))
+    assert captions_of_run(dataset, PLAN, LoadSettings(7), num_epochs=3, most=len(drawn)) == drawn
+    assert captions_of_run(dataset, PLAN, LoadSettings(7), num_epochs=3, most=len(drawn) - 1) is None
+
+
+def test_caption_variants_come_in_turn_and_change_nothing_else(image_folder):
+    dataset = scan_dataset(image_folder, shuffle_tags=True, cond_dropout=0.0)
+    always_new, in_turn = run(dataset, num_epochs=6), run(dataset, num_epochs=6, caption_variants=2)
+    of = {0: {}, 1: {}}
+    for step in in_turn:
+        for batch in step.batches:
+            for path, caption in zip(batch.paths, batch.captions, strict=True):
+                assert of[step.epoch % 2].setdefault(path, caption) == caption
+    assert of[0] != of[1]
+    assert len(set(captions_of(in_turn))) <= 24 < len(set(captions_of(always_new)))
+    assert [b.crop_top_lefts for s in in_turn for b in s.batches] == [
+        b.crop_top_lefts for s in always_new for b in s.batches
+    ]
 
 
 def shout(caption):

@@ -236,6 +236,15 @@ def test_tags_are_shuffled_behind_those_that_are_kept(settings: dict[str, Any]) 
     assert all(order[:4] == written[:4] for order in orders[2])
 
 
+def test_caption_variants_are_the_orders_that_each_caption_has(settings: dict[str, Any]) -> None:
+    orders = []
+    for changes in ({}, {"caption_variants": 1}):
+        batches = batches_of(2, **{**settings, "shuffle_tags": True, **changes})
+        orders.append([dict(zip(batch.paths, batch.captions, strict=True)) for batch in batches])
+    assert orders[0][0] != orders[0][1]
+    assert orders[1][0] == orders[1][1]
+
+
 def test_lines_of_a_caption_file_are_one_caption_or_one_each(settings: dict[str, Any]) -> None:
     for text in Path(settings["data_root"]).glob("*.txt"):
         text.write_text("first line\nsecond line", "utf-8")

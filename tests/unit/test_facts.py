@@ -16,6 +16,7 @@ from everydream_kit.config import (
     TrainConfig,
     config_warnings,
     facts,
+    family_warnings,
     settings_without_meaning,
 )
 from everydream_kit.config.declaration import Effect, facts_of
@@ -172,3 +173,20 @@ def test_a_settings_default_stands_in_its_declaration_only() -> None:
             names = arguments_with_literal_defaults(path) & TrainConfig.model_fields.keys()
             again |= {place: names} if names else {}
     assert again == OTHER_MEANING
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"zero_frequency_noise_ratio": 0.05}, "zero_frequency_noise_ratio"),
+        ({"weighting_scheme": "sigma_sqrt"}, "weighting_scheme sigma_sqrt"),
+        ({"weighting_scheme": "sigma_sqrt", "timestep_start": 100}, None),
+        ({"weighting_scheme": "sigma_sqrt", "timestep_sampling": "logit_normal"}, None),
+        ({"clip_grad_norm": 1.0}, None),
+    ],
+)
+def test_what_flow_matching_makes_doubtful_is_said(settings, named):
+    config = TrainConfig(resume_ckpt="m", data_root="d", **settings)
+    warnings = family_warnings(config, "z_image")
+    assert [warning.split(":")[0] for warning in warnings] == ([] if named is None else [named])
+    assert not [w for w in family_warnings(config, "sd1") if w.startswith("zero_frequency")]

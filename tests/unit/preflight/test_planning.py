@@ -60,6 +60,9 @@ def test_a_family_is_planned_from_its_own_configs(family, family_folder, setting
     phases = {phase.name: phase.peak_bytes for phase in made.memory.phases}
     assert phases.keys() >= {"latent caching", "training step", "sampling"}
     assert ("text caching" in phases) == (family == "z_image")
+    kept = {item.name: item.most_bytes for item in made.disk.items}.get("text cache", 0)
+    assert kept == 13 * made.memory.text_bytes  # of twelve images, and the empty one
+    assert (kept > 0) == (family == "z_image")
     files = family_folder.glob("*/diffusion_pytorch_model.safetensors")
     denoiser = next(file for file in files if file.parent.name != "vae").stat().st_size
     assert phases["training step"] > 4 * denoiser
