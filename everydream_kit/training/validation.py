@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -127,7 +128,7 @@ def validate(
     *,
     keys: Callable[[Batch], Sequence[str]],
     encode: Callable[[Batch], tuple[torch.Tensor, Any]],
-    predict: Callable[[Batch, torch.Tensor, torch.Tensor, Any], torch.Tensor],
+    predict: Callable[[Batch, torch.Tensor, Any, torch.Tensor], torch.Tensor],
     objective: Objective,
     timesteps: Sequence[int],
     seed: int,
@@ -139,7 +140,7 @@ def validate(
         batches: each image once, loaded without chance (`make_loader(..., fixed=True)`). Fillers count for nothing.
         keys: the images' keys, of which their noise is a function.
         encode: latents (B, 4, h, w) and conditioning of a batch; must not draw, or draw by address.
-        predict: (batch, noisy latents, timesteps (B,), conditioning) -> model_pred.
+        predict: (batch, timesteps (B,), conditioning, noisy latents) -> model_pred.
         objective: the training's own, so that both curves mean the same.
         timesteps: measured at each of these, see `timestep_grid`.
         seed: of the validation config.
@@ -154,44 +155,18 @@ def validate(
         for batch in batches:
             counts = torch.tensor([not draw.filler for draw in batch.planned.draws])
             latents, conditioning = encode(batch)
-            names = keys(batch)
             for row, timestep in enumerate(timesteps):
-                losses = _losses_at(
-                    timestep,
-                    batch,
-                    latents=latents,
-                    conditioning=conditioning,
-                    keys=names,
-                    predict=predict,
-                    objective=objective,
-                    seed=seed,
-                )
+                generators = [torch_generator(seed, "validation", key, timestep) for key in keys(batch)]
+                noise = make_noise(tuple(latents.shape[1:]), generators).to(latents)
+                steps = torch.full((len(latents),), timestep, device=latents.device)
+                predict_from = partial(predict, batch, steps, conditioning)
+                losses = denoising_losses(objective, predict_from, latents, noise, steps, mask=batch.mask)
                 sums[row] += losses.double().cpu()[counts].sum()
             num_images += int(counts.sum())
     if not num_images:
         raise ConfigError("validation: there are no images to validate with")
     means = (sums / num_images).tolist()
     return ValidationLoss(sum(means) / len(means), dict(zip(timesteps, means, strict=True)), num_images)
-
-
-def _losses_at(
-    timestep: int,
-    batch: Batch,
-    *,
-    latents: torch.Tensor,
-    conditioning: Any,
-    keys: Sequence[str],
-    predict: Callable[[Batch, torch.Tensor, torch.Tensor, Any], torch.Tensor],
-    objective: Objective,
-    seed: int,
-) -> torch.Tensor:
-    """(B,) losses at one timestep, with each image's own noise for it."""
-    generators = [torch_generator(seed, "validation", key, timestep) for key in keys]
-    noise = make_noise(tuple(latents.shape[1:]), generators).to(latents)
-    steps = torch.full((len(latents),), timestep, device=latents.device)
-    return denoising_losses(
-        objective, lambda noisy: predict(batch, noisy, steps, conditioning), latents, noise, steps, mask=batch.mask
-    )
 
 
 @contextmanager

@@ -135,7 +135,7 @@ def measure_loss(run: Run, dataset: Dataset, settings: ValidationGroup, *, avera
         return learner.encode_images(batch, mean_only=True), learner.encode_captions(batch.captions)
 
     def predict(
-        batch: Batch, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+        batch: Batch, timesteps: torch.Tensor, conditioning: Conditioning, noisy_latents: torch.Tensor
     ) -> torch.Tensor:
         with learner.precision.autocast():
             return learner.predict(sizes_of(batch), noisy_latents, timesteps, conditioning)

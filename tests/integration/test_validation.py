@@ -48,7 +48,7 @@ def measure(model, dataset, *, batch_size=4, seed=555, num_ranks=1, rank=0, time
         mean = torch.zeros(len(moments), *model.family.latent_space.shape(model, width, height))
         return latents_from_moments(model, moments, mean), encode_captions(model, batch.captions)
 
-    def predict(batch, noisy_latents, steps, conditioning):
+    def predict(batch, steps, conditioning, noisy_latents):
         sizes = Sizes(batch.original_sizes, batch.crop_top_lefts, batch.planned.bucket)
         return model.family.predict(model, noisy_latents, steps, conditioning, sizes)
 
