@@ -23,7 +23,7 @@ from everydream_kit.errors import CheckpointError, ConfigError, JobError, KitErr
 from everydream_kit.identity import Process, is_running
 from everydream_kit.locks import hold
 from everydream_kit.plain_text import PlainFormatter
-from everydream_kit.preflight.auto_settings import resolve_auto_settings
+from everydream_kit.preflight.auto_settings import memory_check, resolve_auto_settings
 from everydream_kit.preflight.timing import MeasuredPlan
 from everydream_kit.runs import DEFAULT_LOGDIR, ENDED_STATES, Checkpoint, RunFolder, find_run
 from everydream_kit.runs.layout import RUN_FOLDER_VARIABLE
@@ -47,6 +47,8 @@ from everydream_kit.training.resuming import refuse_other_training, resolve_posi
 from everydream_kit.training.run import Run
 from everydream_kit.training.run_builder import build_run
 from everydream_kit.training.sharding import divide_optimizer_state
+from everydream_kit.training.speed import CHOSEN as CHOSEN_BY_SPEED
+from everydream_kit.training.speed import SpeedTrial
 from everydream_kit.training.start_checks import check_start
 from everydream_kit.training.summary import library_versions
 
@@ -192,7 +194,12 @@ def _session(
                     write_atomic(folder.config_path, config.to_json())
             seed = None if state is None else state.get("seed")
             how: dict[str, Any] = {"seed": seed, "weights_from": checkpoint, "adapter_base": adapter_base}
-            run = build_run(config, folder, journal, ranks, **how, stop=stop)
+            trial = SpeedTrial(memory_check(ranks)) if config.speed == "auto" else None
+            run = build_run(config, folder, journal, ranks, **how, stop=stop, speed_trial=trial)
+            if trial is not None:
+                config = config.replace(**{name: getattr(run.config, name) for name in CHOSEN_BY_SPEED})
+                if ranks.is_main:
+                    write_atomic(folder.config_path, config.to_json())
             run.listeners = [*build_listeners(run, stop), *([MeasuredPlan()] if ranks.is_main else []), *listeners]
             if checkpoint is not None and state is not None:
                 _restore(run, checkpoint, state)

@@ -15,6 +15,7 @@ from everydream_kit.config.declaration import (
     MEMORY_AND_SPEED,
     NOTHING,
     RESULT,
+    SPEED,
     SPEED_AND_RESULT,
     Facts,
     Group,
@@ -146,6 +147,15 @@ class PrecisionGroup(Group):
     """Blocks of the denoiser that wait in host memory and come to the GPU one ahead of their use, for what leaves the base
     frozen: a LoRA in any form, or textual inversion. Losses and weights are the same with it. `auto` takes as few as the
     memory requires. Full training is refused: every block changes at every step, and would have to go back as well."""
+    speed: Annotated[
+        Literal["manual", "auto"],
+        Knob(when="runs of hours: auto measures for a few seconds what is fastest here"),
+        Facts(SPEED, "resume", fsdp2=("manual",)),
+    ] = "manual"
+    """Whether `channels_last`, `cuda_graphs` and `torch_compile` are as set, or `auto`: chosen among those that are off by a
+    short measurement at the start of a run of at least 2,000 forward and backward passes. What gives other losses or gradients
+    than plain passes, fails, does not fit the memory or saves less than 3 % is not chosen. The choice is logged and goes into
+    the run's settings, so a resumed run keeps it."""
     channels_last: Annotated[
         bool,
         Knob(when="a GPU with tensor cores; often a few percent faster"),

@@ -163,3 +163,14 @@ def free_room(ranks: Ranks) -> tuple[GpuSpec | None, int | None]:
     free, _ = torch.cuda.mem_get_info(ranks.device)
     # the context is there already, and in the estimate as well
     return gpu_spec, int((free + gpu_spec.context_bytes) * (1 - MARGIN))
+
+
+def memory_check(ranks: Ranks) -> Callable[[TrainConfig], str | None]:
+    """Says of settings why their run would not fit what is free on the device now, before anything is loaded; None: it fits."""
+    gpu_spec, limit_bytes = free_room(ranks)
+    budget = Budget(gpu_spec, lambda config, **facts: memory_model(config)(config, **facts), limit_bytes)
+
+    def why_too_large(config: TrainConfig) -> str | None:
+        return None if budget.fits(config) else f"it does not fit ({budget.figures(budget(config))})"
+
+    return why_too_large

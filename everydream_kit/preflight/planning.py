@@ -177,7 +177,10 @@ def memory_model(config: TrainConfig, dataset: Dataset | None = None) -> Estimat
 
 
 def resolve_for_plan(config: TrainConfig, budget: Budget) -> tuple[TrainConfig, list[str]]:
-    """A number or a name where `batch_size`, `optimizer` or `blocks_to_swap` is `auto`, and what was chosen, one line each."""
+    """A number or a name where `batch_size`, `optimizer` or `blocks_to_swap` is `auto`, and what was chosen, one line each.
+
+    `speed: auto` stays plain, with a line on what it may choose.
+    """
     notes: list[str] = []
     wants_optimizer = wants_auto_optimizer(config)
     if wants_optimizer:
@@ -197,7 +200,27 @@ def resolve_for_plan(config: TrainConfig, budget: Budget) -> tuple[TrainConfig, 
         chosen, found = fewest_blocks(config, budget)
         config = config.replace(blocks_to_swap=chosen)
         notes.append(describe_blocks(chosen, found, budget))
+    if config.speed == "auto":
+        config = config.replace(speed="manual")
+        notes.append(_describe_speed(config, budget))
     return config, notes
+
+
+def _describe_speed(config: TrainConfig, budget: Budget) -> str:
+    """What `speed: auto` may choose, in words; the plan itself is of plain passes."""
+    graphs = "cuda_graphs needs a GPU"
+    if budget.gpu_spec is not None:
+        try:
+            found = budget(config.replace(cuda_graphs="on"))
+        except ConfigError as error:
+            graphs = str(error)
+        else:
+            answer = "may be used" if found.peak_bytes <= budget.limit_bytes else "do not fit"
+            graphs = f"cuda_graphs {answer} ({budget.figures(found)})"
+    return (
+        "speed auto: measured when the run starts; planned are plain passes. channels_last and torch_compile take no more "
+        f"memory; {graphs}"
+    )
 
 
 def read_dataset(config: TrainConfig) -> _Images:

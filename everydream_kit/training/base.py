@@ -228,8 +228,6 @@ def parts_that_ask_for_gradients(model: Model) -> list[TrainedPart]:
 
 def prepare_modules(model: Model, config: TrainConfig, journal: Journal) -> None:
     """Modes and memory measures of the modules: training mode, checkpointing, attention, memory format."""
-    import torch
-
     denoiser: Any = model.denoiser  # diffusers' own methods
     text_encoders: list[Any] = list(model.text_encoders)
     for module in [denoiser, *text_encoders]:
@@ -241,16 +239,24 @@ def prepare_modules(model: Model, config: TrainConfig, journal: Journal) -> None
         checkpoint_blocks(denoiser, text_encoders if trains_texts(model.family) and all_of_it else [], kept)
     if config.attn_type == "slice":
         denoiser.set_attention_slice("auto")
-    if config.channels_last:
-        denoiser.to(memory_format=torch.channels_last)
+    prepare_speed(model, config)
     if config.blocks_to_swap:
         # the others, and what is trained, go to the device; before an optimizer sees it
         blocks = waiting_blocks(denoiser, model.family.denoiser.blocks, config.blocks_to_swap)
         model.block_swap = BlockSwap(denoiser, list(blocks.values()), model.device)
         if model.device.type == "cpu":
             journal.warn("blocks_to_swap: saves nothing on a CPU, where all memory is host memory.")
+
+
+def prepare_speed(model: Model, config: TrainConfig) -> None:
+    """Memory format and compilation of the denoiser, as they are set; what is so already stays."""
+    import torch
+
+    denoiser: Any = model.denoiser
+    if config.channels_last:
+        denoiser.to(memory_format=torch.channels_last)
     if config.torch_compile:
-        compile_blocks(model.denoiser, model.family.denoiser.blocks)
+        compile_blocks(denoiser, model.family.denoiser.blocks)
 
 
 def checkpoint_blocks(denoiser: Any, text_encoders: Sequence[Any], kept: Collection[Any] = ()) -> None:

@@ -23,12 +23,12 @@ from everydream_kit.models.family import Conditioning, Model, has_large_texts
 from everydream_kit.models.model_saving import save_model
 from everydream_kit.runs import Checkpoint, RunFolder, layout
 from everydream_kit.settings import with_side_files
-from everydream_kit.training import schedules
 from everydream_kit.training.base import (
     choose_idle_modules,
     load_base,
     precision_of,
     prepare_modules,
+    prepare_speed,
     refuse_float16,
     select_trained,
     shards,
@@ -52,15 +52,17 @@ from everydream_kit.training.held_out_images import ValidationSet, split_dataset
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.objectives import OBJECTIVES
 from everydream_kit.training.offload import IdleModels
-from everydream_kit.training.optimizers import build_optimizer_for_parts, default_optimizer_name, parameters_of
+from everydream_kit.training.optimizers import AnyOptimizer, build_optimizer_for_parts, parameters_of
 from everydream_kit.training.parameters import TrainedPart
-from everydream_kit.training.parts import TEXT_ENCODER, PartSettings, not_inherited, part_settings
+from everydream_kit.training.part_schedules import announce_schedules, resolve_part, schedules_of
+from everydream_kit.training.parts import TEXT_ENCODER, PartSettings
 from everydream_kit.training.plugins import caption_transform, image_transform, load_plugins
 from everydream_kit.training.precision import Precision
 from everydream_kit.training.prompt_file import sampled_texts
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.run import Run
 from everydream_kit.training.sharding import build_sharding
+from everydream_kit.training.speed import SpeedTrial, choose_speed
 from everydream_kit.training.step import Learner, Schedules
 from everydream_kit.training.summary import summarise_captions
 from everydream_kit.training.sync import RankSync
@@ -90,6 +92,7 @@ def build_run(
     weights_from: Checkpoint | None = None,
     adapter_base: AdapterBase | None = None,
     stop: StopSignal | None = None,
+    speed_trial: SpeedTrial | None = None,
 ) -> Run:
     """Build everything that a run consists of, standing at its beginning; listeners are added by the caller.
 
@@ -98,6 +101,7 @@ def build_run(
         weights_from: checkpoint of a resumed run; by default `resume_ckpt`.
         adapter_base: base of a small checkpoint, in place of the one that it names.
         stop: ends what takes long here.
+        speed_trial: chooses where `speed` is `auto`; the run's `config` has the choice. None: nothing is chosen.
 
     Raises:
         StopRequested: by `stop`.
@@ -137,6 +141,7 @@ def build_run(
         plugins=plugins,
         resumes=weights_from is not None,
         stop=stop if ranks.num_ranks == 1 else None,  # alone: the others would wait for a process that has left
+        speed_trial=speed_trial,
     )
 
 
@@ -155,6 +160,7 @@ def assemble_run(
     device_type: str | None = None,
     stop: StopSignal | None = None,
     encodes_ahead: bool = True,
+    speed_trial: SpeedTrial | None = None,
 ) -> Run:
     """Build a run around a model and a dataset that are there already.
 
@@ -164,12 +170,13 @@ def assemble_run(
             the pre-flight estimates a GPU's memory without one.
         stop: ends the encoding of images with a `StopRequested`.
         encodes_ahead: large text encoders encode all captions now, into a cache on disk.
+        speed_trial: as in `build_run`.
     """
     device_type = device_type or ranks.device.type
     plan_settings = make_plan_settings(config, seed, ranks.num_ranks)
     num_steps = estimate_steps(dataset, plan_settings, config.max_epochs, config.max_steps)
     _report_dataset(dataset, num_steps, seed, journal)
-    sync, latent_cache, make_schedules = build_learning(
+    config, sync, latent_cache, make_schedules = build_learning(
         config,
         model,
         dataset,
@@ -183,6 +190,7 @@ def assemble_run(
         device_type=device_type,
         stop=stop,
         measured=[entry.dataset for entry in validation_sets] if encodes_ahead else None,
+        speed_trial=speed_trial,
     )
     add_graphs(config, sync.learner, journal)
     return Run(
@@ -220,18 +228,16 @@ def build_learning(
     device_type: str,
     stop: StopSignal | None,
     measured: Sequence[Dataset] | None,
-) -> tuple[RankSync, LatentCache | None, Callable[[int], Schedules]]:
-    """The learner and where its processes meet, the latent cache, and the learning rates of a run of so many steps.
+    speed_trial: SpeedTrial | None,
+) -> tuple[TrainConfig, RankSync, LatentCache | None, Callable[[int], Schedules]]:
+    """The settings with what was chosen, the learner and where its processes meet, the latent cache, and the learning rates.
 
     The order matters for memory: latents are encoded before the averages of the weights exist.
     """
     parts = select_trained(model, config, seed)
     settings = [resolve_part(part.name, config, device_type) for part in parts]
     make_schedules = partial(schedules_of, settings, config, ranks.num_ranks)
-    for how, schedule in zip(settings, make_schedules(num_steps).values(), strict=True):
-        for warning in not_inherited(config, how.part):
-            journal.warn(warning)
-        announce_schedule(how, schedule, num_steps, journal)
+    announce_schedules(settings, make_schedules(num_steps), config, num_steps, journal)
     precision = precision_of(config, device_type)
     refuse_float16(model.family, precision)
     tile_large_images(model, precision)
@@ -252,22 +258,20 @@ def build_learning(
         measured=measured,
     )
     prepare_modules(model, config, journal)
-    learner = build_learner(
-        config,
-        model,
-        parts,
-        settings,
-        dataset=dataset,
-        precision=precision,
-        ranks=ranks,
-        seed=seed,
-        device_type=device_type,
-        text_cache=text_cache,
-        idle_models=idle_models,
-        is_sharded=sharding is not None,
-        ema=build_ema(config, model, parts, num_steps, resumes=resumes),
+    taught: dict[str, Any] = {"model": model, "parts": parts, "dataset": dataset, "ranks": ranks}
+    texts = {"text_cache": text_cache, "idle_models": idle_models}
+    make_learner = partial(build_learner, **taught, **texts, seed=seed, is_sharded=sharding is not None)
+    if speed_trial is not None and config.speed == "auto":
+        passes = {"plan_settings": plan_settings, "num_steps": num_steps}
+        config = choose_speed(config, speed_trial, **taught, **passes, make_learner=make_learner, journal=journal)
+        prepare_speed(model, config)
+    is_flat = lays_flat(config, device_type) and sharding is None
+    optimizer = _build_optimizer(
+        config, model, parts, settings, ranks, seed=seed, device_type=device_type, flat=is_flat
     )
-    return RankSync(ranks, learner, sharding), latent_cache, make_schedules
+    ema = build_ema(config, model, parts, num_steps, resumes=resumes)
+    learner = make_learner(config, optimizer=optimizer, precision=precision, ema=ema)
+    return config, RankSync(ranks, learner, sharding), latent_cache, make_schedules
 
 
 def _report_dataset(dataset: Dataset, num_steps: int, seed: int, journal: Journal) -> None:
@@ -366,32 +370,44 @@ def _place_large_encoders(model: Model, idle: Collection[Any], device: Any) -> N
             text_encoder.to(device)
 
 
-def build_learner(
+def _build_optimizer(
     config: TrainConfig,
     model: Model,
     parts: list[TrainedPart],
     settings: Sequence[PartSettings],
-    *,
-    dataset: Dataset,
-    precision: Precision,
     ranks: Ranks,
+    *,
     seed: int,
     device_type: str,
-    text_cache: TextCache[Conditioning] | None,
-    idle_models: IdleModels,
-    is_sharded: bool,
-    ema: Ema | None,
-) -> Learner:
-    """The model with what its steps need; its schedules come with the run's number of steps."""
-    optimizer = build_optimizer_for_parts(
+    flat: bool,
+) -> AnyOptimizer:
+    return build_optimizer_for_parts(
         parts,
         settings,
         device_type=device_type,
         rounding_seed=seed if config.weight_dtype == "bfloat16" else None,
         fused_backward=config.fused_backward,
-        flat=lays_flat(config, device_type) and not is_sharded,
+        flat=flat,
         buffer_numbers=numbers_of_a_buffer(config, model, ranks, device_type),
     )
+
+
+def build_learner(
+    config: TrainConfig,
+    *,
+    model: Model,
+    parts: list[TrainedPart],
+    optimizer: AnyOptimizer,
+    dataset: Dataset,
+    precision: Precision,
+    ranks: Ranks,
+    seed: int,
+    text_cache: TextCache[Conditioning] | None,
+    idle_models: IdleModels,
+    is_sharded: bool,
+    ema: Ema | None = None,
+) -> Learner:
+    """The model with what its steps need; its schedules come with the run's number of steps."""
     sums = GradientSums(parameters_of(optimizer), ranks) if ranks.num_ranks > 1 and not is_sharded else None
     return Learner(
         model=model,
@@ -426,57 +442,6 @@ def _loader_options(config: TrainConfig, plugins: Sequence[Any]) -> dict[str, An
         "caption_transform": caption_transform(plugins),
         "image_transform": image_transform(plugins),
     }
-
-
-def resolve_part(name: str, config: TrainConfig, device_type: str) -> PartSettings:
-    """How one part is trained, with the optimizer of the device where none is given."""
-    return part_settings(config, name, "adamw" if config.parallel == "fsdp2" else default_optimizer_name(device_type))
-
-
-def schedules_of(
-    settings: Sequence[PartSettings], config: TrainConfig, num_ranks: int, num_steps: int
-) -> dict[str, partial[float]]:
-    """The learning rate of each part, by its name, in a run of so many steps. Raises: ConfigError."""
-    return {how.part: make_schedule(how, config, num_steps, num_ranks) for how in settings}
-
-
-def make_schedule(how: PartSettings, config: TrainConfig, num_steps: int, num_ranks: int) -> partial[float]:
-    """The learning rate of one part as a function of the optimizer step.
-
-    Raises:
-        ConfigError: the decay would end before the warm-up does.
-    """
-    peak = how.lr
-    if config.scale_lr:
-        assert isinstance(config.batch_size, int)
-        peak = schedules.scaled_lr(peak, config.batch_size * num_ranks, config.grad_accum)
-    decay_steps = schedules.default_decay_steps(num_steps) if how.lr_decay_steps is None else how.lr_decay_steps
-    warmup_steps = how.lr_warmup_steps
-    if warmup_steps is None:
-        warmup_steps = schedules.default_warmup_steps(decay_steps, how.lr_scheduler)
-    schedules.check_lengths(how.lr_scheduler, warmup_steps, decay_steps)
-    return partial(
-        schedules.learning_rate,
-        peak=peak,
-        kind=how.lr_scheduler,
-        warmup_steps=warmup_steps,
-        decay_steps=decay_steps,
-    )
-
-
-def announce_schedule(how: PartSettings, schedule: partial[float], num_steps: int, journal: Journal) -> None:
-    """Log the rate that is used and its course; warn of a warm-up that is longer than the run."""
-    peak, warmup_steps = schedule.keywords["peak"], schedule.keywords["warmup_steps"]
-    scaled = "" if peak == how.lr else f" (scale_lr: {how.lr:g} times {peak / how.lr:.4g})"
-    decay = "" if how.lr_scheduler == "constant" else f", zero at step {schedule.keywords['decay_steps']}"
-    journal.note(
-        f"Learning rate of the {how.part}: {peak:.6g}{scaled}, {how.lr_scheduler}, warm-up {warmup_steps} steps{decay}."
-    )
-    if warmup_steps > num_steps:
-        journal.warn(
-            f"lr_warmup_steps: the warm-up of the {how.part} takes {warmup_steps} steps and the run {num_steps}, so its "
-            f"rate never reaches lr; lower lr_warmup_steps."
-        )
 
 
 def _write_model(model: Model, folder: Path, weights: dict[str, dict[str, Any]], open_file: OpenFile) -> None:

@@ -145,6 +145,7 @@ TEST_OF = {
     "fused_backward": f"{TRAINING}::test_a_fused_backward_keeps_no_gradient_and_gives_the_same_losses",
     "blocks_to_swap": "integration/test_block_swap_runs.py::test_losses_and_weights_are_those_without",
     "offload_idle_models": f"{SAVING}::test_idle_models_are_at_work_for_new_images_and_captions_and_for_sampling_only",
+    "speed": "integration/test_speed_auto.py::test_a_run_is_the_one_with_its_choice_set_by_hand",
     "channels_last": MEMORY,
     "torch_compile": f"{TRAINING}::test_the_unets_transformer_blocks_are_compiled",
     "attn_type": MEMORY,

@@ -18,7 +18,7 @@ from everydream_kit.training.control import StopSignal
 from everydream_kit.training.listeners import build_sampler
 from everydream_kit.training.optimizers import build_optimizer_for_parts, unwrap_optimizers
 from everydream_kit.training.parameters import TrainedPart
-from everydream_kit.training.run_builder import make_schedule, resolve_part
+from everydream_kit.training.part_schedules import make_schedule, resolve_part
 
 PARTS = ("unet", "text encoder")
 OPTIMIZER_SETTINGS: list[tuple[dict[str, Any], str, Any, str, Any]] = [

@@ -26,9 +26,9 @@ from everydream_kit.training.held_out_images import split_dataset
 from everydream_kit.training.listeners import build_sampler
 from everydream_kit.training.optimizers import build_optimizer_for_parts, unwrap_optimizers
 from everydream_kit.training.parameters import TrainedPart
+from everydream_kit.training.part_schedules import make_schedule, resolve_part
 from everydream_kit.training.reports import Listener, StepReport
 from everydream_kit.training.run import Run
-from everydream_kit.training.run_builder import make_schedule, resolve_part
 from everydream_kit.training.validation_listener import measure_loss
 
 FAST = {"cfgs": [1.0], "num_inference_steps": 1}

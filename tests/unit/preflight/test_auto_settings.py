@@ -10,7 +10,7 @@ from memory_stand_in import GIB, LinearMemory
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import MemoryLimitError
 from everydream_kit.preflight.advice import Budget, choose_optimizer
-from everydream_kit.preflight.auto_settings import resolve_auto_settings, resolve_batch_size
+from everydream_kit.preflight.auto_settings import memory_check, resolve_auto_settings, resolve_batch_size
 from everydream_kit.preflight.gpus import find_gpu
 from everydream_kit.preflight.planning import resolve_for_plan
 from everydream_kit.preflight.probe import Probe
@@ -165,3 +165,24 @@ def test_blocks_that_wait_become_a_number_that_is_reported(journal, monkeypatch,
     assert [event["blocks"] for event in journal.folder.events("blocks to swap")] == [0, 10]
     resolved, notes = resolve_for_plan(config, Budget(gpu_spec, LinearMemory(), 4 * GIB))
     assert (resolved.blocks_to_swap, len(notes)) == (10, 1)
+
+
+def test_a_plan_says_what_speed_auto_may_choose():
+    config, gpu_spec = TrainConfig(resume_ckpt="base", batch_size=1, speed="auto"), find_gpu("T4")
+    for gib, answer in ((100, "cuda_graphs may be used (8.9 GiB estimated, 100.0 GiB"), (1, "cuda_graphs do not fit")):
+        resolved, (note,) = resolve_for_plan(config, Budget(gpu_spec, LinearMemory(), gib * GIB))
+        assert resolved.speed == "manual" and resolved.cuda_graphs == "off"
+        assert note.startswith("speed auto: measured when the run starts") and answer in note
+    compiled, budget = config.replace(torch_compile=True), Budget(gpu_spec, LinearMemory(), GIB)
+    assert "may compile again during a capture" in resolve_for_plan(compiled, budget)[1][0]
+    assert "cuda_graphs needs a GPU" in resolve_for_plan(config, Budget(None, LinearMemory(), GIB))[1][0]
+
+
+def test_a_candidate_is_compared_with_what_was_free_before_the_model(monkeypatch):
+    room(monkeypatch, 9.6)
+    monkeypatch.setattr("everydream_kit.preflight.auto_settings.memory_model", lambda config: LinearMemory())
+    config = TrainConfig(resume_ckpt="base", batch_size=1)
+    why_too_large = memory_check(Ranks(0, 1, torch.device("cpu")))
+    room(monkeypatch, 0)
+    answers = [why_too_large(config.replace(batch_size=number)) for number in (1, 4)]
+    assert answers == [None, "it does not fit (11.7 GiB estimated, 9.6 GiB available)"]
