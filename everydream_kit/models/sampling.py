@@ -21,8 +21,10 @@ import torch
 from PIL import Image
 
 from everydream_kit.errors import ConfigError
+from everydream_kit.models.captures import Capture
 from everydream_kit.models.encoding import decode_latents, encode_captions, scale_rows
 from everydream_kit.models.family import Conditioning, Family, Model, Sizes
+from everydream_kit.models.predictions import Predictions
 from everydream_kit.models.sample_grids import label_grid, save_image
 from everydream_kit.models.sampling_schedulers import begin, build_scheduler, flow_sampler_name, sampler_by_name
 
@@ -76,6 +78,7 @@ def sample_images(
     guidance_rescale: float | None = None,
     progress: Progress | None = None,
     encode: EncodeTexts | None = None,
+    capture: Capture | None = None,
 ) -> list[Image.Image]:
     """Generate images. The model comes back in the modes that it came in. Where guidance is an input of the denoiser, a scale
     takes no second prediction, and negative prompts have no effect.
@@ -87,6 +90,7 @@ def sample_images(
         batch_size: images that go through the UNet together; does not change them beyond rounding.
         guidance_rescale: arXiv 2305.08891, equation 16; None: 0.7 for zero-terminal-SNR models, else 0.
         encode: gives the conditioning of texts; None: the model's text encoders, which are on its device then.
+        capture: of the device: predictions of one shape are captured once and replayed, where they stay the same.
 
     Returns:
         One image for each guidance scale of each prompt, in order. `image.info["parameters"]` holds its settings
@@ -108,12 +112,14 @@ def sample_images(
         rescale = ZERO_SNR_GUIDANCE_RESCALE if model.zero_terminal_snr else 0.0
     images: list[Image.Image | None] = [None] * len(rows)
     batches = list(_batches(model, rows, batch_size))
-    with _sampling_mode(model):
+    predictions = Predictions(model, capture)
+    with _sampling_mode(model), predictions:
         for number, (num_chunks, batch) in enumerate(batches):
             report = None if progress is None else _part_of(progress, number, len(batches))
             latents = _denoise(
                 model,
                 batch,
+                predictions,
                 build_scheduler(model, scheduler),
                 num_inference_steps=num_inference_steps,
                 clip_skip=clip_skip,
@@ -210,6 +216,7 @@ def _part_of(progress: Progress, number: int, num_batches: int) -> Progress:
 def _denoise(
     model: Model,
     rows: Sequence[_Row],
+    predict: Predictions,
     scheduler: Any,
     *,
     num_inference_steps: int,
@@ -238,7 +245,7 @@ def _denoise(
     for done, timestep in enumerate(scheduler.timesteps):
         doubled = torch.cat([latents, latents]) if guided else latents
         model_input = scale_input(doubled, timestep)
-        prediction = model.family.predict(model, model_input, timestep.expand(len(doubled)), conditioning, sizes)
+        prediction = predict(model_input, timestep.expand(len(doubled)), conditioning, sizes)
         if guided:
             negative, positive = prediction.chunk(2)
             prediction = guide(negative, positive, cfg, guidance_rescale)

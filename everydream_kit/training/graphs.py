@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from everydream_kit.errors import ConfigError
+from everydream_kit.models.captures import CAPTURES, Capture, Captured
 from everydream_kit.training.base import drops_out
 from everydream_kit.training.flat import BUFFER_NUMBERS
 from everydream_kit.training.kept_gradients import KeptGradients
@@ -43,49 +44,6 @@ KEPT_BUFFER_NUMBERS = 2**30
 
 MAX_DROPS = 2
 """Times that all graphs may be dropped since weights have moved; weights that always move are not worth a capture."""
-
-Capture = Callable[[Callable[[], torch.Tensor]], "Captured"]
-
-
-class Captured(Protocol):
-    """A call that can be repeated on the device.
-
-    Attributes:
-        result: what the call returned; every replay writes it again.
-    """
-
-    result: torch.Tensor
-
-    def replay(self) -> None: ...
-
-
-class CudaCapture:
-    """Captures calls into CUDA graphs that share one memory pool; they are never replayed at the same time.
-
-    A capture computes nothing. Errors are those of this thread alone: others may load images meanwhile.
-    """
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, call: Callable[[], torch.Tensor]) -> Captured:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = call()
-        return _CudaGraph(graph, result)
-
-
-@dataclass
-class _CudaGraph:
-    graph: Any
-    result: torch.Tensor
-
-    def replay(self) -> None:
-        self.graph.replay()
-
-
-CAPTURES: dict[str, Callable[[], Capture]] = {"cuda": CudaCapture}
-"""By the type of the device. Others have none."""
 
 
 @dataclass

@@ -20,6 +20,7 @@ from everydream_kit.atomic import write_atomic
 from everydream_kit.data.buckets import assign_bucket, bucket_table
 from everydream_kit.draws import derive_seed, generator
 from everydream_kit.errors import ConfigError, KitError
+from everydream_kit.models.captures import CAPTURES
 from everydream_kit.models.family import has_large_texts
 from everydream_kit.models.sampling_schedulers import build_scheduler
 from everydream_kit.share_bar import ShareBar
@@ -344,6 +345,7 @@ class _Grids:
                 batch_size=together,
                 progress=progress,
                 encode=self.learner.encode_captions if has_large_texts(model.family) else None,
+                capture=None if self.learner.graphs is None else CAPTURES[model.device.type](),
             )
         )
         for index in indices:

@@ -6,12 +6,12 @@ and whatever is not a tensor belongs to the shape of the pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from collections.abc import Hashable
+from dataclasses import dataclass
 
 import torch
 
+from everydream_kit.models.captures import changed, described, tensors_in
 from everydream_kit.models.family import Conditioning, Sizes
 
 
@@ -48,42 +48,18 @@ class StepInputs:
 
     def shape(self) -> Hashable:
         """What two passes have in common where the same kernels can do both: shapes and formats, and all that is no tensor."""
-        return _described(self)
+        return described(self)
 
     def tensors(self) -> list[torch.Tensor]:
         """All that differs from step to step, in one order."""
-        found: list[torch.Tensor] = []
-
-        def note(tensor: torch.Tensor) -> torch.Tensor:
-            found.append(tensor)
-            return tensor
-
-        _changed(self, note)
-        return found
+        return tensors_in(self)
 
     def clone(self) -> StepInputs:
         """The same in memory of its own, which further inputs of this shape are copied into."""
-        copied: StepInputs = _changed(self, torch.clone)
+        copied: StepInputs = changed(self, torch.clone)
         return copied
 
     def take(self, other: StepInputs) -> None:
         """Copy other inputs of the same shape to this memory."""
         for own, new in zip(self.tensors(), other.tensors(), strict=True):
             own.copy_(new)
-
-
-def _changed(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """The same with each tensor changed, however deep it lies in records and tuples."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{one.name: _changed(getattr(value, one.name), change) for one in fields(value)})
-    return tuple(_changed(one, change) for one in value) if isinstance(value, tuple) else value
-
-
-def _described(value: Any) -> Hashable:
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.dtype
-    if is_dataclass(value):
-        return tuple(_described(getattr(value, one.name)) for one in fields(value))
-    return tuple(map(_described, value)) if isinstance(value, tuple) else value
