@@ -11,7 +11,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from everydream_kit import __version__
 from everydream_kit.atomic import write_atomic
 from everydream_kit.config import TrainConfig, config_warnings, facts
 from everydream_kit.errors import CheckpointError, ConfigError, JobError, KitError
+from everydream_kit.foreign import read_origin
 from everydream_kit.identity import Process, is_running
 from everydream_kit.locks import hold
 from everydream_kit.plain_text import PlainFormatter
@@ -98,9 +99,9 @@ def resume(
     Args:
         run: a run folder, its name, a checkpoint inside it, `hf://me/jets` for a run that was pushed while training, or
             None for the latest run in `logdir`.
-        changes: settings that are different from here on. They are logged; the file before is kept as
-            `config-<step>.json`. For a fetched run also those that have to be given again on this machine
-            (docs/hub.md).
+        changes: settings that are different from here on. They are logged, and written when the run really continues; the
+            file before is kept as `config-<step>.json`. For a fetched run also those that have to be given again on this
+            machine (docs/hub.md).
         adapter_base: for a run that trains a LoRA or new words, its base model, where that is not in its place any more.
 
     Raises:
@@ -123,10 +124,9 @@ def resume(
             sweep(folder.checkpoints_folder)
         ranks.barrier()
         checkpoint, state = choose_checkpoint(folder, warnings.append)
-        if changes:
-            config = _changed(config, changes, folder, state["position"]["step"], writes=ranks.is_main)
+        changed, changes = _changed(config, changes, folder)
         how: dict[str, Any] = {"checkpoint": checkpoint, "adapter_base": adapter_base, "state": state}
-        return _session(config, folder, ranks, listeners, **how, warnings=warnings)
+        return _session(changed, folder, ranks, listeners, **how, changes=changes, warnings=warnings)
 
 
 @contextmanager
@@ -173,8 +173,15 @@ def _session(
     checkpoint: Checkpoint | None,
     state: State | None,
     adapter_base: str | Path | None = None,
+    changes: Mapping[str, Any] | None = None,
     warnings: Sequence[str] = (),
 ) -> RunFolder:
+    """Build the run and train it.
+
+    Settings of a new run are written at once; those of a resumed one when everything has accepted them: what is refused
+    must not stand in the way of the next resume.
+    """
+    writes_now = ranks.is_main and checkpoint is None
     stop = StopSignal()
     journal = Journal(folder, writes=ranks.is_main, wandb_run=_start_wandb(config, folder) if ranks.is_main else None)
     started_by_a_job = os.environ.pop(RUN_FOLDER_VARIABLE, None) is not None  # then stderr is train.log already
@@ -186,11 +193,12 @@ def _session(
                 journal.warn(warning)
             if ranks.is_main:
                 require_output_folders(config)
+            if writes_now:
                 _write_facts(config, folder)
             resolved = resolve_auto_settings(config, ranks, journal)
             if resolved is not config:
                 config = resolved
-                if ranks.is_main:  # what was chosen: a run that continues takes the same
+                if writes_now:  # what was chosen: a run that continues takes the same
                     write_atomic(folder.config_path, config.to_json())
             seed = None if state is None else state.get("seed")
             how: dict[str, Any] = {"seed": seed, "weights_from": checkpoint, "adapter_base": adapter_base}
@@ -203,6 +211,9 @@ def _session(
             run.listeners = [*build_listeners(run, stop), *([MeasuredPlan()] if ranks.is_main else []), *listeners]
             if checkpoint is not None and state is not None:
                 _restore(run, checkpoint, state)
+                if ranks.is_main:
+                    _keep_changes(changes or {}, folder, state["position"]["step"])
+                    _write_facts(config, folder)
             _work(run, stop)
     except StopRequested:
         _record_early_stop(journal, stop, state)
@@ -311,24 +322,30 @@ def _restore_listener(listener: Listener, saved: dict[str, Any], checkpoint: Che
         ) from error
 
 
-def _changed(
-    config: TrainConfig, changes: dict[str, Any], folder: RunFolder, step: int, *, writes: bool
-) -> TrainConfig:
+def _changed(config: TrainConfig, changes: dict[str, Any], folder: RunFolder) -> tuple[TrainConfig, dict[str, Any]]:
+    """The settings of a resumed run, and which of the changes are any. Nothing is written.
+
+    Raises:
+        CheckpointError: one cannot change on resume.
+    """
     changes = {name: value for name, value in changes.items() if getattr(config, name, changes) != value}
-    if not changes:
-        return config
-    fixed = sorted(name for name, one in facts().items() if name in changes and one.change == "never")
+    origin = read_origin(folder.folder)
+    given_here = () if origin is None else origin.given  # on this machine: a wrong one can be corrected
+    fixed = [name for name, one in sorted(facts().items()) if name in changes and one.change == "never"]
+    fixed = [name for name in fixed if name not in given_here]
     if fixed:
         raise CheckpointError(
             f"{', '.join(fixed)}: cannot change on resume. Start a new run from its weights with --resume_ckpt "
             f"{folder.last_checkpoint}."
         )
-    changed = config.replace(**changes)
-    if writes:
+    return (config.replace(**changes) if changes else config), changes
+
+
+def _keep_changes(changes: Mapping[str, Any], folder: RunFolder, step: int) -> None:
+    """Keep the settings before, and log what is different from here on."""
+    if changes:
         write_atomic(folder.changed_config_path(step), folder.config_path.read_text("utf-8"))
-        write_atomic(folder.config_path, changed.to_json())
         logging.getLogger("everydream_kit").info(f"changed from step {step} on: {changes}")
-    return changed
 
 
 def _new_folder(config: TrainConfig, ranks: Ranks) -> RunFolder:

@@ -44,7 +44,7 @@ class BaseModelGroup(Group):
     family: Annotated[
         FamilyName | None,
         Knob(when="the file's own keys mislead; normally never"),
-        Facts(RESULT, "resume"),
+        Facts(RESULT, "never"),
     ] = None
     """Model family. Recognized from the files unless given."""
     prediction_type: Annotated[

@@ -12,7 +12,8 @@ import pytest
 from stop_after import StopAfter
 
 from everydream_kit.config import TrainConfig
-from everydream_kit.errors import CheckpointError
+from everydream_kit.errors import CheckpointError, ConfigError
+from everydream_kit.foreign import Origin, write_origin
 from everydream_kit.runs import RunFolder
 from everydream_kit.sessions import resume, train
 
@@ -68,6 +69,29 @@ def uses_in_first_epoch(run: RunFolder) -> dict[str, int]:
 
 def names_of(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".txt")
+
+
+def test_a_change_that_the_model_refuses_is_not_remembered(run: RunFolder) -> None:
+    before = run.config_path.read_text("utf-8")
+    with pytest.raises(ConfigError, match=r"timestep_shift: .*Leave it out"):
+        resume(run.folder, changes={"timestep_shift": 3.0, "max_epochs": 1})
+    with pytest.raises(CheckpointError, match="family: cannot change on resume"):
+        resume(run.folder, changes={"family": "sd2"})
+    assert run.config_path.read_text("utf-8") == before
+    assert not run.changed_config_path(3).exists()
+    resume(run.folder, changes={"max_steps": 4})
+    assert (run.status()["state"], run.status()["step"], run.settings()["max_steps"]) == ("finished", 4, 4)
+    assert run.changed_config_path(3).read_text("utf-8") == before
+    assert "changed from step 3 on: {'max_steps': 4}" in run.log_path.read_text("utf-8")
+
+
+def test_a_base_that_a_fetched_run_was_given_wrongly_can_be_given_again(
+    run: RunFolder, tiny_model_folder: Path
+) -> None:
+    write_origin(run.folder, Origin("hf://me/jets", "0" * 40, "jets", given=["resume_ckpt"]))
+    again = str(tiny_model_folder / ".." / tiny_model_folder.name)
+    resume(run.folder, changes={"resume_ckpt": again, "max_steps": 4})
+    assert (run.status()["step"], run.settings()["resume_ckpt"]) == (4, again)
 
 
 def test_the_same_images_in_another_place_continue_without_a_warning(run: RunFolder, images: Path) -> None:
