@@ -274,6 +274,14 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
     (folder / "merges.txt").write_text(merges_text, encoding="utf-8")
 
 
+def tokenizer_identity(tokenizer: Any) -> str:
+    """All that decides which numbers a text becomes, in one string."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    own = {key: value for key, value in backend.items() if key not in ("truncation", "padding")}  # of the last call
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return json.dumps([type(tokenizer).__name__, own, special], sort_keys=True)
+
+
 def saved_bytes(tokenizer: CLIPTokenizer) -> int:
     """About how large a saved tokenizer is: its vocabulary and merges, which are nearly all of it."""
     if not type(tokenizer).__name__.startswith("CLIP"):

@@ -20,6 +20,7 @@ from everydream_kit.data.loader import captions_of_run
 from everydream_kit.data.text_cache import TextCache, TextStore, captions_vary
 from everydream_kit.models.encoding import encode_captions, encode_moments
 from everydream_kit.models.family import Conditioning, has_large_texts, join_conditioning
+from everydream_kit.models.tokenizer import tokenizer_identity
 from everydream_kit.share_bar import ShareBar
 from everydream_kit.training.offload import in_host_memory
 from everydream_kit.training.progress import WorkProgress
@@ -168,6 +169,8 @@ def build_text_cache(
         digest = hashlib.blake2b(model.family.prompt_version.encode(), digest_size=12)
         for text_encoder in model.text_encoders:
             digest.update(weights_identity(text_encoder).encode())
+        for tokenizer in model.tokenizers:
+            digest.update(tokenizer_identity(tokenizer).encode())
         store = TextStore(folder / digest.hexdigest())
     return TextCache(
         lambda captions: encode_captions(model, captions, clip_skip),
