@@ -52,11 +52,12 @@ class ImageLosses:
         return sum(loss * scale for loss, scale in zip(self.losses, self.loss_scales, strict=True)) / len(self.losses)
 
 
-def refuse_non_finite(losses: ImageLosses, step: int, *, gradients_are_finite: bool = True) -> None:
+def refuse_non_finite(losses: ImageLosses, step: int, *, base: str, gradients_are_finite: bool = True) -> None:
     """Refuse a step whose losses or gradients are not finite.
 
     Args:
         step: optimizer steps done.
+        base: where the model came from.
         gradients_are_finite: True also where it is not known, or where they may overflow (float16).
 
     Raises:
@@ -64,6 +65,11 @@ def refuse_non_finite(losses: ImageLosses, step: int, *, gradients_are_finite: b
     """
     losses.read()
     bad = [path for path, loss in zip(losses.paths, losses.losses, strict=True) if not math.isfinite(loss)]
+    if bad and step == 0:
+        raise NonFiniteLossError(
+            f"step 0: loss is NaN or infinite for {_named(bad)}, and nothing has been trained yet. The base model is damaged "
+            f"({base}), or its numbers exceed the format. Fetch it again, or choose amp_dtype bf16 or amp off."
+        )
     if bad:
         raise NonFiniteLossError(
             f"step {step}: loss is NaN or infinite for {_named(bad)}. Nothing was updated in this step. "

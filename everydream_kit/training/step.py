@@ -144,7 +144,7 @@ class Learner:
             return self.graphs(inputs)
         losses = self.losses_of(inputs)
         if self.updates_in_backward:  # it is now or never
-            refuse_non_finite(_single(batch, losses), step)
+            refuse_non_finite(_single(batch, losses), step, base=self.model.source)
         if self.gradient_sums is not None and batch is work.batches[-1]:
             self.gradient_sums.watch()
         self._add_gradients(losses, inputs)
@@ -196,7 +196,10 @@ class Learner:
     def refuse_non_finite(self, losses: ImageLosses, update: Update, step: int) -> None:
         """Raises: NonFiniteLossError, if a loss or a gradient is not; float16 gradients may overflow."""
         refuse_non_finite(
-            losses, step, gradients_are_finite=self.precision.scaler is not None or not update.was_skipped
+            losses,
+            step,
+            base=self.model.source,
+            gradients_are_finite=self.precision.scaler is not None or not update.was_skipped,
         )
 
     def update_ema(self, step: int) -> None:
