@@ -108,10 +108,12 @@ def merge(
         ExportError, DiskSpaceError, ModelError: as the functions of `export/`.
     """
     from everydream_kit.export.merge import merge_checkpoints, merge_lora
+    from everydream_kit.models.loading import require_source
     from everydream_kit.models.lora_formats import is_lora
 
     _check_out(out, model, other)
     first, second = resolve_checkpoint(model), resolve_checkpoint(other)
+    require_source(second)
     if is_lora(Path(second)):
         if weight is not None:
             raise ConfigError(f"weight: mixes two models, and {second} is a LoRA; it is merged with strength.")

@@ -97,13 +97,25 @@ def build_component(component: Component, config: Config, device: str = "meta") 
         ModelError: the config cannot be built, or the installed library does not have the class.
     """
     if component.class_name.startswith("CLIP"):
-        return build_text_encoder(config, component.class_name, device)
+        return build_text_encoder(config, component.class_name, device, component.folder)
     if component.library == "transformers":
-        return _build_language_model(_class_of(component), config, device)
+        return _build_language_model(component, _class_of(component), config, device)
     return _build_diffusers(component, _class_of(component), config, device)
 
 
-def _build_language_model(cls: Any, config: Config, device: str) -> torch.nn.Module:
+def _other_class(folder: str, named: Any, wanted: str) -> ModelError:
+    """Of a config that is another family's."""
+    return ModelError(
+        f"{folder}/config.json: names the class {named!r}, and this family's {folder} is {wanted}. The folder mixes parts of "
+        "different model families; fetch the model again, or give the family's own part."
+    )
+
+
+def _build_language_model(component: Component, cls: Any, config: Config, device: str) -> torch.nn.Module:
+    kind = cls.config_class.model_type  # its architecture may be a head that is not used here
+    if config.get("model_type", kind) != kind:
+        named = config.get("architectures") or [config["model_type"]]
+        raise _other_class(component.folder, named[0] if isinstance(named, list) else named, cls.__name__)
     if "vision_config" in config:
         values = vision_language_values(config)
     else:
@@ -142,7 +154,9 @@ def build_vae(config: Config, device: str = "meta") -> torch.nn.Module:
     return build_component(KL_VAE, config, device)
 
 
-def build_text_encoder(config: Config, class_name: str, device: str = "meta") -> torch.nn.Module:
+def build_text_encoder(
+    config: Config, class_name: str, device: str = "meta", folder: str = "text_encoder"
+) -> torch.nn.Module:
     """A text encoder, without memory unless another device is named."""
     make_lazy()
     from transformers.models.clip.configuration_clip import CLIPTextConfig
@@ -155,7 +169,7 @@ def build_text_encoder(config: Config, class_name: str, device: str = "meta") ->
     architectures = config.get("architectures") or [class_name]
     named = architectures[0] if isinstance(architectures, list) else architectures
     if named not in ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"):
-        raise ModelError(f"text encoder: its config.json names the class {named!r}, which the kit does not know.")
+        raise _other_class(folder, named, class_name)
     config_values = text_encoder_values(config)
     try:
         with _building_on(device):
@@ -169,11 +183,7 @@ def build_text_encoder(config: Config, class_name: str, device: str = "meta") ->
 def _build_diffusers(component: Component, cls: Any, config: Config, device: str) -> torch.nn.Module:
     named = config.get("_class_name", cls.__name__)
     if named != cls.__name__:
-        raise ModelError(
-            f"{component.folder}/config.json: names the class {named!r}, and this family's {component.folder} is "
-            f"{cls.__name__}. The folder mixes parts of different model families; fetch the model again, or give the "
-            "family's own part."
-        )
+        raise _other_class(component.folder, named, cls.__name__)
     try:
         with _building_on(device):
             built: torch.nn.Module = cls.from_config(diffusers_values(cls, config))

@@ -31,6 +31,7 @@ from everydream_kit.models.adapters import (
 from everydream_kit.models.block_swap import waiting_prefixes
 from everydream_kit.models.components import build_component, fill
 from everydream_kit.models.download import fetch_model, is_hub_id
+from everydream_kit.models.families import family_in_header
 from everydream_kit.models.family import Family, Model, ModelFiles, TextEncoderSlot, configs_folder, has_large_texts
 from everydream_kit.models.fingerprints import weights_fingerprint
 from everydream_kit.models.flow import flow_scheduler
@@ -46,11 +47,15 @@ from everydream_kit.models.tokenizer import (
     load_tokenizer,
 )
 from everydream_kit.models.vae_files import with_given_vae
+from everydream_kit.models.weight_files import open_weights
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
 
 logger = logging.getLogger(__name__)
+
+TABLE_SHARE = 0.9
+"""Of a text encoder's table, the least that its own tokenizer has words for."""
 
 
 def load_model(
@@ -183,6 +188,7 @@ def open_base(
     wanted["vae"] = vae or wanted.get("vae")
     with explaining_base(folder, note, str(wanted["source"])):
         files = open_model(token=token, **wanted)
+        _refuse_other_family(folder, files)
         trained_on = note.get("base_fingerprint")
         if trained_on is not None and weights_fingerprint(files) != trained_on:
             logger.warning(
@@ -194,6 +200,15 @@ def open_base(
                 note["base"]["source"],
             )
     return files
+
+
+def _refuse_other_family(folder: Path, base: ModelFiles) -> None:
+    """Raises: ModelError: the LoRA in a checkpoint's folder was trained on a model of another family."""
+    if not (folder / LORA_FILE).is_file():
+        return
+    trained_on = family_in_header(open_weights(folder / LORA_FILE)[1])
+    if trained_on not in (None, base.family):
+        raise ModelError(f"it is {base.family.title}, and the LoRA was trained on {trained_on.title}")
 
 
 def open_model(
@@ -220,15 +235,20 @@ def open_model(
         folder = path / subfolder if subfolder else path
         files = open_folder(folder, family=family, prediction_type=prediction_type, variant=variant)
         return with_given_vae(files, vae)
-    if not is_hub_id(str(source)):
-        raise ModelError(
-            f"{source}: there is no such file or folder, and it is not a Hub id (owner/repository) either."
-        )
+    require_source(source)
     where = fetch_model(str(source), revision=revision, subfolder=subfolder, variant=variant, token=token)
     how: dict[str, Any] = {"family": family, "prediction_type": prediction_type, "vae": vae}
     how["adapter_base"] = adapter_base
     files = open_model(where, variant=variant, token=token, **how)
     return dataclasses.replace(files, source=str(source))
+
+
+def require_source(source: str | Path) -> None:
+    """Raises: ModelError: there is no such file or folder, and the name is no Hub id's."""
+    if not Path(source).expanduser().exists() and not is_hub_id(str(source)):
+        raise ModelError(
+            f"{source}: there is no such file or folder, and it is not a Hub id (owner/repository) either."
+        )
 
 
 def open_with_base(sources: Sequence[str | Path], adapter_base: AdapterBase | None) -> list[ModelFiles]:
@@ -278,7 +298,8 @@ def assemble(
 ) -> Model:
     """Build the modules, and read their weights. Arguments as `load_model`."""
     formats = as_formats(dtype)
-    modules = {name: build_component(files.family.component(name), config) for name, config in files.configs.items()}
+    modules = build_modules(files)
+    tokenizers = fitting_tokenizers(files, modules)
     for name, module in modules.items():
         component = files.family.component(name)
         dtypes = formats.of(component, module, files.stored_dtype(name))
@@ -288,18 +309,58 @@ def assemble(
         stays = blocks_in_host_memory if component.role == "denoiser" else 0
         waiting = waiting_prefixes(module, component.blocks, stays)
         fill(module, files.tensors[name], dtypes, f"{files.source}/{name}", where, quantized=layers, waiting=waiting)
-    return model_of(files, modules)
+    return model_of(files, modules, tokenizers)
 
 
-def model_of(files: ModelFiles, modules: Mapping[str, torch.nn.Module]) -> Model:
+def build_modules(files: ModelFiles) -> dict[str, torch.nn.Module]:
+    """The modules without weights, by their folders' names. Raises: ModelError: a config cannot be built."""
+    try:
+        return {name: build_component(files.family.component(name), one) for name, one in files.configs.items()}
+    except ModelError as error:
+        raise ModelError(f"{files.source}: {error}") from error
+
+
+def fitting_tokenizers(files: ModelFiles, modules: Mapping[str, torch.nn.Module]) -> list[Any]:
+    """The tokenizers, in the family's order, each of the size of its text encoder's table.
+
+    Published tables are up to 400 rows larger than their tokenizers, of 32,000 to 152,000.
+
+    Raises:
+        ModelError: one is larger than the table, or so much smaller that it is another's.
+    """
+    tokenizers = []
+    for slot in files.family.text_encoders:
+        tokenizers.append(_tokenizer(files, slot))
+        size, rows = len(tokenizers[-1]), _table_rows(modules[slot.folder])
+        if files.tokenizers[slot.tokenizer_folder] is not None and not TABLE_SHARE * rows <= size <= rows:
+            raise ModelError(
+                f"{files.source}: {slot.tokenizer_folder} has {size:,} tokens, and {slot.folder} knows {rows:,}. The folder "
+                "mixes parts of different models; fetch the model again, or give the tokenizer that belongs to it."
+            )
+    return tokenizers
+
+
+def _table_rows(text_encoder: torch.nn.Module) -> int:
+    """Tokens that a text encoder has embeddings of."""
+    config: Any = text_encoder.config
+    if "target_vocab_size" in config:  # of Anima's text conditioner
+        return int(config["target_vocab_size"])
+    return int(config.get_text_config().vocab_size)
+
+
+def model_of(
+    files: ModelFiles, modules: Mapping[str, torch.nn.Module], tokenizers: Sequence[Any] | None = None
+) -> Model:
     """A model of modules by their folders' names; everything else is as the files say."""
     family = files.family
+    if tokenizers is None:
+        tokenizers = [_tokenizer(files, slot) for slot in family.text_encoders]
     return Model(
         family=family,
         denoiser=modules[family.denoiser.folder],
         vae=modules[family.vae.folder].requires_grad_(False),
         text_encoders=[modules[slot.folder] for slot in family.text_encoders],
-        tokenizers=[_tokenizer(files, slot) for slot in family.text_encoders],
+        tokenizers=list(tokenizers),
         noise_scheduler=scheduler_of(files),
         scheduler_config=dict(files.scheduler_config),
         prediction_type=files.prediction_type,

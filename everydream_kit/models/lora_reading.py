@@ -10,6 +10,7 @@ from typing import Any
 
 from everydream_kit.errors import ModelError
 from everydream_kit.models.adapters import LORA_FILE
+from everydream_kit.models.families import family_in_header
 from everydream_kit.models.family import Layout, ModelFiles
 from everydream_kit.models.lora_changes import Change, LoraFile, base_key
 from everydream_kit.models.lora_names import OTHER_KINDS, fused_spellings, is_of_text_encoder, spellings, split_name
@@ -92,7 +93,7 @@ def read_lora_file(path: Path, base: ModelFiles) -> LoraFile:
             key = f"{name}.{parameter}"
             if key in found.changes.get(component, {}):
                 raise ModelError(f"{path}: names the layer {component}.{name} twice, the second time as {stem!r}.")
-            _check_fits(path, component, key, change, base)
+            _check_fits(path, component, key, change, base, cause=_made_for_another(metadata, base))
             found.changes.setdefault(component, {})[key] = change
     return found
 
@@ -224,7 +225,7 @@ def _lengths(where: str, parts: Tensors) -> tuple[LazyTensor | None, bool]:
     return scale, on_input
 
 
-def _check_fits(path: Path, component: str, name: str, change: Change, base: ModelFiles) -> None:
+def _check_fits(path: Path, component: str, name: str, change: Change, base: ModelFiles, *, cause: str) -> None:
     """Compare a change's shape with the base's weight, from the headers alone.
 
     Raises:
@@ -237,7 +238,7 @@ def _check_fits(path: Path, component: str, name: str, change: Change, base: Mod
         shape = "is not there" if weight is None else f"has the shape {weight}"
         raise ModelError(
             f"{path}: does not fit {base.source}: its layer {component}.{name} expects a weight of "
-            f"{' x '.join(map(str, size))}, and that {shape}."
+            f"{' x '.join(map(str, size))}, and that {shape}.{cause}"
         )
     if change.magnitude is not None:
         wanted = weight[1] if change.on_input else weight[0]
@@ -245,6 +246,13 @@ def _check_fits(path: Path, component: str, name: str, change: Change, base: Mod
             raise ModelError(
                 f"{path}: DoRA's lengths of {component}.{name} are {math.prod(change.magnitude.shape)}, not {wanted}."
             )
+
+
+def _made_for_another(metadata: Mapping[str, str], base: ModelFiles) -> str:
+    """The cause, where the header names another family than the base's."""
+    if family_in_header(metadata) in (None, base.family):
+        return ""
+    return f" It was made for another model family: its header says {metadata['modelspec.architecture']}."
 
 
 def _fits(size: tuple[int, ...], weight: tuple[int, ...]) -> bool:

@@ -52,12 +52,13 @@ def open_folder(
     configs = read_configs(folder)
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     refuse_unsupported(str(folder), configs, index)
-    found = family_by_name(family) if family else recognize_configs(str(folder), configs)
+    found = find_family(str(folder), configs, family)
     wanted = [component.folder for component in found.components]
     for name in wanted:
         if name not in configs:
             raise ModelError(f"{folder}: {name}/config.json is missing, and {found.title} needs it.")
     scheduler = _read_scheduler(folder, is_needed=needs_weights)
+    refuse_other_schedule(found, scheduler, str(folder))
     if index.get(DISTILLED) is True:  # diffusers' pipelines shift such a model's noise levels in another way
         scheduler[DISTILLED] = True
     tensors = {name: open_component(folder / name, variant) for name in wanted} if needs_weights else {}
@@ -122,6 +123,38 @@ def refuse_unsupported(where: str, configs: Mapping[str, Config], index: Config)
     if "text_encoder_2" in configs and "text_encoder" not in configs:
         raise ModelError(
             f"{where}: this is an SDXL refiner, which this version cannot train. Take the SDXL base model."
+        )
+
+
+def find_family(where: str, configs: Mapping[str, Config], named: str | None) -> Family:
+    """The family that a person names, else the one whose table these configs fit.
+
+    Raises:
+        ModelError: they fit none, or those of the named family have other classes and those of another fit.
+    """
+    if named is None:
+        return recognize_configs(where, configs)
+    family = family_by_name(named)
+    own = configs.get(family.denoiser.folder)
+    if own is None or own.get("_class_name", family.denoiser.class_name) != family.denoiser.class_name:
+        raise other_family(where, recognize_configs(where, configs), family)
+    return family
+
+
+def other_family(where: str, found: Family, named: Family) -> ModelError:
+    """Of a family that a person names and the model is not of."""
+    return ModelError(f"{where}: family: this is {found.title}, and no {named.title}. Leave family out.")
+
+
+def refuse_other_schedule(family: Family, scheduler_config: Config, where: str) -> None:
+    """Raises: ModelError: the scheduler is one of flow matching and the family learns diffusion, or the other way round."""
+    named = str(scheduler_config.get("_class_name", ""))
+    is_flow = named.startswith("FlowMatch") or bool(scheduler_config.get("use_flow_sigmas"))
+    if named and is_flow != (family.objective == "flow"):
+        learns = "flow matching" if family.objective == "flow" else "diffusion"
+        raise ModelError(
+            f"{where}: scheduler/scheduler_config.json names the class {named!r}, and {family.title} learns {learns}: its "
+            "noise levels would not be those that it was trained with. Take the file from the model's source."
         )
 
 

@@ -29,6 +29,7 @@ from everydream_kit.models.model_files import (
     MODULAR_INDEX,
     has_zero_terminal_snr,
     open_folder,
+    other_family,
     prediction_type_of,
     read_json,
     refuse_unsupported,
@@ -71,13 +72,16 @@ def open_single_file(
         raise ModelError(f"{path}: not a model file by its name; the kit reads {', '.join(WEIGHT_SUFFIXES)}.")
     tensors, metadata = open_weights(path)
     tensors = without_wrapper(tensors)
-    alone = _family_of_denoiser(tensors, family)
+    alone = _family_of_denoiser(tensors, family) or _family_of_denoiser(tensors, None)
+    named = None if family is None else family_by_name(family)
+    if named is not None and named is not alone and not (alone is None and named.layout.holds_all):
+        raise other_family(str(path), alone or _recognize(path, tensors), named)
     if alone is not None and vae is not None:
         raise ModelError(f"{path}: {alone.title} is used with its own VAE. Leave --vae (vae) out.")
     if alone is not None:
         return _open_denoiser(path, alone, without_scales(tensors), metadata)
     refuse_other_kinds(path, tensors)
-    found = family_by_name(family) if family else _recognize(path, tensors)
+    found = named or _recognize(path, tensors)
     tensors = without_scales(tensors) if vae is not None else with_vae(path, without_scales(tensors))
     configs = _with_found_blocks(path, tensors, found, _configs(path, found, metadata))
     refuse_unsupported(str(path), configs, {})

@@ -29,10 +29,13 @@ def with_given_vae(files: ModelFiles, vae: str | Path | None) -> ModelFiles:
     """A model with the VAE at this path in place of its own; None keeps its own.
 
     Raises:
-        ModelError: there is no VAE at this path, or it is one of another family's class or number of latent channels.
+        ModelError: there is no VAE at this path, it is one of another family's class or number of latent channels, or the
+            family is used with its own.
     """
     if vae is None:
         return files
+    if "vae" in files.family.refuses:
+        raise ModelError(f"vae: {files.family.refuses['vae']} ({files.family.title}). Leave it out.")
     config, tensors = read_vae(Path(vae).expanduser())
     _require_fit(files, str(vae), config, tensors)
     config = files.configs["vae"] if config is None else config

@@ -79,7 +79,7 @@ def read_architecture(
         ModelError: it is not there, or of a kind that the kit does not train.
     """
     from everydream_kit.models.adapters import is_adapter_folder
-    from everydream_kit.models.download import is_hub_id
+    from everydream_kit.models.loading import require_source
     from everydream_kit.models.single_file import open_single_file
     from everydream_kit.models.vae_files import with_given_vae
 
@@ -93,10 +93,7 @@ def read_architecture(
         folder = path / subfolder if subfolder else path
         files = with_given_vae(open_configs(folder, **how), vae)
         return Architecture(files, stored=stored_dtypes(folder, files, variant))
-    if not is_hub_id(str(source)):
-        raise ModelError(
-            f"{source}: there is no such file or folder, and it is not a Hub id (owner/repository) either."
-        )
+    require_source(source)
     where = {"revision": revision, "endpoint": endpoint}
     files = _fetch_configs(str(source), subfolder, variant, where, how)
     return Architecture(dataclasses.replace(with_given_vae(files, vae), source=str(source)))
@@ -182,9 +179,10 @@ def open_configs(folder: Path, *, family: str | None = None, prediction_type: st
 def _own_vocabulary(folder: Path, slot: TextEncoderSlot) -> Path | None:
     """A tokenizer's folder where it is there whole: a small model's words are numbered in its own way. None: the shipped one."""
     own = folder / slot.tokenizer_folder
-    if slot.tokenizer_class != "CLIPTokenizer":
-        return own if (own / "tokenizer.json").is_file() else None
-    return own if all((own / name).is_file() for name in ("vocab.json", "merges.txt")) else None
+    held = {name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (own / name).is_file()}
+    if slot.tokenizer_class == "CLIPTokenizer" and "vocab.json" in held:
+        held.discard("tokenizer.json")  # which is not read then
+    return own if "tokenizer.json" in held or {"vocab.json", "merges.txt"} <= held else None
 
 
 def _fetch_configs(
@@ -265,13 +263,13 @@ def build_skeleton(architecture: Architecture, dtype: torch.dtype | Formats) -> 
     Args:
         dtype: of UNet and text encoders, or their formats by component; the VAE is float32.
     """
-    from everydream_kit.models.components import build_component
-    from everydream_kit.models.loading import as_formats, model_of
+    from everydream_kit.models.loading import as_formats, build_modules, fitting_tokenizers, model_of
     from everydream_kit.models.lora import inject
     from everydream_kit.models.quantized import put_quantized, quantized_layers
 
     files, formats = architecture.files, as_formats(dtype)
-    modules = {name: build_component(files.family.component(name), config) for name, config in files.configs.items()}
+    modules = build_modules(files)
+    tokenizers = fitting_tokenizers(files, modules)
     for name, module in modules.items():
         component = files.family.component(name)
         dtypes = formats.of(component, module, architecture.stored_dtype(name))
@@ -280,7 +278,7 @@ def build_skeleton(architecture: Architecture, dtype: torch.dtype | Formats) -> 
         for layer, form in quantized_layers(formats, component, module).items():
             weight: Any = module.get_submodule(layer).weight
             put_quantized(module, layer, form, weight, weight.dtype)
-    model = model_of(files, modules)
+    model = model_of(files, modules, tokenizers)
     if architecture.lora is not None:
         inject(model, architecture.lora, dtype=formats.trained)
     return model
