@@ -214,6 +214,7 @@ class Layout:
         shares_of: a layer of the single file -> shares of its rows that its parts have; () for equal ones.
         swapped_layers: layers of the single file whose two halves stand the other way round.
         holds_all: the single file is the whole model; else it is the denoiser, and the rest is in the folder around it.
+        also_holds: folders of components that such a file holds next to the denoiser.
     """
 
     to_single_file: Callable[[ModelFiles], Tensors]
@@ -225,6 +226,7 @@ class Layout:
     shares_of: Callable[[str], tuple[int, ...]] = lambda layer: ()
     swapped_layers: tuple[str, ...] = ()
     holds_all: bool = True
+    also_holds: tuple[str, ...] = ()
 
     @property
     def has_app_layers(self) -> bool:

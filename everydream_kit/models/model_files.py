@@ -57,7 +57,7 @@ def open_folder(
     for name in wanted:
         if name not in configs:
             raise ModelError(f"{folder}: {name}/config.json is missing, and {found.title} needs it.")
-    scheduler = _read_scheduler(folder, is_needed=needs_weights)
+    scheduler = read_scheduler(folder, is_needed=needs_weights)
     refuse_other_schedule(found, scheduler, str(folder))
     if index.get(DISTILLED) is True:  # diffusers' pipelines shift such a model's noise levels in another way
         scheduler[DISTILLED] = True
@@ -219,7 +219,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: is missing.") from None
 
 
-def _read_scheduler(folder: Path, *, is_needed: bool) -> dict[str, Any]:
+def read_scheduler(folder: Path, *, is_needed: bool = True) -> dict[str, Any]:
+    """The scheduler's config. Raises: ModelError: it is missing and needed, or damaged."""
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         if not is_needed:

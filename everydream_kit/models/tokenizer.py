@@ -163,6 +163,26 @@ def build_tokenizer(pad_token: str = END, vocabulary: Vocabulary | None = None) 
     return made
 
 
+def require_tokenizer(folder: Path, class_name: str) -> None:
+    """Check the files of a tokenizer before a library reads them: there, bounded, well-formed and without code.
+
+    Raises:
+        ModelError: the folder has no vocabulary, a damaged one, or names code.
+    """
+    if (folder / "tokenizer.json").is_file():
+        needed: tuple[str, ...] = ()
+    elif class_name.startswith("T5"):
+        needed = ("tokenizer.json",)
+    else:
+        needed = ("vocab.json", "merges.txt")
+    if not all((folder / name).is_file() for name in needed):
+        old_form = "" if class_name.startswith("T5") else ", or vocab.json and merges.txt"
+        raise ModelError(f"{folder}: no tokenizer here (tokenizer.json{old_form}). The model is incomplete.")
+    held = _read_files(folder)
+    if class_name.startswith("CLIP"):
+        checked_vocabulary(*_tokens_and_merges(folder, held), END, str(folder))
+
+
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """Read a tokenizer folder of any age.
 
@@ -171,12 +191,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     """
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-    old_form = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    if not old_form and not (folder / "tokenizer.json").is_file():
-        raise ModelError(
-            f"{folder}: no tokenizer here (vocab.json and merges.txt, or tokenizer.json). The model is incomplete."
-        )
-    checked_vocabulary(*_tokens_and_merges(folder, _read_files(folder)), END, str(folder))
+    require_tokenizer(folder, "CLIPTokenizer")
     try:
         tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=WINDOW)
     except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError) as error:
@@ -235,13 +250,8 @@ def load_language_tokenizer(folder: Path, class_name: str) -> Any:
     from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
     from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
-    is_t5 = class_name.startswith("T5")
-    if not (folder / "tokenizer.json").is_file() and (is_t5 or not (folder / "vocab.json").is_file()):
-        raise ModelError(
-            f"{folder}: no tokenizer here (tokenizer.json{'' if is_t5 else ', or vocab.json and merges.txt'})."
-        )
-    _read_files(folder)  # bounded, well-formed and without code, before the library reads them
-    cls: Any = T5Tokenizer if is_t5 else Qwen2Tokenizer
+    require_tokenizer(folder, class_name)
+    cls: Any = T5Tokenizer if class_name.startswith("T5") else Qwen2Tokenizer
     try:
         loaded = cls.from_pretrained(folder, local_files_only=True)
         _silence_length_warning(loaded)  # longer texts are cut by the family

@@ -156,8 +156,8 @@ def save_steps(config: TrainConfig, num_steps: int, steps_per_epoch: int, second
 
 
 def single_file_bytes(config: TrainConfig, estimate: MemoryEstimate) -> int:
-    """Of one single-file checkpoint: always a whole model (an adapter is merged into its base), in half or full precision."""
-    return estimate.num_parameters * (4 if config.save_full_precision else 2)
+    """Of one single-file checkpoint, in half or full precision: all that apps load from it, an adapter merged into it."""
+    return estimate.num_file_parameters * (4 if config.save_full_precision else 2)
 
 
 def num_samples(config: TrainConfig, num_steps: int) -> int:

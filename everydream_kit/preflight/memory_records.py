@@ -76,6 +76,7 @@ class MemoryEstimate:
         allowance_bytes: context and fragmentation of the GPU; on a CPU the process itself.
         step_flops: floating-point operations of one optimizer step, all of its micro-batches.
         num_trained_parameters, num_parameters: numbers, not tensors.
+        num_file_parameters: those in one single file; a flow family's holds neither text encoders nor VAE.
         weight_bytes_written: the weights of one checkpoint, the averaged ones of an EMA included.
         state_bytes_written: its resume state.
         side_bytes_written: what its folders hold next to weights: tokenizers and headers.
@@ -104,6 +105,7 @@ class MemoryEstimate:
     copied_bytes: int = 0
     num_blocks: int = 0
     text_bytes: int = 0
+    num_file_parameters: int = 0
 
     @property
     def worst(self) -> Phase:

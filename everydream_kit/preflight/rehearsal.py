@@ -27,7 +27,7 @@ from everydream_kit.data.records import Batch, Draw, MicroBatch, Size, StepBatch
 from everydream_kit.models.block_swap import repeated_blocks
 from everydream_kit.models.encoding import decode_latents, encode_captions, encode_moments
 from everydream_kit.models.family import Sizes, has_large_texts
-from everydream_kit.models.lora import without_chance
+from everydream_kit.models.lora import lora_parameters, without_chance
 from everydream_kit.models.quantized import is_quantized, num_weights
 from everydream_kit.models.sampling import guide, is_doubled
 from everydream_kit.models.tokenizer import saved_bytes
@@ -381,6 +381,7 @@ def _conclude(
         update_launches=training.launches[OPTIMIZER],
         copied_bytes=copied_bytes * config.grad_accum // num_micro_batches,
         num_blocks=len(repeated_blocks(model.denoiser, model.family.denoiser.blocks)),
+        num_file_parameters=_num_in_single_file(model),
     )
 
 
@@ -431,6 +432,13 @@ def _phase(name: str, by_category: dict[str, int]) -> Phase:
     for category, num_bytes in by_category.items():
         named[public.get(category, category)] += num_bytes
     return Phase(name, sum(named.values()), {key: value for key, value in named.items() if value})
+
+
+def _num_in_single_file(model: Model) -> int:
+    """Numbers in a single file of the model, into which an adapter is merged: the components that apps load from it."""
+    layout, modules = model.family.layout, model.modules()
+    held = modules if layout.holds_all else (model.family.denoiser.folder, *layout.also_holds)
+    return sum(num_weights(modules[name]) for name in held) - sum(one.numel() for one in lora_parameters(model))
 
 
 HEADER_BYTES = 120

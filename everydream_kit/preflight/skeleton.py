@@ -21,7 +21,7 @@ from everydream_kit.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
-    from everydream_kit.models.family import Model, ModelFiles, TextEncoderSlot
+    from everydream_kit.models.family import Family, Model, ModelFiles, TextEncoderSlot
     from everydream_kit.models.lora_settings import LoraSettings
     from everydream_kit.models.number_formats import Formats
 
@@ -92,11 +92,28 @@ def read_architecture(
     if path.is_dir():
         folder = path / subfolder if subfolder else path
         files = with_given_vae(open_configs(folder, **how), vae)
-        return Architecture(files, stored=stored_dtypes(folder, files, variant))
+        stored = stored_dtypes(folder, files, variant)
+        if files.family.denoiser.folder in stored:  # a model to train on, not its configs alone
+            require_side_files(folder, files.family)
+        return Architecture(files, stored=stored)
     require_source(source)
     where = {"revision": revision, "endpoint": endpoint}
     files = _fetch_configs(str(source), subfolder, variant, where, how)
     return Architecture(dataclasses.replace(with_given_vae(files, vae), source=str(source)))
+
+
+def require_side_files(folder: Path, family: Family) -> None:
+    """Refuse a folder without what training reads next to weights, in training's words.
+
+    Raises:
+        ModelError: the scheduler's config or a tokenizer is missing or damaged.
+    """
+    from everydream_kit.models.model_files import read_scheduler
+    from everydream_kit.models.tokenizer import require_tokenizer
+
+    read_scheduler(folder)
+    for slot in family.text_encoders:
+        require_tokenizer(folder / slot.tokenizer_folder, slot.tokenizer_class)
 
 
 def stored_dtypes(folder: Path, files: ModelFiles, variant: str | None) -> dict[str, torch.dtype]:

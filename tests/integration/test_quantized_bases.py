@@ -10,11 +10,13 @@ import pytest
 import torch
 from flow_cases import settings_for, weights_of
 from rehearsals import prepared
+from safetensors.torch import load_file
 from stop_after import StopAfter
 from tiny_models import tiny_folder
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ModelError
+from everydream_kit.export.single_file_export import export_checkpoint
 from everydream_kit.models.encoding import Sizes, encode_captions
 from everydream_kit.models.family import Model
 from everydream_kit.models.loading import load_model, open_model
@@ -24,6 +26,8 @@ from everydream_kit.models.model_saving import save_model
 from everydream_kit.models.number_formats import Formats
 from everydream_kit.models.quantized import QuantizedLinear, num_weights
 from everydream_kit.models.tensors import LazyTensor
+from everydream_kit.preflight.disk import single_file_bytes
+from everydream_kit.preflight.memory_estimate import estimate_memory
 from everydream_kit.preflight.skeleton import build_skeleton, read_architecture
 from everydream_kit.sessions import resume, train
 
@@ -197,8 +201,6 @@ def test_new_words_learn_over_a_quantized_unet(tmp_path: Path) -> None:
 
 
 def test_weights_of_a_plan_are_those_of_the_run(tmp_path: Path) -> None:
-    from everydream_kit.preflight.memory_estimate import estimate_memory
-
     config = TrainConfig(**{**settings_for("z_image", tmp_path), "training_kind": "lora", "lora_rank": 4})
     sizes, numbers = {}, set()
     for form in ("fp8", "nf4"):
@@ -212,9 +214,16 @@ def test_weights_of_a_plan_are_those_of_the_run(tmp_path: Path) -> None:
     assert sizes["nf4"] < sizes["fp8"]
 
 
-def test_a_language_model_is_quantized_for_its_captions(tmp_path: Path) -> None:
-    from everydream_kit.preflight.memory_estimate import estimate_memory
+@pytest.mark.parametrize("family", ["sdxl", "z_image", "anima"])  # a whole model, a transformer, one with a conditioner
+def test_single_files_take_the_disk_that_a_plan_says(family: str, tmp_path: Path) -> None:
+    changes = {"training_kind": "lora", "quantization": "int8", "save_full_precision": False}
+    config = TrainConfig(**{**settings_for(family, tmp_path), **changes})
+    planned = single_file_bytes(config, estimate_memory(config, device="cpu", cache_folder=tmp_path / "kept"))
+    written = export_checkpoint(tiny_folder(family), tmp_path / "model.safetensors")
+    assert sum(tensor.nbytes for tensor in load_file(written).values()) == pytest.approx(planned, rel=1e-4)
 
+
+def test_a_language_model_is_quantized_for_its_captions(tmp_path: Path) -> None:
     settings = {**settings_for("z_image", tmp_path), "training_kind": "lora", "lora_rank": 4, "max_steps": 1}
     plain = TrainConfig(**settings)
     changed = plain.replace(text_quantization="int8", project_name="changed")

@@ -48,4 +48,5 @@ class LinearMemory:
             update_launches=2_600,
             copied_bytes=int(0.1 * blocks * GIB),
             num_blocks=20,
+            num_file_parameters=1_066_000_000,
         )

@@ -262,6 +262,7 @@ ANIMA = Family(
         to_single_file,
         from_single_file,
         holds_all=False,
+        also_holds=(CONDITIONER,),
         lora_for_apps="kohya",
         lora_stem=lora_stem,
         app_layers=app_layers,

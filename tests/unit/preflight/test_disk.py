@@ -109,5 +109,5 @@ def test_folders_on_one_file_system_share_its_room(tmp_path):
     settings = config(logdir=str(tmp_path / "a" / "runs"), save_ckpt_dir=str(tmp_path / "b"), no_save_ckpt=False)
     disk = estimate_disk(settings, LinearMemory()(settings), num_steps=10, steps_per_epoch=10, seconds=None)
     (place,) = disk.places
-    assert place.needed_bytes == disk.most_bytes == WEIGHTS + STATE + 2 * LinearMemory()(settings).num_parameters
+    assert place.needed_bytes == disk.most_bytes == WEIGHTS + STATE + 2 * LinearMemory()(settings).num_file_parameters
     assert place.free_bytes > 0

@@ -7,6 +7,7 @@ import pytest
 from tiny_models import tiny_folder
 
 from everydream_kit.errors import ModelError
+from everydream_kit.models.loading import load_model
 from everydream_kit.models.model_files import open_folder
 from everydream_kit.preflight.skeleton import build_skeleton, read_architecture, shipped_architecture
 
@@ -105,3 +106,22 @@ def test_what_is_missing_is_named(tmp_path):
     shutil.rmtree(tmp_path / "part" / "vae")
     with pytest.raises(ModelError, match=r"vae/config\.json is missing"):
         read_architecture(tmp_path / "part")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "family", "words"),
+    [
+        (lambda folder: shutil.rmtree(folder / "scheduler"), "z_image", r"scheduler_config\.json is missing"),
+        (lambda folder: shutil.rmtree(folder / "tokenizer"), "z_image", r"tokenizer: no tokenizer here"),
+        (lambda folder: (folder / "t5_tokenizer" / "tokenizer.json").write_text("{"), "anima", r"t5_tokenizer"),
+        (lambda folder: shutil.rmtree(folder / "tokenizer"), "sd1", r"tokenizer: no tokenizer here"),
+    ],
+)
+def test_a_plan_refuses_a_folder_that_training_refuses(spoil, family, words, tmp_path):
+    folder = shutil.copytree(tiny_folder(family), tmp_path / "base")
+    spoil(folder)
+    with pytest.raises(ModelError, match=words) as planned:
+        read_architecture(folder)
+    with pytest.raises(ModelError) as trained:
+        load_model(folder)
+    assert str(planned.value) == str(trained.value)
