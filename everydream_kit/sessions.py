@@ -195,19 +195,15 @@ def _session(
                 require_output_folders(config)
             if writes_now:
                 _write_facts(config, folder)
-            resolved = resolve_auto_settings(config, ranks, journal)
-            if resolved is not config:
-                config = resolved
-                if writes_now:  # what was chosen: a run that continues takes the same
-                    write_atomic(folder.config_path, config.to_json())
+            config = resolve_auto_settings(config, ranks, journal)
             seed = None if state is None else state.get("seed")
             how: dict[str, Any] = {"seed": seed, "weights_from": checkpoint, "adapter_base": adapter_base}
             trial = SpeedTrial(memory_check(ranks)) if config.speed == "auto" else None
             run = build_run(config, folder, journal, ranks, **how, stop=stop, speed_trial=trial)
             if trial is not None:
                 config = config.replace(**{name: getattr(run.config, name) for name in CHOSEN_BY_SPEED})
-                if ranks.is_main:
-                    write_atomic(folder.config_path, config.to_json())
+            if writes_now:  # what was chosen: a run that continues takes the same
+                write_atomic(folder.config_path, config.to_json())
             run.listeners = [*build_listeners(run, stop), *([MeasuredPlan()] if ranks.is_main else []), *listeners]
             if checkpoint is not None and state is not None:
                 _restore(run, checkpoint, state)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -185,12 +185,16 @@ def _backward(tensors: Tensors, renames: list[Rename]) -> Iterable[tuple[str, La
         yield rename(name, table), value
 
 
-def rename(name: str, table: dict[str, str]) -> str:
-    """Replace the longest known prefix that ends at a dot; an unknown name stays, and the reader complains about it."""
-    end = len(name)
-    while (end := name.rfind(".", 0, end)) > 0:
-        if name[:end] in table:
-            return table[name[:end]] + name[end:]
+def rename(name: str, table: Mapping[str, str]) -> str:
+    """Replace the longest known start of a name; an unknown name stays, and the reader complains about it."""
+    start = known_start(name, table)
+    return table[start] + name.removeprefix(start) if start else name
+
+
+def known_start(name: str, known: Collection[str]) -> str:
+    """The name, if it is known, or the longest known start of it that ends at a dot; "" where none is."""
+    while name and name not in known:
+        name = name.rpartition(".")[0]
     return name
 
 

@@ -260,8 +260,9 @@ class Family:
         config, width, height in pixels) -> factor by which flow matching moves its noise levels upward; 1 for
         diffusion.
         lora_targets: names or regular expressions of the layers that a LoRA adapts by default.
-        matches_configs: whether a diffusers folder's configs ("unet", "text_encoder", ...) are of this family.
-        matches_keys: whether a single file's names and shapes are of this family. modelspec_architecture: as
+        matches_configs: whether the configs ("unet", "text_encoder", ...) of a diffusers folder with this denoiser are of
+        this family. matches_keys: whether the names and shapes in a denoiser's file, without a prefix, are of this family;
+        whole checkpoints are known by their text encoder's prefix. modelspec_architecture: as
         single-file metadata names it (stability.ai's modelspec). kohya_base: as kohya-style LoRA metadata names it
         (`ss_base_model_version`). resolution: side in pixels that the family was trained at, given the prediction type.
         index: what else `model_index.json` holds. legacy_config: content of the `.yaml` that old UIs require next to a single
@@ -280,11 +281,11 @@ class Family:
     predict: Predict
     latent_space: LatentSpace
     layout: Layout
-    matches_configs: Callable[[Mapping[str, Config]], bool]
-    matches_keys: Callable[[Shapes], bool]
     modelspec_architecture: str
     kohya_base: str
-    resolution: Callable[[str], int]
+    matches_configs: Callable[[Mapping[str, Config]], bool] = lambda configs: True
+    matches_keys: Callable[[Shapes], bool] = lambda shapes: False
+    resolution: Callable[[str], int] = lambda prediction_type: 1024
     denoiser: Component = UNET
     vae: Component = KL_VAE
     objective: Literal["diffusion", "flow"] = "diffusion"

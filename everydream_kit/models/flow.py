@@ -78,6 +78,11 @@ def mu_of(scheduler_config: Mapping[str, Any], width: int, height: int, num_step
     return float(low + (high - low) * (tokens - least) / (most - least))
 
 
+def positions(*sizes: int, device: torch.device) -> torch.Tensor:
+    """(n, axes): the places of a grid of these sizes, row by row."""
+    return torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))
+
+
 def packed(latents: torch.Tensor) -> torch.Tensor:
     """Latents (B, C, h, w) as tokens (B, h w / 4, 4 C): squares of 2 x 2 cells, row by row."""
     return torch.nn.functional.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)

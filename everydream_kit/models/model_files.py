@@ -10,18 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from everydream_kit import strict_json
 from everydream_kit.errors import ModelError
 from everydream_kit.models.families import FAMILIES, family_by_name
-from everydream_kit.models.family import Config, Family, ModelFiles
+from everydream_kit.models.family import UNET, Config, Family, ModelFiles
 from everydream_kit.models.part_configs import scheduler_values
 from everydream_kit.models.tensors import Tensors
 from everydream_kit.models.weight_files import open_weights
-
-if TYPE_CHECKING:
-    pass
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 DISTILLED = "is_distilled"
@@ -161,10 +158,12 @@ def refuse_other_schedule(family: Family, scheduler_config: Config, where: str) 
 def recognize_configs(where: str, configs: Mapping[str, Config]) -> Family:
     """The family whose table these configs fit."""
     for family in FAMILIES.values():
-        if family.denoiser.folder in configs and family.matches_configs(configs):
+        own = configs.get(family.denoiser.folder)
+        is_of_class = family.denoiser is UNET or (own or {}).get("_class_name") == family.denoiser.class_name
+        if own is not None and is_of_class and family.matches_configs(configs):
             return family
-    if "transformer" in configs:
-        own = configs["transformer"]
+    own = configs.get("transformer")
+    if own is not None:
         raise ModelError(
             f"{where}: this model is a diffusion transformer ({own.get('_class_name')} with {own.get('in_channels')} channels "
             f"of input), which the kit does not train. It trains {', '.join(family.title for family in FAMILIES.values())}."

@@ -12,13 +12,34 @@ from typing import cast
 
 import torch
 
-from everydream_kit.models.family import Conditioning, Model, PromptSettings, join_conditioning
+from everydream_kit.models.family import Conditioning, Model, PromptSettings, TextEncoderSlot, join_conditioning
 
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 """Qwen3's template for one message, with thinking allowed."""
 CHAT_WITHOUT_THINKING = CHAT + "<think>\n\n</think>\n\n"
 MAX_TOKENS = 512
 """Template included; what does not fit is cut off."""
+
+
+def language_model(class_name: str, block: str, module: str, *, index_class: str = "") -> TextEncoderSlot:
+    """The only text encoder of a family, a language model of Qwen's that is never trained.
+
+    Args:
+        module: of transformers. Other arguments are as `TextEncoderSlot` has them.
+    """
+    return TextEncoderSlot(
+        "text_encoder",
+        "tokenizer",
+        class_name,
+        trains=frozenset(),
+        blocks=(block,),
+        module=f"transformers.models.{module}.modeling_{module}",
+        tokenizer_class="Qwen2Tokenizer",
+        index_class=index_class,
+    )
+
+
+QWEN3 = language_model("Qwen3Model", "Qwen3DecoderLayer", "qwen3")
 
 
 def qwen_prompt_encoder(

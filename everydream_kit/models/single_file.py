@@ -25,6 +25,7 @@ from everydream_kit.models.file_kinds import (
     without_scales,
     without_wrapper,
 )
+from everydream_kit.models.flow_transformers import bare
 from everydream_kit.models.model_files import (
     MODULAR_INDEX,
     has_zero_terminal_snr,
@@ -104,7 +105,7 @@ def open_single_file(
 
 def _family_of_denoiser(tensors: Tensors, named: str | None) -> Family | None:
     """The family of a file that holds a denoiser alone, as its own layout has it; None for whole checkpoints."""
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    shapes = {bare(name): tensor.shape for name, tensor in tensors.items()}
     for family in FAMILIES.values():
         if not family.layout.holds_all and named in (None, family.name) and family.matches_keys(shapes):
             return family
@@ -130,9 +131,9 @@ def _open_denoiser(path: Path, family: Family, tensors: Tensors, metadata: dict[
 
 
 def _recognize(path: Path, tensors: Tensors) -> Family:
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     for family in FAMILIES.values():
-        if family.layout.holds_all and family.matches_keys(shapes):
+        texts = family.text_encoders[-1].single_file_prefix  # differs from family to family
+        if family.layout.holds_all and any(name.startswith(texts) for name in tensors):
             return family
     if "a text encoder" not in held_parts(tensors):
         raise ModelError(f"{path}: {say_parts(tensors)}.")

@@ -258,12 +258,30 @@ def build_learning(
         measured=measured,
     )
     prepare_modules(model, config, journal)
-    taught: dict[str, Any] = {"model": model, "parts": parts, "dataset": dataset, "ranks": ranks}
-    texts = {"text_cache": text_cache, "idle_models": idle_models}
-    make_learner = partial(build_learner, **taught, **texts, seed=seed, is_sharded=sharding is not None)
+    make_learner = partial(
+        build_learner,
+        model=model,
+        parts=parts,
+        dataset=dataset,
+        ranks=ranks,
+        seed=seed,
+        text_cache=text_cache,
+        idle_models=idle_models,
+        is_sharded=sharding is not None,
+    )
     if speed_trial is not None and config.speed == "auto":
-        passes = {"plan_settings": plan_settings, "num_steps": num_steps}
-        config = choose_speed(config, speed_trial, **taught, **passes, make_learner=make_learner, journal=journal)
+        config = choose_speed(
+            config,
+            speed_trial,
+            model=model,
+            parts=parts,
+            ranks=ranks,
+            make_learner=make_learner,
+            dataset=dataset,
+            plan_settings=plan_settings,
+            num_steps=num_steps,
+            journal=journal,
+        )
         prepare_speed(model, config)
     is_flat = lays_flat(config, device_type) and sharding is None
     optimizer = _build_optimizer(

@@ -11,45 +11,40 @@ Its single files hold transformer and conditioner, in NVIDIA's own names with `n
 from __future__ import annotations
 
 import importlib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from everydream_kit.models.convert import rename
 from everydream_kit.models.family import (
-    Component,
     Conditioning,
     Config,
     Family,
-    Layout,
     SamplerSpec,
-    Shapes,
     Sizes,
     TextEncoderSlot,
     input_dtype,
     join_conditioning,
     parameter_dtype,
 )
-from everydream_kit.models.flow import REFUSES, shift_of
+from everydream_kit.models.flow_transformers import (
+    TransformerNames,
+    bare,
+    flow_family,
+    having,
+    transformer,
+    why_distilled,
+)
 from everydream_kit.models.latent_spaces import QWEN_IMAGE_VAE, frame_space
-from everydream_kit.models.qwen_text import MAX_TOKENS
+from everydream_kit.models.qwen_text import MAX_TOKENS, QWEN3
 from everydream_kit.models.tensors import Tensors
 
 if TYPE_CHECKING:
     from everydream_kit.models.family import Model, ModelFiles, PromptSettings
 
-TRANSFORMER = Component(
-    "transformer",
-    "diffusers.models.transformers.transformer_cosmos",
-    "CosmosTransformer3DModel",
-    "denoiser",
-    frozenset({"full", "lora"}),
-    ("CosmosTransformerBlock",),
-    since="0.39",
-)
+TRANSFORMER = transformer("transformer_cosmos", "CosmosTransformer3DModel", "CosmosTransformerBlock", since="0.39")
 CONDITIONER = "text_conditioner"
 
 
@@ -111,30 +106,8 @@ def _resize(mask: torch.Tensor, size: list[int], interpolation: str) -> torch.Te
     return torch.nn.functional.interpolate(mask, size, mode=interpolation)
 
 
-def _matches_configs(configs: Mapping[str, Config]) -> bool:
-    return configs["transformer"].get("_class_name") == TRANSFORMER.class_name and CONDITIONER in configs
-
-
-def _matches_keys(shapes: Shapes) -> bool:
-    names = {_bare(name) for name in shapes}
-    return {"blocks.0.self_attn.q_proj.weight", "x_embedder.proj.1.weight"} <= names
-
-
-PREFIX = "net."
-_PREFIXES = (PREFIX, "model.diffusion_model.", "diffusion_model.")
-"""Before the names, in NVIDIA's files and in those that were cut out of whole checkpoints."""
 ADAPTER = "llm_adapter."
 """What the file calls the conditioner; its names are diffusers'."""
-_UNUSED = re.compile(r"^(pos_embedder|accum_)|_extra_state$")
-"""What such files hold besides: counters of the training, and ranges that are computed."""
-_OUTSIDE = {
-    "patch_embed.proj": "x_embedder.proj.1",
-    "time_embed.t_embedder": "t_embedder.1",
-    "time_embed.norm": "t_embedding_norm",
-    "norm_out.linear_1": "final_layer.adaln_modulation.1",
-    "norm_out.linear_2": "final_layer.adaln_modulation.2",
-    "proj_out": "final_layer.linear",
-}
 _ATTENTION = {
     "to_q": "q_proj",
     "to_k": "k_proj",
@@ -155,76 +128,36 @@ _INSIDE = {
     "ff.net.2": "mlp.layer2",
 }
 """diffusers' names of layers in a block -> the file's."""
-_OUR_BLOCK = re.compile(r"^transformer_blocks\.(\d+)\.(.+)$")
-_THEIR_BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
-
-
-def _theirs(name: str) -> str:
-    block = _OUR_BLOCK.match(name)
-    return f"blocks.{block[1]}.{rename(block[2], _INSIDE)}" if block else rename(name, _OUTSIDE)
-
-
-def _ours(name: str) -> str:
-    block = _THEIR_BLOCK.match(name)
-    if block is None:
-        return rename(name, {theirs: ours for ours, theirs in _OUTSIDE.items()})
-    inside = {theirs: ours for ours, theirs in _INSIDE.items()}
-    return f"transformer_blocks.{block[1]}.{rename(block[2], inside)}"
-
-
-def _bare(name: str) -> str:
-    prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
-    return name.removeprefix(prefix)
+NAMES = TransformerNames(
+    outside={
+        "patch_embed.proj": "x_embedder.proj.1",
+        "time_embed.t_embedder": "t_embedder.1",
+        "time_embed.norm": "t_embedding_norm",
+        "norm_out.linear_1": "final_layer.adaln_modulation.1",
+        "norm_out.linear_2": "final_layer.adaln_modulation.2",
+        "proj_out": "final_layer.linear",
+    },
+    blocks={"transformer_blocks": ("blocks", _INSIDE)},
+    unused=r"^(pos_embedder|accum_)|_extra_state$",  # counters of the training, and ranges that are computed
+    prefix="net.",
+)
 
 
 def to_single_file(files: ModelFiles) -> Tensors:
     """Transformer and conditioner by the names that image apps know."""
-    transformer, conditioner = files.tensors[TRANSFORMER.folder], files.tensors[CONDITIONER]
-    theirs = {f"{PREFIX}{_theirs(name)}": value for name, value in transformer.items()}
-    return theirs | {f"{PREFIX}{ADAPTER}{name}": value for name, value in conditioner.items()}
+    conditioner = {f"{NAMES.prefix}{ADAPTER}{name}": value for name, value in files.tensors[CONDITIONER].items()}
+    return NAMES.to_single_file(files) | conditioner
 
 
 def from_single_file(tensors: Tensors, family: Family, configs: dict[str, Config]) -> dict[str, Tensors]:
     """Transformer and conditioner by diffusers' names; the conditioner may be missing, and stays as it is then."""
-    transformer: Tensors = {}
-    conditioner: Tensors = {}
-    for full_name, value in tensors.items():
-        name = _bare(full_name)
-        if name.startswith(ADAPTER):
-            conditioner[name.removeprefix(ADAPTER)] = value
-        elif not _UNUSED.search(name):
-            transformer[_ours(name)] = value
-    found = {TRANSFORMER.folder: transformer, CONDITIONER: conditioner}
+    own = {bare(name): value for name, value in tensors.items()}
+    conditioner = {name.removeprefix(ADAPTER): own.pop(name) for name in list(own) if name.startswith(ADAPTER)}
+    found = {**NAMES.from_single_file(own, family, configs), CONDITIONER: conditioner}
     return {folder: part for folder, part in found.items() if part}
 
 
-def app_layers(names: Sequence[str]) -> dict[str, list[str]]:
-    """diffusers' layers by the names that image apps know; each is one of theirs."""
-    return {_layer(name): [name] for name in names}
-
-
-def _layer(name: str) -> str:
-    return _theirs(f"{name}.weight").removesuffix(".weight")
-
-
-def lora_stem(name: str, config: Config) -> str:
-    """A layer's name in kohya's layout: `blocks_0_self_attn_q_proj`."""
-    return _layer(name).replace(".", "_")
-
-
-_DISTILLED_NAME = re.compile(r"anima.*turbo", re.IGNORECASE)
-
-
-def _distilled(source: str) -> str | None:
-    if not _DISTILLED_NAME.search(source):
-        return None
-    return (
-        "looks like Anima Turbo, whose few steps without guidance are lost when it is trained on. Train on Anima Base "
-        "(circlestone-labs/Anima-Base-v1.0-Diffusers), and sample with the LoRA on Turbo."
-    )
-
-
-ANIMA = Family(
+ANIMA = flow_family(
     name="anima",
     title="Anima",
     pipeline_class="AnimaModularPipeline",
@@ -232,15 +165,7 @@ ANIMA = Family(
     denoiser=TRANSFORMER,
     vae=QWEN_IMAGE_VAE,
     text_encoders=(
-        TextEncoderSlot(
-            "text_encoder",
-            "tokenizer",
-            "Qwen3Model",
-            trains=frozenset(),
-            blocks=("Qwen3DecoderLayer",),
-            module="transformers.models.qwen3.modeling_qwen3",
-            tokenizer_class="Qwen2Tokenizer",
-        ),
+        QWEN3,
         TextEncoderSlot(
             CONDITIONER,
             "t5_tokenizer",
@@ -252,28 +177,23 @@ ANIMA = Family(
             since="0.39",
         ),
     ),
-    objective="flow",
     encode_prompt=encode_prompt,
     predict=predict,
     latent_space=frame_space(16),
-    shift=shift_of,
     sampler=SamplerSpec("flow", "cfg", size_multiple=16, num_steps=30, cfg=4.0),
-    layout=Layout(
-        to_single_file,
-        from_single_file,
-        holds_all=False,
+    layout=replace(
+        NAMES.layout("kohya"),
+        to_single_file=to_single_file,
+        from_single_file=from_single_file,
         also_holds=(CONDITIONER,),
-        lora_for_apps="kohya",
-        lora_stem=lora_stem,
-        app_layers=app_layers,
     ),
     lora_targets=(r"transformer_blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))",),
-    matches_configs=_matches_configs,
-    matches_keys=_matches_keys,
+    matches_configs=lambda configs: CONDITIONER in configs,
+    matches_keys=having("blocks.0.self_attn.q_proj.weight", "x_embedder.proj.1.weight"),
     modelspec_architecture="anima",
     kohya_base="anima",
-    resolution=lambda prediction_type: 1024,
-    refuses=REFUSES,
-    distilled=_distilled,
+    distilled=lambda source: why_distilled(
+        *(source, "anima.*turbo", "Anima Turbo", "Anima Base (circlestone-labs/Anima-Base-v1.0-Diffusers)", "Turbo")
+    ),
     prompt_version=f"last states of {MAX_TOKENS} tokens, conditioned by T5's",
 )

@@ -7,21 +7,16 @@ in one prediction. schnell was distilled to few steps, too, and has no such inpu
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from everydream_kit.models.clip_text import tokenize
-from everydream_kit.models.families.black_forest import PREFIX, SWAPPED, BlackForestNames
+from everydream_kit.models.families.black_forest import SWAPPED
 from everydream_kit.models.family import (
-    Component,
     Conditioning,
-    Config,
-    Family,
-    Layout,
     PromptSettings,
     SamplerSpec,
     Shapes,
@@ -29,7 +24,8 @@ from everydream_kit.models.family import (
     TextEncoderSlot,
     input_dtype,
 )
-from everydream_kit.models.flow import REFUSES, packed, shift_of, unpacked
+from everydream_kit.models.flow import packed, positions, unpacked
+from everydream_kit.models.flow_transformers import TransformerNames, flow_family, transformer, why_distilled
 from everydream_kit.models.latent_spaces import kl_space
 from everydream_kit.strict_json import read_json
 from everydream_kit.transfers import send
@@ -37,14 +33,8 @@ from everydream_kit.transfers import send
 if TYPE_CHECKING:
     from everydream_kit.models.family import Model
 
-TRANSFORMER = Component(
-    "transformer",
-    "diffusers.models.transformers.transformer_flux",
-    "FluxTransformer2DModel",
-    "denoiser",
-    frozenset({"full", "lora"}),
-    ("FluxTransformerBlock", "FluxSingleTransformerBlock"),
-    since="0.30",
+TRANSFORMER = transformer(
+    "transformer_flux", "FluxTransformer2DModel", "FluxTransformerBlock", "FluxSingleTransformerBlock", since="0.30"
 )
 MAX_TOKENS = 512
 """Of T5, its end included; what does not fit is cut off."""
@@ -86,29 +76,42 @@ def predict(
         pooled_projections=conditioning.pooled.to(dtype),
         timestep=(timesteps / 1000).to(dtype),
         guidance=guidance if config["guidance_embeds"] else None,
-        img_ids=_positions(height // 2, width // 2, device),
+        img_ids=positions(1, height // 2, width // 2, device=device),
         txt_ids=torch.zeros(texts.shape[1], 3, device=device),
         return_dict=False,
     )[0]
     return unpacked(output.float(), height, width)
 
 
-def _positions(height: int, width: int, device: torch.device) -> torch.Tensor:
-    """(height width, 3): 0, row and column of each token."""
-    return torch.cartesian_prod(*(torch.arange(size, device=device) for size in (1, height, width)))
-
-
-def _matches_configs(configs: Mapping[str, Config]) -> bool:
-    own = configs["transformer"]
-    return own.get("_class_name") == TRANSFORMER.class_name and own.get("in_channels", IN_CHANNELS) == IN_CHANNELS
-
-
-def _matches_keys(shapes: Shapes) -> bool:
-    named = {name.removeprefix(PREFIX): shape for name, shape in shapes.items()}
-    return "vector_in.in_layer.weight" in named and named.get("img_in.weight", ())[1:] == (IN_CHANNELS,)
-
-
-NAMES = BlackForestNames(
+SWAPPED = "final_layer.adaLN_modulation.1"
+"""(shift, scale) in files of Black Forest Labs, and (scale, shift) in diffusers."""
+DOUBLE_ATTENTION = {
+    **dict.fromkeys(("attn.to_q", "attn.to_k", "attn.to_v"), "img_attn.qkv"),
+    **dict.fromkeys(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), "txt_attn.qkv"),
+    "attn.norm_q.weight": "img_attn.norm.query_norm.scale",
+    "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
+    "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
+    "attn.to_add_out": "txt_attn.proj",
+}
+SINGLE_NORMS = {"attn.norm_q.weight": "norm.query_norm.scale", "attn.norm_k.weight": "norm.key_norm.scale"}
+_DOUBLE = {
+    **DOUBLE_ATTENTION,
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+}
+_SINGLE = {
+    **SINGLE_NORMS,
+    **dict.fromkeys(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linear1"),
+    "norm.linear": "modulation.lin",
+    "proj_out": "linear2",
+}
+NAMES = TransformerNames(
     outside={
         "x_embedder": "img_in",
         "context_embedder": "txt_in",
@@ -121,49 +124,27 @@ NAMES = BlackForestNames(
         "norm_out.linear": SWAPPED,
         "proj_out": "final_layer.linear",
     },
-    double={
-        "norm1.linear": "img_mod.lin",
-        "norm1_context.linear": "txt_mod.lin",
-        "attn.norm_q": "img_attn.norm.query_norm",
-        "attn.norm_k": "img_attn.norm.key_norm",
-        "attn.to_out.0": "img_attn.proj",
-        "ff.net.0.proj": "img_mlp.0",
-        "ff.net.2": "img_mlp.2",
-        "attn.norm_added_q": "txt_attn.norm.query_norm",
-        "attn.norm_added_k": "txt_attn.norm.key_norm",
-        "attn.to_add_out": "txt_attn.proj",
-        "ff_context.net.0.proj": "txt_mlp.0",
-        "ff_context.net.2": "txt_mlp.2",
-    },
-    single={
-        "norm.linear": "modulation.lin",
-        "attn.norm_q": "norm.query_norm",
-        "attn.norm_k": "norm.key_norm",
-        "proj_out": "linear2",
-    },
-    fused={
-        "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-        "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-        "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    blocks={
+        "transformer_blocks": ("double_blocks", _DOUBLE),
+        "single_transformer_blocks": ("single_blocks", _SINGLE),
     },
     shares={"linear1": (1, 1, 1, 4)},  # the MLP is four times as wide as the model
+    swapped=(SWAPPED,),
 )
+
+
+def _matches_keys(shapes: Shapes) -> bool:
+    return "vector_in.in_layer.weight" in shapes and shapes.get("img_in.weight", ())[1:] == (IN_CHANNELS,)
 
 
 def _distilled(source: str) -> str | None:
     config = Path(source).expanduser() / "transformer" / "config.json"
     says = config.is_file() and read_json(config).get("guidance_embeds") is False
-    if not says and not re.search(
-        r"schnell|turbo|lightning|hyper", source.rstrip("/").rpartition("/")[2], re.IGNORECASE
-    ):
-        return None
-    return (
-        "looks like FLUX.1-schnell or another model that was distilled to few steps, which are lost when it is trained on. "
-        "Train on black-forest-labs/FLUX.1-dev, and sample with the LoRA on the distilled one."
-    )
+    pattern = "" if says else "(schnell|turbo|lightning|hyper)[^/]*/?$"
+    return why_distilled(source, pattern, "FLUX.1-schnell or another variant", "black-forest-labs/FLUX.1-dev")
 
 
-FLUX1 = Family(
+FLUX1 = flow_family(
     name="flux1",
     title="FLUX.1",
     pipeline_class="FluxPipeline",
@@ -181,32 +162,20 @@ FLUX1 = Family(
             tokenizer_class="T5TokenizerFast",
         ),
     ),
-    objective="flow",
     encode_prompt=encode_prompt,
     predict=predict,
     latent_space=kl_space(16),
-    shift=shift_of,
     sampler=SamplerSpec("flow", "embedded", size_multiple=16, num_steps=28, cfg=3.5),
-    layout=Layout(
-        NAMES.to_single_file,
-        NAMES.from_single_file,
-        holds_all=False,
-        lora_for_apps="diffusers",
-        app_layers=NAMES.app_layers,
-        shares_of=NAMES.shares_of,
-        swapped_layers=(SWAPPED,),
-    ),
+    layout=NAMES.layout("diffusers"),
     lora_targets=(
         r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
         r"single_transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v)",
     ),
     index={"feature_extractor": [None, None], "image_encoder": [None, None]},
-    matches_configs=_matches_configs,
+    matches_configs=lambda configs: configs[TRANSFORMER.folder].get("in_channels", IN_CHANNELS) == IN_CHANNELS,
     matches_keys=_matches_keys,
     modelspec_architecture="flux-1-dev",
     kohya_base="flux1",
-    resolution=lambda prediction_type: 1024,
-    refuses=REFUSES,
     distilled=_distilled,
     prompt_version=f"{MAX_TOKENS} tokens of T5 with padding, pooled CLIP",
 )

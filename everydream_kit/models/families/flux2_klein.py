@@ -8,40 +8,24 @@ matrix and the halves of the last modulation the other way round.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from everydream_kit.models.families.black_forest import PREFIX, SWAPPED, BlackForestNames
-from everydream_kit.models.family import (
-    Component,
-    Conditioning,
-    Config,
-    Family,
-    Layout,
-    SamplerSpec,
-    Shapes,
-    Sizes,
-    TextEncoderSlot,
-    input_dtype,
-)
-from everydream_kit.models.flow import REFUSES, says_distilled, shift_of, tokens_of
+from everydream_kit.models.families.flux1 import DOUBLE_ATTENTION, SINGLE_NORMS, SWAPPED
+from everydream_kit.models.family import Component, Conditioning, SamplerSpec, Shapes, Sizes, input_dtype
+from everydream_kit.models.flow import positions, tokens_of
+from everydream_kit.models.flow_transformers import TransformerNames, flow_family, transformer, why_distilled
 from everydream_kit.models.latent_spaces import batch_norm_space
-from everydream_kit.models.qwen_text import CHAT_WITHOUT_THINKING, MAX_TOKENS, qwen_prompt_encoder
+from everydream_kit.models.qwen_text import CHAT_WITHOUT_THINKING, MAX_TOKENS, QWEN3, qwen_prompt_encoder
 
 if TYPE_CHECKING:
     from everydream_kit.models.family import Model
 
-TRANSFORMER = Component(
-    "transformer",
-    "diffusers.models.transformers.transformer_flux2",
-    "Flux2Transformer2DModel",
-    "denoiser",
-    frozenset({"full", "lora"}),
-    ("Flux2TransformerBlock", "Flux2SingleTransformerBlock"),
-    since="0.37",
+TRANSFORMER = transformer(
+    "transformer_flux2", "Flux2Transformer2DModel", "Flux2TransformerBlock", "Flux2SingleTransformerBlock", since="0.37"
 )
 VAE = Component("vae", "diffusers.models.autoencoders.autoencoder_kl_flux2", "AutoencoderKLFlux2", "vae", since="0.37")
 TEXT_LAYERS = (9, 18, 27)
@@ -59,18 +43,12 @@ def predict(
         hidden_states=noisy_latents.flatten(2).transpose(1, 2).to(dtype),  # (B, h w, 128)
         encoder_hidden_states=texts,
         timestep=(timesteps / 1000).to(dtype),
-        img_ids=_positions(height, width, 1, noisy_latents.device),
-        txt_ids=_positions(1, 1, texts.shape[1], noisy_latents.device),
+        img_ids=positions(1, height, width, 1, device=noisy_latents.device),
+        txt_ids=positions(1, 1, 1, texts.shape[1], device=noisy_latents.device),
         return_dict=False,
     )[0]
     velocity: torch.Tensor = output.float().transpose(1, 2).unflatten(2, (height, width))
     return velocity
-
-
-def _positions(height: int, width: int, length: int, device: torch.device) -> torch.Tensor:
-    """(height width length, 4): time, row, column and place in the text of each token."""
-    axes = [torch.arange(size, device=device) for size in (1, height, width, length)]
-    return torch.cartesian_prod(*axes)
 
 
 def sampling_mu(scheduler_config: Mapping[str, Any], width: int, height: int, num_steps: int) -> float:
@@ -87,17 +65,19 @@ def sampling_mu(scheduler_config: Mapping[str, Any], width: int, height: int, nu
     return many + slope * (num_steps - 200)
 
 
-def _matches_configs(configs: Mapping[str, Config]) -> bool:
-    own = configs["transformer"]
-    return own.get("_class_name") == TRANSFORMER.class_name and own.get("guidance_embeds") is False
-
-
 def _matches_keys(shapes: Shapes) -> bool:
-    names = {name.removeprefix(PREFIX) for name in shapes}
-    return "single_stream_modulation.lin.weight" in names and "guidance_in.in_layer.weight" not in names
+    return "single_stream_modulation.lin.weight" in shapes and "guidance_in.in_layer.weight" not in shapes
 
 
-NAMES = BlackForestNames(
+_DOUBLE = {
+    **DOUBLE_ATTENTION,
+    "ff.linear_in": "img_mlp.0",
+    "ff.linear_out": "img_mlp.2",
+    "ff_context.linear_in": "txt_mlp.0",
+    "ff_context.linear_out": "txt_mlp.2",
+}
+_SINGLE = {**SINGLE_NORMS, "attn.to_qkv_mlp_proj": "linear1", "attn.to_out": "linear2"}
+NAMES = TransformerNames(
     outside={
         "x_embedder": "img_in",
         "context_embedder": "txt_in",
@@ -109,44 +89,18 @@ NAMES = BlackForestNames(
         "norm_out.linear": SWAPPED,
         "proj_out": "final_layer.linear",
     },
-    double={
-        "attn.norm_q": "img_attn.norm.query_norm",
-        "attn.norm_k": "img_attn.norm.key_norm",
-        "attn.to_out.0": "img_attn.proj",
-        "ff.linear_in": "img_mlp.0",
-        "ff.linear_out": "img_mlp.2",
-        "attn.norm_added_q": "txt_attn.norm.query_norm",
-        "attn.norm_added_k": "txt_attn.norm.key_norm",
-        "attn.to_add_out": "txt_attn.proj",
-        "ff_context.linear_in": "txt_mlp.0",
-        "ff_context.linear_out": "txt_mlp.2",
+    blocks={
+        "transformer_blocks": ("double_blocks", _DOUBLE),
+        "single_transformer_blocks": ("single_blocks", _SINGLE),
     },
-    single={
-        "attn.to_qkv_mlp_proj": "linear1",
-        "attn.to_out": "linear2",
-        "attn.norm_q": "norm.query_norm",
-        "attn.norm_k": "norm.key_norm",
-    },
-    fused={
-        "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-        "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    },
-    shares={},
+    swapped=(SWAPPED,),
 )
 
 
-_DISTILLED_NAME = re.compile(r"flux[-.]2-klein-[49]b(?!.*base)", re.IGNORECASE)
-
-
 def _distilled(source: str) -> str | None:
-    name = source.rstrip("/").rpartition("/")[2]
-    if not says_distilled(source) and not _DISTILLED_NAME.search(name):
-        return None
-    size = "9B" if "9b" in name.lower() else "4B"
-    return (
-        "looks like the distilled FLUX.2-klein, whose few steps without guidance are lost when it is trained on. Train on "
-        f"black-forest-labs/FLUX.2-klein-base-{size}, and sample with the LoRA on the distilled one."
-    )
+    size = "9B" if "9b" in source.rstrip("/").rpartition("/")[2].lower() else "4B"
+    base = f"black-forest-labs/FLUX.2-klein-base-{size}"
+    return why_distilled(source, r"flux[-.]2-klein-[49]b(?!.*base)[^/]*/?$", "FLUX.2-klein", base)
 
 
 NINE: dict[str, Any] = {
@@ -156,49 +110,27 @@ NINE: dict[str, Any] = {
 """What the 9B model's configs have otherwise than the shipped ones, which are 4B's: its text encoder is Qwen3-8B."""
 
 
-FLUX2_KLEIN = Family(
+FLUX2_KLEIN = flow_family(
     name="flux2_klein",
     title="FLUX.2-klein",
     pipeline_class="Flux2KleinPipeline",
     denoiser=TRANSFORMER,
     vae=VAE,
-    text_encoders=(
-        TextEncoderSlot(
-            "text_encoder",
-            "tokenizer",
-            "Qwen3Model",
-            trains=frozenset(),
-            blocks=("Qwen3DecoderLayer",),
-            module="transformers.models.qwen3.modeling_qwen3",
-            tokenizer_class="Qwen2TokenizerFast",
-            index_class="Qwen3ForCausalLM",
-        ),
-    ),
-    objective="flow",
+    text_encoders=(replace(QWEN3, tokenizer_class="Qwen2TokenizerFast", index_class="Qwen3ForCausalLM"),),
     encode_prompt=qwen_prompt_encoder(TEXT_LAYERS, CHAT_WITHOUT_THINKING, padded=True),
     predict=predict,
     latent_space=batch_norm_space(32),
-    shift=shift_of,
     sampler=SamplerSpec("flow", "cfg", size_multiple=16, num_steps=50, cfg=4.0, mu=sampling_mu),
-    layout=Layout(
-        NAMES.to_single_file,
-        NAMES.from_single_file,
-        holds_all=False,
-        lora_for_apps="comfy",
-        app_layers=NAMES.app_layers,
-        swapped_layers=(SWAPPED,),
-    ),
+    layout=NAMES.layout("comfy"),
     lora_targets=(
         r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
         r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",
     ),
     index={"is_distilled": False},
-    matches_configs=_matches_configs,
+    matches_configs=lambda configs: configs[TRANSFORMER.folder].get("guidance_embeds") is False,
     matches_keys=_matches_keys,
     modelspec_architecture="flux-2-klein",
     kohya_base="flux2_klein",
-    resolution=lambda prediction_type: 1024,
-    refuses=REFUSES,
     distilled=_distilled,
     prompt_version=f"layers {TEXT_LAYERS} of {MAX_TOKENS} tokens with padding of {CHAT_WITHOUT_THINKING}",
 )

@@ -8,41 +8,29 @@ files hold the transformer alone, by diffusers' names.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from everydream_kit.models.family import (
-    Component,
     Conditioning,
-    Config,
-    Family,
-    Layout,
     PromptSettings,
     SamplerSpec,
-    Shapes,
     Sizes,
-    TextEncoderSlot,
     input_dtype,
     join_conditioning,
 )
-from everydream_kit.models.flow import REFUSES, packed, shift_of, unpacked
+from everydream_kit.models.flow import packed, unpacked
+from everydream_kit.models.flow_transformers import TransformerNames, flow_family, having, transformer, why_distilled
 from everydream_kit.models.latent_spaces import QWEN_IMAGE_VAE, frame_space
+from everydream_kit.models.qwen_text import language_model
 
 if TYPE_CHECKING:
-    from everydream_kit.models.family import Model, ModelFiles
-    from everydream_kit.models.tensors import Tensors
+    from everydream_kit.models.family import Model
 
-TRANSFORMER = Component(
-    "transformer",
-    "diffusers.models.transformers.transformer_qwenimage",
-    "QwenImageTransformer2DModel",
-    "denoiser",
-    frozenset({"full", "lora"}),
-    ("QwenImageTransformerBlock",),
-    since="0.35",
+TRANSFORMER = transformer(
+    "transformer_qwenimage", "QwenImageTransformer2DModel", "QwenImageTransformerBlock", since="0.35"
 )
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
@@ -52,8 +40,6 @@ DROPPED = 34
 """Tokens of the template before the caption."""
 MAX_TOKENS = 1024
 """Of the caption and what follows it; the rest is cut off."""
-PREFIX = "model.diffusion_model."
-"""Before the names in files that were cut out of whole checkpoints."""
 
 
 def encode_prompt(model: Model, prompts: Sequence[str], settings: PromptSettings) -> Conditioning:
@@ -93,71 +79,38 @@ def with_own_lengths(guided: torch.Tensor, conditional: torch.Tensor) -> torch.T
     return unpacked(scaled, *guided.shape[2:])
 
 
-def _matches_configs(configs: Mapping[str, Config]) -> bool:
-    own = configs["transformer"]
-    return own.get("_class_name") == TRANSFORMER.class_name and not own.get("use_layer3d_rope", False)
-
-
-def _matches_keys(shapes: Shapes) -> bool:
-    names = {name.removeprefix(PREFIX) for name in shapes}
-    return {"txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"} <= names
-
-
-def to_single_file(files: ModelFiles) -> Tensors:
-    """The transformer's weights; image apps know them by diffusers' names."""
-    return dict(files.tensors[TRANSFORMER.folder])
-
-
-def from_single_file(tensors: Tensors, family: Family, configs: dict[str, Config]) -> dict[str, Tensors]:
-    """The transformer from a file with or without a prefix."""
-    return {TRANSFORMER.folder: {name.removeprefix(PREFIX): value for name, value in tensors.items()}}
-
-
-def _distilled(source: str) -> str | None:
-    if not re.search(
-        r"lightning|turbo|distill|lcm|[48][-_]?steps?\b", source.rstrip("/").rpartition("/")[2], re.IGNORECASE
-    ):
-        return None
-    return (
-        "looks like a Qwen-Image that was distilled to few steps, which are lost when it is trained on. Train on "
-        "Qwen/Qwen-Image-2512 or Qwen/Qwen-Image, and sample with the LoRA on the distilled one."
-    )
-
-
-QWEN_IMAGE = Family(
+QWEN_IMAGE = flow_family(
     name="qwen_image",
     title="Qwen-Image",
     pipeline_class="QwenImagePipeline",
     denoiser=TRANSFORMER,
     vae=QWEN_IMAGE_VAE,
     text_encoders=(
-        TextEncoderSlot(
-            "text_encoder",
-            "tokenizer",
+        language_model(
             "Qwen2_5_VLModel",
-            trains=frozenset(),
-            blocks=("Qwen2_5_VLDecoderLayer",),
-            module="transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
-            tokenizer_class="Qwen2Tokenizer",
+            "Qwen2_5_VLDecoderLayer",
+            "qwen2_5_vl",
             index_class="Qwen2_5_VLForConditionalGeneration",
         ),
     ),
-    objective="flow",
     encode_prompt=encode_prompt,
     predict=predict,
     latent_space=frame_space(16),
-    shift=shift_of,
     sampler=SamplerSpec("flow", "cfg", size_multiple=16, num_steps=50, cfg=4.0, after_guidance=with_own_lengths),
-    layout=Layout(to_single_file, from_single_file, holds_all=False, lora_for_apps="diffusers"),
+    layout=TransformerNames().layout("diffusers"),
     lora_targets=(
         r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
     ),
-    matches_configs=_matches_configs,
-    matches_keys=_matches_keys,
+    matches_configs=lambda configs: not configs[TRANSFORMER.folder].get("use_layer3d_rope", False),
+    matches_keys=having("txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"),
     modelspec_architecture="qwen-image",
     kohya_base="qwen_image",
     resolution=lambda prediction_type: 1328,
-    refuses=REFUSES,
-    distilled=_distilled,
+    distilled=lambda source: why_distilled(
+        source,
+        r"(lightning|turbo|distill|lcm|[48][-_]?steps?\b)[^/]*/?$",
+        "a variant of Qwen-Image",
+        "Qwen/Qwen-Image-2512 or Qwen/Qwen-Image",
+    ),
     prompt_version=f"last layer of {MAX_TOKENS} tokens after {DROPPED} of {TEMPLATE}",
 )

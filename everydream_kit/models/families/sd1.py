@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,6 @@ from everydream_kit.models.family import (
     Config,
     Family,
     Layout,
-    Shapes,
     Sizes,
     TextEncoderSlot,
     input_dtype,
@@ -54,18 +54,19 @@ def predict_from_text(
     return sample.float()
 
 
-def _matches_configs(configs: Mapping[str, Config]) -> bool:
+def has_one_encoder(configs: Mapping[str, Config], *, linear: bool) -> bool:
+    """Whether a model has one text encoder and a UNet that is told nothing else.
+
+    Args:
+        linear: whether its attention has linear projections, as SD 2.x has them.
+    """
     unet = configs["unet"]
     return (
         "text_encoder" in configs
         and "text_encoder_2" not in configs
         and unet.get("addition_embed_type") is None
-        and not unet.get("use_linear_projection", False)
+        and bool(unet.get("use_linear_projection", False)) is linear
     )
-
-
-def _matches_keys(shapes: Shapes) -> bool:
-    return any(name.startswith("cond_stage_model.transformer.") for name in shapes)
 
 
 LDM_LAYOUT = Layout(convert.to_single_file, convert.from_single_file, renames=convert.unet_renames)
@@ -94,8 +95,7 @@ SD1 = Family(
     layout=LDM_LAYOUT,
     index=CLIP_INDEX,
     refuses=DIFFUSION_REFUSES,
-    matches_configs=_matches_configs,
-    matches_keys=_matches_keys,
+    matches_configs=partial(has_one_encoder, linear=False),
     modelspec_architecture="stable-diffusion-v1",
     kohya_base="sd_v1",
     resolution=lambda prediction_type: 512,

@@ -5,7 +5,7 @@ The base models (512) predict epsilon, the 768 models v. The single files hold a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from everydream_kit.models.clip_text import TokenizedPrompts, count_windows
@@ -14,25 +14,11 @@ from everydream_kit.models.families.sd1 import (
     DIFFUSION_REFUSES,
     LDM_LAYOUT,
     encode_one_encoder,
+    has_one_encoder,
     predict_from_text,
 )
-from everydream_kit.models.family import Config, Family, Shapes, TextEncoderSlot
+from everydream_kit.models.family import Family, TextEncoderSlot
 from everydream_kit.models.latent_spaces import kl_space
-
-
-def _matches_configs(configs: Mapping[str, Config]) -> bool:
-    unet = configs["unet"]
-    return (
-        "text_encoder" in configs
-        and "text_encoder_2" not in configs
-        and unet.get("addition_embed_type") is None
-        and bool(unet.get("use_linear_projection", False))
-    )
-
-
-def _matches_keys(shapes: Shapes) -> bool:
-    return any(name.startswith("cond_stage_model.model.") for name in shapes)
-
 
 _LEGACY_UNET = {
     "use_checkpoint": True,
@@ -125,8 +111,7 @@ SD2 = Family(
     layout=LDM_LAYOUT,
     index=CLIP_INDEX,
     refuses=DIFFUSION_REFUSES,
-    matches_configs=_matches_configs,
-    matches_keys=_matches_keys,
+    matches_configs=partial(has_one_encoder, linear=True),
     modelspec_architecture="stable-diffusion-v2",
     kohya_base="sd_v2",
     resolution=lambda prediction_type: 768 if prediction_type == "v_prediction" else 512,

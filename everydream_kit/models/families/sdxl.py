@@ -20,7 +20,6 @@ from everydream_kit.models.family import (
     Config,
     Family,
     Layout,
-    Shapes,
     Sizes,
     TextEncoderSlot,
     input_dtype,
@@ -85,10 +84,6 @@ def _matches_configs(configs: Mapping[str, Config]) -> bool:
     )
 
 
-def _matches_keys(shapes: Shapes) -> bool:
-    return any(name.startswith("conditioner.embedders.1.model.") for name in shapes)
-
-
 SDXL = Family(
     name="sdxl",
     title="Stable Diffusion XL",
@@ -118,10 +113,8 @@ SDXL = Family(
     ),
     index={"feature_extractor": [None, None], "image_encoder": [None, None], "force_zeros_for_empty_prompt": True},
     matches_configs=_matches_configs,
-    matches_keys=_matches_keys,
     modelspec_architecture="stable-diffusion-xl-v1-base",
     kohya_base="sdxl_base_v1-0",
-    resolution=lambda prediction_type: 1024,
     zeros_for_empty=True,
     size_numbers=time_ids,
     refuses=DIFFUSION_REFUSES,
