@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from everydream_kit.models.clip_text import tokenize
-from everydream_kit.models.families.black_forest import SWAPPED
 from everydream_kit.models.family import (
     Conditioning,
     PromptSettings,

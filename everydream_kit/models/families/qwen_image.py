@@ -15,6 +15,7 @@ import torch
 
 from everydream_kit.models.family import (
     Conditioning,
+    Layout,
     PromptSettings,
     SamplerSpec,
     Sizes,
@@ -79,6 +80,8 @@ def with_own_lengths(guided: torch.Tensor, conditional: torch.Tensor) -> torch.T
     return unpacked(scaled, *guided.shape[2:])
 
 
+NAMES = TransformerNames()  # diffusers' own
+
 QWEN_IMAGE = flow_family(
     name="qwen_image",
     title="Qwen-Image",
@@ -97,7 +100,7 @@ QWEN_IMAGE = flow_family(
     predict=predict,
     latent_space=frame_space(16),
     sampler=SamplerSpec("flow", "cfg", size_multiple=16, num_steps=50, cfg=4.0, after_guidance=with_own_lengths),
-    layout=TransformerNames().layout("diffusers"),
+    layout=Layout(NAMES.to_single_file, NAMES.from_single_file, holds_all=False, lora_for_apps="diffusers"),
     lora_targets=(
         r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
     ),

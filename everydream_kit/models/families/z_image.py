@@ -7,12 +7,11 @@ q, k and v of each attention in one matrix.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from everydream_kit.models.family import Conditioning, SamplerSpec, Sizes, input_dtype
+from everydream_kit.models.family import Conditioning, Layout, SamplerSpec, Sizes, input_dtype
 from everydream_kit.models.flow import trained_as_flux
 from everydream_kit.models.flow_transformers import TransformerNames, flow_family, having, transformer, why_distilled
 from everydream_kit.models.latent_spaces import kl_space
@@ -59,7 +58,7 @@ Z_IMAGE = flow_family(
     latent_space=kl_space(16),
     shift=trained_as_flux,  # the technical report says so; the scheduler's 6 is for sampling
     sampler=SamplerSpec("flow", "cfg", size_multiple=16, num_steps=30, cfg=5.0),
-    layout=replace(NAMES.layout("diffusers"), app_layers=lambda names: {}),
+    layout=Layout(NAMES.to_single_file, NAMES.from_single_file, holds_all=False, lora_for_apps="diffusers"),
     lora_targets=(r"layers\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)",),
     matches_keys=having("layers.0.adaLN_modulation.0.weight", "x_pad_token"),
     modelspec_architecture="z-image",
