@@ -18,15 +18,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from everydream_kit.errors import ModelError
-from everydream_kit.models.family import KL_VAE, UNET, Component, Config
+from everydream_kit.models.convert import OLD_VAE_ATTENTION
+from everydream_kit.models.family import Component, Config
 from everydream_kit.models.imports import make_lazy
 from everydream_kit.models.number_formats import HALF, NameToDtype
-from everydream_kit.models.part_configs import (
-    diffusers_values,
-    language_model_values,
-    text_encoder_values,
-    vision_language_values,
-)
+from everydream_kit.models.part_configs import diffusers_values, language_model_values, text_encoder_values
 from everydream_kit.models.quantized import put_quantized
 from everydream_kit.models.tensors import LazyTensor, Tensors
 
@@ -42,8 +38,7 @@ BUILD_ERRORS = (
 
 _INITIALIZER = re.compile(r"[a-z]\w*[a-z]_")
 """Names of torch's functions that fill a tensor in place."""
-_OLD_VAE_ATTENTION = re.compile(r"(?<=attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
-_NEW_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_VAE_ATTENTION = re.compile(rf"(?<=attentions\.0\.)({'|'.join(OLD_VAE_ATTENTION)})(?=\.)")
 
 
 @contextmanager
@@ -85,9 +80,17 @@ def _unless_on_meta(initializer: Callable[..., torch.Tensor]) -> Callable[..., t
 
 
 @contextmanager
-def _building_on(device: str) -> Iterator[None]:
-    with parameters_on_meta() if device == "meta" else torch.device(device):
-        yield
+def _building(what: str, device: str) -> Iterator[None]:
+    """While inside, modules are built on this device.
+
+    Raises:
+        ModelError: the library cannot build them from the config.
+    """
+    try:
+        with parameters_on_meta() if device == "meta" else torch.device(device):
+            yield
+    except BUILD_ERRORS as error:
+        raise ModelError(f"{what}: its config.json cannot be built ({error}).") from error
 
 
 def build_component(component: Component, config: Config, device: str = "meta") -> torch.nn.Module:
@@ -96,11 +99,15 @@ def build_component(component: Component, config: Config, device: str = "meta") 
     Raises:
         ModelError: the config cannot be built, or the installed library does not have the class.
     """
-    if component.class_name.startswith("CLIP"):
-        return build_text_encoder(config, component.class_name, device, component.folder)
+    cls = _class_of(component)
     if component.library == "transformers":
-        return _build_language_model(component, _class_of(component), config, device)
-    return _build_diffusers(component, _class_of(component), config, device)
+        return _build_text_encoder(cls, config, device, component.folder)
+    named = config.get("_class_name", cls.__name__)
+    if named != cls.__name__:
+        raise _other_class(component.folder, named, cls.__name__)
+    with _building(cls.__name__, device):
+        built: torch.nn.Module = cls.from_config(diffusers_values(cls, config))
+    return built
 
 
 def _other_class(folder: str, named: Any, wanted: str) -> ModelError:
@@ -111,26 +118,22 @@ def _other_class(folder: str, named: Any, wanted: str) -> ModelError:
     )
 
 
-def _build_language_model(component: Component, cls: Any, config: Config, device: str) -> torch.nn.Module:
-    kind = cls.config_class.model_type  # its architecture may be a head that is not used here
-    if config.get("model_type", kind) != kind:
-        named = config.get("architectures") or [config["model_type"]]
-        raise _other_class(component.folder, named[0] if isinstance(named, list) else named, cls.__name__)
-    if "vision_config" in config:
-        values = vision_language_values(config)
+def _build_text_encoder(cls: Any, config: Config, device: str, folder: str) -> torch.nn.Module:
+    architectures = config.get("architectures") or [config.get("model_type", cls.__name__)]
+    named = architectures[0] if isinstance(architectures, list) else architectures
+    if cls.__name__.startswith("CLIP"):
+        if config.get("architectures") and named not in ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"):
+            raise _other_class(folder, named, cls.__name__)
+        values = text_encoder_values(config)
+    elif config.get("model_type") not in (None, cls.config_class.model_type):  # its architecture may be a head
+        raise _other_class(folder, named, cls.__name__)
     else:
         values = language_model_values(config)
-        theta = values.pop("rope_theta", None)
-        if theta is not None:
-            values["rope_parameters"] = {"rope_type": "default", "rope_theta": float(theta)}
-    try:
-        with _building_on(device):
-            known = cls.config_class(**values)
-            known._attn_implementation = ATTENTION  # never the file's: it may name a kernel on the Hub
-            built: torch.nn.Module = cls(known)
-            return built
-    except BUILD_ERRORS as error:
-        raise ModelError(f"text encoder: its config.json cannot be built ({error}).") from error
+    with _building("text encoder", device):
+        known = cls.config_class(**values)
+        known._attn_implementation = ATTENTION  # never the file's: it may name a kernel on the Hub
+        built: torch.nn.Module = cls(known)
+    return built
 
 
 def _class_of(component: Component) -> Any:
@@ -142,54 +145,6 @@ def _class_of(component: Component) -> Any:
             f"{component.class_name} is not in the installed {component.library}; it came with {component.since}. "
             f"Install a newer one: pip install --upgrade {component.library}"
         ) from error
-
-
-def build_unet(config: Config, device: str = "meta") -> torch.nn.Module:
-    """A UNet, without memory unless another device is named."""
-    return build_component(UNET, config, device)
-
-
-def build_vae(config: Config, device: str = "meta") -> torch.nn.Module:
-    """A VAE of the ordinary kind, without memory unless another device is named."""
-    return build_component(KL_VAE, config, device)
-
-
-def build_text_encoder(
-    config: Config, class_name: str, device: str = "meta", folder: str = "text_encoder"
-) -> torch.nn.Module:
-    """A text encoder, without memory unless another device is named."""
-    make_lazy()
-    from transformers.models.clip.configuration_clip import CLIPTextConfig
-    from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
-
-    builders: dict[str, Callable[[Any], torch.nn.Module]] = {
-        "CLIPTextModel": CLIPTextModel,
-        "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
-    }
-    architectures = config.get("architectures") or [class_name]
-    named = architectures[0] if isinstance(architectures, list) else architectures
-    if named not in ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"):
-        raise _other_class(folder, named, class_name)
-    config_values = text_encoder_values(config)
-    try:
-        with _building_on(device):
-            known = CLIPTextConfig(**config_values)
-            known._attn_implementation = ATTENTION  # never the file's: it may name a kernel on the Hub
-            return builders[class_name](known)
-    except BUILD_ERRORS as error:
-        raise ModelError(f"text encoder: its config.json cannot be built ({error}).") from error
-
-
-def _build_diffusers(component: Component, cls: Any, config: Config, device: str) -> torch.nn.Module:
-    named = config.get("_class_name", cls.__name__)
-    if named != cls.__name__:
-        raise _other_class(component.folder, named, cls.__name__)
-    try:
-        with _building_on(device):
-            built: torch.nn.Module = cls.from_config(diffusers_values(cls, config))
-            return built
-    except BUILD_ERRORS as error:
-        raise ModelError(f"{cls.__name__}: its config.json cannot be built ({error}).") from error
 
 
 def fill(
@@ -299,27 +254,18 @@ def renamed_for(module: torch.nn.Module, tensors: Tensors) -> Tensors:
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     renamed: dict[str, LazyTensor] = {}
     for name, tensor in tensors.items():
-        current = _OLD_VAE_ATTENTION.sub(lambda match: _NEW_VAE_ATTENTION[match[0]], name)
-        bare = current.removeprefix("model.")
-        if current not in wanted and (bare in wanted or f"language_model.{bare}" in wanted):
-            current = bare  # a language model is saved with the head that it is used without
-        if f"language_model.{current}" in wanted:
-            current = f"language_model.{current}"  # Qwen2.5-VL was published before its language model had a name
-        if current == "lm_head.weight" and current not in wanted:
-            continue
-        if current.endswith("position_ids"):
-            continue  # counted, not learned; transformers stopped saving them
-        if current not in wanted:
-            if current.startswith("text_model.") and current.removeprefix("text_model.") in wanted:
-                current = current.removeprefix("text_model.")
-            elif f"text_model.{current}" in wanted:
-                current = f"text_model.{current}"
-        if current in wanted and len(tensor.shape) == 4 and len(wanted[current]) == 2 and tensor.shape[2:] == (1, 1):
+        if name.endswith("position_ids") or (name == "lm_head.weight" and name not in wanted):
+            continue  # counted, not learned, so transformers stopped saving them; a head that is not used
+        spelled = _OLD_VAE_ATTENTION.sub(lambda match: OLD_VAE_ATTENTION[match[0]], name)
+        bare = spelled.removeprefix("model.")  # a language model is saved with the head that it is used without
+        # Qwen2.5-VL was published before its language model had a name; CLIP's tower has one, or none
+        forms = (spelled, bare, f"language_model.{bare}", spelled.removeprefix("text_model."), f"text_model.{spelled}")
+        current = next((form for form in forms if form in wanted), spelled)
+        shape = wanted.get(current, tensor.shape)
+        if len(shape) == 2 and tensor.shape[2:] == (1, 1):
             renamed[current] = tensor.reshaped(*tensor.shape[:2])  # a 1 x 1 convolution is a linear layer
-        elif current in wanted and len(tensor.shape) == 2 and wanted[current][2:] == (1, 1):
-            renamed[current] = (
-                tensor.reshaped(*wanted[current][:2], 1, 1) if tensor.shape == wanted[current][:2] else tensor
-            )
+        elif (*tensor.shape, 1, 1) == shape:
+            renamed[current] = tensor.reshaped(*shape)
         else:
             renamed[current] = tensor
     return renamed

@@ -15,6 +15,7 @@ from everydream_kit.disk_space import free_disk, lack_of_room
 from everydream_kit.errors import DiskSpaceError, ModelError
 from everydream_kit.models.families import FAMILIES
 from everydream_kit.models.model_files import denoiser_folders
+from everydream_kit.models.weight_files import SAFETENSORS_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
@@ -168,8 +169,6 @@ def _parts() -> list[str]:
 
 
 def _is_single(name: str) -> bool:
-    from everydream_kit.models.weight_files import SAFETENSORS_SUFFIXES
-
     return name.lower().endswith(SAFETENSORS_SUFFIXES)
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,44 +30,25 @@ _SCALES = (".scale_weight", ".scale_input", ".weight_scale", ".input_scale")
 FIRST_WEIGHT = UNET_PREFIX + "input_blocks.0.0.weight"
 """Of every Stable Diffusion checkpoint."""
 _PARTS = {
-    "a UNet": re.compile(r"((model\.)?diffusion_model\.)?input_blocks\."),
-    "a VAE": re.compile(rf"(encoder|decoder|{re.escape(VAE_PREFIX[:-1])})\."),
-    "a text encoder": re.compile(r"text_model\.|transformer\.resblocks\.|cond_stage_model\.|conditioner\."),
+    "a UNet": re.compile(r"^((model\.)?diffusion_model\.)?input_blocks\."),
+    "a VAE": re.compile(rf"^(encoder|decoder|{re.escape(VAE_PREFIX[:-1])})\."),
+    "a text encoder": re.compile(r"^(text_model|transformer\.resblocks|cond_stage_model|conditioner)\."),
 }
 """The parts of a model by the names of their tensors."""
 
 
-def _is_of(pattern: re.Pattern[str], name: str) -> bool:
-    return pattern.match(name) is not None
-
-
-_KINDS: list[tuple[str, Callable[[str], bool]]] = [
-    (
-        "a LoRA, not a model: give it together with its base model (`everydream merge BASE LORA OUT`)",
-        lambda name: LORA_NAME.search(name) is not None,
+_KINDS = {
+    "a LoRA, not a model: give it together with its base model (`everydream merge BASE LORA OUT`)": LORA_NAME,
+    "a ControlNet, not a model": re.compile(r"(^|\.)(control_model|zero_convs|controlnet_)"),
+    "an IP-Adapter, not a model": re.compile(r"^(ip_adapter|image_proj)\."),
+    "an SD 3, Flux or later model, which this version cannot train": re.compile(
+        r"(joint|double|single)_(transformer_)?blocks\.|^(model\.diffusion_model\.)?layers\."
     ),
-    (
-        "a ControlNet, not a model",
-        lambda name: re.search(r"(^|\.)(control_model|zero_convs|controlnet_)", name) is not None,
-    ),
-    ("an IP-Adapter, not a model", lambda name: name.startswith(("ip_adapter.", "image_proj."))),
-    (
-        "an SD 3, Flux or later model, which this version cannot train",
-        lambda name: (
-            re.search(r"(joint|double|single)_(transformer_)?blocks\.|^(model\.diffusion_model\.)?layers\.", name)
-            is not None
-        ),
-    ),
-    *[(part, partial(_is_of, pattern)) for part, pattern in _PARTS.items()],
-    (
-        "one part of a diffusers model: give the folder that holds model_index.json",
-        lambda name: "down_blocks." in name,
-    ),
-    (
-        "a textual-inversion embedding, not a model",
-        lambda name: name in ("emb_params", "clip_l", "clip_g") or name.startswith("string_to_param"),
-    ),
-]
+    **_PARTS,
+    "one part of a diffusers model: give the folder that holds model_index.json": re.compile(r"down_blocks\."),
+    "a textual-inversion embedding, not a model": re.compile(r"^(emb_params|clip_l|clip_g)$|^string_to_param"),
+}
+"""Kinds of files by the names of their tensors; the first that fits is said."""
 
 
 def refuse_other_kinds(path: Path, tensors: Tensors) -> None:
@@ -88,15 +67,15 @@ def refuse_other_kinds(path: Path, tensors: Tensors) -> None:
                 f"{path}: this is an SDXL refiner, which this version cannot train. Take the SDXL base model."
             )
         return
-    for kind, matches in _KINDS:
-        if any(matches(name) for name in tensors):
+    for kind, pattern in _KINDS.items():
+        if any(map(pattern.search, tensors)):
             raise ModelError(f"{path}: {say_parts(tensors) if kind in _PARTS else f'this is {kind}'}.")
     raise ModelError(f"{path}: no Stable Diffusion model; its first tensor is named {next(iter(tensors))!r}.")
 
 
 def held_parts(tensors: Tensors) -> list[str]:
     """Which parts of a model a file holds: a UNet, a VAE, a text encoder."""
-    return [part for part, pattern in _PARTS.items() if any(map(pattern.match, tensors))]
+    return [part for part, pattern in _PARTS.items() if any(map(pattern.search, tensors))]
 
 
 def say_parts(tensors: Tensors) -> str:

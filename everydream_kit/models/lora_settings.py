@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from everydream_kit.errors import ModelError
 
@@ -20,9 +24,9 @@ class LoraSettings:
         form: by name (`lora_forms.FORMS`).
     """
 
-    rank: int = 16
+    rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 16
     alpha: float = 16.0
-    dropout: float = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: tuple[str, ...] | None = None
     text_encoder: bool = False
     dora: bool = False
@@ -41,16 +45,7 @@ class LoraSettings:
         if not isinstance(values, Mapping):
             raise ModelError("adapter: its LoRA settings must be an object.")
         known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-        rank, alpha, dropout = known.get("rank", 16), known.get("alpha", 16.0), known.get("dropout", 0.0)
-        good = [type(rank) is int and 1 <= rank <= MAX_RANK]
-        good += [isinstance(one, (int, float)) and not isinstance(one, bool) for one in (alpha, dropout)]
-        good += [0 <= dropout < 1] if good[-1] else []
-        good += [isinstance(known.get(name, False), bool) for name in ("text_encoder", "dora")]
-        good += [isinstance(known.get("form", "lora"), str)]
-        targets = known.get("targets")
-        good += [targets is None or (isinstance(targets, list) and all(isinstance(one, str) for one in targets))]
-        if not all(good):
-            raise ModelError(f"adapter: its LoRA settings cannot be used (got {str(known)[:200]}).")
-        if targets is not None:
-            known["targets"] = tuple(targets)
-        return cls(**known)
+        try:
+            return TypeAdapter(cls).validate_json(json.dumps(known), strict=True)
+        except ValidationError as error:
+            raise ModelError(f"adapter: its LoRA settings cannot be used (got {str(known)[:200]}).") from error

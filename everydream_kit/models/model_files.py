@@ -250,3 +250,16 @@ def has_zero_terminal_snr(scheduler_config: Config) -> bool:
         return True
     betas = [float(beta) for beta in scheduler_config.get("trained_betas") or ()]
     return bool(betas) and math.prod([1.0 - beta for beta in betas]) < 1e-6
+
+
+def trained_as(scheduler_config: Config, prediction_type: str, zero_terminal_snr: bool) -> dict[str, Any]:
+    """A sampler's config for a model that was trained so; unchanged where it says so already."""
+    config = dict(scheduler_config)
+    if config.get("prediction_type", "epsilon") != prediction_type:
+        config["prediction_type"] = prediction_type
+    if zero_terminal_snr and not (config.get("rescale_betas_zero_snr") or config.get("trained_betas")):
+        # PNDM cannot start from pure noise (its first step divides by the signal); DDIM can.
+        if config.get("_class_name") not in ("DDIMScheduler", "EulerDiscreteScheduler", "DDPMScheduler"):
+            config["_class_name"] = "DDIMScheduler"
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return config

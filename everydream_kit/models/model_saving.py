@@ -21,7 +21,7 @@ from everydream_kit.models.components import BOOKKEEPING, shared_names
 from everydream_kit.models.family import Config, Model, ModelFiles
 from everydream_kit.models.loading import _tokenizer
 from everydream_kit.models.lora import base_name
-from everydream_kit.models.model_files import DISTILLED, MODULAR_INDEX
+from everydream_kit.models.model_files import DISTILLED, MODULAR_INDEX, trained_as
 from everydream_kit.models.tensors import LazyTensor, OpenFile, Tensors, write_safetensors
 from everydream_kit.models.tokenizer import save_tokenizer
 
@@ -145,18 +145,9 @@ def live_tensors(name: str, state_dict: Mapping[str, torch.Tensor]) -> Tensors:
 
 def scheduler_to_save(model: Model) -> dict[str, Any]:
     """The model's own sampler; changed only where the training has made something else of the model."""
-    config = dict(model.scheduler_config)
     if model.family.objective == "flow":
-        return config
-    if config.get("prediction_type", "epsilon") != model.prediction_type:
-        config["prediction_type"] = model.prediction_type
-    rescaled_already = bool(config.get("rescale_betas_zero_snr") or config.get("trained_betas"))
-    if model.zero_terminal_snr and not rescaled_already:
-        # PNDM cannot start from pure noise (its first step divides by the signal); DDIM can.
-        if config.get("_class_name") not in ("DDIMScheduler", "EulerDiscreteScheduler", "DDPMScheduler"):
-            config["_class_name"] = "DDIMScheduler"
-        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return config
+        return dict(model.scheduler_config)
+    return trained_as(model.scheduler_config, model.prediction_type, model.zero_terminal_snr)
 
 
 def _config(module: Any) -> Config:

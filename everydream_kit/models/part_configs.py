@@ -59,7 +59,15 @@ def text_encoder_values(config: Config) -> dict[str, Any]:
 
 
 def language_model_values(config: Config) -> dict[str, Any]:
-    """The part of a language model's config that shapes it. Raises: ModelError."""
+    """The part of a language model's config that shapes it, as transformers 5 takes it. Raises: ModelError."""
+    if "vision_config" in config:
+        return _vision_language_values(config)
+    values = _language_values(config)
+    theta = values.pop("rope_theta", None)
+    return values if theta is None else {**values, "rope_parameters": _rope(theta)}
+
+
+def _language_values(config: Config) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key in LANGUAGE_MODEL_KEYS}
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:  # as transformers 5 writes it
@@ -68,14 +76,20 @@ def language_model_values(config: Config) -> dict[str, Any]:
     return kept
 
 
-def vision_language_values(config: Config) -> dict[str, Any]:
-    """The part of a vision-language model's config that shapes it, as transformers 5 takes it. Raises: ModelError."""
+def _rope(theta: Any) -> dict[str, Any]:
+    try:
+        return {"rope_type": "default", "rope_theta": float(theta)}
+    except (TypeError, ValueError):
+        raise _refusal("text encoder", "rope_theta", theta, "a number") from None
+
+
+def _vision_language_values(config: Config) -> dict[str, Any]:
     text, vision = config.get("text_config"), config.get("vision_config")
     text = config if text is None else text  # Qwen2.5-VL's was published flat
     if not isinstance(text, dict) or not isinstance(vision, dict):
         raise ModelError("text encoder: its config.json has no text_config and vision_config. Take it from its source.")
-    values = language_model_values(text)
-    rope = {"rope_type": "default", "rope_theta": float(values.pop("rope_theta", 5_000_000))}
+    values = _language_values(text)
+    rope = _rope(values.pop("rope_theta", 5_000_000))
     given = text.get("rope_parameters") or text.get("rope_scaling")  # as transformers 5 writes it, or 4
     rope |= {key: given[key] for key in MROPE_KEYS if isinstance(given, dict) and key in given}
     seen = {key: value for key, value in vision.items() if key in VISION_KEYS}

@@ -34,6 +34,7 @@ from everydream_kit.models.model_files import (
     prediction_type_of,
     read_json,
     refuse_unsupported,
+    trained_as,
 )
 from everydream_kit.models.part_configs import scheduler_values
 from everydream_kit.models.tensors import Tensors
@@ -95,7 +96,7 @@ def open_single_file(
         configs=configs,
         tensors=found.layout.from_single_file(tensors, found, configs),
         tokenizers=_tokenizers(path, found, metadata),
-        scheduler_config=_scheduler_of(scheduler, predicted, rescaled),
+        scheduler_config=trained_as({**scheduler, "prediction_type": predicted}, predicted, rescaled),
         prediction_type=predicted,
         zero_terminal_snr=rescaled,
         metadata=metadata,
@@ -201,12 +202,3 @@ def _prediction_type(
         )
         return guess
     return "epsilon"
-
-
-def _scheduler_of(scheduler: dict[str, Any], prediction_type: str, zero_terminal_snr: bool) -> dict[str, Any]:
-    config = {**scheduler, "prediction_type": prediction_type}
-    if zero_terminal_snr and not has_zero_terminal_snr(scheduler):
-        if config.get("_class_name") not in ("DDIMScheduler", "EulerDiscreteScheduler", "DDPMScheduler"):
-            config["_class_name"] = "DDIMScheduler"
-        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return config

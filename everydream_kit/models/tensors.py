@@ -49,6 +49,7 @@ HASH_KEY = "modelspec.hash_sha256"
 
 
 EARLY_SYNC_BYTES = 2**27
+"""Written bytes that are sent to the disk while the rest is still being made, so that the sync at the end is short."""
 MAX_HEADER_BYTES = 2**24
 """Of a safetensors header. SDXL's has 400 kB; a LoRA's with all tags of its dataset has a few MB. The library's own limit,
 100 MB, takes it a minute to read."""
@@ -225,77 +226,49 @@ def write_safetensors(
                 for values in _checked_bytes(name, tensors[name], finite):
                     file.write(values)
         return
-    with (
-        open_atomic(path) as file,
-        _Hasher(wanted=hash_offset is not None) as hasher,
-        _EarlySync(file.fileno()) as disk,
-    ):
+    digest, sync, num_unsynced = hashlib.sha256(), getattr(os, "fdatasync", os.fsync), 0
+    with open_atomic(path) as file, _Behind() as hashing, _Behind() as syncing:
         file.write(struct.pack("<Q", len(header)) + header)
         for name in names:
             for values in _checked_bytes(name, tensors[name], finite):
-                hasher.update(values)
+                if hash_offset is not None:
+                    hashing.start(digest.update, values)
                 file.write(values)
-                disk.written(len(values))
+                num_unsynced += len(values)
+                if num_unsynced >= EARLY_SYNC_BYTES and not syncing.is_busy():
+                    syncing.start(sync, file.fileno())
+                    num_unsynced = 0
         if hash_offset is not None:
+            hashing.wait()
             file.seek(hash_offset)
-            file.write(hasher.hexdigest().encode())
+            file.write(digest.hexdigest().encode())
 
 
-class _EarlySync:
-    """Sends what was written to the disk while the rest is still being made, so that the sync at the end is short."""
+class _Behind:
+    """One task at a time, in a thread of its own, while further bytes are made and written."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._sync = getattr(os, "fdatasync", os.fsync)
+    def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._pending: Future[None] | None = None
-        self._pending_bytes = 0
 
-    def __enter__(self) -> _EarlySync:
+    def __enter__(self) -> _Behind:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
+        self.wait()
+
+    def is_busy(self) -> bool:
+        return self._pending is not None and not self._pending.done()
+
+    def wait(self) -> None:
+        """Wait for the task before, and raise what it raised."""
         if self._pending is not None:
             self._pending.result()
 
-    def written(self, num_bytes: int) -> None:
-        """Begin a sync where enough has gathered and none is under way."""
-        self._pending_bytes += num_bytes
-        if self._pending_bytes >= EARLY_SYNC_BYTES and (self._pending is None or self._pending.done()):
-            if self._pending is not None:
-                self._pending.result()
-            self._pending = self._thread.submit(self._sync, self._descriptor)
-            self._pending_bytes = 0
-
-
-class _Hasher:
-    """SHA-256 in a thread of its own, so that it runs while the bytes are written; one tensor behind at most."""
-
-    def __init__(self, *, wanted: bool) -> None:
-        self._digest = hashlib.sha256()
-        self._thread = ThreadPoolExecutor(max_workers=1) if wanted else None
-        self._pending: Future[None] | None = None
-
-    def __enter__(self) -> _Hasher:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._thread is not None:
-            self._thread.shutdown()
-
-    def update(self, values: memoryview) -> None:
-        if self._thread is not None:
-            self._wait()
-            self._pending = self._thread.submit(self._digest.update, values)
-
-    def hexdigest(self) -> str:
-        self._wait()
-        return self._digest.hexdigest()
-
-    def _wait(self) -> None:
-        if self._pending is not None:
-            self._pending.result()
+    def start(self, task: Callable[..., None], *arguments: Any) -> None:
+        self.wait()
+        self._pending = self._thread.submit(task, *arguments)
 
 
 def require_finite(name: str, values: torch.Tensor) -> None:

@@ -192,12 +192,18 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
     require_tokenizer(folder, "CLIPTokenizer")
+    tokenizer: CLIPTokenizer = _from_folder(CLIPTokenizer, folder, model_max_length=WINDOW)
+    return tokenizer
+
+
+def _from_folder(cls: Any, folder: Path, **options: Any) -> Any:
+    """A tokenizer of transformers' class. Its files were checked before."""
     try:
-        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=WINDOW)
+        loaded = cls.from_pretrained(folder, local_files_only=True, **options)
     except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError) as error:
         raise ModelError(f"{folder}: the tokenizer cannot be read ({error}).") from error
-    _silence_length_warning(tokenizer)
-    return tokenizer
+    _silence_length_warning(loaded)
+    return loaded
 
 
 def _silence_length_warning(tokenizer: Any) -> None:
@@ -251,13 +257,7 @@ def load_language_tokenizer(folder: Path, class_name: str) -> Any:
     from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
     require_tokenizer(folder, class_name)
-    cls: Any = T5Tokenizer if class_name.startswith("T5") else Qwen2Tokenizer
-    try:
-        loaded = cls.from_pretrained(folder, local_files_only=True)
-        _silence_length_warning(loaded)  # longer texts are cut by the family
-        return loaded
-    except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError) as error:
-        raise ModelError(f"{folder}: the tokenizer cannot be read ({error}).") from error
+    return _from_folder(T5Tokenizer if class_name.startswith("T5") else Qwen2Tokenizer, folder)
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:

@@ -10,7 +10,7 @@ from tiny_models import tiny_folder
 
 from everydream_kit.errors import ModelError
 from everydream_kit.export.single_file_export import export_checkpoint
-from everydream_kit.models.components import build_text_encoder, build_unet, build_vae, fill
+from everydream_kit.models.components import build_component, fill
 from everydream_kit.models.loading import open_model
 
 READ = [name for name, (_, outcome) in LAYOUTS.items() if outcome in (SAME, CLOSE)]
@@ -20,9 +20,7 @@ REFUSED = [name for name in LAYOUTS if name not in READ]
 def modules_of(source):
     """A model's modules without its tokenizers, which take most of the time of loading."""
     files = open_model(source)
-    modules = {"unet": build_unet(files.configs["unet"]), "vae": build_vae(files.configs["vae"])}
-    for slot in files.family.text_encoders:
-        modules[slot.folder] = build_text_encoder(files.configs[slot.folder], slot.class_name)
+    modules = {one.folder: build_component(one, files.configs[one.folder]) for one in files.family.components}
     filled = {
         name: fill(module, files.tensors[name], lambda _: torch.float32, name) for name, module in modules.items()
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ import pytest
 import torch
 
 from everydream_kit.errors import ModelError
-from everydream_kit.models.components import build_text_encoder, build_unet, build_vae
+from everydream_kit.models.components import build_component
+from everydream_kit.models.families import FAMILIES
+from everydream_kit.models.family import Component
 from everydream_kit.models.loading import load_model, training_scheduler
 from everydream_kit.models.lora_settings import LoraSettings
 from everydream_kit.models.model_files import open_folder
@@ -20,6 +21,7 @@ from everydream_kit.models.tokenizer import load_tokenizer, read_vocabulary
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 100}
 HUGE = 10**30
+UNET, VAE, TEXT_ENCODER = FAMILIES["sd1"].components
 DEEP = json.loads("[" * 200 + "]" * 200)
 
 
@@ -43,7 +45,7 @@ def change(path: Path, **values: Any) -> None:
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "_attn_implementation_internal"])
 @pytest.mark.parametrize("value", ["stranger/kernel", "stranger/kernel@main:evil", "eager", {"": "stranger/kernel"}])
 def test_a_config_does_not_choose_the_attention(key: str, value: Any) -> None:
-    module: Any = build_text_encoder({**TINY, key: value}, "CLIPTextModel")
+    module: Any = build_component(TEXT_ENCODER, {**TINY, key: value})
     assert module.config._attn_implementation == "sdpa"
 
 
@@ -59,10 +61,10 @@ def test_a_config_does_not_choose_the_attention(key: str, value: Any) -> None:
     ids=lambda extra: next(iter(extra)),
 )
 def test_keys_that_do_not_shape_the_module_do_not_reach_the_library(extra: dict[str, Any]) -> None:
-    values = build_text_encoder({**TINY, **extra}, "CLIPTextModel").config.to_dict()
+    values = build_component(TEXT_ENCODER, {**TINY, **extra}).config.to_dict()
     assert not [key for key in extra if values.get(key) not in (None, "", torch.float32, "float32")]
-    unet = build_unet({"block_out_channels": [32], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"],
-                       "mid_block_type": None, "cross_attention_dim": 8, **extra})  # fmt: skip
+    shape = {"block_out_channels": [32], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    unet = build_component(UNET, {**shape, "mid_block_type": None, "cross_attention_dim": 8, **extra})
     assert not [key for key in extra if key in unet.config and key != "_name_or_path"]
 
 
@@ -91,10 +93,10 @@ def test_keys_that_do_not_shape_the_module_do_not_reach_the_library(extra: dict[
 )
 def test_a_text_encoder_that_cannot_be_built_is_one_error(values: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match="text encoder"):
-        build_text_encoder({**TINY, **values}, "CLIPTextModel")
+        build_component(TEXT_ENCODER, {**TINY, **values})
 
 
-@pytest.mark.parametrize("build", [build_unet, build_vae])
+@pytest.mark.parametrize("component", [UNET, VAE], ids=lambda component: component.folder)
 @pytest.mark.parametrize(
     "values",
     [
@@ -114,16 +116,16 @@ def test_a_text_encoder_that_cannot_be_built_is_one_error(values: dict[str, Any]
         {"_class_name": "..Evil"},
         {"_class_name": ["UNet2DConditionModel"]},
     ],
-    ids=lambda values: str(values)[:40] if isinstance(values, dict) else values.__name__,
+    ids=lambda values: str(values)[:40],
 )
-def test_a_unet_or_vae_that_cannot_be_built_is_one_error(build: Callable[..., Any], values: dict[str, Any]) -> None:
+def test_a_unet_or_vae_that_cannot_be_built_is_one_error(component: Component, values: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match=r"AutoencoderKL|UNet2DConditionModel"):
-        build(values)
+        build_component(component, values)
 
 
 def test_many_layers_are_refused_before_they_are_built() -> None:
     with pytest.raises(ModelError, match="at most 2000 in all"):
-        build_unet({"layers_per_block": [90] * 4, "transformer_layers_per_block": [90] * 4})
+        build_component(UNET, {"layers_per_block": [90] * 4, "transformer_layers_per_block": [90] * 4})
 
 
 @pytest.mark.parametrize(
