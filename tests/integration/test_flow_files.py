@@ -132,6 +132,15 @@ def test_the_single_file_of_the_true_size_is_what_diffusers_converts(
     assert (len(written), sum(math.prod(value.shape) for value in written.values())) == published
 
 
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model."])
+def test_a_single_file_is_read_whatever_stands_before_its_names(family: str, prefix: str) -> None:
+    files = open_model(tiny_folder(family))
+    written = files.family.layout.to_single_file(files)
+    cut_out = {prefix + name.removeprefix("net."): value for name, value in written.items()}
+    found = files.family.layout.from_single_file(cut_out, files.family, files.configs)
+    assert all(part.keys() == files.tensors[name].keys() for name, part in found.items())
+
+
 def test_every_file_of_a_checkpoint_is_one_that_a_fetched_checkpoint_may_hold(family: str) -> None:
     files = [path for path in tiny_folder(family).rglob("*") if path.is_file()]
     assert not [str(path) for path in files if not is_known(path.relative_to(tiny_folder(family)))]
