@@ -193,7 +193,7 @@ ANIMA = flow_family(
     modelspec_architecture="anima",
     kohya_base="anima",
     distilled=lambda source: why_distilled(
-        *(source, "anima.*turbo", "Anima Turbo", "Anima Base (circlestone-labs/Anima-Base-v1.0-Diffusers)", "Turbo")
+        source, "anima.*turbo", "Anima Turbo", "Anima Base (circlestone-labs/Anima-Base-v1.0-Diffusers)", "Turbo"
     ),
     prompt_version=f"last states of {MAX_TOKENS} tokens, conditioned by T5's",
 )

@@ -162,7 +162,7 @@ KREA2 = flow_family(
     modelspec_architecture="krea-2",
     kohya_base="krea2",
     distilled=lambda source: why_distilled(
-        *(source, "krea[-_.]?2.*turbo", "Krea 2 Turbo", "Krea 2 Raw (krea/Krea-2-Raw)", "Turbo")
+        source, "krea[-_.]?2.*turbo", "Krea 2 Turbo", "Krea 2 Raw (krea/Krea-2-Raw)", "Turbo"
     ),
     prompt_version=f"layers {TEXT_LAYERS} of {MAX_TOKENS} tokens of {INSTRUCTION}...{END}",
 )
