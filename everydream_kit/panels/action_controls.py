@@ -21,42 +21,42 @@ NUMBERS = {
 
 
 def make_action_control(
-    argument: Argument, description: str, *, titles: Mapping[str, str] | None = None, **options: Any
+    argument: Argument, description: str, width: str, *, titles: Mapping[str, str] | None = None, **options: Any
 ) -> widgets.ValueWidget:
     """The widget that suits an argument of one value, or a text field for several.
 
     Args:
         argument: its record.
-        description: the label; constant words.
+        description, width: as `style.control` takes them.
         titles: how choices are listed, by the word of each.
-        **options: of the widget, such as `value`, `layout`, or the bounds of a number.
+        **options: of `style.control` and of the widget, such as `value`, or the bounds of a number.
     """
+    start: dict[str, Any]
     if argument.kind == "bool":
-        control: widgets.ValueWidget = widgets.Checkbox(
-            description=description, **{"value": argument.default is not False, **options}
-        )
+        kind, start = widgets.Checkbox, {"value": argument.default is not False}
     elif argument.choices and not argument.many:
-        choices = [((titles or {}).get(word, word), word) for word in argument.choices]
-        control = widgets.Dropdown(description=description, **{"options": choices, **options})
+        kind, start = (
+            widgets.Dropdown,
+            {"options": [((titles or {}).get(word, word), word) for word in argument.choices]},
+        )
     elif argument.many or argument.kind == "text":
-        return make_text_control(argument, description, **options)
+        return make_text_control(argument, description, width, **options)
     else:
-        make = NUMBERS[argument.kind, "max" in options]
-        control = make(description=description, **{"value": argument.default or 0, **options})
-    style.set_hint(control, argument.help.replace("`", ""))
-    return control
+        kind, start = NUMBERS[argument.kind, "max" in options], {"value": argument.default or 0}
+    return _make(kind, argument, description, width, **{**start, **options})
 
 
-def make_text_control(argument: Argument, description: str, **options: Any) -> widgets.ValueWidget:
+def make_text_control(argument: Argument, description: str, width: str, **options: Any) -> widgets.ValueWidget:
     """A field that any argument can be typed into: several texts one a line, several numbers with commas."""
-    kind, between = (widgets.Textarea, "\n") if is_lines(argument) else (widgets.Text, ", ")
+    kind, between, hint = (widgets.Textarea, "\n", "one a line") if is_lines(argument) else (widgets.Text, ", ", "")
     default = argument.default
     several = between.join(map(str, default)) if isinstance(default, (list, tuple)) else ""
     shown = several or ("" if default in (None, ()) else str(default))
-    control: widgets.ValueWidget = kind(
-        description=description,
-        **{"value": shown, "placeholder": "one a line" if is_lines(argument) else "", **options},
-    )
+    return _make(kind, argument, description, width, **{"value": shown, "placeholder": hint, **options})
+
+
+def _make(kind: Any, argument: Argument, description: str, width: str, **options: Any) -> widgets.ValueWidget:
+    control: widgets.ValueWidget = style.control(kind, description, width, **options)
     style.set_hint(control, argument.help.replace("`", ""))
     return control
 

@@ -25,7 +25,7 @@ NUMBERS = {"int": (int, "a whole number"), "float": (float, "a number")}
 
 
 class ActionPanel(Panel):
-    """`edk.panels.action(project, "merge")`.
+    """`edk.panels.action(project, "merge")`: the form of a command, or of a step of `tidy`, such as "resize".
 
     Attributes:
         project: the project folder.
@@ -93,14 +93,10 @@ class ActionPanel(Panel):
         status = self.task.poll()
         if status is not None:
             style.show_progress(self.bar, status)
-            message = str(status.get("message") or status["state"])
-            if status["alive"]:
-                self.say(message, "busy")
-            else:
-                good = status["state"] == "finished"
-                first, _, rest = message.partition("\n")
-                self.say(first, "good" if good else "bad")
-                set_html(self.result, f'<pre class="edk-report">{html.escape(message)}</pre>' if rest else "")
+            message = status.get("message") or status["state"]
+            first, _, rest = message.partition("\n")
+            self.say_status({**status, "message": first})
+            set_html(self.result, f'<pre class="edk-report">{html.escape(message)}</pre>' if rest else "")
         self._render()
 
     def _render(self) -> None:
@@ -108,27 +104,20 @@ class ActionPanel(Panel):
         self.start_button.disabled, self.stop_button.disabled = is_running, not is_running
 
     def _row(self, argument: Argument) -> widgets.Widget:
-        hint = widgets.HTML(
-            f'<span class="edk-hint">{html.escape(argument.help.replace("`", ""))}</span>',
-            layout=widgets.Layout(flex="1 1 260px", width="auto", min_width="220px"),
-        )
-        return style.row(self.controls[argument.name], hint)
+        hint = f'<span class="edk-hint">{html.escape(argument.help.replace("`", ""))}</span>'
+        return style.with_hint(self.controls[argument.name], widgets.HTML(hint))
 
 
 def _control(argument: Argument) -> widgets.ValueWidget:
     """A control that can also be empty, where the function has a default of its own. Numbers are typed."""
-    label = label_of(argument.name)
-    how: dict[str, Any] = {
-        "style": {"description_width": "150px"},
-        "layout": widgets.Layout(width="470px", max_width="100%"),
-    }
+    of_all: dict[str, Any] = {"description": label_of(argument.name), "width": "470px", "label": "150px"}
     if argument.kind == "bool":
-        return make_action_control(argument, label, indent=True, **how)
+        return make_action_control(argument, **of_all, indent=True)
     if argument.choices and not argument.many:
         words = [(word, word) for word in argument.choices]
         options = words if argument.default in argument.choices else [("by default", None), *words]
-        return make_action_control(argument, label, options=options, value=argument.default, **how)
-    return make_text_control(argument, label, **how)
+        return make_action_control(argument, **of_all, options=options, value=argument.default)
+    return make_text_control(argument, **of_all)
 
 
 def _read(argument: Argument, value: Any) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +39,9 @@ class _Row:
         self._keep, self._quiet = keep, False
         self.image = widgets.HTML(layout=widgets.Layout(width="110px", flex="0 0 auto"))
         self.check = style.control(widgets.Checkbox, "Write", "80px", indent=False)
-        self.text = widgets.Textarea(
-            description="Suggested caption",
-            continuous_update=False,
-            layout=widgets.Layout(width="auto", flex="1 1 300px"),
-        )
-        self.text.style.description_width = "130px"
+        how: dict[str, Any] = {"label": "130px", "continuous_update": False}
+        self.text = style.control(widgets.Textarea, "Suggested caption", "auto", **how)
+        self.text.layout.flex = "1 1 300px"
         self.now = widgets.HTML()
         words = style.column(self.text, self.now)
         words.layout.flex, words.layout.width = "1 1 320px", "auto"
@@ -97,9 +93,9 @@ class AutoCaption:
         which = [("images without a caption", MISSING), ("the selected images", SELECTED)]
         self.which = style.control(widgets.Dropdown, "For", "290px", label="60px", options=which)
         how = TIDY_STEPS["auto-caption"].arguments
-        self.model = style.control(partial(make_action_control, how["model"]), "Model", "400px", label="60px")
-        prompt = partial(make_action_control, how["prompt"], placeholder="a photo of")
-        self.prompt = style.control(prompt, "Begin with", "260px", label="74px")
+        self.model = make_action_control(how["model"], "Model", "400px", label="60px")
+        hint = "a photo of"
+        self.prompt = make_action_control(how["prompt"], "Begin with", "260px", label="74px", placeholder=hint)
         self.start_button = style.button("Suggest captions", icon="magic", hint="Caption with the model, for review")
         self.stop_button = style.button("Stop", icon="stop", hint="End captioning; what is suggested stays")
         self.write_button = style.button("Write", tone="primary", icon="check")

@@ -35,12 +35,9 @@ class BaseChoice:
         """
         self.field, self._choose = field, choose
         self._quiet = False
-        self.chooser = widgets.Dropdown(
-            options=[*((base.title, base.source) for base in BASES), ("another: path or Hub id", OTHER)],
-            description="Base model",
-            style={"description_width": LABEL_WIDTH},
-            layout=widgets.Layout(width=CONTROL_WIDTH, max_width="100%", flex="0 1 auto"),
-        )
+        options = [*((base.title, base.source) for base in BASES), ("another: path or Hub id", OTHER)]
+        how: dict[str, Any] = {"label": LABEL_WIDTH, "options": options}
+        self.chooser = style.control(widgets.Dropdown, "Base model", CONTROL_WIDTH, **how)
         self._needs = widgets.HTML()
         self.chooser.observe(self._take, "value")
         self.box = style.column(style.with_hint(self.chooser, self._needs), field.box)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import ipywidgets as widgets
 
-from everydream_kit.panels.page_widgets import has_page_widgets, make_page_widget
+from everydream_kit.panels.page_widgets import make_page_widget
 
 INTERVAL_MILLISECONDS = 500
 
@@ -29,8 +29,3 @@ def reveal(clock: widgets.Widget) -> None:
     """Bring the clock's panel into view, unless somebody has touched the page since it was shown."""
     if clock.has_trait("reveal"):
         clock.reveal += 1
-
-
-def has_clock() -> bool:
-    """Whether panels update by themselves here."""
-    return has_page_widgets()

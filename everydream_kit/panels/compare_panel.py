@@ -35,7 +35,7 @@ NOTHING_YET = "This project has no checkpoint yet. Each appears here as soon as 
 
 
 class ComparePanel(Panel):
-    """`edk.panels.compare(project)`.
+    """`edk.panels.compare(project)`: checkpoints next to each other, before and after, pick a winner.
 
     Attributes:
         project: the project folder.
@@ -158,26 +158,18 @@ class ComparePanel(Panel):
         own = sampling.model_fields_set
         resolution = settings.get("resolution", 512)
         size = last.size if last else (resolution if isinstance(resolution, int) else resolution[0])
-        style = {"description_width": "70px"}
-        narrow = widgets.Layout(width="152px")  # four stand in a row of a narrow panel
-        self.prompts = widgets.Textarea(
-            value="\n".join(last.prompts if last else self._first_prompts()),
-            placeholder="a jet over the sea",
-            layout=widgets.Layout(width="auto", height="82px"),
-        )
-        self.prompts.description = "Prompts"
-        self.prompts.style.description_width = "70px"
+        prompts = "\n".join(last.prompts if last else self._first_prompts())
+        hint = "a jet over the sea"
+        self.prompts = style.control(widgets.Textarea, "Prompts", "auto", label="70px", value=prompts, placeholder=hint)
+        self.prompts.layout.height = "82px"
         cfgs = ", ".join(f"{cfg:g}" for cfg in (last.cfgs if last else sampling.cfgs if "cfgs" in own else (4.0,)))
-        how: dict[str, Any] = {"style": style, "layout": narrow}
-        self.cfgs = make_action_control(SAMPLE.arguments["cfgs"], "cfg", value=cfgs, **how)
-        self.size = widgets.BoundedIntText(value=size, min=64, max=2048, step=8, description="Size", **how)
         steps = last.num_inference_steps if last else min(sampling.num_inference_steps, 20)
-        self.steps = make_action_control(
-            SAMPLE.arguments["num_inference_steps"], "Steps", value=steps, min=1, max=200, **how
-        )
-        if last:
-            how = {**how, "value": last.seed}
-        self.seed = make_action_control(SAMPLE.arguments["seed"], "Seed", **how)
+        narrow: dict[str, Any] = {"width": "152px", "label": "70px"}  # four stand in a row of a narrow panel
+        how, seed = SAMPLE.arguments, narrow | ({"value": last.seed} if last else {})
+        self.cfgs = make_action_control(how["cfgs"], "cfg", value=cfgs, **narrow)
+        self.size = style.control(widgets.BoundedIntText, "Size", value=size, min=64, max=2048, step=8, **narrow)
+        self.steps = make_action_control(how["num_inference_steps"], "Steps", value=steps, min=1, max=200, **narrow)
+        self.seed = make_action_control(how["seed"], "Seed", **seed)
 
     def _build_pair(self) -> widgets.Widget:
         wide = {"width": "620px", "label": "84px"}

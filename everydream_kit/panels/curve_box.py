@@ -27,13 +27,11 @@ class CurveBox:
 
     def __init__(self) -> None:
         self._view: RunHistory | None = None
-        scale = {"value": SMOOTHING, "min": 0.0, "max": 0.99, "step": 0.01, "continuous_update": False}
+        scale: dict[str, Any] = {"value": SMOOTHING, "min": 0.0, "max": 0.99, "step": 0.01, "continuous_update": False}
         self.smoothing = style.control(widgets.FloatSlider, "Smoothing", "300px", label="80px", **scale)
         self.is_log = style.control(widgets.Checkbox, "log scale", "auto", value=False, indent=False)
-        self.zoom = widgets.IntRangeSlider(
-            value=(0, 1), min=0, max=1, description="Steps", continuous_update=False,
-            style={"description_width": "44px"}, layout=widgets.Layout(width="340px", max_width="100%"),
-        )  # fmt: skip
+        scale = {"value": (0, 1), "min": 0, "max": 1, "continuous_update": False}
+        self.zoom = style.control(widgets.IntRangeSlider, "Steps", "340px", label="44px", **scale)
         self.chart, self.memory_chart, self.notes = widgets.HTML(), widgets.HTML(), widgets.HTML()
         for control in (self.smoothing, self.is_log, self.zoom):
             control.observe(lambda _: self._render(), "value")

@@ -42,7 +42,7 @@ MASKS = 5
 
 
 class DatasetPanel(Panel):
-    """`edk.panels.dataset(project)`. Every change is written at once, and can be undone.
+    """`edk.panels.dataset(project)`: upload, look through, caption, tag, report; every change can be undone.
 
     Attributes:
         project: the project folder.

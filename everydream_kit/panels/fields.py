@@ -124,50 +124,37 @@ def make_control(record: Parameter, value: Any) -> widgets.Widget:
 
 def _natural_control(record: Parameter) -> widgets.Widget | None:
     """Check box, list or slider, where one fits; None where the value is typed."""
-    options = {
-        "description": label_of(record.name),
-        "style": {"description_width": LABEL_WIDTH},
-        "layout": _control_layout(),
-    }
     if record.kind == "bool":
-        return widgets.Checkbox(indent=True, **options)
+        return _labeled(widgets.Checkbox, record, indent=True)
     if record.kind == "choice":
         choices = [(choice, choice) for choice in record.choices]
-        return widgets.Dropdown(options=[("none", None), *choices] if record.optional else choices, **options)
+        return _labeled(widgets.Dropdown, record, options=[("none", None), *choices] if record.optional else choices)
     if record.many or record.optional or record.minimum is None or record.maximum is None or record.exclusive_minimum:
         return None
     if record.kind == "int" and not (record.choices and not record.many):
         step = int(record.knob.step or record.multiple_of or 1)
         if (record.maximum - record.minimum) / step <= LARGEST_SLIDER and not record.exclusive_maximum:
-            return widgets.IntSlider(
-                min=int(record.minimum), max=int(record.maximum), step=step, continuous_update=False, **options
-            )
+            scale = {"min": int(record.minimum), "max": int(record.maximum), "step": step}
+            return _labeled(widgets.IntSlider, record, **scale, continuous_update=False)
     if record.kind == "float" and (record.minimum, record.maximum) == (0.0, 1.0):
-        return widgets.FloatSlider(
-            min=0.0, max=1.0, step=record.knob.step or 0.01, readout_format=".2f", continuous_update=False, **options
-        )
+        shares = {"min": 0.0, "max": 1.0, "step": record.knob.step or 0.01, "readout_format": ".2f"}
+        return _labeled(widgets.FloatSlider, record, **shares, continuous_update=False)
     return None
 
 
 def _text_control(record: Parameter, value: Any) -> widgets.Text:
-    return widgets.Text(
-        value="" if value is None else _as_typed(record, value),
-        placeholder="none" if record.optional else "",
-        description=label_of(record.name),
-        continuous_update=True,
-        style={"description_width": LABEL_WIDTH},
-        layout=_control_layout(),
-    )
+    shown = "" if value is None else _as_typed(record, value)
+    return _labeled(widgets.Text, record, value=shown, placeholder="none" if record.optional else "")
+
+
+def _labeled(kind: Any, record: Parameter, **options: Any) -> Any:
+    return style.control(kind, label_of(record.name), CONTROL_WIDTH, label=LABEL_WIDTH, **options)
 
 
 def _as_typed(record: Parameter, value: Any) -> str:
     """A value as a person types it: `512, 768` for a list of numbers."""
     several = isinstance(value, list) and len(value) > 1 and record.kind in ("int", "float")
     return ", ".join(map(format_value, value)) if several else format_value(value)
-
-
-def _control_layout() -> widgets.Layout:
-    return widgets.Layout(width=CONTROL_WIDTH, max_width="100%", flex="0 1 auto")
 
 
 def can_show(control: widgets.Widget, value: Any) -> bool:

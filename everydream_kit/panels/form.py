@@ -26,7 +26,7 @@ from everydream_kit.panels.labels import label_of
 from everydream_kit.panels.pages import Fold
 from everydream_kit.panels.panel import attempt
 from everydream_kit.panels.preset_row import PresetRow
-from everydream_kit.params import Parameter, check_value, parameters
+from everydream_kit.params import Parameter, check_value, parameter, parameters
 from everydream_kit.settings import load_config
 
 SHORT = ("resume_ckpt", "data_root", "training_kind", "resolution", "max_epochs", "lr")
@@ -127,8 +127,7 @@ class SettingsForm:
 
     def field(self, name: str) -> Field:
         """The control of a parameter, made now if its group was never opened."""
-        record = next(record for record in parameters() if record.name == name)
-        return self._field(record)
+        return self._field(parameter(name))
 
     def load_file(self, path: str | Path) -> list[str]:
         """Take over a settings file (also EveryDream 2's); what it does not name goes back to its default.
@@ -229,12 +228,8 @@ class SettingsForm:
         self._notes.value = style.note("\n".join(warnings), "warn")
 
     def _search_box(self) -> widgets.Widget:
-        self.search = widgets.Text(
-            placeholder="such as ema, memory, save, tokens",
-            description="Find a setting",
-            style={"description_width": "90px"},
-            layout=widgets.Layout(width="420px", max_width="100%"),
-        )
+        hint = "such as ema, memory, save, tokens"
+        self.search = style.control(widgets.Text, "Find a setting", "420px", label="90px", placeholder=hint)
         self.found = widgets.VBox(layout=widgets.Layout(width="100%"))
         self.search.observe(lambda change: self._find(change["new"]), "value")
         return style.column(self.search, self.found)

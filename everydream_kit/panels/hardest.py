@@ -8,7 +8,7 @@ from pathlib import Path
 from everydream_kit.data.captions import caption_from_file_name
 from everydream_kit.data.folders import FolderFiles
 from everydream_kit.data.textfiles import TextError, read_text
-from everydream_kit.panels.svg_charts import Point
+from everydream_kit.panels.svg_charts import Point, thin
 from everydream_kit.runs import RunFolder
 
 MOST_IMAGES = 24
@@ -56,7 +56,7 @@ class HardestReader:
         if not rows:
             return False
         self.epoch = epochs[-1]
-        chosen = evenly(epochs, MOST_EPOCHS)
+        chosen = thin(epochs, MOST_EPOCHS)
         for epoch in chosen:
             if epoch not in self._means:
                 self._means[epoch] = {row["path"]: row["mean_loss"] for row in self._run.image_losses(epoch)}
@@ -71,13 +71,6 @@ class HardestReader:
             for row in rows[:MOST_IMAGES]
         ]
         return True
-
-
-def evenly(values: list[int], most: int) -> list[int]:
-    """At most so many of them, evenly taken, the first and the last always."""
-    if len(values) <= most:
-        return values
-    return [values[round(number * (len(values) - 1) / (most - 1))] for number in range(most)]
 
 
 def caption_text(image: Path, files: FolderFiles) -> str:

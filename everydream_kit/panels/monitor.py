@@ -60,10 +60,9 @@ class RunMonitor:
 
     def _build_samples(self) -> None:
         self.gallery, self.step_image, self.strip = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        wide = {"style": {"description_width": "70px"}, "layout": widgets.Layout(width="420px", max_width="100%")}
-        self.prompt_choice = widgets.Dropdown(options=[("all prompts", ALL_PROMPTS)], description="Show", **wide)
-        wide["layout"] = widgets.Layout(width="420px", max_width="100%")
-        self.step_slider = widgets.IntSlider(min=0, max=0, description="Step", readout=False, **wide)
+        wide: dict[str, Any] = {"width": "420px", "label": "70px"}
+        self.prompt_choice = style.control(widgets.Dropdown, "Show", options=[("all prompts", ALL_PROMPTS)], **wide)
+        self.step_slider = style.control(widgets.IntSlider, "Step", min=0, max=0, readout=False, **wide)
         self.step_words = widgets.HTML()
         self.step_slider.observe(lambda _: self._render_step(), "value")
         self.prompt_choice.observe(lambda _: self._render_step(), "value")

@@ -11,7 +11,7 @@ import ipywidgets as widgets
 from everydream_kit.errors import KitError
 from everydream_kit.panels import style
 from everydream_kit.panels.asset_files import read_asset
-from everydream_kit.panels.clock import has_clock
+from everydream_kit.panels.page_widgets import has_page_widgets
 from everydream_kit.runs import Status
 
 AGAIN = "This panel is from an earlier session. Run this cell again."
@@ -51,7 +51,7 @@ class Panel:
     def make_refresh_button(self) -> widgets.Button:
         """A button that refreshes, hidden where the clock does."""
         control = self.button("Refresh", self.refresh, icon="refresh")
-        control.layout.display = "none" if has_clock() else ""
+        control.layout.display = "none" if has_page_widgets() else ""
         return control
 
     def say_status(self, status: Status, *, running: str = "", failed: str = "") -> bool:

@@ -8,7 +8,6 @@ advises.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import html
 import json
@@ -27,6 +26,7 @@ from everydream_kit.errors import JobError
 from everydream_kit.panels import style
 from everydream_kit.panels.pages import Fold
 from everydream_kit.panels.panel import set_html
+from everydream_kit.preflight.gpus import known_gpus
 
 REST_SECONDS = 1.5
 """The form must be left alone for so long before the full plan is made."""
@@ -72,7 +72,7 @@ class PlanBox:
         self.fit_button.layout.display = "none"
         self.fit_button.on_click(lambda _: self.make_it_fit())
         self.report = widgets.HTML()
-        gpus = [("this machine", ""), *((name, name) for name in _gpu_names())]
+        gpus = [("this machine", ""), *((gpu.name, gpu.name) for gpu in known_gpus())]
         self.gpu = style.control(widgets.Dropdown, "Plan for", "300px", label="70px", options=gpus)
         how = {"placeholder": "from the table", "continuous_update": False}
         self.price = style.control(widgets.Text, "$ an hour", "220px", label="70px", **how)
@@ -169,9 +169,7 @@ class PlanBox:
 
     def _give_up(self) -> None:
         """End the process, so that the run has the machine; the plan is made when the run has ended."""
-        if self._task.job is not None:
-            with contextlib.suppress(JobError):  # it may end at this very moment
-                self._task.job.kill()
+        self._task.stop()
         self._task.job, self._asked = None, ""
 
     def _take_result(self, status: Mapping[str, Any]) -> None:
@@ -244,9 +242,3 @@ def plan_line(quick: QuickEstimate, made: dict[str, Any]) -> str:
         read_on = (made.get("price") or {}).get("read_on")
         parts.append(f"about ${made['cost_usd']:.2f}" + (f" at the price of {read_on}" if read_on else ""))
     return " · ".join(parts)
-
-
-def _gpu_names() -> list[str]:
-    from everydream_kit.preflight.gpus import known_gpus
-
-    return [gpu.name for gpu in known_gpus()]

@@ -19,7 +19,7 @@ MARKS = {"ok": ("✓", "good"), "warning": ("!", "warn"), "error": ("✗", "bad"
 
 
 class SetupPanel(Panel):
-    """`edk.panels.setup(project)`.
+    """`edk.panels.setup(project)`: where am I, what fits here, what is wrong; log in to the Hub.
 
     Attributes:
         project: the project folder; it is made here.

@@ -33,6 +33,8 @@ PARTS = {
     "training": "settings and curves",
 }
 """Parts of a push that the panel offers, and their labels."""
+WIDE: dict[str, Any] = {"width": "560px", "label": "110px"}
+"""Of a control that is in a line of its own."""
 SHOWN_FILES = 8
 NOTHING_YET = "This project has no checkpoint yet. Train first; each appears here as soon as it is saved."
 READY = "Choose a checkpoint; export it as a file, or push it to the Hub."
@@ -65,7 +67,7 @@ class SharePanel(Panel):
         return self.sending.job
 
     def _build(self) -> None:
-        self.checkpoint = widgets.Dropdown(description="Checkpoint", **_wide())
+        self.checkpoint = style.control(widgets.Dropdown, "Checkpoint", **WIDE)
         self.checkpoint.observe(lambda _: self._choose_checkpoint(), "value")
         self.refresh_button = self.make_refresh_button()
         self.head, self.result = widgets.HTML(), widgets.HTML()
@@ -77,15 +79,13 @@ class SharePanel(Panel):
     def _build_export(self) -> list[widgets.Widget]:
         """The part that writes a file on this machine."""
         how = EXPORT.arguments
-        self.form = widgets.Dropdown(description="Form", **_wide())
-        self.file_name = widgets.Text(description="File", **_wide())
-        self.precision = make_action_control(how["precision"], "Precision", titles=PRECISIONS, **_wide())
-        self.token = widgets.Dropdown(description="Word", **_wide())
+        self.form = style.control(widgets.Dropdown, "Form", **WIDE)
+        self.file_name = style.control(widgets.Text, "File", **WIDE)
+        self.precision = make_action_control(how["precision"], "Precision", titles=PRECISIONS, **WIDE)
+        self.token = style.control(widgets.Dropdown, "Word", **WIDE)
         style.set_hint(self.token, how["token"].help)
-        self.strength = make_action_control(
-            how["strength"], "Strength", value=1.0, min=0.0, max=1.5, step=0.05, readout_format=".2f",
-            continuous_update=False, **_wide(),
-        )  # fmt: skip
+        scale: dict[str, Any] = {"value": 1.0, "min": 0.0, "max": 1.5, "step": 0.05, "readout_format": ".2f"}
+        self.strength = make_action_control(how["strength"], "Strength", **WIDE, **scale, continuous_update=False)
         self.size = widgets.HTML()
         self.question = Question(self._press)
         self.export_button = self.button("Export", self.export, tone="primary", icon="file", hint="Write the file")
@@ -105,13 +105,12 @@ class SharePanel(Panel):
     def _build_push(self) -> list[widgets.Widget]:
         """The part that uploads to the Hub."""
         how = PUSH.arguments
-        self.repo = make_action_control(how["repo_id"], "Repository", placeholder="me/jets", **_wide())
-        self.private = make_action_control(how["private"], "private", **_wide())
-        self.license = make_action_control(how["license"], "License", placeholder="of the base model", **_wide())
+        self.repo = make_action_control(how["repo_id"], "Repository", placeholder="me/jets", **WIDE)
+        self.private = make_action_control(how["private"], "private", **WIDE)
+        self.license = make_action_control(how["license"], "License", placeholder="of the base model", **WIDE)
+        first = how["what"].default
         self.what = {
-            name: widgets.Checkbox(
-                value=name in how["what"].default, description=text, indent=False, layout={"width": "auto"}
-            )
+            name: style.control(widgets.Checkbox, text, "auto", value=name in first, indent=False)
             for name, text in PARTS.items()
         }
         hint = "Say what would be uploaded, and show the card"
@@ -302,8 +301,3 @@ class SharePanel(Panel):
         if not self.message.value or self.message.value == self._state_words:
             self.say(*((NOTHING_YET, "warn") if none else (READY, "plain")))
             self._state_words = self.message.value
-
-
-def _wide() -> dict[str, Any]:
-    """Options of a control that is in a line of its own. A layout of its own each: some are hidden."""
-    return {"style": {"description_width": "110px"}, "layout": widgets.Layout(width="560px", max_width="100%")}

@@ -92,10 +92,10 @@ def button(text: str, *, tone: str = "", icon: str = "", width: str = "auto", hi
 
 
 def control(kind: Any, description: str, width: str, *, label: str = "", **options: Any) -> Any:
-    """A control with constant words in a label `label` wide, both in all `width` wide (CSS lengths)."""
+    """A control with constant words in a label `label` wide, both in all `width` wide where there is room (CSS lengths)."""
     if label:
         options["style"] = {"description_width": label}
-    return kind(description=description, layout=widgets.Layout(width=width), **options)
+    return kind(description=description, layout=widgets.Layout(width=width, max_width="100%"), **options)
 
 
 def name_html(text: str) -> str:

@@ -9,8 +9,10 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 Point = tuple[float, float]
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -227,12 +229,11 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
     return [round(i * step, 12 - math.floor(math.log10(step))) for i in range(first, last + 1)]
 
 
-def thin(points: Sequence[Point], most: int = 300) -> list[Point]:
-    """At most so many points, evenly taken, the last one always."""
-    if len(points) <= most:
-        return list(points)
-    stride = len(points) / most
-    return [points[int(i * stride)] for i in range(most - 1)] + [points[-1]]
+def thin(values: Sequence[Value], most: int = 300) -> list[Value]:
+    """At most so many of them, evenly taken, the first and the last always."""
+    if len(values) <= most:
+        return list(values)
+    return [values[round(number * (len(values) - 1) / (most - 1))] for number in range(most)]
 
 
 def smooth(points: Sequence[Point], weight: float = 0.9) -> list[Point]:

@@ -72,7 +72,7 @@ def as_in_a_file(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class TrainPanel(Panel):
-    """`edk.panels.train(project)`. `box` is what is shown; it follows the run by the page's clock.
+    """`edk.panels.train(project)`: settings, start, stop, resume; the run in view, by the page's clock.
 
     Attributes:
         project: the project folder.
@@ -172,14 +172,11 @@ class TrainPanel(Panel):
 
     def _build_tabs(self) -> widgets.Widget:
         progress = style.column(self.runs, self.monitor.latest, self.monitor.curves.box)
-        self.prompts = widgets.Textarea(
-            value="\n".join(prompt_lines(read_prompts(self.project.prompts_path))),
-            placeholder="one a line; read anew at every sampling. Empty: captions of your images",
-            description="Prompts",
-            continuous_update=False,
-            style={"description_width": "70px"},
-            layout=widgets.Layout(width="auto", height="76px"),
-        )
+        prompts = "\n".join(prompt_lines(read_prompts(self.project.prompts_path)))
+        hint = "one a line; read anew at every sampling. Empty: captions of your images"
+        how: dict[str, Any] = {"label": "70px", "value": prompts, "placeholder": hint, "continuous_update": False}
+        self.prompts = style.control(widgets.Textarea, "Prompts", "auto", **how)
+        self.prompts.layout.height = "76px"
         self.prompts.observe(lambda change: self._write_prompts(change["new"]), "value")
         samples = style.column(self.monitor.samples, style.section("Prompts of the next samples"), self.prompts)
         self.board = TensorBoard(self.project.logdir, self.project.folder / "tensorboard")
