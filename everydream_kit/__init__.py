@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from everydream_kit import panels as panels
     from everydream_kit.config import TrainConfig as TrainConfig
-    from everydream_kit.data import prepare_dataset as prepare_dataset
+    from everydream_kit.data.preparation import prepare_dataset as prepare_dataset
     from everydream_kit.errors import KitError as KitError
     from everydream_kit.export.hub import push_to_hub as push_to_hub
     from everydream_kit.export.single_file_export import export_checkpoint as export_checkpoint
@@ -37,7 +37,7 @@ _PLACES = {
     "load_config": "settings",
     "load_model": "models.loading",
     "plan": "preflight.planning",
-    "prepare_dataset": "data",
+    "prepare_dataset": "data.preparation",
     "push_to_hub": "export.hub",
     "resume": "sessions",
     "sample": "generation",

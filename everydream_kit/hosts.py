@@ -2,8 +2,8 @@
 addresses.
 
 Here: recognizing the host, its folder that outlives the machine, and everything of `google.colab` that the kit uses
-(Drive, secrets), behind the small `ColabBridge` so that tests put a double in its place. Not here:
-what is installed and whether it is enough (`doctor`), and where projects lie inside the storage folder (`workspace`).
+(Drive, secrets), in the small `GoogleColab`, so that tests put a double in its place. Not here:
+what is installed and whether it is enough (`doctor`), and where projects lie inside the storage folder (`actions.project`).
 
 Only the standard library is imported: `colab_setup.sh` asks this module before anything is installed. A host is
 recognized from the variables that it sets, not from its paths, because a folder named /workspace or /content proves
@@ -18,7 +18,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from everydream_kit.errors import HostError
 
@@ -71,21 +71,11 @@ class Host:
         return self.name != "plain"
 
 
-class ColabBridge(Protocol):
-    """What the kit uses of `google.colab`. `GoogleColab` is the real one; tests give a double."""
-
-    def mount_drive(self, mountpoint: Path) -> None:
-        """Ask for permission in the browser and mount Google Drive."""
-
-    def read_secret(self, name: str) -> str | None:
-        """Value from Colab's Secrets panel, or None if it is not there or not shared with this notebook."""
-
-
 class GoogleColab:
-    """The real bridge. Its methods work only inside a Colab kernel."""
+    """What the kit uses of `google.colab`. Its methods work only inside a Colab kernel; tests give a double."""
 
     def mount_drive(self, mountpoint: Path) -> None:
-        """Mount Google Drive.
+        """Ask for permission in the browser and mount Google Drive.
 
         Raises:
             HostError: not on Colab, or permission was not given.
@@ -155,7 +145,7 @@ def drive_mountpoint(host: Host) -> Path:
 
 
 def prepare_storage(
-    host: Host, fallback: Path, *, mount_drive: bool = False, bridge: ColabBridge | None = None
+    host: Host, fallback: Path, *, mount_drive: bool = False, bridge: GoogleColab | None = None
 ) -> Path:
     """Find or make the folder in which projects should live, and return it.
 
@@ -198,7 +188,7 @@ def outlives_machine(host: Host, folder: Path) -> bool:
 
 
 def find_secret(
-    name: str, host: Host, *, environ: Mapping[str, str] = os.environ, bridge: ColabBridge | None = None
+    name: str, host: Host, *, environ: Mapping[str, str] = os.environ, bridge: GoogleColab | None = None
 ) -> str | None:
     """A secret such as HF_TOKEN: from the environment, else from Colab's Secrets panel; None if it is nowhere.
 

@@ -13,8 +13,8 @@ from typing import Any
 from everydream_kit.atomic import write_atomic
 from everydream_kit.config import RETIRED, VERSION, TrainConfig
 from everydream_kit.errors import ConfigError
-from everydream_kit.everydream2 import import_side_files, is_theirs, resolve, translate
-from everydream_kit.everydream2.importing import SIDE_FILES
+from everydream_kit.everydream2.importing import SIDE_FILES, import_side_files
+from everydream_kit.everydream2.run_file import is_theirs, resolve, translate
 from everydream_kit.everydream2.side_files import read_json_object
 from everydream_kit.foreign import FOLLOWS, read_origin, require_given, write_origin
 from everydream_kit.runs import RunFolder

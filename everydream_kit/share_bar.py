@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from types import TracebackType
 from typing import Any
 
 FORM = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
@@ -22,9 +21,7 @@ class ShareBar:
     def __enter__(self) -> ShareBar:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bar.close()
 
     def show(self, done: float, total: float) -> None:

@@ -154,13 +154,11 @@ class JsonLines:
 def iterate_json_lines(
     path: str | os.PathLike[str],
     *,
-    expect: type | None = dict,
     error: type[KitError] = KitError,
-    allow_nan: bool = True,
     report: JsonLines | None = None,
     max_line_bytes: int = MAX_LINE_BYTES,
 ) -> Iterator[Any]:
-    """The values of a file of JSON lines, one after the other, without holding the file. Bad lines go to `report.bad`.
+    """The objects of a file of JSON lines, one after the other, without holding the file. Bad lines go to `report.bad`.
 
     Args:
         report: of an earlier reading, to continue where that ended; a new one begins at the beginning.
@@ -182,14 +180,8 @@ def iterate_json_lines(
                 if not line.strip():
                     continue
                 try:
-                    yield parse_json(
-                        line.rstrip(),
-                        f"{path}, line {report.num_lines}",
-                        expect=expect,
-                        error=KitError,
-                        max_bytes=max_line_bytes,
-                        allow_nan=allow_nan,
-                    )
+                    place = f"{path}, line {report.num_lines}"
+                    yield parse_json(line.rstrip(), place, max_bytes=max_line_bytes, allow_nan=True)
                 except KitError as problem:
                     report.bad.append(str(problem))
     except (FileNotFoundError, NotADirectoryError):

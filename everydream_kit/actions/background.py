@@ -7,10 +7,12 @@ FOLDER/status.json as the trainer does, so that `jobs` can watch it. No widgets 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -54,24 +56,40 @@ def fetch(status: StatusWriter, folder: Path, source: str) -> dict[str, Any]:
 
 def unpack(status: StatusWriter, folder: Path, archive: str, target: str) -> dict[str, Any]:
     """Unpack an uploaded archive as a folder of the dataset; the archive goes away."""
-    from everydream_kit.actions.unpacking import count_entries, unpack_upload
+    from everydream_kit.data.sources import unpack_archive
 
     path = Path(archive)
     total = count_entries(path)
     try:
         with ThreadPoolExecutor(1) as worker:
-            unpacking = worker.submit(unpack_upload, path, Path(target))
+            unpacking = worker.submit(unpack_archive, path, path.parent)
             while not unpacking.done():
                 done = sum(
                     len(names) for place in path.parent.glob(f"{PREFIX}*{SUFFIX}") for _, _, names in os.walk(place)
                 )
                 status.report("running", step=done, num_steps=total, message=f"Unpacking: {done:,} of {total:,} files")
                 wait([unpacking], timeout=REPORT_SECONDS)
-            unpacked = unpacking.result()
+            unpacked = put_in_free_place(unpacking.result(), Path(target))
     finally:
         path.unlink(missing_ok=True)
     count = sum(1 for file in unpacked.rglob("*") if file.is_file())
     return {"step": total, "count": count, "folder": str(unpacked), "message": f"{count:,} files unpacked."}
+
+
+def count_entries(archive: Path) -> int:
+    """Files in a .zip, from its directory; 0 where it cannot be read (unpacking says why)."""
+    try:
+        with zipfile.ZipFile(archive) as file:
+            return sum(not entry.is_dir() for entry in file.infolist())
+    except (zipfile.BadZipFile, OSError, NotImplementedError):
+        return 0
+
+
+def put_in_free_place(folder: Path, target: Path) -> Path:
+    """Give a folder this name, or the next one that is free: `jets`, `jets-2` ... Returns its place."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    places = (target if number == 1 else target.with_name(f"{target.name}-{number}") for number in itertools.count(1))
+    return folder.replace(next(place for place in places if not place.exists()))
 
 
 def inspect_folder(status: StatusWriter, folder: Path, source: str, options: str) -> dict[str, Any]:

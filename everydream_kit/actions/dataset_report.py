@@ -38,7 +38,7 @@ def report_dataset(
         DataError: the dataset cannot be read, or holds no image; the report is in the message.
         ConfigError: a resolution has no buckets, or the plot cannot be written under its name.
     """
-    from everydream_kit.data import prepare_dataset
+    from everydream_kit.data.preparation import prepare_dataset
     from everydream_kit.data.scanning import HOLDS_NO_IMAGE
     from everydream_kit.generation import token_counter
 

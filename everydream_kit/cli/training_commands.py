@@ -50,7 +50,7 @@ def add_train_flags(parser: argparse.ArgumentParser) -> None:
 def add_retired_flags(parser: argparse.ArgumentParser) -> None:
     """EveryDream 2's flags that are no longer used: accepted, and not listed in the help."""
     from everydream_kit.config import RETIRED
-    from everydream_kit.everydream2 import FORK, FORK_WITHOUT_EFFECT, RENAMED
+    from everydream_kit.everydream2.run_file import FORK, FORK_WITHOUT_EFFECT, RENAMED
 
     taken = set(parser._option_string_actions)
     for name in sorted({*RETIRED, *RENAMED, *FORK, *FORK_WITHOUT_EFFECT, "lora"}):
@@ -67,7 +67,7 @@ def add_retired_flags(parser: argparse.ArgumentParser) -> None:
 
 def read_retired_flags(options: argparse.Namespace) -> dict[str, Any]:
     """Those that were given, by name."""
-    from everydream_kit.everydream2 import RENAMED
+    from everydream_kit.everydream2.run_file import RENAMED
     from everydream_kit.params import parse_text
 
     given = {

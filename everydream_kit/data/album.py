@@ -17,7 +17,7 @@ from everydream_kit.data.changes import Changes, PrepReport, journal_label, undo
 from everydream_kit.data.dataset import FROM_FILE_NAME, Dataset
 from everydream_kit.data.folders import FolderFiles
 from everydream_kit.data.image_settings import parse_settings
-from everydream_kit.data.reading_problems import MASK_SUFFIX, Problem
+from everydream_kit.data.reading_problems import MASK_SUFFIX
 from everydream_kit.data.scanning import scan_dataset
 from everydream_kit.data.tagging import CaptionSource, caption_source, change_tags, edit_captions, split_tags
 from everydream_kit.data.textfiles import TextError, parse_yaml, read_mapping, read_text
@@ -57,10 +57,6 @@ class Album:
 
     def __len__(self) -> int:
         return len(self.dataset)
-
-    @property
-    def problems(self) -> list[Problem]:
-        return self.dataset.problems
 
     def path(self, index: int) -> Path:
         return Path(self.dataset.path(index))

@@ -79,7 +79,7 @@ class FolderTable:
         try:
             for number, _, name, caption in _rows(Path(path), bad):
                 if isinstance(name, str) and isinstance(caption, str) and name:
-                    self._add(_key(name), " ".join(caption.split()), f"row {number}", bad)
+                    self._add(table_key(name), " ".join(caption.split()), f"row {number}", bad)
         except UnreadTableError as error:
             bad.append(str(error).removeprefix(f"{path}: ").rstrip("."))
         more = f" and {len(bad) - MOST_BAD_ROWS} more" if len(bad) > MOST_BAD_ROWS else ""
@@ -96,9 +96,9 @@ class FolderTable:
     def caption_of(self, image: str) -> str | None:
         """The caption of an image by its absolute path, or None. As with caption files, the extension may be another:
         kohya's scripts name images without, and a copy may have been saved in another format."""
-        inside = _key(os.path.relpath(image, self._folder))
+        inside = table_key(os.path.relpath(image, self._folder))
         self._bare_names.update((bare := inside.rpartition("/")[2], os.path.splitext(bare)[0]))
-        names = (inside, _key(image), self._by_stem.get(os.path.splitext(inside)[0], ""))
+        names = (inside, table_key(image), self._by_stem.get(os.path.splitext(inside)[0], ""))
         key = next((name for name in names if name in self._captions), None)
         if key is None:
             return None
@@ -141,7 +141,8 @@ def table_cure(path: Path) -> str:
     return f" To use a table: {captions_cure(path)}" if path.suffix.lower() in TABLE_SUFFIXES else ""
 
 
-def _key(name: str) -> str:
+def table_key(name: str) -> str:
+    """What names of a table and of images are compared by."""
     return unicodedata.normalize("NFC", name.replace("\\", "/").removeprefix("./"))
 
 

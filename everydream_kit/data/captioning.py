@@ -12,8 +12,7 @@ from everydream_kit.data.changes import Changes, PrepReport
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.data.folders import FolderFiles
 from everydream_kit.data.image_files import IMAGE_ERRORS, open_image
-from everydream_kit.data.scanning import scan_dataset
-from everydream_kit.data.tagging import caption_source
+from everydream_kit.data.tagging import caption_source, start_step
 from everydream_kit.data.tidying import Progress
 from everydream_kit.errors import ModelError
 
@@ -60,11 +59,7 @@ def auto_caption(
     Raises:
         ModelError: the model cannot be loaded, or is not an image-to-text model.
     """
-    root = Path(folder).resolve()
-    place = root.with_name(f"{root.name}-captions-undo.jsonl") if journal is None else Path(journal)
-    dataset = scan_dataset(root)
-    changes = Changes(f"Caption images in {root} with {model}", dry_run=dry_run, journal=place, root=root)
-    changes.report.problems.extend(dataset.problems)
+    _, changes, dataset = start_step(f"Caption images with {model}", folder, journal, "captions", dry_run)
     wanted = _files_to_write(dataset, overwrite, changes)
     captioner = None
     if not dry_run and wanted:

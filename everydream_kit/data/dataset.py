@@ -243,11 +243,6 @@ class Dataset:
             numbers={name: column[chosen] for name, column in self.numbers.items()},
         )
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the columns."""
-        return self.paths.num_bytes + self.captions.num_bytes + sum(c.nbytes for c in self.numbers.values())
-
 
 def _or_default(value: np.float32, default: float) -> float:
     # float32 holds 0.3 as 0.300000012; the shortest decimal that means the same float32 is what the person wrote

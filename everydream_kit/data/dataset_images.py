@@ -32,7 +32,14 @@ from everydream_kit.data.dataset import (
 )
 from everydream_kit.data.folders import SETTINGS_FILES, SIDECAR_EXTENSIONS, Folder, match_key, report_notes
 from everydream_kit.data.headers import Header, ImageHeaderError, read_header
-from everydream_kit.data.image_settings import ImageSettings, caption_of, merge_tags, parse_settings, settings_from_text
+from everydream_kit.data.image_settings import (
+    ImageSettings,
+    caption_of,
+    merge_tags,
+    parse_settings,
+    settings_from_text,
+    settings_of,
+)
 from everydream_kit.data.reading_problems import MASK_SUFFIX, Problem
 from everydream_kit.data.scan_cache import NEVER, Remembered
 from everydream_kit.data.textfiles import TextError, read_mapping, read_text_and_doubt
@@ -207,7 +214,7 @@ def _read_words(entry: Entry, choose_lines: bool, builder: DatasetBuilder) -> tu
     for path in entry.companions:
         if _is_caption(path):
             text = _read_caption(path, builder)
-            said = _settings_from_lines(text) if choose_lines else settings_from_text(text)
+            said = settings_of(parse_caption_lines(text)) if choose_lines else settings_from_text(text)
         else:
             said = _read(path, lambda file: parse_settings(read_mapping(file)))
             report_notes(said, path, builder.problems.append)
@@ -259,11 +266,6 @@ def _note_odd_name(entry: Entry, builder: DatasetBuilder) -> None:
 
 
 _NOTE_CURE = "Nothing needs to be done, unless you meant another file."
-
-
-def _settings_from_lines(text: str) -> ImageSettings:
-    caption = parse_caption_lines(text)
-    return ImageSettings(main_prompt=caption.main_prompt, tags=caption.tags, alternatives=caption.alternatives)
 
 
 def _caption_column(entry: Entry, settings: ImageSettings) -> tuple[int, str]:

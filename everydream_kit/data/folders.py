@@ -18,7 +18,6 @@ from shlex import quote
 from everydream_kit.data.caption_tables import FOLDER_TABLES, UNREAD_TABLE, FolderTable
 from everydream_kit.data.image_files import EXTENSIONS, UNREAD_EXTENSIONS
 from everydream_kit.data.image_settings import (
-    ONE_VALUE_FILES,
     ImageSettings,
     nearest_setting,
     parse_one_value,
@@ -41,6 +40,7 @@ LOCAL_FILES = (
     "shuffle_tags.txt",
 )
 """In the order in which they are read: a later one wins, as in EveryDream 2."""
+ONE_VALUE_FILES = tuple(name for name in LOCAL_FILES if name.endswith(".txt"))
 
 SETTINGS_FILES = frozenset((*GLOBAL_FILES, *LOCAL_FILES))
 SIDECAR_EXTENSIONS = (".txt", ".caption", ".yml", ".yaml", ".json")

@@ -71,7 +71,8 @@ def read_header(path: str) -> Header:
             "If it is a real image, make a smaller copy; else delete it: files like this are made to fill memory.",
         ) from None
     except UnidentifiedImageError:
-        if os.path.splitext(path)[1].lower() in (".heic", ".heif", ".avif") and _plugin_is_missing(path):
+        promised = EXTENSIONS.get(os.path.splitext(path)[1].lower())
+        if promised in ("HEIF", "AVIF") and promised not in formats():
             raise ImageHeaderError("the plug-in that reads this format is not installed", HEIF_CURE) from None
         raise ImageHeaderError(
             "not an image in a format that is read, or its beginning is damaged",
@@ -80,11 +81,6 @@ def read_header(path: str) -> Header:
     except IMAGE_ERRORS as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
         raise ImageHeaderError(f"cannot be read: {reason}", "Save or download it again, or delete it.") from error
-
-
-def _plugin_is_missing(path: str) -> bool:
-    format_name = "AVIF" if path.lower().endswith(".avif") else "HEIF"
-    return format_name not in formats()
 
 
 _CUT_OFF = ("the file is cut off: its end is missing", "Copy or download it again.")

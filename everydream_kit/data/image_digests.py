@@ -13,9 +13,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 DIGEST_BYTES = 16
 _CHUNK_BYTES = 2**20
 _MAX_WAITING = 256
@@ -64,7 +67,8 @@ def digest_images(
     learned: _Memo = {}
     try:
         with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
-            for index, (digest, new) in enumerate(_in_order(pool, pairs, memo)):
+            read = map_in_order(pool, lambda pair: _digest_pair(pair, memo), pairs, ahead=_MAX_WAITING)
+            for index, (_, (digest, new)) in enumerate(read):
                 digests[index] = np.frombuffer(digest, np.uint8)
                 learned |= new
                 if progress is not None:
@@ -96,15 +100,17 @@ def _append_memo(path: Path | None, learned: _Memo) -> None:
         file.write(b"".join(stamp + digest for stamp, digest in learned.items()))
 
 
-def _in_order(pool: ThreadPoolExecutor, pairs: Iterable[PathPair], memo: _Memo) -> Iterator[tuple[bytes, _Memo]]:
-    """Digest ahead, by a bounded number of files, and give the results in order."""
-    waiting: deque[Future[tuple[bytes, _Memo]]] = deque()
-    for pair in pairs:
-        waiting.append(pool.submit(_digest_pair, pair, memo))
-        if len(waiting) >= _MAX_WAITING:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+def map_in_order(
+    pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Iterable[Item], *, ahead: int
+) -> Iterator[tuple[Item, Result]]:
+    """Each item with its result, in order; at most so many are worked on ahead of the one that is requested."""
+    waiting: deque[tuple[Item, Future[Result]]] = deque()
+    for item in items:
+        waiting.append((item, pool.submit(work, item)))
+        if len(waiting) > ahead:
+            first, result = waiting.popleft()
+            yield first, result.result()
+    yield from ((first, result.result()) for first, result in waiting)
 
 
 def _digest_pair(pair: PathPair, memo: _Memo) -> tuple[bytes, _Memo]:

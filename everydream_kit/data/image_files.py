@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, features
 
 MAX_PIXELS = 178_956_970
 """Largest area that is opened: Pillow's own limit against decompression bombs, twice its warning."""
@@ -251,24 +251,3 @@ class _Parts(io.RawIOBase):
         if not self.closed:
             self._file.close()
         super().close()
-
-
-__all__ = [
-    "EXTENSIONS",
-    "HEIF_CURE",
-    "IMAGE_ERRORS",
-    "LYING",
-    "MAX_PIXELS",
-    "MAX_SIDE",
-    "ORIENTATION",
-    "UNREAD_EXTENSIONS",
-    "UnidentifiedImageError",
-    "check_size",
-    "count_images",
-    "describe_limits",
-    "formats",
-    "open_header",
-    "open_image",
-    "orientation",
-    "png_chunks",
-]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
-from everydream_kit.data.captions import Caption, Tag, join_caption, parse_caption
+from everydream_kit.data.captions import Caption, Tag, combine_captions, join_caption, parse_caption
 from everydream_kit.data.textfiles import TextError, kind_of, require_text
 
 
@@ -89,8 +89,12 @@ def merge_tags(
 
 def settings_from_text(text: str) -> ImageSettings:
     """A caption text as settings: main prompt and tags. An empty text is the empty caption, explicitly."""
-    caption = parse_caption(text)
-    return ImageSettings(main_prompt=caption.main_prompt, tags=caption.tags)
+    return settings_of(parse_caption(text))
+
+
+def settings_of(caption: Caption) -> ImageSettings:
+    """A caption, with its alternatives, as settings."""
+    return ImageSettings(main_prompt=caption.main_prompt, tags=caption.tags, alternatives=caption.alternatives)
 
 
 def parse_settings(values: Mapping[str, Any]) -> ImageSettings:
@@ -150,14 +154,10 @@ def _cautions(found: Mapping[str, Any]) -> list[Note]:
 
 def _read_words(name: str, value: Any, notes: list[Note]) -> ImageSettings:
     """What `tags` or `caption` says; notes are appended."""
-    return _read_tags(value, notes) if name == "tags" else _from_captions(_read_captions(value, notes))
-
-
-def _from_captions(captions: list[Caption]) -> ImageSettings:
-    if not captions:
-        return ImageSettings()
-    first, *others = captions
-    return ImageSettings(main_prompt=first.main_prompt, tags=first.tags, alternatives=tuple(others))
+    if name == "tags":
+        return _read_tags(value, notes)
+    captions = _read_captions(value, notes)
+    return settings_of(combine_captions(captions)) if captions else ImageSettings()
 
 
 def nearest_setting(name: str) -> str | None:
@@ -306,15 +306,6 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "batch_id": _read_text,
     "loss_scale": _number(MIN_LOSS_SCALE, 1e6),
 }
-
-ONE_VALUE_FILES = (
-    "multiply.txt",
-    "cond_dropout.txt",
-    "flip_p.txt",
-    "shuffle_tags.txt",
-    "batch_id.txt",
-    "loss_scale.txt",
-)
 
 
 def parse_one_value(file_name: str, text: str) -> ImageSettings:

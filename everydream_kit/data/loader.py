@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -48,19 +48,6 @@ logger = logging.getLogger(__name__)
 
 PREFETCH_PER_WORKER = 4
 """Micro-batches that a worker may be ahead of the trainer."""
-
-
-@dataclass(frozen=True, slots=True)
-class _StepHead:
-    """What the main process remembers of a step while its batches are in the workers."""
-
-    epoch: int
-    step: int
-    num_steps: int
-    num_images: int
-    loss_divisor: int
-    num_empty_after: int
-    num_batches: int
 
 
 def make_loader(
@@ -189,20 +176,12 @@ class Loader(Iterator[StepBatches]):
         if first is None:
             self.close()
             raise StopIteration
-        head = self._heads.popleft()
-        loaded = [first, *(next(self._batches) for _ in range(head.num_batches - 1))]
+        head, num_batches = self._heads.popleft()
+        loaded = [first, *(next(self._batches) for _ in range(num_batches - 1))]
         for item in loaded:
             self._note(item.problems)
-        return StepBatches(
-            epoch=head.epoch,
-            step=head.step,
-            num_steps=head.num_steps,
-            num_images=head.num_images,
-            loss_divisor=head.loss_divisor,
-            num_empty_after=head.num_empty_after,
-            batches=[item.batch for item in loaded],
-            encoding_seconds=self._encoding_seconds() - encoding_before,
-        )
+        spent = self._encoding_seconds() - encoding_before
+        return replace(head, batches=[item.batch for item in loaded], encoding_seconds=spent)
 
     def close(self) -> None:
         """End the workers. Iteration ends; calling it again does nothing."""
@@ -234,14 +213,15 @@ class _RunSampler(Sampler[BatchRequest]):
     """Walks over the plans of a run's epochs, in the main process.
 
     Attributes:
-        heads: of the steps whose batches have been asked for, and which nobody has taken yet.
+        heads: of the steps whose batches have been asked for, and which nobody has taken yet: each without its batches, and
+            their number.
         announce: called at each epoch's beginning with the uses that it will request, in their order.
     """
 
     def __init__(
         self, dataset: Dataset, plan_settings: PlanSettings, rank: int, epochs: range, start_step: int
     ) -> None:
-        self.heads: deque[_StepHead] = deque()
+        self.heads: deque[tuple[StepBatches, int]] = deque()
         self.announce: Callable[[Iterator[Use]], None] | None = None
         self._dataset = dataset
         self._plan_settings = plan_settings
@@ -261,9 +241,8 @@ class _RunSampler(Sampler[BatchRequest]):
             for step in range(first, plan.num_steps):
                 batches = plan.step(step, self._rank)
                 images = plan.images_in_step(step)
-                self.heads.append(
-                    _StepHead(epoch, step, plan.num_steps, images, divisor, num_empty_after, len(batches))
-                )
+                head = StepBatches(epoch, step, plan.num_steps, images, divisor, [], num_empty_after)
+                self.heads.append((head, len(batches)))
                 for planned in batches:
                     yield self._request(planned)
 

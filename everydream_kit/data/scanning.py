@@ -12,11 +12,9 @@ number of images only. The scan is remembered (`scan_cache`), and what did not c
 from __future__ import annotations
 
 import os
-import re
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from everydream_kit.config import default_of
-from everydream_kit.data.caption_tables import captions_cure, table_cure
+from everydream_kit.data.caption_tables import captions_cure
 from everydream_kit.data.captions import caption_from_file_name, is_camera_name
 from everydream_kit.data.dataset import (
     DEFAULT_MASK_MODE,
@@ -36,10 +34,12 @@ from everydream_kit.data.dataset import (
 )
 from everydream_kit.data.dataset_images import Entry, Job, entries_of_folder, hash_settings, read_job
 from everydream_kit.data.folders import SIDECAR_EXTENSIONS, FolderFiles, Report, report_notes, walk_folders
+from everydream_kit.data.image_digests import map_in_order
 from everydream_kit.data.image_files import EXTENSIONS
 from everydream_kit.data.image_settings import parse_settings
 from everydream_kit.data.reading_problems import Problem
-from everydream_kit.data.scan_cache import Remembered, load_remembered, save_remembered
+from everydream_kit.data.scan_cache import load_remembered, save_remembered
+from everydream_kit.data.sources import ARCHIVES, kind_of_source, open_source
 from everydream_kit.data.textfiles import TextError, kind_of, parse_json, require_text
 from everydream_kit.errors import DataError
 from everydream_kit.plain_text import printable
@@ -48,9 +48,6 @@ DataRoot = str | Path | list[Any] | dict[str, Any]
 
 JOB_SIZE = 256
 """Images that a worker reads in one go: enough to make the hand-over cheap, few enough to keep threads busy."""
-
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def scan_dataset(
@@ -118,18 +115,11 @@ def _flatten(data_root: Any) -> list[str]:
 
 def _locate(spec: str, cache: Path | None) -> Path:
     """The folder or index file that a root stands for, absolute; archives and Hub datasets are fetched."""
-    path = Path(spec).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix.lower() == ".json"):
+    path, kind = Path(spec).expanduser(), kind_of_source(spec)
+    if kind in ("folder", "index"):
         return path.absolute()
-    is_archive = path.is_file() and path.name.lower().endswith(ARCHIVES)
-    if is_archive or spec.startswith("hf://") or (_HUB_ID.fullmatch(spec) and not path.exists()):
-        from everydream_kit.data.sources import open_source
-
-        work_dir = cache or (path.parent if is_archive else Path.home() / ".cache" / "everydream_kit")
-        return Path(open_source(spec, work_dir)).absolute()
-    if path.exists():
-        raise DataError(f"{spec}: not a folder, a .json index or an archive ({', '.join(ARCHIVES)}).{table_cure(path)}")
-    raise DataError(f"{spec}: there is no such folder or file. Give the folder that holds your images as data_root.")
+    work_dir = cache or (path.parent if kind == "archive" else Path.home() / ".cache" / "everydream_kit")
+    return Path(open_source(spec, work_dir)).absolute()
 
 
 class _Scanner:
@@ -149,8 +139,12 @@ class _Scanner:
         with warnings.catch_warnings(), ThreadPoolExecutor(self._num_threads, "scan") as pool:
             # of damaged EXIF, and of images half as large as what we (and it) refuse
             warnings.filterwarnings("ignore", module=r"PIL\b")
-            for part in self._in_order(pool, jobs, remembered):
+            read = map_in_order(pool, lambda job: read_job(job, remembered), jobs, ahead=2 * self._num_threads)
+            for job, part in read:
                 builder.extend(part, root=0)
+                self._num_seen += len(job.entries)
+                if self._progress is not None:
+                    self._progress(self._num_seen)
         dataset = builder.build(Defaults())
         if not len(dataset) and not any(problem.skipped for problem in dataset.problems):
             dataset.problems.append(_no_image(path))
@@ -158,23 +152,6 @@ class _Scanner:
         if cache is not None and not remembered.is_all_of(dataset):
             save_remembered(cache, str(path), dataset)
         return dataset
-
-    def _in_order(self, pool: ThreadPoolExecutor, jobs: Iterator[Job], remembered: Remembered) -> Iterator[Dataset]:
-        """Results in the order of the jobs, with a bounded number in flight."""
-        waiting: deque[tuple[int, Future[Dataset]]] = deque()
-        for job in jobs:
-            waiting.append((len(job.entries), pool.submit(read_job, job, remembered)))
-            while len(waiting) > 2 * self._num_threads:
-                yield self._finish(*waiting.popleft())
-        while waiting:
-            yield self._finish(*waiting.popleft())
-
-    def _finish(self, num_images: int, result: Future[Dataset]) -> Dataset:
-        part = result.result()
-        self._num_seen += num_images
-        if self._progress is not None:
-            self._progress(self._num_seen)
-        return part
 
     def _jobs(self, path: Path, base: str, report: Report) -> Iterator[Job]:
         if path.is_file():

@@ -31,7 +31,7 @@ from everydream_kit.data.image_files import EXTENSIONS
 from everydream_kit.disk_space import compare_sizes, free_disk
 from everydream_kit.errors import DataError, DiskSpaceError
 
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MAX_BYTES = 200 * 2**30
 """Most that one archive may unpack to: about 50 000 large photographs."""
 MAX_ENTRIES = 5_000_000
@@ -49,7 +49,11 @@ _NOT_IN_NAMES = re.compile(r'[<>:"|?*\x00-\x1f]')
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, NotImplementedError)
 _HUB_ID = re.compile(r"()([\w.-]+/[\w.-]+)()()")
 _HUB_URL = re.compile(r"(hf://datasets/)([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.*))?")
-_WANTED = (*(name[1:] for name in EXTENSIONS), "txt", "caption", "yaml", "yml", "json", "zip", "tar", "gz", "tgz")
+_WANTED = (
+    *(name[1:] for name in EXTENSIONS),
+    *("txt", "caption", "yaml", "yml", "json"),
+    *("zip", "tar", "gz", "tgz", "bz2", "xz"),
+)
 _HUB_PATTERNS = [
     *(f"*.{spelt}" for name in _WANTED for spelt in (name, name.upper())),
     *(f"*{name}" for name in (*FOLDER_TABLES, UNREAD_TABLE)),
@@ -73,7 +77,7 @@ def kind_of_source(spec: str) -> Literal["folder", "index", "archive", "hub"]:
         if name.endswith(ARCHIVES) or name.endswith(".json"):
             return "index" if name.endswith(".json") else "archive"
         raise DataError(f"{path}: not a folder, a .json index or an archive ({', '.join(ARCHIVES)}).{table_cure(path)}")
-    if _HUB_URL.fullmatch(spec) or (_HUB_ID.fullmatch(spec) and spec[0] not in "./~"):
+    if spec.startswith("hf://") or (_HUB_ID.fullmatch(spec) and spec[0] not in "./~"):
         return "hub"
     kind = "file" if path.name.lower().endswith((*ARCHIVES, ".json")) else "folder"
     raise DataError(f"{path.absolute()}: there is no such {kind}. Check the spelling, and that its disk is mounted.")
@@ -332,12 +336,7 @@ def _inside_snapshot(spec: str, folder: Path, inner: str | None, work_dir: Path,
     if not images and len(archives) == 1:
         return unpack_archive(archives[0], work_dir, max_bytes=limits[0], max_entries=limits[1])
     if not images:
-        raise DataError(
-            f"{spec}: this Hub dataset holds no image files"
-            + (
-                f" but {len(archives)} archives; name one: {spec}/{archives[0].name}."
-                if archives
-                else ". Datasets kept as tables (parquet) must be saved as a folder of images first."
-            )
-        )
+        cure = ". Datasets kept as tables (parquet) must be saved as a folder of images first."
+        cure = f" but {len(archives)} archives; name one: {spec}/{archives[0].name}." if archives else cure
+        raise DataError(f"{spec}: this Hub dataset holds no image files{cure}")
     return folder

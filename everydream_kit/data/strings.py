@@ -51,10 +51,6 @@ class StringColumn:
         positions = np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
         return StringColumn(self.data[positions], ends)
 
-    @property
-    def num_bytes(self) -> int:
-        return self.data.nbytes + self.ends.nbytes
-
 
 class StringColumnBuilder:
     """Grows a `StringColumn`."""

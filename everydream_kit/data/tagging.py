@@ -8,13 +8,12 @@ replaced in a journal for `changes.undo`.
 from __future__ import annotations
 
 import os
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from everydream_kit.data.caption_tables import read_table
+from everydream_kit.data.caption_tables import read_table, table_key
 from everydream_kit.data.captions import is_camera_name
 from everydream_kit.data.changes import Changes, PrepReport
 from everydream_kit.data.dataset import FROM_FILE_NAME, FROM_JSON, Dataset
@@ -135,7 +134,7 @@ def edit_tags(
         raise ConfigError("edit_tags: nothing to add or remove; give add=[...] or remove=[...].")
     if any("," in tag for tag in (*added, *removed)):
         raise ConfigError("edit_tags: a tag holds a comma; give each tag on its own.")
-    _, changes, dataset = _start("Edit tags", folder, journal, "tags", dry_run)
+    _, changes, dataset = start_step("Edit tags", folder, journal, "tags", dry_run)
     edit_captions(changes, dataset, range(len(dataset)), lambda text: change_tags(text, added, removed, position))
     return changes.report
 
@@ -195,10 +194,10 @@ def captions_from_table(
         DataError: the table cannot be read or has no such columns.
     """
     rows = read_table(Path(table))
-    root, changes, dataset = _start(f"Captions from {table}", folder, journal, "captions", dry_run)
+    root, changes, dataset = start_step(f"Captions from {table}", folder, journal, "captions", dry_run)
     place, files = _places(dataset, root), FolderFiles()
     for name, caption in rows:
-        found = place.get(_key(name)) or place.get(_key(name).rpartition("/")[2]) or []
+        found = place.get(table_key(name)) or place.get(table_key(name).rpartition("/")[2]) or []
         if len(found) != 1:
             several = ", ".join(dataset.paths[index] for index in found[:3]) + (", …" if len(found) > 3 else "")
             cause = (
@@ -220,7 +219,7 @@ def captions_from_table(
 def _places(dataset: Dataset, root: Path) -> dict[str, list[int]]:
     """Indices of the images by what a table may call them: path in the folder, then bare name, each also without its
     extension, as kohya's tables have it. A nearer meaning replaces the others."""
-    paths = [_key(Path(dataset.path(index)).relative_to(root).as_posix()) for index in range(len(dataset))]
+    paths = [table_key(Path(dataset.path(index)).relative_to(root).as_posix()) for index in range(len(dataset))]
     places: dict[str, list[int]] = {}
     for bare, short in ((True, True), (True, False), (False, True), (False, False)):
         named: dict[str, list[int]] = {}
@@ -231,13 +230,15 @@ def _places(dataset: Dataset, root: Path) -> dict[str, list[int]]:
     return places
 
 
-def _key(name: str) -> str:
-    return unicodedata.normalize("NFC", name.replace("\\", "/").removeprefix("./"))
-
-
-def _start(
+def start_step(
     title: str, folder: str | Path, journal: str | Path | None, kind: str, dry_run: bool
 ) -> tuple[Path, Changes, Dataset]:
+    """Scan a folder for a step on its captions. Returns the folder, the step's changes, and the dataset.
+
+    Args:
+        title: of the step; the folder is named after it.
+        journal: by default `<folder>-<kind>-undo.jsonl` next to the folder.
+    """
     root = Path(folder).resolve()
     place = root.with_name(f"{root.name}-{kind}-undo.jsonl") if journal is None else Path(journal)
     dataset = scan_dataset(root)

@@ -67,16 +67,16 @@ def read_text_and_doubt(path: str | Path) -> tuple[str, str]:
         raise TextError(f"larger than {MAX_TEXT_BYTES >> 20} MiB, so it is not a caption or settings file")
     encoding = next((name for bom, name in _BOMS if data.startswith(bom)), None) or _utf16_without_mark(data)
     try:
-        text = data.decode(encoding or "utf-8")
+        text, doubt = data.decode(encoding or "utf-8"), ""
     except UnicodeDecodeError as error:
         if encoding is not None:
             raise TextError(f"damaged {encoding} text at byte {error.start}") from error
         # One byte a letter: cp1252 is what Windows wrote before UTF-8, and Latin-1 where it has letters.
-        text = data.decode("cp1252", "replace")
+        text, doubt = data.decode("cp1252", "replace"), _doubt(data)
     strange = next((c for c in text if (c < " " and c not in "\t\n\r\f\v") or c == "\ufffd"), None)
     if strange is not None:
         raise TextError(f"holds {strange!r}: it is not text in UTF-8, UTF-16 or Windows-1252; save it as UTF-8")
-    return text, _doubt(data) if encoding is None and not _is_utf8(data) else ""
+    return text, doubt
 
 
 def _utf16_without_mark(data: bytes) -> str | None:
@@ -91,14 +91,6 @@ def _utf16_without_mark(data: bytes) -> str | None:
 
 _FOREIGN_SHARE = 0.4
 """Bytes beyond ASCII among those of words, from which on a text is hardly Western: French and Czech stay below 0.25."""
-
-
-def _is_utf8(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _doubt(data: bytes) -> str:

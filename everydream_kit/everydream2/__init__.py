@@ -10,25 +10,3 @@
 Not here: the prompt file, which is read again while a run trains (`training.prompt_file`), and null, which means "the
 default" in its files (`settings`).
 """
-
-from everydream_kit.everydream2.importing import import_side_files
-from everydream_kit.everydream2.run_file import (
-    FORK,
-    FORK_WITHOUT_EFFECT,
-    OFF_AT_ZERO,
-    RENAMED,
-    is_theirs,
-    resolve,
-    translate,
-)
-
-__all__ = [
-    "FORK",
-    "FORK_WITHOUT_EFFECT",
-    "OFF_AT_ZERO",
-    "RENAMED",
-    "import_side_files",
-    "is_theirs",
-    "resolve",
-    "translate",
-]

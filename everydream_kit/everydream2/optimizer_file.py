@@ -103,17 +103,22 @@ class OptimizerFile(Section):
     """Factor on the base's rate for the text encoder, where its overrides give no rate."""
 
 
-SETTING_OF_KEY = {"epsilon": "eps", "kwargs": "optimizer_args"}
-"""Keys of a section that have another name as settings."""
-SETTING_OF_FREEZING = {
-    "text_encoder_freezing.freeze_embeddings": "text_encoder_freeze_embeddings",
-    "text_encoder_freezing.unfreeze_last_n_layers": "text_encoder_unfreeze_last_n_layers",
-    "text_encoder_freezing.unfreeze_final_n_layers": "text_encoder_unfreeze_last_n_layers",
-    "text_encoder_freezing.freeze_front_n_layers": "text_encoder_freeze_front_n_layers",
-    "text_encoder_freezing.freeze_final_layer_norm": "text_encoder_freeze_final_layer_norm",
-    "unet_freezing.train": "unet_train_layers",
-    "unet_freezing.freeze": "unet_freeze_layers",
+PREFIXES = {
+    "base": "",
+    "unet_overrides": "unet_",
+    "text_encoder_overrides": "text_encoder_",
+    "text_encoder_freezing": "text_encoder_",
+    "unet_freezing": "unet_",
 }
+"""Sections, and how the settings begin that their keys mean."""
+SETTING_OF_KEY = {
+    "epsilon": "eps",
+    "kwargs": "optimizer_args",
+    "unfreeze_final_n_layers": "unfreeze_last_n_layers",
+    "train": "train_layers",
+    "freeze": "freeze_layers",
+}
+"""Keys of a section that have another name as settings."""
 
 
 def import_optimizer_file(source: str | Path | dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -129,22 +134,12 @@ def import_optimizer_file(source: str | Path | dict[str, Any]) -> tuple[dict[str
         ConfigError: unreadable, an unknown name, or a wrong value; all problems at once.
     """
     file = read_section(source, OptimizerFile, "optimizer_config")
+    given = file.model_dump(exclude_none=True, exclude={"log_grad_norm"})
     values: dict[str, Any] = {}
-    for prefix, section in (
-        ("", file.base),
-        ("unet_", file.unet_overrides),
-        ("text_encoder_", file.text_encoder_overrides),
-    ):
-        given = {} if section is None else section.model_dump(exclude_none=True)
-        values |= {f"{prefix}{SETTING_OF_KEY.get(key, key)}": value for key, value in given.items()}
-    for place, name in SETTING_OF_FREEZING.items():
-        section_name, key = place.split(".")
-        value = getattr(getattr(file, section_name), key, None)
-        if value is not None:
-            values[name] = value
-    for name in ("apply_grad_scaler_step_tweaks", "text_encoder_lr_scale"):
-        if getattr(file, name) is not None:
-            values[name] = getattr(file, name)
+    for section, prefix in PREFIXES.items():
+        own = given.pop(section, {})
+        values |= {f"{prefix}{SETTING_OF_KEY.get(key, key)}": value for key, value in own.items()}
+    values |= given
     notes = []
     if "text_encoder_lr_scale" in values and "text_encoder_lr" in values:
         del values["text_encoder_lr_scale"]

@@ -11,24 +11,15 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
-from everydream_kit.config import value_problem
+from everydream_kit.config import Group, value_problem
 from everydream_kit.errors import ConfigError
 from everydream_kit.strict_json import read_json
 
 
-class Section(BaseModel):
-    """Base of every section of a side file."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        strict=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
+class Section(Group):
+    """Base of every section of a side file: as strict as the settings themselves."""
 
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -67,7 +58,7 @@ def read_section(source: str | Path | dict[str, Any], schema: type[SectionT], se
     Raises:
         ConfigError: no such file, not JSON, an unknown name or a wrong value. All problems at once, one a line.
     """
-    values = _without_comments(_object(source, setting))
+    values = _without_comments(source if isinstance(source, dict) else read_json_object(Path(source), setting))
     try:
         text = json.dumps(values)
     except (TypeError, ValueError) as error:
@@ -87,12 +78,6 @@ def _without_comments(values: dict[str, Any]) -> dict[str, Any]:
         for name, value in values.items()
         if not is_comment(name)
     }
-
-
-def _object(source: str | Path | dict[str, Any], setting: str) -> dict[str, Any]:
-    if isinstance(source, dict):
-        return source
-    return read_json_object(Path(source), setting)
 
 
 def _describe(problem: Any, schema: type[Section], setting: str) -> str:

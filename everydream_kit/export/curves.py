@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from everydream_kit.runs import RunFolder
+from everydream_kit.runs.history import RunHistory
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
@@ -19,33 +22,24 @@ INK, GRID, FAINT, BLUE, ORANGE = "#24292f", "#d8dee4", "#b6cdf5", "#1f5fbf", "#c
 Points = list[tuple[float, float]]
 
 
-def read_curves(events: Iterable[Mapping[str, Any]]) -> dict[str, Points]:
-    """Points (step, value) of `loss`, `validation loss` and `lr` from a run's events. Other events are passed over."""
-    curves: dict[str, Points] = {"loss": [], "validation loss": [], "lr": []}
-    for event in events:
-        step, kind = event.get("step"), event.get("kind")
-        if not isinstance(step, int):
-            continue
-        rates = event.get("lr")
-        rate = next(iter(rates.values()), None) if isinstance(rates, dict) else rates
-        name = {"loss": "loss", "validation": "validation loss"}.get(str(kind))
-        if name is not None:
-            _add(curves[name], step, event.get("loss"))
-            _add(curves["lr"], step, rate)
-    return curves
-
-
-def draw_curves(events: Iterable[Mapping[str, Any]]) -> bytes | None:
+def draw_curves(run: RunFolder) -> bytes | None:
     """The curves as a PNG, or None where fewer than two losses were logged."""
     from PIL import Image, ImageDraw
 
-    curves = read_curves(events)
-    if len(curves["loss"]) < 2:
+    history = RunHistory(run)
+    history.update()
+    rates = next(iter(history.learning_rates.values()), [])
+    loss, validation, rate = (
+        [(float(step), value) for step, value in points if math.isfinite(value)]
+        for points in (history.loss, history.validation, rates)
+    )
+    if len(loss) < 2:
         return None
-    panels = [[("loss", curves["loss"], FAINT), ("running mean", running_mean(curves["loss"]), BLUE)]]
-    panels[0].append(("validation loss", curves["validation loss"], ORANGE))
-    if len(curves["lr"]) > 1:
-        panels.append([("learning rate", curves["lr"], BLUE)])
+    panels = [
+        [("loss", loss, FAINT), ("running mean", running_mean(loss), BLUE), ("validation loss", validation, ORANGE)]
+    ]
+    if len(rate) > 1:
+        panels.append([("learning rate", rate, BLUE)])
     image = Image.new("RGB", (WIDTH, PANEL_HEIGHT * len(panels)), "white")
     draw = ImageDraw.Draw(image)
     for number, lines in enumerate(panels):
@@ -63,11 +57,6 @@ def running_mean(points: Points, share: float = 0.05) -> Points:
         total += value - (points[index - window][1] if index >= window else 0.0)
         means.append((step, total / min(index + 1, window)))
     return means
-
-
-def _add(points: Points, step: int, value: Any) -> None:
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        points.append((float(step), float(value)))
 
 
 def _draw_panel(draw: ImageDraw, top: int, lines: Sequence[tuple[str, Points, str]]) -> None:

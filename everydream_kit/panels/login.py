@@ -15,7 +15,7 @@ import ipywidgets as widgets
 
 from everydream_kit.errors import HubError
 from everydream_kit.export.hub.connection import HubConnection, clean_token
-from everydream_kit.hosts import ColabBridge, Host, detect_host, find_secret
+from everydream_kit.hosts import GoogleColab, Host, detect_host, find_secret
 from everydream_kit.panels.page_widgets import make_page_widget
 
 
@@ -72,7 +72,7 @@ def has_token() -> bool:
     return huggingface_hub.get_token() is not None
 
 
-def token_environment(host: Host | None = None, bridge: ColabBridge | None = None) -> dict[str, str]:
+def token_environment(host: Host | None = None, bridge: GoogleColab | None = None) -> dict[str, str]:
     """What a child process needs in addition to its environment to find the token: Colab's secrets are readable in the kernel
     only."""
     host = host or detect_host()

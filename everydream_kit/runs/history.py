@@ -1,4 +1,4 @@
-"""What a run has written so far: its curves, messages and checkpoints, read piece by piece.
+"""What a run has written so far: its curves, messages and samples, read piece by piece.
 
 Only what was added to `events.jsonl` since the last look is read, so a long run costs no more per look than a short one.
 """
@@ -53,7 +53,6 @@ class RunHistory:
         averaged_validation: the same losses, with the averaged (EMA) weights.
         memory: memory in bytes, as the trainer measures it.
         messages: warnings and errors, oldest first.
-        saved: checkpoint folders in order of saving.
     """
 
     run: RunFolder
@@ -63,7 +62,6 @@ class RunHistory:
     averaged_validation: list[Point] = field(default_factory=list)
     memory: list[Point] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
-    saved: list[str] = field(default_factory=list)
     _read: JsonLines = field(default_factory=JsonLines, repr=False)
     _prompts: dict[str, str] = field(default_factory=dict, repr=False)
 
@@ -110,8 +108,6 @@ class RunHistory:
         elif kind == "validation" and step is not None:
             _add_point(self.validation, step, event.get("loss"))
             _add_point(self.averaged_validation, step, event.get("ema_loss"))
-        elif kind == "saved":
-            self.saved.append(event.get("path", ""))
         elif kind in ("warning", "error"):
             self.messages.append(event.get("message", ""))
 

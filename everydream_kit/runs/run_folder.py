@@ -374,18 +374,11 @@ class RunFolder:
         return live[-1].folder
 
     def samples(self) -> list[Path]:
-        """Sample images, in order of their step."""
-        return [path for paths in self.samples_by_step().values() for path in paths]
-
-    def samples_by_step(self) -> dict[int, list[Path]]:
-        """Sample images by the step at which they were made, in order of steps and names."""
+        """Sample images, in order of their step and name."""
         if not self.samples_folder.is_dir():
-            return {}
-        found: dict[int, list[Path]] = {}
-        for path in sorted(self.samples_folder.iterdir()):
-            if name := layout.SAMPLE_NAME.fullmatch(path.name):
-                found.setdefault(int(name["step"]), []).append(path)
-        return dict(sorted(found.items()))
+            return []
+        named = ((layout.SAMPLE_NAME.fullmatch(path.name), path) for path in sorted(self.samples_folder.iterdir()))
+        return [path for _, path in sorted((int(name["step"]), path) for name, path in named if name)]
 
 
 def is_run(folder: Path) -> bool:

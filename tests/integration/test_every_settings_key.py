@@ -8,7 +8,8 @@ import pytest
 from named_tests import check_named_test
 from pydantic import BaseModel
 
-from everydream_kit.data.image_settings import _READERS, ONE_VALUE_FILES
+from everydream_kit.data.folders import ONE_VALUE_FILES
+from everydream_kit.data.image_settings import _READERS
 from everydream_kit.everydream2.optimizer_file import OptimizerFile
 from everydream_kit.everydream2.validation_file import FORK_NAMES, OLD_NAMES, ValidationFile
 from everydream_kit.training.live import LiveSettings

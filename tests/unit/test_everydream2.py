@@ -16,8 +16,8 @@ from optimizers_by_name import build_optimizer
 from everydream_kit.cli import main
 from everydream_kit.config import RETIRED, TrainConfig
 from everydream_kit.errors import ConfigError
-from everydream_kit.everydream2 import FORK, FORK_WITHOUT_EFFECT, OFF_AT_ZERO
 from everydream_kit.everydream2.optimizer_file import import_optimizer_file
+from everydream_kit.everydream2.run_file import FORK, FORK_WITHOUT_EFFECT, OFF_AT_ZERO
 from everydream_kit.everydream2.validation_file import import_validation_file
 from everydream_kit.settings import load_config
 

@@ -5,7 +5,7 @@ raises a dozen kinds of errors, some of them only as the cause of another. Here 
 runs through `HubConnection.step`: up to three tries, then one `HubError` that says what happened, and what to do next.
 The client is 1.x (on httpx) or 2.x (on httpx2); which, is read off its own session.
 
-Not here: what is uploaded (`contents.py`) and in which order (`push.py`).
+Not here: what is uploaded (`repository_contents`) and in which order (`push`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Fetching a run from the Hub, so that `everydream resume hf://me/jets` continues with it on another machine.
 
-What a background upload left in the repository (`contents.py` has the layout) is put back as a run folder with one
+What a background upload left in the repository (`repository_contents` has the layout) is put back as a run folder with one
 whole checkpoint: the files that its manifest lists. It appears under its name only when every file is there and its
 hash is right. Files are fetched one by one, each with its own tries: the client's own snapshot download takes an
 incomplete folder for a whole one when the Hub is away.
@@ -25,7 +25,7 @@ from everydream_kit.atomic import write_atomic
 from everydream_kit.config import TrainConfig
 from everydream_kit.disk_space import lack_of_room
 from everydream_kit.errors import CheckpointError, ConfigError, HubError
-from everydream_kit.everydream2 import import_side_files
+from everydream_kit.everydream2.importing import import_side_files
 from everydream_kit.export.hub.connection import HubConnection, quiet_client
 from everydream_kit.export.hub.fetched_events import write_clean_events
 from everydream_kit.export.hub.repository_contents import RUN_FACTS

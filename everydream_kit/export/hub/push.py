@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from everydream_kit.config import EMBEDDED_MODEL
 from everydream_kit.errors import ConfigError
@@ -33,6 +33,7 @@ from everydream_kit.export.hub.repository_contents import (
 from everydream_kit.export.hub.upload import Progress, Target, Upload, size_words
 from everydream_kit.export.license import local_license
 from everydream_kit.export.model_card import CardFacts, make_model_card, read_base, read_kind
+from everydream_kit.runs import RunFolder
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -78,7 +79,7 @@ class PushPreview:
 
 
 def preview_push(
-    run_or_checkpoint: Any,
+    run_or_checkpoint: str | Path | RunFolder,
     repo_id: str,
     *,
     private: bool = True,
@@ -99,14 +100,18 @@ def preview_push(
     check_repo_id(repo_id)
     source = find_source(run_or_checkpoint)
     wish = _Wish(repo_id, check_what(what, source), license, base_model, message)
-    found_license = {"license": license} if license else _license_on_disk(source, base_model)
-    files, card = _collect(source, wish, found_license=found_license, token=None, scratch=None)
-    message = wish.message_for(source)
-    return PushPreview(repo_id, revision, tuple(files), card, message, create_pr=create_pr, private=private)
+    return _preview(source, wish, revision, create_pr=create_pr, private=private)
+
+
+def _preview(source: Source, wish: _Wish, revision: str | None, *, create_pr: bool, private: bool) -> PushPreview:
+    license = {"license": wish.license} if wish.license else _license_on_disk(source, wish.base_model)
+    files, card = _collect(source, wish, found_license=license, token=None, scratch=None)
+    where, message = (wish.repo_id, revision), wish.message_for(source)
+    return PushPreview(*where, tuple(files), card, message, create_pr=create_pr, private=private)
 
 
 def push_to_hub(
-    run_or_checkpoint: Any,
+    run_or_checkpoint: str | Path | RunFolder,
     repo_id: str,
     *,
     private: bool | None = None,
@@ -156,20 +161,10 @@ def push_to_hub(
     """
     check_repo_id(repo_id)
     precision = _check_together(what, precision, private=private, create_pr=create_pr)
-    if dry_run:
-        return preview_push(
-            run_or_checkpoint,
-            repo_id,
-            private=private is not False,
-            what=what,
-            revision=revision,
-            create_pr=create_pr,
-            license=license,
-            base_model=base_model,
-            message=message,
-        ).text()
     source = find_source(run_or_checkpoint)
     wish = _Wish(repo_id, check_what(what, source), license, base_model, message, precision)
+    if dry_run:
+        return _preview(source, wish, revision, create_pr=create_pr, private=private is not False).text()
     connection = HubConnection(token, api=api, sleep=sleep)
     with ExitStack() as stack:
         stack.enter_context(quiet_client())
@@ -266,7 +261,7 @@ def _collect(
     samples = find_samples(source.run) if "samples" in what else []
     files += [UploadFile.of(sample.path_in_repo, sample.path) for sample in samples]
     events = list(source.run.events()) if source.run else []
-    curves = draw_curves(events) if "training" in what else None
+    curves = draw_curves(source.run) if source.run and "training" in what else None
     if "training" in what or "resume" in what:
         config = config_file(source, token, keep_paths="resume" in what)
         files += [config] if config else []

@@ -240,7 +240,7 @@ def test_several_roots_in_all_forms(tmp_path):
 @pytest.mark.parametrize(
     ("root", "message"),
     [
-        ("no/such/folder/at all", "there is no such folder or file"),
+        ("no/such/folder/at all", "there is no such folder. Check the spelling"),
         ([], "the list is empty"),
         ({"resolver": "magic"}, "an object names a resolver"),
         ({"resolver": "multi"}, "an object names a resolver"),

@@ -14,10 +14,11 @@ import yaml
 from hub_runs import make_run
 from safetensors.numpy import save_file
 
-from everydream_kit.export.curves import draw_curves, read_curves, running_mean
+from everydream_kit.export.curves import draw_curves, running_mean
 from everydream_kit.export.hub import preview_push
 from everydream_kit.export.hub.repository_contents import without_folders
 from everydream_kit.export.model_card import CardFacts, make_model_card, read_base, settings_table
+from everydream_kit.runs import RunFolder
 
 
 def metadata(card: str) -> dict[str, Any]:
@@ -148,19 +149,29 @@ def test_the_table_holds_main_settings_and_changed_ones_but_no_wiring() -> None:
     assert table.splitlines()[2:] == ["| lr | 1e-06 |", "| crop_jitter | 0.1 |"]
 
 
-def test_curves_are_read_from_events_and_drawn_as_an_image() -> None:
+def test_curves_are_read_from_events_and_drawn_as_an_image(tmp_path: Path) -> None:
     from PIL import Image
 
-    events = [{"kind": "loss", "step": n, "loss": 1 / n, "lr": {"unet": n * 1e-6}} for n in range(1, 50)]
-    events += [{"kind": "validation", "step": 25, "loss": 0.3}, {"kind": "loss", "step": 50, "loss": float("nan")}]
+    def draw(events: list[dict[str, Any]]) -> bytes | None:
+        run = RunFolder(tmp_path)
+        run.events_path.write_text("".join(json.dumps(event) + "\n" for event in events))
+        return draw_curves(run)
+
+    events: list[dict[str, Any]] = [
+        {"kind": "loss", "step": n, "loss": 1 / n, "lr": {"unet": n * 1e-6}} for n in range(1, 50)
+    ]
+    plain = draw(events)
     events += [{"kind": "sample", "step": 3}, {"kind": "warning", "message": "x"}]
-    curves = read_curves(events)
-    assert len(curves["loss"]) == 49 and curves["validation loss"] == [(25.0, 0.3)]
-    assert curves["lr"][1] == (2.0, 2e-6)
-    image = Image.open(io.BytesIO(draw_curves(events) or b""))
+    events += [{"kind": "loss", "step": 50, "loss": float("nan"), "lr": {"unet": float("nan")}}]
+    assert draw(events) == plain  # what is no number is no point
+    events += [{"kind": "validation", "step": 25, "loss": 0.3}]
+    assert draw(events) != plain
+    image = Image.open(io.BytesIO(draw(events) or b""))
     assert image.size == (720, 440)
     assert len(image.getcolors(1 << 20) or []) > 3
-    assert draw_curves(events[:1]) is None
+    assert draw(events[:1]) is None
+    without_rates = [{name: value for name, value in event.items() if name != "lr"} for event in events]
+    assert Image.open(io.BytesIO(draw(without_rates) or b"")).size == (720, 220)
 
 
 def test_the_running_mean_follows_its_window() -> None:

@@ -211,7 +211,7 @@ def test_save_now_and_sample_now_reach_the_trainer(project):
     panel.start_button.click()
     wait_until(panel, lambda: panel.monitor.bar.value >= 1)
     panel.save_button.click()
-    wait_until(panel, lambda: panel.monitor.view.saved)
+    wait_until(panel, panel.job.run.checkpoints)
 
 
 def test_settings_come_back_in_a_new_panel(project):

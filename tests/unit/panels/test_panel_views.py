@@ -153,9 +153,8 @@ def test_samples_are_found_by_step(tmp_path):
     (tmp_path / "samples").mkdir()
     for name in ("gs00020-000-a.jpg", "gs00010-000-a.jpg", "gs00010-001-b.jpg", "other.jpg"):
         (tmp_path / "samples" / name).touch()
-    found = RunFolder(tmp_path).samples_by_step()
-    assert {step: len(paths) for step, paths in found.items()} == {10: 2, 20: 1}
-    assert list(found) == [10, 20]
+    found = [path.name for path in RunFolder(tmp_path).samples()]
+    assert found == ["gs00010-000-a.jpg", "gs00010-001-b.jpg", "gs00020-000-a.jpg"]
 
 
 def test_smoothing_a_constant_gives_the_constant():
