@@ -53,7 +53,12 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("everydream_kit.panels")
     if name not in _PLACES:
         raise AttributeError(f"module 'everydream_kit' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"everydream_kit.{_PLACES[name]}"), name)
+    found = getattr(importlib.import_module(f"everydream_kit.{_PLACES[name]}"), name)
+    if isinstance(found, type):
+        return found
+    from everydream_kit.public_arguments import with_checked_places
+
+    return with_checked_places(found)
 
 
 def __dir__() -> list[str]:

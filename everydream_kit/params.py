@@ -267,9 +267,11 @@ def _parse_one(record: Parameter, text: str, *, many: bool = False) -> Any:
     if stripped[:1] in ("[", "{") and (record.kind == "object" or record.many or record.kind == "text"):
         try:
             return parse_json(stripped, record.name, expect=None, error=ConfigError)
-        except ConfigError:
+        except ConfigError as error:
             if record.kind == "object":
-                raise
+                is_entry = record.many and check_value(record.name, [stripped]) is None
+                cure = " It takes texts, one after the other; one that begins with a bracket in a JSON list: "
+                raise ConfigError(f"{error}{cure}{json.dumps([stripped])}" if is_entry else str(error)) from error
     if record.kind == "text" or (many and record.kind == "object"):
         return text
     if record.kind == "object":

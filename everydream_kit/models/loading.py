@@ -1,6 +1,6 @@
 """`load_model`: from a Hub id, a diffusers folder or a single file to modules in memory.
 
-The files are opened and understood first (`files.py`, `single_file.py`), so a wrong or damaged model costs no time; then
+The files are opened and understood first (`model_files.py`, `single_file.py`), so a wrong or damaged model costs no time; then
 each module is built without values, and its weights go one by one from the file to the device, in their final format. Host
 memory holds no more than one of them on the way. Recognition of family, prediction type and zero-terminal SNR is done
 there; here is only the assembly.

@@ -1,7 +1,7 @@
 """A model on disk, opened and understood, but not read: `ModelFiles`.
 
-This is where every way in meets (diffusers folder here, single file in `single_file.py`, a live model in `saving.py`),
-and where every way out starts (`loading.py` builds modules, `saving.py` writes folders, `export/` writes single files).
+This is where every way in meets (diffusers folder here, single file in `single_file.py`, a live model in `model_saving.py`),
+and where every way out starts (`loading.py` builds modules, `model_saving.py` writes folders, `export/` writes single files).
 Weights are lazy, so conversions need no model in memory.
 """
 

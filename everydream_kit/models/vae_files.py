@@ -38,7 +38,12 @@ def with_given_vae(files: ModelFiles, vae: str | Path | None) -> ModelFiles:
         raise ModelError(f"vae: {files.family.refuses['vae']} ({files.family.title}). Leave it out.")
     config, tensors = read_vae(Path(vae).expanduser())
     _require_fit(files, str(vae), config, tensors)
-    config = files.configs["vae"] if config is None else config
+    if config is None:
+        config = files.configs["vae"]
+        scale = "its statistics" if "latents_mean" in config else f"scaling_factor {_scale_of(config)}"
+        logger.info(
+            "vae: %s is a file, which does not say its scale; that of %s is taken: %s.", vae, files.source, scale
+        )
     return dataclasses.replace(
         files,
         configs={**files.configs, "vae": config},
@@ -58,7 +63,7 @@ def _require_fit(files: ModelFiles, vae: str, config: Config | None, tensors: Te
         raise ModelError(
             f"vae: {vae} has {channels} latent channels, {title} needs {needed}. Give a VAE made for {title}."
         )
-    scales = [one.get("scaling_factor", OLD_SCALE) for one in (config or own, own)]
+    scales = [_scale_of(one) for one in (config or own, own)]
     if scales[0] != scales[1]:
         logger.warning(
             "vae: %s scales latents by %s, and %s by %s. It seems made for another family: samples will be wrong, and "
@@ -69,6 +74,10 @@ def _require_fit(files: ModelFiles, vae: str, config: Config | None, tensors: Te
             scales[1],
             title,
         )
+
+
+def _scale_of(config: Config) -> float:
+    return float(config.get("scaling_factor", OLD_SCALE))
 
 
 def _latent_channels(tensors: Tensors) -> int | None:

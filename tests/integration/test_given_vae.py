@@ -163,3 +163,11 @@ def test_a_lora_on_a_model_with_a_given_vae_finds_both_again(
     save_model(model, tmp_path / "lora")
     monkeypatch.chdir(tmp_path)
     assert torch.equal(vae_of(tmp_path / "lora"), vae_of(other))
+
+
+def test_a_file_takes_the_models_scale_and_says_so(
+    without_vae: Path, other: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "everydream_kit")
+    open_model(without_vae, vae=other / "vae" / "diffusion_pytorch_model.safetensors")
+    assert "does not say its scale" in caplog.text and "scaling_factor 0.18215." in caplog.text

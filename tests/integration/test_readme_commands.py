@@ -22,7 +22,7 @@ RUN_ELSEWHERE = {
     ".venv/bin/jupyter lab notebooks": "tests/browser and tests/notebooks",
 }
 SMALLER = {
-    "runwayml/stable-diffusion-v1-5": "embedded",  # no network here, and minutes less
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "embedded",  # no network here, and minutes less
     "--max_epochs 40": "--max_epochs 1 --resolution 64 --batch_size 2 --sample_steps none",
     "--prompt": "--num_inference_steps 1 --prompt",
 }

@@ -19,7 +19,18 @@ PACKAGE = REPOSITORY / "everydream_kit"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = [
-    *("errors", "identity", "plain_text", "strict_json", "atomic", "disk_space", "locks", "draws", "config"),
+    *(
+        "errors",
+        "public_arguments",
+        "identity",
+        "plain_text",
+        "strict_json",
+        "atomic",
+        "disk_space",
+        "locks",
+        "draws",
+        "config",
+    ),
     *("runs", "foreign"),
     *(
         "everydream2",

@@ -36,6 +36,8 @@ def test_the_reference_page_is_what_the_declaration_says() -> None:
         ("clip_grad_norm", "none", None),
         ("data_root", "pictures", "pictures"),
         ("data_root", ["a", "b"], ["a", "b"]),
+        ("data_root", "[x", "[x"),
+        ("lora_targets", '["[qk]_proj"]', ["[qk]_proj"]),
         ("data_root", '{"resolver": "multi"}', {"resolver": "multi"}),
         ("plugins", ["a.B"], ["a.B"]),
         ("new_tokens", '{"<cat>": "cat"}', {"<cat>": "cat"}),
@@ -53,7 +55,13 @@ def test_typed_text_becomes_the_value_that_is_meant(name: str, text: str | list[
         ("lr", "fast", "lr: must be a number"),
         ("batch_size", "many", "batch_size: must be a whole number or auto"),
         ("shuffle_tags", "maybe", "shuffle_tags: must be on or off"),
-        ("new_tokens", "{", "new_tokens, line 1, column 2: not valid JSON"),
+        (
+            "new_tokens",
+            "{",
+            "new_tokens, line 1, column 2: not valid JSON.*quotes, without a comma after the last one.$",
+        ),
+        ("lora_targets", "[qk]_proj", r'one that begins with a bracket in a JSON list: \["\[qk\]_proj"\]$'),
+        ("betas", "[0.9", "before this place.$"),
     ],
 )
 def test_text_that_cannot_be_read_is_named(name: str, text: str, words: str) -> None:
