@@ -40,7 +40,7 @@ def with_given_vae(files: ModelFiles, vae: str | Path | None) -> ModelFiles:
     _require_fit(files, str(vae), config, tensors)
     if config is None:
         config = files.configs["vae"]
-        scale = "its statistics" if "latents_mean" in config else f"scaling_factor {_scale_of(config)}"
+        scale = "its statistics" if config.get("latents_mean") else f"scaling_factor {_scale_of(config)}"
         logger.info(
             "vae: %s is a file, which does not say its scale; that of %s is taken: %s.", vae, files.source, scale
         )
