@@ -31,14 +31,14 @@ _ERRORS = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueE
 
 def hide_unused() -> None:
     """Hide what a run does not need, in a process of our own. What is imported already stays."""
-    _drop_irrelevant_records()
+    drop_irrelevant_records()
     for name in UNUSED:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # None is how Python marks a missing module
 
 
 def hide_broken() -> None:
     """Hide what cannot be imported here, in a process that may be somebody's kernel. A package that works stays."""
-    _drop_irrelevant_records()
+    drop_irrelevant_records()
     for name in IMPORTED_BY_LIBRARIES:
         if name in sys.modules or importlib.util.find_spec(name) is None:
             continue
@@ -60,7 +60,7 @@ def keep_tensorflow_out_of_tensorboard() -> None:
     sys.modules.setdefault(name, ModuleType(name))
 
 
-def _drop_irrelevant_records() -> None:
+def drop_irrelevant_records() -> None:
     """On some CPUs bitsandbytes warns of a kernel for 4-bit layers that it would fetch from the Hub. Nothing uses it."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_relevant)
 

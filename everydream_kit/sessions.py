@@ -183,6 +183,7 @@ def _session(
     """
     writes_now = ranks.is_main and checkpoint is None
     stop = StopSignal()
+    family: str | None = config.family
     journal = Journal(folder, writes=ranks.is_main, wandb_run=_start_wandb(config, folder) if ranks.is_main else None)
     started_by_a_job = os.environ.pop(RUN_FOLDER_VARIABLE, None) is not None  # then stderr is train.log already
     log = _log_to(folder) if ranks.is_main and not started_by_a_job else None
@@ -200,6 +201,7 @@ def _session(
             how: dict[str, Any] = {"seed": seed, "weights_from": checkpoint, "adapter_base": adapter_base}
             trial = SpeedTrial(memory_check(ranks)) if config.speed == "auto" else None
             run = build_run(config, folder, journal, ranks, **how, stop=stop, speed_trial=trial)
+            family = run.learner.model.family.name
             if trial is not None:
                 config = config.replace(**{name: getattr(run.config, name) for name in CHOSEN_BY_SPEED})
             if writes_now:  # what was chosen: a run that continues takes the same
@@ -216,7 +218,7 @@ def _session(
     except BaseException as error:
         _record_failure(journal, error)
         if is_out_of_memory(error):
-            raise explain_out_of_memory(error, config) from error
+            raise explain_out_of_memory(error, config, family) from error
         raise
     finally:
         journal.close()

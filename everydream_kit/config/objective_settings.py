@@ -90,7 +90,7 @@ class ObjectiveGroup(Group):
     was trained with, fixed or by the number of tokens of each bucket; 1 leaves them where they are drawn."""
     weighting_scheme: Annotated[
         Literal["none", "sigma_sqrt", "cosmap"],
-        Knob(when="a flow model should weigh fine detail more: sigma_sqrt"),
+        Knob(when="a flow model should weigh fine detail more: sigma_sqrt, with timestep_start 50 or more"),
         Facts(RESULT, "resume", families=FLOW),
     ] = "none"
     """Flow matching: weight of each noise level. `sigma_sqrt` is 1 / sigma², `cosmap` 2 / (π (1 - 2 sigma + 2 sigma²))

@@ -102,7 +102,7 @@ class OptimizerGroup(Group):
             memory="saves its gradients and optimizer state",
             when="memory is short, or the concept needs no new words",
         ),
-        Facts(EVERYTHING, "never"),
+        Facts(EVERYTHING, "never", families=DIFFUSION),
     ] = False
     """Freeze the text encoder."""
     training_kind: Annotated[

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, create_model
 
-from everydream_kit.config.declaration import EVERYTHING, RESULT, Facts, Group, Knob, OwnRate
+from everydream_kit.config.declaration import DIFFUSION, EVERYTHING, RESULT, Facts, Group, Knob, OwnRate
 from everydream_kit.config.length_settings import LengthGroup
 from everydream_kit.config.optimizer_settings import OptimizerGroup
 
@@ -45,7 +45,7 @@ OWN = {
 """Settings that a part may have of its own: when to give it one, and what it is."""
 
 
-def _own_settings(prefix: str, part: str, off: str, lr: str) -> Any:
+def _own_settings(prefix: str, part: str, off: str, lr: str, **facts_of_part: Any) -> Any:
     """A group of the settings in `OWN` for a part.
 
     Args:
@@ -53,6 +53,7 @@ def _own_settings(prefix: str, part: str, off: str, lr: str) -> Any:
         part: in words.
         off: the setting that freezes the part, which takes their effect away.
         lr: when to give it a rate of its own.
+        facts_of_part: more `Facts` of all of them.
     """
     fields: dict[str, Any] = {}
     for name, (when, text) in OWN.items():
@@ -64,7 +65,13 @@ def _own_settings(prefix: str, part: str, off: str, lr: str) -> Any:
             kind | None,
             Field(description=text.format(part=part)),
             Knob(unit=knob.unit, when=when.format(part=part, lr=lr), log=knob.log),
-            Facts(facts.affects, facts.change, unless=(off,), names=f"{facts.names} of the {part}" if facts.names else ""),
+            Facts(
+                facts.affects,
+                facts.change,
+                unless=(off,),
+                names=f"{facts.names} of the {part}" if facts.names else "",
+                **facts_of_part,
+            ),
         ], None  # fmt: skip
     return create_model(f"Own{prefix.title()}", __base__=Group, __module__=__name__, **fields)
 
@@ -110,6 +117,7 @@ class TextEncoderGroup(
         "text encoder",
         "disable_textenc_training",
         "half of `lr` or less: the text encoder overfits first",
+        families=DIFFUSION,
     )
 ):
     """Text encoder: settings of its own."""
@@ -117,19 +125,19 @@ class TextEncoderGroup(
     text_encoder_lr_scale: Annotated[
         OwnRate | None,
         Knob(unit="times lr", when="the text encoder's rate should follow `lr`: 0.5"),
-        Facts(RESULT, "resume", unless=("disable_textenc_training", "text_encoder_lr")),
+        Facts(RESULT, "resume", families=DIFFUSION, unless=("disable_textenc_training", "text_encoder_lr")),
     ] = None
     """The text encoder's peak learning rate as a factor on `lr`, where `text_encoder_lr` is not given."""
     text_encoder_freeze_embeddings: Annotated[
         bool,
         Knob(memory="saves their gradients and optimizer state", when="the text encoder should keep its words"),
-        Facts(EVERYTHING, "never", kinds=("full",), unless=("disable_textenc_training",)),
+        Facts(EVERYTHING, "never", kinds=("full",), families=DIFFUSION, unless=("disable_textenc_training",)),
     ] = False
     """Keep the text encoder's token and position embeddings as they are."""
     text_encoder_unfreeze_last_n_layers: Annotated[
         Annotated[int, Field(ge=0)] | None,
         Knob(unit="layers", memory="saves the rest's gradients and optimizer state", when="SD 2.x: 1 to 6", step=1),
-        Facts(EVERYTHING, "never", kinds=("full",), unless=("disable_textenc_training",)),
+        Facts(EVERYTHING, "never", kinds=("full",), families=DIFFUSION, unless=("disable_textenc_training",)),
     ] = None
     """Train only this many layers of the text encoder, counted from the end; by default all."""
     text_encoder_freeze_front_n_layers: Annotated[
@@ -140,12 +148,12 @@ class TextEncoderGroup(
             when="an old optimizer.json says it so",
             step=1,
         ),
-        Facts(EVERYTHING, "never", kinds=("full",), unless=("disable_textenc_training",)),
+        Facts(EVERYTHING, "never", kinds=("full",), families=DIFFUSION, unless=("disable_textenc_training",)),
     ] = None
     """An older way to say it: freeze this many layers from the front; negative: all but the last so many."""
     text_encoder_freeze_final_layer_norm: Annotated[
         bool,
         Knob(when="the last layers are frozen, too"),
-        Facts(EVERYTHING, "never", kinds=("full",), unless=("disable_textenc_training",)),
+        Facts(EVERYTHING, "never", kinds=("full",), families=DIFFUSION, unless=("disable_textenc_training",)),
     ] = False
     """Keep the norm after the text encoder's last layer as it is."""

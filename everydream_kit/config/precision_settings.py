@@ -167,7 +167,7 @@ class PrecisionGroup(Group):
         Knob(when="long runs on a GPU; minutes of compiling first"),
         Facts(MEMORY_AND_SPEED, "resume", fsdp2=(False,)),
     ] = False
-    """Compile the UNet's blocks with torch.compile, shapes dynamic."""
+    """Compile the denoiser's blocks with torch.compile, shapes dynamic."""
     attn_type: Annotated[
         Literal["sdp", "slice", "xformers"],
         Knob(when="slice when even one image does not fit"),
@@ -180,7 +180,7 @@ class PrecisionGroup(Group):
         Knob(when="the machine has several GPUs and one should be used"),
         Facts(NOTHING, "resume"),
     ] = 0
-    """Number of the GPU of a single-process run."""
+    """Index of the GPU of a single-process run."""
     parallel: Annotated[
         Literal["ddp", "fsdp2"],
         Knob(

@@ -14,8 +14,8 @@ from everydream_kit.config.optimizer_settings import OptimizerGroup
 from everydream_kit.config.precision_settings import PrecisionGroup
 from everydream_kit.config.sample_settings import MEASURED, ValidationGroup
 
-LOW_TIMESTEP = 100
-"""Below it, `sigma_sqrt` weighs an image more than a hundred times as much as one of pure noise."""
+LEAST_FOR_SIGMA_SQRT = 50
+"""Of 1000 timesteps: the weight of a noise level stays within 400 there."""
 
 
 def mixes_precision(config: PrecisionGroup) -> bool:
@@ -197,12 +197,6 @@ def family_warnings(config: AllGroups, family: str) -> list[str]:
             "zero_frequency_noise_ratio: flow matching reaches pure noise already, and no app begins a sample with offset noise; "
             "0 is usual."
         )
-    meets_low_noise = config.timestep_sampling != "logit_normal" and config.timestep_start < LOW_TIMESTEP
-    if family in FLOW and config.weighting_scheme == "sigma_sqrt" and meets_low_noise:
-        found.append(
-            "weighting_scheme sigma_sqrt: weighs an image at low noise up to a million times as much as one at high noise; "
-            f"take timestep_sampling logit_normal, or timestep_start {LOW_TIMESTEP}."
-        )
     return found
 
 
@@ -228,6 +222,11 @@ def config_warnings(config: AllGroups) -> list[str]:
     if c.train_sampler != "ddpm":
         warnings.append(
             f"train_sampler {c.train_sampler}: the model's own noise schedule is used; all samplers add noise alike."
+        )
+    if c.weighting_scheme == "sigma_sqrt" and c.timestep_start < LEAST_FOR_SIGMA_SQRT:
+        warnings.append(
+            "weighting_scheme sigma_sqrt: weighs a noise level by 1 / sigma², up to a million times, so that single images near "
+            f"0 outweigh all others; set timestep_start to {LEAST_FOR_SIGMA_SQRT} or more."
         )
     if c.training_kind == "full" and frozen_in_half(c):
         warnings.append(

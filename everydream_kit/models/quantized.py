@@ -23,6 +23,7 @@ import torch
 from everydream_kit.errors import ConfigError
 from everydream_kit.models.family import Component
 from everydream_kit.models.number_formats import Formats
+from everydream_kit.optional_packages import drop_irrelevant_records
 
 FP8_MAX = 448.0
 """The largest number of e4m3 (arXiv 2209.05433)."""
@@ -93,6 +94,7 @@ def _from_nf4(stored: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int]
 
 
 def _bitsandbytes() -> Any:
+    drop_irrelevant_records()
     try:
         import bitsandbytes.functional
     except (ImportError, OSError, RuntimeError) as error:  # what broken native packages raise

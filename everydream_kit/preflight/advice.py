@@ -110,7 +110,7 @@ def make_it_fit(config: TrainConfig, budget: Budget) -> Advice:
         config = config.replace(batch_size=LARGEST_BATCH)
     if budget.fits(config):
         return Advice({}, config, budget(config), ())
-    ladder = _ladder(config, budget.gpu_spec is None or budget.gpu_spec.has_bf16)
+    ladder = _ladder(config, budget(config).family, budget.gpu_spec is None or budget.gpu_spec.has_bf16)
     likely = next((n for n, (measure, _) in enumerate(ladder) if measure.costs != "nothing"), 0)
     rung = _first_that_fits([c for _, c in ladder], budget, likely)
     if rung is None:
@@ -154,28 +154,30 @@ def largest_batch(config: TrainConfig, budget: Budget) -> tuple[int, MemoryEstim
     return found
 
 
-def fewest_blocks(config: TrainConfig, budget: Budget) -> tuple[int, MemoryEstimate]:
+def fewest_blocks(config: TrainConfig, budget: Budget) -> tuple[int, MemoryEstimate | None]:
     """How many blocks must wait in host memory so that the rest fits, with everything else as it is: `blocks_to_swap: auto`.
 
     All of them where even that is not enough, and none on a CPU, where it saves nothing.
 
     Returns:
-        The number, and the estimate with it.
+        The number, and the estimate with it; None on a CPU, where nothing needs to be estimated.
     """
 
     def peak(count: int | str) -> MemoryEstimate:
         return budget(config.replace(blocks_to_swap=count))
 
     if budget.gpu_spec is None:
-        return 0, peak(0)
+        return 0, None
     total = peak("auto").num_blocks
     # all of them are asked about by one name, so that an answer that is there already is found
     stays = _largest(range(total + 1), lambda stay: peak(total - stay if stay else "auto"), budget.limit_bytes)
     return (total, peak("auto")) if stays is None else (total - stays[0], stays[1])
 
 
-def describe_blocks(chosen: int, found: MemoryEstimate, budget: Budget) -> str:
+def describe_blocks(chosen: int, found: MemoryEstimate | None, budget: Budget) -> str:
     """What `blocks_to_swap: auto` came to, in words."""
+    if found is None:
+        return f"blocks_to_swap auto: {chosen}, since it saves nothing on a CPU"
     return f"blocks_to_swap auto: {chosen} of {found.num_blocks} ({budget.figures(found)})"
 
 
@@ -240,11 +242,11 @@ def _with_fewest_blocks(config: TrainConfig, budget: Budget) -> TrainConfig:
     return config.replace(blocks_to_swap=fewest_blocks(config, budget)[0])
 
 
-def _ladder(config: TrainConfig, has_bf16: bool) -> list[tuple[Measure, TrainConfig]]:
+def _ladder(config: TrainConfig, family: str | None, has_bf16: bool) -> list[tuple[Measure, TrainConfig]]:
     """One measure after the other, each on top of those before, until none is left."""
     rungs: list[tuple[Measure, TrainConfig]] = []
     while True:
-        left = [m for m in measures_left(config) if m.is_estimated and (has_bf16 or m.name != "weight_dtype")]
+        left = [m for m in measures_left(config, family) if m.is_estimated and (has_bf16 or m.name != "weight_dtype")]
         if not left:
             return rungs
         config = config.replace(**left[0].changes)

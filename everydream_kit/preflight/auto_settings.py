@@ -82,7 +82,8 @@ def resolve_blocks(config: TrainConfig, ranks: Ranks, journal: Journal, estimate
         chosen, found = fewest_blocks(config, budget)
         journal.set_state("starting", message=None)
         journal.note(describe_blocks(chosen, found, budget))
-        journal.report("blocks to swap", blocks=chosen, num_blocks=found.num_blocks, estimated_bytes=found.peak_bytes)
+        numbers = {} if found is None else {"num_blocks": found.num_blocks, "estimated_bytes": found.peak_bytes}
+        journal.report("blocks to swap", blocks=chosen, **numbers)
     return config.replace(blocks_to_swap=ranks.share(chosen))
 
 

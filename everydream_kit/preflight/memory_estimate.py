@@ -202,11 +202,16 @@ def estimate_latent_mode(config: TrainConfig) -> CacheMode:
 
 
 def architecture_of(config: TrainConfig) -> Architecture:
-    """What the config's base model is made of. Raises: ModelError, CheckpointError."""
-    from everydream_kit.preflight.skeleton import read_architecture
-    from everydream_kit.training.base import find_base
+    """What the config's base model is made of.
 
-    return read_architecture(
+    Raises:
+        ModelError, CheckpointError: the base cannot be used.
+        ConfigError: settings mean nothing for its family; training refuses them, too.
+    """
+    from everydream_kit.preflight.skeleton import read_architecture
+    from everydream_kit.training.base import find_base, refuse_settings
+
+    architecture = read_architecture(
         find_base(config),
         revision=config.base_revision,
         subfolder=config.base_subfolder,
@@ -215,6 +220,8 @@ def architecture_of(config: TrainConfig) -> Architecture:
         prediction_type=config.prediction_type,
         vae=config.vae,
     )
+    refuse_settings(config, architecture.files.family)
+    return architecture
 
 
 def has_ema(config: TrainConfig) -> bool:

@@ -89,6 +89,7 @@ class MemoryEstimate:
         copied_bytes: of blocks that wait in host memory, to the device, in one optimizer step.
         num_blocks: blocks of the denoiser that could wait there.
         text_bytes: of a short caption in the cache of encoded ones, where there is one.
+        family: the model's, by name.
     """
 
     phases: tuple[Phase, ...]
@@ -106,6 +107,7 @@ class MemoryEstimate:
     num_blocks: int = 0
     text_bytes: int = 0
     num_file_parameters: int = 0
+    family: str | None = None
 
     @property
     def worst(self) -> Phase:

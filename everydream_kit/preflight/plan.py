@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from everydream_kit.preflight.step_time import StepSeconds
 
 
+def with_article(gpu: str) -> str:
+    """A GPU's name with "a" or "an", as its letters are spoken."""
+    return f"{'an' if gpu[0] in 'AHLR' else 'a'} {gpu}"
+
+
 @dataclass(frozen=True)
 class StepCount:
     """How many optimizer steps a run has.
@@ -182,8 +187,7 @@ class Plan:
     def _length_words(self) -> str:
         steps = self.steps
         epochs = "1 epoch" if steps.num_epochs == 1 else f"{steps.num_epochs:,} epochs"
-        article = "an" if self.device[0] in "AHLR" else "a"  # as the letters are spoken
-        where = f"on {article} {self.device}" if self.gpu_spec is not None else "on this CPU"
+        where = f"on {with_article(self.device)}" if self.gpu_spec is not None else "on this CPU"
         if steps.num_steps is None:
             return f"{epochs} → steps are known once the dataset is there → {where}"
         time = f"about {duration(self.seconds)}" if self.seconds is not None else "time known after the first steps"

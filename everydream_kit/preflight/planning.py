@@ -44,7 +44,7 @@ from everydream_kit.preflight.disk import (
     num_samples,
 )
 from everydream_kit.preflight.gpus import GpuSpec, find_gpu, this_gpu
-from everydream_kit.preflight.plan import Offer, Plan, StepCount
+from everydream_kit.preflight.plan import Offer, Plan, StepCount, with_article
 from everydream_kit.preflight.step_time import StepSeconds, estimate_step
 from everydream_kit.runs import RunFolder
 from everydream_kit.settings import load_config, read_settings, with_side_files
@@ -197,9 +197,9 @@ def resolve_for_plan(config: TrainConfig, budget: Budget) -> tuple[TrainConfig, 
         config, note = choose_optimizer(config, budget)
         notes.append(note)
     if config.blocks_to_swap == "auto":
-        chosen, found = fewest_blocks(config, budget)
-        config = config.replace(blocks_to_swap=chosen)
-        notes.append(describe_blocks(chosen, found, budget))
+        num_blocks, memory = fewest_blocks(config, budget)
+        config = config.replace(blocks_to_swap=num_blocks)
+        notes.append(describe_blocks(num_blocks, memory, budget))
     if config.speed == "auto":
         config = config.replace(speed="manual")
         notes.append(_describe_speed(config, budget))
@@ -360,7 +360,7 @@ def _too_large(made: Plan) -> str:
 
 
 def _assumptions(config: TrainConfig, gpu_spec: GpuSpec | None) -> Iterator[str]:
-    where = f"a {gpu_spec.name}" if gpu_spec is not None else "a CPU"
+    where = with_article(gpu_spec.name) if gpu_spec is not None else "a CPU"
     yield f"memory is estimated by rehearsing the trainer's own step for {where}, with {MARGIN:.0%} of the memory kept free"
     yield "time counts training, samples and encoding; not downloads, set-up, validation and loading"
     if config.cuda_graphs == "on":

@@ -382,6 +382,7 @@ def _conclude(
         copied_bytes=copied_bytes * config.grad_accum // num_micro_batches,
         num_blocks=len(repeated_blocks(model.denoiser, model.family.denoiser.blocks)),
         num_file_parameters=_num_in_single_file(model),
+        family=model.family.name,
     )
 
 

@@ -50,9 +50,10 @@ def load_base(
         ModelError, CheckpointError: it is not there or cannot be used.
         ConfigError: zero terminal SNR is asked of an epsilon model.
     """
+    precision = precision_of(config, ranks.device.type)
     model = load_model(
         weights_from.folder if weights_from is not None else find_base(config),
-        dtype=choose_formats(config, precision_of(config, ranks.device.type)),
+        dtype=choose_formats(config, precision),
         device="cpu" if shards(config, ranks) else ranks.device,
         revision=config.base_revision,
         subfolder=config.base_subfolder if weights_from is None else None,
@@ -61,7 +62,7 @@ def load_base(
         prediction_type=config.prediction_type,
         vae=config.vae if weights_from is None else None,  # a checkpoint holds or names its own
         adapter_base=adapter_base or _own_base(config, weights_from),
-        check=partial(refuse_settings, config),
+        check=partial(refuse_what_does_not_fit, config, precision),
         large_texts_on="cpu",  # they come to the device for the captions, while the denoiser waits
         blocks_in_host_memory=config.blocks_to_swap,
     )
@@ -71,6 +72,12 @@ def load_base(
     return model
 
 
+def refuse_what_does_not_fit(config: TrainConfig, precision: Precision, family: Family) -> None:
+    """Before anything is loaded. Raises: ConfigError, as `refuse_settings` and `refuse_float16`."""
+    refuse_settings(config, family)
+    refuse_float16(config, family, precision)
+
+
 def refuse_settings(config: TrainConfig, family: Family) -> None:
     """Name the settings that mean nothing for a family.
 
@@ -78,29 +85,34 @@ def refuse_settings(config: TrainConfig, family: Family) -> None:
         ConfigError: all of them, with the reasons.
     """
     defaults = type(config).model_fields
-    found = [
-        f"{name}: {why} ({family.title}). Leave it out."
-        for name, why in family.refuses.items()
-        if name in defaults and getattr(config, name) != defaults[name].default
-    ]
     kinds = {kind for component in family.components for kind in component.trains}
+    found = []
     if config.training_kind not in kinds:
         found.append(
             f"training_kind {config.training_kind}: {family.title} is trained with {' or '.join(sorted(kinds))}."
         )
+    found += [
+        f"{name}: {why} ({family.title}). Leave it out."
+        for name, why in family.refuses.items()
+        if name in defaults and getattr(config, name) != defaults[name].default
+    ]
     if found:
         raise ConfigError("\n".join(found))
 
 
-def refuse_float16(family: Family, precision: Precision) -> None:
-    """Raises: ConfigError: the family's activations exceed float16, and this GPU has nothing better."""
+def refuse_float16(config: TrainConfig, family: Family, precision: Precision) -> None:
+    """Raises: ConfigError: the family's activations exceed float16, which was asked for, or is all that this GPU has."""
     import torch
 
-    if family.objective == "flow" and precision.dtype == torch.float16:
-        raise ConfigError(
-            f"amp_dtype: activations of {family.title} exceed float16, and GPUs from before 2020 (T4, V100) have no bfloat16. "
-            "Take a GPU that has it, or set amp off."
-        )
+    if family.objective != "flow" or precision.dtype != torch.float16:
+        return
+    for name, value, others in (("amp_dtype", "fp16", "auto or bf16"), ("frozen_dtype", "float16", "auto or bfloat16")):
+        if getattr(config, name) == value and (name == "amp_dtype" or precision.device_type != "cuda"):
+            raise ConfigError(f"{name} {value}: activations of {family.title} exceed float16; set {name} to {others}.")
+    raise ConfigError(
+        f"amp_dtype: activations of {family.title} exceed float16, and GPUs from before 2020 (T4, V100) have no bfloat16. "
+        "Take a GPU that has it, or set amp off."
+    )
 
 
 def trains_texts(family: Family) -> bool:

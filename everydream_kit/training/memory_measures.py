@@ -8,7 +8,7 @@ that does not; only what the present settings leave open is named.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -72,14 +72,15 @@ class Measure:
         return f"{self.name}: {self.why}"
 
 
-def explain_out_of_memory(error: BaseException, config: TrainConfig) -> MemoryLimitError:
+def explain_out_of_memory(error: BaseException, config: TrainConfig, family: str | None = None) -> MemoryLimitError:
     """The error to raise in its place: one message that lists what to lower, in order.
 
     Args:
         error: the original error; raise from it.
         config: the run's settings.
+        family: the model's, by name, where it is known.
     """
-    cures = list(measures_left(config))
+    cures = list(measures_left(config, family))
     lines = "\n".join(f"  {number}. {cure}" for number, cure in enumerate(cures, start=1))
     first_line = (str(error) or type(error).__name__).splitlines()[0]
     if not cures:
@@ -90,10 +91,22 @@ def explain_out_of_memory(error: BaseException, config: TrainConfig) -> MemoryLi
     )
 
 
-def measures_left(c: TrainConfig) -> Iterator[Measure]:
-    """What these settings leave to lower, the cheapest in speed first, and what changes the result last."""
-    found = (*_measures_for_nothing(c), *_measures_that_cost_time(c), *_measures_that_change_the_result(c))
-    yield from (measure for measure in found if c.parallel != "fsdp2" or _works_sharded(measure))
+def measures_left(c: TrainConfig, family: str | None = None) -> Iterator[Measure]:
+    """What these settings leave to lower, the cheapest in speed first, and what changes the result last.
+
+    Args:
+        family: the model's, by name: what means nothing for it is not offered. None: not known.
+    """
+    found = (*_measures_for_nothing(c), *_measures_that_cost_time(c), *_measures_that_change_the_result(c, family))
+    yield from (
+        measure
+        for measure in found
+        if (c.parallel != "fsdp2" or _works_sharded(measure)) and _is_for(family, measure.changes)
+    )
+
+
+def _is_for(family: str | None, names: Iterable[str]) -> bool:
+    return family is None or all(family in facts()[name].families for name in names)
 
 
 def _works_sharded(measure: Measure) -> bool:
@@ -147,7 +160,7 @@ def _measures_that_cost_time(c: TrainConfig) -> Iterator[Measure]:
         yield Measure("attn_type", {"attn_type": "slice"}, why, "time", is_estimated=False)
 
 
-def _measures_that_change_the_result(c: TrainConfig) -> Iterator[Measure]:
+def _measures_that_change_the_result(c: TrainConfig, family: str | None) -> Iterator[Measure]:
     if c.training_kind != "full" and c.quantization == "none":
         why = "int8; the frozen base takes half, and the adapter learns nearly the same; steps take longer"
         yield Measure("quantization", {"quantization": "int8"}, why, "result")
@@ -163,6 +176,9 @@ def _measures_that_change_the_result(c: TrainConfig) -> Iterator[Measure]:
     if c.weight_dtype == "float32":
         why = "bfloat16; halves weights and gradients"
         yield Measure("weight_dtype", {"weight_dtype": "bfloat16"}, why, "result")
+    if c.training_kind == "lora" and c.text_quantization == "none" and family is not None:
+        why = "int8; the language model that encodes captions takes half, and encodes them slightly otherwise"
+        yield Measure("text_quantization", {"text_quantization": "int8"}, why, "result")
     if c.training_kind != "full" and c.quantization in ("fp8", "int8"):
         why = "nf4; the frozen base takes 28 % of its size in bfloat16, and is rounded more than by int8"
         yield Measure("quantization", {"quantization": "nf4"}, why, "result")

@@ -57,24 +57,36 @@ def announce_schedules(
     config: TrainConfig,
     num_steps: int,
     journal: Journal,
+    *,
+    titles: Mapping[str, str],
 ) -> None:
-    """Log each part's rate, and warn of settings of both that a part does not have."""
+    """Log each part's rate, and warn of settings of both that a part does not have.
+
+    Args:
+        titles: what the family calls a part, where that is not its name.
+    """
     for how, schedule in zip(settings, schedules_by_part.values(), strict=True):
         for warning in not_inherited(config, how.part):
             journal.warn(warning)
-        announce_schedule(how, schedule, num_steps, journal)
+        announce_schedule(how, titles.get(how.part, how.part), schedule, num_steps, journal)
 
 
-def announce_schedule(how: PartSettings, schedule: partial[float], num_steps: int, journal: Journal) -> None:
-    """Log the rate that is used and its course; warn of a warm-up that is longer than the run."""
+def announce_schedule(
+    how: PartSettings, called: str, schedule: partial[float], num_steps: int, journal: Journal
+) -> None:
+    """Log the rate that is used and its course; warn of a warm-up that is longer than the run.
+
+    Args:
+        called: the part, as its family calls it.
+    """
     peak, warmup_steps = schedule.keywords["peak"], schedule.keywords["warmup_steps"]
     scaled = "" if peak == how.lr else f" (scale_lr: {how.lr:g} times {peak / how.lr:.4g})"
     decay = "" if how.lr_scheduler == "constant" else f", zero at step {schedule.keywords['decay_steps']}"
     journal.note(
-        f"Learning rate of the {how.part}: {peak:.6g}{scaled}, {how.lr_scheduler}, warm-up {warmup_steps} steps{decay}."
+        f"Learning rate of the {called}: {peak:.6g}{scaled}, {how.lr_scheduler}, warm-up {warmup_steps} steps{decay}."
     )
     if warmup_steps > num_steps:
         journal.warn(
-            f"lr_warmup_steps: the warm-up of the {how.part} takes {warmup_steps} steps and the run {num_steps}, so its "
+            f"lr_warmup_steps: the warm-up of the {called} takes {warmup_steps} steps and the run {num_steps}, so its "
             f"rate never reaches lr; lower lr_warmup_steps."
         )

@@ -55,7 +55,7 @@ from everydream_kit.training.offload import IdleModels
 from everydream_kit.training.optimizers import AnyOptimizer, build_optimizer_for_parts, parameters_of
 from everydream_kit.training.parameters import TrainedPart
 from everydream_kit.training.part_schedules import announce_schedules, resolve_part, schedules_of
-from everydream_kit.training.parts import TEXT_ENCODER, PartSettings
+from everydream_kit.training.parts import TEXT_ENCODER, UNET, PartSettings
 from everydream_kit.training.plugins import caption_transform, image_transform, load_plugins
 from everydream_kit.training.precision import Precision
 from everydream_kit.training.prompt_file import sampled_texts
@@ -237,9 +237,10 @@ def build_learning(
     parts = select_trained(model, config, seed)
     settings = [resolve_part(part.name, config, device_type) for part in parts]
     make_schedules = partial(schedules_of, settings, config, ranks.num_ranks)
-    announce_schedules(settings, make_schedules(num_steps), config, num_steps, journal)
+    titles = {UNET: model.family.denoiser.folder}
+    announce_schedules(settings, make_schedules(num_steps), config, num_steps, journal, titles=titles)
     precision = precision_of(config, device_type)
-    refuse_float16(model.family, precision)
+    refuse_float16(config, model.family, precision)
     tile_large_images(model, precision)
     sharding = None
     if shards(config, ranks):

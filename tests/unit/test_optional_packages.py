@@ -46,6 +46,17 @@ def test_bitsandbytes_line_about_a_kernel_that_nothing_uses_reaches_nobody(caplo
     assert [record.getMessage() for record in caplog.records] == ["something that matters"]
 
 
+def test_nor_does_it_where_a_base_is_quantized_first(caplog):
+    from everydream_kit.models.quantized import FORMS
+
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.filters.clear()
+    FORMS["nf4"].check()
+    with caplog.at_level(logging.WARNING):
+        logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please", "No module")
+    assert caplog.records == []
+
+
 def test_the_line_that_is_dropped_is_the_one_that_bitsandbytes_logs():
     specification = importlib.util.find_spec("bitsandbytes")
     source = Path(specification.submodule_search_locations[0], "backends", "cpu", "ops.py")

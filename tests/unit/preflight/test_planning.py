@@ -9,6 +9,7 @@ from memory_stand_in import LinearMemory
 
 from everydream_kit import TrainConfig
 from everydream_kit import plan as public_plan
+from everydream_kit import train as public_train
 from everydream_kit.cli import main
 from everydream_kit.errors import ConfigError, JobError, ModelError
 from everydream_kit.preflight.planning import corrected, plan
@@ -49,6 +50,30 @@ def test_steps_are_the_trainers_own(settings):
     assert (made.steps.num_images, made.steps.per_epoch, made.steps.num_steps) == (12, 4, 160)
     assert made.steps.basis == "planned"
     assert planned({**settings, "max_steps": 50}).steps.num_steps == 50
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("z_image", {"clip_skip": 2, "min_snr_gamma": 5.0}, r"clip_skip: .*\nmin_snr_gamma: .*weighting_scheme"),
+        ("flux1", {"attn_type": "slice"}, "attn_type: transformers have torch's own attention only"),
+        ("sd1", {"timestep_shift": 3.0}, "timestep_shift: it is for flow matching"),
+        (
+            "anima",
+            {"training_kind": "textual_inversion", "new_tokens": {"<a>": "b"}},
+            r"training_kind textual_inversion: Anima is trained with full or lora\.\nnew_tokens: it learns no new words",
+        ),
+    ],
+    indirect=["family"],
+)
+def test_a_plan_refuses_what_training_refuses_in_the_same_words(family, changes, words, family_folder, settings):
+    changes = {"sample_prompts": "sample_prompts.txt", "resume_ckpt": str(family_folder), **changes}
+    asked = TrainConfig(**{**settings, **changes})
+    with pytest.raises(ConfigError, match=words) as planned_error:
+        plan(asked, "L4")
+    with pytest.raises(ConfigError) as trained_error:
+        public_train(asked)
+    assert str(planned_error.value) == str(trained_error.value)
 
 
 @pytest.mark.parametrize("family", ["sd1", "z_image"], indirect=True)

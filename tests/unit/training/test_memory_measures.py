@@ -130,6 +130,26 @@ def test_the_base_of_a_lora_is_quantized_before_anything_else_that_changes_the_r
     assert "quantization" not in [m.name for m in measures_left(lora.replace(training_kind="full"))]
 
 
+@pytest.mark.parametrize(
+    ("family", "kind", "offered"),
+    [
+        ("sd1", "full", {"attn_type": True, "disable_textenc_training": True, "text_quantization": False}),
+        ("z_image", "full", {"attn_type": False, "disable_textenc_training": False, "text_quantization": False}),
+        ("flux1", "lora", {"attn_type": False, "disable_textenc_training": False, "text_quantization": True}),
+        (None, "lora", {"attn_type": True, "disable_textenc_training": False, "text_quantization": False}),
+    ],
+)
+def test_only_what_means_something_for_the_family_is_named(family, kind, offered):
+    config = TrainConfig(resume_ckpt="base", training_kind=kind)
+    names = [measure.name for measure in measures_left(config, family)]
+    assert {name: name in names for name in offered} == offered
+    assert names == [line.split(". ")[1].split(":")[0] for line in advice_lines(config, family)]
+
+
+def advice_lines(config, family):
+    return str(explain_out_of_memory(MemoryError(), config, family)).splitlines()[1:]
+
+
 def test_only_what_works_on_a_sharded_model_is_named_for_one():
     config = TrainConfig(resume_ckpt="base", parallel="fsdp2", optimizer="adamw")
     left = list(measures_left(config))

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from everydream_kit.config import TrainConfig
 from everydream_kit.config.precision_settings import PrecisionGroup
 from everydream_kit.errors import ConfigError
+from everydream_kit.models.families import FAMILIES
+from everydream_kit.training.base import refuse_float16
 from everydream_kit.training.precision import choose_precision
 
 
@@ -66,6 +69,24 @@ def test_frozen_weights_have_the_format_of_the_arithmetic_on_a_gpu(device, setti
     precision = choose_precision(device, PrecisionGroup(**settings))
     assert (precision.dtype, precision.frozen_dtype) == (arithmetic, frozen)
     assert (precision.scaler is not None) == (arithmetic == torch.float16)
+
+
+@pytest.mark.filterwarnings("ignore:torch.cuda.amp.GradScaler is enabled")
+@pytest.mark.parametrize(
+    ("device", "settings", "words"),
+    [
+        ("cpu", {"amp_dtype": "fp16"}, r"amp_dtype fp16: activations of Z-Image .*; set amp_dtype to auto or bf16"),
+        ("cpu", {"frozen_dtype": "float16"}, "frozen_dtype float16: .*; set frozen_dtype to auto or bfloat16"),
+        ("cuda", {}, r"exceed float16, and GPUs from before 2020 \(T4, V100\) have no bfloat16"),
+    ],
+)
+def test_float16_is_refused_for_a_flow_model_with_what_asked_for_it(device, settings, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    config = TrainConfig(resume_ckpt="base", **settings)
+    precision = choose_precision(device, config)
+    with pytest.raises(ConfigError, match=words):
+        refuse_float16(config, FAMILIES["z_image"], precision)
+    refuse_float16(config, FAMILIES["sdxl"], precision)
 
 
 def test_float16_and_a_fused_backward_are_refused():
