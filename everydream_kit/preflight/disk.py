@@ -130,7 +130,7 @@ def estimate_disk(
             DiskItem(LATENT_CACHE, latent_folder(config), latent_bytes, latent_bytes, "stays for the next run")
         )
     if text_bytes:
-        note = f"{text_bytes // estimate.text_bytes:,} captions, long ones take more; stays for the next run"
+        note = f"{text_bytes // estimate.text_bytes:,} captions, about {size(estimate.text_bytes)} each; stay for the next run"
         items.append(DiskItem(TEXT_CACHE, text_folder(config), text_bytes, text_bytes, note))
     samples = num_samples(config, num_steps)
     if samples and grid_pixels:

@@ -88,7 +88,7 @@ class MemoryEstimate:
         update_launches: kernels that its update launches. Both are weighed by what each costs the host.
         copied_bytes: of blocks that wait in host memory, to the device, in one optimizer step.
         num_blocks: blocks of the denoiser that could wait there.
-        text_bytes: of a short caption in the cache of encoded ones, where there is one.
+        text_bytes: of one encoded caption in the cache on disk; 0 where none is kept there.
         family: the model's, by name.
     """
 

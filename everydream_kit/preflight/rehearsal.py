@@ -72,6 +72,8 @@ FIRST_UPDATE = "first update"
 RECOMPUTED_COSTS = 2.7
 """Launches that one counts as which gradient checkpointing repeats: Python packs and unpacks what it saves. Fitted to the one
 figure with checkpointing in docs/gpu.md."""
+CAPTION_TOKENS = 100
+"""Of a caption as captioning models write them; where the encoder pads to more, a caption has those."""
 CAPTION = "a photo of a cat, sitting, by the window"
 ALLOCATOR_GRANULE = 512
 """Bytes that torch's CUDA allocator rounds a tensor's size up to (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
@@ -255,11 +257,12 @@ def make_batch(bucket: Size, batch_size: int, *, with_moments: bool, channels: i
 
 
 def _rehearse_texts(run: Run, tracker: StorageTracker) -> int:
-    """Captions are encoded one by one, while the denoiser waits in host memory. Returns the bytes that one takes on disk."""
+    """Captions are encoded one by one, while the denoiser waits in host memory. Returns what one takes on disk."""
     with tracker.stretch("text caching"), torch.no_grad(), run.learner.precision.autocast():
         encoded = encode_captions(run.learner.model, [CAPTION], run.config.clip_skip)
-    pooled = 0 if encoded.pooled is None else encoded.pooled.numel()
-    return (encoded.encoder_hidden_states.numel() + pooled) * torch.bfloat16.itemsize
+    states, pooled = encoded.encoder_hidden_states, 0 if encoded.pooled is None else encoded.pooled.numel()
+    longer = max(1.0, CAPTION_TOKENS / states.shape[1])
+    return round(2 * (longer * states.numel() + pooled))  # in bfloat16
 
 
 def _rehearse_caching(run: Run, tracker: StorageTracker, bucket: Size, num_together: int) -> None:

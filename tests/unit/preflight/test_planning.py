@@ -87,6 +87,9 @@ def test_a_family_is_planned_from_its_own_configs(family, family_folder, setting
     assert ("text caching" in phases) == (family == "z_image")
     kept = {item.name: item.most_bytes for item in made.disk.items}.get("text cache", 0)
     assert kept == 13 * made.memory.text_bytes  # of twelve images, and the empty one
+    if kept:  # 100 tokens in bfloat16, or more where the template alone is longer
+        width = json.loads((family_folder / "text_encoder" / "config.json").read_text())["hidden_size"]
+        assert made.memory.text_bytes >= 2 * 100 * width and made.memory.text_bytes % (2 * width) == 0
     assert (kept > 0) == (family == "z_image")
     files = family_folder.glob("*/diffusion_pytorch_model.safetensors")
     denoiser = next(file for file in files if file.parent.name != "vae").stat().st_size
