@@ -28,7 +28,6 @@ from everydream_kit.training.base import (
     load_base,
     precision_of,
     prepare_modules,
-    prepare_speed,
     refuse_float16,
     select_trained,
     shards,
@@ -62,7 +61,7 @@ from everydream_kit.training.prompt_file import sampled_texts
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.run import Run
 from everydream_kit.training.sharding import build_sharding
-from everydream_kit.training.speed import SpeedTrial, choose_speed
+from everydream_kit.training.speed import MeasuredRun, SpeedTrial, choose_speed
 from everydream_kit.training.step import Learner, Schedules
 from everydream_kit.training.summary import summarise_captions
 from everydream_kit.training.sync import RankSync
@@ -242,9 +241,8 @@ def build_learning(
     precision = precision_of(config, device_type)
     refuse_float16(config, model.family, precision)
     tile_large_images(model, precision)
-    sharding = None
-    if shards(config, ranks):
-        sharding = build_sharding(model, parts, [how.optimizer for how in settings], precision, ranks)
+    optimizers = [how.optimizer for how in settings]
+    sharding = build_sharding(model, parts, optimizers, precision, ranks) if shards(config, ranks) else None
     latent_cache, text_cache, idle_models = build_caches(
         config,
         model,
@@ -270,20 +268,8 @@ def build_learning(
         idle_models=idle_models,
         is_sharded=sharding is not None,
     )
-    if speed_trial is not None and config.speed == "auto":
-        config = choose_speed(
-            config,
-            speed_trial,
-            model=model,
-            parts=parts,
-            ranks=ranks,
-            make_learner=make_learner,
-            dataset=dataset,
-            plan_settings=plan_settings,
-            num_steps=num_steps,
-            journal=journal,
-        )
-        prepare_speed(model, config)
+    measured_run = MeasuredRun(model, parts, ranks, make_learner, dataset, plan_settings, num_steps, journal)
+    config = choose_speed(config, speed_trial, measured_run)
     is_flat = lays_flat(config, device_type) and sharding is None
     optimizer = _build_optimizer(
         config, model, parts, settings, ranks, seed=seed, device_type=device_type, flat=is_flat

@@ -19,7 +19,7 @@ import torch
 
 from everydream_kit.data.epoch_plan import plan_epoch
 from everydream_kit.errors import ConfigError
-from everydream_kit.training.base import drops_out, precision_of
+from everydream_kit.training.base import drops_out, precision_of, prepare_speed
 from everydream_kit.training.graphs import why_eager
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.measured_passes import (
@@ -118,27 +118,35 @@ class SpeedTrial:
     min_passes: int = MIN_PASSES
 
 
-def choose_speed(
-    config: TrainConfig,
-    trial: SpeedTrial,
-    *,
-    model: Model,
-    parts: Sequence[TrainedPart],
-    ranks: Ranks,
-    make_learner: Callable[..., Learner],
-    dataset: Dataset,
-    plan_settings: PlanSettings,
-    num_steps: int,
-    journal: Journal,
-) -> TrainConfig:
-    """The settings with the choice in the place of `speed: auto`; it is reported in the log and as an event `speed`.
+@dataclass(frozen=True)
+class MeasuredRun:
+    """The run whose passes are measured.
 
-    Args:
+    Attributes:
         make_learner: as in `Passes`.
         num_steps: of the whole run.
     """
-    plan = plan_epoch(dataset, plan_settings, 0)
-    num_passes = num_steps * plan.num_batches // max(1, plan.num_steps)
+
+    model: Model
+    parts: Sequence[TrainedPart]
+    ranks: Ranks
+    make_learner: Callable[..., Learner]
+    dataset: Dataset
+    plan_settings: PlanSettings
+    num_steps: int
+    journal: Journal
+
+
+def choose_speed(config: TrainConfig, trial: SpeedTrial | None, run: MeasuredRun) -> TrainConfig:
+    """The settings with the choice in the place of `speed: auto`, and the model made so.
+
+    The choice is reported in the log and as an event `speed`.
+    """
+    if trial is None or config.speed != "auto":
+        return config
+    model, ranks, journal = run.model, run.ranks, run.journal
+    plan = plan_epoch(run.dataset, run.plan_settings, 0)
+    num_passes = run.num_steps * plan.num_batches // max(1, plan.num_steps)
     reason = _why_unmeasured(config, trial, model, ranks, num_passes)
     if reason is not None:
         journal.note(f"speed auto: nothing was measured: {reason}. Passes are made as set.")
@@ -149,10 +157,10 @@ def choose_speed(
     passes = Passes(
         config,
         model,
-        parts,
+        run.parts,
         ranks,
-        make_learner=make_learner,
-        works=[work_of(replace(planned, epoch=epoch), config, dataset, model, plan) for epoch in (0, 1)],
+        make_learner=run.make_learner,
+        works=[work_of(replace(planned, epoch=epoch), config, run.dataset, model, plan) for epoch in (0, 1)],
         clock=trial.clock,
         quiet=Journal(journal.folder, writes=False),
     )
@@ -167,7 +175,9 @@ def choose_speed(
     seconds = {name: round(one.seconds, 6) for name, one in choice.measured.items()}
     journal.report("speed", chosen=chosen, seconds=seconds, not_used=choice.not_used, num_passes=num_passes)
     journal.set_state("starting", message=None)
-    return config.replace(**chosen, speed="manual")
+    config = config.replace(**chosen, speed="manual")
+    prepare_speed(model, config)
+    return config
 
 
 @dataclass

@@ -131,12 +131,15 @@ def test_the_help_is_the_docstring_with_the_defaults(action: Action, capsys: pyt
 
 def test_controls_have_the_default_the_choices_and_the_words_of_the_record(action: Action) -> None:
     how = action.arguments
-    color = make_action_control(how["color"], "Color", titles={"red": "warm"})
+    color = make_action_control(how["color"], "Color", "9em", titles={"red": "warm"})
     assert (color.options, color.value) == ((("warm", "red"), ("blue", "blue")), "red")
-    near, word = make_action_control(how["near"], "near"), make_action_control(how["word"], "Word", placeholder="x")
+    near, word = (
+        make_action_control(how["near"], "near", "9em"),
+        make_action_control(how["word"], "Word", "9em", placeholder="x"),
+    )
     assert (type(near), near.value, type(word), word.value) == (widgets.Checkbox, True, widgets.Text, "")
-    assert make_action_control(how["cfgs"], "cfg").value == "1.0, 2.5"
-    count = make_action_control(how["count"], "Count", min=1, max=9)
+    assert make_action_control(how["cfgs"], "cfg", "9em").value == "1.0, 2.5"
+    count = make_action_control(how["count"], "Count", "9em", min=1, max=9)
     assert (type(count), count.value, count.max) == (widgets.BoundedIntText, 3, 9)
     assert {getattr(one, "tooltip", None) or one.description_tooltip for one in (color, word)} == {"of the shade"}
 

@@ -185,4 +185,4 @@ def test_a_candidate_is_compared_with_what_was_free_before_the_model(monkeypatch
     why_too_large = memory_check(Ranks(0, 1, torch.device("cpu")))
     room(monkeypatch, 0)
     answers = [why_too_large(config.replace(batch_size=number)) for number in (1, 4)]
-    assert answers == [None, "it does not fit (11.7 GiB estimated, 9.6 GiB available)"]
+    assert answers == [None, "it does not fit (10.0 GiB estimated, 9.6 GiB available)"]
