@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from everydream_kit.training import schedules
 from everydream_kit.training.optimizers import default_optimizer_name
-from everydream_kit.training.parts import PartSettings, not_inherited, part_settings
+from everydream_kit.training.parts import UNET, PartSettings, not_inherited, part_settings
 
 if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
+    from everydream_kit.models.family import Family
     from everydream_kit.training.journal import Journal
 
 
@@ -58,17 +59,14 @@ def announce_schedules(
     num_steps: int,
     journal: Journal,
     *,
-    titles: Mapping[str, str],
+    family: Family,
 ) -> None:
-    """Log each part's rate, and warn of settings of both that a part does not have.
-
-    Args:
-        titles: what the family calls a part, where that is not its name.
-    """
+    """Log each part's rate under its family's name for it, and warn of settings of both that a part does not have."""
     for how, schedule in zip(settings, schedules_by_part.values(), strict=True):
         for warning in not_inherited(config, how.part):
             journal.warn(warning)
-        announce_schedule(how, titles.get(how.part, how.part), schedule, num_steps, journal)
+        called = family.denoiser.folder if how.part == UNET else how.part
+        announce_schedule(how, called, schedule, num_steps, journal)
 
 
 def announce_schedule(

@@ -54,7 +54,7 @@ from everydream_kit.training.offload import IdleModels
 from everydream_kit.training.optimizers import AnyOptimizer, build_optimizer_for_parts, parameters_of
 from everydream_kit.training.parameters import TrainedPart
 from everydream_kit.training.part_schedules import announce_schedules, resolve_part, schedules_of
-from everydream_kit.training.parts import TEXT_ENCODER, UNET, PartSettings
+from everydream_kit.training.parts import TEXT_ENCODER, PartSettings
 from everydream_kit.training.plugins import caption_transform, image_transform, load_plugins
 from everydream_kit.training.precision import Precision
 from everydream_kit.training.prompt_file import sampled_texts
@@ -236,8 +236,7 @@ def build_learning(
     parts = select_trained(model, config, seed)
     settings = [resolve_part(part.name, config, device_type) for part in parts]
     make_schedules = partial(schedules_of, settings, config, ranks.num_ranks)
-    titles = {UNET: model.family.denoiser.folder}
-    announce_schedules(settings, make_schedules(num_steps), config, num_steps, journal, titles=titles)
+    announce_schedules(settings, make_schedules(num_steps), config, num_steps, journal, family=model.family)
     precision = precision_of(config, device_type)
     refuse_float16(config, model.family, precision)
     tile_large_images(model, precision)
@@ -268,15 +267,14 @@ def build_learning(
         idle_models=idle_models,
         is_sharded=sharding is not None,
     )
-    measured_run = MeasuredRun(model, parts, ranks, make_learner, dataset, plan_settings, num_steps, journal)
-    config = choose_speed(config, speed_trial, measured_run)
-    is_flat = lays_flat(config, device_type) and sharding is None
+    passes = MeasuredRun(model, parts, ranks, make_learner, dataset, plan_settings, num_steps, journal)
+    config = choose_speed(config, speed_trial, passes)
     optimizer = _build_optimizer(
-        config, model, parts, settings, ranks, seed=seed, device_type=device_type, flat=is_flat
+        config, model, parts, settings, ranks, seed=seed, device_type=device_type, is_sharded=sharding is not None
     )
     ema = build_ema(config, model, parts, num_steps, resumes=resumes)
-    learner = make_learner(config, optimizer=optimizer, precision=precision, ema=ema)
-    return config, RankSync(ranks, learner, sharding), latent_cache, make_schedules
+    sync = RankSync(ranks, make_learner(config, optimizer=optimizer, precision=precision, ema=ema), sharding)
+    return config, sync, latent_cache, make_schedules
 
 
 def _report_dataset(dataset: Dataset, num_steps: int, seed: int, journal: Journal) -> None:
@@ -384,7 +382,7 @@ def _build_optimizer(
     *,
     seed: int,
     device_type: str,
-    flat: bool,
+    is_sharded: bool,
 ) -> AnyOptimizer:
     return build_optimizer_for_parts(
         parts,
@@ -392,7 +390,7 @@ def _build_optimizer(
         device_type=device_type,
         rounding_seed=seed if config.weight_dtype == "bfloat16" else None,
         fused_backward=config.fused_backward,
-        flat=flat,
+        flat=lays_flat(config, device_type) and not is_sharded,
         buffer_numbers=numbers_of_a_buffer(config, model, ranks, device_type),
     )
 
