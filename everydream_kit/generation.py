@@ -34,9 +34,9 @@ def sample(
     prompts: str | Sequence[str],
     *,
     negative_prompt: str = "",
-    cfgs: Sequence[float] = (7.0,),
+    cfgs: Sequence[float] | None = None,
     scheduler: str = "ddim",
-    num_inference_steps: int = 30,
+    num_inference_steps: int | None = None,
     seed: int = default_of("seed"),
     num_images: int = 1,
     width: int | None = None,
@@ -54,10 +54,11 @@ def sample(
         checkpoint: diffusers folder, single file, Hub id, run folder (its last checkpoint), or `embedded`; in Python also a
             loaded model. Several are loaded one after the other and are side by side on the grid.
         prompts: what to generate.
-        cfgs: guidance scales; each prompt is generated at each, from the same noise.
+        cfgs: guidance scales; each prompt is generated at each, from the same noise. By default the one that is usual for
+            the model's family: 7 for Stable Diffusion, 4 to 5.5 for Z-Image, Anima and their like, 3.5 for FLUX.1.
         negative_prompt: what the images should not show.
         scheduler: denoising scheduler, by its name in the sample settings.
-        num_inference_steps: denoising steps of an image.
+        num_inference_steps: denoising steps of an image; by default as many as are usual for the family, 28 to 50.
         seed: of the first image of each prompt.
         num_images: images of each prompt, with seeds counting up from `seed`.
         width, height: in pixels; by default the model's own size.
@@ -79,7 +80,7 @@ def sample(
     from everydream_kit.models.sampling import SamplePrompt, sample_images
 
     _check_settings(
-        cfgs=list(cfgs),
+        cfgs=None if cfgs is None else list(cfgs),
         num_inference_steps=num_inference_steps,
         seed=seed,
         width=width,
@@ -92,14 +93,15 @@ def sample(
     texts: list[str] = _as_list("prompt", prompts)
     checkpoints: list[Checkpoint] = _as_list("checkpoint", checkpoint)
     wanted: list[SamplePrompt] = []
-    drawn = []
+    drawn, scales = [], tuple(cfgs or ())
     bases = _adapter_bases(checkpoints, adapter_base)
     for number, (each, base) in enumerate(zip(checkpoints, bases, strict=True)):
         model = open_for_sampling(each, lora=lora, vae=vae, adapter_base=base)
         _check_clip_skip(model, clip_skip)
-        side = native_size(model)
+        side, usual = native_size(model), model.family.sampler
+        scales = scales or (usual.cfg,)  # the first one's for all: they stand side by side on the grid
         wanted = [
-            SamplePrompt(text, negative_prompt, seed + index, width or side, height or side, tuple(cfgs))
+            SamplePrompt(text, negative_prompt, seed + index, width or side, height or side, scales)
             for text in texts
             for index in range(num_images)
         ]
@@ -107,7 +109,7 @@ def sample(
             model,
             wanted,
             scheduler=scheduler,
-            num_inference_steps=num_inference_steps,
+            num_inference_steps=num_inference_steps or usual.num_steps,
             clip_skip=clip_skip,
             progress=_part_of(progress, number, len(checkpoints)),
         )
@@ -136,7 +138,7 @@ _SETTINGS = {
 
 def _check_settings(**given: Any) -> None:
     for name, value in given.items():
-        problem = check_value(_SETTINGS[name], value)
+        problem = None if value is None else check_value(_SETTINGS[name], value)
         if problem is not None:
             raise ConfigError(f"{name}: {problem}")
 

@@ -74,6 +74,8 @@ def _describe_unknown(parser: argparse.ArgumentParser, word: str) -> str:
     from everydream_kit.config import OTHER_TRAINERS
 
     known = [flag for action in parser._actions for flag in action.option_strings]
+    if not word.startswith("-"):
+        return f"{word!r} belongs to no flag: the one before it takes fewer values; --help lists the flags."
     flag = word.split("=", maxsplit=1)[0]
     name = flag.lstrip("-").lower()
     meant = f"--{OTHER_TRAINERS.get(name, '')}"

@@ -163,7 +163,7 @@ def _report_outcome(run: Any) -> int:
     """Say where everything is. Returns the exit status: 0, or that of the signal which stopped the run."""
     status = run.status()
     print(f"\n{status['state']}: {run.folder}")
-    checkpoints = run.checkpoints()
+    checkpoints = run.checkpoints(averaged=False)
     if checkpoints:
         print(f"checkpoint: {checkpoints[-1].folder}")
     files = [path for event in run.events("saved") for path in event["files"]]

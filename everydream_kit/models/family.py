@@ -180,7 +180,7 @@ class SamplerSpec:
         kind: `diffusion`: any scheduler over the model's own betas; `flow`: Euler over shifted sigmas.
         guidance: `cfg`: two predictions; `embedded`: the scale is an input of the denoiser; `none`: distilled away.
         size_multiple: sides in pixels must be multiples of it.
-        num_steps, cfg: sensible values, for advice.
+        num_steps, cfg: usual values, which `generation.sample` takes unless others are given.
         mu: (scheduler's config, width, height, steps) -> logarithm of the shift in sampling, for schedulers whose shift
             follows the image's size.
         after_guidance: (guided prediction, the caption's own) -> what is used of them.

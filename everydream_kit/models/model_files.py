@@ -163,6 +163,14 @@ def recognize_configs(where: str, configs: Mapping[str, Config]) -> Family:
         if own is not None and is_of_class and family.matches_configs(configs):
             return family
     own = configs.get("transformer")
+    for family in FAMILIES.values():
+        missing = [part.folder for part in family.components if part.folder not in configs]
+        if own and own.get("_class_name") == family.denoiser.class_name and missing:
+            raise ModelError(f"{where}: {missing[0]}/config.json is missing, and {family.title} needs it.")
+    if own is not None and "_class_name" not in own:
+        raise ModelError(
+            f"{where}: transformer/config.json names no class (_class_name). Take it from the model's source."
+        )
     if own is not None:
         raise ModelError(
             f"{where}: this model is a diffusion transformer ({own.get('_class_name')} with {own.get('in_channels')} channels "

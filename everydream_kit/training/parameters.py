@@ -141,7 +141,7 @@ def _union(names: Sequence[str], patterns: Iterable[str], setting: str) -> set[s
         if not matches:
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
             raise ConfigError(
-                f"{setting}: {pattern!r} is found in no parameter of the UNet"
+                f"{setting}: {pattern!r} is found in no parameter of the denoiser"
                 + (f"; one of them is {near[0]}" if near else "")
             )
         found.update(matches)

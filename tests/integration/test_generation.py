@@ -34,6 +34,16 @@ def test_each_prompt_seed_and_cfg_is_a_file_with_its_settings_and_there_is_a_gri
     assert paths[-1].name == "sheet.png"
 
 
+def test_guidance_and_steps_are_the_familys_unless_given(tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    [path] = sample(
+        tiny_folder("flux1"), "a cat", width=64, height=64, out=tmp_path, progress=lambda *done: steps.append(done)
+    )
+    assert steps[-1] == (28, 28)
+    with Image.open(path) as image:
+        assert "CFG scale: 3.5" in image.info["parameters"]
+
+
 def test_several_checkpoints_stand_side_by_side(
     tmp_path: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,6 +57,14 @@ MIXES = {
 
 
 @WAYS
+def test_a_part_that_is_missing_is_named(use: Callable[..., Any], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder("anima"), tmp_path / "base")
+    shutil.rmtree(folder / "text_conditioner")
+    with pytest.raises(ModelError, match=r"text_conditioner/config\.json is missing, and Anima needs it"):
+        use(folder)
+
+
+@WAYS
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_part_of_another_family_is_named(mix: str, use: Callable[..., Any], tmp_path: Path) -> None:
     family, part, other, words = MIXES[mix]

@@ -56,6 +56,11 @@ def test_a_name_of_another_trainer_is_understood(word: str, meant: str, capsys: 
     assert (status, f"unknown flag {word}; did you mean --{meant}?" in text) == (2, True)
 
 
+def test_a_value_too_many_is_no_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = problem_of(["train", "--quantization", "int8", "nf4"], capsys)
+    assert (status, "'nf4' belongs to no flag" in text, "unknown flag" in text) == (2, True, False)
+
+
 @pytest.mark.parametrize("flag", ["--lowvram", "--useadam8bit", "--resume_ckpt_variant=fp16"])
 def test_resume_knows_the_flags_that_train_knows(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, text = problem_of(["resume", str(tmp_path / "none"), flag], capsys)

@@ -127,7 +127,7 @@ def test_regular_expressions_choose_unet_parameters():
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        (["atn2"], r"unet_train_layers: 'atn2' is found in no parameter of the UNet; one of them"),
+        (["atn2"], r"unet_train_layers: 'atn2' is found in no parameter of the denoiser; one of them"),
         (["(attn"], r"unet_train_layers: '\(attn' is not a regular expression"),
     ],
 )
