@@ -44,7 +44,13 @@ from everydream_kit.preflight.tracker import (
     StorageTracker,
 )
 from everydream_kit.runs import RunFolder
-from everydream_kit.training.base import choose_formats, choose_idle_modules, precision_of, select_trained
+from everydream_kit.training.base import (
+    choose_formats,
+    choose_idle_modules,
+    precision_of,
+    refuse_float16,
+    select_trained,
+)
 from everydream_kit.training.flat import flat_optimizers
 from everydream_kit.training.graphs import why_eager
 from everydream_kit.training.journal import Journal
@@ -88,6 +94,8 @@ def rehearse(asked: Question) -> MemoryEstimate:
         stack.enter_context(_quiet())
         logdir = stack.enter_context(tempfile.TemporaryDirectory())
         config = _as_on(device_type, asked.has_bf16, asked.config)
+        # with the settings as they were asked for: the answer to a GPU without bfloat16 is another than to `amp_dtype fp16`
+        refuse_float16(asked.config, asked.architecture.files.family, precision_of(config, device_type))
         model = build_skeleton(asked.architecture, choose_formats(config, precision_of(config, device_type)))
         select_trained(model, config, config.seed)  # on meta: adapters are drawn at random
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -86,16 +86,16 @@ def test_a_dry_run_loads_no_model(folder):
 
 
 def test_a_broken_image_is_named_and_the_others_are_captioned(folder, tiny_blip, monkeypatch):
-    from everydream_kit.data import captioning
+    from everydream_kit.data import tagging
 
-    scan = captioning.scan_dataset
+    scan = tagging.scan_dataset
 
     def break_after_the_scan(root):
         dataset = scan(root)
         (folder / "one.png").write_bytes((folder / "one.png").read_bytes()[:60])
         return dataset
 
-    monkeypatch.setattr(captioning, "scan_dataset", break_after_the_scan)
+    monkeypatch.setattr(tagging, "scan_dataset", break_after_the_scan)
     report = auto_caption(folder, model=tiny_blip, max_new_tokens=4)
     assert [p.path.endswith("one.png") for p in report.problems] == [True]
     assert "three" in captions(folder)

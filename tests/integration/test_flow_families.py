@@ -29,8 +29,9 @@ LONG = "ugly, blurred, and much longer than the other prompt"
 
 
 SHORT_TEXTS = {
-    **{"qwen_text.MAX_TOKENS": 48, "flux1.MAX_TOKENS": 48, "krea2.INSTRUCTION": "", "krea2.NUM_INSTRUCTION": 0},
-    **{"qwen_image.TEMPLATE": "{}", "qwen_image.DROPPED": 0},
+    **{"qwen_text.MAX_TOKENS": 48, "families.flux1.MAX_TOKENS": 48},
+    **{"families.krea2.INSTRUCTION": "", "families.krea2.NUM_INSTRUCTION": 0},
+    **{"families.qwen_image.TEMPLATE": "{}", "families.qwen_image.DROPPED": 0},
 }
 """Less padding and less template to attend to, where only the objective matters."""
 

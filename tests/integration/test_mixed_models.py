@@ -82,7 +82,7 @@ def test_a_family_or_vae_that_is_given_wrongly_is_to_be_left_out(use: Callable[.
     folder = tiny_folder("anima")
     with pytest.raises(ModelError, match=r"anima: family: this is Anima, and no Z-Image\. Leave family out"):
         use(folder, family="z_image")
-    with pytest.raises(ModelError, match=r"vae: it is used with its own \(Anima\)\. Leave it out"):
+    with pytest.raises(ModelError, match=r"vae: it is used with its own VAE \(Anima\)\. Leave it out"):
         use(folder, vae=folder)
 
 

@@ -30,8 +30,8 @@ def test_what_is_left_as_it_is_is_left_to_the_function(tmp_path):
     panel.controls["checkpoint"].value, panel.controls["prompts"].value = "a\nb\n", "a jet, at night"
     assert panel.given()["checkpoint"] == ["a", "b"]
     assert panel.given()["prompts"] == ["a jet, at night"]
-    assert panel.given()["cfgs"] == [7.0]
-    assert not {"width", "lora", "progress"} & panel.given().keys()
+    assert panel.given()["scheduler"] == "ddim"
+    assert not {"cfgs", "num_inference_steps", "width", "lora", "progress"} & panel.given().keys()
     panel.controls["cfgs"].value, panel.controls["width"].value = "3, 7.5", "96"
     assert (panel.given()["cfgs"], panel.given()["width"]) == ([3.0, 7.5], 96)
     push = panels.action(tmp_path / "jets", "push")
