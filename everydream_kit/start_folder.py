@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from everydream_kit.config import TrainConfig
+from everydream_kit.config import TrainConfig, facts
 from everydream_kit.errors import JobError
 from everydream_kit.runs import RunFolder
 from everydream_kit.strict_json import read_json
@@ -19,11 +19,6 @@ logger = logging.getLogger(__name__)
 
 KEY = "started_in"
 """In the run's `environment.json`."""
-PATHS = (
-    *("resume_ckpt", "vae", "data_root", "latent_cache_dir", "optimizer_config", "ema_resume_model", "sample_prompts"),
-    *("validation_config", "validation_data_root", "validation_extra_data_roots", "logdir", "save_ckpt_dir"),
-)
-"""Settings that may be paths, or hold some."""
 
 
 def read_start_folder(run_folder: Path) -> Path | None:
@@ -40,7 +35,7 @@ def with_paths_from(config: TrainConfig, start_folder: Path | None) -> tuple[Tra
     """A config whose relative paths lead where they did, and a sentence for each that is taken from there."""
     changes: dict[str, Any] = {}
     if start_folder is not None and start_folder != Path.cwd():
-        for name in PATHS:
+        for name in (name for name, one in facts().items() if one.holds_path):
             value = getattr(config, name)
             found = _found(value, start_folder)
             if found != value:

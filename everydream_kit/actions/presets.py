@@ -15,13 +15,13 @@ from typing import Any
 
 from everydream_kit.actions.bases import start_values
 from everydream_kit.atomic import write_atomic
-from everydream_kit.config import EMBEDDED_MODEL
+from everydream_kit.config import EMBEDDED_MODEL, facts
 from everydream_kit.demo.main import TRAINING
 from everydream_kit.errors import ConfigError
 from everydream_kit.strict_json import read_json
 
-KEPT = ("resume_ckpt", "data_root", "project_name", "run_name", "logdir", "save_ckpt_dir", "sample_prompts")
-"""What is trained, on what and where to: no saved preset and no reset changes these."""
+OF_PROJECT = tuple(name for name, one in facts().items() if one.of_project)
+"""What is trained, on what, and where to."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,12 @@ def with_preset(own: Mapping[str, Any], settings: Mapping[str, Any], touched: fr
     Args:
         own: all values as the person had set them.
         settings: of the preset; none at all is the kit's defaults.
-        touched: settings that go back to where the form began; None: all but those in `KEPT`.
+        touched: settings that go back to where the form began; None: all but those in `OF_PROJECT`.
     """
     base = settings.get("resume_ckpt", own.get("resume_ckpt"))
     start = start_values(base)
     back = start.keys() if touched is None else touched & start.keys()
-    return {**own, **{name: start[name] for name in back if name not in KEPT}, "resume_ckpt": base, **settings}
+    return {**own, **{name: start[name] for name in back if name not in OF_PROJECT}, "resume_ckpt": base, **settings}
 
 
 class SavedPresets:
@@ -135,7 +135,7 @@ class SavedPresets:
         taken = {preset.title.lower() for preset in PRESETS.values()}
         if not name.strip() or name.strip().lower() in taken:
             raise ConfigError("Give the preset a name of its own.")
-        chosen = {key: value for key, value in settings.items() if key not in KEPT}
+        chosen = {key: value for key, value in settings.items() if key not in OF_PROJECT}
         self._write({**self.read(), name.strip(): chosen})
 
     def remove(self, name: str) -> None:

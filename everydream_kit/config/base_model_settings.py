@@ -19,7 +19,7 @@ class BaseModelGroup(Group):
         str,
         Field(min_length=1),
         Knob(basic=True, memory="the model's own size", when="always: it is the model you start from"),
-        Facts(EVERYTHING, "never", names="base model"),
+        Facts(EVERYTHING, "never", names="base model", holds_path=True, of_project=True),
     ]
     """Base model: a diffusers folder, a `.safetensors` or `.ckpt` file, a Hugging Face Hub id, or `findlast` for the
     latest checkpoint of this project. `embedded` is the small model that ships with the kit."""
@@ -50,20 +50,27 @@ class BaseModelGroup(Group):
     prediction_type: Annotated[
         Literal["epsilon", "v_prediction", "sample"] | None,
         Knob(when="a single file does not say that it is a v-prediction model"),
-        Facts(RESULT, "resume", families=DIFFUSION),
+        Facts(RESULT, "resume", families=DIFFUSION, refusal="flow matching predicts the velocity from image to noise"),
     ] = None
     """What the UNet predicts. Recognized from the files unless given."""
     vae: Annotated[
         str | None,
         Knob(when="a single file holds no VAE, or another VAE is to go with the model"),
-        Facts(RESULT, "resume", names="file or folder of the VAE", families=DIFFUSION),
+        Facts(
+            RESULT,
+            "resume",
+            names="file or folder of the VAE",
+            families=DIFFUSION,
+            refusal="it is used with its own VAE",
+            holds_path=True,
+        ),
     ] = None
     """VAE to use in place of the base's own, or where a single file holds none: its file, or a diffusers folder."""
     clip_skip: Annotated[
         int,
         Field(ge=0, le=4),
         Knob(basic=True, unit="layers", when="an SD 1 base was trained so, as many anime models were: 2"),
-        Facts(EVERYTHING, "resume", families=DIFFUSION),
+        Facts(EVERYTHING, "resume", families=DIFFUSION, refusal="the layers of its text encoder are fixed"),
     ] = 0
     """Which hidden layer of the text encoder is used, counted from the end: 0 and 1 are the last, 2 the penultimate, with
     the final layer norm. SD 2's encoder ends at the layer that it was trained with, the penultimate of the original, so 0 is

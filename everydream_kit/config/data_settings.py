@@ -26,7 +26,13 @@ class DataGroup(Group):
     data_root: Annotated[
         str | list[str] | dict[str, Any],
         Knob(basic=True, when="always: the folder with your captioned images"),
-        Facts(RESULT, "resume", names="folder, archive or Hub dataset with the training images"),
+        Facts(
+            RESULT,
+            "resume",
+            names="folder, archive or Hub dataset with the training images",
+            holds_path=True,
+            of_project=True,
+        ),
     ] = "input"
     """Dataset: a folder, a `.json` index, a `.zip` or `.tar` archive, a Hub dataset id, a list of these, or EveryDream 2's
     `{"resolver": "multi", ...}`."""
@@ -108,7 +114,7 @@ class DataGroup(Group):
     latent_cache_dir: Annotated[
         str | None,
         Knob(when="the default disk is small or slow"),
-        Facts(NOTHING, "resume", names="folder that the latent cache is written to"),
+        Facts(NOTHING, "resume", names="folder that the latent cache is written to", holds_path=True),
     ] = None
     """Where the disk cache lives; by default `.edk_cache` next to the run folders."""
     rated_dataset: Annotated[

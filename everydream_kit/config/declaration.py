@@ -29,7 +29,7 @@ EVERYTHING: tuple[Effect, ...] = ("memory", "speed", "result")
 
 DIFFUSION: tuple[FamilyName, ...] = ("sd1", "sd2", "sdxl")
 FLOW: tuple[FamilyName, ...] = tuple(name for name in get_args(FamilyName) if name not in DIFFUSION)
-"""Families by what they learn. What a family refuses, with the reasons, is in `models` (`Family.refuses`)."""
+"""Families by what they learn."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Facts:
         change: the latest moment at which it may change: "never" after the run began, on a "resume", or "live".
         kinds: training kinds that it has a meaning for.
         families: model families that it has a meaning for.
+        refusal: why a run with any other family is refused where it is set; "it" is that family. Empty: a warning is enough.
         needs: settings of which one must be on, or it has no effect.
         unless: settings of which each, where it is on, takes its effect away.
         follows: settings without which its value may be an error: in a fetched run it waits for them.
@@ -70,12 +71,15 @@ class Facts:
         names: what it names outside the run (code, a path, a repository, a service), which a fetched run must not
             decide; empty for a setting that names nothing.
         decided_here: whoever fetches a run decides it.
+        holds_path: a path, or paths in a list or an object, which may be relative to the folder that a run is started in.
+        of_project: what is trained, on what, and where to. Presets, settings files and a reset leave it as it is.
     """
 
     affects: tuple[Effect, ...]
     change: Change
     kinds: tuple[TrainingKind, ...] = ("full", "lora", "textual_inversion")
     families: tuple[FamilyName, ...] = get_args(FamilyName)
+    refusal: str = ""
     needs: tuple[str, ...] = ()
     unless: tuple[str, ...] = ()
     follows: tuple[str, ...] = ()
@@ -83,6 +87,8 @@ class Facts:
     optimizer_argument: bool = False
     names: str = ""
     decided_here: bool = False
+    holds_path: bool = False
+    of_project: bool = False
 
 
 class Group(BaseModel):

@@ -22,19 +22,29 @@ class ObjectiveGroup(Group):
     min_snr_gamma: Annotated[
         Annotated[float, Field(gt=0)] | None,
         Knob(when="faster convergence on larger sets: 5"),
-        Facts(MEMORY_AND_RESULT, "resume", families=DIFFUSION),
+        Facts(
+            MEMORY_AND_RESULT,
+            "resume",
+            families=DIFFUSION,
+            refusal="diffusion's noise schedule defines it; flow matching has weighting_scheme",
+        ),
     ] = None
     """Min-SNR weighting (arXiv 2303.09556): min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v-prediction."""
     debiased_estimation: Annotated[
         bool,
         Knob(when="instead of min_snr_gamma, for epsilon models"),
-        Facts(MEMORY_AND_RESULT, "resume", families=DIFFUSION),
+        Facts(
+            MEMORY_AND_RESULT,
+            "resume",
+            families=DIFFUSION,
+            refusal="diffusion's noise schedule defines it; flow matching has weighting_scheme",
+        ),
     ] = False
     """Weigh by 1 / sqrt(SNR) (arXiv 2310.08442), bounded."""
     enable_zero_terminal_snr: Annotated[
         bool,
         Knob(when="a v-prediction model should reach true black and white"),
-        Facts(RESULT, "resume", families=DIFFUSION),
+        Facts(RESULT, "resume", families=DIFFUSION, refusal="flow matching ends in pure noise already"),
     ] = False
     """Rescale the noise schedule to zero terminal SNR (arXiv 2305.08891). Needs a v-prediction model."""
     zero_frequency_noise_ratio: Annotated[
@@ -84,14 +94,24 @@ class ObjectiveGroup(Group):
     timestep_shift: Annotated[
         Annotated[float, Field(gt=0, le=100)] | None,
         Knob(when="a flow model should learn more composition (higher) or more detail (lower)"),
-        Facts(RESULT, "resume", families=FLOW),
+        Facts(
+            RESULT,
+            "resume",
+            families=FLOW,
+            refusal="it is for flow matching; diffusion has timestep_start, timestep_end and timestep_sampling",
+        ),
     ] = None
     """Flow matching: factor by which noise levels are moved upward, s·u / (1 + (s - 1)·u). By default what the model
     was trained with, fixed or by the number of tokens of each bucket; 1 leaves them where they are drawn."""
     weighting_scheme: Annotated[
         Literal["none", "sigma_sqrt", "cosmap"],
         Knob(when="a flow model should weigh fine detail more: sigma_sqrt, with timestep_start 50 or more"),
-        Facts(RESULT, "resume", families=FLOW),
+        Facts(
+            RESULT,
+            "resume",
+            families=FLOW,
+            refusal="it is for flow matching; diffusion has min_snr_gamma and debiased_estimation",
+        ),
     ] = "none"
     """Flow matching: weight of each noise level. `sigma_sqrt` is 1 / sigma², `cosmap` 2 / (π (1 - 2 sigma + 2 sigma²))
     (arXiv 2403.03206)."""

@@ -40,7 +40,7 @@ class OptimizerGroup(Group):
     optimizer_config: Annotated[
         str | dict[str, Any] | None,
         Knob(when="you have an `optimizer.json` of EveryDream 2"),
-        Facts(EVERYTHING, "resume", names="optimizer file, or a Python class in it"),
+        Facts(EVERYTHING, "resume", names="optimizer file, or a Python class in it", holds_path=True),
     ] = None
     """EveryDream 2's `optimizer.json`: a path, or the object itself. What it says becomes the settings here; a setting that
     is given next to it wins."""
@@ -139,7 +139,7 @@ class OptimizerGroup(Group):
     lora_text_encoder: Annotated[
         bool,
         Knob(when="new words should be learned as well"),
-        Facts(EVERYTHING, "never", kinds=("lora",), families=DIFFUSION),
+        Facts(EVERYTHING, "never", kinds=("lora",), families=DIFFUSION, refusal="its text encoder is never trained"),
     ] = False
     """Give the text encoders an adapter, too."""
     lora_form: Annotated[
@@ -158,6 +158,12 @@ class OptimizerGroup(Group):
     new_tokens: Annotated[
         dict[str, str] | None,
         Knob(when="training_kind is textual_inversion"),
-        Facts(MEMORY_AND_RESULT, "never", kinds=("textual_inversion",), families=DIFFUSION),
+        Facts(
+            MEMORY_AND_RESULT,
+            "never",
+            kinds=("textual_inversion",),
+            families=DIFFUSION,
+            refusal="it learns no new words; train a LoRA",
+        ),
     ] = None
     """Textual inversion: `{"<my-cat>": "cat"}`, each new token with the word whose embedding it starts from."""

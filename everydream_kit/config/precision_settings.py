@@ -84,7 +84,14 @@ class PrecisionGroup(Group):
             memory="as `quantization`, of a language model that encodes captions",
             when="encoding captions takes more memory than the steps of a LoRA",
         ),
-        Facts(EVERYTHING, "resume", kinds=("lora",), families=FLOW, fsdp2=("none",)),
+        Facts(
+            EVERYTHING,
+            "resume",
+            kinds=("lora",),
+            families=FLOW,
+            refusal="it is for language models; CLIP's text encoders are small",
+            fsdp2=("none",),
+        ),
     ] = "none"
     """Keep a language model that encodes the captions of a LoRA (Qwen3 or Qwen-VL, T5 of FLUX.1) in 8 or 4 bits, as
     `quantization` does with the transformer. Captions are then encoded slightly otherwise than by apps that sample with the
@@ -171,7 +178,12 @@ class PrecisionGroup(Group):
     attn_type: Annotated[
         Literal["sdp", "slice", "xformers"],
         Knob(when="slice when even one image does not fit"),
-        Facts(MEMORY_AND_SPEED, "resume", families=DIFFUSION),
+        Facts(
+            MEMORY_AND_SPEED,
+            "resume",
+            families=DIFFUSION,
+            refusal="transformers have torch's own attention only; lower batch_size to save memory",
+        ),
     ] = "sdp"
     """Attention: torch's own, or sliced to save memory. `xformers` is taken as `sdp`, with a warning."""
     gpuid: Annotated[
@@ -244,6 +256,7 @@ class EmaGroup(Group):
             "resume",
             needs=("ema_decay_rate", "ema_strength_target"),
             names="checkpoint that the average starts from",
+            holds_path=True,
         ),
     ] = None
     """Checkpoint from which the average starts; `findlast` for the latest EMA checkpoint."""

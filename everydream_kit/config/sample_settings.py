@@ -47,7 +47,7 @@ class SampleGroup(Group):
     sample_prompts: Annotated[
         str,
         Knob(basic=True, when="always: prompts that show what you teach"),
-        Facts(MEMORY, "live", names="file of sample prompts"),
+        Facts(MEMORY, "live", names="file of sample prompts", holds_path=True, of_project=True),
     ] = "sample_prompts.txt"
     """File of prompts: one per line, or a JSON object with cfgs, scheduler, seeds and sizes. It may be edited
     while a run trains; a mistake in it is a warning."""
@@ -109,7 +109,7 @@ class ValidationGroup(Group):
     validation_config: Annotated[
         str | dict[str, Any] | None,
         Knob(when="you have a `validation_default.json` of EveryDream 2"),
-        Facts(MEMORY_AND_RESULT, "resume", names="validation file, or folders in it"),
+        Facts(MEMORY_AND_RESULT, "resume", names="validation file, or folders in it", holds_path=True),
     ] = None
     """EveryDream 2's `validation_default.json`: a path, or the object itself. What it says becomes the settings here; a
     setting that is given next to it wins."""
@@ -129,13 +129,19 @@ class ValidationGroup(Group):
     validation_data_root: Annotated[
         str | None,
         Knob(when="validation_split_mode is manual"),
-        Facts(NOTHING, "resume", needs=("validation_split_mode",), names="folder with the validation images"),
+        Facts(
+            NOTHING,
+            "resume",
+            needs=("validation_split_mode",),
+            names="folder with the validation images",
+            holds_path=True,
+        ),
     ] = None
     """Dataset that a manual split measures."""
     validation_extra_data_roots: Annotated[
         dict[str, str] | None,
         Knob(when="some images should have a curve of their own"),
-        Facts(MEMORY, "resume", names="folders with further validation images"),
+        Facts(MEMORY, "resume", names="folders with further validation images", holds_path=True),
     ] = None
     """Further datasets to measure, by name: `{"cats": "input/cats"}` gives the curve `loss/cats`."""
     validation_every_n_epochs: Annotated[

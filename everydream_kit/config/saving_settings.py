@@ -20,23 +20,32 @@ class SavingGroup(Group):
             unit='up to 100 characters, none of / \\ : * ? " < > |',
             when="always: it names the run folder and checkpoints",
         ),
-        Facts(NOTHING, "never"),
+        Facts(NOTHING, "never", of_project=True),
     ] = "myproj"
     """Names runs and checkpoints."""
     run_name: Annotated[
-        str | None, Knob(when="Weights & Biases should show another name"), Facts(NOTHING, "resume", needs=("wandb",))
+        str | None,
+        Knob(when="Weights & Biases should show another name"),
+        Facts(NOTHING, "resume", needs=("wandb",), of_project=True),
     ] = None
     """Name of the run for Weights & Biases; by default the run folder's."""
     logdir: Annotated[
         str,
         Knob(basic=True, when="another disk should hold the run folders"),
-        Facts(NOTHING, "never", names="folder that holds the run folders", decided_here=True),
+        Facts(
+            NOTHING,
+            "never",
+            names="folder that holds the run folders",
+            decided_here=True,
+            holds_path=True,
+            of_project=True,
+        ),
     ] = "logs"
     """Folder that holds the run folders: logs, samples and checkpoints in diffusers form."""
     save_ckpt_dir: Annotated[
         str | None,
         Knob(basic=True, when="single files should land in your image app's models folder"),
-        Facts(NOTHING, "resume", names="folder that single files are written to"),
+        Facts(NOTHING, "resume", names="folder that single files are written to", holds_path=True, of_project=True),
     ] = None
     """Folder for single-file `.safetensors` checkpoints; by default the working folder."""
     ckpt_every_n_minutes: Annotated[

@@ -143,10 +143,12 @@ def make_report(
     """Look through a dataset.
 
     Args:
-        dataset: the images. settings: batch size and resolutions that it will be trained at. near_duplicates: look
-        for images that look alike, which decodes every one, and so finds broken ones, too. count_tokens: the number
-        of tokens of a text, without start and end mark; None: long captions are not looked for. max_tokens: the text
-        encoder's window. progress: called with the number of images decoded so far.
+        dataset: the images.
+        settings: batch size and resolutions that it will be trained at.
+        near_duplicates: look for images that look alike, which decodes every one, and so finds broken ones, too.
+        count_tokens: the number of tokens of a text, without start and end mark; None: long captions are not looked for.
+        max_tokens: the text encoder's window.
+        progress: called with the number of images decoded so far.
     """
     duplicates = find_duplicates(dataset, near=near_duplicates, progress=progress)
     buckets, num_images, num_steps = fill_buckets(dataset, settings)

@@ -45,9 +45,9 @@ class Remembered:
     def __init__(self, dataset: Dataset | None = None, in_folder_order: bool = True) -> None:
         """
         Args:
-            dataset: what was remembered. in_folder_order: images of a folder lie together, sorted by name. Then a
-            few of them are found by bisection,
-                and no table of all names is needed.
+            dataset: what was remembered.
+            in_folder_order: the images of a folder follow each other, sorted by name, so that bisection finds them without
+                a table of all names.
         """
         self._dataset = dataset
         self._folders: dict[str, tuple[int, int]] = {}

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from everydream_kit.config import facts
 from everydream_kit.errors import ConfigError
 from everydream_kit.models.conditioning import Conditioning as Conditioning  # noqa: PLC0414 - known from here
 from everydream_kit.models.conditioning import join_conditioning as join_conditioning  # noqa: PLC0414
@@ -45,7 +46,8 @@ class Sizes:
     Attributes:
         original_sizes: (width, height) of each file.
         crop_top_lefts: (left, top) cut away from each, at the target's scale.
-        target_size: (width, height) of the batch. numbers: what `Family.size_numbers` makes of all, already on the device.
+        target_size: (width, height) of the batch.
+        numbers: what `Family.size_numbers` makes of all, already on the device.
     """
 
     original_sizes: Sequence[tuple[int, int]]
@@ -250,27 +252,32 @@ class Family:
     """Everything that differs between model families.
 
     Attributes:
-        name: key in `FAMILIES`, and the name of the folder of shipped configs. title: for messages and model cards.
+        name: key in `FAMILIES`, and the name of the folder of shipped configs.
+        title: for messages and model cards.
         pipeline_class: diffusers' pipeline, written into `model_index.json`; a modular one has an index of its own, too
-        (`model_files.MODULAR_INDEX`). denoiser, vae: the components of these
-            roles.
-        text_encoders: in the order of `Model.text_encoders`. objective: what it learns, by name
-        (`training.objectives.OBJECTIVES`). encode_prompt, predict, latent_space, sampler, layout: see their types.
-        count_windows: (model, texts) -> windows of the text encoder that the longest of them fills. shift: (scheduler's
-        config, width, height in pixels) -> factor by which flow matching moves its noise levels upward; 1 for
-        diffusion.
-        lora_targets: names or regular expressions of the layers that a LoRA adapts by default.
+            (`model_files.MODULAR_INDEX`).
+        text_encoders: in the order of `Model.text_encoders`.
+        encode_prompt, predict, latent_space, layout, sampler: see their types.
+        modelspec_architecture: as single-file metadata names it (stability.ai's modelspec).
+        kohya_base: as kohya-style LoRA metadata names it (`ss_base_model_version`).
         matches_configs: whether the configs ("unet", "text_encoder", ...) of a diffusers folder with this denoiser are of
-        this family. matches_keys: whether the names and shapes in a denoiser's file, without a prefix, are of this family;
-        whole checkpoints are known by their text encoder's prefix. modelspec_architecture: as
-        single-file metadata names it (stability.ai's modelspec). kohya_base: as kohya-style LoRA metadata names it
-        (`ss_base_model_version`). resolution: side in pixels that the family was trained at, given the prediction type.
-        index: what else `model_index.json` holds. legacy_config: content of the `.yaml` that old UIs require next to a single
-        file, given the prediction type, or None. zeros_for_empty: its denoiser was trained with zeros in place of a
-        dropped caption's embeddings, not with the encoded empty text. refuses: setting -> why it has no meaning here.
-        distilled: a model's name -> why it should not be trained on, or None. prompt_version: what encoded captions depend
-        on, apart from the text encoders' weights: template and layers. size_numbers: (sizes, B) -> (B, n) float32 on the
-        host, what its denoiser is told of them.
+            this family.
+        matches_keys: whether the names and shapes in a denoiser's file, without a prefix, are of this family; complete
+            checkpoints are recognized by their text encoder's prefix.
+        resolution: side in pixels that the family was trained at, given the prediction type.
+        denoiser, vae: the components of these roles.
+        objective: what it learns, by name (`training.objectives.OBJECTIVES`).
+        count_windows: (model, texts) -> windows of the text encoder that the longest of them fills.
+        shift: (scheduler's config, width, height in pixels) -> factor by which flow matching moves its noise levels upward;
+            1 for diffusion.
+        lora_targets: names or regular expressions of the layers that a LoRA adapts by default.
+        index: what else `model_index.json` holds.
+        legacy_config: content of the `.yaml` that old UIs require next to a single file, given the prediction type, or None.
+        zeros_for_empty: its denoiser was trained with zeros in place of a dropped caption's embeddings, not with the encoded
+            empty text.
+        distilled: a model's name -> why it should not be trained on, or None.
+        prompt_version: what encoded captions depend on, apart from the text encoders' weights: template and layers.
+        size_numbers: (sizes, B) -> (B, n) float32 on the host: the denoiser's condition on sizes; None: it has none.
     """
 
     name: str
@@ -296,7 +303,6 @@ class Family:
     index: Mapping[str, Any] = field(default_factory=dict)
     legacy_config: Callable[[str], dict[str, Any] | None] = lambda prediction_type: None
     zeros_for_empty: bool = False
-    refuses: Mapping[str, str] = field(default_factory=dict)
     distilled: Callable[[str], str | None] = lambda source: None
     prompt_version: str = ""
     size_numbers: Callable[[Sizes, int], torch.Tensor] | None = None
@@ -309,6 +315,11 @@ class Family:
             for slot in self.text_encoders
         )
         return (self.denoiser, self.vae, *texts)
+
+    @property
+    def refuses(self) -> dict[str, str]:
+        """Settings that have no meaning for it -> why, as their declarations say."""
+        return {name: one.refusal for name, one in facts().items() if one.refusal and self.name not in one.families}
 
     def component(self, folder: str) -> Component:
         """The component of this folder."""

@@ -17,19 +17,6 @@ PREDICTION = "flow_prediction"
 PATCH_PIXELS = 16
 """Side of the square that one token of the transformers stands for."""
 
-REFUSES = {
-    "clip_skip": "the layers of its text encoder are fixed",
-    "prediction_type": "flow matching predicts the velocity from image to noise",
-    "min_snr_gamma": "diffusion's noise schedule defines it; flow matching has weighting_scheme",
-    "debiased_estimation": "diffusion's noise schedule defines it; flow matching has weighting_scheme",
-    "enable_zero_terminal_snr": "flow matching ends in pure noise already",
-    "vae": "it is used with its own VAE",
-    "lora_text_encoder": "its text encoder is never trained",
-    "new_tokens": "it learns no new words; train a LoRA",
-    "attn_type": "transformers have torch's own attention only; lower batch_size to save memory",
-}
-"""Settings that mean nothing for a flow transformer behind frozen text encoders, and why; "it" is the family."""
-
 
 def flow_scheduler(scheduler_config: Mapping[str, Any]) -> Any:
     """diffusers' Euler scheduler for flow matching, by a model's own settings."""

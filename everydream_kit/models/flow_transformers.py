@@ -14,7 +14,7 @@ from typing import Literal
 
 from everydream_kit.models.convert import UNET_PREFIX, known_start
 from everydream_kit.models.family import Component, Config, Family, Layout, ModelFiles, Shapes
-from everydream_kit.models.flow import REFUSES, says_distilled, shift_of
+from everydream_kit.models.flow import says_distilled, shift_of
 from everydream_kit.models.tensors import Tensors, concatenated, halves_swapped, row_shares
 
 FOLDER = "transformer"
@@ -25,7 +25,7 @@ Names = Mapping[str, str]
 """diffusers' names of layers and weights, or their starts -> the file's. Layers that are one in the file have the same
 name there, and stand in order."""
 
-flow_family = partial(Family, objective="flow", shift=shift_of, refuses=REFUSES)
+flow_family = partial(Family, objective="flow", shift=shift_of)
 """A family's record, with what is so in nearly all of flow matching."""
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from everydream_kit.actions.bases import recognize_family, settings_of_other_families, suggested_settings
-from everydream_kit.actions.presets import SavedPresets
+from everydream_kit.actions.presets import OF_PROJECT, SavedPresets
 from everydream_kit.atomic import write_atomic
 from everydream_kit.config import TrainConfig, config_warnings
 from everydream_kit.errors import ConfigError
@@ -132,7 +132,7 @@ class SettingsForm:
     def load_file(self, path: str | Path) -> list[str]:
         """Take over a settings file (also EveryDream 2's); what it does not name goes back to its default.
 
-        Base model, dataset and folders stay as they are where the file does not name them.
+        What belongs to the project (base model, dataset, folders, prompts) stays as it is where the file does not name it.
 
         Returns:
             Warnings about names that have gone out of use.
@@ -140,9 +140,7 @@ class SettingsForm:
         Raises:
             ConfigError: the file cannot be used; nothing was changed.
         """
-        kept = {
-            name: self.values[name] for name in ("resume_ckpt", "data_root", "project_name", "logdir", "save_ckpt_dir")
-        }
+        kept = {name: self.values[name] for name in OF_PROJECT}
         names_base = '"resume_ckpt"' in Path(path).read_text("utf-8", "replace") if Path(path).is_file() else True
         config, warnings = load_config(path, None if names_base else {"resume_ckpt": kept["resume_ckpt"]})
         chosen = {name: getattr(config, name) for name in config.model_fields_set}

@@ -14,6 +14,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from everydream_kit import jobs
+from everydream_kit.actions.presets import OF_PROJECT
 from everydream_kit.config import TrainConfig
 from everydream_kit.panels import style
 from everydream_kit.panels.monitor import STATE_TONES
@@ -25,9 +26,7 @@ HINT = (
     "form, add it again; then start the queue. A run that fails does not hold up the next."
 )
 ALWAYS_SHOWN = ("lr", "max_epochs", "batch_size", "resolution")
-NEVER_SHOWN = frozenset(
-    {"version", "given", "resume_ckpt", "data_root", "project_name", "logdir", "save_ckpt_dir", "sample_prompts"}
-)
+NEVER_SHOWN = frozenset({"version", "given", *OF_PROJECT})
 MAX_SHOWN = 8
 
 

@@ -96,3 +96,30 @@ def test_the_reader_of_argument_sections_understands_ours():
         "One.\n\nArgs:\n    width, height: pixels.\n        More: still.\n    *names: x.\n\nRaises:\n    A: b.\n"
     )
     assert documented_arguments(docstring) == ["width", "height", "names"]
+
+
+def entries_within_others(node):
+    """Names of arguments or fields whose entry does not begin a line, but follows another one's text."""
+    section = re.search(r"^(?:Args|Attributes):\n((?:    .*\n?|\n)+)", ast.get_docstring(node) or "", re.MULTILINE)
+    if section is None:
+        return []
+    names = argument_names(node) if isinstance(node, FUNCTIONS) else {getattr(one, "id", "") for one in targets_of(node)}
+    return sorted(names & set(re.findall(r"[.;]\s+(\w+): ", section[1])) - set(re.findall(ENTRY, section[1])))
+
+
+ENTRY = re.compile(r"^ {4}(?:\w+, )*(\w+)(?:, \w+)*: ", re.MULTILINE)
+
+
+def targets_of(node):
+    return [one.target for one in node.body if isinstance(one, ast.AnnAssign)]
+
+
+def test_each_argument_of_a_docstring_has_a_line_of_its_own():
+    nodes = [(path, node) for path in MODULES for node in ast.walk(tree_of(path))]
+    together = [
+        f"{name_of(path)}:{node.lineno} {node.name}: {name}"
+        for path, node in nodes
+        if isinstance(node, (ast.ClassDef, *FUNCTIONS))
+        for name in entries_within_others(node)
+    ]
+    assert not together

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import typing
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import pytest
 
@@ -19,10 +20,11 @@ from everydream_kit.config import (
     family_warnings,
     settings_without_meaning,
 )
-from everydream_kit.config.declaration import Effect, facts_of
+from everydream_kit.config.declaration import Effect, FamilyName, facts_of
 from everydream_kit.errors import ConfigError
 from everydream_kit.foreign import ASKED, DECIDED_HERE, TRAVELS
 from everydream_kit.models.families import FAMILIES
+from everydream_kit.start_folder import with_paths_from
 
 EFFECTS = set(typing.get_args(Effect))
 
@@ -75,10 +77,30 @@ def test_a_setting_without_what_it_needs_is_warned_about() -> None:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_what_a_family_refuses_is_what_the_settings_say_of_families(family: str) -> None:
+def test_a_family_refuses_what_has_no_meaning_for_it_but_settings_of_text_encoders_are_a_warning(family: str) -> None:
     without_meaning = {name for name, one in facts().items() if family not in one.families}
     warned = {name for name in without_meaning if name.startswith("text_encoder_")} | {"disable_textenc_training"}
     assert set(FAMILIES[family].refuses) == without_meaning - warned
+    assert all(one.families != get_args(FamilyName) for one in facts().values() if one.refusal)
+
+
+def test_every_setting_that_names_a_place_on_disk_follows_the_folder_that_a_run_was_started_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by what the declarations say that they name, so that a new one cannot be forgotten."""
+    places = {
+        name
+        for name, one in facts().items()
+        if re.search(r"\b(folders?|file|checkpoint|base model)\b", one.names) and not name.startswith("base_")
+    }
+    assert {"vae", "logdir", "validation_extra_data_roots"} <= places
+    (tmp_path / "there" / "some").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    values = {name: {"a": "some"} if name == "validation_extra_data_roots" else "some" for name in places}
+    found, notes = with_paths_from(TrainConfig(**values), tmp_path / "there")
+    assert {note.partition(":")[0] for note in notes} == places
+    assert Path(found.vae or "").is_dir()
 
 
 def test_a_setting_for_other_families_is_named() -> None:

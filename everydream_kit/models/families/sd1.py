@@ -74,13 +74,6 @@ LDM_LAYOUT = Layout(convert.to_single_file, convert.from_single_file, renames=co
 
 CLIP_INDEX = {"feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False}
 
-DIFFUSION_REFUSES = {
-    "timestep_shift": "it is for flow matching; diffusion has timestep_start, timestep_end and timestep_sampling",
-    "text_quantization": "it is for language models; CLIP's text encoders are small",
-    "weighting_scheme": "it is for flow matching; diffusion has min_snr_gamma and debiased_estimation",
-}
-"""Settings that mean nothing for diffusion models, and why."""
-
 SD1 = Family(
     name="sd1",
     title="Stable Diffusion 1.x",
@@ -94,7 +87,6 @@ SD1 = Family(
     latent_space=kl_space(4),
     layout=LDM_LAYOUT,
     index=CLIP_INDEX,
-    refuses=DIFFUSION_REFUSES,
     matches_configs=partial(has_one_encoder, linear=False),
     modelspec_architecture="stable-diffusion-v1",
     kohya_base="sd_v1",

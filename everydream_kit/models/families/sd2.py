@@ -11,7 +11,6 @@ from typing import Any
 from everydream_kit.models.clip_text import TokenizedPrompts, count_windows
 from everydream_kit.models.families.sd1 import (
     CLIP_INDEX,
-    DIFFUSION_REFUSES,
     LDM_LAYOUT,
     encode_one_encoder,
     has_one_encoder,
@@ -110,7 +109,6 @@ SD2 = Family(
     latent_space=kl_space(4),
     layout=LDM_LAYOUT,
     index=CLIP_INDEX,
-    refuses=DIFFUSION_REFUSES,
     matches_configs=partial(has_one_encoder, linear=True),
     modelspec_architecture="stable-diffusion-v2",
     kohya_base="sd_v2",

@@ -14,7 +14,6 @@ import torch
 
 from everydream_kit.models import convert
 from everydream_kit.models.clip_text import TokenizedPrompts, count_windows
-from everydream_kit.models.families.sd1 import DIFFUSION_REFUSES
 from everydream_kit.models.family import (
     Conditioning,
     Config,
@@ -117,5 +116,4 @@ SDXL = Family(
     kohya_base="sdxl_base_v1-0",
     zeros_for_empty=True,
     size_numbers=time_ids,
-    refuses=DIFFUSION_REFUSES,
 )

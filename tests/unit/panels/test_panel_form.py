@@ -254,6 +254,15 @@ def test_loading_a_file_puts_everything_else_back_to_its_default(form, tmp_path)
     assert form.config() == TrainConfig(resume_ckpt="embedded", lr=1e-5)
 
 
+def test_loading_a_file_keeps_what_belongs_to_the_project(form, tmp_path):
+    own = {"data_root": "mine", "project_name": "jets", "logdir": "runs", "sample_prompts": "jets/sample_prompts.txt"}
+    form.set_values(own)
+    path = tmp_path / "train.json"
+    path.write_text('{"lr": 1e-5, "logdir": "elsewhere"}')
+    form.load_file(path)
+    assert form.config() == TrainConfig(resume_ckpt="embedded", lr=1e-5, **{**own, "logdir": "elsewhere"})
+
+
 def test_an_everydream2_file_loads_with_its_warnings_and_a_broken_one_changes_nothing(form, tmp_path):
     old = tmp_path / "old.json"
     old.write_text('{"useadam8bit": true, "lr": 1.5e-6, "resume_ckpt": "sd15"}')
