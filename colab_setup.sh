@@ -7,7 +7,7 @@
 #   bash colab_setup.sh check [ARGS]    set up with the test tools, then check form, names and types
 #
 # It needs Python 3.10 to 3.13 and nothing else, and may be called as often as you like: what is there stays.
-# On a plain machine everything goes into .venv beside this file. In a notebook, and on Colab, RunPod and Vast, it goes
+# On a plain machine everything goes into .venv next to this file. In a notebook, and on Colab, RunPod and Vast, it goes
 # into the Python of the kernel, and a torch that is there is never replaced.
 #
 #   EDK_VENV=FOLDER   another folder for the virtual environment (also on Colab, RunPod and Vast)

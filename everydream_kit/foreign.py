@@ -70,7 +70,7 @@ class Origin:
 
 
 def split_settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Divide a fetched config's values into what travels, what is requested again, and what waits for that.
+    """Divide a fetched config's values into what travels, what is requested again, and what follows from that.
 
     Unknown names travel: the config's own check reports them.
     """

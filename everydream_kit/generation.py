@@ -171,7 +171,7 @@ def _adapter_bases(checkpoints: Sequence[Checkpoint], adapter_base: str | Path |
 
 
 def _part_of(progress: Callable[[int, int], None] | None, number: int, count: int) -> Callable[[int, int], None] | None:
-    """Progress of one of several checkpoints, told as that of all."""
+    """Progress of one of several checkpoints, reported as that of all."""
     if progress is None:
         return None
     return lambda done, total: progress(number * total + done, count * total)
@@ -201,7 +201,7 @@ def _write_images(
         ]
         columns = [f"{label}, cfg {cfg:g}" if several else f"cfg {cfg:g}" for label, _ in drawn for cfg in cfgs]
         labels = [f"{prompt.prompt} (seed {prompt.seed})" for prompt in wanted]
-        paths.append(_free_name(folder, "sheet"))
+        paths.append(_free_name(folder, "grid"))
         save_image(label_grid(rows, column_labels=columns, row_labels=labels), paths[-1])
     return paths
 

@@ -67,7 +67,7 @@ class Host:
 
     @property
     def is_rented(self) -> bool:
-        """Whether the machine goes away, and costs money until it does."""
+        """Whether the machine is rented: it goes away, and is paid for until then."""
         return self.name != "plain"
 
 

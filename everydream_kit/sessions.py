@@ -1,7 +1,7 @@
 """The life of a run: starting, resuming, ending, whatever happens in between.
 
 A session is one process's work on a run folder. However it ends (finished, stopped, failed), `status.json` says so and the
-folder holds every whole checkpoint; an error never triggers a save.
+folder holds every complete checkpoint; an error never triggers a save.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def train(
 
     Args:
         config: settings, or the path of a settings file.
-        listeners: told after every step, after the kit's own.
+        listeners: called after every step, after the kit's own.
         resume_from: continue with this run instead of starting a new one.
 
     Raises:
@@ -247,7 +247,7 @@ def _start_wandb(config: TrainConfig, folder: RunFolder) -> Any:
 
 
 def _work(run: Run, stop: StopSignal) -> None:
-    """Train, then tell everyone that it has ended; files and threads are given back in any case."""
+    """Train, then call every listener's end; files and threads are released in any case."""
     try:
         run.journal.set_state("running", step=run.position.step, num_steps=run.num_steps, epoch=run.position.epoch)
         for listener in run.listeners:

@@ -87,7 +87,7 @@ def read_small_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a process last said about itself; {} where there is nothing, or nothing that can be read.
 
     For files that processes replace whole and that nobody writes back from what was read. Files that people may edit are read
-    with `read_json`, which tells missing from broken.
+    with `read_json`, which distinguishes missing from broken.
     """
     try:
         value: dict[str, Any] = read_json(path, missing={}, allow_nan=True)

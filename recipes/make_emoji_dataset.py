@@ -65,7 +65,7 @@ DEMO_SUBJECTS = listed(
     carrot|key|bell|camera|balloon|sunflower|cat face|robot|snowman
     """
 )
-# Wide and tall sheets with the drawing in the middle: a crop to any bucket shape takes paper, not lines.
+# Wide and tall canvases with the drawing in the middle: a crop to any bucket shape takes paper, not lines.
 DEMO_SIZES = ((256, 256), (256, 256), (320, 240), (240, 320), (352, 216), (216, 352), (288, 256))
 
 
@@ -147,7 +147,7 @@ def rasterise(svg: str) -> Image.Image:
 
 
 def on_paper(image: Image.Image, size: tuple[int, int] = (SIDE_PIXELS, SIDE_PIXELS)) -> Image.Image:
-    """The image on white, in the middle of a sheet of `size` (width, height), as large as fits."""
+    """The image on white, in the middle of a canvas of `size` (width, height), as large as fits."""
     side = min(size)
     if image.size != (side, side):
         image = image.resize((side, side), Image.Resampling.LANCZOS)

@@ -9,10 +9,10 @@ The kit must be importable (`pip install -e .`).
     OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 recipes/train_embedded_base.py unet DATA WORK --minutes 55
     python recipes/train_embedded_base.py package DATA WORK
     python recipes/train_embedded_base.py features DATA WORK
-    python recipes/train_embedded_base.py sheets DATA WORK
+    python recipes/train_embedded_base.py grids DATA WORK
 
 Each training stage saves every four minutes and continues from there when started again. `package` writes the averaged
-weights into everydream_kit/demo/base; `features` trains the network behind the demo's score; `sheets` draws
+weights into everydream_kit/demo/base; `features` trains the network behind the demo's score; `grids` draws
 docs/images/base-*.jpg from what is packaged.
 """
 
@@ -22,7 +22,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from embedded_base import architecture, autoencoder, denoiser, features, sheets, vocabulary
+from embedded_base import architecture, autoencoder, denoiser, features, grids, vocabulary
 from embedded_base.folder import write_model_folder
 from embedded_base.peers import Peers
 from PIL import Image
@@ -47,11 +47,11 @@ def package(work: Path, folder: Path) -> None:
 def draw_grids(data: Path, work: Path, folder: Path, images: Path) -> None:
     images.mkdir(parents=True, exist_ok=True)
     paths = sorted((data / "base").glob("*.webp"))[::5][:18] + sorted((data / "demo").glob("*.webp"))[:6]
-    save(sheets.reconstructions(denoiser.load_vae(work), paths), images / "base-reconstructions.jpg")
-    save(sheets.curves({"autoencoder": work / "vae.jsonl", "U-Net": work / "unet.jsonl"}), images / "base-curves.jpg")
-    for name, subjects in (("base-samples", sheets.PROMPTS), ("base-more-samples", sheets.MORE_PROMPTS)):
-        drawn = sheets.samples(folder, [f"{subject}, 3d" for subject in subjects])
-        save(sheets.draw_grid([drawn], subjects, columns=8), images / f"{name}.jpg")
+    save(grids.reconstructions(denoiser.load_vae(work), paths), images / "base-reconstructions.jpg")
+    save(grids.curves({"autoencoder": work / "vae.jsonl", "U-Net": work / "unet.jsonl"}), images / "base-curves.jpg")
+    for name, subjects in (("base-samples", grids.PROMPTS), ("base-more-samples", grids.MORE_PROMPTS)):
+        drawn = grids.samples(folder, [f"{subject}, 3d" for subject in subjects])
+        save(grids.draw_grid([drawn], subjects, columns=8), images / f"{name}.jpg")
         print(name, score(drawn, subjects))
 
 
@@ -61,13 +61,13 @@ def save(image: Image.Image, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["tokenizer", "vae", "unet", "package", "features", "sheets"])
+    parser.add_argument("stage", choices=["tokenizer", "vae", "unet", "package", "features", "grids"])
     parser.add_argument("data", type=Path, help="what make_emoji_dataset.py wrote")
     parser.add_argument("work", type=Path, help="folder for checkpoints and logs")
     parser.add_argument("--minutes", type=float, default=50, help="budget of a training stage")
     parser.add_argument("--merges", type=Path, help="wheel or .txt.gz with CLIP's merges (tokenizer)")
-    parser.add_argument("--folder", type=Path, default=BASE, help="where the packaged model is (package, sheets)")
-    parser.add_argument("--images", type=Path, default=REPOSITORY / "docs" / "images", help="where sheets go")
+    parser.add_argument("--folder", type=Path, default=BASE, help="where the packaged model is (package, grids)")
+    parser.add_argument("--images", type=Path, default=REPOSITORY / "docs" / "images", help="where grids go")
     options = parser.parse_args()
     if options.stage == "tokenizer":
         write_tokenizer(options.data, options.merges)

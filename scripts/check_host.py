@@ -297,7 +297,7 @@ class Replica:
 
     def use_notebooks(self) -> None:
         """The panels with the host's ipywidgets, and every notebook from top to bottom."""
-        panels = ["tests/unit/panels", "-m", "not beside"]
+        panels = ["tests/unit/panels", "-m", "not background"]
         self.run("panels", [*self.pytest(), *panels], tests=True)
         self.run("notebooks", [*self.pytest(), "tests/notebooks"], tests=True)
 

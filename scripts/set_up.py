@@ -242,7 +242,7 @@ def install(target: Target, extras: Sequence[str]) -> None:
 def compile_bytecode(python: str, folder: Path) -> None:
     """What pip does for packages that it copies, and not for ours, which stays where it is.
 
-    Many images tell Python not to write bytecode; each start of the kit would then compile it again, half a second. A folder
+    Many images switch Python's bytecode files off; each start of the kit would then compile it again, half a second. A folder
     that must not be written to only keeps that half second.
     """
     subprocess.run([python, "-m", "compileall", "-q", str(folder)], capture_output=True, check=False)

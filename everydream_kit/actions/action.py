@@ -101,13 +101,13 @@ class Action:
 
         Args:
             given: values by the names of the arguments; the function's defaults hold for the others.
-            progress: told how far it is, where the function says so.
+            progress: called with how much is done, where the function reports it.
 
         Raises: as the function.
         """
         function = self.load()
-        tells = progress is not None and PROGRESS in inspect.signature(function).parameters
-        return function(**given, **({PROGRESS: progress} if tells else {}))
+        reports = progress is not None and PROGRESS in inspect.signature(function).parameters
+        return function(**given, **({PROGRESS: progress} if reports else {}))
 
     def _describe(self, parameter: inspect.Parameter, annotation: Any, text: str) -> Argument:
         name = parameter.name

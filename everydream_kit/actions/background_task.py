@@ -1,5 +1,4 @@
-"""A background task of a panel: started, polled at each beat of the clock, gone when it has
-ended."""
+"""A background task of a panel: started, polled at each beat of the clock, gone when it has finished."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ class BackgroundTask:
 
     Attributes:
         folder: its log and status; a background task of its own kind has a folder of its own.
-        job: the process, while its end has not been told; also one that another panel has started.
+        job: the process, until `poll` has reported its end; also one that another panel has started.
     """
 
     def __init__(self, folder: Path, environment: dict[str, str] | None = None) -> None:

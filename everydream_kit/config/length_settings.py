@@ -18,7 +18,7 @@ class LengthGroup(Group):
         Knob(basic=True, unit="epochs", when="watch the samples; 30 to 100 are common", step=1),
         Facts(RESULT, "resume"),
     ] = 300
-    """Times that the whole dataset is seen."""
+    """Passes over the dataset."""
     max_steps: Annotated[
         Annotated[int, Field(ge=1)] | None,
         Knob(unit="optimizer steps", when="a fixed budget matters more than whole epochs"),
@@ -28,7 +28,13 @@ class LengthGroup(Group):
     grad_accum: Annotated[
         int,
         Field(ge=1, le=4096),
-        Knob(basic=True, unit="micro-batches", memory="none beyond 2", when="the wished batch does not fit", step=1),
+        Knob(
+            basic=True,
+            unit="micro-batches",
+            memory="none beyond 2",
+            when="the batch that you want does not fit",
+            step=1,
+        ),
         Facts(EVERYTHING, "resume"),
     ] = 1
     """Micro-batches whose gradients are averaged into one optimizer step."""
@@ -52,7 +58,7 @@ class LengthGroup(Group):
     """Course of the learning rate over the run."""
     lr_warmup_steps: Annotated[
         Annotated[int, Field(ge=0)] | None,
-        Knob(unit="optimizer steps", when="training from scratch wants more"),
+        Knob(unit="optimizer steps", when="training from scratch needs more"),
         Facts(RESULT, "resume"),
     ] = None
     """Steps in which the learning rate rises from 0; by default 2 % of the decay steps. `constant` has none unless given."""

@@ -95,7 +95,7 @@ class PrecisionGroup(Group):
     ] = "none"
     """Keep a language model that encodes the captions of a LoRA (Qwen3 or Qwen-VL, T5 of FLUX.1) in 8 or 4 bits, as
     `quantization` does with the transformer. Captions are then encoded slightly otherwise than by apps that sample with the
-    whole one."""
+    original."""
     gradient_checkpointing: Annotated[
         bool,
         Knob(basic=True, memory="saves most of the activations", when="out of memory; costs about a quarter in speed"),
@@ -201,7 +201,7 @@ class PrecisionGroup(Group):
         ),
         Facts(MEMORY_AND_SPEED, "resume"),
     ] = "ddp"
-    """What several processes (`accelerate launch`, `torchrun`) have: `ddp` the whole model each, `fsdp2` a slice of it."""
+    """How several processes (`accelerate launch`, `torchrun`) share the model: `ddp` replicates it, `fsdp2` shards it."""
 
 
 class EmaGroup(Group):
@@ -229,7 +229,7 @@ class EmaGroup(Group):
     """Optimizer steps between updates of the average."""
     ema_device: Annotated[
         str,
-        Knob(memory="`cpu` costs none of the GPU's", when="cuda is faster if there is room"),
+        Knob(memory="`cpu` costs none of the GPU's", when="cuda is faster if it fits"),
         Facts(
             MEMORY_AND_SPEED,
             "resume",

@@ -40,7 +40,7 @@ class SampleGroup(Group):
 
     sample_steps: Annotated[
         Annotated[int, Field(ge=1)] | None,
-        Knob(basic=True, unit="optimizer steps", when="small sets want them more often", step=1),
+        Knob(basic=True, unit="optimizer steps", when="small datasets need them more often", step=1),
         Facts(MEMORY, "live"),
     ] = 250
     """Steps between samples. None: never."""

@@ -164,7 +164,7 @@ def _stamp(entry: Entry, choose_lines: bool) -> _Stamp:
     words = [own.st_size, own.st_mtime_ns, choose_lines, _mask_code(entry), entry.settings_word]
     for path in entry.companions:
         stat = os.stat(path)
-        words += (ord(path[-2]), stat.st_size, stat.st_mtime_ns)  # the letter tells text, yaml and json apart
+        words += (ord(path[-2]), stat.st_size, stat.st_mtime_ns)  # the letter distinguishes text, yaml and json
     # Python's hash of a tuple of integers is 64 bits, not salted, and ten times faster than a digest. Should another
     # Python compute it otherwise, the folder is read again.
     return _Stamp(hash(tuple(words)), own.st_size, own.st_mtime_ns)

@@ -137,7 +137,7 @@ def _digest_known(path: str, memo: _Memo, learned: _Memo) -> bytes:
 
 
 def stamp_file(path: str) -> bytes:
-    """What tells one state of a file from another, without reading it; 16 bytes."""
+    """The state of a file (path, size, times), without reading it; 16 bytes."""
     stat = os.stat(path)
     text = f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}\0{stat.st_ino}"
     return hashlib.blake2b(os.fsencode(text), digest_size=DIGEST_BYTES).digest()

@@ -4,7 +4,7 @@ The store maps a 16-byte name to an `Entry`. A name is a hash of everything that
 never needs to be invalidated: what changed has another name. Not here: what the names are made of and what is encoded
 (`cache`).
 
-A shard is written next to its final name and renamed when whole, so an interrupted build leaves only whole shards, and
+A shard is written next to its final name and renamed when complete, so an interrupted build leaves only complete shards, and
 the next one continues from them. Shards are memory-mapped: what is read often stays in the system's page cache, and
 many processes share it.
 """

@@ -2,7 +2,7 @@
 
 An archive is untrusted: every entry is looked at before it is written, and what could reach outside of the target
 folder (`..`, absolute paths, links, devices) or fill the disk is refused with the entry's name. It is unpacked into a
-hidden folder next to the target and renamed when whole, so a refusal or an interruption leaves nothing behind, and a
+hidden folder next to the target and renamed when complete, so a refusal or an interruption leaves nothing behind, and a
 folder of the final name is complete. Not here: finding images in the folder (`scanning`).
 """
 

@@ -1,6 +1,6 @@
 """The model card: README.md with the metadata that the Hub reads, written from what a run says about itself.
 
-The card names the base and the license, shows samples and curves, tells how to load the model, and lists the settings
+The card names the base and the license, shows samples and curves, says how to load the model, and lists the settings
 that the training ran with. It shows no training image and no folder of the machine. Text is plain Markdown put
 together here: the client's own card template needs jinja2.
 """

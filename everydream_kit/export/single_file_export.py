@@ -1,7 +1,7 @@
 """Single-file checkpoints that image apps load: LDM layout, `.safetensors` by default.
 
 Weights stream from the checkpoint's files through the renaming into the output, one tensor at a time; no model is
-built. The file is written next to its final name and renamed when whole.
+built. The file is written next to its final name and renamed when complete.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def single_file_metadata(files: ModelFiles, title: str) -> dict[str, str]:
 
 
 def _markers(files: ModelFiles) -> Tensors:
-    """Empty tensors whose names tell UIs how to draw."""
+    """Empty tensors whose names tell UIs how to sample."""
     empty = LazyTensor.of(torch.zeros(0))
     markers = {}
     if files.prediction_type == "v_prediction":

@@ -1,4 +1,4 @@
-"""What a denoiser is told about the wanted image, and rows of it put together."""
+"""What a denoiser is conditioned on, and joining rows of it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 @dataclass(slots=True)
 class Conditioning:
-    """What the denoiser is told about the wanted image.
+    """What the denoiser is conditioned on.
 
     Attributes:
         encoder_hidden_states: (B, L, D), the text encoders' output; for CLIP, L is 77 times the number of chunks.
         pooled: (B, P), the pooled text embedding of families that use it.
         lengths: how many tokens of each row are text, for families whose texts differ in length; what follows is padding.
-        guidance: (B,), the scale that denoisers with embedded guidance are told in sampling; None: 1, as in training.
+        guidance: (B,), the scale for denoisers with embedded guidance; None: 1, as in training.
     """
 
     encoder_hidden_states: torch.Tensor

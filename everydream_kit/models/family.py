@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any]
 """A component's `config.json`."""
 Shapes = Mapping[str, tuple[int, ...]]
-"""Tensor name -> shape: what a file's header tells before any weight is read."""
+"""Tensor name -> shape: what a file's header says before any weight is read."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ def held_parts(tensors: Tensors) -> list[str]:
 
 
 def say_parts(tensors: Tensors) -> str:
-    """What a file holds and what it lacks, for a message about one that is no whole model."""
+    """What a file holds and what it lacks, for a message about one that is not a full model."""
     held = held_parts(tensors)
     missing = " and ".join(f"no {part.removeprefix('a ')}" for part in _PARTS if part not in held)
     return (f"{held[0]} alone, with " if len(held) == 1 else f"holds {' and '.join(held)}, but ") + (

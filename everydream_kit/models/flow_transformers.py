@@ -19,7 +19,7 @@ from everydream_kit.models.tensors import Tensors, concatenated, halves_swapped,
 
 FOLDER = "transformer"
 PREFIXES = ("net.", UNET_PREFIX, "diffusion_model.")
-"""Before the names, in NVIDIA's files and in those that were cut out of whole checkpoints."""
+"""Before the names, in NVIDIA's files and in those that were cut out of full checkpoints."""
 
 Names = Mapping[str, str]
 """diffusers' names of layers and weights, or their starts -> the file's. Layers that are one in the file have the same

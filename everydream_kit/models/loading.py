@@ -255,17 +255,17 @@ def open_with_base(sources: Sequence[str | Path], adapter_base: AdapterBase | No
     """Open several models; those that are small checkpoints on the base that is named, if one is.
 
     Raises:
-        ModelError: a base is named, and all of them are whole models.
+        ModelError: a base is named, and all of them are full models.
     """
     bases = adapter_bases(sources, adapter_base)
     return [open_model(source, adapter_base=base) for source, base in zip(sources, bases, strict=True)]
 
 
 def adapter_bases(sources: Sequence[str | Path], adapter_base: AdapterBase | None) -> list[AdapterBase | None]:
-    """The base for each of several models: what is named for small checkpoints, None for whole models.
+    """The base for each of several models: what is named for small checkpoints, None for full models.
 
     Raises:
-        ModelError: a base is named, and all of them are whole models.
+        ModelError: a base is named, and all of them are full models.
     """
     paths = [Path(source).expanduser() for source in sources]
     is_small = [is_adapter_folder(path) for path in paths]

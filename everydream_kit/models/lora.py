@@ -56,7 +56,7 @@ class FactorLayer:
     Attributes:
         kind: "LoHa" or "LoKr".
         parts: its tensors, by the names that files have for them.
-        alpha: the change is scaled by alpha / rank, but for a LoKr of two whole factors, which has no rank.
+        alpha: the change is scaled by alpha / rank, but for a LoKr of two full factors, which has no rank.
     """
 
     kind: str
@@ -65,7 +65,7 @@ class FactorLayer:
 
     @property
     def rank(self) -> int | None:
-        """Rank of the matrices; None where both factors are whole."""
+        """Rank of the matrices; None where both factors are full matrices."""
         names = ("hada_w1_b", "lokr_w2_b", "lokr_w1_b")
         return next((self.parts[name].shape[0] for name in names if name in self.parts), None)
 
@@ -153,7 +153,7 @@ def inject(model: Model, settings: LoraSettings, *, seed: int = 0, dtype: torch.
 
 
 def _scale_whole_factors(module: torch.nn.Module) -> None:
-    """A LoKr of two whole factors has no rank, so it is not scaled: as LyCORIS trains it, and as apps apply its file."""
+    """A LoKr of two full factors has no rank, so it is not scaled: as LyCORIS trains it, and as apps apply its file."""
     parts: Iterable[Any] = module.modules()
     for part in parts:
         if ADAPTER in getattr(part, "lokr_w1", {}) and ADAPTER in part.lokr_w2:

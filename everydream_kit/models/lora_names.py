@@ -1,7 +1,7 @@
 """How LoRA files name a model's layers, from 2023 to 2026, and which parts a layer has.
 
 A tensor's name is a layer and a part (`lora_unet_..._to_q` + `lora_down.weight`). Layers are found by spelling the base's
-own layers in every way that a tool writes them, so no name is taken apart by guessing.
+own layers in every way that a tool writes them, so no name is split by guessing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Fresh models with random weights: for training from scratch, for tests, and for measuring without a download.
 
-`build_model` takes the family's shipped configs and changes what it is told; `build_tiny_model` is the smallest thing
+`build_model` takes the family's shipped configs and changes the given keys; `build_tiny_model` is the smallest thing
 that has every part of the real one, and trains in seconds on a CPU.
 """
 

@@ -126,7 +126,7 @@ def build_scheduler(model: Model, name: str) -> Any:
     settings |= {"clip_sample": False, "prediction_type": model.prediction_type}
     if model.zero_terminal_snr:
         _refuse_finite_start(accepted, name)
-        # A schedule that is rescaled already, in a list of betas, stays what it is; told of it, a scheduler starts from a
+        # A schedule that is rescaled already, in a list of betas, stays what it is; with this flag, a scheduler starts from a
         # finite noise level. The steps begin at the very last one (arXiv 2305.08891, sections 3.1 and 3.3).
         settings |= {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
     settings |= sampler.extra

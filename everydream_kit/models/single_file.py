@@ -105,7 +105,7 @@ def open_single_file(
 
 
 def _family_of_denoiser(tensors: Tensors, named: str | None) -> Family | None:
-    """The family of a file that holds a denoiser alone, as its own layout has it; None for whole checkpoints."""
+    """The family of a file that holds a denoiser alone, as its own layout has it; None for full checkpoints."""
     shapes = {bare(name): tensor.shape for name, tensor in tensors.items()}
     for family in FAMILIES.values():
         if not family.layout.holds_all and named in (None, family.name) and family.matches_keys(shapes):

@@ -171,7 +171,7 @@ def open_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         }, metadata
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelError(
-            f"{path}: not a whole safetensors file ({error}). It is damaged, or its download was cut short; "
+            f"{path}: not a complete safetensors file ({error}). It is damaged, or its download was cut short; "
             f"it has {path.stat().st_size if path.exists() else 0:,} bytes. Fetch it again."
         ) from error
 

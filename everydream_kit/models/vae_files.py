@@ -1,6 +1,6 @@
 """A VAE that is given for itself (`vae`): in place of a model's own, or for a file that holds none.
 
-Read are a file of any tool (LDM's or diffusers' names, with or without `first_stage_model.`), a whole checkpoint, of which
+Read are a file of any tool (LDM's or diffusers' names, with or without `first_stage_model.`), a full checkpoint, of which
 only the VAE counts, and a diffusers folder of a VAE or of a model. A file says nothing of its scale, so the config is then
 that of the model that it joins.
 """

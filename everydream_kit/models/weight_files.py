@@ -41,7 +41,7 @@ TABLE_NAMES = frozenset({"collections.defaultdict", "pytorch_lightning.utilities
 
 
 DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
-"""What the unpickler raises on bytes that are no whole program, as found by changing bytes at random."""
+"""What the unpickler raises on bytes that are not a full program, as found by changing bytes at random."""
 
 
 class Inert:

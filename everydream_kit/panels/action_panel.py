@@ -46,7 +46,7 @@ class ActionPanel(Panel):
         self.task = BackgroundTask(work, {**token_environment(), **(environment or {})})
         self.controls = {argument.name: _control(argument) for argument in self.action.arguments.values()}
         self.start_button = self.button("Start", self.start, tone="primary", icon="play", hint=self.action.summary)
-        self.stop_button = self.button("Stop", self.stop, icon="stop", hint="End the work; what is written stays")
+        self.stop_button = self.button("Stop", self.stop, icon="stop", hint="Stop; files that are written stay")
         self.refresh_button = self.make_refresh_button()
         self.bar, self.result = style.progress_bar(), widgets.HTML()
         self.box = style.panel_box(
@@ -74,7 +74,7 @@ class ActionPanel(Panel):
         self._render()
 
     def stop(self) -> None:
-        """End the work; what is written stays."""
+        """Stop; files that are written stay."""
         self.task.stop()
         self.refresh()
 
@@ -88,7 +88,7 @@ class ActionPanel(Panel):
         return {name: value for name, value in read.items() if value is not None}
 
     def refresh(self) -> None:
-        """Show how the work stands, whichever panel has started it."""
+        """Show the progress of the task, whichever panel started it."""
         self.task.attach()
         status = self.task.poll()
         if status is not None:

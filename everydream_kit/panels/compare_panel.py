@@ -267,7 +267,7 @@ class ComparePanel(Panel):
         self._render()
 
     def _follow_sampling(self) -> None:
-        """Show how sampling stands, whichever panel has started it."""
+        """Show the progress of sampling, whichever panel started it."""
         if self.job is None and self.sampling.attach():
             self.comparison = self._last_comparison()
         status = self.sampling.poll()

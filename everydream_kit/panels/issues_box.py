@@ -41,7 +41,7 @@ class ProblemsBox:
         self.box = style.column(self.state, self.lines)
 
     def report(self, text: str) -> None:
-        """Say how the search stands."""
+        """Show the progress of the search."""
         set_html(self.state, f'<p class="edk-lead">{html.escape(text)}</p>' if text else "")
 
     def show(self, issues: list[Issue], *, complete: bool) -> None:
@@ -59,7 +59,7 @@ class ProblemsBox:
             widgets.HTML(
                 style.note("No problems: every file can be used.", "good")
                 if complete
-                else style.note("No problems so far; duplicates and damaged images are still being looked for.")
+                else style.note("No problems so far; still checking for duplicates and damaged images.")
             ),
         )
 

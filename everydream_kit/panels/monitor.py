@@ -159,7 +159,7 @@ class RunMonitor:
         chosen = [sample for sample in self._samples if prompt in (ALL_PROMPTS, sample.words)]
         here = [sample for sample in chosen if sample.step == step][:SHOWN_PROMPTS]
         images = "".join(image_tag(sample.path, 640, words=f"{sample.words}, step {step:,}") for sample in here)
-        set_html(self.step_image, f'<div class="edk-shots edk-sheet">{images}</div>')
+        set_html(self.step_image, f'<div class="edk-shots edk-samples">{images}</div>')
         set_html(self.strip, sample_strip(chosen, step) if prompt != ALL_PROMPTS else "")
 
 
@@ -175,7 +175,7 @@ def latest_samples(samples: list[Sample]) -> str:
         if (first := before.get((sample.index, sample.words))) is not None:
             corner = image_tag(first.path, 120, words=f"{first.words}, before training")
             images += f'<span class="edk-corner">{corner}</span>'
-        words = "<figcaption>EMA</figcaption>" if sample.is_averaged else ""  # the sheet itself names its prompt
+        words = "<figcaption>EMA</figcaption>" if sample.is_averaged else ""  # the grid itself names its prompt
         figures.append(f'<figure><div class="edk-over">{images}</div>{words}</figure>')
     title = f"Samples at step {step:,}" if step else "Samples before training"
     more = ' <span class="edk-hint">in the corner: before training</span>' if before else ""

@@ -61,7 +61,7 @@ class QueueBox:
         self._shown: object = None
         hint = "Put the form's settings at the end"
         self.add_button = self._button("Add these settings", self.add, icon="plus", hint=hint)
-        hint = "Train what waits, in order"
+        hint = "Train the queued settings in order"
         self.start_button = self._button("Start queue", self.start, tone="primary", icon="play", hint=hint)
         hint = "Stop the run in progress, which saves"
         self.stop_button = self._button("Stop queue", self.stop, icon="stop", hint=hint)
@@ -82,14 +82,14 @@ class QueueBox:
         self._say("Added to the queue.", "good")
 
     def start(self) -> None:
-        """Train what waits."""
+        """Train the queued settings."""
         self.queue.start(command=self._command, environment=self._environment)
         self._say("The queue is running. Closing this tab does not stop it.", "busy")
 
     def stop(self) -> None:
         """Stop the run in progress and start no further one."""
         self.queue.stop()
-        self._say("The queue stops: the run in progress saves and ends, what waits stays here.", "busy")
+        self._say("The queue stops: the run in progress saves and stops, queued settings stay here.", "busy")
 
     def clear(self) -> None:
         """Take entries out that have ended."""
@@ -147,7 +147,7 @@ class QueueBox:
 
 
 def report_settings(entry: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
-    """The settings of an entry in a line: first what tells it from the others, then the usual ones and what was set."""
+    """The settings of an entry in a line: first what differs from the others, then the usual ones and what was set."""
     given, settings = jobs.entry_settings(entry), entry["settings"]
     others = [other["settings"] for other in entries]
     differing = [name for name in settings if any(name in o and o[name] != settings[name] for o in others)]

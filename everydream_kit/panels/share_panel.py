@@ -211,7 +211,7 @@ class SharePanel(Panel):
     # Showing
 
     def refresh(self) -> None:
-        """Show checkpoints that have come, and how the export or upload stands, whichever panel has started it."""
+        """Show checkpoints that have come, and the progress of an export or upload, whichever panel started it."""
         if self.checkpoints.update() or self.project.winner != self._shown_winner:
             self._offer_checkpoints()
         self.sending.attach()

@@ -47,7 +47,7 @@ def row(*children: widgets.Widget, gap: str = "8px") -> widgets.HBox:
 
 
 def line(text: str, *controls: widgets.Widget, basis: str = "260px") -> widgets.HBox:
-    """A line of a list: words as HTML, at least `basis` wide where there is room, and what can be done about them."""
+    """A line of a list: words as HTML, at least `basis` wide where the page allows it, and what can be done about them."""
     box = row(widgets.HTML(text, layout=widgets.Layout(flex=f"1 1 {basis}", width="auto")), *controls)
     box.add_class("edk-line")
     return box
@@ -92,7 +92,7 @@ def button(text: str, *, tone: str = "", icon: str = "", width: str = "auto", hi
 
 
 def control(kind: Any, description: str, width: str, *, label: str = "", **options: Any) -> Any:
-    """A control with constant words in a label `label` wide, both in all `width` wide where there is room (CSS lengths)."""
+    """A control with constant words in a label `label` wide, both in all `width` wide where the page allows it (CSS lengths)."""
     if label:
         options["style"] = {"description_width": label}
     return kind(description=description, layout=widgets.Layout(width=width, max_width="100%"), **options)

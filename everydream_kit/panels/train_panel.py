@@ -57,7 +57,7 @@ SETTINGS, PROGRESS, SAMPLES, HARDEST, LOG, QUEUE = range(6)
 """Numbers of the panel's pages."""
 FULL_DISK = "The disk of the run folder is full: free some. Training continues meanwhile, and is saved as soon as there is space."
 NO_ROOM_BYTES = 1_000_000
-"""Free disk below which the trainer cannot be trusted to tell anything."""
+"""Free disk below which the trainer cannot be trusted to write a status."""
 
 
 def has_no_room(folder: Path) -> bool:
@@ -350,7 +350,7 @@ class TrainPanel(Panel):
         self._saved = values
 
     def _stamp_settings(self) -> tuple[int, int] | None:
-        """What tells one state of the settings file from another."""
+        """The state of the settings file (time and size), to see that it changed."""
         path = self.project.settings_path
         held = path.stat() if path.is_file() else None
         return (held.st_mtime_ns, held.st_size) if held is not None else None

@@ -281,5 +281,5 @@ def _changes(before: TrainConfig, after: TrainConfig) -> dict[str, Any]:
 
 
 def _reasons(taken: Sequence[Measure]) -> tuple[str, ...]:
-    """A measure that was taken several times is told once, as it was taken last."""
+    """A measure that was taken several times is listed once, as it was taken last."""
     return tuple(map(str, {measure.name: measure for measure in taken}.values()))

@@ -95,7 +95,7 @@ def resolve_batch_size(
     estimate: Estimate | None = None,
     measure: Callable[[TrainConfig], Probe] | None = None,
 ) -> TrainConfig:
-    """The config with a number in the place of `auto`; told in the log and as an event `batch size`.
+    """The config with a number in the place of `auto`; logged, and an event `batch size`.
 
     Args:
         estimate: the memory model.

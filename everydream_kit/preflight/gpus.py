@@ -79,7 +79,7 @@ def find_gpu(name: str) -> GpuSpec:
     """The GPU that a person means, by name or alias; case, spaces and the maker's words do not matter.
 
     Raises:
-        ConfigError: there is none; the nearest name is told, and all of them.
+        ConfigError: there is none; the message has the nearest name, and all of them.
     """
     wanted = _plain(name)
     names = {_plain(alias): gpu_spec for gpu_spec in known_gpus() for alias in (gpu_spec.name, *gpu_spec.aliases)}

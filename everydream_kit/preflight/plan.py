@@ -145,7 +145,7 @@ class Plan:
         rows += [("steps", self._steps_words()), ("time", self._time_words())]
         rows += [("memory", line) for line in self._memory_lines()]
         rows += [("disk", line) for line in self._disk_lines()]
-        rows += [("money", line) for line in self._cost_lines()]
+        rows += [("cost", line) for line in self._cost_lines()]
         rows += [("advice", line) for line in self._advice_lines()]
         rows += [("assumed", line) for line in self.assumptions]
         rows += [("warning", line) for line in self.warnings]

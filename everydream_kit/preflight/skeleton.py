@@ -1,4 +1,4 @@
-"""A model of real architecture without its weights: what a source's config files alone tell.
+"""A model of real architecture without its weights: what a source's config files say.
 
 A diffusers folder or a Hub repository gives its `config.json` files, a single file its header and the family's shipped configs.
 Modules are built on torch's meta device: every name and shape is there, and no byte of a weight is read or downloaded.
@@ -194,7 +194,7 @@ def open_configs(folder: Path, *, family: str | None = None, prediction_type: st
 
 
 def _own_vocabulary(folder: Path, slot: TextEncoderSlot) -> Path | None:
-    """A tokenizer's folder where it is there whole: a small model's words are numbered in its own way. None: the shipped one."""
+    """A tokenizer's folder where it is complete: a small model's words are numbered in its own way. None: the shipped one."""
     own = folder / slot.tokenizer_folder
     held = {name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (own / name).is_file()}
     if slot.tokenizer_class == "CLIPTokenizer" and "vocab.json" in held:

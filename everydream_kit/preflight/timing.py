@@ -17,7 +17,7 @@ MEASURED_STEPS = 8
 
 
 class MeasuredPlan(Listener):
-    """Times the steps after the first two of this session and tells once what the rest will take, by their median."""
+    """Times the steps after the first two of this session and reports once what the rest will take, by their median."""
 
     def __init__(self) -> None:
         self._seconds: list[float] = []

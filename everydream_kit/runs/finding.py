@@ -66,10 +66,10 @@ def find_last_checkpoint(logdir: str | Path, project: str, *, averaged: bool = F
     """The latest checkpoint of a project, over all its runs (`--resume_ckpt findlast`), or the latest with averaged weights.
 
     Raises:
-        CheckpointError: no run of the project holds a whole checkpoint.
+        CheckpointError: no run of the project holds a complete checkpoint.
     """
     for run in reversed(list_runs(logdir, project)):
         found = run.checkpoints(averaged=averaged)
         if found:
             return found[-1].folder
-    raise CheckpointError(f"findlast: no run of project {project} in {logdir} holds a whole checkpoint.")
+    raise CheckpointError(f"findlast: no run of project {project} in {logdir} holds a complete checkpoint.")

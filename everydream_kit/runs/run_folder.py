@@ -370,7 +370,7 @@ class RunFolder:
         """The latest complete checkpoint with the live weights. Raises: CheckpointError if there is none."""
         live = self.checkpoints(averaged=False)
         if not live:
-            raise CheckpointError(f"{self.folder}: holds no whole checkpoint yet.")
+            raise CheckpointError(f"{self.folder}: holds no complete checkpoint yet.")
         return live[-1].folder
 
     def samples(self) -> list[Path]:

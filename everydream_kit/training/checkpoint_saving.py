@@ -50,7 +50,7 @@ NOT_WORTH_A_WARNING_SECONDS = 10.0
 
 
 class Uploader(Protocol):
-    """Takes whole checkpoints away in the background (`export/hub`)."""
+    """Uploads complete checkpoints in the background (`export/hub`)."""
 
     def submit(self, folder: Path, step: int, *, last: bool = False) -> bool: ...
 
@@ -100,7 +100,7 @@ class Saver(Listener):
         prepend_last: name the final checkpoint `last-...`.
         single_files: folder for single-file checkpoints, or None.
         write_single_file: turns a checkpoint folder into a single file.
-        uploader: given each whole checkpoint, or None.
+        uploader: given each complete checkpoint, or None.
         stop: asked for while the end waits for room, it ends the waiting; or None.
         clock: seconds from any moment on.
     """

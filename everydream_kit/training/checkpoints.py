@@ -194,7 +194,7 @@ def sweep(checkpoints_folder: Path) -> None:
 
 
 def sweep_dead_runs(logdir: str | Path) -> list[Path]:
-    """Clear up after killed runs that nobody resumes: their half-written checkpoints are as large as whole ones.
+    """Clear up after killed runs that nobody resumes: their half-written checkpoints are as large as complete ones.
 
     Returns:
         What was removed. Runs whose process may be alive, here or on another machine, are left alone.

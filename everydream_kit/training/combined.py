@@ -94,7 +94,7 @@ class FusedBackwardOptimizer(CombinedOptimizer):
 
 
 def measure_gradient_norm(optimizer: Any, wanted: bool) -> None:
-    """Tell a fused optimizer, or those behind a combined one, whether to measure the next backward pass."""
+    """Set whether a fused optimizer, or those behind a combined one, measure the next backward pass."""
     for one in _fused(optimizer):
         one.measures_norm = wanted
 

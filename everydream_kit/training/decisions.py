@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Decisions:
-    """Made by listeners on the main process; `sync` tells the others after each step.
+    """Made by listeners on the main process; `sync` sends them to the others after each step.
 
     Attributes:
         lr_factor: every learning rate is multiplied by it, from the next step on.

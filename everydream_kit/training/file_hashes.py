@@ -107,7 +107,7 @@ class _HashedFile:
             self._pass_on(values)
 
     def pass_gathered(self) -> None:
-        """Write what waits for company."""
+        """Write what was gathered."""
         gathered, self._gathered = self._gathered, bytearray()
         self._pass_on(gathered)
 

@@ -1,7 +1,7 @@
 """The run's own writing: events, status, scalars and images for TensorBoard, warnings.
 
-A disk that is full, or gone for a while, ends no training: what was to be told is said once it can be written, or, to
-TensorBoard, skipped.
+A disk that is full, or gone for a while, stops no training: events are kept until they can be written; TensorBoard's
+points are skipped.
 Only the main process has a journal that writes; the others have one that keeps silent, so that callers need not ask.
 """
 
@@ -77,7 +77,7 @@ class EventLog:
 class LiveStatus:
     """`status.json`: what a run last said, and that its process lives: while nothing new is said, a thread says the old again.
 
-    So a step, a sheet of samples or an encoding that takes minutes does not look like the end of the run.
+    So a step, a sample grid or an encoding that takes minutes does not look like the end of the run.
     """
 
     def __init__(self, folder: RunFolder, heartbeat_seconds: float) -> None:
@@ -121,7 +121,7 @@ class TensorBoardFile:
     tried.
 
     Attributes:
-        purge_step: TensorBoard hides what an earlier session told from this step on.
+        purge_step: TensorBoard hides what an earlier session logged from this step on.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -160,7 +160,7 @@ class TensorBoardFile:
 
 
 class Journal:
-    """Writes what a run tells into its folder.
+    """Writes what a run reports into its folder.
 
     Args:
         folder: the run's.

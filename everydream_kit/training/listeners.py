@@ -1,4 +1,4 @@
-"""Which listeners a run has, in the order in which they are told.
+"""Which listeners a run has, in the order in which they are called.
 
 The order matters: the log comes before whatever may take long, validation before saving (it decides what is best), saving
 before the requests from outside.

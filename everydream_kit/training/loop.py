@@ -1,7 +1,7 @@
 """The training loop, and nothing else. Read it aloud.
 
 A step is one optimizer update over the images of one accumulation window. What a step computes is in `step.py`, what
-it is computed with is built in `run_builder.py`, what is told about it is in the listeners.
+it is computed with is built in `run_builder.py`, what is reported about it is in the listeners.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class OptimizerKind:
         fixed: keyword arguments that differ from the class's defaults.
         takes_epsilon: False where its `eps` means something else than a number added to a denominator.
         finds_own_rate: `lr` is a factor on a rate that it finds itself; 1 is normal.
-        weight_decay: where nobody says anything; None: the class's own. 0 where decay cannot be told from the gradient,
+        weight_decay: where nobody says anything; None: the class's own. 0 where decay cannot be separated from the gradient,
             or is multiplied by a rate that is not a share of the weight.
         by_parameter: each parameter's update depends on that parameter alone, so it may be stepped by itself.
         elementwise: each number's update depends on that number alone (8-bit states: on its block), see `flat`.

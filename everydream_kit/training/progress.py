@@ -21,7 +21,7 @@ class StopRequested(Exception):  # noqa: N818 - no error: somebody wishes it
 
 
 class WorkProgress:
-    """Told how far a piece of work is: tells `status.json` and the terminal, and raises where the run should stop.
+    """Called with how much of a piece of work is done: reports it to `status.json` and the terminal, and raises on a stop.
 
     Args:
         journal: of the run.

@@ -1,4 +1,4 @@
-"""What is told about a run while it trains: one report a step, and the listeners that write it down.
+"""What is reported about a run while it trains: one report a step, and the listeners that write it down.
 
 A `Listener` is called after every optimizer step with a `StepReport`. It does not edit settings and may carry state of its
 own that is saved with the run's. Here are the listeners that write to the run folder: `events.jsonl`, `status.json`,
@@ -181,7 +181,7 @@ class BestEffort(Listener):
         self._try(run, self.listener.on_finish, run)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # told at the last step
+        with contextlib.suppress(OSError):  # reported at the last step
             self.listener.close()
 
     def state(self) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def refuse_other_training(run: Run, state: State) -> None:
 def resolve_position(run: Run, state: State, tensors: dict[str, Any]) -> None:
     """Put the run where it continues. What is different from when it was saved is a warning.
 
-    An epoch whose batches are others now starts over: which of its images were seen cannot be told by counting steps.
+    An epoch whose batches are others now starts over: counting steps does not say which of its images were seen.
     `state` loses what its listeners had noted of that epoch, and the run's number of steps and schedules are settled anew.
     """
     run.position = position = Position(**state["position"])

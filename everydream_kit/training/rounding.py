@@ -55,7 +55,7 @@ class RoundedOptimizer:
         param_groups: groups of the real parameters.
         seed: of the run; the rounding's address is (seed, "rounding", step, name).
         by_parameter: whether an optimizer's update of a parameter depends on that one alone. If not, there is one chunk.
-        name: tells the rounding of several RoundedOptimizers apart.
+        name: distinguishes the random numbers of several RoundedOptimizers.
     """
 
     def __init__(

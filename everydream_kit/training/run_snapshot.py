@@ -64,7 +64,7 @@ class Snapshots:
         run, learner = self.run, self.run.learner
         keep: Callable[[Any], Any] = clone_to_host if copy else lambda value: value
         weights, optimizer_state = run.sync.whole_state()
-        if not learner.is_sharded:  # else they have been put together in host memory, apart from the model
+        if not learner.is_sharded:  # else they were gathered in host memory, apart from the model
             weights, optimizer_state = keep(weights), keep(optimizer_state)
         averaged = self._averaged_weights()
         tensors = {

@@ -2,7 +2,7 @@
 device.
 
 Every trained module is divided block by block (`fully_shard`): each process keeps a slice of each weight, and a full
-block exists only while it computes. What a checkpoint holds is put together again on the main process, so it is
+block exists only while it computes. What a checkpoint holds is gathered on the main process, so it is
 an ordinary one: a run may continue with another number of processes, or with one.
 
 Only the main process has listeners. What they need of the others (the full weights, to sample, to measure or to save) it
@@ -64,7 +64,7 @@ class Sharding:
     Args:
         model: on the CPU or the device; its trained modules are divided in place, everything else goes to the device.
         parts: what is trained; their parameters are replaced by the divided ones.
-        dtype: in which the blocks are put together: bfloat16 where the arithmetic is.
+        dtype: in which the blocks are gathered: bfloat16 where the arithmetic is.
     """
 
     def __init__(self, model: Model, parts: Sequence[TrainedPart], ranks: Ranks, dtype: torch.dtype) -> None:
@@ -115,7 +115,7 @@ class Sharding:
 
 
 def gather(value: Any, *, keep: bool) -> Any:
-    """Nested containers with every divided tensor put together in host memory. All processes must ask together.
+    """Nested containers with every divided tensor gathered in host memory. All processes must ask together.
 
     Args:
         keep: whether this process wants the result; others take part and get nothing worth having.
@@ -131,7 +131,7 @@ def gather(value: Any, *, keep: bool) -> Any:
 
 
 def as_whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A divided tensor put together on every process; any other as it is."""
+    """A divided tensor gathered on every process; any other as it is."""
     full_tensor = getattr(tensor, "full_tensor", None)  # DTensor's; importing the class takes a second
     return tensor if full_tensor is None else full_tensor()
 
@@ -150,7 +150,7 @@ def divide_optimizer_state(optimizer: Any, state: dict[str, Any]) -> dict[str, A
     for index, entries in state["state"].items():
         parameter = parameters[index]
         divided[index] = {
-            # moments have the parameter's shape and its slices; counters such as Adam's `step` are whole on every process
+            # moments have the parameter's shape and its slices; counters such as Adam's `step` are complete on every process
             key: distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
             if isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and value.shape == parameter.shape
             else value

@@ -24,7 +24,7 @@ class StepInputs:
         timesteps: (B,).
         loss_scale: (B,) float32, weight of each image.
         loss_divisor: () float32, the same for all steps of an epoch.
-        sizes: with `numbers` where the family is told of them, without what belongs to single images.
+        sizes: with `numbers` where the family is conditioned on them, without what belongs to single images.
         input_noise: (B, C, h, w), what is mixed in where it differs from `noise`.
         mask: (B, 1, H/8, W/8).
         conditioning: of frozen text encoders; None: the pass encodes `token_ids`.

@@ -53,14 +53,14 @@ class RankSync:
             self._gather(asked)
 
     def whole_state(self) -> tuple[Weights, dict[str, Any]]:
-        """The trained weights and the optimizer's state; put together in host memory where they are divided."""
+        """The trained weights and the optimizer's state; gathered in host memory where they are divided."""
         if self.sharding is None:
             return self.learner.trained_weights(), self.learner.optimizer.state_dict()
         return self._ask_for(EVERYTHING)
 
     @contextmanager
     def whole_model(self, *, averaged: bool = False) -> Iterator[None]:
-        """While inside, all of the model is on the device: what waits in host memory, and what other processes have.
+        """While inside, all of the model is on the device: what was offloaded to host memory, and what other processes have.
 
         Large text encoders wait on: `Learner.encode_captions` has what they make of a text.
 
@@ -75,7 +75,7 @@ class RankSync:
                 yield
 
     def _ask_for(self, what: int) -> tuple[Weights, dict[str, Any]]:
-        """Have the other processes take part in putting together what they have slices of."""
+        """Have the other processes take part in gathering what they have slices of."""
         self.ranks.largest(what, False, False, 0.0)
         return self._gather(what)
 

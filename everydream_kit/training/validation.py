@@ -70,7 +70,7 @@ def split_indices(
         groups: content group of each image.
         proportion: share to take out, of the images: at least max(1, ceil(share · n)).
         seed: of the validation config.
-        purpose: tells different splits of the same images apart.
+        purpose: distinguishes splits of the same images.
 
     Returns:
         Indices that stay, and indices that are taken out, both ascending.

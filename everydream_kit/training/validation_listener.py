@@ -45,7 +45,7 @@ class Validator(Listener):
     Attributes:
         settings: how often and how it is measured, and when the run ends for lack of improvement.
         sets: what is measured.
-        decisions: told of an early end.
+        decisions: where an early end is requested.
         measure_loss: of the run.
         has_averages: there is an EMA, which is measured as well.
         save_best: called when the deciding set's loss is the lowest so far.

@@ -47,7 +47,7 @@ def load_vae(folder: Path) -> torch.nn.Module:
 
 @torch.no_grad()
 def encode_all(images: list[Path], vae: torch.nn.Module, cache: Path) -> dict[tuple[int, int], torch.Tensor]:
-    """Mean latents of every image on a sheet of every shape, {(width, height): (N, 4, height/8, width/8)}.
+    """Mean latents of every image on a canvas of every shape, {(width, height): (N, 4, height/8, width/8)}.
 
     Kept in the file `cache`; delete it when the autoencoder has changed.
     """

@@ -54,8 +54,8 @@ def test_plain_panel_tests_pass_with_colabs_versions(colab_python):
     seen = subprocess.run([colab_python, "-c", versions], check=True, capture_output=True, text=True).stdout
     assert seen.split() == ["7.7.1", "7.34.0"]
     ran = subprocess.run(
-        [colab_python, "-m", "pytest", "tests/unit/panels", "-q", "-m", "not beside", "-p", "no:cacheprovider", "-p", "no:xdist",
-         "-o", "addopts=", "-W", "ignore::DeprecationWarning"],
+        [colab_python, "-m", "pytest", "tests/unit/panels", "-q", "-m", "not background", "-p", "no:cacheprovider",
+         "-p", "no:xdist", "-o", "addopts=", "-W", "ignore::DeprecationWarning"],
         cwd=REPOSITORY,
         check=False,
         capture_output=True,

@@ -18,7 +18,7 @@ def latest_run(project):
 
 
 def wait_for_run(status, stall_seconds=150):
-    """Wait for the end of a run that no panel shows, for as long as it tells something new."""
+    """Wait for the end of a run that no panel shows, for as long as it reports something new."""
     moved, before = time.monotonic(), None
     while True:
         now = status.read_text() if status.exists() else ""
@@ -119,7 +119,7 @@ def test_train_stop_reload_resume_and_finish(lab, driver, page):
     panel.get_by_role("button", name="Progress", exact=True).click()
     expect(panel.locator("svg.edk-chart").first).to_be_visible()
     panel.get_by_role("button", name="Samples", exact=True).click()
-    expect(panel.locator(".edk-sheet img").first).to_be_visible()
+    expect(panel.locator(".edk-samples img").first).to_be_visible()
 
 
 def test_a_run_outlives_its_kernel_and_the_reopened_panel_shows_it(lab, driver, page):

@@ -1,4 +1,4 @@
-"""Killed at any moment, also inside a save: the run continues from its latest whole checkpoint and ends with the same
+"""Killed at any moment, also inside a save: the run continues from its latest complete checkpoint and ends with the same
 bytes.
 
 Several kills are dealt to one run (kill, resume, kill, ...), by processes of a fork server.

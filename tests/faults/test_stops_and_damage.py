@@ -69,7 +69,7 @@ def run(saved_twice: RunFolder, tmp_path: Path) -> RunFolder:
 def wait_for_a_step(
     process: subprocess.Popen[Any], logdir: Path, read_some: Callable[[], object] = lambda: None
 ) -> None:
-    """Wait until a run has told its first step, or has ended."""
+    """Wait until a run has reported its first step, or has ended."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         runs = list_runs(logdir)
@@ -324,7 +324,9 @@ def test_a_disk_without_a_free_byte_ends_no_training_and_the_end_waits_for_room(
     changes["sample_num_inference_steps"] = 1
     run = train({**settings, **changes}, listeners=[filling])
     assert run.status()["state"] == "finished"
-    assert [event["step"] for event in run.events("loss")] == list(range(1, 9))  # what was told meanwhile came later
+    assert [event["step"] for event in run.events("loss")] == list(
+        range(1, 9)
+    )  # what was reported meanwhile came later
     warnings = "\n".join(event["message"] for event in run.events("warning"))
     assert "of step 3 failed: [Errno 28] No space left on device. Training continues." in warnings
     assert "The trained state stays in memory, for 30 minutes" in warnings

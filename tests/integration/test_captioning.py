@@ -107,7 +107,7 @@ def test_what_is_no_captioning_model_is_said(folder, tmp_path):
         auto_caption(folder, model=tmp_path / "empty")
 
 
-@pytest.mark.beside
+@pytest.mark.background
 def test_the_panel_suggests_captions_for_review_and_writes_only_what_is_ticked(folder, tiny_blip):
     from everydream_kit.panels.dataset_panel import DatasetPanel
 
@@ -138,7 +138,7 @@ def test_the_panel_suggests_captions_for_review_and_writes_only_what_is_ticked(f
     assert captions(project / "input") == {"two": "mine"}
 
 
-@pytest.mark.beside
+@pytest.mark.background
 def test_a_captioner_that_cannot_be_loaded_is_said_in_the_panel(folder):
     from everydream_kit.panels.dataset_panel import DatasetPanel
 

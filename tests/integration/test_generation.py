@@ -31,7 +31,7 @@ def test_each_prompt_seed_and_cfg_is_a_file_with_its_settings_and_there_is_a_gri
         assert image.size == (64, 64)
         assert "Seed: 556" in image.info["parameters"]
         assert "CFG scale: 3" in image.info["parameters"]
-    assert paths[-1].name == "sheet.png"
+    assert paths[-1].name == "grid.png"
 
 
 def test_guidance_and_steps_are_the_familys_unless_given(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ FORMS = {
     "a file of diffusers": lambda other, folder: other / "vae" / "diffusion_pytorch_model.safetensors",
     "a folder of diffusers": lambda other, folder: shutil.copytree(other / "vae", folder / "sd-vae"),
     "a model's folder": lambda other, folder: other,
-    "a whole checkpoint": lambda other, folder: export_checkpoint(other, folder / "whole.ckpt", "fp32"),
+    "a full checkpoint": lambda other, folder: export_checkpoint(other, folder / "whole.ckpt", "fp32"),
 }
 
 

@@ -215,12 +215,12 @@ def test_each_sampling_setting_holds_where_the_prompt_file_says_nothing(
             "seeds": [event["seed"] for event in events],
             "calls": [(batch, side) for batch, _, side, _ in calls],
             "columns": [round(grid.shape[1] / 64) for grid in grids],
-            "sheets": grids,
+            "grids": grids,
         }
 
     if shown == "changes pixels":
         same = {name: value for name, value in values.items() if name != "sample_scheduler"}
-        before, after = sampled(**same)["sheets"][0], sampled(**values)["sheets"][0]
+        before, after = sampled(**same)["grids"][0], sampled(**values)["grids"][0]
         assert (not np.array_equal(before, after)) is expected
         return
     assert sampled()[shown] != expected

@@ -233,7 +233,7 @@ def test_every_n_epochs_is_how_often_a_run_measures(settings: dict[str, Any]) ->
 
 
 def sampled(rehearsal: Rehearsal, file: dict[str, Any]) -> dict[str, Any]:
-    """What one sampling with a prompt file makes: its events, the UNet's calls, and the pixels of its sheets."""
+    """What one sampling with a prompt file makes: its events, the UNet's calls, and the pixels of its grids."""
     run = rehearsal.run
     Path(run.config.sample_prompts).write_text(json.dumps(file), "utf-8")
     before = len(list(rehearsal.folder.events("sample")))
@@ -250,7 +250,7 @@ def sampled(rehearsal: Rehearsal, file: dict[str, Any]) -> dict[str, Any]:
         "seeds": [event["seed"] for event in events],
         "calls": [(batch, height, width) for batch, _, height, width in calls],
         "columns": [round(grid.shape[1] / 64) for grid in grids],
-        "sheets": grids,
+        "grids": grids,
     }
 
 
@@ -282,7 +282,7 @@ def test_the_prompt_file_decides_what_is_sampled(
 @pytest.mark.parametrize("file", [{"scheduler": "euler_a"}, {"samples": [{"prompt": "a", "negative_prompt": "b"}]}])
 def test_scheduler_and_negative_prompt_change_the_pixels(rehearsal: Rehearsal, file: dict[str, Any]) -> None:
     plain = {"cfgs": [5.0], "num_inference_steps": 2, "samples": [{"prompt": "a"}]}
-    before, again, after = (sampled(rehearsal, one)["sheets"][0] for one in (plain, plain, {**plain, **file}))
+    before, again, after = (sampled(rehearsal, one)["grids"][0] for one in (plain, plain, {**plain, **file}))
     assert np.array_equal(before, again)
     assert not np.array_equal(before, after)
 

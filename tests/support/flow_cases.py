@@ -85,7 +85,7 @@ CASES = {
         lambda pipeline, cfg, negative: {"negative_prompt": negative, **guided(pipeline, cfg)},
         "anima-turbo-v1.1",
         80,
-        (567 + 118, 1_956_405_248 + 134_663_680),  # as diffusers' scripts/convert_anima_to_diffusers.py takes it apart
+        (567 + 118, 1_956_405_248 + 134_663_680),  # as diffusers' scripts/convert_anima_to_diffusers.py splits it
         loras=("comfy", "diffusers"),
         conditioner="net.llm_adapter.",
     ),

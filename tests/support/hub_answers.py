@@ -50,7 +50,7 @@ def refuse(status: int, message: str, code: str | None = None) -> Reply:
 
 @dataclass
 class Call:
-    """A request, taken apart."""
+    """A request, parsed."""
 
     hub: HubStandIn
     handler: BaseHTTPRequestHandler

@@ -54,7 +54,7 @@ class Repository:
 
 
 def xet_hashes(store: Path) -> dict[str, str]:
-    """sha256 -> Xet hash, from the shards of a local Xet store: the client never tells the Hub.
+    """sha256 -> Xet hash, from the shards of a local Xet store: the client never sends them.
 
     A shard is made of 48-byte records: a header, then for each file a record with its hash, flags and number of
     segments, the segments, as many verification records (flag bit 31), and a record with the SHA-256 (bit 30). Hashes

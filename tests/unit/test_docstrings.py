@@ -103,7 +103,9 @@ def entries_within_others(node):
     section = re.search(r"^(?:Args|Attributes):\n((?:    .*\n?|\n)+)", ast.get_docstring(node) or "", re.MULTILINE)
     if section is None:
         return []
-    names = argument_names(node) if isinstance(node, FUNCTIONS) else {getattr(one, "id", "") for one in targets_of(node)}
+    names = (
+        argument_names(node) if isinstance(node, FUNCTIONS) else {getattr(one, "id", "") for one in targets_of(node)}
+    )
     return sorted(names & set(re.findall(r"[.;]\s+(\w+): ", section[1])) - set(re.findall(ENTRY, section[1])))
 
 

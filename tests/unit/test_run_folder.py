@@ -67,7 +67,7 @@ def test_checkpoints_are_listed_by_step_and_half_written_ones_are_not(tmp_path: 
     assert find_last_checkpoint(tmp_path, "jets").name == "jets-ep02-gs00010"
     with pytest.raises(CheckpointError, match="no checkpoint"):
         Checkpoint.open(tmp_path)
-    with pytest.raises(CheckpointError, match="holds a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="holds a complete checkpoint"):
         find_last_checkpoint(tmp_path, "cars")
 
 

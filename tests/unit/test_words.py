@@ -11,8 +11,16 @@ import tokenize
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[2]
 FOLDERS = ("everydream_kit", "scripts", "benchmarks", "recipes", "tests", "notebooks/src")
+OTHERS = (
+    *("setup.cfg", "ruff.toml", "colab_setup.sh", "scripts/check", "scripts/start_pod.sh", "Dockerfile", ".ci/run"),
+    *(".github/workflows/*.yml", ".github/ISSUE_TEMPLATE/*.yml", "everydream_kit/panels/assets/*"),
+    "everydream_kit/preflight/*.json",
+)
+"""Text that is neither Python nor Markdown, and that people read."""
 
 NAME_PARTS = {
     "picture": "image",
@@ -35,6 +43,7 @@ NAME_PARTS = {
     "innermost": "unwrap",
     "rejoin": "sync_ranks",
     "beside": "next_to",
+    "sheets": "grids",
     "licence": "license",
     "learnt": "learned",
     "centre": "center",
@@ -59,6 +68,15 @@ PHRASES = {
     r"with what right": "where it comes from",
     r"how-manieth": "repeat index",
     r"kept back": "held out",
+    r"tells?|telling|told": "log, report, say; distinguish",
+    r"whole checkpoints?|whole or absent|when whole|not (a )?whole|(is|are|there) whole|no whole": "complete, atomic, full",
+    r"(?<!style )(?<!contact )(?<!data )sheets?": "sample, sample grid",
+    r"put(s|ting)? (\w+ )?together|tak(e|es|en|ing) (\w+ )?apart": "merge, gather; split, extract",
+    r"what waits": "queued, pending; offloaded",
+    r"how (it|they|\w+ \w+) stands?": "status, progress",
+    r"step(s|ped)? out": "skip",
+    r"(is|was) room": "available, fits",
+    r"money": "cost",
     r"(is|are) there twice": "exact duplicates",
     r"not a number any more": "NaN or infinite",
     r"look again": "refresh, rescan",
@@ -78,7 +96,11 @@ ALLOWED_LINES = (
     (r"--licence|example\.org/licence", "a misspelled flag, an address"),
     (r"edk-unlabelled|picture-o", "a class of the style sheet, an icon of Font Awesome"),
     (r"set-aside-duplicates", "name of a `tidy` step that scripts use"),
-    (r"mark\.beside|not beside|^    beside:", "name of a pytest marker"),
+    (r"names tell UIs", "a plain verb"),
+    (
+        r"\d+ sheets|sheets?(\.py|\b.*\b(DATA|draws|stage|package|go|size|shape|tall|reconstructions))",
+        "contact sheets of recipes",
+    ),
     (r"(?i:picture) \{number\}|startswith\(.(?i:picture)", "captions that tests train with"),
 )
 """Lines that may hold a retired word, and why."""
@@ -93,6 +115,7 @@ def is_read(path):
 
 
 SOURCES = sorted(path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.py") if is_read(path))
+TEXTS = sorted(path for pattern in OTHERS for path in REPOSITORY.glob(pattern))
 PAGES = sorted(path for path in (*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")) if is_read(path))
 
 
@@ -158,8 +181,13 @@ def retired_in_page(path):
     return found
 
 
-def test_pages_use_the_fields_words():
-    assert not [place for path in PAGES for place in retired_in_page(path)]
+@pytest.mark.parametrize("pattern", OTHERS)
+def test_other_texts_are_found(pattern):
+    assert list(REPOSITORY.glob(pattern))
+
+
+def test_pages_and_other_texts_use_the_fields_words():
+    assert not [place for path in [*PAGES, *TEXTS] for place in retired_in_page(path)]
 
 
 def wide_prose(path):

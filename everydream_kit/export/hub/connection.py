@@ -161,7 +161,7 @@ class HubConnection:
 
 
 def explain(error: BaseException) -> Cause:
-    """Tell an error of the client in words, by the first cause in its chain that says something."""
+    """An error of the client in words: the first cause in its chain that has any."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     chain = list(_causes(error))
@@ -177,7 +177,7 @@ def explain(error: BaseException) -> Cause:
         return _explain_transport(transport)
     text = " / ".join(str(each) for each in chain)
     status = re.search(r"\bstatus\D{0,20}\b([45]\d\d)\b|\b([45]\d\d) [A-Z][a-z]+", text)
-    if status:  # Xet tells the status in its text only
+    if status:  # Xet has the status in its text only
         return _explain_status(int(status[1] or status[2]), {}, _first_line(text))
     transport = next((each for each in chain if isinstance(each, _transport_errors())), None)
     if transport is not None:

@@ -1,9 +1,9 @@
 """Fetching a run from the Hub, so that `everydream resume hf://me/jets` continues with it on another machine.
 
 What a background upload left in the repository (`repository_contents` has the layout) is put back as a run folder with one
-whole checkpoint: the files that its manifest lists. It appears under its name only when every file is there and its
+complete checkpoint: the files that its manifest lists. It appears under its name only when every file is there and its
 hash is right. Files are fetched one by one, each with its own tries: the client's own snapshot download takes an
-incomplete folder for a whole one when the Hub is away.
+incomplete folder for a complete one when the Hub is away.
 
 The repository may be a stranger's. Only files that a checkpoint may hold are fetched. The run folder is marked with
 where it came from, its config holds what a fetched run may bring (`foreign.py`), and a run folder that is there already
@@ -67,7 +67,7 @@ MAX_BYTES = {
     RESUME_MANIFEST: 20_000_000,
     RUN_EVENTS: 1_000_000_000,
 }
-"""Larger than any that the kit writes. What is read whole must be small."""
+"""Larger than any that the kit writes. What is read at once must be small."""
 
 _PLAIN_NAME = re.compile(r"[^./\\:*?\"<>|][^/\\:*?\"<>|]{0,199}")
 

@@ -129,7 +129,7 @@ def find_source(given: Any) -> Source:
 
     Raises:
         ExportError: nothing there can be pushed.
-        CheckpointError: the run holds no whole checkpoint yet.
+        CheckpointError: the run holds no complete checkpoint yet.
     """
     path = Path(getattr(given, "folder", given)).expanduser()
     if path.is_file() and path.suffix in SINGLE_FILE_SUFFIXES:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
-"""Told (bytes done, bytes in all, what is being done)."""
+"""Called with (bytes done, bytes in all, what is being done)."""
 
 OWN_STEP_FROM_BYTES = 8_000_000
 """Files from this size on are uploaded, retried and reported one by one."""
@@ -63,7 +63,7 @@ class Upload:
         connection: to the Hub.
         target: where to.
         files: smallest first.
-        advice: what to tell the user after a failure: what is safe, how to continue.
+        advice: of the message after a failure: what is safe, how to continue.
         progress: called for every file.
     """
 

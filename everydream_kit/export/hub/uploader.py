@@ -27,7 +27,7 @@ from everydream_kit.runs import Checkpoint
 logger = logging.getLogger(__name__)
 Kind = Literal["uploading", "uploaded", "warning"]
 Report = Callable[[Kind, int, str], None]
-"""Told (kind, step, address or message), from the uploader's thread."""
+"""Called with (kind, step, address or message), from the uploader's thread."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class HubUploader:
         self._uploaded_step = -1
 
     def submit(self, folder: Path, step: int, *, last: bool = False) -> bool:
-        """Hand over a whole checkpoint. Returns at once.
+        """Hand over a complete checkpoint. Returns at once.
 
         Args:
             folder: the checkpoint, inside its run folder.

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x: one CLIP ViT-L text encoder, 64-cell latents, usually epsilon prediction.
 
-`encode_one_encoder` and `predict_from_text` serve every family whose UNet is told nothing but one encoder's text.
+`encode_one_encoder` and `predict_from_text` serve every family whose UNet is conditioned on one encoder's text alone.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def predict_from_text(
 
 
 def has_one_encoder(configs: Mapping[str, Config], *, linear: bool) -> bool:
-    """Whether a model has one text encoder and a UNet that is told nothing else.
+    """Whether a model has one text encoder and a UNet that is conditioned on nothing else.
 
     Args:
         linear: whether its attention has linear projections, as SD 2.x has them.

@@ -84,15 +84,15 @@ function render({ model, el }) {
   }
 
   async function save() {
-    const sheet = document.createElement("canvas");
-    sheet.width = canvas.width; sheet.height = canvas.height;
-    const pen = sheet.getContext("2d"), pixels = draw.getImageData(0, 0, canvas.width, canvas.height);
+    const copy = document.createElement("canvas");
+    copy.width = canvas.width; copy.height = canvas.height;
+    const pen = copy.getContext("2d"), pixels = draw.getImageData(0, 0, canvas.width, canvas.height);
     for (let i = 0; i < pixels.data.length; i += 4) {
       const light = 255 - pixels.data[i + 3];
       pixels.data.set([light, light, light, 255], i);
     }
     pen.putImageData(pixels, 0, 0);
-    const blob = await new Promise((done) => sheet.toBlob(done, "image/png"));
+    const blob = await new Promise((done) => copy.toBlob(done, "image/png"));
     model.send({ kind: "mask", name: model.get("name") }, undefined, [await blob.arrayBuffer()]);
     dirty = false;
   }

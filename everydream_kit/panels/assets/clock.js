@@ -1,4 +1,4 @@
-// Beats while the panel is on the page, and gives screen readers what widgets leave out: names of slider handles and of
+// Beats while the panel is on the page, and gives screen readers what widgets omit: names of slider handles and of
 // their number fields, which page is shown, which fold is open; and takes icons out of the names of buttons.
 function describe(panel) {
   for (const widget of panel.querySelectorAll(".widget-slider, .jupyter-widget-slider")) {

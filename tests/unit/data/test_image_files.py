@@ -204,7 +204,7 @@ def test_a_caption_goes_to_the_image_that_it_fits_to_the_letter(tmp_path):
     for name in ("A.png", "a.png", "b.jpg", "b.png"):
         make_image().save(tmp_path / name)
     if len(list(tmp_path.iterdir())) < 4:
-        pytest.skip("this file system does not tell case apart")
+        pytest.skip("this file system ignores case")
     (tmp_path / "a.txt").write_text("small")
     (tmp_path / "b.txt").write_text("both")
     (tmp_path / "b.png.txt").write_text("only where nothing else is")

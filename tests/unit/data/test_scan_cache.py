@@ -82,7 +82,7 @@ def test_another_image_of_the_same_length_is_read(tmp_path):
     path = tmp_path / "data/a.bmp"
     for size in ((48, 32), (32, 48)):
         Image.new("RGB", size).save(path)
-        os.utime(path, (1, size[0]))  # within one tick of the clock they could be told apart by nothing
+        os.utime(path, (1, size[0]))  # within one tick of the clock nothing would distinguish them
         dataset = scan_dataset(tmp_path / "data", cache_dir=tmp_path / "cache")
         assert (dataset.image(0).width, dataset.image(0).height) == size
 

@@ -160,7 +160,7 @@ def test_a_truncated_file_is_refused(tmp_path):
     path = tmp_path / "a.safetensors"
     write_safetensors(path, lazily({"a": torch.ones(1000)}))
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ModelError, match=r"a\.safetensors: not a whole safetensors file .* Fetch it again"):
+    with pytest.raises(ModelError, match=r"a\.safetensors: not a complete safetensors file .* Fetch it again"):
         open_safetensors(path)
 
 
@@ -176,13 +176,13 @@ def test_a_truncated_file_is_refused(tmp_path):
 def test_a_header_that_lies_about_sizes_is_refused(tmp_path, entry):
     header = json.dumps({"a": entry}).encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
-    with pytest.raises(ModelError, match="not a whole safetensors file"):
+    with pytest.raises(ModelError, match="not a complete safetensors file"):
         open_safetensors(tmp_path / "a.safetensors")
 
 
 def test_a_header_longer_than_the_file_is_refused(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
-    with pytest.raises(ModelError, match="not a whole safetensors file"):
+    with pytest.raises(ModelError, match="not a complete safetensors file"):
         open_safetensors(tmp_path / "a.safetensors")
 
 

@@ -266,7 +266,7 @@ def test_what_a_download_left_in_place_of_weights_is_named(tmp_path, name, conte
 
 
 def test_a_file_that_holds_neither_is_read_as_its_name_says(tmp_path):
-    for name, said in {"a.safetensors": "not a whole safetensors file", "a.ckpt": "cannot be read|refused"}.items():
+    for name, said in {"a.safetensors": "not a complete safetensors file", "a.ckpt": "cannot be read|refused"}.items():
         (tmp_path / name).write_bytes(b"\x00" * 64)
         with pytest.raises(ModelError, match=said):
             open_weights(tmp_path / name)

@@ -63,7 +63,7 @@ def test_an_unknown_action_names_those_that_there_are(tmp_path):
         panels.action(tmp_path / "jets", "fly")
 
 
-@pytest.mark.beside
+@pytest.mark.background
 def test_a_step_runs_in_the_background_and_its_report_is_shown(tmp_path):
     for number in range(3):
         image(tmp_path / "photos" / f"{number}.png", size=(640, 480))

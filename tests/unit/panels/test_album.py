@@ -95,7 +95,7 @@ def test_two_excluded_files_of_one_name_both_survive_and_both_come_back(root):
     assert kept["b.png"] == first["b.png"] != kept["b-2.png"]
     album.undo()
     assert (root / "b.txt").read_text() == "the second"
-    report = album.undo()  # the place is taken: nothing is overwritten, and the person is told
+    report = album.undo()  # the place is taken: nothing is overwritten, and the report says so
     assert "is there again" in report.problems[0].cause
     assert (root / "b.txt").read_text() == "the second" and (album.excluded / "b.txt").read_text() == "the first"
 

@@ -161,7 +161,7 @@ def test_colabs_secret_reaches_the_child_processes_and_no_other_hosts_does():
     assert token_environment(Host("plain", "this machine"), Bridge()) == {}
 
 
-@pytest.mark.beside
+@pytest.mark.background
 def test_tensorboard_is_started_reached_and_ended(project):
     import time
     import urllib.request

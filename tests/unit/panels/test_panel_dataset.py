@@ -248,7 +248,7 @@ def test_images_that_are_too_small_are_named_for_the_projects_resolution(project
     assert all("Smaller" not in box.children[0].value for box in panel.problems.lines.children[:-1])
 
 
-@pytest.mark.beside
+@pytest.mark.background
 def test_duplicates_are_found_next_to_and_the_copies_set_aside(project):
     one, other = (Image.effect_noise((8, 6), 90).resize((400, 300), Image.Resampling.BICUBIC) for _ in range(2))
     one.save(project / "input" / "one.png")
@@ -287,7 +287,7 @@ def test_duplicates_are_found_next_to_and_the_copies_set_aside(project):
     assert again.inspecting.job is None
 
 
-@pytest.mark.beside
+@pytest.mark.background
 def test_captions_beyond_the_encoders_window_are_named(project):
     (project / "input" / "night" / "0.txt").write_text("a jet " * 60)
     panel = DatasetPanel(project)

@@ -117,7 +117,7 @@ def test_another_card_and_a_price_are_planned_for(project):
     assert len(task.wishes) == 2 and "must be a number (got &#x27;cheap&#x27;)" in box.report.value
 
 
-@pytest.mark.beside
+@pytest.mark.background
 def test_a_plan_in_the_making_gives_way_to_a_run_and_is_made_after_it(project):
     box = PlanBox(project, lambda values: None, lambda *words: None)
     box.take(project.config())
@@ -131,7 +131,7 @@ def test_a_plan_in_the_making_gives_way_to_a_run_and_is_made_after_it(project):
     box.refresh(may_start=False)
 
 
-@pytest.mark.beside
+@pytest.mark.background
 def test_the_process_makes_the_real_plan(project):
     box = PlanBox(project, lambda values: None, lambda *words: None)
     box.take(project.config(resolution=64, batch_size=2, max_epochs=3, sample_steps=None))

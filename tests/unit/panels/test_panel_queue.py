@@ -75,7 +75,7 @@ def test_a_setting_that_is_wrong_is_not_added(panel):
     assert len(panel.waiting.queue.entries) == 0
 
 
-@pytest.mark.beside
+@pytest.mark.background
 def test_the_panel_follows_the_queue_from_run_to_run(panel):
     add(panel, max_epochs=1)
     add(panel, max_epochs=2)
@@ -91,7 +91,7 @@ def test_the_panel_follows_the_queue_from_run_to_run(panel):
     assert "empty" in panel.waiting.lines.children[0].value
 
 
-@pytest.mark.beside
+@pytest.mark.background
 def test_a_stopped_queue_keeps_what_waits(panel):
     add(panel, max_epochs=1)
     add(panel, max_epochs=2)
@@ -104,7 +104,7 @@ def test_a_stopped_queue_keeps_what_waits(panel):
     wait_until(panel, lambda: not panel.waiting.start_button.disabled)  # the panel sees it at its next beat
 
 
-@pytest.mark.beside
+@pytest.mark.background
 def test_a_cell_that_keeps_colab_awake_stays_with_the_whole_queue(panel, monkeypatch):
     monkeypatch.setattr(panel, "show", lambda: None)
     monkeypatch.setattr("everydream_kit.panels.train_panel.detect_host", lambda: Host("colab", "Google Colab"))

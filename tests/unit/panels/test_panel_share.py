@@ -243,7 +243,7 @@ def finish(panel):
     panel.refresh()
 
 
-@pytest.mark.beside
+@pytest.mark.background
 def test_a_lora_run_is_exported_in_both_layouts_and_merged(lora_project):
     from safetensors.numpy import load_file
 
@@ -272,7 +272,7 @@ def test_a_lora_run_is_exported_in_both_layouts_and_merged(lora_project):
     assert any("attn1.to_q" in name for name in differing) and "model.diffusion_model.input_blocks.0.0.weight" in whole
 
 
-@pytest.mark.beside
+@pytest.mark.background
 def test_the_form_follows_the_checkpoint(lora_project):
     panel = SharePanel(lora_project)
     whole = next(path for _, path in panel.checkpoint.options if path.endswith("gs00020"))
@@ -281,7 +281,7 @@ def test_the_form_follows_the_checkpoint(lora_project):
     assert panel.file_name.value == "jets.safetensors" and panel.precision.layout.display == ""
 
 
-@pytest.mark.beside
+@pytest.mark.background
 def test_a_file_below_home_is_written_there_and_replaced_only_when_asked(lora_project, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     out = tmp_path / "home" / "out" / "x.safetensors"
@@ -318,7 +318,7 @@ def words_project(tmp_path):
     return tmp_path / "cats"
 
 
-@pytest.mark.beside
+@pytest.mark.background
 def test_a_learned_word_is_chosen_and_written_as_apps_take_it(words_project):
     from safetensors.numpy import load_file
 
@@ -333,7 +333,7 @@ def test_a_learned_word_is_chosen_and_written_as_apps_take_it(words_project):
     assert {name: value.shape for name, value in written.items()} == {"emb_params": (1, 8)}
 
 
-@pytest.mark.beside
+@pytest.mark.background
 def test_the_panel_and_the_command_write_the_same_bytes_for_a_form_of_one_name(lora_project, tmp_path):
     from everydream_kit.cli import main
 

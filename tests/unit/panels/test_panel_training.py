@@ -105,7 +105,7 @@ ELSEWHERE = {"host": "elsewhere", "pid": 4242, "place": "another boot", "started
 def test_a_drawing_shows_how_far_it_is_and_other_messages_stay(project):
     run = empty_run(project)
 
-    def report(**facts):  # a run on another machine that shares the disk: it lives as long as its heart beats
+    def report(**facts):  # a run on another machine that shares the disk: it lives as long as its heartbeat is written
         run.write_status({**ELSEWHERE, "step": 4, "num_steps": 9, **facts})
 
     report(state="starting", progress=0.125, message="Encoding the images once.")

@@ -135,7 +135,7 @@ def unpack(panel):
         panel.refresh()
 
 
-@pytest.mark.beside
+@pytest.mark.background
 def test_an_archive_is_unpacked_next_to_and_not_kept(project):
     panel = DatasetPanel(project)
     image = (project / "input" / "a jet_00.png").read_bytes()
@@ -152,7 +152,7 @@ def test_an_archive_is_unpacked_next_to_and_not_kept(project):
     assert not (project / "input" / "set-2").exists() and len(panel.album) == 19
 
 
-@pytest.mark.beside
+@pytest.mark.background
 def test_a_damaged_archive_is_one_sentence_and_leaves_nothing(project):
     panel = DatasetPanel(project)
     assert send(panel.receiver, "set.zip", zipped(x__png=b"x" * 500)[:200], piece=100) == []
@@ -161,7 +161,7 @@ def test_a_damaged_archive_is_one_sentence_and_leaves_nothing(project):
     assert list((project / ".input-arrivals").iterdir()) == [] and not (project / "input" / "set").exists()
 
 
-@pytest.mark.beside
+@pytest.mark.background
 def test_an_archive_that_waited_when_the_kernel_ended_is_unpacked_by_the_next_panel(project):
     send(DatasetPanel(project).receiver, "set.zip", zipped(x__txt=b"hello"), piece=100)
     panel = DatasetPanel(project)

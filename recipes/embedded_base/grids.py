@@ -1,4 +1,4 @@
-"""Looking at it: sheets of reconstructions and of fixed prompts with fixed seeds."""
+"""Looking at it: grids of reconstructions and of fixed prompts with fixed seeds."""
 
 from __future__ import annotations
 
