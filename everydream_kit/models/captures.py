@@ -5,6 +5,7 @@ On NVIDIA GPUs a capture is a CUDA graph. Training replays passes (`training.gra
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol
@@ -29,17 +30,51 @@ class Captured(Protocol):
 class CudaCapture:
     """Captures calls into CUDA graphs that share one memory pool; they are never replayed at the same time.
 
-    A capture computes nothing. Errors are those of this thread alone: others may load images meanwhile.
+    A capture computes nothing. Errors are those of this thread alone: others may load images meanwhile. Where one fails, its
+    first error is raised, and stream and allocator are as they were.
     """
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __call__(self, call: Callable[[], torch.Tensor]) -> Captured:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = call()
+        graph, pool = torch.cuda.CUDAGraph(), self._pool()
+        cause: BaseException | None = None
+        try:
+            # torch's own context does not leave its stream where a capture fails
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+            ):
+                try:
+                    result = call()
+                except BaseException as error:
+                    cause = error
+                    raise
+        except RuntimeError as error:
+            _end_failed_capture(pool)
+            raise cause or error from None  # when it ends such a capture, torch only says that there was an error
+        finally:
+            cause = None  # a frame that its own error leads to would keep the capture's memory
+        self._graphs.add(graph)
         return _CudaGraph(graph, result)
+
+    def _pool(self) -> Any:
+        """That of the graphs which live; torch refuses one whose graphs are all gone, where cuBLAS still has memory of it."""
+        living = next(iter(self._graphs), None)
+        return torch.cuda.graph_pool_handle() if living is None else living.pool()
+
+
+def _end_failed_capture(pool: Any) -> None:
+    """Let the allocator know that a capture is over: torch before 2.12 forgets that, and then frees no memory any more."""
+    names = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")  # the second until torch 2.7
+    end = next(getattr(torch._C, name) for name in names if hasattr(torch._C, name))
+    device = torch.cuda.current_device()
+    try:
+        end(device, pool)
+    except RuntimeError:  # torch has done it
+        return
+    torch._C._cuda_releasePool(device, pool)
 
 
 @dataclass

@@ -14,6 +14,7 @@ import torch
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.data.records import StepBatches
+from everydream_kit.models.captures import CudaCapture
 from everydream_kit.preflight.rehearsal import make_batch, stand_in_dataset
 from everydream_kit.runs import RunFolder
 from everydream_kit.training.journal import Journal
@@ -124,3 +125,30 @@ def test_a_captured_pass_gives_the_losses_and_gradients_of_a_call(run: Run) -> N
         assert found[0] == pytest.approx(loss.item(), rel=1e-6)
         for one, other in zip(found[1], [p.grad for p in parameters if p.grad is not None], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.needs_cuda
+def test_a_failed_capture_says_why_and_leaves_the_gpu_as_it_was() -> None:
+    capture, number, stream = CudaCapture(), torch.ones(4, 4, device=DEVICE), torch.cuda.current_stream()
+
+    def asks_for_a_value() -> torch.Tensor:
+        return number * number.sum().item()
+
+    with pytest.raises(RuntimeError, match="capturing"):
+        capture(asks_for_a_value)
+    assert torch.cuda.current_stream() == stream
+    torch.cuda.empty_cache()
+    captured = capture(lambda: number @ number)
+    captured.replay()
+    assert captured.result.tolist() == [[4.0] * 4] * 4
+
+
+@pytest.mark.needs_cuda
+def test_calls_are_captured_anew_after_all_graphs_were_dropped() -> None:
+    capture, number = CudaCapture(), torch.ones(4, 4, device=DEVICE)
+    for _ in range(2):
+        one, other = capture(lambda: number @ number), capture(lambda: number @ number + 1)
+        one.replay()
+        other.replay()
+        assert (float(one.result[0, 0]), float(other.result[0, 0])) == (4.0, 5.0)
+        del one, other

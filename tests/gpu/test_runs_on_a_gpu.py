@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +70,6 @@ def settings(tmp_path: Path, tiny_model_folder: Path, image_folder: Path) -> dic
         "num_workers": 0,
         "cache_variants": 1,
     }
-
-
-@pytest.fixture
-def deterministic() -> Iterator[None]:
-    """torch's deterministic kernels, in so far as there are any."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def losses_of(run: RunFolder) -> list[float]:
