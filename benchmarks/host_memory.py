@@ -31,7 +31,7 @@ from everydream_kit.models.model_saving import files_of, write_folder
 from everydream_kit.models.random_models import build_model
 from everydream_kit.models.tensors import LazyTensor
 from everydream_kit.preflight.skeleton import build_skeleton, read_architecture
-from everydream_kit.training.base import choose_formats, precision_of
+from everydream_kit.training.base_model import choose_formats, precision_of
 
 CHILD = """
 import re, sys

@@ -34,8 +34,8 @@ from everydream_kit.preflight import rehearsal
 from everydream_kit.preflight.imitation import imitate_autocast, replace_bitsandbytes
 from everydream_kit.preflight.skeleton import build_skeleton, shipped_architecture
 from everydream_kit.preflight.tracker import BACKWARD, FORWARD, OPTIMIZER, RECOMPUTED, LaunchCounter, StorageTracker
-from everydream_kit.training.base import select_trained
-from everydream_kit.training.graphs import NUM_EAGER, GraphedPasses
+from everydream_kit.training.base_model import select_trained
+from everydream_kit.training.cuda_graphs import NUM_EAGER, GraphedPasses
 
 PHASES = (FORWARD, BACKWARD, RECOMPUTED, OPTIMIZER)
 OPTIMIZERS = ("adamw8bit", "adamw")

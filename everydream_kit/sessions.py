@@ -48,8 +48,8 @@ from everydream_kit.training.resuming import refuse_other_training, resolve_posi
 from everydream_kit.training.run import Run
 from everydream_kit.training.run_builder import build_run
 from everydream_kit.training.sharding import divide_optimizer_state
-from everydream_kit.training.speed import CHOSEN as CHOSEN_BY_SPEED
-from everydream_kit.training.speed import SpeedTrial
+from everydream_kit.training.speed_choice import CHOSEN as CHOSEN_BY_SPEED
+from everydream_kit.training.speed_choice import SpeedTrial
 from everydream_kit.training.start_checks import check_start
 from everydream_kit.training.summary import library_versions
 

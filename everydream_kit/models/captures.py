@@ -1,6 +1,6 @@
 """Calls that a device captures once and repeats without the host; and what a call reads, as tensors that stay in their place.
 
-On NVIDIA GPUs a capture is a CUDA graph. Training replays passes (`training.graphs`), sampling its predictions (`sampling`).
+On NVIDIA GPUs a capture is a CUDA graph. Training replays passes (`training.cuda_graphs`), sampling its predictions (`sampling`).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from everydream_kit.preflight.tracker import StorageTracker
-from everydream_kit.training.flat import FlatOptimizer
+from everydream_kit.training.flat_weights import FlatOptimizer
 
 PAGED_FROM = 100_000
 """Numbers from which bitsandbytes pages a state (optimizer.py, `get_state_buffer`: `p.numel() < 1e5` is not paged)."""

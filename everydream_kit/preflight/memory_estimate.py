@@ -209,7 +209,7 @@ def architecture_of(config: TrainConfig) -> Architecture:
         ConfigError: settings mean nothing for its family; training refuses them, too.
     """
     from everydream_kit.preflight.skeleton import read_architecture
-    from everydream_kit.training.base import find_base, refuse_settings
+    from everydream_kit.training.base_model import find_base, refuse_settings
 
     architecture = read_architecture(
         find_base(config),

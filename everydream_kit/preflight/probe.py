@@ -115,7 +115,7 @@ def build_on_gpu(config: TrainConfig, folder: Path) -> Run:
     from everydream_kit.preflight.rehearsal import stand_in_dataset
     from everydream_kit.runs import RunFolder
     from everydream_kit.settings import with_side_files
-    from everydream_kit.training.base import load_base
+    from everydream_kit.training.base_model import load_base
     from everydream_kit.training.journal import Journal
     from everydream_kit.training.ranks import Ranks
     from everydream_kit.training.run_builder import assemble_run

@@ -44,15 +44,15 @@ from everydream_kit.preflight.tracker import (
     StorageTracker,
 )
 from everydream_kit.runs import RunFolder
-from everydream_kit.training.base import (
+from everydream_kit.training.base_model import (
     choose_formats,
     choose_idle_modules,
     precision_of,
     refuse_float16,
     select_trained,
 )
-from everydream_kit.training.flat import flat_optimizers
-from everydream_kit.training.graphs import why_eager
+from everydream_kit.training.cuda_graphs import why_eager
+from everydream_kit.training.flat_weights import flat_optimizers
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.kept_gradients import KeptGradients
 from everydream_kit.training.ranks import Ranks

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from everydream_kit.training.runs_of_items import cut
+from everydream_kit.training.chunks import cut
 
 SLICE_NUMBERS = 2**25
 """Numbers that are moved between devices together: 128 MiB in float32."""

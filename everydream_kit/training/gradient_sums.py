@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from everydream_kit.training.flat import is_dense, place_of
+from everydream_kit.training.chunks import cut
+from everydream_kit.training.flat_weights import is_dense, place_of
 from everydream_kit.training.ranks import Ranks
-from everydream_kit.training.runs_of_items import cut
 
 PIECE_BYTES = 25 * 2**20
 """Gradients are sent in pieces of about this size, as torch's own DDP does."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from everydream_kit.training.flat import flat_optimizers, is_dense, lay_out, place_of
+from everydream_kit.training.flat_weights import flat_optimizers, is_dense, lay_out, place_of
 from everydream_kit.training.optimizers import parameters_of
 
 

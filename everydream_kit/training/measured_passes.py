@@ -19,8 +19,8 @@ import torch
 from everydream_kit.data.captions import compose_caption
 from everydream_kit.data.records import Batch, MicroBatch, StepBatches
 from everydream_kit.draws import generator
-from everydream_kit.training.base import compile_blocks, precision_of
-from everydream_kit.training.graphs import NUM_EAGER, add_graphs
+from everydream_kit.training.base_model import compile_blocks, precision_of
+from everydream_kit.training.cuda_graphs import NUM_EAGER, add_graphs
 from everydream_kit.training.optimizers import parameters_of
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from everydream_kit.errors import ConfigError
-from everydream_kit.training.combined import CombinedOptimizer, FusedBackwardOptimizer
-from everydream_kit.training.flat import BUFFER_NUMBERS, FlatOptimizer
+from everydream_kit.training.combined_optimizer import CombinedOptimizer, FusedBackwardOptimizer
+from everydream_kit.training.flat_weights import BUFFER_NUMBERS, FlatOptimizer
 from everydream_kit.training.parts import PartSettings, plain_name
 from everydream_kit.training.rounding import RoundedOptimizer
 
@@ -51,7 +51,7 @@ class OptimizerKind:
         weight_decay: where nobody says anything; None: the class's own. 0 where decay cannot be separated from the gradient,
             or is multiplied by a rate that is not a share of the weight.
         by_parameter: each parameter's update depends on that parameter alone, so it may be stepped by itself.
-        elementwise: each number's update depends on that number alone (8-bit states: on its block), see `flat`.
+        elementwise: each number's update depends on that number alone (8-bit states: on its block), see `flat_weights`.
             Not said of the paged ones: their states move to the GPU tensor by tensor.
         substitute: what is used where the library is missing.
         unpaged: what is used on a CPU, for the paged ones.
@@ -97,8 +97,8 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
     "dadaptsgd": _own_rate("pytorch_optimizer.DAdaptSGD", weight_decouple=True),
     "dowg": _own_rate("everydream_kit.training.dowg.DoWG"),
     "scalardowg": _own_rate("everydream_kit.training.dowg.DoWG"),
-    "coordinatedowg": _own_rate("everydream_kit.training.coordinate.CoordinateDoWG"),
-    "adacoor": _own_rate("everydream_kit.training.coordinate.AdaCoor"),
+    "coordinatedowg": _own_rate("everydream_kit.training.everydream2_optimizers.CoordinateDoWG"),
+    "adacoor": _own_rate("everydream_kit.training.everydream2_optimizers.AdaCoor"),
 }
 """Names are compared without case, `_` and `-`: `dadapt_adam` and `AdamW8bit` are known."""
 
@@ -129,8 +129,8 @@ def build_optimizer_for_parts(
         parts: what is trained, from `select_parameters`.
         settings: for each part, in the same order.
         rounding_seed: the run's seed, where bfloat16 weights should be rounded stochastically.
-        fused_backward: step inside the backward pass (see `combined`).
-        flat: step a few buffers, of at most `buffer_numbers`, where the optimizer allows it (see `flat`).
+        fused_backward: step inside the backward pass (see `combined_optimizer`).
+        flat: step a few buffers, of at most `buffer_numbers`, where the optimizer allows it (see `flat_weights`).
 
     Raises:
         ConfigError: an unknown name, a class that cannot be imported, an argument that it does not take, or fused_backward

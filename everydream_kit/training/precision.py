@@ -14,7 +14,7 @@ import torch
 from everydream_kit.config import mixes_precision
 from everydream_kit.config.precision_settings import PrecisionGroup
 from everydream_kit.errors import ConfigError
-from everydream_kit.training.skipping import step_unless
+from everydream_kit.training.skipped_updates import step_unless
 from everydream_kit.transfers import Fetched
 
 INITIAL_SCALE = 2**17.5

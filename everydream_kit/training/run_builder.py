@@ -2,7 +2,7 @@
 
 `build_run` checks what is cheap first (settings, dataset, optimizer file), so that a mistake costs seconds and no GPU; then it
 loads the model and hands both to `assemble_run`, which builds the rest: caches, averages, the learner, and the run. What a run
-trains on is in `training_images.py`, the model it starts from in `base.py`; starting, resuming and ending a run are in
+trains on is in `training_images.py`, the model it starts from in `base_model.py`; starting, resuming and ending a run are in
 `sessions.py`.
 """
 
@@ -23,7 +23,7 @@ from everydream_kit.models.family import Conditioning, Model, has_large_texts
 from everydream_kit.models.model_saving import save_model
 from everydream_kit.runs import Checkpoint, RunFolder, layout
 from everydream_kit.settings import with_side_files
-from everydream_kit.training.base import (
+from everydream_kit.training.base_model import (
     choose_idle_modules,
     load_base,
     precision_of,
@@ -41,12 +41,12 @@ from everydream_kit.training.caching import (
     latent_folder,
     texts_of_run,
 )
+from everydream_kit.training.cuda_graphs import add_graphs, numbers_of_a_buffer
 from everydream_kit.training.ema import Ema
 from everydream_kit.training.ema_builder import build_ema
 from everydream_kit.training.file_hashes import OpenFile
-from everydream_kit.training.flat_check import check_flat_weights, lays_flat
+from everydream_kit.training.flat_weights_check import check_flat_weights, lays_flat
 from everydream_kit.training.gradient_sums import GradientSums
-from everydream_kit.training.graphs import add_graphs, numbers_of_a_buffer
 from everydream_kit.training.held_out_images import ValidationSet, split_dataset
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.objectives import OBJECTIVES
@@ -61,7 +61,7 @@ from everydream_kit.training.prompt_file import sampled_texts
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.run import Run
 from everydream_kit.training.sharding import build_sharding
-from everydream_kit.training.speed import MeasuredRun, SpeedTrial, choose_speed
+from everydream_kit.training.speed_choice import MeasuredRun, SpeedTrial, choose_speed
 from everydream_kit.training.step import Learner, Schedules
 from everydream_kit.training.summary import summarise_captions
 from everydream_kit.training.sync import RankSync

@@ -24,11 +24,11 @@ from everydream_kit.models.captures import CAPTURES
 from everydream_kit.models.family import has_large_texts
 from everydream_kit.models.sampling_schedulers import build_scheduler
 from everydream_kit.share_bar import ShareBar
+from everydream_kit.training.chunks import cut
 from everydream_kit.training.memory_measures import is_out_of_memory
 from everydream_kit.training.progress import StopRequested, WorkProgress
 from everydream_kit.training.prompt_file import PromptFile, SampleEntry, SampleSettings, prompts_of, read_prompt_file
 from everydream_kit.training.reports import Listener, ObservedRun, StepReport
-from everydream_kit.training.runs_of_items import cut
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -31,8 +31,8 @@ from everydream_kit.models.encoding import (
 )
 from everydream_kit.models.family import Conditioning, PromptSettings, Sizes
 from everydream_kit.models.tokens import expand_tokens
-from everydream_kit.training.base import drops_out
-from everydream_kit.training.combined import measure_gradient_norm, take_gradient_norm
+from everydream_kit.training.base_model import drops_out
+from everydream_kit.training.combined_optimizer import measure_gradient_norm, take_gradient_norm
 from everydream_kit.training.decisions import Decisions
 from everydream_kit.training.losses import ImageLosses, refuse_non_finite
 from everydream_kit.training.noise import make_noise, perturb_embeddings, perturb_input, standard_normal
@@ -40,7 +40,7 @@ from everydream_kit.training.objectives import denoising_losses
 from everydream_kit.training.offload import IdleModels
 from everydream_kit.training.optimizers import parameters_of
 from everydream_kit.training.sharding import as_whole
-from everydream_kit.training.skipping import Update, find_non_finite, finds_non_finite
+from everydream_kit.training.skipped_updates import Update, find_non_finite, finds_non_finite
 from everydream_kit.training.step_inputs import StepInputs
 from everydream_kit.training.timesteps import draw_timesteps
 from everydream_kit.transfers import Fetched, send
@@ -80,7 +80,7 @@ class Learner:
         wants_gradient_norm: whether the norm is wanted after so many steps.
         is_sharded: the trained modules are divided among the processes (`sharding`).
         saves_components: a checkpoint holds whole components, and not only what is trained of them (adapters, tokens).
-        graphs: `learn_from`, eager or replayed, where there are CUDA graphs (`graphs`).
+        graphs: `learn_from`, eager or replayed, where there are CUDA graphs (`cuda_graphs`).
         kept_gradients: where gradients stay for them.
     """
 

@@ -18,7 +18,7 @@ from everydream_kit.runs import RunFolder
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.run_builder import build_run
-from everydream_kit.training.speed import CANDIDATES, SpeedTrial
+from everydream_kit.training.speed_choice import CANDIDATES, SpeedTrial
 
 pytestmark = pytest.mark.needs_cuda
 

@@ -20,7 +20,7 @@ from everydream_kit.config.precision_settings import PrecisionGroup
 from everydream_kit.models.loading import load_model
 from everydream_kit.models.model_saving import save_model
 from everydream_kit.preflight.skeleton import build_skeleton, read_architecture
-from everydream_kit.training.base import choose_formats
+from everydream_kit.training.base_model import choose_formats
 from everydream_kit.training.precision import choose_precision
 
 MATRICES = (torch.nn.Linear, torch.nn.Conv2d)

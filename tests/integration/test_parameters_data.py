@@ -16,7 +16,7 @@ from everydream_kit.config import TrainConfig
 from everydream_kit.data.epoch_plan import plan_epoch
 from everydream_kit.data.records import Batch
 from everydream_kit.errors import ConfigError, ModelError
-from everydream_kit.training.base import find_base
+from everydream_kit.training.base_model import find_base
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from everydream_kit.errors import ConfigError, HubError
 from everydream_kit.runs import RunFolder
 from everydream_kit.sessions import train
 from everydream_kit.training import run_builder
-from everydream_kit.training.base import choose_idle_modules
+from everydream_kit.training.base_model import choose_idle_modules
 from everydream_kit.training.checkpoint_saving import Saver
 from everydream_kit.training.offload import IdleModels
 from everydream_kit.training.reports import Listener, StepReport

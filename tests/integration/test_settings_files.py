@@ -20,7 +20,7 @@ from everydream_kit.data.scanning import scan_dataset
 from everydream_kit.everydream2.validation_file import import_validation_file
 from everydream_kit.sessions import train
 from everydream_kit.settings import with_side_files
-from everydream_kit.training.base import select_trained
+from everydream_kit.training.base_model import select_trained
 from everydream_kit.training.control import StopSignal
 from everydream_kit.training.held_out_images import split_dataset
 from everydream_kit.training.listeners import build_sampler

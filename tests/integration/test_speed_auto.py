@@ -19,7 +19,7 @@ from tiny_models import tiny_folder
 from everydream_kit.config import TrainConfig
 from everydream_kit.runs import RunFolder
 from everydream_kit.sessions import resume, train
-from everydream_kit.training import graphs
+from everydream_kit.training import cuda_graphs
 from everydream_kit.training.control import StopSignal
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.loop import train_loop
@@ -27,7 +27,7 @@ from everydream_kit.training.measured_passes import NUM_TIMED, NUM_WARM
 from everydream_kit.training.objectives import DiffusionObjective
 from everydream_kit.training.ranks import Ranks
 from everydream_kit.training.run_builder import build_run
-from everydream_kit.training.speed import CANDIDATES, Candidate, SpeedTrial
+from everydream_kit.training.speed_choice import CANDIDATES, Candidate, SpeedTrial
 
 GRAPHS = CANDIDATES[1]
 
@@ -167,7 +167,7 @@ class Stale:
 def test_a_candidate_that_computes_something_else_is_dropped(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
-    monkeypatch.setitem(graphs.CAPTURES, "cpu", lambda: Stale)
+    monkeypatch.setitem(cuda_graphs.CAPTURES, "cpu", lambda: Stale)
     wrong = Candidate({"loss_type": "huber"})
     trial = SpeedTrial(candidates=(wrong, GRAPHS), clock=Clock(0.2, 0.1, 0.1), min_passes=1)
     with built(trial, **settings, speed="auto") as run:

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from everydream_kit.training import graphs
+from everydream_kit.training import cuda_graphs
 from everydream_kit.training.step import Learner
 from everydream_kit.training.step_inputs import StepInputs
 
@@ -79,7 +79,7 @@ def record(call: Callable[[], torch.Tensor]) -> Replayed:
 
 def allow_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """`cuda_graphs on` replays on a CPU, and what a pass is given is worthless as soon as it has been copied."""
-    monkeypatch.setitem(graphs.CAPTURES, "cpu", lambda: record)
+    monkeypatch.setitem(cuda_graphs.CAPTURES, "cpu", lambda: record)
     take = StepInputs.take
 
     def take_and_poison(self: StepInputs, other: StepInputs) -> None:

@@ -172,7 +172,7 @@ OTHER_MEANING = {
     "models/sampling.py": {"seed", "clip_skip", "batch_size"},  # of images without a run
     "actions/comparison.py": {"seed", "clip_skip"},
     "generation.py": {"clip_skip"},
-    "training/coordinate.py": {"lr", "eps", "weight_decay", "d0"},  # torch's form of an optimizer
+    "training/everydream2_optimizers.py": {"lr", "eps", "weight_decay", "d0"},  # torch's form of an optimizer
     "training/dowg.py": {"lr", "d0", "weight_decay"},
     "training/ranks.py": {"gpuid"},
     "training/optimizers.py": {"fused_backward", "weight_decay"},  # a table of optimizers has its own

@@ -9,7 +9,7 @@ import torch
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ConfigError
 from everydream_kit.models.quantized import FORMS, QuantizedLinear
-from everydream_kit.training.base import choose_formats, precision_of
+from everydream_kit.training.base_model import choose_formats, precision_of
 
 BYTES = {"fp8": 1 + 4 / 256, "int8": 1 + 4 / 256, "nf4": 1 / 2 + 4 / 64}
 """Of a weight in a row of 256: what is stored, and its share of a scale."""

@@ -7,7 +7,7 @@ from everydream_kit.config.precision_settings import PrecisionGroup
 from everydream_kit.models import latent_spaces
 from everydream_kit.models.encoding import decode_latents, encode_moments
 from everydream_kit.models.random_models import build_tiny_model
-from everydream_kit.training.base import tile_large_images
+from everydream_kit.training.base_model import tile_large_images
 from everydream_kit.training.caching import weights_identity
 from everydream_kit.training.precision import Precision, choose_precision
 

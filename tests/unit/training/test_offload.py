@@ -8,7 +8,7 @@ import torch
 
 from everydream_kit.config import TrainConfig
 from everydream_kit.models.families import FAMILIES
-from everydream_kit.training.base import choose_idle_modules
+from everydream_kit.training.base_model import choose_idle_modules
 from everydream_kit.training.offload import IdleModels
 
 

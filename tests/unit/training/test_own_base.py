@@ -7,7 +7,7 @@ from pathlib import Path
 from everydream_kit.config import TrainConfig
 from everydream_kit.foreign import Origin, write_origin
 from everydream_kit.runs import RunFolder
-from everydream_kit.training.base import _own_base
+from everydream_kit.training.base_model import _own_base
 
 
 def test_an_adapter_of_a_fetched_run_takes_the_base_that_a_person_gave(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from everydream_kit.config import TrainConfig
 from everydream_kit.config.precision_settings import PrecisionGroup
 from everydream_kit.errors import ConfigError
 from everydream_kit.models.families import FAMILIES
-from everydream_kit.training.base import refuse_float16
+from everydream_kit.training.base_model import refuse_float16
 from everydream_kit.training.precision import choose_precision
 
 

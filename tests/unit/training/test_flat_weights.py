@@ -12,7 +12,7 @@ from optimizers_by_name import build_optimizer
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from everydream_kit.training.flat import FlatOptimizer
+from everydream_kit.training.flat_weights import FlatOptimizer
 from everydream_kit.training.optimizers import OPTIMIZERS
 
 ELEMENTWISE = [name for name, kind in OPTIMIZERS.items() if kind.elementwise]

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from everydream_kit.training.runs_of_items import cut
+from everydream_kit.training.chunks import cut
 
 Group = dict[str, Any]
 State = dict[str, Any]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from everydream_kit.training.flat import flat_optimizers
+from everydream_kit.training.flat_weights import flat_optimizers
 from everydream_kit.training.optimizers import unwrap_optimizers
 from everydream_kit.training.rounding import RoundedOptimizer
 from everydream_kit.transfers import Fetched

@@ -19,8 +19,8 @@ import torch
 
 from everydream_kit.errors import ConfigError
 from everydream_kit.models.captures import CAPTURES, Capture, Captured
-from everydream_kit.training.base import drops_out
-from everydream_kit.training.flat import BUFFER_NUMBERS
+from everydream_kit.training.base_model import drops_out
+from everydream_kit.training.flat_weights import BUFFER_NUMBERS
 from everydream_kit.training.kept_gradients import KeptGradients
 from everydream_kit.training.memory_measures import is_out_of_memory
 from everydream_kit.training.step_inputs import StepInputs

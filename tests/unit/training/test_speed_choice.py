@@ -13,7 +13,7 @@ from everydream_kit.runs import RunFolder
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.measured_passes import Measured, disagreement
 from everydream_kit.training.ranks import Ranks
-from everydream_kit.training.speed import PLAIN, Candidate, SpeedTrial, _Choice
+from everydream_kit.training.speed_choice import PLAIN, Candidate, SpeedTrial, _Choice
 
 LAYOUT, GRAPHS = Candidate({"channels_last": True}), Candidate({"cuda_graphs": "on"})
 COMPILED = Candidate({"torch_compile": True}, start_seconds=100.0)

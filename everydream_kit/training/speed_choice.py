@@ -19,8 +19,8 @@ import torch
 
 from everydream_kit.data.epoch_plan import plan_epoch
 from everydream_kit.errors import ConfigError
-from everydream_kit.training.base import drops_out, precision_of, prepare_speed
-from everydream_kit.training.graphs import why_eager
+from everydream_kit.training.base_model import drops_out, precision_of, prepare_speed
+from everydream_kit.training.cuda_graphs import why_eager
 from everydream_kit.training.journal import Journal
 from everydream_kit.training.measured_passes import (
     Measured,

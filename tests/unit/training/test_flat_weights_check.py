@@ -10,9 +10,9 @@ import torch
 from rehearsals import plain_settings, prepared
 
 from everydream_kit.config import TrainConfig
-from everydream_kit.training import flat_check
-from everydream_kit.training.flat import FlatOptimizer
-from everydream_kit.training.flat_check import find_disagreement
+from everydream_kit.training import flat_weights_check
+from everydream_kit.training.flat_weights import FlatOptimizer
+from everydream_kit.training.flat_weights_check import find_disagreement
 from everydream_kit.training.optimizers import OPTIMIZERS
 from everydream_kit.training.parts import UNET, part_settings
 
@@ -38,7 +38,7 @@ def test_an_optimizer_that_needs_shapes_is_found_out(monkeypatch: pytest.MonkeyP
     assert find_disagreement([settings_of("adamw"), settings_of("adafactor")], CPU) == "adafactor"
 
 
-@pytest.mark.parametrize("index", range(len(flat_check.SHAPES)))
+@pytest.mark.parametrize("index", range(len(flat_weights_check.SHAPES)))
 def test_one_wrong_number_in_any_tensor_is_found(monkeypatch: pytest.MonkeyPatch, index: int) -> None:
     def off_by_little(optimizer: FlatOptimizer) -> None:
         step(optimizer)

@@ -8,7 +8,7 @@ import torch
 from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ConfigError
 from everydream_kit.models.family import Conditioning, Sizes
-from everydream_kit.training.graphs import MAX_COUNTED, MAX_DROPS, MAX_SHAPES, NUM_EAGER, GraphedPasses
+from everydream_kit.training.cuda_graphs import MAX_COUNTED, MAX_DROPS, MAX_SHAPES, NUM_EAGER, GraphedPasses
 from everydream_kit.training.kept_gradients import KeptGradients
 from everydream_kit.training.step_inputs import StepInputs
 
