@@ -31,24 +31,35 @@ def browser():
         yield chromium
 
 
-@pytest.fixture
-def page(browser, request):
-    context = browser.new_context(viewport=VIEWPORT)
-    page = context.new_page()
+def open_page(browser):
+    """A page of a browser context of its own, which takes cookies, storage and the page along when it is closed."""
+    page = browser.new_context(viewport=VIEWPORT).new_page()
     page.set_default_timeout(30_000)
+    return page
+
+
+@pytest.fixture
+def page(browser):
+    page = open_page(browser)
     yield page
-    report = getattr(request.node, "report", None)
-    if report is not None and report.failed:
-        FAILURES.mkdir(exist_ok=True)
-        page.screenshot(path=FAILURES / f"{request.node.name}.png")
-    context.close()
+    page.context.close()
+
+
+@pytest.fixture(scope="module")
+def shared_page(browser):
+    """For tests that look at the same panels: opening a notebook takes 15 s of processor time."""
+    page = open_page(browser)
+    yield page
+    page.context.close()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    if report.when == "call":
-        item.report = report
+    page = item.funcargs.get("page") or item.funcargs.get("shared_page")
+    if report.when == "call" and report.failed and page is not None:
+        FAILURES.mkdir(exist_ok=True)
+        page.screenshot(path=FAILURES / f"{item.name}.png")
     return report
 
 

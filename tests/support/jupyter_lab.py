@@ -36,6 +36,19 @@ CHROMIUM_ARGUMENTS = [
     "--disable-sync",
 ]
 
+LOOK_MILLISECONDS = 200
+STILL = f"""
+async (panel, looks) => {{
+  for (let shown = null, same = 0; same < looks; ) {{
+    await new Promise(resolve => setTimeout(resolve, {LOOK_MILLISECONDS}));
+    const now = panel.outerHTML;
+    same = now === shown ? same + 1 : 0;
+    shown = now;
+  }}
+}}
+"""
+"""Looks from within the page: a panel's HTML has up to 240 KB, and bringing it out five times a second keeps a core busy."""
+
 
 def notebook_of(*sources):
     """A notebook of code cells. By hand: importing nbformat takes two seconds of processor time in each test process."""
@@ -212,16 +225,7 @@ class Driver:
 
     def wait_until_still(self, panel, *, still_seconds=1.2):
         """Wait until a panel has stayed the same for two beats of its clock, which names what widgets leave nameless."""
-        before, since = None, time.monotonic()
-
-        def is_still():
-            nonlocal before, since
-            shown = panel.evaluate("element => element.outerHTML")
-            if shown != before:
-                before, since = shown, time.monotonic()
-            return time.monotonic() - since >= still_seconds
-
-        self.wait_while_moving(is_still)
+        panel.evaluate(STILL, round(still_seconds * 1000 / LOOK_MILLISECONDS))
 
     def wait_for_text(self, panel, selector, text):
         """Wait until a part of a panel holds a text, or matches a pattern, while something moves."""
