@@ -137,10 +137,24 @@ BASES = (
 )
 """Everything else the kit reads is given by its path or its Hub id."""
 
+RATES = {"lora": 1e-4, "textual_inversion": 5e-4}
+"""Usual learning rates by `training_kind`, of all families; those of the pages in docs/ and of diffusers' examples."""
+FULL_FLOW_RATE = 1e-5
+"""Of all weights of a transformer of flow matching; those of Stable Diffusion begin with the default."""
+
 INDEXES = ("model_index.json", "modular_model_index.json")
 """What names a model's pipeline in its folder."""
-SUGGESTED = ("resolution", "max_epochs", "lr", "lr_scheduler", "batch_size", "cond_dropout")
-"""Settings that follow the base model until somebody sets them."""
+SUGGESTED = (
+    "resolution",
+    "max_epochs",
+    "lr",
+    "lr_scheduler",
+    "batch_size",
+    "cond_dropout",
+)
+"""Settings that follow the base model and what is trained of it until somebody sets them."""
+FOLLOWED = ("resume_ckpt", "family", "training_kind")
+"""Settings that they follow."""
 
 
 def find_base(source: Any) -> Base | None:
@@ -148,20 +162,45 @@ def find_base(source: Any) -> Base | None:
     return next((base for base in BASES if base.source == source), None)
 
 
-def suggested_settings(source: Any) -> dict[str, Any]:
-    """What a run on a base begins with."""
+def base_settings(chosen: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a base needs otherwise than others: those of its family, where it is not in the list itself."""
+    base = find_base(chosen.get("resume_ckpt")) or _base_of_family(_family_of(chosen))
+    return base.settings if base is not None else {}
+
+
+def suggested_settings(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run begins with.
+
+    Args:
+        chosen: values of `FOLLOWED`; others do not count.
+    """
     defaults = {record.name: record.default for record in parameters()}
+    source, kind = chosen.get("resume_ckpt"), chosen.get("training_kind")
     if source == EMBEDDED_MODEL:
         return {name: TRAINING.get(name, defaults[name]) for name in SUGGESTED}
-    base = find_base(source)
     suggested = {name: defaults[name] for name in SUGGESTED} | {"max_epochs": FIRST_EPOCHS}
-    return suggested | ({"resolution": base.resolution, **base.settings} if base is not None else {})
+    family = _family_of(chosen)
+    if family is not None and not family.startswith("sd"):
+        suggested["lr"] = FULL_FLOW_RATE
+    if kind in RATES:
+        suggested["lr"] = RATES[kind]
+    base = find_base(source) or _base_of_family(family)
+    return suggested | ({"resolution": base.resolution} if base is not None else {}) | dict(base_settings(chosen))
 
 
-def start_values(source: Any) -> dict[str, Any]:
-    """Every setting of a run on a base, before anything is set."""
+def start_values(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting of a run, before anything is set but `chosen`."""
     defaults = {record.name: record.default for record in parameters() if not record.required}
-    return {**defaults, **suggested_settings(source)}
+    return {**defaults, **suggested_settings(chosen)}
+
+
+def _family_of(chosen: Mapping[str, Any]) -> str | None:
+    return recognize_family(chosen.get("resume_ckpt"), chosen.get("family"))
+
+
+def _base_of_family(family: str | None) -> Base | None:
+    """The base that stands for a family; None for SD 1.x and 2.x, which differ in size and have one pipeline."""
+    return None if family in ("sd1", "sd2") else next((base for base in BASES if base.family == family), None)
 
 
 def recognize_family(source: Any, given: Any = None) -> str | None:

@@ -13,7 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from everydream_kit.actions.bases import start_values
+from everydream_kit.actions.bases import (
+    base_settings,
+    recognize_family,
+    settings_of_other_families,
+    start_values,
+    suggested_settings,
+)
 from everydream_kit.atomic import write_atomic
 from everydream_kit.config import EMBEDDED_MODEL, facts
 from everydream_kit.demo.main import TRAINING
@@ -32,11 +38,28 @@ class Preset:
         title: as the list shows it.
         why: when to take it, in one sentence.
         settings: what it sets; everything else keeps its value in the form.
+        rate: its learning rate, as a multiple of the one that the base and what is trained of it begin with; None: none.
     """
 
     title: str
     why: str
     settings: dict[str, Any] = field(default_factory=dict)
+    rate: float | None = None
+
+    def settings_on(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """What it sets on a base: nothing that the base's family does not have or the base needs otherwise.
+
+        Args:
+            chosen: the form's values.
+        """
+        if "resume_ckpt" in self.settings:
+            return dict(self.settings)
+        family = recognize_family(chosen.get("resume_ckpt"), chosen.get("family"))
+        skipped = settings_of_other_families(family) | base_settings(chosen).keys()
+        kept = {name: value for name, value in self.settings.items() if name not in skipped}
+        if self.rate is not None:
+            kept["lr"] = float(f"{self.rate * suggested_settings(chosen)['lr']:.3g}")
+        return kept
 
 
 PRESETS: dict[str, Preset] = {
@@ -50,24 +73,24 @@ PRESETS: dict[str, Preset] = {
         "A look: 30 to 300 images in one style. Mirrored images and a little more dropout push the style harder.",
         {
             "batch_size": 4,
-            "lr": 2e-6,
             "lr_scheduler": "cosine",
             "max_epochs": 60,
             "flip_p": 0.5,
             "cond_dropout": 0.1,
         },
+        rate=2.0,
     ),
     "person": Preset(
         "Person or character",
         "One subject: 15 to 60 images. Never mirrored, since faces are not symmetric.",
         {
             "batch_size": 4,
-            "lr": 1.5e-6,
             "lr_scheduler": "constant",
             "max_epochs": 80,
             "flip_p": 0.0,
             "cond_dropout": 0.04,
         },
+        rate=1.5,
     ),
     "big": Preset(
         "Big dataset",
@@ -75,12 +98,12 @@ PRESETS: dict[str, Preset] = {
         {
             "batch_size": 8,
             "grad_accum": 2,
-            "lr": 3e-6,
             "lr_scheduler": "cosine",
             "max_epochs": 10,
             "ckpt_every_n_minutes": 30.0,
             "keep_last_n": 3,
         },
+        rate=3.0,
     ),
     "low_memory": Preset(
         "Low memory",
@@ -108,7 +131,7 @@ def with_preset(own: Mapping[str, Any], settings: Mapping[str, Any], touched: fr
         touched: settings that go back to where the form began; None: all but those in `OF_PROJECT`.
     """
     base = settings.get("resume_ckpt", own.get("resume_ckpt"))
-    start = start_values(base)
+    start = start_values({**own, "resume_ckpt": base})
     back = start.keys() if touched is None else touched & start.keys()
     return {**own, **{name: start[name] for name in back if name not in OF_PROJECT}, "resume_ckpt": base, **settings}
 

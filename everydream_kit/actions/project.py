@@ -93,7 +93,7 @@ class Project:
         except ConfigError as error:
             raise ConfigError(f"{error} Fix it, or delete it.") from error
         known = {name: value for name, value in saved.items() if name in TrainConfig.model_fields}
-        return {**suggested_settings(known.get("resume_ckpt", EMBEDDED_MODEL)), **start, **known}
+        return {**suggested_settings({**start, **known}), **start, **known}
 
     def save_settings(self, values: dict[str, Any]) -> None:
         """Write these settings; what else the file holds stays, since another panel may have written it.

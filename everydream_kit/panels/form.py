@@ -14,7 +14,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from everydream_kit.actions.bases import recognize_family, settings_of_other_families, suggested_settings
+from everydream_kit.actions.bases import FOLLOWED, recognize_family, settings_of_other_families, suggested_settings
 from everydream_kit.actions.presets import OF_PROJECT, SavedPresets
 from everydream_kit.atomic import write_atomic
 from everydream_kit.config import TrainConfig, config_warnings
@@ -66,7 +66,8 @@ class SettingsForm:
         self._notes = widgets.HTML(layout=widgets.Layout(min_height="6px"))
         self.presets = PresetRow(SavedPresets(presets_path), lambda: self.values, self.changed_values, self.set_values)
         self.base = BaseChoice(self.field("resume_ckpt"), self._choose_base)
-        self.folds = [self._make_fold(title, records) for title, records in _group_records().items()]
+        self._groups = _group_records()
+        self.folds = [self._make_fold(title, records) for title, records in self._groups.items()]
         self.box = widgets.VBox(
             [
                 self.presets.box,
@@ -165,22 +166,22 @@ class SettingsForm:
             self._unreadable[name] = field.error
         else:
             self._unreadable.pop(name, None)
-            before, self.values[name] = self.values.get(name), field.value
-            if name == "resume_ckpt":
+            before, self.values[name] = dict(self.values), field.value
+            if name in FOLLOWED:
                 self._follow_base(before)
         self._check_together()
         self._on_change()
 
     def _choose_base(self, source: str) -> None:
-        before = self.values.get("resume_ckpt")
+        before = dict(self.values)
         self.set_values({"resume_ckpt": source})
         self._follow_base(before)
         self._check_together()
         self._on_change()
 
-    def _follow_base(self, before: Any) -> None:
-        """Resolution, epochs and rates follow the base, unless somebody has set them."""
-        old, new = suggested_settings(before), suggested_settings(self.values["resume_ckpt"])
+    def _follow_base(self, before: dict[str, Any]) -> None:
+        """Resolution, epochs and rate follow the base and what is trained, unless somebody has set them."""
+        old, new = suggested_settings(before), suggested_settings(self.values)
         for name, value in new.items():
             if self.values.get(name) == old[name] and name not in self._unreadable:
                 self.values[name] = value
@@ -193,7 +194,7 @@ class SettingsForm:
             self._check_together()
             return [field.box for field in fields]
 
-        return Fold(f"{title} ({len(records)})", make)
+        return Fold(title, make)
 
     def _combined_errors(self) -> dict[str, str]:
         try:
@@ -219,6 +220,10 @@ class SettingsForm:
         for name, field in self._fields.items():
             if name not in SHORT:
                 field.box.layout.display = "none" if name in hidden else ""
+        for fold, (title, records) in zip(self.folds, self._groups.items(), strict=True):
+            count = sum(record.name not in hidden for record in records)
+            fold.set_title(f"{title} ({count})")
+            fold.box.layout.display = "" if count else "none"
         combined = {} if self._unreadable else self._combined_errors()
         for name, field in self._fields.items():
             field.set_outside_error(combined.get(name))

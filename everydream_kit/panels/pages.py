@@ -74,6 +74,10 @@ class Fold:
     def is_open(self) -> bool:
         return bool(self.content.layout.display != "none")
 
+    def set_title(self, text: str) -> None:
+        """Change the title."""
+        self.title.description, self.title.tooltip = text, f"Open {text}"
+
     def set_open(self, wanted: bool) -> None:
         """Show the content, or hide it."""
         if wanted and not self.content.children:

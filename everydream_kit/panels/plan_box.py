@@ -190,10 +190,10 @@ class PlanBox:
         elif self._quick_estimate.problem:
             set_html(self.line, style.note(self._quick_estimate.problem, "warn"))
         else:
-            text = html.escape(plan_line(self._quick_estimate, made))
-            too_large = made.get("fits") is False or bool(self.caution)
-            tone = "edk-note warn" if too_large else "edk-plan"
-            set_html(self.line, f'<div class="{tone}" role="status">{text}</div>')
+            text = "\n".join(filter(None, [plan_line(self._quick_estimate, made), made.get("error")]))
+            is_odd = made.get("fits") is False or made.get("error") or self.caution
+            tone = "edk-note warn" if is_odd else "edk-plan"
+            set_html(self.line, f'<div class="{tone}" role="status">{html.escape(text)}</div>')
         words = made.get("error") or made.get("text") or "Estimating memory, time and cost …"
         set_html(self.report, style.document(words, "The plan"))
 

@@ -103,7 +103,7 @@ class PresetRow:
         if chosen == OWN:
             values, why, self._own, self._set = own, "Your own settings are back.", None, {}
         else:
-            settings, why = self._settings_of(chosen)
+            settings, why = self._settings_of(chosen, own)
             touched = TOUCHED if chosen in PRESETS else None
             values = with_preset(own, settings, touched)
             self._set = values
@@ -114,11 +114,11 @@ class PresetRow:
         """What was set by hand while a preset was chosen: it stays the person's own."""
         return {name: value for name, value in now.items() if self._set and value != self._set.get(name)}
 
-    def _settings_of(self, chosen: str) -> tuple[dict[str, Any], str]:
+    def _settings_of(self, chosen: str, own: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         if chosen == DEFAULTS:
             return {}, "Every setting but base model, dataset and folders is at its default."
         if chosen in PRESETS:
-            return PRESETS[chosen].settings, PRESETS[chosen].why
+            return PRESETS[chosen].settings_on(own), PRESETS[chosen].why
         return self._saved.read().get(chosen.removeprefix(SAVED), {}), "A preset of this project."
 
     def _try(self, action: Callable[[], object]) -> None:

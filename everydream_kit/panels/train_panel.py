@@ -112,7 +112,7 @@ class TrainPanel(Panel):
         self._build()
         self._list_runs()
         self._attach(self.project.running_job() or next(iter(self.project.jobs()), None))
-        self._given = {**(PRESETS[preset].settings if preset else {}), **(settings or {})}
+        self._given = {**(PRESETS[preset].settings_on(self.form.values) if preset else {}), **(settings or {})}
         if self._given:
             self.form.set_values(self._given)
         self._report_plan()

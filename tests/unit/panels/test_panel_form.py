@@ -44,7 +44,24 @@ def test_every_parameter_has_a_control_with_label_help_and_range(form):
 def test_the_first_six_settings_are_open_and_the_others_folded(form):
     assert not any(fold.is_open for fold in form.folds)
     assert set(form._fields) == {"resume_ckpt", "data_root", "training_kind", "resolution", "max_epochs", "lr"}
-    assert sum(int(fold.title.description.split("(")[1][:-1]) for fold in form.folds) == len(parameters()) - 6
+    form.set_values({"resume_ckpt": "some/unknown"})
+    assert sum(map(count_of, form.folds)) == len(parameters()) - 6
+
+
+def count_of(fold):
+    return int(fold.title.description.split("(")[1][:-1])
+
+
+def test_folds_count_what_the_family_has_and_none_opens_to_nothing(form):
+    form.set_values({"family": "z_image"})
+    for fold in form.folds:
+        fold.set_open(True)
+        shown = [field for field in fold.content.children if field.layout.display != "none"]
+        assert len(shown) == count_of(fold)
+        assert (fold.box.layout.display == "none") == (not shown)
+    assert any(fold.box.layout.display == "none" for fold in form.folds), "the text encoder's"
+    form.set_values({"family": "sdxl"})
+    assert all(fold.box.layout.display == "" for fold in form.folds)
 
 
 def test_labels_are_all_different_and_each_special_one_belongs_to_a_setting():
@@ -70,7 +87,7 @@ def test_a_setting_is_found_by_name_label_or_help_wherever_it_is_folded(form):
 
 def test_the_base_is_chosen_from_a_list_and_untouched_settings_follow_it(form):
     assert form.base.chooser.value == "embedded" and form.base.field.box.layout.display == "none"
-    form.set_values(suggested_settings("embedded"))
+    form.set_values(suggested_settings({"resume_ckpt": "embedded"}))
     sdxl = next(base for base in BASES if "XL" in base.title)
     form.base.chooser.value = sdxl.source
     assert (form.config().resume_ckpt, form.config().resolution, form.config().max_epochs) == (sdxl.source, 1024, 50)
@@ -102,6 +119,46 @@ def test_the_form_has_only_the_settings_of_the_bases_family(form, family, tmp_pa
     assert all(form.field(one).box.layout.display != "none" for one in refused)
     form.set_values({"family": family})
     assert found(form, "") == [] and name not in found(form, name)
+
+
+@pytest.mark.parametrize("base", [base for base in BASES if base.source != "embedded"], ids=lambda base: base.title)
+def test_the_rate_follows_the_family_and_what_is_trained(form, base):
+    is_flow = FAMILIES[base.family].objective == "flow"
+    form.set_values(suggested_settings({"resume_ckpt": "embedded"}))
+    form.base.chooser.value = base.source
+    assert form.config().lr == (1e-5 if is_flow else 1e-6)
+    form.field("training_kind").control.value = "lora"
+    assert form.config().lr == 1e-4 and form.field("lr").control.value == "0.0001"
+    form.field("lr").control.value = "3e-5"
+    form.field("training_kind").control.value = "full"
+    assert form.config().lr == 3e-5, "what was set by hand stays"
+
+
+def test_a_folder_of_a_family_begins_with_what_its_base_begins_with(form, tmp_path):
+    shutil.copy(configs_folder(FAMILIES["flux1"]) / "model_index.json", tmp_path)
+    form.set_values(suggested_settings({"resume_ckpt": "embedded"}))
+    form.base.chooser.value = ""
+    form.base.field.control.value = str(tmp_path)
+    config = form.config()
+    assert (config.resolution, config.lr, config.cond_dropout) == (1024, 1e-5, 0.0)
+
+
+def test_a_preset_takes_the_familys_rate_and_sets_nothing_that_the_family_does_not_have(form):
+    form.set_values({"resume_ckpt": "Tongyi-MAI/Z-Image", "training_kind": "lora"})
+    form.preset.value = "low_memory"
+    config = form.config()
+    assert (config.gradient_checkpointing, config.disable_textenc_training) == (True, False)
+    form.preset.value = "style"
+    assert form.config().lr == 2e-4
+    form.preset.value = "demo"
+    form.preset.value = "person"
+    assert (form.config().lr, form.config().resume_ckpt) == (1.5e-4, "Tongyi-MAI/Z-Image"), (
+        "of the base that comes back"
+    )
+    form.preset.value = ""
+    form.set_values({"resume_ckpt": "black-forest-labs/FLUX.1-dev", "cond_dropout": 0.0})
+    form.preset.value = "style"
+    assert form.config().cond_dropout == 0.0, "FLUX.1 is distilled: it has no empty prompt to learn"
 
 
 def test_a_folder_that_has_a_modular_index_alone_is_recognized(tmp_path):
@@ -195,7 +252,7 @@ def test_the_kits_defaults_reset_all_but_what_and_where(form):
     form.preset.value = "defaults"
     config = form.config()
     assert (config.seed, config.data_root, config.project_name) == (555, "elsewhere", "jets")
-    assert config.lr == suggested_settings("embedded")["lr"]
+    assert config.lr == suggested_settings({"resume_ckpt": "embedded"})["lr"]
     form.preset.value = ""
     assert form.config().seed == 3
 

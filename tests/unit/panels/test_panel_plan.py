@@ -92,6 +92,15 @@ def test_settings_that_are_still_being_typed_are_not_planned(project, monkeypatc
     assert task.wishes == []
 
 
+def test_what_training_would_refuse_stands_on_the_plan_line(project):
+    refused = {"error": "min_snr_gamma: flow matching has weighting_scheme (Z-Image). Leave it out."}
+    box = PlanBox(project, lambda values: None, lambda *words: None, task=Answering(project.folder / "plan", refused))
+    box.take(project.config())
+    assert "edk-note" not in box.line.value
+    plan_for(box, project.config())
+    assert "edk-note warn" in box.line.value and "weighting_scheme" in box.line.value and "6 images" in box.line.value
+
+
 def test_make_it_fit_takes_over_what_is_advised(project):
     applied, said = [], []
     task = Answering(project.folder / "plan", TOO_LARGE)
