@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -43,6 +43,7 @@ class Parameter:
         multiple_of: the value must be a multiple of this.
         choices: allowed words; for a number these are words allowed next to numbers, such as `auto`.
         many: a list of such values is accepted as well.
+        entries: the kind of each value of a list.
         help: its effect, in words.
         group: title of its group.
         knob: unit, memory, when to change it, basic or not.
@@ -61,6 +62,7 @@ class Parameter:
     multiple_of: float | None
     choices: tuple[str, ...]
     many: bool
+    entries: Kind
     help: str
     group: str
     knob: Knob
@@ -249,11 +251,18 @@ def _describe_field(name: str, schema: Mapping[str, Any], group: type[Group]) ->
         multiple_of=None if step is None else float(step),
         choices=tuple(str(choice) for several in words for choice in several),
         many=any(one["type"] == "array" for one in branches),
+        entries=_kind_of_entries(branches),
         help=" ".join((field.description or "").split()),
         group=group_title(group),
         knob=next((entry for entry in field.metadata if isinstance(entry, Knob)), Knob()),
         facts=facts()[name],
     )
+
+
+def _kind_of_entries(branches: Sequence[Mapping[str, Any]]) -> Kind:
+    """The kind of a list's values by the schema of the list, where there is one; texts where they may be of several."""
+    types = [one["items"].get("type", "string") for one in branches if one["type"] == "array"]
+    return _KINDS.get(types[0], "object") if types else "text"
 
 
 def _looks_like_json(texts: list[str]) -> bool:
@@ -272,7 +281,9 @@ def _parse_one(record: Parameter, text: str, *, many: bool = False) -> Any:
                 is_entry = record.many and check_value(record.name, [stripped]) is None
                 cure = " It takes texts, one after the other; one that begins with a bracket in a JSON list: "
                 raise ConfigError(f"{error}{cure}{json.dumps([stripped])}" if is_entry else str(error)) from error
-    if record.kind == "text" or (many and record.kind == "object"):
+    if many and record.kind == "object":
+        return _parse_scalar(replace(record, kind=record.entries), stripped) if record.entries == "float" else text
+    if record.kind == "text":
         return text
     if record.kind == "object":
         raise ConfigError(f"{record.name}: give it as JSON, in {{...}} or [...] (got {text!r})")
@@ -290,4 +301,5 @@ def _parse_scalar(record: Parameter, text: str) -> Any:
     except ValidationError as error:
         wanted = {"bool": "on or off", "int": "a whole number", "float": "a number"}[record.kind]
         also = f" or {', '.join(record.choices)}" if record.choices else ""
-        raise ConfigError(f"{record.name}: must be {wanted}{also} (got {text!r})") from error
+        cure = "; several are given with spaces between" if record.many and "," in text else ""
+        raise ConfigError(f"{record.name}: must be {wanted}{also} (got {text!r}){cure}") from error

@@ -256,6 +256,8 @@ def _work(run: Run, stop: StopSignal) -> None:
         if not run.is_complete():
             train_loop(run, run.listeners, stop)
         for listener in run.listeners:
+            listener.before_finish(run)
+        for listener in run.listeners:
             listener.on_finish(run)
         run.sync.sync_ranks()
     finally:

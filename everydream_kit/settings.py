@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from everydream_kit.atomic import write_atomic
 from everydream_kit.config import RETIRED, VERSION, TrainConfig
@@ -146,13 +146,14 @@ def upgrade(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         raise ConfigError("given: must be a list of setting names. Remove it from the file.")
     kept: dict[str, Any] = {}
     warnings = []
+    none_is_default = is_theirs(values)
     for name, value in values.items():
         if name == "given" or (given is not None and name not in given and value == _default(name)):
             continue
         if name in RETIRED and given is not None:
             warnings.append(f"{name}: no longer used; replaced by {RETIRED[name]}.")
-        elif name == "version" or (value is None and given is None and not _accepts_none(name)):
-            continue  # EveryDream 2 writes null for "the default"; a file of ours says null where None was meant
+        elif name == "version" or (value is None and given is None and not _accepts_none(name, none_is_default)):
+            continue  # EveryDream 2 writes null for "the default"; any other file says null where None was meant
         else:
             kept[name] = value
     return kept, warnings
@@ -163,6 +164,8 @@ def _default(name: str) -> Any:
     return None if field is None or field.is_required() else field.default
 
 
-def _accepts_none(name: str) -> bool:
+def _accepts_none(name: str, none_is_default: bool) -> bool:
     field = TrainConfig.model_fields.get(name)
-    return field is None or field.default is None
+    if field is None or field.default is None:
+        return True
+    return not none_is_default and type(None) in get_args(field.annotation)

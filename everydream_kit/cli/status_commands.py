@@ -9,14 +9,15 @@ from everydream_kit.cli.command import EXIT_PROBLEM, Command
 
 
 def _run_runs(options: argparse.Namespace) -> None:
+    from everydream_kit.jobs import Job
     from everydream_kit.runs import list_runs
 
     runs = list_runs(options.logdir)
     if not runs:
         print(f"{options.logdir}: holds no run.", file=sys.stderr)
     for run in runs:
-        status = run.status()
-        print(f"{status.get('state', 'unknown'):<10} step {status.get('step', 0):>7}  {run.folder}")
+        status = Job(run.folder).status()
+        print(f"{status['state']:<10} step {status['step']:>7}  {run.folder}")
 
 
 def _run_doctor(options: argparse.Namespace) -> int:

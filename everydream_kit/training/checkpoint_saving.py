@@ -120,6 +120,7 @@ class Saver(Listener):
     def __post_init__(self) -> None:
         self._files_of: dict[str, list[Path]] = {}  # by checkpoint: single files that this run wrote
         self._unfinished: Path | None = None  # the last checkpoint, while its single file waits for room
+        self._to_upload: tuple[Path, int] | None = None  # the last checkpoint and its step, until its samples are made
         self.saved_steps: list[int] = []
         self._began = self._last_save = self.clock()
         self._writer: threading.Thread | None = None
@@ -179,7 +180,7 @@ class Saver(Listener):
             return
         run.journal.report("saved", step=snapshot.step, path=str(folder), files=[], best=True)
 
-    def on_finish(self, run: ObservedRun) -> None:
+    def before_finish(self, run: ObservedRun) -> None:
         """Save. Where the disk is full or gone, wait for it: what was trained is nowhere else.
 
         Other failures are not waited for. A single file that fails leaves a complete checkpoint, so it ends in a warning.
@@ -198,6 +199,11 @@ class Saver(Listener):
             self._patiently(run, lambda: self._write_single_files_again(run, name), kept)
         except (KitError, OSError) as problem:
             self._warn_of_single_file(run, name, problem)
+
+    def on_finish(self, run: ObservedRun) -> None:
+        """Upload the last checkpoint, with the samples that were made of it."""
+        if self.uploader is not None and self._to_upload is not None:
+            self.uploader.submit(*self._to_upload, last=run.is_complete())
 
     def _patiently(self, run: ObservedRun, save: Callable[[], None], kept: str) -> None:
         """Save, and again while the failure may pass, until patience ends or a stop is asked for."""
@@ -270,7 +276,9 @@ class Saver(Listener):
             waited_seconds=round(self._waited, 3),  # of training, for all checkpoints so far
         )
         self._prune(run)
-        if self.uploader is not None:
+        if ends:
+            self._to_upload = (folder, snapshot.step)
+        elif self.uploader is not None:
             self.uploader.submit(folder, snapshot.step, last=last)
 
     def _write_single_files(self, folder: Path) -> list[Path]:

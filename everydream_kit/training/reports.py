@@ -145,6 +145,9 @@ class Listener:
     def __call__(self, run: ObservedRun, report: StepReport) -> None:
         """After each step."""
 
+    def before_finish(self, run: ObservedRun) -> None:
+        """As `on_finish`, before that of any listener: what was trained is saved before anything else can fail."""
+
     def on_finish(self, run: ObservedRun) -> None:
         """After the last step, or after a stop that was asked for. Not after an error."""
 
@@ -176,6 +179,9 @@ class BestEffort(Listener):
 
     def __call__(self, run: ObservedRun, report: StepReport) -> None:
         self._try(run, self.listener, run, report)
+
+    def before_finish(self, run: ObservedRun) -> None:
+        self._try(run, self.listener.before_finish, run)
 
     def on_finish(self, run: ObservedRun) -> None:
         self._try(run, self.listener.on_finish, run)

@@ -179,6 +179,47 @@ def test_a_stop_ends_a_drawing_saves_at_once_and_the_drawing_is_made_up_for(
     assert run.status()["state"] == "finished"
 
 
+def test_a_kill_while_the_last_samples_are_made_loses_no_step(settings: dict[str, Any], tmp_path: Path) -> None:
+    prompts = tmp_path / "p.json"
+    prompts.write_text('{"cfgs": [1.0], "num_inference_steps": 1000, "samples": [{"prompt": "red"}]}', "utf-8")
+    config = tmp_path / "c.json"
+    sampling = {**settings, "sample_steps": 100, "max_steps": 1, "sample_prompts": str(prompts)}
+    config.write_text(json.dumps(sampling), "utf-8")
+    with subprocess.Popen(
+        [sys.executable, "-m", "everydream_kit", "train", "--config", str(config)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        try:
+            while process.poll() is None and not is_sampling(tmp_path / "logs"):
+                time.sleep(0.05)
+        finally:
+            process.kill()
+    run = list_runs(tmp_path / "logs")[-1]
+    assert process.returncode == -signal.SIGKILL
+    assert [checkpoint.name for checkpoint in run.checkpoints()] == ["last-stop-ep00-gs00001"]
+    prompts.write_text('{"cfgs": [1.0], "num_inference_steps": 1, "samples": [{"prompt": "red"}]}', "utf-8")
+    resume(run.folder)
+    assert (steps_of(run, "sample"), run.status()["state"]) == ([1], "finished")
+
+
+def is_sampling(logdir: Path) -> bool:
+    return any(run.status().get("state") == "sampling" for run in list_runs(logdir))
+
+
+def test_a_plug_in_that_fails_at_the_end_costs_no_step(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "class Late:\n    def on_training_end(self, **kwargs):\n        raise ValueError('too late')\n"
+    (tmp_path / "late_plug_in.py").write_text(code, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="too late"):
+        train({**settings, "max_steps": 1, "plugins": ["late_plug_in.Late"]})
+    run = list_runs(tmp_path / "logs")[-1]
+    assert [checkpoint.name for checkpoint in run.checkpoints()] == ["last-stop-ep00-gs00001"]
+
+
 def test_a_stop_draws_nothing_of_its_own(settings: dict[str, Any]) -> None:
     run = train({**settings, "sample_steps": 100, "max_steps": 3}, listeners=[AskingToStop(1)])
     assert run.status()["state"] == "stopped"

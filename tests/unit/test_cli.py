@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from everydream_kit.cli import COMMANDS, main
+from everydream_kit.identity import identify
+from everydream_kit.runs import RunFolder
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,3 +154,15 @@ def test_a_dataset_without_images_is_an_error_and_a_folder_without_runs_is_said(
     status, text = problem_of(["prepare", "empty"], capsys)
     assert (status, "empty: holds no image that can be trained on. Give the folder" in text) == (1, True)
     assert problem_of(["runs", "--logdir", "nowhere"], capsys) == (0, "nowhere: holds no run.\n")
+
+
+def test_runs_says_which_process_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunFolder.create(tmp_path, "jets")
+    run.config_path.write_text("{}", "utf-8")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        run.write_status({"state": "running", "step": 7, **identify(process.pid).to_json()})
+        assert main(["runs", "--logdir", str(tmp_path)]) == 0
+        assert capsys.readouterr().out == f"running    step       7  {run.folder}\n"
+        process.kill()
+    assert main(["runs", "--logdir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"died       step       7  {run.folder}\n"

@@ -176,7 +176,10 @@ def test_none_that_was_said_comes_back_from_a_runs_own_file(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(TrainConfig(resume_ckpt="base", sample_steps=None).to_json(), "utf-8")
     assert load_config(path)[0].sample_steps is None
-    path.write_text('{"resume_ckpt": "base", "sample_steps": null}', "utf-8")
+    path.write_text('{"resume_ckpt": "base", "sample_steps": null, "lr": null}', "utf-8")
+    config = load_config(path)[0]
+    assert (config.sample_steps, config.lr) == (None, 1e-6)  # no lr at all is none that anybody could mean
+    path.write_text('{"resume_ckpt": "base", "sample_steps": null, "lowvram": false}', "utf-8")
     assert load_config(path)[0].sample_steps == 250
 
 

@@ -41,6 +41,10 @@ def test_the_reference_page_is_what_the_declaration_says() -> None:
         ("data_root", '{"resolver": "multi"}', {"resolver": "multi"}),
         ("plugins", ["a.B"], ["a.B"]),
         ("new_tokens", '{"<cat>": "cat"}', {"<cat>": "cat"}),
+        ("betas", ["0.9", "0.99"], [0.9, 0.99]),
+        ("text_encoder_betas", ["0.9"], [0.9]),
+        ("sample_cfgs", ["1", "4.5"], [1.0, 4.5]),
+        ("betas", "[0.9, 0.99]", [0.9, 0.99]),
         ("seed", "-1", -1),
         ("optimizer_config", "optimizer.json", "optimizer.json"),
     ],
@@ -62,9 +66,15 @@ def test_typed_text_becomes_the_value_that_is_meant(name: str, text: str | list[
         ),
         ("lora_targets", "[qk]_proj", r'one that begins with a bracket in a JSON list: \["\[qk\]_proj"\]$'),
         ("betas", "[0.9", "before this place.$"),
+        ("betas", ["0.9,0.99"], r"^betas: must be a number \(got '0.9,0.99'\); several are given with spaces between$"),
+        (
+            "resolution",
+            "128,192",
+            r"^resolution: must be a whole number \(got '128,192'\); several are given with spaces",
+        ),
     ],
 )
-def test_text_that_cannot_be_read_is_named(name: str, text: str, words: str) -> None:
+def test_text_that_cannot_be_read_is_named(name: str, text: str | list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_text(name, text)
 
