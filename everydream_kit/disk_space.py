@@ -37,7 +37,7 @@ def lack_of_room(folder: Path, needed: int) -> str | None:
     place = existing_folder(folder)
     usage = shutil.disk_usage(place)
     if not usage.total or not os.access(place, os.W_OK):
-        return f"nothing can be written in {place}: it is read-only, belongs to somebody else, or is no disk"
+        return f"nothing can be written in {place}: it is read-only, belongs to somebody else, or is not a disk"
     if needed <= usage.free:
         return None
     return f"{compare_sizes(needed, usage.free)} in {place}"

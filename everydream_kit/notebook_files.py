@@ -29,7 +29,7 @@ def find_notebooks() -> list[Path]:
 
 
 def copy_notebooks(folder: str | Path) -> tuple[list[Path], list[Path]]:
-    """Copy the notebooks into a folder. A file that is there already stays: it may hold somebody's work.
+    """Copy the notebooks into a folder. A file that already exists stays: it may hold somebody's work.
 
     Returns:
         (copied, kept).

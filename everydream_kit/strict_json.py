@@ -249,7 +249,9 @@ class _Reader:
         found = dict(pairs)
         if len(found) != len(pairs):
             name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-            self._refuse(self._find_last(name), f"{_shortened(name)!r} stands twice in one object; keep one of the two")
+            self._refuse(
+                self._find_last(name), f"{_shortened(name)!r} appears twice in one object; keep one of the two"
+            )
         return found
 
     def _integer(self, digits: str) -> int:

@@ -94,7 +94,9 @@ class Comparison:
             }
             return cls(**given)
         except TypeError as error:
-            raise ConfigError(f"{path}: no saved comparison ({error}). Delete the file to begin a new one.") from error
+            raise ConfigError(
+                f"{path}: not a saved comparison ({error}). Delete the file to begin a new one."
+            ) from error
 
 
 def generate_missing(comparison: Comparison, progress: Callable[[int, int], object]) -> int:

@@ -146,7 +146,7 @@ class SavedPresets:
         """All of them. Raises: ConfigError if the file is broken."""
         held = {} if self._path is None else read_json(self._path, error=ConfigError, missing={})
         if bad := next((name for name, settings in held.items() if not isinstance(settings, dict)), None):
-            raise ConfigError(f"{self._path}: {bad} is no object of settings. Fix it, or delete it.")
+            raise ConfigError(f"{self._path}: {bad} is not an object of settings. Fix it, or delete it.")
         return dict(held)
 
     def save(self, name: str, settings: Mapping[str, Any]) -> None:
@@ -157,7 +157,7 @@ class SavedPresets:
         """
         taken = {preset.title.lower() for preset in PRESETS.values()}
         if not name.strip() or name.strip().lower() in taken:
-            raise ConfigError("Give the preset a name of its own.")
+            raise ConfigError("Give the preset another name.")
         chosen = {key: value for key, value in settings.items() if key not in OF_PROJECT}
         self._write({**self.read(), name.strip(): chosen})
 

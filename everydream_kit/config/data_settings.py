@@ -78,7 +78,7 @@ class DataGroup(Group):
     background: Annotated[
         str,
         Field(pattern=r"^#[0-9a-fA-F]{6}$"),
-        Knob(unit="#rrggbb", when="transparent images should stand on another color"),
+        Knob(unit="#rrggbb", when="transparent images should have another color behind them"),
         Facts(RESULT, "resume"),
     ] = "#ffffff"
     """Color put behind transparent images."""
@@ -165,11 +165,11 @@ class CaptionGroup(Group):
         ),
         Facts(MEMORY_AND_RESULT, "resume"),
     ] = None
-    """Where a caption is drawn (tags shuffled, or one line of several), use so many of its forms in turn, one an epoch. By
-    default every epoch draws a new one."""
+    """Where captions vary (shuffled tags, or one line of several), cycle through this many fixed forms of each, one per epoch. By
+    default every epoch draws a new form."""
     caption_lines: Annotated[
         Literal["join", "choose"],
-        Knob(when="each line of a .txt is a caption of its own: `choose`"),
+        Knob(when="each line of a .txt is a separate caption: `choose`"),
         Facts(RESULT, "resume"),
     ] = "join"
     """A caption file with several lines: `join` makes one caption of them, `choose` draws one line per epoch."""

@@ -24,7 +24,7 @@ class LengthGroup(Group):
         Knob(unit="optimizer steps", when="a fixed budget matters more than whole epochs"),
         Facts(RESULT, "resume"),
     ] = None
-    """Stop after this many optimizer steps, if the epochs have not ended before."""
+    """Stop after this many optimizer steps, unless the epochs are over before."""
     grad_accum: Annotated[
         int,
         Field(ge=1, le=4096),
@@ -55,7 +55,7 @@ class LengthGroup(Group):
         Knob(basic=True, when="cosine with a 25-50 % higher lr"),
         Facts(RESULT, "resume"),
     ] = "constant"
-    """Course of the learning rate over the run."""
+    """Learning rate schedule."""
     lr_warmup_steps: Annotated[
         Annotated[int, Field(ge=0)] | None,
         Knob(unit="optimizer steps", when="training from scratch needs more"),
@@ -76,4 +76,4 @@ class LengthGroup(Group):
         Knob(basic=True, when="keep it to compare settings; -1 for a new one each time", step=1),
         Facts(RESULT, "never"),
     ] = 555
-    """Address of every random draw of the run. -1 draws one and logs it."""
+    """Seed of every random number of the run. -1 chooses a new one and logs it."""

@@ -17,8 +17,8 @@ class ObjectiveGroup(Group):
         Knob(when="outliers dominate the loss; docs/training-objective.md shows the curves"),
         Facts(MEMORY_AND_RESULT, "resume"),
     ] = "mse"
-    """Plain squared error, Huber (delta 1), or a mix that goes over with the timestep: `mse_huber` is MSE at high noise and
-    Huber at low noise, `huber_mse` the reverse."""
+    """Plain squared error, Huber (delta 1), or a mix that changes with the timestep: `mse_huber` is MSE at high noise and Huber
+    at low noise, `huber_mse` the reverse."""
     min_snr_gamma: Annotated[
         Annotated[float, Field(gt=0)] | None,
         Knob(when="faster convergence on larger sets: 5"),
@@ -84,7 +84,7 @@ class ObjectiveGroup(Group):
         Knob(unit="timesteps", when="only fine detail should be trained"),
         Facts(RESULT, "resume"),
     ] = 1000
-    """Noise levels from here on are not trained on."""
+    """End of the noise levels that are trained on, exclusive."""
     timestep_sampling: Annotated[
         Literal["uniform", "logit_normal", "mode", "stratified"],
         Knob(when="stratified for a calmer loss; logit_normal and mode favor the middle"),

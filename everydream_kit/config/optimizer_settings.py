@@ -73,10 +73,10 @@ class OptimizerGroup(Group):
     """First guess of the optimizers that find their own rate (prodigy, dadapt_*)."""
     decouple: Annotated[
         bool | None,
-        Knob(when="an optimizer leaves the choice, and decay should act through the gradient"),
+        Knob(when="decay should act through the gradient, and the optimizer offers the choice"),
         Facts(RESULT, "resume", optimizer_argument=True),
     ] = None
-    """Weight decay apart from the gradient, where an optimizer leaves the choice."""
+    """Decouple weight decay from the gradient, as AdamW does, where the optimizer offers the choice."""
     optimizer_args: Annotated[
         dict[str, Any] | None,
         Knob(when="an optimizer has a setting that has no name here"),
@@ -88,7 +88,8 @@ class OptimizerGroup(Group):
         Knob(unit="L2 norm", when="the loss explodes; 1.0 is a common bound"),
         Facts(EVERYTHING, "resume"),
     ] = None
-    """Bound on the norm of all gradients together; larger ones are scaled down to it. The log shows the norm before it."""
+    """Bound on the norm of all gradients together; larger ones are scaled down to it. The log shows the norm
+    before clipping."""
     disable_unet_training: Annotated[
         bool,
         Knob(memory="saves its gradients and optimizer state", when="only words should be learned"),

@@ -14,7 +14,7 @@ from everydream_kit.config.declaration import DIFFUSION, EVERYTHING, RESULT, Fac
 from everydream_kit.config.length_settings import LengthGroup
 from everydream_kit.config.optimizer_settings import OptimizerGroup
 
-OF_ITS_OWN = "with an optimizer of its own"
+OF_ITS_OWN = "the {part} has another optimizer"
 OWN = {
     "optimizer": (
         "the {part} should have another optimizer",
@@ -24,7 +24,7 @@ OWN = {
     "lr": ("{lr}", "The {part}'s peak learning rate; by default `lr`."),
     "lr_scheduler": (
         "the {part} should stop learning earlier or later",
-        "Course of the {part}'s rate; by default `lr_scheduler`.",
+        "Learning rate schedule of the {part}; by default `lr_scheduler`.",
     ),
     "lr_warmup_steps": (
         "the {part} should start more slowly",
@@ -39,7 +39,10 @@ OWN = {
     "eps": (OF_ITS_OWN, "The {part}'s epsilon; by default `eps`."),
     "momentum": (OF_ITS_OWN, "The {part}'s momentum; by default `momentum`."),
     "d0": (OF_ITS_OWN, "The {part}'s first guess of a rate; by default `d0`."),
-    "decouple": (OF_ITS_OWN, "Whether the {part}'s decay is apart from the gradient; by default `decouple`."),
+    "decouple": (
+        OF_ITS_OWN,
+        "Whether the {part}'s weight decay is decoupled from the gradient; by default `decouple`.",
+    ),
     "optimizer_args": (OF_ITS_OWN, "Further arguments of the {part}'s optimizer, added to `optimizer_args`."),
 }
 """Settings that a part may have of its own: when to give it one, and what it is."""
@@ -86,7 +89,8 @@ class UnetGroup(
     unet_train_layers: Annotated[
         list[str] | None,
         Knob(
-            memory="saves gradients and optimizer state of the rest", when="only some layers should be trained: `attn2`"
+            memory="saves the gradients and optimizer state of the others",
+            when="only some layers should be trained: `attn2`",
         ),
         Facts(
             EVERYTHING,
@@ -96,7 +100,7 @@ class UnetGroup(
             names="regular expressions for the UNet's layers",
         ),
     ] = None
-    """Train only UNet parameters in whose name one of these regular expressions is found; by default all."""
+    """Train only UNet parameters whose name matches one of these regular expressions; by default all."""
     unet_freeze_layers: Annotated[
         list[str] | None,
         Knob(memory="saves their gradients and optimizer state", when="some layers should stay as they are"),
@@ -108,7 +112,7 @@ class UnetGroup(
             names="regular expressions for the UNet's layers",
         ),
     ] = None
-    """And none in whose name one of these is found."""
+    """Freeze UNet parameters whose name matches one of these regular expressions."""
 
 
 class TextEncoderGroup(
@@ -136,7 +140,12 @@ class TextEncoderGroup(
     """Keep the text encoder's token and position embeddings as they are."""
     text_encoder_unfreeze_last_n_layers: Annotated[
         Annotated[int, Field(ge=0)] | None,
-        Knob(unit="layers", memory="saves the rest's gradients and optimizer state", when="SD 2.x: 1 to 6", step=1),
+        Knob(
+            unit="layers",
+            memory="saves the gradients and optimizer state of the other layers",
+            when="SD 2.x: 1 to 6",
+            step=1,
+        ),
         Facts(EVERYTHING, "never", kinds=("full",), families=DIFFUSION, unless=("disable_textenc_training",)),
     ] = None
     """Train only this many layers of the text encoder, counted from the end; by default all."""
@@ -145,12 +154,13 @@ class TextEncoderGroup(
         Knob(
             unit="layers",
             memory="saves their gradients and optimizer state",
-            when="an old optimizer.json says it so",
+            when="an old optimizer.json has it",
             step=1,
         ),
         Facts(EVERYTHING, "never", kinds=("full",), families=DIFFUSION, unless=("disable_textenc_training",)),
     ] = None
-    """An older way to say it: freeze this many layers from the front; negative: all but the last so many."""
+    """Older form of `text_encoder_unfreeze_last_n_layers`: freeze this many layers from the front; a negative number freezes all
+    but the last ones."""
     text_encoder_freeze_final_layer_norm: Annotated[
         bool,
         Knob(when="the last layers are frozen, too"),

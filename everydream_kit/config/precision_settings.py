@@ -53,7 +53,10 @@ class PrecisionGroup(Group):
     """Float16 only: raise the loss scale more and more slowly as the run continues."""
     weight_dtype: Annotated[
         Literal["float32", "bfloat16"],
-        Knob(memory="bfloat16 halves weights and gradients", when="a GPU too small by a third"),
+        Knob(
+            memory="bfloat16 halves weights and gradients",
+            when="the GPU has about two thirds of the memory that is needed",
+        ),
         Facts(EVERYTHING, "resume", fsdp2=("float32",)),
     ] = "float32"
     """Format of the trained weights. bfloat16 weights are updated with stochastic rounding."""
@@ -73,10 +76,10 @@ class PrecisionGroup(Group):
         ),
         Facts(EVERYTHING, "resume", kinds=("lora", "textual_inversion"), fsdp2=("none",)),
     ] = "none"
-    """Keep the frozen UNet or transformer beneath a LoRA, DoRA, LoHa, LoKr or new tokens in 8 or 4 bits: the linear layers of
-    its repeated blocks. Norms, embedders, modulation and convolutions keep `frozen_dtype`, text encoders and VAE theirs. `fp8`
-    is e4m3 and `int8` whole numbers, both with a scale for each row; `nf4` needs bitsandbytes, which the kit installs.
-    Weights are made in the format of mixed precision at each use, so GPUs without fp8 arithmetic do it too, and steps take
+    """Keep the frozen UNet or transformer beneath a LoRA, DoRA, LoHa, LoKr or new tokens in 8 or 4 bits: the linear layers of its
+    repeated blocks. Norms, embedders, modulation and convolutions keep `frozen_dtype`, text encoders and VAE theirs. `fp8` is
+    e4m3 and `int8` integers, both with a scale for each row; `nf4` needs bitsandbytes, which the kit installs. Weights are
+    dequantized to the format of mixed precision at each use, so GPUs without fp8 arithmetic can train, too, and steps take
     longer. Checkpoints hold the adapter alone; merging and export take the base as its files have it."""
     text_quantization: Annotated[
         Literal["none", "fp8", "int8", "nf4"],
@@ -94,7 +97,7 @@ class PrecisionGroup(Group):
         ),
     ] = "none"
     """Keep a language model that encodes the captions of a LoRA (Qwen3 or Qwen-VL, T5 of FLUX.1) in 8 or 4 bits, as
-    `quantization` does with the transformer. Captions are then encoded slightly otherwise than by apps that sample with the
+    `quantization` does with the transformer. Captions are then encoded slightly differently than by apps that sample with the
     original."""
     gradient_checkpointing: Annotated[
         bool,
@@ -107,36 +110,36 @@ class PrecisionGroup(Group):
         Field(gt=0, le=1),
         Knob(
             memory="0.5 saves most of what 1 does",
-            when="checkpointing, and memory is left: less of it is faster",
+            when="gradient_checkpointing leaves memory unused: lower is faster",
             step=0.1,
         ),
         Facts(MEMORY_AND_SPEED, "resume", needs=("gradient_checkpointing",)),
     ] = 1.0
-    """Share of the denoiser's blocks that are recomputed, with `gradient_checkpointing`; those first that hold most for the
-    time they take. Below 1, text encoders keep their activations."""
+    """Share of the denoiser's blocks that are recomputed, with `gradient_checkpointing`; starting with those that save the most
+    memory for the time that they take. Below 1, text encoders keep their activations."""
     fused_backward: Annotated[
         bool,
         Knob(memory="saves the gradients", when="memory is short and grad_accum is 1"),
         Facts(MEMORY_AND_SPEED, "resume", fsdp2=(False,)),
     ] = False
-    """Step the optimizer for each parameter inside the backward pass, so that gradients are never all alive."""
+    """Step the optimizer for each parameter inside the backward pass, so that gradients never exist all at once."""
     flat_weights: Annotated[
         Literal["auto", "on", "off"],
         Knob(memory="up to 512 MiB for gradients side by side", when="a GPU run misbehaves: off, to compare"),
         Facts(MEMORY_AND_SPEED, "resume", fsdp2=("auto", "off")),
     ] = "auto"
-    """Lay the trained weights in a few large buffers, so that an optimizer's update takes a few kernels in place of
-    hundreds. `auto` does so on a GPU. Optimizers that need each tensor's shape, paged ones, bfloat16 weights and
-    `fused_backward` train as without. Before the run, a few small updates are compared with separate ones; where a number
-    differs, the weights stay separate, with a warning."""
+    """Keep the trained weights in a few large buffers, so that an optimizer's update takes a few kernels instead of hundreds.
+    `auto` does so on a GPU. It has no effect on optimizers that need each tensor's shape, paged optimizers, bfloat16 weights and
+    `fused_backward`. Before the run, a few small updates are compared with separate ones; where a number differs, the weights
+    stay separate, with a warning."""
     cuda_graphs: Annotated[
         Literal["off", "on"],
         Knob(memory="keeps all gradients, and activations a second time", when="a fast GPU that waits for its host"),
         Facts(MEMORY_AND_SPEED, "resume", fsdp2=("off",)),
     ] = "off"
-    """Capture forward and backward once for each shape of batch, and replay them without the host. Off until a GPU has shown
-    what it gains. The first three steps of a shape are eager, and so are shapes beyond eight. On one NVIDIA GPU, without
-    dropout, plug-ins, `fused_backward` and `torch_compile`."""
+    """Capture forward and backward once for each shape of batch, and replay them without the host. Off until a GPU has shown what
+    it gains. The first three steps of a shape run eagerly, and so do shapes beyond the eighth. Needs one NVIDIA GPU, and no
+    dropout, plug-ins, `fused_backward` or `torch_compile`."""
     offload_idle_models: Annotated[
         bool,
         Knob(memory="saves the VAE and frozen text encoders", when="memory is short; costs a little time"),
@@ -146,14 +149,14 @@ class PrecisionGroup(Group):
     blocks_to_swap: Annotated[
         Annotated[int, Field(ge=0, le=1000)] | Literal["auto"],
         Knob(
-            memory="saves their weights, which wait in host memory",
+            memory="saves their weights, which are in host memory",
             when="a LoRA's base does not fit, with gradient_checkpointing on; costs time for copying",
         ),
         Facts(MEMORY_AND_SPEED, "resume", fsdp2=(0,)),
     ] = 0
-    """Blocks of the denoiser that wait in host memory and come to the GPU one ahead of their use, for what leaves the base
-    frozen: a LoRA in any form, or textual inversion. Losses and weights are the same with it. `auto` takes as few as the
-    memory requires. Full training is refused: every block changes at every step, and would have to go back as well."""
+    """Number of the denoiser's blocks that are kept in host memory, each copied to the GPU one block ahead of its use. Works
+    where the base is frozen: a LoRA in any form, or textual inversion. Losses and weights stay the same. `auto` takes as few as
+    the memory requires. Full training is refused: every block changes at every step, and would have to be copied back."""
     speed: Annotated[
         Literal["manual", "auto"],
         Knob(when="runs of hours: auto measures for a few seconds what is fastest here"),
@@ -237,7 +240,7 @@ class EmaGroup(Group):
             names="device of the averaged weights",
         ),
     ] = "cpu"
-    """Where the average lives: cpu or cuda."""
+    """Device of the averaged weights: cpu or cuda."""
     ema_sample_ema_model: Annotated[
         bool, Knob(when="EMA is on"), Facts(MEMORY, "resume", needs=("ema_decay_rate", "ema_strength_target"))
     ] = False

@@ -75,7 +75,7 @@ def combination_problems(config: AllGroups) -> list[str]:
         )
     if c.text_encoder_unfreeze_last_n_layers is not None and c.text_encoder_freeze_front_n_layers is not None:
         problems.append(
-            "text_encoder_unfreeze_last_n_layers, text_encoder_freeze_front_n_layers: they say the same thing; give one of them"
+            "text_encoder_unfreeze_last_n_layers, text_encoder_freeze_front_n_layers: they mean the same; give one of them"
         )
     return problems + _adapter_problems(c) + swapping_problems(c) + sharding_problems(c)
 
@@ -90,7 +90,7 @@ def _adapter_problems(c: AllGroups) -> list[str]:
     if c.text_quantization != "none" and c.training_kind == "full":
         problems.append(
             f"text_quantization, training_kind: checkpoints of full training hold the text encoder too, and "
-            f"{c.text_quantization} would make it worse; set training_kind to lora, or text_quantization to none"
+            f"{c.text_quantization} would reduce its precision; set training_kind to lora, or text_quantization to none"
         )
     if c.lora_form != "lora" and c.training_kind != "lora":
         problems.append(

@@ -155,7 +155,7 @@ class ValidationGroup(Group):
         Knob(when="to see whether the split matters"),
         Facts(RESULT, "resume", needs=MEASURED),
     ] = 555
-    """Address of the split and of the fixed noise. It is not `seed`, so that runs of different seeds can be compared."""
+    """Seed of the split and of the fixed noise. It is not `seed`, so that runs of different seeds can be compared."""
     validation_batch_size: Annotated[
         Annotated[int, Field(ge=1)] | None,
         Knob(unit="images", memory="activations without gradients", when="measuring is slow, or out of memory", step=1),
@@ -171,7 +171,7 @@ class ValidationGroup(Group):
         Knob(unit="share of the images", when="small sets: more", step=0.05),
         Facts(NOTHING, "resume", needs=("stabilize_training_loss",)),
     ] = 0.15
-    """That share. These images stay in training."""
+    """Share of the training images that `stabilize_training_loss` measures. They stay in training."""
     early_stopping_patience: Annotated[
         Annotated[int, Field(ge=1)] | None,
         Knob(unit="validations", when="unattended runs"),

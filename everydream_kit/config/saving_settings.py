@@ -50,10 +50,10 @@ class SavingGroup(Group):
     """Folder for single-file `.safetensors` checkpoints; by default the working folder."""
     ckpt_every_n_minutes: Annotated[
         Annotated[float, Field(gt=0)] | None,
-        Knob(basic=True, unit="minutes", when="how much work you can bear to lose", step=1),
+        Knob(basic=True, unit="minutes", when="how much work may be lost in a crash", step=1),
         Facts(NOTHING, "live"),
     ] = None
-    """Save every so many minutes; 20 where no other rule of saving is given."""
+    """Minutes between checkpoints; 20 where no other rule of saving is given."""
     save_every_n_epochs: Annotated[
         Annotated[int, Field(ge=1)] | None,
         Knob(basic=True, unit="epochs", when="to compare epochs later", step=1),
@@ -65,11 +65,11 @@ class SavingGroup(Group):
         Knob(unit="optimizer steps", when="epochs are very long", step=1),
         Facts(NOTHING, "live"),
     ] = None
-    """Save every so many optimizer steps."""
+    """Optimizer steps between checkpoints."""
     save_ckpts_from_n_epochs: Annotated[
         int, Field(ge=0), Knob(unit="epochs", when="early checkpoints are of no use", step=1), Facts(NOTHING, "resume")
     ] = 0
-    """No saving by epoch before this one."""
+    """Save by epoch only from this one on."""
     keep_last_n: Annotated[
         Annotated[int, Field(ge=1)] | None,
         Knob(unit="checkpoints", when="disk is short", step=1),

@@ -202,7 +202,7 @@ class Album:
         """Move files, with what belongs to them, out of the dataset.
 
         Raises:
-            DataError: one lies outside of it.
+            DataError: one is outside of it.
         """
         wanted = list(map(Path, paths))
         for path in wanted:

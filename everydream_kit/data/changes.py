@@ -156,14 +156,14 @@ class Changes:
         """Move a file.
 
         Raises:
-            DataError: something of that name is there already.
+            DataError: something of that name already exists.
         """
         if not (self._may_change(source) and self._may_change(target)):
             return
         self._list(target, what, source)
         if not self.report.dry_run:
             if os.path.lexists(target):
-                raise DataError(f"{target}: is there already, so {source} was not moved. Give another folder.")
+                raise DataError(f"{target}: already exists, so {source} was not moved. Give another folder.")
             self._note("move", source, target, None)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(source, target)
@@ -195,7 +195,7 @@ class Changes:
         if not self._roots or any(_is_below(path, root) for root in self._roots.values()):
             return True
         real = path.parent.resolve() / path.name
-        self.leave(path, f"lies outside of the dataset: a link leads to {real}.", "Change it there, or copy it here.")
+        self.leave(path, f"is outside of the dataset: a link leads to {real}.", "Change it there, or copy it here.")
         return False
 
     def _list(self, path: Path, what: str, source: Path | None) -> None:
@@ -228,7 +228,7 @@ class Changes:
         for name, root in self._roots.items():
             if _is_below(path, root):
                 return [name, real.relative_to(root).as_posix()]
-        raise DataError(f"{path}: lies outside of the folders of this step.")
+        raise DataError(f"{path}: is outside of the folders of this step.")
 
 
 def _append_whole(journal: Path, data: bytes) -> None:
@@ -340,7 +340,7 @@ def _real_path(written: list[str], roots: dict[str, Path]) -> Path:
     name, way = written
     path = roots[name] / PurePosixPath(way)
     if PurePosixPath(way).is_absolute() or ".." in PurePosixPath(way).parts or not _is_below(path, roots[name]):
-        raise ValueError(f"{way} lies outside of {roots[name]}")
+        raise ValueError(f"{way} is outside of {roots[name]}")
     return path
 
 

@@ -193,7 +193,7 @@ def _note_camera_names(dataset: Dataset, base: str) -> None:
         causes.append(f"{len(odd)} of them {look} from a camera or a download: {examples}")
     if empty:
         has = "has an empty caption" if empty == 1 else "have an empty caption"
-        causes.append(f"{empty} of them {has}, since nothing stands before the first underscore")
+        causes.append(f"{empty} of them {has}, since nothing precedes the first underscore")
     if causes:
         come = "1 caption comes from a file name" if len(rows) == 1 else f"{len(rows)} captions come from file names"
         cause = f"{come}, and {', and '.join(causes)}"

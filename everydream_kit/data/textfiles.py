@@ -209,7 +209,7 @@ class _Composer:
         if isinstance(event, yaml.AliasEvent):
             alias = getattr(event, "anchor", None)  # the stubs do not know it
             if alias not in self._anchors:
-                raise TextError(f"line {_line_of(event)}: *{alias} stands for nothing")
+                raise TextError(f"line {_line_of(event)}: *{alias} refers to nothing")
             return self._anchors[alias]
         if isinstance(event, yaml.ScalarEvent):
             # `implicit[0]`: plain and without a tag. The style is None or "" for it, with and without libyaml.

@@ -53,7 +53,7 @@ def resize_images(
 
     Args:
         folder: dataset folder.
-        target: new folder, of the same tree. What is there already is left alone, so a step can be gone on with.
+        target: new folder, of the same tree. What already exists is left alone, so an interrupted step can be continued.
         megapixels: largest area of a copy; 1.5 leaves crop jitter room at 1024 px, 0.4 at 512 px.
         quality: of JPEG and WebP copies, 1 to 100.
         dry_run: only report.
@@ -90,7 +90,7 @@ def convert_images(
 
     Args:
         folder: dataset folder.
-        target: new folder, of the same tree. What is there already is left alone.
+        target: new folder, of the same tree. What already exists is left alone.
         suffix: ".jpg", ".png" (lossless) or ".webp".
         quality: of JPEG and WebP, 1 to 100.
         background: "#rrggbb" behind transparent images that become JPEGs.
@@ -286,7 +286,7 @@ def _joined_groups(count: int, groups: Iterable[tuple[int, ...]]) -> Iterator[tu
 def move_images(changes: Changes, paths: Sequence[Path], root: Path, target: Path, what: str) -> None:
     """Move images with what belongs to them into a folder of the same tree.
 
-    Captions that another image uses too are copied. Where something of one of their names is there already, all get a
+    Captions that another image uses too are copied. Where something of one of their names already exists, all get a
     number: nothing is overwritten, and none is left behind.
 
     Args:

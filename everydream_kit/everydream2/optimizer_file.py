@@ -74,7 +74,7 @@ class TextEncoderFreezing(Section):
         names = ("unfreeze_last_n_layers", "unfreeze_final_n_layers", "freeze_front_n_layers")
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"{', '.join(given)}: they say the same thing; give one of them")
+            raise ValueError(f"{', '.join(given)}: they mean the same; give one of them")
         return self
 
 

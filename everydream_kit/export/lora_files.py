@@ -50,7 +50,7 @@ def export_lora(
     dtype = precision_dtype(precision)
     if not is_adapter_folder(folder) or not (folder / LORA_FILE).is_file():
         raise ExportError(
-            f"{folder}: no LoRA checkpoint. Full checkpoints are exported with --format single_file or diffusers."
+            f"{folder}: not a LoRA checkpoint. Full checkpoints are exported with --format single_file or diffusers."
         )
     _check_name(out)
     base = open_base(folder, read_adapter_file(folder), adapter_base)
@@ -105,7 +105,7 @@ def extract_lora(
     one, other = open_with_base([tuned, base], adapter_base)
     if one.family is not other.family:
         raise ExportError(
-            f"{tuned} is {one.family.title} and {base} is {other.family.title}: no LoRA leads over there."
+            f"{tuned} is {one.family.title} and {base} is {other.family.title}: a LoRA cannot turn one into the other."
         )
     components = [
         one.family.denoiser.folder,
@@ -133,7 +133,7 @@ def layout_for(family: Family, asked: LoraLayout) -> LoraLayout:
         ExportError: no app reads this family's LoRAs so.
     """
     if asked == "comfy" and not family.layout.has_app_layers:
-        raise ExportError(f"comfy_lora: no app reads LoRAs of {family.title} so. Take lora.")
+        raise ExportError(f"comfy_lora: no app reads LoRAs of {family.title} in this form. Take lora.")
     return family.layout.lora_for_apps if asked == "kohya" else asked
 
 

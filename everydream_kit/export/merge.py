@@ -50,7 +50,9 @@ def open_merged(
         return open_model(source, vae=vae, adapter_base=adapter_base)
     folder = Path(source)
     if not is_adapter_folder(folder) or not (folder / LORA_FILE).is_file():
-        raise ExportError(f"{source}: no LoRA checkpoint, so there is nothing to merge at a strength. Omit strength.")
+        raise ExportError(
+            f"{source}: not a LoRA checkpoint, so there is nothing to merge at a strength. Omit strength."
+        )
     base = open_base(folder, read_adapter_file(folder), adapter_base, vae=vae)
     return apply_lora(base, read_lora(folder / LORA_FILE, base), strength)
 
@@ -95,7 +97,7 @@ def merge_lora(
     for token, parts in read.embeddings.items():
         near = out.parent / (re.sub(r"[^\w.-]", "_", token) + ".safetensors")
         if near.exists():
-            raise ExportError(f"{near}: is there already, so the LoRA's word {token!r} is not written; move it.")
+            raise ExportError(f"{near}: already exists, so the LoRA's word {token!r} is not written; move it.")
         write_embedding(near, token, parts)
         logger.warning("%s brings the word %s: it is in %s, for the embeddings folder of your app.", lora, token, near)
     return out

@@ -26,7 +26,7 @@ def write_new_folder(files: ModelFiles, out: Path, precision: str) -> Path:
     """
     dtype = precision_dtype(precision)
     if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise ExportError(f"{out}: is there already, and would be mixed with the new model. Choose another name.")
+        raise ExportError(f"{out}: already exists, and would be mixed with the new model. Choose another name.")
     make_place(out.parent, "out")
     check_free_space(out.parent, files.num_elements() * dtype.itemsize)
     sweep(out.parent)

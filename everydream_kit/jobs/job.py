@@ -264,7 +264,7 @@ def resume(
         )
     left = give_again(folder, changes or {})
     if left:
-        raise ConfigError(f"{', '.join(left)}: give only what {folder.name} asks for; nothing else changes here.")
+        raise ConfigError(f"{', '.join(left)}: give only what {folder.name} requires; nothing else changes here.")
     with hold(job.run.starting_lock_path, UNDER_WAY.format(folder)):
         if job.is_alive():
             raise JobError(f"{folder}: this run is in progress already; attach to it instead of resuming it.")

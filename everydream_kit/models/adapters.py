@@ -59,7 +59,7 @@ def read_adapter_file(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder / ADAPTER_FILE}: says {shown_name(wrong[0])} of its base, which means nothing here.")
     if is_adapter_folder(Path(base["source"]).expanduser()):
         raise ModelError(
-            f"{folder / ADAPTER_FILE}: its base {base['source']} is an adapter too. An adapter's base is a whole model."
+            f"{folder / ADAPTER_FILE}: its base {base['source']} is an adapter too. An adapter's base is a full model."
         )
     return content
 

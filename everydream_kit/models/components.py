@@ -52,7 +52,7 @@ def parameters_on_meta() -> Iterator[None]:
     initializers = {name: found for name, found in vars(torch.nn.init).items() if _INITIALIZER.fullmatch(name)}
 
     def register_on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # one that is there already is shared by two modules
+        if parameter is not None and not parameter.is_meta:  # one that already exists is shared by two modules
             on_meta: Any = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
             on_meta._is_hf_initialized = True  # transformers' own initializers skip such a parameter
             parameter = on_meta

@@ -1,6 +1,6 @@
 """Models from the Hugging Face Hub: which files are needed, their size, whether they fit, and then the download.
 
-huggingface_hub does the transfer: it resumes, keeps what is there already, shows progress, and takes the token from
+huggingface_hub does the transfer: it resumes, keeps what already exists, shows progress, and takes the token from
 its own login or environment. Only what the kit reads is fetched: one set of weights, safetensors before pickles.
 """
 

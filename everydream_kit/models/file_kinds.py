@@ -70,7 +70,7 @@ def refuse_other_kinds(path: Path, tensors: Tensors) -> None:
     for kind, pattern in _KINDS.items():
         if any(map(pattern.search, tensors)):
             raise ModelError(f"{path}: {say_parts(tensors) if kind in _PARTS else f'this is {kind}'}.")
-    raise ModelError(f"{path}: no Stable Diffusion model; its first tensor is named {next(iter(tensors))!r}.")
+    raise ModelError(f"{path}: not a Stable Diffusion model; its first tensor is named {next(iter(tensors))!r}.")
 
 
 def held_parts(tensors: Tensors) -> list[str]:

@@ -228,7 +228,7 @@ def open_model(
     if path.is_dir() and is_adapter_folder(path):
         return _open_adapted(path, adapter_base, token, vae)
     if adapter_base is not None and path.exists():
-        raise ModelError(f"{source}: no LoRA checkpoint, so no base is needed. Leave --base (adapter_base) out.")
+        raise ModelError(f"{source}: not a LoRA checkpoint, so no base is needed. Leave --base (adapter_base) out.")
     if path.is_file():
         return open_single_file(path, family=family, prediction_type=prediction_type, vae=vae)
     if path.is_dir():
@@ -273,7 +273,7 @@ def adapter_bases(sources: Sequence[str | Path], adapter_base: AdapterBase | Non
         is_small = [not path.exists() for path in paths]  # on the Hub: `open_model` says what it is
     if adapter_base is not None and not any(is_small):
         named = ", ".join(map(str, sources))
-        raise ModelError(f"{named}: no LoRA checkpoint, so no base is needed. Leave --base (adapter_base) out.")
+        raise ModelError(f"{named}: not a LoRA checkpoint, so no base is needed. Leave --base (adapter_base) out.")
     return [adapter_base if small else None for small in is_small]
 
 

@@ -119,7 +119,7 @@ def _taken_apart(
             )
         if layer in layout.swapped_layers and others:
             raise ModelError(
-                f"{path}: of its layer {stem!r}, whose rows stand in another order, only LoRA and DoRA are read."
+                f"{path}: of its layer {stem!r}, whose rows are in another order, only LoRA and DoRA are read."
             )
         if layer in layout.swapped_layers:
             ordered = {part: halves_swapped(value) if part in _BY_ROW else value for part, value in parts.items()}
@@ -159,7 +159,7 @@ def _grouped(path: Path, tensors: Tensors, known: Collection[str]) -> tuple[dict
         if any(re.search(expression, name) for name in (*unknown, *(stem for stem in layers if stem not in known))):
             raise ModelError(f"{path}: this is a file of the kind {kind}, which this version does not read.")
     if not any(part in _KINDS for parts in layers.values() for part in parts):
-        raise ModelError(f"{path}: no LoRA; its first tensor is named {next(iter(tensors), None)!r}.")
+        raise ModelError(f"{path}: not a LoRA; its first tensor is named {next(iter(tensors), None)!r}.")
     if unknown:
         raise ModelError(
             f"{path}: {len(unknown)} of its tensors are of no kind of LoRA that this version reads, such as "

@@ -97,7 +97,7 @@ def read_vae(path: Path) -> tuple[Config | None, Tensors]:
             raise ModelError(f"vae: {path} holds no VAE (config.json or vae/config.json is missing).")
         return read_json(folder / "config.json"), open_component(folder)
     if not path.is_file():
-        raise ModelError(f"vae: {path} is no file or folder here. Give a VAE's file, or a diffusers folder of one.")
+        raise ModelError(f"vae: {path} is not a file or folder here. Give a VAE's file, or a diffusers folder of one.")
     tensors = open_weights(path)[0]
     found = [name for name in tensors if re.search(r"(^|\.)decoder\.conv_in\.weight$", name)]
     if not found:

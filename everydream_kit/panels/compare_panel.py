@@ -296,7 +296,7 @@ class ComparePanel(Panel):
         else:
             self.say(
                 f"The run {run.name} has not finished ({status['state']}). Resume it: before and after appears here when it "
-                "ends. Generate images compares what is there already.",
+                "ends. Generate images compares what already exists.",
                 "warn",
             )
 

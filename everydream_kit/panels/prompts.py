@@ -27,7 +27,7 @@ def prompt_lines(settings: SampleSettings) -> list[str]:
 
 
 def write_prompts(path: Path, prompts: Sequence[str]) -> None:
-    """Keep these prompts. Of a `.json`, everything else stays, also what belongs to a prompt that is there already.
+    """Keep these prompts. Of a `.json`, everything else stays, also what belongs to a prompt that already exists.
 
     Without prompts captions of the dataset are sampled, and a plain file goes away.
 

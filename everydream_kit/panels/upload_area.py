@@ -220,7 +220,7 @@ class Receiver:
 def in_words(error: Exception) -> str:
     """An error as the page shows it behind the file's name."""
     if isinstance(error, FileExistsError):
-        return "is there already, and stays as it is"
+        return "already exists, and stays as it is"
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 

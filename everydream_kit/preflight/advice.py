@@ -169,7 +169,7 @@ def fewest_blocks(config: TrainConfig, budget: Budget) -> tuple[int, MemoryEstim
     if budget.gpu_spec is None:
         return 0, None
     total = peak("auto").num_blocks
-    # all of them are asked about by one name, so that an answer that is there already is found
+    # all of them are asked about by one name, so that an answer that already exists is found
     stays = _largest(range(total + 1), lambda stay: peak(total - stay if stay else "auto"), budget.limit_bytes)
     return (total, peak("auto")) if stays is None else (total - stays[0], stays[1])
 

@@ -77,7 +77,7 @@ def resolve_blocks(config: TrainConfig, ranks: Ranks, journal: Journal, estimate
     """The config with a number in the place of `blocks_to_swap: auto`; reported in the log and as an event `blocks to swap`."""
     chosen = 0
     if ranks.is_main:
-        journal.set_state("starting", message="choosing the blocks that wait in host memory")
+        journal.set_state("starting", message="choosing the blocks to keep in host memory")
         budget = budget_here(config, ranks, estimate)
         chosen, found = fewest_blocks(config, budget)
         journal.set_state("starting", message=None)
@@ -162,7 +162,7 @@ def free_room(ranks: Ranks) -> tuple[GpuSpec | None, int | None]:
     gpu_spec = this_gpu(ranks.device.index or 0)
     assert gpu_spec is not None
     free, _ = torch.cuda.mem_get_info(ranks.device)
-    # the context is there already, and in the estimate as well
+    # the context already exists, and in the estimate as well
     return gpu_spec, int((free + gpu_spec.context_bytes) * (1 - MARGIN))
 
 

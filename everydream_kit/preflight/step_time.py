@@ -210,7 +210,7 @@ def _in_words(estimate: MemoryEstimate, copies: float) -> str:
     """The time of bringing blocks from host memory, where any wait there."""
     if not estimate.copied_bytes:
         return ""
-    return f", the link {copies:.2g} s for {estimate.copied_bytes / 2**30:.1f} GiB of waiting blocks"
+    return f", the link {copies:.2g} s for {estimate.copied_bytes / 2**30:.1f} GiB of swapped blocks"
 
 
 def work_seconds(gpu_spec: GpuSpec, flops: float, *, mixed: bool = True) -> float:

@@ -70,7 +70,7 @@ class Checkpoint:
         """Raises: CheckpointError if the folder is no checkpoint."""
         folder = Path(folder)
         if not is_checkpoint(folder):
-            raise CheckpointError(f"{folder}: no checkpoint; one has a {' or an '.join(layout.MODEL_FILES)}.")
+            raise CheckpointError(f"{folder}: not a checkpoint; one has a {' or an '.join(layout.MODEL_FILES)}.")
         return cls.at(folder)
 
     @classmethod

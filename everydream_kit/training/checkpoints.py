@@ -134,7 +134,7 @@ def _listed_files(manifest: dict[str, Any], path: Path) -> dict[str, dict[str, A
         if not isinstance(facts, dict) or type(facts.get("bytes")) is not int or type(facts.get("sha256")) is not str:
             raise CheckpointError(f"{path}: damaged: bytes and sha256 of {name!r} are not in it.")
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise CheckpointError(f"{path}: damaged: {name!r} lies outside of the checkpoint.")
+            raise CheckpointError(f"{path}: damaged: {name!r} is outside of the checkpoint.")
     return files
 
 

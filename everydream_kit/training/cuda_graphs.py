@@ -118,7 +118,7 @@ class GraphedPasses:
             "cells is captured, and replayed from now on."
         )
         if len(self._graphs) + 1 == MAX_SHAPES:
-            self._note(f"That are {MAX_SHAPES} CUDA graphs; passes of further shapes stay eager.")
+            self._note(f"{MAX_SHAPES} CUDA graphs are captured; passes of further shapes run eagerly.")
         return _Graph(static, captured)
 
     def _drop_outdated(self) -> None:

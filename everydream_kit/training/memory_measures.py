@@ -153,7 +153,9 @@ def _measures_that_cost_time(c: TrainConfig) -> Iterator[Measure]:
             changes, why = {"batch_size": half}, f"{half} instead of {c.batch_size}"
         yield Measure("batch_size, grad_accum" if "grad_accum" in changes else "batch_size", changes, why, "time")
     if c.blocks_to_swap != "auto" and c.training_kind != "full" and not c.torch_compile and c.parallel != "fsdp2":
-        why = "auto; as many blocks of the denoiser as it takes wait in host memory, for the time that copying takes"
+        why = (
+            "auto; as many blocks of the denoiser as it takes are kept in host memory, for the time that copying takes"
+        )
         yield Measure("blocks_to_swap", {"blocks_to_swap": "auto"}, why, "time")
     if c.attn_type != "slice":
         why = "slice; slower, and less for attention at high resolutions where torch has no kernel of its own for it"

@@ -280,9 +280,9 @@ def _why_unmeasured(config: TrainConfig, trial: SpeedTrial, model: Model, ranks:
     modules = [model.denoiser, *model.text_encoders]
     reasons = {
         "the run has several processes": ranks.num_ranks > 1,
-        "a plug-in's hooks would be called for passes that are no steps": bool(config.plugins),
+        "a plug-in's hooks would be called for passes that are not steps": bool(config.plugins),
         "fused_backward updates weights within a pass": config.fused_backward,
-        "blocks wait in host memory": bool(config.blocks_to_swap),
+        "blocks are kept in host memory": bool(config.blocks_to_swap),
         "with dropout, two passes cannot be compared": any(one.training and drops_out(one) for one in modules),
         f"the run has {num_passes:,} passes, and it pays from about {trial.min_passes:,} on": (
             num_passes < max(1, trial.min_passes)

@@ -179,7 +179,7 @@ def test_captions_are_edited_in_place_and_images_uploaded(lab, driver, page, tmp
     with page.expect_file_chooser() as chooser:
         panel.locator(".edk-drop").click()
     chooser.value.set_files([tmp_path / "big.png", tmp_path / "big.txt"])
-    expect(panel.locator(".edk-drop-question")).to_contain_text("big.png is there already.")
+    expect(panel.locator(".edk-drop-question")).to_contain_text("big.png already exists.")
     panel.get_by_role("button", name="Keep both").click()
     driver.wait_for_text(panel, ".edk-note", "2 files received.")
     assert (project / "input" / "big.png").read_bytes() == data

@@ -265,7 +265,7 @@ def test_a_repository_that_names_my_run_does_not_touch_it(
         (mine.last_checkpoint / "resume" / "manifest.json").unlink()
     before = tree_of(tmp_path / "logs" / mine.name)
     serve(hub, "stranger/jets", files)
-    with pytest.raises(CheckpointError, match=r"is there already, and did not come from hf://stranger/jets"):
+    with pytest.raises(CheckpointError, match=r"already exists, and did not come from hf://stranger/jets"):
         fetch(hub, tmp_path / "logs")
     assert tree_of(mine.folder) == before
 
@@ -276,7 +276,7 @@ def test_a_fetched_run_is_not_joined_by_another_repository(
     serve(hub, "stranger/jets", files)
     serve(hub, "other/jets", with_files(files, {"training/run.json": next_checkpoint(files)}))
     before = tree_of(fetch(hub, tmp_path / "logs"))
-    with pytest.raises(CheckpointError, match=r"is there already, and came from hf://stranger/jets"):
+    with pytest.raises(CheckpointError, match=r"already exists, and came from hf://stranger/jets"):
         fetch(hub, tmp_path / "logs", "hf://other/jets")
     assert tree_of(run_of(tmp_path / "logs").folder) == before
 

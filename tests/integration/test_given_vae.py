@@ -82,7 +82,7 @@ def test_a_given_vae_is_used_whatever_its_form(
 def test_a_file_without_a_vae_says_how_to_give_one(without_vae: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"holds no VAE\. Give its VAE.*--vae PATH.*model\.vae\.safetensors"):
         open_model(without_vae)
-    with pytest.raises(ModelError, match=r"vae: .*absent.* is no file or folder here"):
+    with pytest.raises(ModelError, match=r"vae: .*absent.* is not a file or folder here"):
         open_model(without_vae, vae=tmp_path / "absent")
     save_file({"encoder.banana": torch.zeros(1)}, tmp_path / "banana.safetensors")
     with pytest.raises(ModelError, match=r"vae: .*banana\.safetensors holds no VAE"):

@@ -211,7 +211,7 @@ def test_what_passes_by_itself_is_outlasted(
             "POST",
             "/commit/",
             {"status": 500},
-            "(tried 3 times): the Hub answered with an error of its own (500)",
+            "(tried 3 times): the Hub failed with an internal error (500)",
             "Push again",
         ),
         (

@@ -161,7 +161,7 @@ def test_apps_are_shown_the_name_of_a_lora_checkpoint(project: Path) -> None:
 
 def test_a_whole_model_needs_no_base(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, text = said(capsys, "export", project / "base", tmp_path / "x.safetensors", "--base", project / "base")
-    assert (status, "no LoRA checkpoint, so no base is needed" in text) == (1, True)
+    assert (status, "not a LoRA checkpoint, so no base is needed" in text) == (1, True)
     with pytest.raises(ModelError, match="no base is needed"):
         load_model(project / "base", adapter_base=project / "base")
 

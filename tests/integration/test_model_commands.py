@@ -60,7 +60,7 @@ def test_a_single_file_becomes_a_folder_again_and_draws_the_same(
     assert {path.name for path in tmp_path.iterdir()} == {"x.safetensors", "x"}
     np.testing.assert_array_equal(draw(load_model(folder)), draw(load_model(tiny_folder("sd1"))))
     status, problem = say(capsys, "export", file, folder, "--format", "diffusers")
-    assert (status, "is there already" in problem) == (1, True)
+    assert (status, "already exists" in problem) == (1, True)
 
 
 def test_a_lora_goes_out_in_both_layouts_and_merged(
@@ -179,7 +179,7 @@ def test_a_result_does_not_take_the_place_of_what_it_is_made_from(
 @pytest.mark.parametrize(
     ("words", "status", "problem"),
     [
-        ("export BASE OUT.safetensors --format lora", 1, "no LoRA checkpoint"),
+        ("export BASE OUT.safetensors --format lora", 1, "not a LoRA checkpoint"),
         ("export LORA OUT.pt --format lora", 1, "must end in .safetensors"),
         ("export BASE OUT.safetensors --format embedding", 1, "no learned tokens here"),
         ("export BASE OUT.safetensors --format embedding --precision fp32", 1, "does not apply to the form embedding"),
@@ -201,7 +201,7 @@ def test_a_result_does_not_take_the_place_of_what_it_is_made_from(
         ("merge BASE NOWHERE OUT.safetensors", 1, "no such file or folder"),
         ("merge BASE LORA OUT --strengh 1", 2, "did you mean --strength?"),
         ("extract BASE BASE OUT.safetensors", 1, "nothing to extract"),
-        ("extract BASE SDXL OUT.safetensors", 1, "no LoRA leads over there"),
+        ("extract BASE SDXL OUT.safetensors", 1, "a LoRA cannot turn one into the other"),
         ("extract OTHER BASE OUT.ckpt", 1, "must end in .safetensors"),
         ("extract OTHER BASE OUT.safetensors --rank 0", 1, "must be at least 1"),
         ("export BASE OUT.safetensors --format lora", 1, "are exported with --format single_file or diffusers"),

@@ -348,7 +348,7 @@ def test_a_single_file_that_is_something_else_is_named(tmp_path):
         "double_blocks.0.img_attn.qkv.weight": "Flux",
         "first_stage_model.encoder.conv_in.weight": "a VAE alone",
         "emb_params": "textual-inversion",
-        "banana": "no Stable Diffusion model",
+        "banana": "not a Stable Diffusion model",
     }
     for name, message in kinds.items():
         save_file({name: torch.zeros(1)}, tmp_path / "a.safetensors")

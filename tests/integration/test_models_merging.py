@@ -103,5 +103,5 @@ def test_a_lora_for_diffusers_needs_no_alpha(tmp_path):
 
 
 def test_a_full_checkpoint_is_no_lora(tmp_path):
-    with pytest.raises(ExportError, match="no LoRA checkpoint"):
+    with pytest.raises(ExportError, match="not a LoRA checkpoint"):
         export_lora(tiny_folder("sd1"), tmp_path / "a.safetensors")

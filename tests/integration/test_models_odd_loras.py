@@ -104,7 +104,7 @@ def test_a_family_whose_single_file_has_diffusers_names_has_one_kind_of_lora(tmp
     model = load_model(tiny_folder("z_image"))
     add_lora(model, 2)
     save_model(model, tmp_path / "lora")
-    with pytest.raises(ExportError, match=r"comfy_lora: no app reads LoRAs of Z-Image so\. Take lora"):
+    with pytest.raises(ExportError, match=r"comfy_lora: no app reads LoRAs of Z-Image in this form\. Take lora"):
         export_lora(tmp_path / "lora", tmp_path / "out.safetensors", layout="comfy")
 
 

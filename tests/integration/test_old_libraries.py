@@ -3,7 +3,7 @@
 transformers 5 writes text encoders under other names, which transformers 4 passes over, training noise without more than
 a warning; and diffusers 0.34 to 0.36 want all of peft's settings in a LoRA's header. So this runs the old libraries
 themselves. They are installed into a folder that is put before the environment's own packages: torch and everything else
-are shared, and it takes seconds. `EDK_OLD_LIBRARIES=FOLDER` uses one that is there already (made by the same pip line).
+are shared, and it takes seconds. `EDK_OLD_LIBRARIES=FOLDER` uses one that already exists (made by the same pip line).
 """
 
 from __future__ import annotations

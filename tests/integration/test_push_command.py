@@ -99,7 +99,7 @@ def test_a_new_repository_is_private_unless_public_is_said(
     say(words, capsys)
     assert hub.repos["me/jets"].private
     say([*words, "--public"], capsys)
-    assert "me/jets is private already, and stays so" in caplog.text
+    assert "me/jets is private already and is not changed" in caplog.text
     say(["push", run.folder, "me/open", "--what", "training", "--license", "mit", "--public"], capsys)
     assert not hub.repos["me/open"].private
 

@@ -197,7 +197,7 @@ UNMEASURED = {
     "fused": ({"fused_backward": True}, "fused_backward updates weights within a pass"),
     "dropout": ({"training_kind": "lora", "lora_rank": 2, "lora_dropout": 0.1}, "with dropout, two passes cannot"),
     "plug-ins": ({"plugins": ["rehearsals.NotingPlugin"]}, "a plug-in's hooks would be called"),
-    "blocks": ({"training_kind": "lora", "lora_rank": 2, "blocks_to_swap": 1}, "blocks wait in host memory"),
+    "blocks": ({"training_kind": "lora", "lora_rank": 2, "blocks_to_swap": 1}, "blocks are kept in host memory"),
 }
 
 

@@ -379,7 +379,7 @@ LAYOUTS = {
         ),
         "expects a weight of 8 x 8",
     ),
-    "no LoRA": (lambda: Made({"banana": noise(2)}, {}), "no LoRA"),
+    "no LoRA": (lambda: Made({"banana": noise(2)}, {}), "not a LoRA"),
 }
 
 

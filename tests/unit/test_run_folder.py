@@ -65,7 +65,7 @@ def test_checkpoints_are_listed_by_step_and_half_written_ones_are_not(tmp_path: 
     assert [(c.epoch, c.step, c.resumable) for c in found] == [(1, 5, False), (2, 10, True), (2, 10, False)]
     assert run.last_checkpoint.name == "jets-ep02-gs00010"
     assert find_last_checkpoint(tmp_path, "jets").name == "jets-ep02-gs00010"
-    with pytest.raises(CheckpointError, match="no checkpoint"):
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
         Checkpoint.open(tmp_path)
     with pytest.raises(CheckpointError, match="holds a complete checkpoint"):
         find_last_checkpoint(tmp_path, "cars")

@@ -121,6 +121,6 @@ def test_a_line_without_end_is_never_held_whole(tmp_path):
 )
 def test_a_name_that_stands_twice_is_refused(text, place, name):
     """Which of the two counts depends on who reads it, so what was checked need not be what is used."""
-    with pytest.raises(KitError, match=rf"x, {place}: '{name}' stands twice"):
+    with pytest.raises(KitError, match=rf"x, {place}: '{name}' appears twice"):
         parse_json(text, "x")
     assert parse_json('{"a": {"b": 1}, "b": {"a": 1}}', "x") == {"a": {"b": 1}, "b": {"a": 1}}

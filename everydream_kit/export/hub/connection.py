@@ -214,7 +214,7 @@ def _explain_status(status: int, headers: Any, message: str) -> Cause:
             "the Hub asks to slow down: too many requests from this account (429)",
             "Wait a few minutes and try again.",
         ),
-    }.get(status, (f"the Hub answered with an error of its own ({status})", "See https://status.huggingface.co."))
+    }.get(status, (f"the Hub failed with an internal error ({status})", "See https://status.huggingface.co."))
     if 400 <= status < 500 and status not in (401, 403, 404, 409, 412, 413, 429):
         words, cure = f"the Hub refused it ({status}: {said})", ""
     retryable = status in RETRYABLE_STATUSES or status == 412 or (status == 409 and "conflict" in message.lower())

@@ -6,7 +6,7 @@ hash is right. Files are fetched one by one, each with its own tries: the client
 incomplete folder for a complete one when the Hub is away.
 
 The repository may be a stranger's. Only files that a checkpoint may hold are fetched. The run folder is marked with
-where it came from, its config holds what a fetched run may bring (`foreign.py`), and a run folder that is there already
+where it came from, its config holds what a fetched run may bring (`foreign.py`), and a run folder that already exists
 is touched only if it came from this repository, or pushes to it.
 """
 
@@ -107,7 +107,7 @@ def fetch_run(
         sleep: waits between tries.
 
     Returns:
-        The run folder: `<target_folder>/<name of the run>`. If it is there already with this checkpoint, nothing is
+        The run folder: `<target_folder>/<name of the run>`. If it already exists with this checkpoint, nothing is
         fetched and it is returned as it is; if it is there without, the checkpoint is added to it.
 
     Raises:
@@ -323,10 +323,10 @@ class _Fetch:
         cure = "Rename it, or fetch into another logdir (--logdir)."
         mark = read_origin(run.folder)
         if mark is not None and mark.source != self.source:
-            raise CheckpointError(f"{run.folder}: is there already, and came from {mark.source}. {cure}")
+            raise CheckpointError(f"{run.folder}: already exists, and came from {mark.source}. {cure}")
         held = {} if mark is not None else read_json(run.config_path, error=CheckpointError, missing={})
         if mark is None and held.get("push_to") != self.repo_id:
-            raise CheckpointError(f"{run.folder}: is there already, and did not come from {self.source}. {cure}")
+            raise CheckpointError(f"{run.folder}: already exists, and did not come from {self.source}. {cure}")
 
     def _check_same_settings(self, run: RunFolder, config: TrainConfig) -> None:
         """Checkpoints of other settings do not belong into one run."""
@@ -338,7 +338,7 @@ class _Fetch:
         differing = [name for name in names if getattr(here, name) != getattr(config, name)]
         if differing:
             raise CheckpointError(
-                f"{run.folder}: is there already, with other settings than {self.source} ({', '.join(differing)}). "
+                f"{run.folder}: already exists, with other settings than {self.source} ({', '.join(differing)}). "
                 "Rename it, or fetch into another logdir (--logdir)."
             )
 

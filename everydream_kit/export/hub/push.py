@@ -203,7 +203,7 @@ def _open_repo(connection: HubConnection, repo_id: str, private: bool, revision:
     access = open_repo(connection, repo_id, private=private, revision=revision)
     if private != access.private:
         now, wanted = ("private", "public") if access.private else ("public", "private")
-        logger.warning("%s is %s already, and stays so; %s is for new repositories.", access.repo_id, now, wanted)
+        logger.warning("%s is %s already and is not changed; %s is for new repositories.", access.repo_id, now, wanted)
     return access.repo_id
 
 

@@ -267,7 +267,7 @@ MERGES = "a: &a {k: v}\n" + "".join(
         ("just a sentence", "holds a text where settings are expected"),
         ("- a\n- b", "holds a list where settings are expected"),
         ("multiply: 1\n---\nmultiply: 2", "line 2: a second document"),
-        ("multiply: *nothing", "line 1: *nothing stands for nothing"),
+        ("multiply: *nothing", "line 1: *nothing refers to nothing"),
         ("? [a, b]\n: c", "a name is expected, found a list"),
         ("a: " + "[" * 10_000, "nested too deeply"),
         ("- " * 10_000 + "a", "nested too deeply"),

@@ -258,7 +258,7 @@ def test_names_that_begin_with_an_underscore_are_counted_as_empty_captions(tmp_p
         make_image().save(tmp_path / name)
     _, problems = scan(tmp_path)
     assert problems[tmp_path.name].cause == (
-        "3 captions come from file names, and 2 of them have an empty caption, since nothing stands before the first "
+        "3 captions come from file names, and 2 of them have an empty caption, since nothing precedes the first "
         "underscore"
     )
 

@@ -297,7 +297,7 @@ def test_all_spellings_of_layer_freezing(freezing, expected):
         ({"base": {"lr_scheduler": "cosin"}}, r"base\.lr_scheduler: must be 'constant', 'linear'.*got 'cosin'"),
         (
             {"text_encoder_freezing": {"unfreeze_last_n_layers": 1, "freeze_front_n_layers": 3}},
-            "unfreeze_last_n_layers, freeze_front_n_layers: they say the same thing",
+            "unfreeze_last_n_layers, freeze_front_n_layers: they mean the same",
         ),
     ],
 )

@@ -32,7 +32,7 @@ def test_the_cause_is_found_beneath_what_wraps_it() -> None:
         (ConnectionResetError(104, "Connection reset by peer"), "the connection broke off"),
         (TimeoutError("timed out"), "did not answer in time"),
         (RuntimeError("Cannot send a request, as the client has been closed."), "the connection broke off"),
-        (ConnectionError("status code 503, try later"), "an error of its own (503)"),
+        (ConnectionError("status code 503, try later"), "an internal error (503)"),
     ],
 )
 def test_what_may_pass_is_tried_again(error: Exception, words: str) -> None:

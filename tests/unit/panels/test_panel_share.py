@@ -41,7 +41,7 @@ def test_compare_offers_the_base_and_the_checkpoints_and_shows_what_is_drawn(pro
     assert (len(asked.checkpoints), asked.cfgs, asked.num_images) == (2, (1.0, 4.5), 4)
     make_images(asked)
     panel.generate_button.click()
-    assert panel.job is None  # everything is there already
+    assert panel.job is None  # everything already exists
     assert panel.grid.value.count("data:image/jpeg") == 4
     assert panel.pair.value.count("data:image/jpeg") == 2
     assert "before · base: embedded" in panel.pair.value and "after · jets-ep01-gs00020" in panel.pair.value
@@ -83,7 +83,11 @@ def test_an_image_depends_on_everything_that_it_is_drawn_from(project):
     assert one.image_path(str(checkpoint), "a jet", 7.0) != before
     assert len(paths) == 6
     assert Comparison.load(one.save()) == one
-    for broken, message in (("{", "line 1"), ('{"folder": 1, "banana": 2}', "no saved comparison"), ("[]", "a list")):
+    for broken, message in (
+        ("{", "line 1"),
+        ('{"folder": 1, "banana": 2}', "not a saved comparison"),
+        ("[]", "a list"),
+    ):
         one.save().write_text(broken, "utf-8")
         with pytest.raises(ConfigError, match=f"{SAVED_FILE}.*{message}"):
             Comparison.load(Path(one.folder) / SAVED_FILE)

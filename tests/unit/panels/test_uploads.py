@@ -76,7 +76,7 @@ def test_a_bundle_brings_small_files_and_says_which_it_refuses(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"mine")
     refused = send_bundle(receiver, a__png=b"png", b__txt=b"new", c__exe=b"x", d__txt=b"")
     assert refused == {
-        "b.txt": "is there already, and stays as it is",
+        "b.txt": "already exists, and stays as it is",
         "c.exe": "not an image, a caption file or a .zip",
     }
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {

@@ -60,7 +60,7 @@ def test_copies_of_waiting_blocks_count_where_they_take_longest():
     moving = replace(work(2.5, trained=0), copied_bytes=int(24e9))
     found = compute(config(), gpu_spec, moving, 40e-6)
     assert found.seconds == pytest.approx(24e9 / (32e9 * 0.75))  # PCIe 4.0
-    assert "the link 1 s for 22.4 GiB of waiting blocks" in found.source
+    assert "the link 1 s for 22.4 GiB of swapped blocks" in found.source
     assert compute(config(), gpu_spec, replace(work(2500), copied_bytes=1), 40e-6) != found
     assert published(config(training_kind="lora", blocks_to_swap=3), gpu_spec, SD15) is None
 

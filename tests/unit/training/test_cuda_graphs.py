@@ -47,7 +47,7 @@ def test_shapes_beyond_eight_stay_eager() -> None:
         for _ in range(NUM_EAGER + 2):
             assert graphed(inputs_of(width)) == width
     assert graphed.num_replays == 2 * MAX_SHAPES
-    assert len(notes) == MAX_SHAPES + 1 and "passes of further shapes stay eager" in notes[-1]
+    assert len(notes) == MAX_SHAPES + 1 and "passes of further shapes run eagerly" in notes[-1]
 
 
 def test_weights_that_always_move_are_not_captured_again_and_again() -> None:
