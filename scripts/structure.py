@@ -23,9 +23,10 @@ LONG_FUNCTION = 60
 RUN_FILES = {
     *("events.jsonl", "status.json", "control.json", "live.json", "job.json", "environment.json", "train.log"),
     *("plan.json", "state.json", "resume/manifest.json", "manifest.json", "undersized_images.txt", "ckpts"),
+    *("adapter.json", "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"),
 }
 """Names that are of run folders and checkpoints alone: as a text of their own they count wherever they stand."""
-SHARED_NAMES = {"config.json", "samples", "resume", "losses", "best", "adapter.json"}
+SHARED_NAMES = {"config.json", "samples", "resume", "losses", "best"}
 """Names that other things have as well: they count where a path is joined with them."""
 WITH_OTHER_CONFIGS = ("models", "preflight")
 """Rooms whose `config.json` is a model component's."""
@@ -247,7 +248,7 @@ def main() -> None:
     print("\n".join(f"  {fields:4} {methods:3} {where}" for fields, methods, where in classes(modules)[:8]))
 
     circles = find_circles(import_graph(modules))
-    print(f"Import circles: {len(circles)}, of {sum(map(len, circles))} modules")
+    print(f"Import circles among {len(modules)} modules: {len(circles)}")
     print("".join(f"  {', '.join(circle)}\n" for circle in circles), end="")
     upward = upward_imports(modules, rooms_in_order(root))
     print(f"Imports that point up the list: {len(upward)}")

@@ -31,8 +31,21 @@ PUSH = Action(
     opposites={"private": "public"},
     skip=("token", "api", "sleep"),
 )
+FETCH = Action(
+    "fetch a run from the Hugging Face Hub, to resume, sample or export it here",
+    "export.hub:fetch_run",
+    skip=("given", "token", "api", "sleep"),
+)
 
-ACTIONS = {"prepare": PREPARE, "sample": SAMPLE, "export": EXPORT, "merge": MERGE, "extract": EXTRACT, "push": PUSH}
+ACTIONS = {
+    "prepare": PREPARE,
+    "sample": SAMPLE,
+    "export": EXPORT,
+    "merge": MERGE,
+    "extract": EXTRACT,
+    "push": PUSH,
+    "fetch": FETCH,
+}
 """By the name of the command."""
 
 TIDY_STEPS = {

@@ -1,4 +1,4 @@
-"""Commands made from the records of actions: prepare, tidy, sample, export, merge, extract, push."""
+"""Commands made from the records of actions: prepare, tidy, sample, export, merge, extract, push, fetch."""
 
 from __future__ import annotations
 

@@ -92,7 +92,8 @@ MERGED = replace(SINGLE_FILE, title="merged into its base: a complete model", en
 
 def formats_of(checkpoint: Path) -> tuple[Format, ...]:
     """The forms that suit a checkpoint, the usual one first, each with the options that have a meaning for it."""
-    from everydream_kit.models.adapters import LORA_FILE, is_adapter_folder
+    from everydream_kit.models.adapters import is_adapter_folder
+    from everydream_kit.runs.layout import LORA_FILE
 
     if not is_adapter_folder(checkpoint):
         return tuple(replace(one, options=one.options - {"strength", "base"}) for one in (SINGLE_FILE, FOLDER))
@@ -105,7 +106,8 @@ def estimate_bytes(checkpoint: Path, form: Format, precision: str) -> float | No
     Raises:
         ExportError: the checkpoint is damaged.
     """
-    from everydream_kit.models.adapters import LORA_FILE, TOKENS_FILE, is_adapter_folder, read_adapter_file
+    from everydream_kit.models.adapters import is_adapter_folder, read_adapter_file
+    from everydream_kit.runs.layout import LORA_FILE, TOKENS_FILE
 
     if form.name in LAYOUTS:
         return float((checkpoint / LORA_FILE).stat().st_size)

@@ -13,12 +13,12 @@ from typing import Any
 import yaml
 
 from everydream_kit.errors import KitError
+from everydream_kit.runs.layout import ADAPTER_FILE
 from everydream_kit.strict_json import read_json
 
 FIELDS = ("license", "license_name", "license_link")
 MODEL_CARD_NAMES = ("README.md", "MODEL_CARD.md", "model_card.md")
 FILE_KEY = "modelspec.license"
-ADAPTER_FILE = "adapter.json"
 """In a LoRA's or learned tokens' folder: names the base that binds it, too."""
 
 _HUB_NAMES = {

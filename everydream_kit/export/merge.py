@@ -13,12 +13,13 @@ import torch
 from everydream_kit.errors import ConfigError, ExportError
 from everydream_kit.export.model_folder import write_new_folder
 from everydream_kit.export.single_file_export import export_files, live_or_averaged
-from everydream_kit.models.adapters import LORA_FILE, is_adapter_folder, read_adapter_file
+from everydream_kit.models.adapters import is_adapter_folder, read_adapter_file
 from everydream_kit.models.family import ModelFiles
 from everydream_kit.models.loading import open_base, open_model, open_with_base
 from everydream_kit.models.lora_formats import apply_lora, read_lora, read_lora_file
 from everydream_kit.models.tensors import LazyTensor
 from everydream_kit.models.tokens import write_embedding
+from everydream_kit.runs.layout import LORA_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ import yaml
 from everydream_kit.config import facts
 from everydream_kit.errors import ExportError
 from everydream_kit.export.license import header_metadata
+from everydream_kit.runs.layout import LORA_FILE, TOKENS_FILE
 from everydream_kit.strict_json import read_json
 
 MAIN_SETTINGS = (
@@ -33,7 +34,6 @@ HIDDEN_SETTINGS = frozenset(
     | {name for name, one in facts().items() if one.names and name not in NAMED_AND_SHOWN}
 )
 """Settings that say nothing about the model, or name a place or a service of the machine that trained it."""
-LORA_FILE = "pytorch_lora_weights.safetensors"
 ARCHITECTURE_KEY = "modelspec.architecture"
 """Of a file's header: what it is of, with `/lora` behind it for a LoRA."""
 PIPELINES = {
@@ -205,7 +205,7 @@ def _token_lines(facts: CardFacts) -> list[str]:
         "from huggingface_hub import hf_hub_download",
         "from safetensors.torch import load_file",
         "",
-        f"vectors = load_file(hf_hub_download({facts.repo_id!r}, 'learned_embeds.safetensors'))",
+        f"vectors = load_file(hf_hub_download({facts.repo_id!r}, {TOKENS_FILE!r}))",
     ]
     for token, num_encoders in facts.learned_tokens.items():
         for number in range(num_encoders):

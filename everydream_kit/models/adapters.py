@@ -15,12 +15,9 @@ from typing import Any
 
 from everydream_kit.errors import ModelError
 from everydream_kit.models.model_files import read_json
+from everydream_kit.runs.layout import ADAPTER_FILE
 
-ADAPTER_FILE = "adapter.json"
-LORA_FILE = "pytorch_lora_weights.safetensors"
-"""diffusers' own name: `pipe.load_lora_weights(folder)` finds it."""
 BASE_FIELDS = ("source", "revision", "subfolder", "variant", "family", "prediction_type", "vae")
-TOKENS_FILE = "learned_embeds.safetensors"
 KEPT_FIELDS = ("family", "prediction_type", "vae")
 """Of a base that somebody names in place of another: what the training took it for still holds."""
 

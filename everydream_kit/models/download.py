@@ -16,6 +16,7 @@ from everydream_kit.errors import DiskSpaceError, ModelError
 from everydream_kit.models.families import FAMILIES
 from everydream_kit.models.model_files import denoiser_folders
 from everydream_kit.models.weight_files import SAFETENSORS_SUFFIXES
+from everydream_kit.runs.layout import ADAPTER_FILE, LORA_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ def _from_cache(
     from huggingface_hub import try_to_load_from_cache
 
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    for marker in [*_denoiser_configs(prefix), f"{prefix}adapter.json"]:
+    for marker in [*_denoiser_configs(prefix), prefix + ADAPTER_FILE]:
         found = try_to_load_from_cache(repo_id, marker, cache_dir=cache_dir, revision=revision)
         if isinstance(found, str):
             folder = Path(found.removesuffix(marker))
@@ -138,9 +139,9 @@ def choose_files(
     """
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     inside = [name for name in sizes if name.startswith(prefix)]
-    if sizes.keys() & {*_denoiser_configs(prefix), f"{prefix}adapter.json"}:
+    if sizes.keys() & {*_denoiser_configs(prefix), prefix + ADAPTER_FILE}:
         chosen = [name for name in inside if name.removeprefix(prefix).count("/") == 0 and name.endswith(_SMALL)]
-        chosen += [name for name in inside if name == f"{prefix}pytorch_lora_weights.safetensors"]
+        chosen += [name for name in inside if name == prefix + LORA_FILE]
         for part in _parts():
             chosen += _choose_part([name for name in inside if name.startswith(f"{prefix}{part}/")], variant)
         return chosen

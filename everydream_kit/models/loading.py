@@ -19,8 +19,6 @@ import torch
 
 from everydream_kit.errors import ModelError
 from everydream_kit.models.adapters import (
-    LORA_FILE,
-    TOKENS_FILE,
     AdapterBase,
     base_to_open,
     explaining_base,
@@ -48,6 +46,7 @@ from everydream_kit.models.tokenizer import (
 )
 from everydream_kit.models.vae_files import with_given_vae
 from everydream_kit.models.weight_files import open_weights
+from everydream_kit.runs.layout import LORA_FILE, TOKENS_FILE
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 
 from everydream_kit.errors import ModelError
-from everydream_kit.models.adapters import LORA_FILE, TOKENS_FILE, write_adapter_file
+from everydream_kit.models.adapters import write_adapter_file
 from everydream_kit.models.components import BOOKKEEPING, shared_names
 from everydream_kit.models.family import Config, Model, ModelFiles
 from everydream_kit.models.loading import _tokenizer
@@ -24,6 +24,7 @@ from everydream_kit.models.lora import base_name
 from everydream_kit.models.model_files import DISTILLED, MODULAR_INDEX, trained_as
 from everydream_kit.models.tensors import LazyTensor, OpenFile, Tensors, write_safetensors
 from everydream_kit.models.tokenizer import save_tokenizer
+from everydream_kit.runs.layout import LORA_FILE, TOKENS_FILE
 
 
 def save_model(

@@ -55,7 +55,11 @@ LEFTOVERS = (PARTIAL, REMOVED, REPLACED)
 """What a killed process leaves among its checkpoints."""
 
 # In a checkpoint
-MODEL_FILES = ("model_index.json", "adapter.json")
+ADAPTER_FILE = "adapter.json"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""diffusers' own name: `pipe.load_lora_weights(folder)` finds it."""
+TOKENS_FILE = "learned_embeds.safetensors"
+MODEL_FILES = ("model_index.json", ADAPTER_FILE)
 """One of these makes a folder a checkpoint: a whole model's, or a small one's that names its base."""
 RESUME = "resume"
 RESUME_MANIFEST = "resume/manifest.json"
@@ -67,8 +71,7 @@ CHECKPOINT_NAME = re.compile(rf".+-ep(?P<epoch>\d{{1,9}})-gs(?P<step>\d{{1,9}})(
 SAMPLE_NAME = re.compile(r"gs(?P<step>\d+)-(?P<index>\d+)(?P<averaged>-ema(?=-))?(?:-(?P<prompt>.*))?\.jpg")
 LOSSES_NAME = re.compile(r"ep(?P<epoch>\d+)\.json")
 CHECKPOINT_FILE = re.compile(
-    r"((modular_)?model_index|adapter)\.json"
-    r"|(pytorch_lora_weights|learned_embeds)\.safetensors"
+    rf"(modular_)?model_index\.json|{'|'.join(map(re.escape, (ADAPTER_FILE, LORA_FILE, TOKENS_FILE)))}"
     r"|(unet|transformer|vae|text_encoder(_2)?|text_conditioner)"
     r"/(config\.json|(diffusion_pytorch_model|model)\.safetensors)"
     r"|(t5_)?tokenizer(_2)?/(vocab|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 from hub_hostile import run_of, serve, stranger_files, tree_of, with_config, with_files, with_manifest
 from hub_runs import make_run
-from hub_stand_in import HubStandIn
+from hub_stand_in import HubStandIn, use_as_hub
 
 from everydream_kit import jobs
+from everydream_kit.cli import main
 from everydream_kit.errors import CheckpointError, ConfigError, HubError, KitError
 from everydream_kit.export.hub import fetch_run
 from everydream_kit.foreign import ASKED, read_origin, split_settings
+from everydream_kit.runs import RunFolder
 from everydream_kit.settings import give_again, load_config
 
 SOURCE = "hf://stranger/jets"
@@ -99,6 +101,24 @@ def test_what_is_fetched_without_a_persons_word_is_marked_and_cannot_be_used(
     with pytest.raises(ConfigError) as caught:
         load_config(folder / "config.json")
     assert all(f"\n  {name} " in str(caught.value) for name in ASKED)
+
+
+def test_a_run_is_fetched_by_a_command_of_its_own(
+    hub: HubStandIn,
+    files: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    use_as_hub(monkeypatch, hub)
+    serve(hub, "stranger/jets", files)
+    assert main(["fetch", SOURCE, str(tmp_path / "runs")]) == 0
+    folder = Path(capsys.readouterr().out.strip())
+    assert folder.parent == tmp_path / "runs"
+    (checkpoint,) = RunFolder(folder).checkpoints()
+    assert read_origin(folder) is not None and checkpoint.state_path.is_file()
+    assert main(["fetch", "hf://stranger", str(tmp_path / "runs")]) == 1
+    assert "is written hf://owner/name" in capsys.readouterr().err
 
 
 def test_what_shapes_the_training_travels_and_the_rest_is_given_once(

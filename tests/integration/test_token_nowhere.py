@@ -59,6 +59,7 @@ WORDS: dict[str, Callable[[Setting], list[list[object]]]] = {
         [s[0] / "logs" / "jets-20261122-120000", "me/jets", "--license", "mit", "--what", "diffusers", "training", "resume"],
         [s[0] / "logs" / "jets-20261122-120000", "somebody/jets", "--license", "mit"],
     ],
+    "fetch": lambda s: [["hf://me/jets", s[0] / "fetched"], ["hf://me/nothing"]],
     "runs": lambda s: [["--logdir", s[0] / "logs"], []],
     "doctor": lambda s: [[]],
     "parameters": lambda s: [[]],

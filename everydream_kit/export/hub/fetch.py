@@ -43,6 +43,7 @@ from everydream_kit.foreign import (
 )
 from everydream_kit.runs import RunFolder
 from everydream_kit.runs.layout import (
+    ADAPTER_FILE,
     AVERAGED_SUFFIX,
     CHECKPOINT_FILE,
     CHECKPOINT_NAME,
@@ -58,7 +59,6 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-ADAPTER_FILE = "adapter.json"
 RUN_CONFIG, RUN_EVENTS = "training/config.json", "training/events.jsonl"
 MAX_BYTES = {
     RUN_FACTS: 100_000,
@@ -86,7 +86,7 @@ def parse_run_reference(reference: str) -> tuple[str, str | None]:
 
 def fetch_run(
     reference: str,
-    target_folder: str | Path,
+    target_folder: str | Path = "logs",
     *,
     given: Collection[str] | None = None,
     token: str | None = None,
@@ -98,7 +98,7 @@ def fetch_run(
 
     Args:
         reference: `hf://me/jets`, or `hf://me/jets@branch-or-commit` for an older one.
-        target_folder: where run folders live, such as `logs`.
+        target_folder: folder of the runs.
         given: settings that a person gives again on this machine. Where one is missing, nothing large is fetched. None:
             fetch, and let whoever resumes the run ask.
         token: by default huggingface_hub's login or HF_TOKEN; a public repository needs none.

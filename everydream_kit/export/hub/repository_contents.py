@@ -24,14 +24,13 @@ from typing import Any, Literal, cast, get_args
 from everydream_kit.errors import ExportError
 from everydream_kit.export.hub.connection import redact
 from everydream_kit.runs import Checkpoint, RunFolder
+from everydream_kit.runs.layout import ADAPTER_FILE, LORA_FILE, TOKENS_FILE
 from everydream_kit.runs.run_folder import is_checkpoint, is_run
 from everydream_kit.strict_json import read_json
 
 What = Literal["diffusers", "lora", "single_file", "samples", "training", "resume"]
 DEFAULT_WHAT: tuple[What, ...] = ("diffusers", "samples", "training")
-ADAPTER_FILE = "adapter.json"
-LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-TOKENS_FILE = "learned_embeds.safetensors"
+LORA_FILES = (LORA_FILE, "adapter_model.safetensors")
 SINGLE_FILE_SUFFIXES = (".safetensors", ".ckpt")
 SAMPLE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_SAMPLES = 12

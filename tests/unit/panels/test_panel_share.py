@@ -312,7 +312,8 @@ def words_project(tmp_path):
     import torch
     from safetensors.torch import save_file
 
-    from everydream_kit.models.adapters import TOKENS_FILE, write_adapter_file
+    from everydream_kit.models.adapters import write_adapter_file
+    from everydream_kit.runs.layout import TOKENS_FILE
 
     run = make_run(tmp_path / "cats" / "logs")
     folder = run.checkpoints_folder / "cats-ep02-gs00040"
