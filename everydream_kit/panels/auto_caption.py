@@ -187,13 +187,13 @@ class AutoCaption:
         for row, entry in zip(self.rows, shown, strict=True):
             path, (text, use) = entry if entry is not None else (None, ("", False))
             row.show(path, text, use, now.get(path, "") if path is not None else "")
-        self._tell()
+        self._render()
 
     def _keep(self, path: Path, text: str, use: bool) -> None:
         self.suggestions[path] = text, use
-        self._tell()
+        self._render()
 
-    def _tell(self) -> None:
+    def _render(self) -> None:
         number = sum(use for _, use in self.suggestions.values())
         self.write_button.description = f"Write {number:,} caption{'' if number == 1 else 's'}"
         self.write_button.disabled = number == 0

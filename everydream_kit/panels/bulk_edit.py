@@ -23,7 +23,7 @@ from everydream_kit.panels.panel import set_html
 
 
 @dataclass(frozen=True)
-class Action:
+class CaptionEdit:
     """A way to edit captions.
 
     Attributes:
@@ -39,16 +39,16 @@ class Action:
     by: str = ""
 
 
-ACTIONS = {
-    "replace": Action("Find and replace", replace_text, "Find", "with"),
-    "replace_words": Action(
+CAPTION_EDITS = {
+    "replace": CaptionEdit("Find and replace", replace_text, "Find", "with"),
+    "replace_words": CaptionEdit(
         "Find and replace whole words", lambda t, find, by: replace_text(t, find, by, whole_words=True), "Find", "with"
     ),
-    "trigger": Action("Trigger word", lambda t, word, _: add_trigger_word(t, word), "Word"),
-    "before": Action("Put before", lambda t, words, _: put_before(t, words), "Words"),
-    "after": Action("Put after", lambda t, words, _: put_after(t, words), "Words"),
-    "sort": Action("Sort tags", lambda t, *_: sort_tags(t)),
-    "duplicates": Action("Remove duplicate tags", lambda t, *_: remove_duplicate_tags(t)),
+    "trigger": CaptionEdit("Trigger word", lambda t, word, _: add_trigger_word(t, word), "Word"),
+    "before": CaptionEdit("Put before", lambda t, words, _: put_before(t, words), "Words"),
+    "after": CaptionEdit("Put after", lambda t, words, _: put_after(t, words), "Words"),
+    "sort": CaptionEdit("Sort tags", lambda t, *_: sort_tags(t)),
+    "duplicates": CaptionEdit("Remove duplicate tags", lambda t, *_: remove_duplicate_tags(t)),
 }
 
 
@@ -70,7 +70,7 @@ class BulkEdit:
             chosen: gives the indices of the selected images.
         """
         self._album, self._chosen = album, chosen
-        titles = [(action.title, name) for name, action in ACTIONS.items()]
+        titles = [(action.title, name) for name, action in CAPTION_EDITS.items()]
         self.action = style.control(widgets.Dropdown, "Edit", "270px", label="40px", options=titles)
         self.words = style.control(widgets.Text, "Find", "230px", label="40px")
         self.by = style.control(widgets.Text, "with", "230px", label="40px")
@@ -111,8 +111,8 @@ class BulkEdit:
         set_html(self.preview, f'<div class="edk-hint" role="status">{style.name_html(words)}</div>')
 
     @property
-    def _action(self) -> Action:
-        return ACTIONS[self.action.value]
+    def _action(self) -> CaptionEdit:
+        return CAPTION_EDITS[self.action.value]
 
     def _edit(self) -> Callable[[str], str]:
         edit, words, by = self._action.edit, self.words.value, self.by.value

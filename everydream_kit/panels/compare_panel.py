@@ -13,18 +13,18 @@ import ipywidgets as widgets
 
 from everydream_kit import jobs
 from everydream_kit.actions.background_task import BackgroundTask
+from everydream_kit.actions.checkpoint_list import CheckpointList
 from everydream_kit.actions.comparison import SAVED_FILE, Comparison
 from everydream_kit.actions.project import Project
+from everydream_kit.actions.sample_prompts import prompt_lines, read_prompts
 from everydream_kit.actions.table import SAMPLE
 from everydream_kit.errors import ConfigError, JobError
 from everydream_kit.panels import style
 from everydream_kit.panels.action_controls import make_action_control
-from everydream_kit.panels.checkpoint_list import CheckpointList
 from everydream_kit.panels.clock import make_clock, reveal
 from everydream_kit.panels.login import token_environment
 from everydream_kit.panels.pages import Fold, Pages
 from everydream_kit.panels.panel import Panel, set_html
-from everydream_kit.panels.prompts import prompt_lines, read_prompts
 from everydream_kit.panels.thumbnails import image_tag
 
 SHOWN_CHECKPOINTS = 12

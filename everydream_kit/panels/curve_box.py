@@ -9,8 +9,8 @@ import ipywidgets as widgets
 
 from everydream_kit.panels import style
 from everydream_kit.panels.panel import set_html
-from everydream_kit.panels.svg_charts import Point, line_chart, smooth, thin
-from everydream_kit.runs.history import RunHistory
+from everydream_kit.panels.svg_charts import Point, line_chart, smooth
+from everydream_kit.runs.history import RunHistory, thin
 
 SMOOTHING = 0.9
 """As TensorBoard begins."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from everydream_kit.panels.auto_caption import AutoCaption
 from everydream_kit.panels.bulk_edit import BulkEdit
 from everydream_kit.panels.clock import make_clock
 from everydream_kit.panels.gallery import Gallery, count_images, count_things
-from everydream_kit.panels.issues_box import ProblemsBox
+from everydream_kit.panels.issues_box import IssuesBox
 from everydream_kit.panels.login import token_environment
 from everydream_kit.panels.mask_editor import MaskEditor
 from everydream_kit.panels.pages import Pages
@@ -153,7 +153,7 @@ class DatasetPanel(Panel):
         return style.column(widgets.HTML(f'<p class="edk-lead">{lead}</p>'), self.masks.box)
 
     def _build_problems(self) -> widgets.Widget:
-        self.problems = ProblemsBox(lambda: self.album.root, lambda files: self._press(lambda: self._exclude(files)))
+        self.problems = IssuesBox(lambda: self.album.root, lambda files: self._press(lambda: self._exclude(files)))
         return self.problems.box
 
     # What the buttons do
@@ -380,46 +380,8 @@ class DatasetPanel(Panel):
             self.setting_where.value = chosen if chosen in [value for _, value in options] else ""
         for index, title in enumerate(("Add images", "Images", "Report", f"Problems ({len(issues):,})")):
             self.tabs.set_title(index, title)
-        self._render_report()
+        set_html(self.report, _report_html(album, self._report_settings(), self._inspection))
         self.problems.show(issues, complete=self._fresh)
-
-    def _render_report(self) -> None:
-        if not len(self.album):
-            set_html(self.report, '<div class="edk-empty">The report begins with the first images.</div>')
-            return
-        settings = self._report_settings()
-        fills, num_images, num_steps = fill_buckets(self.album.dataset, settings)
-        bars = [
-            (f"{fill.size[0]} × {fill.size[1]}", fill.num_images, f"{fill.num_images:,} · {fill.fullness:.0%} full")
-            for fill in fills
-        ]
-        lead = f"{num_images:,} images make {num_steps:,} steps in the first epoch, at batch size {settings.batch_size}"
-        resolution = ", ".join(map(str, settings.resolutions))
-        parts = [
-            f'<p class="edk-lead">{lead}.</p>',
-            bar_chart(bars, title=f"Images in each bucket at resolution {resolution}"),
-            self._tags_chart(),
-        ]
-        set_html(self.report, '<div class="edk-apart">' + "</div><div class=edk-apart>".join(parts) + "</div>")
-
-    def _tags_chart(self) -> str:
-        counts = self.album.count_tags(most=len(self.album) * 40)
-        several = [(tag, float(count), f"{count:,}") for tag, count in counts if count > 1]
-        rest = len(counts) - len(several)
-        chart = bar_chart(several[:SHOWN_TAGS], title="Most frequent caption parts", label_width=300)
-        words = f"{rest:,} other parts are in one caption each." if rest else ""
-        return chart + f'<div class="edk-hint">{words}{self._caption_words()}</div>'
-
-    def _caption_words(self) -> str:
-        """Where captions come from, as the last inspection counted them."""
-        counts = self._inspection.get("captions")
-        if not counts:
-            return ""
-        named, empty, shared = counts["from_file_name"], counts["empty"], len(counts["repeated"])
-        return (
-            f"<br>{named:,} captions come from file names, {empty:,} are empty, "
-            f"{shared:,} are shared by several images."
-        )
 
     def show_image(self, path: Path) -> None:
         """Bring one image to the front, with its caption to edit."""
@@ -431,6 +393,37 @@ SHOWN_PROBLEMS = 3
 MAX_REPORT_BYTES = 1 << 30
 """A report lists every issue of a dataset, which may have a million images."""
 logger = logging.getLogger(__name__)
+
+
+def _report_html(album: Album, settings: PlanSettings, inspection: Mapping[str, Any]) -> str:
+    """Buckets and frequent tags of a dataset.
+
+    Args:
+        inspection: as `read_report` gives it; it has counted where the captions come from.
+    """
+    if not len(album):
+        return '<div class="edk-empty">The report begins with the first images.</div>'
+    fills, num_images, num_steps = fill_buckets(album.dataset, settings)
+    bars = [
+        (f"{fill.size[0]} × {fill.size[1]}", fill.num_images, f"{fill.num_images:,} · {fill.fullness:.0%} full")
+        for fill in fills
+    ]
+    lead = f"{num_images:,} images make {num_steps:,} steps in the first epoch, at batch size {settings.batch_size}"
+    resolution = ", ".join(map(str, settings.resolutions))
+    tags = album.count_tags(most=len(album) * 40)
+    several = [(tag, float(count), f"{count:,}") for tag, count in tags if count > 1]
+    rest = len(tags) - len(several)
+    words = f"{rest:,} other parts are in one caption each." if rest else ""
+    if counts := inspection.get("captions"):
+        named, empty, shared = counts["from_file_name"], counts["empty"], len(counts["repeated"])
+        words += f"<br>{named:,} captions come from file names, {empty:,} are empty, {shared:,} are shared by several images."
+    tags_chart = bar_chart(several[:SHOWN_TAGS], title="Most frequent caption parts", label_width=300)
+    parts = [
+        f'<p class="edk-lead">{lead}.</p>',
+        bar_chart(bars, title=f"Images in each bucket at resolution {resolution}"),
+        f'{tags_chart}<div class="edk-hint">{words}</div>',
+    ]
+    return '<div class="edk-apart">' + "</div><div class=edk-apart>".join(parts) + "</div>"
 
 
 def _left_alone(report: PrepReport) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import ipywidgets as widgets
 
+from everydream_kit.actions.hardest_images import HardestReader, HardImage, caption_text
 from everydream_kit.data.folders import FolderFiles
 from everydream_kit.panels import style
-from everydream_kit.panels.hardest import HardestReader, HardImage, caption_text
 from everydream_kit.panels.panel import set_html
 from everydream_kit.panels.svg_charts import sparkline
 from everydream_kit.panels.thumbnails import image_tag

@@ -18,7 +18,7 @@ SHOWN_LINES = 8
 SHOWN_IMAGES = 4
 
 
-class ProblemsBox:
+class IssuesBox:
     """Findings by kind.
 
     Attributes:

@@ -12,13 +12,13 @@ import ipywidgets as widgets
 
 from everydream_kit import jobs
 from everydream_kit.actions.background_task import BackgroundTask
+from everydream_kit.actions.checkpoint_list import CheckpointList
 from everydream_kit.actions.project import Project
 from everydream_kit.actions.table import EXPORT, PUSH
 from everydream_kit.errors import CheckpointError, ExportError, ModelError
 from everydream_kit.export.checkpoint_formats import Format, Option, estimate_bytes, formats_of
 from everydream_kit.panels import style
 from everydream_kit.panels.action_controls import make_action_control
-from everydream_kit.panels.checkpoint_list import CheckpointList
 from everydream_kit.panels.clock import make_clock
 from everydream_kit.panels.login import token_environment
 from everydream_kit.panels.panel import Panel, set_html

@@ -9,10 +9,8 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 Point = tuple[float, float]
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -227,13 +225,6 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
     first = math.floor(low / step)
     last = math.ceil(high / step)
     return [round(i * step, 12 - math.floor(math.log10(step))) for i in range(first, last + 1)]
-
-
-def thin(values: Sequence[Value], most: int = 300) -> list[Value]:
-    """At most so many of them, evenly taken, the first and the last always."""
-    if len(values) <= most:
-        return list(values)
-    return [values[round(number * (len(values) - 1) / (most - 1))] for number in range(most)]
 
 
 def smooth(points: Sequence[Point], weight: float = 0.9) -> list[Point]:

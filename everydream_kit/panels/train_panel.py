@@ -17,6 +17,7 @@ import ipywidgets as widgets
 from everydream_kit import jobs
 from everydream_kit.actions.presets import PRESETS
 from everydream_kit.actions.project import Project
+from everydream_kit.actions.sample_prompts import prompt_lines, read_prompts, write_prompts
 from everydream_kit.actions.tensorboard import TensorBoard
 from everydream_kit.config import TrainConfig
 from everydream_kit.disk_space import known_free_disk
@@ -32,7 +33,6 @@ from everydream_kit.panels.monitor import STATE_TONES, RunMonitor
 from everydream_kit.panels.pages import Pages
 from everydream_kit.panels.panel import Panel, attempt, display_widget, set_html
 from everydream_kit.panels.plan_box import PlanBox
-from everydream_kit.panels.prompts import prompt_lines, read_prompts, write_prompts
 from everydream_kit.panels.question import Question
 from everydream_kit.panels.queue_box import QueueBox
 from everydream_kit.runs import Status

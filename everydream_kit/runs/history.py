@@ -5,9 +5,11 @@ Only what was added to `events.jsonl` since the last look is read, so a long run
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from everydream_kit.runs import layout
 from everydream_kit.runs.run_folder import RunFolder
@@ -16,6 +18,7 @@ from everydream_kit.strict_json import JsonLines
 
 Point = tuple[int, float]
 """(optimizer step, value)."""
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class RunHistory:
 
 
 def _first_line(path: Path) -> str:
-    """The prompt that stands next to a sample; an empty text where there is none."""
+    """The prompt in a sample's text file; an empty text where there is none."""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             return file.readline().strip()
@@ -126,3 +129,10 @@ def _add_point(points: list[Point], step: int, value: float | None) -> None:
         points.pop()
     if value is not None:
         points.append((step, float(value)))
+
+
+def thin(values: Sequence[Value], most: int = 300) -> list[Value]:
+    """At most so many of them, evenly taken, the first and the last always."""
+    if len(values) <= most:
+        return list(values)
+    return [values[round(number * (len(values) - 1) / (most - 1))] for number in range(most)]

@@ -183,6 +183,16 @@ def test_only_panels_know_widgets():
     assert not [found for path in others for found in imported_from(("ipywidgets", "anywidget", "IPython"), path)]
 
 
+WITHOUT_WIDGETS = {"__init__", "asset_files", "labels", "svg_charts", "thumbnails"}
+"""Modules of `panels` that make no widget, but the text, HTML and SVG that widgets show."""
+
+
+def test_what_needs_no_widgets_is_not_in_panels():
+    panels = [path for path in MODULES if room_of(path) == "panels"]
+    without = {p.stem for p in panels if not list(imported_from(("ipywidgets", "anywidget", "IPython"), p))}
+    assert without == WITHOUT_WIDGETS
+
+
 def slow_here(path):
     """Packages that a file may not import at its top: torch may be where nothing works without."""
     needs_torch = room_of(path) in ("transfers", "models", "training", "export", "demo") or path.name in TORCH_IN_DATA

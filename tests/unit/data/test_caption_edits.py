@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from everydream_kit.data import caption_edits as edits
-from everydream_kit.panels.bulk_edit import ACTIONS
+from everydream_kit.panels.bulk_edit import CAPTION_EDITS
 from everydream_kit.panels.dataset_panel import DatasetPanel
 
 EDITS = [
@@ -48,7 +48,7 @@ def captions(panel):
     return [(panel.album.root / f"{name}.txt").read_text() for name in "abc"]
 
 
-@pytest.mark.parametrize("name", ACTIONS)
+@pytest.mark.parametrize("name", CAPTION_EDITS)
 def test_every_action_says_what_it_changes_does_it_and_is_undone_in_one_step(panel, name):
     before = captions(panel)
     panel.bulk.action.value = name
@@ -62,7 +62,7 @@ def test_every_action_says_what_it_changes_does_it_and_is_undone_in_one_step(pan
     after = captions(panel)
     assert sum(x != y for x, y in zip(before, after, strict=True)) == would > 0
     assert f"{would} caption" in panel.message.value
-    assert panel.undo_button.tooltip == f"Undo: {ACTIONS[name].title.lower()}"
+    assert panel.undo_button.tooltip == f"Undo: {CAPTION_EDITS[name].title.lower()}"
     panel.undo_button.click()
     assert captions(panel) == before
 

@@ -229,7 +229,7 @@ def test_no_problems_is_said_only_when_every_image_was_looked_at(project):
     panel = DatasetPanel(project)
     assert panel.problems.issues == []
     (shown,) = panel.problems.lines.children
-    assert "still being looked for" in shown.value and "No problems:" not in shown.value
+    assert "still checking" in shown.value and "No problems:" not in shown.value
     panel.problems.show([], complete=True)
     assert "No problems: every file can be used" in panel.problems.lines.children[0].value
 

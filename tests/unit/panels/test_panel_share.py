@@ -137,7 +137,7 @@ def test_a_panel_that_is_made_again_follows_its_task_to_the_end(project, kind):
 @pytest.fixture
 def look_always(monkeypatch):
     """Each beat looks for checkpoints, however long the last look took."""
-    monkeypatch.setattr("everydream_kit.panels.checkpoint_list.LOOKING_SHARE", 1.0)
+    monkeypatch.setattr("everydream_kit.actions.checkpoint_list.LOOKING_SHARE", 1.0)
 
 
 @pytest.mark.usefixtures("look_always")

@@ -11,12 +11,12 @@ from PIL import Image
 from everydream_kit.jobs import Job
 from everydream_kit.panels.curve_box import CurveBox
 from everydream_kit.panels.monitor import RunMonitor, latest_samples
-from everydream_kit.panels.svg_charts import bar_chart, line_chart, log_ticks, nice_ticks, smooth, thin
+from everydream_kit.panels.svg_charts import bar_chart, line_chart, log_ticks, nice_ticks, smooth
 from everydream_kit.panels.thumbnails import image_tag
 from everydream_kit.panels.viewer import answer
 from everydream_kit.preflight.units import duration, size
 from everydream_kit.runs import RunFolder
-from everydream_kit.runs.history import RunHistory
+from everydream_kit.runs.history import RunHistory, thin
 
 
 def write(folder, *events, end="\n"):

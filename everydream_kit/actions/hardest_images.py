@@ -1,4 +1,4 @@
-"""The images that a model finds hardest, from the losses that the trainer writes for each image and epoch. No widgets here."""
+"""The images that a model finds hardest, from the losses that the trainer writes for each image and epoch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from everydream_kit.data.captions import caption_from_file_name
 from everydream_kit.data.folders import FolderFiles
 from everydream_kit.data.textfiles import TextError, read_text
-from everydream_kit.panels.svg_charts import Point, thin
 from everydream_kit.runs import RunFolder
+from everydream_kit.runs.history import Point, thin
 
 MOST_IMAGES = 24
 MOST_EPOCHS = 12

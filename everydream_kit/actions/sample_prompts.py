@@ -1,4 +1,4 @@
-"""The prompts of a project's samples: read for panels, and written back without losing what else their file says."""
+"""The prompts of a project's samples: read, and written back without losing what else their file has."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The checkpoints of a project as they come: looked for again at the beats of a panel's clock, for a small share of the time.
+"""The checkpoints of a project as they come: listed again and again, for a small share of the time.
 
 A run folder on Drive takes a hundred times as long to look through as one on a local disk, so the time of the last look
-decides when the next one is due. No widgets here.
+decides when the next one is due.
 """
 
 from __future__ import annotations
