@@ -20,7 +20,9 @@ from everydream_kit.export.checkpoint_formats import (
     Precision,
 )
 from everydream_kit.generation import resolve_checkpoint
+from everydream_kit.models.adapters import is_adapter_folder, read_adapter_file
 from everydream_kit.runs import RunFolder
+from everydream_kit.runs.run_folder import is_run
 
 Source = str | Path | RunFolder
 
@@ -58,7 +60,7 @@ def export(
         ConfigError: an option that does not apply to the form.
         ExportError, DiskSpaceError, ModelError: as the functions of `export/`.
     """
-    _check_out(out, checkpoint)
+    _check_out(out, checkpoint, base, vae)
     given = {"precision": precision, "strength": strength, "ema": ema, "token": token, "vae": vae, "base": base}
     for name, value in given.items():
         takers = [one.name for one in FORMATS.values() if name in one.options]
@@ -111,7 +113,7 @@ def merge(
     from everydream_kit.models.loading import require_source
     from everydream_kit.models.lora_formats import is_lora
 
-    _check_out(out, model, other)
+    _check_out(out, model, other, base)
     first, second = resolve_checkpoint(model), resolve_checkpoint(other)
     require_source(second)
     if is_lora(Path(second)):
@@ -153,7 +155,7 @@ def extract(
     """
     from everydream_kit.export.lora_files import extract_lora
 
-    _check_out(out, tuned, base)
+    _check_out(out, tuned, base, adapter_base)
     return extract_lora(
         resolve_checkpoint(tuned),
         resolve_checkpoint(base),
@@ -166,12 +168,23 @@ def extract(
     )
 
 
-def _check_out(out: str | Path, *sources: Source) -> None:
+def _check_out(out: str | Path, *sources: Source | None) -> None:
     """Raises ConfigError where the result would take the place of what it is made from, or cannot be written."""
-    for source in sources:
+    target = Path(out)
+    for source in filter(None, sources):
         given = Path(str(source)).expanduser()
-        if Path(out).exists() and given.exists() and Path(out).samefile(given):
-            raise ConfigError(f"out: {out} is the model that is read; give the result another name")
-    require_place(Path(out).parent, "out")
-    if Path(out).suffix in SINGLE_FILE.endings and Path(out).is_dir():
+        for read in (given, *_base_of(given)):
+            if target.exists() and read.exists() and target.samefile(read):
+                raise ConfigError(f"out: {out} is the model that is read; give the result another name")
+            if target.exists() and read.is_dir() and target.resolve().is_relative_to(read.resolve()):
+                raise ConfigError(f"out: {out} is a part of {read}, which is read; give the result another name")
+    require_place(target.parent, "out")
+    if target.suffix in SINGLE_FILE.endings and target.is_dir():
         raise ConfigError(f"out: {out} is a folder; give the file another name")
+
+
+def _base_of(model: Path) -> list[Path]:
+    """The base that a LoRA checkpoint, or the last one of a run, names; nothing for any other model."""
+    checkpoints = RunFolder(model).checkpoints(averaged=False)[-1:] if is_run(model) else []
+    folder = checkpoints[0].folder if checkpoints else model
+    return [Path(read_adapter_file(folder)["base"]["source"]).expanduser()] if is_adapter_folder(folder) else []

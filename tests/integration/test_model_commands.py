@@ -176,6 +176,32 @@ def test_a_result_does_not_take_the_place_of_what_it_is_made_from(
     assert file.read_bytes() == before
 
 
+@pytest.mark.parametrize("command", ["merge FOLDER LORA PART", "merge LORA FOLDER PART", "export FOLDER PART"])
+def test_a_result_does_not_take_the_place_of_a_part_of_what_it_is_made_from(
+    command: str, lora: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(other, tmp_path / "model"))
+    part = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    before = part.read_bytes()
+    words = {"FOLDER": folder, "PART": part, "LORA": lora}
+    status, problem = say(capsys, *[words.get(word, word) for word in command.split()])
+    assert (status, f"is a part of {folder}, which is read" in problem) == (1, True)
+    assert part.read_bytes() == before
+    assert say(capsys, "export", folder, folder / "new.safetensors")[0] == 0
+
+
+def test_a_result_does_not_take_the_place_of_the_base_that_a_lora_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base.safetensors"
+    say(capsys, "export", tiny_folder("sd1"), base)
+    model = load_model(base)
+    add_lora(model, 4)
+    save_model(model, tmp_path / "lora")
+    status, problem = say(capsys, "export", tmp_path / "lora", base)
+    assert (status, "base.safetensors is the model that is read" in problem) == (1, True)
+
+
 @pytest.mark.parametrize(
     ("words", "status", "problem"),
     [
