@@ -57,6 +57,8 @@ _Required = TypedDict(  # noqa: UP013 - the key is no name of today
 class State(_Required, total=False):
     """`resume/state.json`. What older versions did not write may be missing."""
 
+    num_steps: int
+    """Of the whole run, as estimated when this was saved."""
     seed: int
     num_ranks: int
     config: dict[str, Any]
@@ -90,6 +92,8 @@ def check_state(state: Mapping[str, Any], folder: Path) -> State:
         raise _refusal(folder, "position.step_in_epoch", "no more than position.step")
     if not _is_count(state.get("num_pictures")):
         raise _refusal(folder, "num_pictures", "a count")
+    if not _is_count(state.get("num_steps", 0)):
+        raise _refusal(folder, "num_steps", "a count")
     seed = state.get("seed", 0)
     if type(seed) is not int or not 0 <= seed < MAX_SEED:
         raise _refusal(folder, "seed", "a whole number from 0")

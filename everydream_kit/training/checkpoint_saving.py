@@ -31,7 +31,6 @@ from everydream_kit.training.reports import Listener, ObservedRun, StepReport
 
 if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
-    from everydream_kit.training.decisions import Decisions
     from everydream_kit.training.run_snapshot import Snapshot, Snapshots
 
 DEFAULT_MINUTES = 20.0
@@ -94,7 +93,6 @@ class Saver(Listener):
     Attributes:
         rules: when.
         snapshots: of the run.
-        decisions: a run that ended early is final too.
         keep_last_n: how many live-weight checkpoints stay (the best and the last are not counted out); None: all.
         keep_all_resume_state: every checkpoint stays resumable.
         prepend_last: name the final checkpoint `last-...`.
@@ -107,7 +105,6 @@ class Saver(Listener):
 
     rules: SavingRules
     snapshots: Snapshots
-    decisions: Decisions
     keep_last_n: int | None = None
     keep_all_resume_state: bool = False
     prepend_last: bool = True
@@ -137,7 +134,7 @@ class Saver(Listener):
 
     def __call__(self, run: ObservedRun, report: StepReport) -> None:
         self._report_failure(run)
-        if self.rules.due(report, (self.clock() - self._last_save) / 60) and report.step < run.num_steps:
+        if self.rules.due(report, (self.clock() - self._last_save) / 60) and not run.is_complete():
             self.save(run)
             self._warn_of_pending(run)
 
@@ -151,7 +148,7 @@ class Saver(Listener):
             DiskSpaceError: only for the one at the end; before, it is a warning and training continues.
         """
         self.wait()
-        final = ends and (run.position.step >= run.num_steps or self.decisions.ended_early)
+        final = ends and run.is_complete()
         prefix = "last-" if final and self.prepend_last else ""
         name = checkpoint_name(run.config.project_name, run.position.epoch, run.position.step, prefix=prefix)
         started = self.clock()

@@ -92,7 +92,6 @@ def build_saver(run: Run, stop: StopSignal | None = None) -> Saver:
     return Saver(
         SavingRules.of(config),
         Snapshots(run),
-        run.decisions,
         keep_last_n=config.keep_last_n,
         keep_all_resume_state=config.save_optimizer,
         prepend_last=not config.no_prepend_last,

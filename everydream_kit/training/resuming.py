@@ -95,6 +95,7 @@ def resolve_position(run: Run, state: State, tensors: dict[str, Any]) -> None:
     run.position = position = Position(**state["position"])
     _warn_of_other_images(run, state, tensors)
     if "plan" not in state or state["plan"] == plan_digest(run.dataset, run.plan_settings, position.epoch):
+        _keep_num_steps(run, state)
         return
     if position.step_in_epoch:
         run.journal.warn(
@@ -146,6 +147,19 @@ def _what_changed(run: Run, state: State) -> str:
     if state["num_ranks"] != run.ranks.num_ranks:
         changed.append(f"{state['num_ranks']} processes shared each batch and {run.ranks.num_ranks} do now")
     return ", ".join(changed) or "the images, their sizes or their multipliers changed"
+
+
+def _keep_num_steps(run: Run, state: State) -> None:
+    """Keep the number of steps that the run had: after an earlier change it is not what its settings alone say."""
+    num_steps, before = state.get("num_steps"), state.get("config", {})
+    if num_steps is None:  # saved before this was noted
+        return
+    lengths = before.get("max_epochs", run.config.max_epochs), before.get("max_steps")
+    if lengths == (run.config.max_epochs, run.config.max_steps):
+        run.resolve_steps(num_steps)
+    elif num_steps != estimate_steps(run.dataset, run.plan_settings, *lengths):
+        start = replace(run.position, step=run.position.step - run.position.step_in_epoch, step_in_epoch=0)
+        run.resolve_steps(start.step + _steps_left(run, start))
 
 
 def _steps_left(run: Run, position: Position) -> int:

@@ -103,6 +103,7 @@ class Snapshots:
         run = self.run
         return {
             "position": cast(PlaceInTraining, dict(vars(run.position))),
+            "num_steps": run.num_steps,
             "seed": run.seed,
             "num_ranks": run.ranks.num_ranks,
             "num_pictures": len(run.dataset),

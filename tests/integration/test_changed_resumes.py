@@ -141,6 +141,24 @@ def test_other_batches_in_the_middle_of_an_epoch_begin_it_anew_and_skip_nothing(
     assert run.checkpoints()[-1].folder.name.startswith("last-")
 
 
+def test_a_second_resume_continues_what_the_first_had_changed(run: RunFolder, tmp_path: Path) -> None:
+    changes = {"batch_size": 4, "lr_scheduler": "cosine", "lr_warmup_steps": 0}
+    once = RunFolder(shutil.copytree(run.folder, tmp_path / "once" / run.name))
+    resume(once.folder, changes=changes)
+    resume(run.folder, changes=changes, listeners=[StopAfter(9)])
+    assert (run.status()["state"], run.status()["step"]) == ("stopped", 10)
+    assert [checkpoint.name.startswith("last-") for checkpoint in run.checkpoints()] == [False, False]
+    resume(run.folder)
+    assert (run.status()["step"], run.status()["num_steps"]) == (11, 11)
+    rates = [[event["lr"]["unet"] for event in one.events("loss")] for one in (once, run)]
+    assert rates[0] == rates[1]
+    unets = [one.last_checkpoint / "unet" / "diffusion_pytorch_model.safetensors" for one in (once, run)]
+    assert unets[0].read_bytes() == unets[1].read_bytes()
+    resume(run.folder, changes={"max_epochs": 3, "save_every_n_steps": 1})
+    assert (run.status()["step"], run.status()["num_steps"]) == (15, 15)
+    assert [checkpoint.step for checkpoint in run.checkpoints()] == [3, 10, 11, 12, 13, 14, 15]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
