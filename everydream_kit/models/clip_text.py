@@ -12,7 +12,7 @@ from everydream_kit.models.family import Conditioning, Model, PromptSettings, te
 from everydream_kit.transfers import send
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 EncodeTokens = Callable[[Model, Sequence[torch.Tensor], int], Conditioning]
 """(model, token ids (B, 77) for each tokenizer, clip_skip) -> Conditioning."""

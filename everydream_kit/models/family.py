@@ -27,7 +27,7 @@ from everydream_kit.models.tensors import Tensors, widest
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
-    from transformers import CLIPTokenizer
+    from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
     from everydream_kit.models.block_swap import BlockSwap
     from everydream_kit.models.lora_settings import LoraSettings

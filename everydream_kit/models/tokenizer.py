@@ -19,7 +19,7 @@ from everydream_kit.errors import ModelError
 from everydream_kit.strict_json import parse_json, read_json
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WINDOW = 77

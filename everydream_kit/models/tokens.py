@@ -21,7 +21,7 @@ from everydream_kit.models.lora import Weights
 from everydream_kit.models.tensors import LazyTensor, Tensors, open_safetensors, write_safetensors
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 
 class GrownEmbedding(torch.nn.Module):

@@ -70,7 +70,9 @@ def with_surroundings(lab, address, **variables):
     path.write_text(json.dumps(book), "utf-8")
 
 
-def test_the_walk_takes_the_clicks_and_fields_that_are_written_down(lab, driver, page, tmp_path, images):
+def test_the_walk_takes_the_clicks_that_are_written_down_and_leaves_no_token_behind(
+    lab, driver, page, tmp_path, images
+):
     from hub_runs import TOKEN
     from hub_stand_in import HubStandIn
 
@@ -78,6 +80,7 @@ def test_the_walk_takes_the_clicks_and_fields_that_are_written_down(lab, driver,
     project.mkdir(parents=True)
     few = {"cfgs": [3], "num_inference_steps": 4, "samples": ["guitar, ink drawing"]}
     (project / "sample_prompts.json").write_text(json.dumps(few))
+    (project / "settings.json").write_text(json.dumps({"max_epochs": 8}))  # of 40: none of them takes a click
     person = Person(driver)
 
     driver.open(lab.copy("02_train", PROJECT="walk"))
@@ -107,6 +110,13 @@ def test_the_walk_takes_the_clicks_and_fields_that_are_written_down(lab, driver,
         person.click(panel.get_by_role("button", name="Push to the Hub"))
         driver.wait_while_moving(panel.get_by_role("link", name="me/drawings").count)
         assert "README.md" in hub.repos["me/drawings"].refs["main"][-1].tree
+        page.keyboard.press("Escape")
+        page.keyboard.press("Control+s")
+        page.wait_for_timeout(2000)
+    places = [path for path in lab.root.iterdir() if not path.name.startswith(".j")]  # else than Jupyter's own
+    written = [path for place in places for path in (place, *place.rglob("*")) if path.is_file()]
+    assert {project / "settings.json", lab.root / address.split("/doc/tree/")[1].split("?")[0]} <= set(written)
+    assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
 
     assert (person.clicks, person.fields) == written_down()
     assert person.clicks <= MOST_CLICKS

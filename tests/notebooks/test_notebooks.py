@@ -4,7 +4,6 @@ import ast
 import importlib.util
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -178,8 +177,9 @@ def run_book(name, folder, *more, **parameters):
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     """One folder for all notebooks, as a person has it; kernels are the test's own Python."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    return tmp_path_factory.mktemp("notebooks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")  # for the kernels; a test that comes later in this process is not offline
+        yield tmp_path_factory.mktemp("notebooks")
 
 
 def shown_text(book):
