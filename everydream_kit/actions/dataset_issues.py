@@ -19,7 +19,9 @@ from everydream_kit.config import EMBEDDED_MODEL, TrainConfig
 from everydream_kit.data.dataset import Dataset
 from everydream_kit.data.epoch_plan import PlanSettings
 from everydream_kit.data.folders import FolderFiles
+from everydream_kit.data.reading_problems import Problem
 from everydream_kit.data.report import find_undersized, make_report
+from everydream_kit.data.scanning import HOLDS_NO_IMAGE
 from everydream_kit.data.tidying import worth
 from everydream_kit.errors import KitError
 
@@ -41,7 +43,9 @@ class Kind:
 
 UNUSABLE = Kind("Cannot be used", "These files are excluded from training.", "Exclude all of them")
 DUPLICATE = Kind(
-    "Exact duplicates", "Equal files: each counts once more than you think. One of each stays.", "Exclude the copies"
+    "Exact duplicates",
+    "Equal files: training sees the image once more for each. One of each stays.",
+    "Exclude the copies",
 )
 ALIKE = Kind(
     "Look alike",
@@ -54,7 +58,10 @@ SMALL = Kind(
     "Exclude all of them",
 )
 LONG = Kind("Captions that are too long", "The text encoder does not read what is named here. Shorten them.")
-NOTE = Kind("Used, with a note", "These files are used, but not the way their settings suggest.")
+NOTE = Kind("Notes", "None of these keeps an image out of training.")
+EMPTY = Kind("No images yet", "Drop some under Add images, or name the folder that holds yours there.")
+MAX_CUT = 160
+"""Characters shown of the words that a text encoder does not read."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +100,7 @@ def list_issues(dataset: Dataset, settings: PlanSettings, inspection: Mapping[st
         inspection: the result of `inspect_dataset`, or nothing.
     """
     here = {dataset.path(index): index for index in range(len(dataset))}
-    found = [
-        Issue(UNUSABLE if p.skipped else NOTE, (), (p.path,) if p.skipped else (), p.cause, p.cure)
-        for p in dataset.problems
-    ]
+    found = [_problem(problem) for problem in dataset.problems]
     known = {problem.path for problem in dataset.problems}
     found += [
         Issue(UNUSABLE, (), (p["path"],), p["cause"], p["cure"])
@@ -110,11 +114,11 @@ def list_issues(dataset: Dataset, settings: PlanSettings, inspection: Mapping[st
         for u in find_undersized(dataset, settings)
     ]
     found += [
-        Issue(LONG, (c["path"],), (), f"{c['num_tokens']} tokens; never read: …{c['cut']}")
+        Issue(LONG, (c["path"],), (), f"{c['num_tokens']} tokens; never read: …{_start(c['cut'])}")
         for c in inspection.get("long_captions") or ()
         if c["path"] in here
     ]
-    order = [UNUSABLE, DUPLICATE, ALIKE, SMALL, LONG, NOTE]
+    order = [EMPTY, UNUSABLE, DUPLICATE, ALIKE, SMALL, LONG, NOTE]
     return sorted(found, key=lambda issue: order.index(issue.kind))
 
 
@@ -167,6 +171,18 @@ def _group(kind: Kind, members: Sequence[str], dataset: Dataset, here: Mapping[s
         _size((int(numbers["width"][here[path]]), int(numbers["height"][here[path]]))) for path in best_first[:4]
     )
     return Issue(kind, tuple(best_first), tuple(best_first[1:]), sizes)
+
+
+def _problem(problem: Problem) -> Issue:
+    if problem.cause.startswith(HOLDS_NO_IMAGE):  # about the folder: it is no file to exclude
+        return Issue(EMPTY, (), (), f"{problem.path} {problem.cause}.", problem.cure)
+    if problem.skipped:
+        return Issue(UNUSABLE, (), (problem.path,), problem.cause, problem.cure)
+    return Issue(NOTE, (), (), f"{Path(problem.path).name}: {problem.cause}", problem.cure)
+
+
+def _start(text: str) -> str:
+    return text if len(text) <= MAX_CUT else f"{text[:MAX_CUT]} …"
 
 
 def _size(size: tuple[int, int]) -> str:

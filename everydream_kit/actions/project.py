@@ -67,6 +67,12 @@ class Project:
     """The project's own presets."""
 
     @property
+    def dataset_folder(self) -> Path:
+        """The folder that its settings name as the dataset, else its own."""
+        root = self.settings()["data_root"]
+        return Path(root) if isinstance(root, str) and Path(root).is_dir() else self.images_folder
+
+    @property
     def prompts_path(self) -> Path:
         """Prompts of the samples: the `.json`, which may say more than prompts, where it is there; else one a line.
 

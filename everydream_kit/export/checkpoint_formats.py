@@ -110,7 +110,7 @@ def estimate_bytes(checkpoint: Path, form: Format, precision: str) -> float | No
     from everydream_kit.runs.layout import LORA_FILE, TOKENS_FILE
 
     if form.name in LAYOUTS:
-        return float((checkpoint / LORA_FILE).stat().st_size)
+        return float(count_weights(checkpoint / LORA_FILE) * BYTES[precision])
     if form.name == "embedding":
         return float((checkpoint / TOKENS_FILE).stat().st_size)
     is_adapter = is_adapter_folder(checkpoint)

@@ -70,7 +70,7 @@ class ActionPanel(Panel):
         """
         self.task.begin("action", self.name, json.dumps(self.given()))
         set_html(self.result, "")
-        self.say("Starting …", "busy")
+        self.say_progress("Starting …")
         self._render()
 
     def stop(self) -> None:

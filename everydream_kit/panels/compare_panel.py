@@ -189,7 +189,7 @@ class ComparePanel(Panel):
         """To begin with: the project's own prompts, or two captions of the dataset."""
         if prompts := prompt_lines(read_prompts(self.project.prompts_path)):
             return prompts[:FIRST_PROMPTS]
-        files = sorted(self.project.images_folder.rglob("*.txt"))[:2]
+        files = sorted(self.project.dataset_folder.rglob("*.txt"))[:2]
         return [text for text in (path.read_text("utf-8", "replace").strip() for path in files) if text] or ["a photo"]
 
     # What the buttons do
@@ -230,7 +230,7 @@ class ComparePanel(Panel):
             except JobError:
                 request.unlink()
                 raise
-            self.say("Loading the model …", "busy")
+            self.say_progress("Loading the model …")
         self.comparison, self._is_due = asked, False
         asked.save()
         self._render(force=True)
@@ -250,7 +250,7 @@ class ComparePanel(Panel):
     def pick_winner(self) -> None:
         """Remember the winner; the export panel begins with it."""
         self.project.pick_winner(Path(self.winner.value))
-        self.say(f"{Path(self.winner.value).name} is the winner. Export or share it in the next notebook.", "good")
+        self.say(f"{Path(self.winner.value).name} is the winner: export and share begin with it.", "good")
 
     # Showing
 
@@ -279,7 +279,7 @@ class ComparePanel(Panel):
                 self._began_by_itself = False
                 reveal(self.clock)
         elif status.get("num_steps"):
-            self.say(f"{status['step']} of {status['num_steps']} images.", "busy")
+            self.say_progress(f"{status['step']} of {status['num_steps']} images.")
 
     def _begin_when_trained(self) -> None:
         """Sample if the project's latest run has finished; else say what is missing."""
@@ -290,7 +290,7 @@ class ComparePanel(Panel):
             self._press(self.draw)
         elif status["alive"]:
             done = f"Step {status['step']:,} of {status['num_steps']:,}. " if status["num_steps"] else ""
-            self.say(f"{done}Before and after appears here when training ends.", "busy")
+            self.say_progress(f"{done}Before and after appears here when training ends.")
         elif run is None:
             self.say("Before and after appears here when training ends. Nothing has been trained yet.")
         else:

@@ -14,7 +14,7 @@ import ipywidgets as widgets
 
 from everydream_kit.actions.background import INSPECTION_FILE
 from everydream_kit.actions.background_task import BackgroundTask
-from everydream_kit.actions.dataset_issues import UNUSABLE, is_fresh, list_issues, report_settings
+from everydream_kit.actions.dataset_issues import EMPTY, UNUSABLE, is_fresh, list_issues, report_settings
 from everydream_kit.actions.project import Project
 from everydream_kit.data.album import SETTINGS, Album
 from everydream_kit.data.changes import PrepReport
@@ -64,7 +64,7 @@ class DatasetPanel(Panel):
         self.fetching = BackgroundTask(self.project.folder / "fetch", token_environment())
         self.unpacking = BackgroundTask(self.project.folder / "unpack")
         self.inspecting = BackgroundTask(self.project.folder / "inspect")
-        self.album = Album(self._dataset_folder())
+        self.album = Album(self.project.dataset_folder)
         self._inspection: dict[str, Any] = read_report(self.inspecting.folder)
         self.bar = style.progress_bar()
         self._inspection_failed = False
@@ -101,10 +101,6 @@ class DatasetPanel(Panel):
         self._render()
         self._name_actions()
         self.tabs.selected_index = 1 if len(self.album) else 0
-
-    def _dataset_folder(self) -> Path:
-        root = self.project.settings()["data_root"]
-        return Path(root) if isinstance(root, str) and Path(root).is_dir() else self.project.images_folder
 
     # The tabs
 
@@ -182,7 +178,7 @@ class DatasetPanel(Panel):
             self._use_folder(Path(text).expanduser())
             return
         self.fetching.begin("fetch", text)
-        self.say(f"Fetching {text} …", "busy")
+        self.say_progress(f"Fetching {text} …")
 
     def apply_setting(self) -> None:
         """Write a setting for a folder or for the selected images."""
@@ -225,8 +221,10 @@ class DatasetPanel(Panel):
 
     def refresh(self) -> None:
         """Look after what is under way: fetching, unpacking, inspecting the images."""
-        if self._dataset_folder().resolve() != self.album.root:  # the training panel has chosen another
-            self._use_folder(self._dataset_folder())
+        if (
+            folder := self.project.dataset_folder
+        ).resolve() != self.album.root:  # the training panel has chosen another
+            self._use_folder(folder)
         self._follow_fetching()
         self._follow_unpacking()
         self._follow_captioning()
@@ -265,7 +263,7 @@ class DatasetPanel(Panel):
             if not archive.is_file():  # another panel has unpacked it
                 return
             self.unpacking.begin("unpack", str(archive), str(target))
-            self.say(f"Unpacking {archive.name.partition('-')[2]} …", "busy")
+            self.say_progress(f"Unpacking {archive.name.partition('-')[2]} …")
 
     def _follow_inspection(self) -> None:
         status = self.inspecting.poll()
@@ -360,7 +358,8 @@ class DatasetPanel(Panel):
         self._fresh = is_fresh(album.dataset, self._inspection)
         issues = list_issues(album.dataset, self._report_settings(), self._inspection)
         set_html(self.head, style.heading("Dataset", str(album.root)))
-        worst = sum(issue.kind == UNUSABLE for issue in issues)
+        counted = [issue for issue in issues if issue.kind != EMPTY]
+        worst = sum(issue.kind == UNUSABLE for issue in counted)
         named, missing = album.count_captions()
         entries = [
             ("images", f"{len(album):,}"),
@@ -368,7 +367,7 @@ class DatasetPanel(Panel):
             ("captions from file names", f"{named:,}"),
             ("without a caption", f"{missing:,}"),
             ("cannot be used", f"{worst:,}"),
-            ("notes", f"{len(issues) - worst:,}"),
+            ("notes", f"{len(counted) - worst:,}"),
         ]
         set_html(self.figures, style.facts(entries))
         self.undo_button.disabled = not album.last_change
@@ -378,7 +377,7 @@ class DatasetPanel(Panel):
         if tuple(options) != tuple(self.setting_where.options):
             self.setting_where.options = options
             self.setting_where.value = chosen if chosen in [value for _, value in options] else ""
-        for index, title in enumerate(("Add images", "Images", "Report", f"Problems ({len(issues):,})")):
+        for index, title in enumerate(("Add images", "Images", "Report", f"Problems ({len(counted):,})")):
             self.tabs.set_title(index, title)
         set_html(self.report, _report_html(album, self._report_settings(), self._inspection))
         self.problems.show(issues, complete=self._fresh)

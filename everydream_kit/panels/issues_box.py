@@ -82,7 +82,8 @@ class IssuesBox:
         if len(names) > SHOWN_IMAGES:
             names = [*names[:SHOWN_IMAGES], f"and {len(issue.shown) - SHOWN_IMAGES:,} more"]
         images = "".join(image_tag(Path(path), 96, height=56) for path in issue.shown[:SHOWN_IMAGES])
-        text = f"<b>{html.escape(', '.join(names))}</b><br>{html.escape(issue.text)}"
+        name = f"<b>{html.escape(', '.join(names))}</b><br>" if names else ""
+        text = name + html.escape(issue.text)
         text += f'<div class="edk-hint">{html.escape(issue.cure)}</div>' if issue.cure else ""
         shots = f'<div class="edk-few">{images}</div>' if images else ""
         controls: list[widgets.Widget] = []

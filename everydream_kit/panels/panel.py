@@ -30,6 +30,7 @@ class Panel:
 
     def __init__(self) -> None:
         self.message = widgets.HTML(layout=widgets.Layout(min_height="40px"))  # its place is kept: nothing jumps
+        self._progress = self._answer = ""  # of a task that runs, and to the button that was pressed last: as shown
 
     def show(self) -> None:
         """Show the panel below the cell."""
@@ -41,6 +42,12 @@ class Panel:
     def say(self, text: str, tone: style.Tone = "plain") -> None:
         """Show a message, or none with an empty text."""
         set_html(self.message, style.note(text, tone))
+
+    def say_progress(self, text: str) -> None:
+        """Say what a task reports, unless the line answers a button that was pressed while it runs."""
+        if not self._answer or self.message.value != self._answer:
+            self.say(text, "busy")
+            self._progress = self.message.value
 
     def button(self, text: str, action: Callable[[], object], **look: Any) -> widgets.Button:
         """A button for an action, as `style.button` makes it; what goes wrong is shown in words (`on_press`)."""
@@ -63,13 +70,18 @@ class Panel:
         """
         good = status["alive"] or status["state"] == "finished"
         words = status.get("message") or (running if status["alive"] else failed) or status["state"]
-        self.say(words, "busy" if status["alive"] else "good" if good else "bad")
+        if status["alive"]:
+            self.say_progress(words)
+        else:
+            self.say(words, "good" if good else "bad")
         return good
 
     def on_press(self, control: widgets.Button, action: Callable[[], object]) -> None:
-        """Run an action when a button is pressed; what goes wrong is shown in words, with its traceback in the log."""
+        """Run an action when a button is pressed; what goes wrong is shown in words, with its traceback in the log.
 
-        control.on_click(lambda _: self._press(action))
+        The second click of a double click comes after the first has switched the button off, and does nothing.
+        """
+        control.on_click(lambda _: None if control.disabled else self._press(action))
 
     def on_beat(self) -> None:
         """What the clock calls: `refresh`, whose errors become words as well, and do not end the clock."""
@@ -81,6 +93,7 @@ class Panel:
     def _press(self, action: Callable[[], object]) -> None:
         self.say("")
         attempt(action, self.say)
+        self._answer = self.message.value if self.message.value != self._progress else ""
 
 
 def attempt(action: Callable[[], object], say: Callable[[str, style.Tone], object]) -> None:

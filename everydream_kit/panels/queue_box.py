@@ -138,8 +138,9 @@ class QueueBox:
 
     def _button(self, text: str, action: Callable[[], object], **look: Any) -> widgets.Button:
         def press(_: widgets.Button) -> None:
-            attempt(action, self._say)
-            self.refresh()
+            if not control.disabled:  # the second click of a double click
+                attempt(action, self._say)
+                self.refresh()
 
         control = style.button(text, **look)
         control.on_click(press)

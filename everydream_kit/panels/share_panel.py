@@ -179,7 +179,7 @@ class SharePanel(Panel):
     def _begin(self, task: str, arguments: list[str], words: str) -> None:
         self.sending.begin(task, *arguments)
         set_html(self.result, "")
-        self.say(words, "busy")
+        self.say_progress(words)
         self._render()
 
     def _chosen(self) -> str:

@@ -95,7 +95,7 @@ def control(kind: Any, description: str, width: str, *, label: str = "", **optio
     """A control with constant words in a label `label` wide, both in all `width` wide where the page allows it (CSS lengths)."""
     if label:
         options["style"] = {"description_width": label}
-    return kind(description=description, layout=widgets.Layout(width=width, max_width="100%"), **options)
+    return kind(description=description, layout=widgets.Layout(width=width, max_width="calc(100% - 4px)"), **options)
 
 
 def name_html(text: str) -> str:

@@ -47,7 +47,7 @@ IDLE_WORDS = {
     "saving": "Saving a checkpoint.",
     "sampling": "Generating samples.",
     "validating": "Measuring the loss on the held-out images.",
-    "finished": "Finished. Compare the checkpoints in the next notebook, or export the last one.",
+    "finished": "Finished. Compare its checkpoints, then export or share the best one.",
     "stopped": "Stopped, and saved. Resume continues exactly where it stopped.",
     "failed": "It failed; the log says why.",
     "died": "The process exited unexpectedly. Resume continues from the latest checkpoint.",

@@ -110,8 +110,8 @@ class HubConnection:
         if needs_token and not self.token:
             raise HubError(
                 "No Hugging Face token was found. Make one with the role `write` at "
-                "https://huggingface.co/settings/tokens, then run `hf auth login`, or set HF_TOKEN "
-                "(on Colab: a secret of that name, with notebook access on)."
+                "https://huggingface.co/settings/tokens, then paste it into the Set-up panel of a notebook, run "
+                "`hf auth login`, or set HF_TOKEN (on Colab: a secret of that name, with notebook access on)."
             )
         self.api = HfApi(
             endpoint=api.endpoint if api is not None else None,

@@ -155,6 +155,7 @@ def test_the_selection_keeps_its_images_when_positions_move(project, change):
     panel = DatasetPanel(project)
     if change == "undo":
         panel.album.set_caption(0, "x")
+        panel._render()
         image(before)
     tick(panel, "a jet_03.png")
     if change == "problems":
@@ -289,16 +290,66 @@ def test_duplicates_are_found_next_to_and_the_copies_set_aside(project):
 
 @pytest.mark.background
 def test_captions_beyond_the_encoders_window_are_named(project):
-    (project / "input" / "night" / "0.txt").write_text("a jet " * 60)
+    (project / "input" / "night" / "0.txt").write_text("a jet " * 200)
     panel = DatasetPanel(project)
     look_through(panel)
     (line,) = _texts_of(panel, "Captions that are too long")
     assert "night/0.jpg" in line and "tokens; never read" in line
+    assert len(line.split("never read: ")[1]) < 200, "the list stays a list"
+
+
+def test_an_empty_dataset_has_no_file_that_cannot_be_used(tmp_path):
+    panel = DatasetPanel(tmp_path / "jets")
+    assert "<b>0</b><span>cannot be used</span>" in panel.figures.value
+    assert panel.tabs.titles[3].description == "Problems (0)"
+    (row,) = _rows_of(panel, "No images yet")
+    assert "holds no image" in row.children[0].value and len(row.children) == 1, "nothing to exclude"
+
+
+def test_a_note_names_its_file_and_is_not_taken_for_a_file_that_is_used(project):
+    (project / "input" / "orphan.txt").write_text("a caption")
+    panel = DatasetPanel(project)
+    (line,) = _texts_of(panel, "Notes")
+    assert "input: 1 caption file belongs to no image: orphan.txt" in line and "<b>" not in line
+    assert "are used" not in "".join(box.children[0].value for box in panel.problems.lines.children)
+
+
+def test_an_answer_stays_while_a_task_reports_progress(project):
+    panel = DatasetPanel(project)
+    panel.fetching = Reporting()
+    panel.refresh()
+    assert "1 of 9" in panel.message.value
+    panel.exclude_button.click()
+    panel.refresh()
+    assert "Select images first" in panel.message.value, "not wiped at the next beat"
+    tick(panel, "a jet_00.png")
+    panel.exclude_button.click()
+    panel.refresh()
+    assert "moved to" in panel.message.value
+    panel.fetching.state = "failed"
+    panel.refresh()
+    assert "9 of 9" in panel.message.value, "the end is always said"
+
+
+class Reporting:
+    """Stands for a background task that is in progress: each look reports more."""
+
+    job, step, state = object(), 0, "running"
+
+    def poll(self):
+        self.step += 1
+        is_alive = self.state == "running"
+        words = f"{self.step if is_alive else 9} of 9"
+        return {"alive": is_alive, "state": self.state, "message": words, "step": self.step, "num_steps": 9}
+
+
+def _rows_of(panel, kind):
+    box = next(box for box in panel.problems.lines.children if f">{kind} (" in box.children[0].value)
+    return [row for row in box.children[1:] if isinstance(row, widgets.HBox)]
 
 
 def _texts_of(panel, kind):
-    box = next(box for box in panel.problems.lines.children if f">{kind} (" in box.children[0].value)
-    return [row.children[0].value for row in box.children[1:] if isinstance(row, widgets.HBox)]
+    return [row.children[0].value for row in _rows_of(panel, kind)]
 
 
 def test_the_report_counts_as_the_trainer_does(project):

@@ -200,6 +200,22 @@ def test_the_comparison_waits_for_the_end_of_training_and_then_begins(project):
     assert panel.pair.value.count("data:image/jpeg") == 2
 
 
+def test_a_double_click_on_generate_is_one_sampling_without_an_error(project):
+    panel = ComparePanel(project)
+    panel.generate_button.click()
+    panel.generate_button.click()
+    assert "edk-note bad" not in panel.message.value
+    panel.stop()
+
+
+def test_the_first_prompts_are_captions_of_the_dataset_that_the_project_trains_on(project, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "0.txt").write_text("a boat")
+    Project.open(project).save_settings({"data_root": str(tmp_path / "elsewhere")})
+    (project / "sample_prompts.txt").unlink(missing_ok=True)
+    assert ComparePanel(project).prompts.value == "a boat"
+
+
 def test_the_winner_is_first_when_sharing(project):
     panel = ComparePanel(project)
     panel.winner_button.click()
@@ -255,6 +271,11 @@ def test_a_lora_run_is_exported_in_both_layouts_and_merged(lora_project):
     assert [name for _, name in panel.form.options] == ["lora", "diffusers_lora", "single_file", "diffusers"]
     assert panel.file_name.value == "jets-lora.safetensors" and "kB" in panel.size.value
     assert panel.precision.layout.display == "" and panel.strength.layout.display == "none"
+    half_size = panel.size.value
+    panel.precision.value = "fp32"
+    full_size, panel.precision.value = panel.size.value, "fp16"
+    kilobytes = [float(words.split("about ")[1].split()[0]) for words in (half_size, full_size)]
+    assert kilobytes[1] == pytest.approx(2 * kilobytes[0], rel=0.1)
     panel.export_button.click()
     finish(panel)
     assert "is written" in panel.message.value, panel.message.value

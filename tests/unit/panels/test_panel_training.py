@@ -337,6 +337,18 @@ def test_a_double_click_on_start_starts_one_run_without_an_error(project):
     assert len(panel.project.jobs()) == 1
 
 
+def test_a_double_click_on_resume_resumes_once_without_an_error(project):
+    panel = TrainPanel(project, command=command("--steps", 60, "--seconds-a-step", 0.03))
+    panel.start_button.click()
+    wait_until(panel, lambda: panel.job.status()["step"] > 2)
+    panel.stop_button.click()
+    wait_until(panel, lambda: not panel.resume_button.disabled)
+    panel.resume_button.click()
+    panel.resume_button.click()
+    assert "edk-note bad" not in panel.message.value
+    wait_until(panel, lambda: "finished" in panel.head.value)
+
+
 @pytest.mark.parametrize("host", ["plain", "colab"])
 def test_only_on_colab_a_cell_stays_with_the_run(project, shown, monkeypatch, host):
     monkeypatch.setattr("everydream_kit.panels.train_panel.detect_host", lambda: Host(host, host))
