@@ -99,7 +99,7 @@ def sample(
         model = open_for_sampling(each, lora=lora, vae=vae, adapter_base=base)
         _check_clip_skip(model, clip_skip)
         side, usual = native_size(model), model.family.sampler
-        scales = scales or (usual.cfg,)  # the first one's for all: they stand side by side on the grid
+        scales = scales or usual.cfgs[:1]  # the first one's for all: they stand side by side on the grid
         wanted = [
             SamplePrompt(text, negative_prompt, seed + index, width or side, height or side, scales)
             for text in texts
@@ -309,16 +309,25 @@ def native_size(model: Model) -> int:
     return int(cells if isinstance(cells, int) else cells[0]) * model.vae_scale_factor
 
 
-def token_counter(model: str | Path) -> Callable[[str], int]:
-    """How many tokens a caption has for a model's first tokenizer, begin and end skipped: what a report counts by."""
+def caption_reading(model: str | Path) -> tuple[Callable[[str], int], int]:
+    """How captions are read by a model of a diffusers folder: (text -> tokens without marks, and how many are read).
+
+    A folder that names no pipeline is taken as Stable Diffusion's.
+    """
+    from everydream_kit.models.families import FAMILIES
+    from everydream_kit.models.model_files import MODULAR_INDEX
     from everydream_kit.models.tokenizer import load_language_tokenizer, load_tokenizer
     from everydream_kit.strict_json import read_json
 
-    folder = Path(resolve_checkpoint(model)) / "tokenizer"
+    whole = Path(resolve_checkpoint(model))
+    index = next((whole / name for name in ("model_index.json", MODULAR_INDEX) if (whole / name).is_file()), None)
+    pipeline = None if index is None else read_json(index, error=ModelError).get("_class_name")
+    family = next((one for one in FAMILIES.values() if one.pipeline_class == pipeline), FAMILIES["sd1"])
+    folder = whole / family.text_encoders[-1].tokenizer_folder
     class_name = read_json(folder / "tokenizer_config.json", error=ModelError, missing={}).get("tokenizer_class")
     is_clip = str(class_name or "CLIP").startswith("CLIP")
     tokenizer = load_tokenizer(folder) if is_clip else load_language_tokenizer(folder, str(class_name))
-    return lambda caption: len(tokenizer(caption, add_special_tokens=False)["input_ids"])
+    return lambda caption: len(tokenizer(caption, add_special_tokens=False)["input_ids"]), family.caption_tokens
 
 
 def _as_file_name(prompt: str) -> str:

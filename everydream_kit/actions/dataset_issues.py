@@ -136,19 +136,21 @@ def inspect_dataset(
         base: `resume_ckpt`; its tokenizer counts the captions where it lies on this disk.
         progress: called with the number of images decoded so far.
     """
-    report = make_report(dataset, settings, count_tokens=_token_counter(base), progress=progress)
+    report = make_report(dataset, settings, progress=progress, **_caption_reading(base))
     write_atomic(out, json.dumps({**report.to_json(), "images": _signature(dataset)}))
 
 
-def _token_counter(base: str) -> Callable[[str], int] | None:
-    from everydream_kit.generation import token_counter
+def _caption_reading(base: str) -> dict[str, Any]:
+    """How long captions are found, where the base's tokenizer lies on this disk."""
+    from everydream_kit.generation import caption_reading
 
     if base != EMBEDDED_MODEL and not (Path(base) / "tokenizer").is_dir():
-        return None
+        return {}
     try:
-        return token_counter(base)
+        count_tokens, max_tokens = caption_reading(base)
     except (KitError, OSError):  # the trainer says what is wrong with the base
-        return None
+        return {}
+    return {"count_tokens": count_tokens, "max_tokens": max_tokens}
 
 
 def _signature(dataset: Dataset) -> list[str]:

@@ -40,12 +40,13 @@ def report_dataset(
     """
     from everydream_kit.data.preparation import prepare_dataset
     from everydream_kit.data.scanning import HOLDS_NO_IMAGE
-    from everydream_kit.generation import token_counter
+    from everydream_kit.generation import caption_reading
 
     if plot is not None:
         _check_image_name(Path(plot))
     data = prepare_dataset(data_root, resolution=list(resolution), batch_size=batch_size, cache_dir=Path(".edk_cache"))
-    report = data.report(count_tokens=token_counter(tokenizer))
+    count_tokens, max_tokens = caption_reading(tokenizer)
+    report = data.report(count_tokens=count_tokens, max_tokens=max_tokens)
     if plot is not None:
         data.plot().save(plot)
     text = json.dumps(report.to_json(), indent=2) if as_json else report.text

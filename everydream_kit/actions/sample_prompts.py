@@ -8,16 +8,20 @@ from pathlib import Path
 
 from everydream_kit.atomic import write_atomic
 from everydream_kit.config.sample_settings import SampleGroup
-from everydream_kit.training.prompt_file import SampleSettings, read_prompt_file
+from everydream_kit.models.family import SamplerSpec
+from everydream_kit.training.prompt_file import STABLE_DIFFUSION, SampleSettings, read_prompt_file
 
 
-def read_prompts(path: Path) -> SampleSettings:
+def read_prompts(path: Path, sampler: SamplerSpec = STABLE_DIFFUSION) -> SampleSettings:
     """What a prompt file asks for; the defaults where there is none.
+
+    Args:
+        sampler: of the model's family.
 
     Raises:
         ConfigError: it cannot be read at all.
     """
-    defaults = SampleSettings.of(SampleGroup())
+    defaults = SampleSettings.of(SampleGroup(), sampler)
     return read_prompt_file(path, defaults).settings if path.is_file() else defaults
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from everydream_kit.config.declaration import (
     DIFFUSION,
@@ -20,6 +20,12 @@ from everydream_kit.config.declaration import (
     Knob,
     Momentum,
 )
+
+
+def _not_dora(form: Any) -> Any:
+    if form == "dora":
+        raise ValueError("lora_form: must be lora, loha or lokr (got 'dora'); for DoRA set lora_dora to true")
+    return form
 
 
 class OptimizerGroup(Group):
@@ -136,7 +142,7 @@ class OptimizerGroup(Group):
         Knob(when="to train fewer or more layers than the attention projections"),
         Facts(EVERYTHING, "never", kinds=("lora",), names="regular expressions for the adapted layers"),
     ] = None
-    """Names or regular expressions of the UNet layers that get an adapter; by default attention projections."""
+    """Names or regular expressions of the layers of UNet or transformer that get an adapter; by default attention projections."""
     lora_text_encoder: Annotated[
         bool,
         Knob(when="new words should be learned as well"),
@@ -144,7 +150,7 @@ class OptimizerGroup(Group):
     ] = False
     """Give the text encoders an adapter, too."""
     lora_form: Annotated[
-        Literal["lora", "loha", "lokr"],
+        Annotated[Literal["lora", "loha", "lokr"], BeforeValidator(_not_dora)],
         Knob(when="a LoRA bleeds into other subjects, or learns too little at its size: lokr"),
         Facts(EVERYTHING, "never", kinds=("lora",)),
     ] = "lora"

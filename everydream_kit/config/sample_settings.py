@@ -56,21 +56,23 @@ class SampleGroup(Group):
     ] = False
     """Generate samples before step 0, too."""
     sample_cfgs: Annotated[
-        Cfgs,
-        Knob(unit="guidance scales", when="to see fewer columns, or stronger guidance"),
+        Cfgs | None,
+        Knob(unit="guidance scales", when="to see other columns, or stronger guidance"),
         Facts(MEMORY, "resume", needs=("sample_steps",)),
-    ] = [7.0, 4.0, 1.01]  # noqa: RUF012 - pydantic copies it
-    """Guidance scales that each prompt is sampled with, side by side. The prompt file's own values win over these settings."""
+    ] = None
+    """Guidance scales that each prompt is sampled with, side by side; by default 7, 4 and 1.01 for Stable Diffusion, and the
+    one that is usual for any other model. The prompt file's own values win over these settings."""
     sample_scheduler: Annotated[
         SamplerName, Knob(when="your image app uses another one"), Facts(NOTHING, "resume", needs=("sample_steps",))
     ] = "ddim"
     """Scheduler of the samples."""
     sample_num_inference_steps: Annotated[
-        Annotated[int, Field(ge=1, le=1000)],
+        Annotated[int, Field(ge=1, le=1000)] | None,
         Knob(unit="denoising steps", when="samples take too long: 15 to 20", step=1),
         Facts(NOTHING, "resume", needs=("sample_steps",)),
-    ] = 30
-    """Denoising steps of a sample."""
+    ] = None
+    """Denoising steps of a sample; by default as many as are usual for the model: 30 for Stable Diffusion, 28 to 50 for the
+    others."""
     sample_seed: Annotated[
         Annotated[int, Field(ge=-1, lt=2**63)] | None,
         Knob(when="to see other images; -1 for new ones each time"),

@@ -182,7 +182,8 @@ class SamplerSpec:
         kind: `diffusion`: any scheduler over the model's own betas; `flow`: Euler over shifted sigmas.
         guidance: `cfg`: two predictions; `embedded`: the scale is an input of the denoiser; `none`: distilled away.
         size_multiple: sides in pixels must be multiples of it.
-        num_steps, cfg: usual values, which `generation.sample` takes unless others are given.
+        num_steps: usual number of denoising steps.
+        cfgs: guidance scales that samples of training have next to each other; the first is the usual one.
         mu: (scheduler's config, width, height, steps) -> logarithm of the shift in sampling, for schedulers whose shift
             follows the image's size.
         after_guidance: (guided prediction, the caption's own) -> what is used of them.
@@ -192,7 +193,7 @@ class SamplerSpec:
     guidance: Literal["cfg", "embedded", "none"] = "cfg"
     size_multiple: int = 8
     num_steps: int = 30
-    cfg: float = 7.0
+    cfgs: tuple[float, ...] = (7.0, 4.0, 1.01)
     mu: Callable[[Mapping[str, Any], int, int, int], float] = mu_of
     after_guidance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda guided, conditional: guided
 
@@ -277,6 +278,8 @@ class Family:
             empty text.
         distilled: a model's name -> why it should not be trained on, or None.
         prompt_version: what encoded captions depend on, apart from the text encoders' weights: template and layers.
+        caption_tokens: tokens of a caption, template and marks excluded, that the last text encoder reads; its tokenizer
+            counts them.
         size_numbers: (sizes, B) -> (B, n) float32 on the host: the denoiser's condition on sizes; None: it has none.
     """
 
@@ -305,6 +308,7 @@ class Family:
     zeros_for_empty: bool = False
     distilled: Callable[[str], str | None] = lambda source: None
     prompt_version: str = ""
+    caption_tokens: int = 75
     size_numbers: Callable[[Sizes, int], torch.Tensor] | None = None
 
     @property

@@ -13,12 +13,14 @@ import ipywidgets as widgets
 
 from everydream_kit import jobs
 from everydream_kit.actions.background_task import BackgroundTask
+from everydream_kit.actions.bases import recognize_family
 from everydream_kit.actions.checkpoint_list import CheckpointList
 from everydream_kit.actions.comparison import SAVED_FILE, Comparison
 from everydream_kit.actions.project import Project
 from everydream_kit.actions.sample_prompts import prompt_lines, read_prompts
 from everydream_kit.actions.table import SAMPLE
 from everydream_kit.errors import ConfigError, JobError
+from everydream_kit.models.families import FAMILIES
 from everydream_kit.panels import style
 from everydream_kit.panels.action_controls import make_action_control
 from everydream_kit.panels.clock import make_clock, reveal
@@ -154,7 +156,9 @@ class ComparePanel(Panel):
 
     def _build_settings(self) -> None:
         last = self.comparison
-        settings, sampling = self.project.settings(), read_prompts(self.project.prompts_path)
+        settings = self.project.settings()
+        family = FAMILIES[recognize_family(settings.get("resume_ckpt"), settings.get("family")) or "sd1"]
+        sampling = read_prompts(self.project.prompts_path, family.sampler)
         own = sampling.model_fields_set
         resolution = settings.get("resolution", 512)
         size = last.size if last else (resolution if isinstance(resolution, int) else resolution[0])
@@ -162,8 +166,10 @@ class ComparePanel(Panel):
         hint = "a jet over the sea"
         self.prompts = style.control(widgets.Textarea, "Prompts", "auto", label="70px", value=prompts, placeholder=hint)
         self.prompts.layout.height = "82px"
-        cfgs = ", ".join(f"{cfg:g}" for cfg in (last.cfgs if last else sampling.cfgs if "cfgs" in own else (4.0,)))
-        steps = last.num_inference_steps if last else min(sampling.num_inference_steps, 20)
+        is_flow = family.objective == "flow"
+        usual, most = (family.sampler.cfgs[:1], family.sampler.num_steps) if is_flow else ((4.0,), 20)
+        cfgs = ", ".join(f"{cfg:g}" for cfg in (last.cfgs if last else sampling.cfgs if "cfgs" in own else usual))
+        steps = last.num_inference_steps if last else min(sampling.num_inference_steps, most)
         narrow: dict[str, Any] = {"width": "152px", "label": "70px"}  # four stand in a row of a narrow panel
         how, seed = SAMPLE.arguments, narrow | ({"value": last.seed} if last else {})
         self.cfgs = make_action_control(how["cfgs"], "cfg", value=cfgs, **narrow)

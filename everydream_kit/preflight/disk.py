@@ -168,19 +168,26 @@ def num_samples(config: TrainConfig, num_steps: int) -> int:
     return at_steps + bool(rest) + config.sample_before_training
 
 
-def latent_cache_bytes(config: TrainConfig, dataset: Dataset, plan_settings: PlanSettings) -> tuple[str, int]:
-    """Where the latents will be kept (`off`, `memory` or `disk`), and how many bytes they take there."""
+def latent_cache_bytes(
+    config: TrainConfig, dataset: Dataset, plan_settings: PlanSettings, channels: int
+) -> tuple[str, int]:
+    """Where the latents will be kept (`off`, `memory` or `disk`), and how many bytes they take there.
+
+    Args:
+        channels: of what the model's family keeps for each cell.
+    """
     mode = choose_latent_mode(
         config.cache_latents,
         dataset,
         plan_settings,
         variants=config.cache_variants,
+        channels=channels,
         folder=latent_folder(config),
         transforms_images=bool(config.plugins),  # one of them may
     )
     if mode == "off":
         return mode, 0
-    return mode, estimate_bytes(dataset, plan_settings, variants=config.cache_variants)
+    return mode, estimate_bytes(dataset, plan_settings, variants=config.cache_variants, channels=channels)
 
 
 def _checkpoints(config: TrainConfig, estimate: MemoryEstimate, saves: Sequence[int], folder: Path) -> DiskItem:

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from everydream_kit.config import TrainConfig
     from everydream_kit.data.cache_room import CacheMode
     from everydream_kit.data.dataset import Dataset
+    from everydream_kit.models.family import SamplerSpec
     from everydream_kit.preflight.skeleton import Architecture
 
-VERSION = 10
+VERSION = 11
 """Of the method: raised where the same settings would now give other numbers."""
 
 DEFAULT_CONTEXT_BYTES = 600 * 2**20
@@ -116,7 +117,7 @@ def estimate_memory(
         latents=estimate_latent_mode(config),
         texts_known=_knows_texts(config, dataset, large_texts=has_large_texts(architecture.files.family)),
         validates=validated_together(config),
-        samples=sampled_together(config, multiple=architecture.files.family.sampler.size_multiple),
+        samples=sampled_together(config, architecture.files.family.sampler),
         dataset=dataset,
     )
     kept = folder / f"{_key(asked)}.json"
@@ -246,11 +247,11 @@ def validated_together(config: TrainConfig) -> int | None:
     return config.validation_batch_size or config.batch_size
 
 
-def sampled_together(config: TrainConfig, *, multiple: int = 8) -> SampleShape | None:
+def sampled_together(config: TrainConfig, sampler: SamplerSpec) -> SampleShape | None:
     """The largest batch of sample images that the prompt file, or the lack of one, leads to.
 
     Args:
-        multiple: as in `plan_prompts`.
+        sampler: of the model's family.
     """
     if config.sample_steps is None:
         return None
@@ -258,10 +259,10 @@ def sampled_together(config: TrainConfig, *, multiple: int = 8) -> SampleShape |
     from everydream_kit.training.sampling_listener import sample_grids
 
     counts: Counter[Size] = Counter()
-    for size, number in sample_grids(config, multiple):
+    for size, number in sample_grids(config, sampler):
         counts[size] += number
     assert isinstance(config.batch_size, int)
-    trained_pixels, settings = config.batch_size * max(config.resolutions) ** 2, prompts_of(config).settings
+    trained_pixels, settings = config.batch_size * max(config.resolutions) ** 2, prompts_of(config, sampler).settings
     together = {size: min(settings.images_together(*size, trained_pixels), number) for size, number in counts.items()}
     size = max(together, key=lambda size: together[size] * size[0] * size[1])
     return SampleShape(together[size], size)

@@ -89,6 +89,7 @@ class MemoryEstimate:
         copied_bytes: of blocks that wait in host memory, to the device, in one optimizer step.
         num_blocks: blocks of the denoiser that could wait there.
         text_bytes: of one encoded caption in the cache on disk; 0 where none is kept there.
+        text_flops: floating-point operations of encoding one for it.
         family: the model's, by name.
     """
 
@@ -106,6 +107,7 @@ class MemoryEstimate:
     copied_bytes: int = 0
     num_blocks: int = 0
     text_bytes: int = 0
+    text_flops: int = 0
     num_file_parameters: int = 0
     family: str | None = None
 

@@ -64,7 +64,7 @@ class Plan:
         room_bytes: what the device has for it, the margin taken off.
         device_bytes: all that the device has.
         step: the time of one step, or None where nothing is known of it.
-        seconds_of: seconds by part of the run: training, samples, latents.
+        seconds_of: seconds by part of the run: training, samples, latents, captions.
         disk: files by kind, and the file systems that hold them.
         price: of an hour of the GPU, or None.
         latents: where encoded images are kept: off, memory, disk.

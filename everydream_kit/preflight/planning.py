@@ -23,6 +23,7 @@ from everydream_kit.data.epoch_plan import PlanSettings
 from everydream_kit.data.image_files import count_images
 from everydream_kit.errors import ConfigError, DataError, MemoryLimitError
 from everydream_kit.hosts import detect_host
+from everydream_kit.models.families import FAMILIES
 from everydream_kit.preflight.advice import (
     MARGIN,
     Budget,
@@ -54,6 +55,8 @@ from everydream_kit.training.training_images import estimate_steps, make_plan_se
 
 if TYPE_CHECKING:
     from everydream_kit.data.dataset import Dataset
+    from everydream_kit.models.family import Family, SamplerSpec
+    from everydream_kit.preflight.memory_records import MemoryEstimate
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +117,8 @@ def plan(
     if images.count == 0:
         warnings.append(f"data_root {config.data_root}: no image can be used there.")
     warnings += [f"sample_prompts {config.sample_prompts}: {problem}" for problem in prompts_of(config).problems]
-    latents, latent_bytes = _latents(config, images, settings)
+    latents, latent_bytes = _latents(config, images, settings, _family_of(memory))
+    num_texts = _count_texts(config, images, memory)
     step = estimate_step(config, gpu_spec, memory, launch_seconds=_launch_seconds(config, gpu_spec))
     made = Plan(
         config=config,
@@ -124,13 +128,13 @@ def plan(
         room_bytes=budget.limit_bytes,
         device_bytes=gpu_spec.memory_bytes if gpu_spec is not None else free_memory(),
         step=step,
-        seconds_of=_seconds_of(config, steps, step, latents),
+        seconds_of=_seconds_of(config, steps, step, memory, latents=latents, num_texts=num_texts),
         price=entered or _table_price(config, gpu_spec),
         latents=latents,
         steps_done=steps_done,
         assumptions=tuple(assumptions),
     )
-    disk = _disk(made, latent_bytes if latents == "disk" else 0, _text_bytes(made, images))
+    disk = _disk(made, latent_bytes if latents == "disk" else 0, num_texts * memory.text_bytes)
     advice = None
     if not made.fits:
         warnings.append(_too_large(made))
@@ -156,9 +160,10 @@ def corrected(plan: Plan, measured_seconds_per_step: float, *, steps_done: int =
     if not (math.isfinite(measured_seconds_per_step) and measured_seconds_per_step > 0):
         raise ConfigError(f"measured_seconds_per_step: must be above 0 (got {measured_seconds_per_step!r})")
     step = StepSeconds(measured_seconds_per_step, "measured here", source)
-    seconds_of = _seconds_of(plan.config, plan.steps, step, plan.latents)
-    again = replace(plan, step=step, seconds_of=seconds_of, steps_done=steps_done)
     of = {item.name: item.most_bytes for item in plan.disk.items} if plan.disk else {}
+    num_texts = of.get(TEXT_CACHE, 0) // max(1, plan.memory.text_bytes) if plan.memory is not None else 0
+    seconds_of = _seconds_of(plan.config, plan.steps, step, plan.memory, latents=plan.latents, num_texts=num_texts)
+    again = replace(plan, step=step, seconds_of=seconds_of, steps_done=steps_done)
     disk = _disk(again, of.get(LATENT_CACHE, 0), of.get(TEXT_CACHE, 0))
     short = plan.disk.warnings if plan.disk is not None else ()
     kept = tuple(warning for warning in plan.warnings if warning not in short)
@@ -269,16 +274,34 @@ def _read_config(given: TrainConfig | dict[str, Any] | str | Path | RunFolder) -
     return with_side_files(config)[0], steps_done
 
 
-def _latents(config: TrainConfig, images: _Images, settings: PlanSettings) -> tuple[str, int]:
+def _family_of(memory: MemoryEstimate | None) -> Family:
+    """The model's family; Stable Diffusion where no estimate says it."""
+    return FAMILIES[memory.family if memory is not None and memory.family else "sd1"]
+
+
+def _latents(config: TrainConfig, images: _Images, settings: PlanSettings, family: Family) -> tuple[str, int]:
     if images.dataset is None or not len(images.dataset):
         return "off", 0
-    return latent_cache_bytes(config, images.dataset, settings)
+    return latent_cache_bytes(config, images.dataset, settings, family.latent_space.stored_channels)
 
 
-def _seconds_of(config: TrainConfig, steps: StepCount, step: StepSeconds | None, latents: str) -> dict[str, float]:
+def _seconds_of(
+    config: TrainConfig,
+    steps: StepCount,
+    step: StepSeconds | None,
+    memory: MemoryEstimate | None,
+    *,
+    latents: str,
+    num_texts: int,
+) -> dict[str, float]:
     """Seconds by part of the run; nothing where the steps or their time are not known.
 
-    Sampling and encoding are counted in forward passes, whose time is a share of a step's.
+    Sampling and encoding images are counted in forward passes, whose time is a share of a step's; encoding captions in its
+    operations.
+
+    Args:
+        latents: where they are kept.
+        num_texts: captions that a large text encoder encodes before the run.
     """
     if step is None or not steps.num_steps:
         return {}
@@ -286,14 +309,19 @@ def _seconds_of(config: TrainConfig, steps: StepCount, step: StepSeconds | None,
     passes = FORWARDS_IN_A_STEP[config.training_kind] + config.gradient_checkpointing * config.checkpointing_share
     forward = step.seconds / (passes * config.batch_size * config.grad_accum)
     parts = {"training": step.seconds * steps.num_steps}
-    samples, (drawn, _) = num_samples(config, steps.num_steps), _grids(config)
+    sampler = _family_of(memory).sampler
+    samples, (drawn, _) = num_samples(config, steps.num_steps), _grids(config, sampler)
     if samples:
-        parts["samples"] = samples * drawn * prompts_of(config).settings.num_inference_steps * 2 * forward
+        predictions = 2 if sampler.guidance == "cfg" else 1
+        num_steps = prompts_of(config, sampler).settings.num_inference_steps
+        parts["samples"] = samples * drawn * num_steps * predictions * forward
     if latents != "off" and steps.num_images:
         crops = steps.num_images * config.cache_variants * len(possible_flips(config.flip_p))
         if latents == "memory":  # what is never drawn is never encoded
             crops = min(crops, steps.num_steps * config.batch_size * config.grad_accum)
         parts["latents"] = crops * ENCODING_IN_FORWARDS * forward
+    if memory is not None and num_texts:
+        parts["captions"] = num_texts * step.seconds * memory.text_flops / memory.step_flops
     return parts
 
 
@@ -304,21 +332,20 @@ def _launch_seconds(config: TrainConfig, gpu_spec: GpuSpec | None) -> float | No
     return None if gpu_spec is None else launch_seconds_here(gpu_spec, Path(config.logdir) / ".edk_cache" / "preflight")
 
 
-def _grids(config: TrainConfig) -> tuple[int, int]:
+def _grids(config: TrainConfig, sampler: SamplerSpec) -> tuple[int, int]:
     """Images of one sampling, and the pixels of all of them."""
     from everydream_kit.training.sampling_listener import sample_grids
 
-    grids = sample_grids(config)
+    grids = sample_grids(config, sampler)
     return sum(number for _, number in grids), sum(number * width * height for (width, height), number in grids)
 
 
-def _text_bytes(made: Plan, images: _Images) -> int:
-    """What encoded captions take on disk where a large text encoder encodes them before the run; short ones."""
-    if images.dataset is None or made.memory is None or not made.memory.text_bytes:
+def _count_texts(config: TrainConfig, images: _Images, memory: MemoryEstimate) -> int:
+    """Captions that a large text encoder encodes before the run, and keeps on disk."""
+    if images.dataset is None or not memory.text_bytes:
         return 0
-    settings = make_plan_settings(made.config, max(0, made.config.seed), 1)
-    texts = texts_of_run(made.config, images.dataset, settings, large_texts=True) or ()
-    return len(set(texts)) * made.memory.text_bytes
+    settings = make_plan_settings(config, max(0, config.seed), 1)
+    return len(set(texts_of_run(config, images.dataset, settings, large_texts=True) or ()))
 
 
 def _disk(made: Plan, latent_bytes: int, text_bytes: int) -> DiskUse | None:
@@ -332,7 +359,7 @@ def _disk(made: Plan, latent_bytes: int, text_bytes: int) -> DiskUse | None:
         seconds=made.seconds,
         latent_bytes=latent_bytes,
         text_bytes=text_bytes,
-        grid_pixels=_grids(made.config)[1],
+        grid_pixels=_grids(made.config, _family_of(made.memory).sampler)[1],
     )
 
 

@@ -204,7 +204,7 @@ class _Session:
             with self._phase("validation"), torch.no_grad(), run.sync.whole_model():
                 measured = make_batch(bucket, together, with_moments=False)
                 run.learner.image_losses(measured, _work(measured, 1))
-        samples = sampled_together(config, multiple=run.learner.model.family.sampler.size_multiple)
+        samples = sampled_together(config, run.learner.model.family.sampler)
         if samples is not None:
             learner = run.learner
             encode = learner.encode_captions if has_large_texts(learner.model.family) else None

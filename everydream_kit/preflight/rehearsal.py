@@ -118,9 +118,9 @@ def rehearse(asked: Question) -> MemoryEstimate:
         _label_idle(model, idle, tracker)
         channels = model.family.latent_space.stored_channels
         batch = make_batch(bucket, run.plan_settings.batch_size, with_moments=latents != "off", channels=channels)
-        text_bytes = 0
+        text_bytes, text_flops = 0, 0
         if has_large_texts(model.family) and model.text_encoders[0] in idle:
-            text_bytes = _rehearse_texts(run, tracker)
+            text_bytes, text_flops = _rehearse_texts(run, tracker)
         if latents != "off":
             _rehearse_caching(run, tracker, bucket, CACHED_TOGETHER[latents])
         num_micro_batches = _rehearse_step(run, tracker, batch)
@@ -130,7 +130,7 @@ def rehearse(asked: Question) -> MemoryEstimate:
         if asked.samples is not None:
             _rehearse_sampling(run, tracker, asked.samples, averaged=config.ema_sample_ema_model)
         estimate = _conclude(asked, run, tracker, num_micro_batches, copied_bytes)
-        return replace(estimate, text_bytes=text_bytes)
+        return replace(estimate, text_bytes=text_bytes, text_flops=text_flops)
 
 
 def _as_on(device_type: str, has_bf16: bool, config: TrainConfig) -> TrainConfig:
@@ -264,13 +264,15 @@ def make_batch(bucket: Size, batch_size: int, *, with_moments: bool, channels: i
     )
 
 
-def _rehearse_texts(run: Run, tracker: StorageTracker) -> int:
-    """Captions are encoded one by one, while the denoiser waits in host memory. Returns what one takes on disk."""
-    with tracker.stretch("text caching"), torch.no_grad(), run.learner.precision.autocast():
+def _rehearse_texts(run: Run, tracker: StorageTracker) -> tuple[int, int]:
+    """Captions are encoded one by one, while the denoiser waits in host memory. Returns what one takes on disk, and the
+    operations that it takes."""
+    with tracker.stretch("text caching") as stretch, torch.no_grad(), run.learner.precision.autocast():
         encoded = encode_captions(run.learner.model, [CAPTION], run.config.clip_skip)
     states, pooled = encoded.encoder_hidden_states, 0 if encoded.pooled is None else encoded.pooled.numel()
     longer = max(1.0, CAPTION_TOKENS / states.shape[1])
-    return round(2 * (longer * states.numel() + pooled))  # in bfloat16
+    num_bytes = round(2 * (longer * states.numel() + pooled))  # in bfloat16
+    return num_bytes, round(longer * stretch.flops)
 
 
 def _rehearse_caching(run: Run, tracker: StorageTracker, bucket: Size, num_together: int) -> None:

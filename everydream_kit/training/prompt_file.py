@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from everydream_kit.config.sample_settings import Cfgs, SampleGroup
 from everydream_kit.data.textfiles import TextError, read_text, require_text
 from everydream_kit.errors import ConfigError
+from everydream_kit.models.family import SamplerSpec
 from everydream_kit.models.sampling_schedulers import sampler_by_name
 from everydream_kit.strict_json import parse_json
 
@@ -34,6 +35,7 @@ MOST_TOGETHER = 4
 """Images that `auto` samples together at most: from there on a GPU is busy, and more take as much longer."""
 PIXELS_TOGETHER = 1024 * 1024
 """What `auto` samples together where a training batch has fewer pixels: enough to keep a GPU busy."""
+STABLE_DIFFUSION = SamplerSpec()
 DOCUMENTATION = ("doc", "documentation", "comment")
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
@@ -82,13 +84,17 @@ class SampleSettings(BaseModel):
     _one_cfg = field_validator("cfgs", mode="before")(_as_list)
 
     @classmethod
-    def of(cls, settings: SampleGroup) -> SampleSettings:
-        """What holds where there is no prompt file. Nothing of it counts as set, so that a file is written as it was."""
+    def of(cls, settings: SampleGroup, sampler: SamplerSpec = STABLE_DIFFUSION) -> SampleSettings:
+        """What holds where there is no prompt file. Nothing of it counts as set, so that a file is written as it was.
+
+        Args:
+            sampler: of the model's family, whose usual values stand for what is not given.
+        """
         return cls.model_construct(
             _fields_set=set(),
-            cfgs=settings.sample_cfgs,
+            cfgs=settings.sample_cfgs or list(sampler.cfgs),
             scheduler=settings.sample_scheduler,
-            num_inference_steps=settings.sample_num_inference_steps,
+            num_inference_steps=settings.sample_num_inference_steps or sampler.num_steps,
             seed=settings.sample_seed,
             resolution=settings.sample_resolution,
             batch_size=settings.sample_batch_size,
@@ -148,9 +154,9 @@ def sampled_texts(group: SampleGroup) -> list[str]:
     return list(dict.fromkeys(texts or [""]))
 
 
-def prompts_of(group: SampleGroup) -> PromptFile:
+def prompts_of(group: SampleGroup, sampler: SamplerSpec = STABLE_DIFFUSION) -> PromptFile:
     """The prompt file as training would use it; the settings alone where there is none, or it cannot be read."""
-    path, defaults = Path(group.sample_prompts), SampleSettings.of(group)
+    path, defaults = Path(group.sample_prompts), SampleSettings.of(group, sampler)
     if group.sample_steps is None or not path.is_file():
         return PromptFile(defaults)
     try:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from everydream_kit.config import TrainConfig
     from everydream_kit.data.dataset import Dataset
+    from everydream_kit.models.family import SamplerSpec
     from everydream_kit.models.sampling import SamplePrompt
     from everydream_kit.training.control import StopSignal
     from everydream_kit.training.step import Learner
@@ -112,16 +113,16 @@ def sample_size(entry: SampleEntry, resolution: int, multiple: int) -> tuple[int
     return max(width // multiple, 1) * multiple, max(height // multiple, 1) * multiple
 
 
-def sample_grids(config: TrainConfig, multiple: int = 8) -> list[tuple[tuple[int, int], int]]:
+def sample_grids(config: TrainConfig, sampler: SamplerSpec) -> list[tuple[tuple[int, int], int]]:
     """Width and height of each grid's images in a sampling, and how many those are.
 
     Args:
-        multiple: as in `plan_prompts`.
+        sampler: of the model's family.
     """
-    settings = prompts_of(config).settings
+    settings = prompts_of(config, sampler).settings
     side = settings.resolution or max(config.resolutions)
     entries = settings.samples or [SampleEntry()] * NUM_RANDOM_CAPTIONS
-    return [(sample_size(entry, side, multiple), len(entry.cfgs or settings.cfgs)) for entry in entries]
+    return [(sample_size(entry, side, sampler.size_multiple), len(entry.cfgs or settings.cfgs)) for entry in entries]
 
 
 def clean_for_file_name(prompt: str) -> str:
@@ -258,14 +259,15 @@ class Sampler(Listener):
         return None if file is None or file.is_empty else file.settings
 
     def _read_anew(self, run: ObservedRun) -> PromptFile | None:
+        defaults = SampleSettings.of(run.config, self.sync.learner.model.family.sampler)
         if _version_of(self.prompts_path)[1] is None:
             if "sample_prompts" in run.config.model_fields_set:
                 run.journal.warn(
                     f"sample_prompts: {self.prompts_path} is not there; captions of the dataset are sampled instead."
                 )
-            return PromptFile(SampleSettings.of(run.config))
+            return PromptFile(defaults)
         try:
-            file = read_prompt_file(self.prompts_path, SampleSettings.of(run.config))
+            file = read_prompt_file(self.prompts_path, defaults)
         except ConfigError as error:
             run.journal.warn(f"{error} There are no samples until the file is fixed.")
             return None

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from flow_cases import CASES, FLOW, settings_for, weights_of
+from PIL import Image
 from safetensors.torch import load_file
 from stop_after import StopAfter
 from tiny_models import tiny_folder
@@ -166,6 +167,26 @@ def test_samples_and_validation_do_without_the_text_encoder(
     after = calls[first:]
     assert after.count("texts") == 1  # for "a green one"
     assert after[after.index("texts") + 1] == "end"  # nothing else happens meanwhile
+
+
+def test_samples_have_the_guidance_and_steps_that_are_usual_for_the_family(
+    settings: dict[str, Any], family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, int]] = []
+
+    def noted(model: Any, prompts: Any, **given: Any) -> list[Image.Image]:
+        asked.append((prompts, given["num_inference_steps"]))
+        return [Image.new("RGB", (64, 64)) for prompt in prompts for _ in prompt.cfgs]
+
+    monkeypatch.setattr(sampling, "sample_images", noted)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a blue circle\n", encoding="utf-8")
+    sampled = {"sample_steps": 1, "sample_prompts": str(prompts), "max_steps": 1}
+    own: dict[str, Any] = {"sample_cfgs": [2.0, 1.0], "sample_num_inference_steps": 3, "project_name": "own"}
+    train(TrainConfig(**{**settings, **sampled}))
+    train(TrainConfig(**{**settings, **sampled, **own}))
+    cfg, num_steps = CASES[family].usual
+    assert [(prompts[0].cfgs, steps) for prompts, steps in asked] == [((cfg,), num_steps), ((2.0, 1.0), 3)]
 
 
 def test_a_plan_estimates_the_phase_of_the_texts_apart_from_the_steps(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import struct
@@ -15,9 +16,11 @@ import pytest
 from PIL import Image, ImageChops
 from tiny_models import tiny_folder
 
+from everydream_kit.actions.dataset_report import report_dataset
 from everydream_kit.cli import main
 from everydream_kit.errors import ConfigError
-from everydream_kit.generation import sample, token_counter
+from everydream_kit.generation import sample
+from everydream_kit.models.families import FAMILIES
 
 SMALL = {"num_inference_steps": 2, "width": 64, "height": 64}
 
@@ -185,6 +188,26 @@ def test_the_sample_and_export_commands_name_what_they_wrote(
     assert ".safetensors or .ckpt" in capsys.readouterr().err
 
 
-def test_captions_are_counted_by_the_tokenizer_of_any_family() -> None:
-    for family in ("sd1", "z_image"):
-        assert token_counter(tiny_folder(family))("a cat") > 0
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_caption_is_too_long_where_the_familys_text_encoder_stops_reading(family: str, tmp_path: Path) -> None:
+    """Of CLIP's 75 tokens it is 100; the tiny language models know letters alone, so it is 300 of theirs."""
+    for name, number in (("some", 100), ("many", 700)):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text("ab " * number, encoding="utf-8")
+    report = json.loads(report_dataset(str(tmp_path), tokenizer=tiny_folder(family), as_json=True))
+    long = {Path(one["path"]).stem for one in report["long_captions"]}
+    assert long == ({"some", "many"} if FAMILIES[family].objective == "diffusion" else {"many"})
+
+
+def test_a_caption_may_fill_what_template_and_marks_leave_of_the_text_encoders_length() -> None:
+    assert (
+        {name: family.caption_tokens for name, family in FAMILIES.items() if family.objective == "flow"}
+        == {
+            "z_image": 504,  # of 512; 3 before and 5 behind: <|im_start|> user line, <|im_end|> line <|im_start|> assistant line
+            "flux2_klein": 500,  # the same, and <think> lines </think> lines
+            "flux1": 511,  # T5's end
+            "anima": 511,
+            "krea2": 507,
+            "qwen_image": 1019,
+        }
+    )

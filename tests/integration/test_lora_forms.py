@@ -30,6 +30,7 @@ CASES = [
     ("sdxl", "lokr"),
     ("z_image", "lokr"),
     ("flux2_klein", "loha"),
+    ("flux1", "loha"),
     ("anima", "lokr"),
     ("krea2", "loha"),
     ("qwen_image", "lokr"),
@@ -39,6 +40,7 @@ STEMS = {
     "sdxl": "lora_unet_input_blocks_3_1_transformer_blocks_0_attn1_to_q",
     "z_image": "lycoris_layers_0_attention_to_q",
     "flux2_klein": "lycoris_transformer_blocks_0_attn_to_q",
+    "flux1": "lycoris_transformer_blocks_0_attn_to_q",
     "anima": "lora_unet_blocks_0_self_attn_q_proj",
     "krea2": "lycoris_transformer_blocks_0_attn_to_q",
     "qwen_image": "lycoris_transformer_blocks_0_attn_to_q",
@@ -158,5 +160,9 @@ def test_settings_of_lora_alone_are_refused_with_another_form():
     lora = {"resume_ckpt": "x", "training_kind": "lora"}
     with pytest.raises(ConfigError, match="lora_form, lora_dora: lora_dora is for the form lora only"):
         TrainConfig(**{**lora, "lora_form": "lokr", "lora_dora": True})
+    with pytest.raises(
+        ConfigError, match=r"lora_form: must be lora, loha or lokr \(got 'dora'\); for DoRA set lora_dora"
+    ):
+        TrainConfig(**{**lora, "lora_form": "dora"})
     with pytest.raises(ConfigError, match="lora_form, lora_dropout"):
         TrainConfig(**{**lora, "lora_form": "loha", "lora_dropout": 0.1})

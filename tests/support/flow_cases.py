@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,8 @@ class Case:
         options: (pipeline, guidance scale, negative prompt) -> diffusers' arguments for them.
         distilled: name of a checkpoint that should not be trained on.
         num_tokens: most that are kept of a short caption.
+        usual: guidance scale and steps of a sample.
+        app_layer: a weight of a LoRA file for apps, by the names of ComfyUI's key maps (`comfy/lora.py`).
         published: tensors and weights of the published single file of the transformer.
         fused: a layer of the file for apps that is three of diffusers'.
         loras: layouts of LoRA files that diffusers reads.
@@ -41,6 +44,8 @@ class Case:
     options: Callable[[Any, float, str], dict[str, Any]]
     distilled: str
     num_tokens: int
+    usual: tuple[float, int]
+    app_layer: str
     published: tuple[int, int]
     fused: str = ""
     loras: tuple[Literal["kohya", "diffusers", "comfy"], ...] = ("kohya", "diffusers")
@@ -53,6 +58,8 @@ CASES = {
         lambda pipeline, cfg, negative: {"guidance_scale": cfg - 1, "negative_prompt": negative},  # counts from 0
         "Z-Image-Turbo",
         80,
+        (5.0, 30),
+        "transformer.layers.0.attention.to_q.lora_A.weight",
         (453, 6_154_908_736),  # 12,309,817,472 bytes in z_image_turbo_bf16.safetensors
     ),
     "flux2_klein": Case(
@@ -63,6 +70,8 @@ CASES = {
         },
         "FLUX.2-klein-4B",
         512,
+        (4.0, 50),
+        "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight",
         (149, 3_875_544_576),  # flux-2-klein-base-4b.safetensors has 16,560 bytes more, its header
         "double_blocks.0.img_attn.qkv",
     ),
@@ -71,6 +80,8 @@ CASES = {
         lambda pipeline, cfg, negative: {"true_cfg_scale": cfg, "negative_prompt": negative},
         "Qwen-Image-2512-Lightning",
         300,
+        (4.0, 50),
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
         (1933, 20_430_401_088),  # qwen_image_bf16.safetensors has twice as many bytes, and its header
     ),
     "flux1": Case(
@@ -78,6 +89,8 @@ CASES = {
         lambda pipeline, cfg, negative: {"guidance_scale": cfg},  # embedded: there is no second prediction
         "FLUX.1-schnell",
         512,
+        (3.5, 28),
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
         (780, 11_901_408_320),  # flux1-dev.safetensors has 23,802,932,552 bytes, twice this and its header
     ),
     "anima": Case(
@@ -85,6 +98,8 @@ CASES = {
         lambda pipeline, cfg, negative: {"negative_prompt": negative, **guided(pipeline, cfg)},
         "anima-turbo-v1.1",
         80,
+        (4.0, 30),
+        "lora_unet_blocks_0_self_attn_q_proj.lora_down.weight",
         (567 + 118, 1_956_405_248 + 134_663_680),  # as diffusers' scripts/convert_anima_to_diffusers.py splits it
         loras=("comfy", "diffusers"),
         conditioner="net.llm_adapter.",
@@ -94,6 +109,8 @@ CASES = {
         lambda pipeline, cfg, negative: {"guidance_scale": cfg - 1, "negative_prompt": negative},  # counts from 0
         "Krea-2-Turbo",
         300,
+        (5.5, 28),
+        "diffusion_model.blocks.0.attn.wq.lora_A.weight",
         (430, 12_820_073_036),  # as diffusers' own conversion takes raw.safetensors
     ),
 }
@@ -118,6 +135,15 @@ def pipeline_of(folder: Path) -> Any:
         pipeline = cls.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@contextmanager
+def fed_to_the_decoder(vae: Any) -> Iterator[list[torch.Tensor]]:
+    """What goes into a VAE's decoder meanwhile: an image before its 256 levels hide small differences."""
+    fed: list[torch.Tensor] = []
+    hook = vae.decoder.register_forward_pre_hook(lambda module, given: fed.append(given[0].flatten()))
+    with hook:
+        yield fed
 
 
 def theirs(family: str, pipeline: Any, cfg: float = 4.0, negative: str = "") -> np.ndarray:

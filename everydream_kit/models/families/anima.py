@@ -180,7 +180,7 @@ ANIMA = flow_family(
     encode_prompt=encode_prompt,
     predict=predict,
     latent_space=frame_space(16),
-    sampler=SamplerSpec("flow", "cfg", size_multiple=16, num_steps=30, cfg=4.0),
+    sampler=SamplerSpec("flow", "cfg", size_multiple=16, num_steps=30, cfgs=(4.0,)),
     layout=replace(
         NAMES.layout("kohya"),
         to_single_file=to_single_file,
@@ -195,5 +195,6 @@ ANIMA = flow_family(
     distilled=lambda source: why_distilled(
         source, "anima.*turbo", "Anima Turbo", "Anima Base (circlestone-labs/Anima-Base-v1.0-Diffusers)", "Turbo"
     ),
+    caption_tokens=MAX_TOKENS - 1,
     prompt_version=f"last states of {MAX_TOKENS} tokens, conditioned by T5's",
 )

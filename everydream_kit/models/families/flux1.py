@@ -164,7 +164,7 @@ FLUX1 = flow_family(
     encode_prompt=encode_prompt,
     predict=predict,
     latent_space=kl_space(16),
-    sampler=SamplerSpec("flow", "embedded", size_multiple=16, num_steps=28, cfg=3.5),
+    sampler=SamplerSpec("flow", "embedded", size_multiple=16, num_steps=28, cfgs=(3.5,)),
     layout=NAMES.layout("diffusers"),
     lora_targets=(
         r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
@@ -176,5 +176,6 @@ FLUX1 = flow_family(
     modelspec_architecture="flux-1-dev",
     kohya_base="flux1",
     distilled=_distilled,
+    caption_tokens=MAX_TOKENS - 1,
     prompt_version=f"{MAX_TOKENS} tokens of T5 with padding, pooled CLIP",
 )

@@ -120,7 +120,7 @@ FLUX2_KLEIN = flow_family(
     encode_prompt=qwen_prompt_encoder(TEXT_LAYERS, CHAT_WITHOUT_THINKING, padded=True),
     predict=predict,
     latent_space=batch_norm_space(32),
-    sampler=SamplerSpec("flow", "cfg", size_multiple=16, num_steps=50, cfg=4.0, mu=sampling_mu),
+    sampler=SamplerSpec("flow", "cfg", size_multiple=16, num_steps=50, cfgs=(4.0,), mu=sampling_mu),
     layout=NAMES.layout("comfy"),
     lora_targets=(
         r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
@@ -132,5 +132,6 @@ FLUX2_KLEIN = flow_family(
     modelspec_architecture="flux-2-klein",
     kohya_base="flux2_klein",
     distilled=_distilled,
+    caption_tokens=MAX_TOKENS - 12,  # of the template
     prompt_version=f"layers {TEXT_LAYERS} of {MAX_TOKENS} tokens with padding of {CHAT_WITHOUT_THINKING}",
 )

@@ -154,7 +154,7 @@ KREA2 = flow_family(
     encode_prompt=encode_prompt,
     predict=predict,
     latent_space=frame_space(16),
-    sampler=SamplerSpec("flow", "cfg", size_multiple=16, num_steps=28, cfg=5.5, mu=sampling_mu),
+    sampler=SamplerSpec("flow", "cfg", size_multiple=16, num_steps=28, cfgs=(5.5,), mu=sampling_mu),
     layout=replace(NAMES.layout("comfy"), to_single_file=to_single_file, from_single_file=from_single_file),
     lora_targets=(r"transformer_blocks\.\d+\.(attn\.(to_q|to_k|to_v|to_gate|to_out\.0)|ff\.(gate|up|down))",),
     index={"is_distilled": False, "patch_size": 2, "text_encoder_select_layers": list(TEXT_LAYERS)},
@@ -164,5 +164,6 @@ KREA2 = flow_family(
     distilled=lambda source: why_distilled(
         source, "krea[-_.]?2.*turbo", "Krea 2 Turbo", "Krea 2 Raw (krea/Krea-2-Raw)", "Turbo"
     ),
+    caption_tokens=MAX_TOKENS - NUM_END,
     prompt_version=f"layers {TEXT_LAYERS} of {MAX_TOKENS} tokens of {INSTRUCTION}...{END}",
 )

@@ -99,7 +99,7 @@ QWEN_IMAGE = flow_family(
     encode_prompt=encode_prompt,
     predict=predict,
     latent_space=frame_space(16),
-    sampler=SamplerSpec("flow", "cfg", size_multiple=16, num_steps=50, cfg=4.0, after_guidance=with_own_lengths),
+    sampler=SamplerSpec("flow", "cfg", size_multiple=16, num_steps=50, cfgs=(4.0,), after_guidance=with_own_lengths),
     layout=Layout(NAMES.to_single_file, NAMES.from_single_file, holds_all=False, lora_for_apps="diffusers"),
     lora_targets=(
         r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
@@ -115,5 +115,6 @@ QWEN_IMAGE = flow_family(
         "a variant of Qwen-Image",
         "Qwen/Qwen-Image-2512 or Qwen/Qwen-Image",
     ),
+    caption_tokens=MAX_TOKENS - 5,  # of what follows in the template
     prompt_version=f"last layer of {MAX_TOKENS} tokens after {DROPPED} of {TEMPLATE}",
 )

@@ -57,7 +57,7 @@ Z_IMAGE = flow_family(
     predict=predict,
     latent_space=kl_space(16),
     shift=trained_as_flux,  # the technical report says so; the scheduler's 6 is for sampling
-    sampler=SamplerSpec("flow", "cfg", size_multiple=16, num_steps=30, cfg=5.0),
+    sampler=SamplerSpec("flow", "cfg", size_multiple=16, num_steps=30, cfgs=(5.0,)),
     layout=Layout(NAMES.to_single_file, NAMES.from_single_file, holds_all=False, lora_for_apps="diffusers"),
     lora_targets=(r"layers\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)",),
     matches_keys=having("layers.0.adaLN_modulation.0.weight", "x_pad_token"),
@@ -66,5 +66,6 @@ Z_IMAGE = flow_family(
     distilled=lambda source: why_distilled(
         source, "turbo", "Z-Image-Turbo", "Z-Image (Tongyi-MAI/Z-Image)", apps="Turbo"
     ),
+    caption_tokens=MAX_TOKENS - 8,  # of the template
     prompt_version=f"layer -2 of {MAX_TOKENS} tokens of {CHAT}",
 )

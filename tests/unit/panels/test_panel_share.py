@@ -49,6 +49,16 @@ def test_compare_offers_the_base_and_the_checkpoints_and_shows_what_is_drawn(pro
     assert again.pair.value.count("data:image/jpeg") == 2
 
 
+@pytest.mark.parametrize(
+    ("base", "cfg", "steps"),
+    [("embedded", "4", 20), ("black-forest-labs/FLUX.1-dev", "3.5", 28), ("Tongyi-MAI/Z-Image", "5", 30)],
+)
+def test_compare_begins_with_what_is_usual_for_the_family_of_the_base(project, base, cfg, steps):
+    Project(project).save_settings({"resume_ckpt": base})
+    panel = ComparePanel(project)
+    assert (panel.cfgs.value, panel.steps.value) == (cfg, steps)
+
+
 def test_a_checkpoint_that_came_after_the_last_comparison_is_ticked(project):
     run = next((project / "logs").iterdir())
     first = ComparePanel(project)

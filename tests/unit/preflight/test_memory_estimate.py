@@ -6,6 +6,7 @@ from small_architecture import SMALL, small_architecture
 
 from everydream_kit.config import TrainConfig, facts
 from everydream_kit.errors import ConfigError
+from everydream_kit.models.family import SamplerSpec
 from everydream_kit.models.random_models import build_model, write_model
 from everydream_kit.preflight import memory_estimate, rehearsal
 from everydream_kit.preflight.memory_estimate import estimate_memory, sampled_together
@@ -275,7 +276,7 @@ def test_large_images_go_through_the_vae_in_tiles_where_there_is_no_bfloat16(kep
 def test_default_samples_are_estimated_as_many_together_as_a_run_makes(tmp_path, monkeypatch, settings, together):
     monkeypatch.chdir(tmp_path)  # without a prompt file
     config = TrainConfig(resume_ckpt="none", **{"batch_size": 1, **settings})
-    shape = sampled_together(config)
+    shape = sampled_together(config, SamplerSpec())
     assert shape is not None and shape.num_images == together
 
 
@@ -294,5 +295,7 @@ def test_blocks_that_wait_are_host_memory_and_two_of_them_are_there_in_a_step(es
 
 def test_default_samples_are_estimated_in_a_size_that_the_family_samples(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shape = sampled_together(TrainConfig(resume_ckpt="none", resolution=72, batch_size=1), multiple=16)
+    shape = sampled_together(
+        TrainConfig(resume_ckpt="none", resolution=72, batch_size=1), SamplerSpec(size_multiple=16)
+    )
     assert shape is not None and shape.size == (64, 64)

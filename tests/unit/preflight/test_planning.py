@@ -97,6 +97,30 @@ def test_a_family_is_planned_from_its_own_configs(family, family_folder, setting
     assert made.disk.most_bytes > denoiser
 
 
+@pytest.mark.parametrize(
+    ("family", "values", "predictions"),
+    [
+        ("sd1", 8, 4 * 3 * 30 * 2),  # values kept for a cell; prompts, guidance scales, steps, and two predictions each
+        ("z_image", 32, 4 * 1 * 30 * 2),
+        ("flux2_klein", 32, 4 * 1 * 50 * 2),
+        ("flux1", 32, 4 * 1 * 28 * 1),  # its guidance is an input
+        ("anima", 32, 4 * 1 * 30 * 2),
+    ],
+    indirect=["family"],
+)
+def test_latents_and_samples_are_counted_as_the_family_has_them(family, values, predictions, family_folder, settings):
+    changes = {"resume_ckpt": str(family_folder), "cache_latents": "disk", "optimizer": "adamw"}
+    made = plan(TrainConfig(**{**settings, **changes}), "L4")
+    kept = {item.name: item.most_bytes for item in made.disk.items}["latent cache"]
+    assert kept == 48 * (128 + 2 * values * 3_904)  # four crops of twelve images, in float16
+    encoded = made.seconds_of.get("captions", 0.0)  # twelve and the empty one, by a language model of some operations
+    assert encoded == pytest.approx(13 * made.memory.text_flops / made.memory.step_flops * made.step.seconds)
+    assert (encoded > 0) == (family != "sd1")
+    measured = corrected(made, 2 * made.step.seconds)
+    assert measured.seconds_of.get("captions", 0.0) == pytest.approx(2 * encoded)
+    assert made.seconds_of["samples"] == pytest.approx(predictions * made.step.seconds / 16)
+
+
 def test_time_is_training_samples_and_latents(settings):
     made = planned(settings)
     assert set(made.seconds_of) == {"training", "samples", "latents"}
