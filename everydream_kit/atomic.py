@@ -145,7 +145,7 @@ def put_in_place(temporary: Path, path: Path, *, replace: bool = True) -> None:
 
 
 def ends_with_line_end(path: Path) -> bool:
-    """Whether a file of lines can be appended to: it is empty, or its last line has an end."""
+    """Whether a file of lines can be appended to: it is empty, or ends with a newline."""
     with path.open("rb") as file:
         if file.seek(0, os.SEEK_END) == 0:
             return True

@@ -29,7 +29,7 @@ def known_free_disk(folder: Path) -> int | None:
 
 
 def lack_of_room(folder: Path, needed: int) -> str | None:
-    """What keeps a folder from taking so many bytes, for a message; None where nothing does.
+    """Why a folder cannot take this many bytes, for a message; None where it can.
 
     Raises:
         OSError: the disk does not answer.

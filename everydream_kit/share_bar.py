@@ -25,5 +25,5 @@ class ShareBar:
         self._bar.close()
 
     def show(self, done: float, total: float) -> None:
-        """So much is done of so much in all."""
+        """Show this much of the total as done."""
         self._bar.update(done / total - self._bar.n)

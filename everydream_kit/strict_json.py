@@ -273,7 +273,7 @@ class _Reader:
         return float(name)
 
     def _find(self, wanted: str) -> int:
-        """Where a number stands; the same digits inside a text are not meant."""
+        """The position of a number; the same digits inside a string do not count."""
         return next((token.start() for token in _TOKEN.finditer(self.text) if token[0] == wanted), 0)
 
     def _find_last(self, name: str) -> int:

@@ -12,7 +12,7 @@ import torch
 
 
 def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A tensor of the host on a device; the copy is queued there, and nobody waits for it."""
+    """Copy a tensor of the host to a device, without synchronizing: the copy is queued."""
     device = torch.device(device)
     if tensor.device == device or device.type == "cpu":
         return tensor.to(device)

@@ -32,7 +32,7 @@ class Base:
         source: `resume_ckpt`.
         resolution: that it was trained at.
         needs: memory and download, in words.
-        settings: what a run begins with besides.
+        settings: further settings that a run begins with.
     """
 
     title: str

@@ -74,7 +74,7 @@ class HardestReader:
 
 
 def caption_text(image: Path, files: FolderFiles) -> str:
-    """The caption next to an image, or the one in its name; what cannot be read is said instead."""
+    """The caption next to an image, or the one in its name; or why it cannot be read."""
     try:
         for ending in (".caption", ".txt"):
             if (path := files.find(image, ending)) is not None:

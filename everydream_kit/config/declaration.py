@@ -29,7 +29,7 @@ EVERYTHING: tuple[Effect, ...] = ("memory", "speed", "result")
 
 DIFFUSION: tuple[FamilyName, ...] = ("sd1", "sd2", "sdxl")
 FLOW: tuple[FamilyName, ...] = tuple(name for name in get_args(FamilyName) if name not in DIFFUSION)
-"""Families by what they learn."""
+"""Families by what they predict: the noise (diffusion), or the velocity (flow matching)."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from everydream_kit.config.declaration import DIFFUSION, FLOW, MEMORY_AND_RESULT
 
 
 class ObjectiveGroup(Group):
-    """Objective: what the loss asks for."""
+    """Objective: noise, timesteps, and the loss."""
 
     loss_type: Annotated[
         Literal["mse", "huber", "mse_huber", "huber_mse"],

@@ -190,7 +190,7 @@ def settings_without_meaning(config: AllGroups, family: str) -> list[str]:
 
 
 def family_warnings(config: AllGroups, family: str) -> list[str]:
-    """What a model's family makes doubtful or without effect, once it is known; a sentence each."""
+    """Warnings that depend on the model's family, a sentence each."""
     found = settings_without_meaning(config, family)
     if family in FLOW and config.zero_frequency_noise_ratio:
         found.append(
@@ -201,7 +201,7 @@ def family_warnings(config: AllGroups, family: str) -> list[str]:
 
 
 def config_warnings(config: AllGroups) -> list[str]:
-    """Settings that are allowed, and probably not what is meant, or without effect next to the others."""
+    """Warnings about settings that are allowed, but have no effect or are probably a mistake."""
     c = config
     warnings = settings_without_effect(c)
     if c.cond_dropout > 0.26:

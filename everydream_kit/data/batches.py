@@ -65,7 +65,7 @@ class BatchRequest:
     keys: tuple[str, ...]
 
     def address(self, row: int) -> tuple[int | str, ...]:
-        """Of all that is drawn for one row: epoch, image key, repeat."""
+        """Address of all random draws of a row: epoch, image key, repeat."""
         return (self.planned.epoch, self.keys[row], self.planned.draws[row].repeat)
 
 

@@ -256,7 +256,7 @@ def _is_caption(path: str) -> bool:
 
 
 def _note_odd_name(entry: Entry, builder: DatasetBuilder) -> None:
-    """Say how a name that is no UTF-8 is read where it is the caption."""
+    """Report how a file name that is not UTF-8 is read, where it is the caption."""
     name = entry.relative.rpartition("/")[2]
     if readable(name) != name:
         caption = caption_from_file_name(name).text

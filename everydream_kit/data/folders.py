@@ -388,7 +388,7 @@ def _read_files(
 
 
 def report_notes(settings: ImageSettings, path: str, report: Report) -> None:
-    """Report names that no setting has, and the notes."""
+    """Report unknown names of settings, and the notes."""
     for name in settings.unknown:
         near = nearest_setting(name)
         cure = f"Did you mean {near}?" if near else "Remove it, or see the list of settings in docs/data.md."

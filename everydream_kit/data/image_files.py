@@ -75,7 +75,7 @@ LYING = (5, 6, 7, 8)
 
 _MAX_CHUNK_BYTES = 1 << 20
 _MAX_TEXT_BYTES = 16 << 20
-"""What PNG's notes may decompress to, each and together, so that Pillow reads them; larger ones are passed over."""
+"""Bytes that text chunks of a PNG may decompress to, each and together; larger ones are skipped."""
 
 
 @cache

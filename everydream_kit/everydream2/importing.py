@@ -76,7 +76,7 @@ def _find_default_file(values: dict[str, Any]) -> list[str]:
 
 
 def _merge(kept: dict[str, Any], imported: dict[str, Any], setting: str, *, theirs: bool) -> list[str]:
-    """Put what a side file says into the settings, where they do not say it themselves."""
+    """Copy a side file's values into the settings, except into those that were given."""
     notes = []
     if "optimizer" in imported and kept.get("optimizer") not in (None, imported["optimizer"]):
         for name in GO_WITH_THE_OPTIMIZER:

@@ -37,7 +37,7 @@ class ValidationFile(Section):
     @model_validator(mode="before")
     @classmethod
     def _rename(cls, values: Any) -> Any:
-        """Old names become today's; null means the default, as in EveryDream 2's files."""
+        """Old names become the current ones; null means the default, as in EveryDream 2's files."""
         if not isinstance(values, dict):
             return values
         twice = [f"{old}, {new}" for old, new in OLD_NAMES.items() if old in values and new in values]

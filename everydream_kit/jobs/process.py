@@ -88,5 +88,5 @@ def exit_code(record: Mapping[str, Any]) -> int | None:
 
 
 def write_object(path: Path, value: Mapping[str, Any]) -> None:
-    """Replace a small JSON file, whole."""
+    """Replace a small JSON file atomically."""
     write_atomic(path, json.dumps(value, indent=1))

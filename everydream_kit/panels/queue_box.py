@@ -120,7 +120,7 @@ class QueueBox:
         state = entry["state"]
         text = (
             style.badge(state, STATE_TONES.get(state, "plain"))
-            + f" {html.escape(report_settings(entry, self._entries))}"
+            + f" {html.escape(describe_entry(entry, self._entries))}"
         )
         if entry["run"]:
             text += f'<div class="edk-hint">{html.escape(Path(entry["run"]).name)}</div>'
@@ -147,7 +147,7 @@ class QueueBox:
         return control
 
 
-def report_settings(entry: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
+def describe_entry(entry: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
     """The settings of an entry in a line: first what differs from the others, then the usual ones and what was set."""
     given, settings = jobs.entry_settings(entry), entry["settings"]
     others = [other["settings"] for other in entries]

@@ -79,7 +79,7 @@ class SetupPanel(Panel):
 
 
 def checks_html(checks: Sequence[Check]) -> str:
-    """What needs a look, and one line for all that is well, which opens."""
+    """Checks that need attention, and a fold with all that are fine."""
     well = [check for check in checks if check.status == "ok"]
     worse = [check for check in checks if check.status != "ok"]
     shown = f'<table class="edk-table edk-checks">{"".join(map(_row, worse))}</table>' if worse else ""

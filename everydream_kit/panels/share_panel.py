@@ -261,7 +261,7 @@ class SharePanel(Panel):
             self._offer_forms()
 
     def _offer_forms(self) -> None:
-        """What the chosen checkpoint can become."""
+        """Offer the forms that the chosen checkpoint can be exported in."""
         if self.checkpoint.value:
             options = [(form.title, form.name) for form in formats_of(Path(self.checkpoint.value))]
             if list(self.form.options) != options:

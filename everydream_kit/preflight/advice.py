@@ -243,7 +243,7 @@ def _with_fewest_blocks(config: TrainConfig, budget: Budget) -> TrainConfig:
 
 
 def _ladder(config: TrainConfig, family: str | None, has_bf16: bool) -> list[tuple[Measure, TrainConfig]]:
-    """One measure after the other, each on top of those before, until none is left."""
+    """Apply one measure after the other, each on top of those before, until none is left."""
     rungs: list[tuple[Measure, TrainConfig]] = []
     while True:
         left = [m for m in measures_left(config, family) if m.is_estimated and (has_bf16 or m.name != "weight_dtype")]

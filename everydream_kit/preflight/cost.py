@@ -40,7 +40,7 @@ class Price:
     note: str = ""
 
     def cost(self, seconds: float) -> float:
-        """US dollars for so many seconds."""
+        """US dollars for this many seconds."""
         return self.usd_per_hour * seconds / 3600
 
     def describe(self) -> str:

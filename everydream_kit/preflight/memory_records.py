@@ -1,4 +1,4 @@
-"""What the memory model is asked, and what it answers. It answers by a rehearsal (`rehearsal`); `memory_estimate` asks."""
+"""The memory model's questions and answers. `memory_estimate` asks; a rehearsal (`rehearsal`) answers."""
 
 from __future__ import annotations
 

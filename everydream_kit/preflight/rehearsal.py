@@ -265,7 +265,7 @@ def make_batch(bucket: Size, batch_size: int, *, with_moments: bool, channels: i
 
 
 def _rehearse_texts(run: Run, tracker: StorageTracker) -> tuple[int, int]:
-    """Captions are encoded one by one, while the denoiser waits in host memory. Returns what one takes on disk, and the
+    """Captions are encoded one by one, while the denoiser is in host memory. Returns what one takes on disk, and the
     operations that it takes."""
     with tracker.stretch("text caching") as stretch, torch.no_grad(), run.learner.precision.autocast():
         encoded = encode_captions(run.learner.model, [CAPTION], run.config.clip_skip)

@@ -36,7 +36,7 @@ MALFORMED_SHOWN = 100
 _BAR_BEFORE_TEXT = re.compile(r"^[^|]*\d%\|[^|]*\|[^\]]*\]\s*(?=\S)")
 """A state of a progress bar that had no line end when something else was written."""
 LINE_BYTES = 400
-"""Of a line of the log, generously, when its last lines are read."""
+"""Bytes that a line of the log is assumed to have, an overestimate, to read its last lines."""
 
 
 def is_fresh(status: Mapping[str, Any]) -> bool:
@@ -250,7 +250,7 @@ class RunFolder:
         return read_small_object(self.job_path)
 
     def status(self) -> Status:
-        """What the trainer last said; empty before it has said anything, or if it is damaged."""
+        """The last status that the trainer wrote; empty before the first, or if the file is damaged."""
         return cast(Status, well_typed(read_small_object(self.status_path), Status))
 
     def write_status(self, status: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ ENDED_STATES = ("finished", "stopped", "failed")
 
 
 class Status(TypedDict, total=False):
-    """`status.json`: what a process last said of itself; every key may be missing. `alive` is added by whoever looks (`Job`)."""
+    """`status.json`: the last status of a process; every key may be missing. `alive` is added by whoever looks (`Job`)."""
 
     state: str
     """starting, running, saving, sampling, validating, one of ENDED_STATES, or `died`, which only an observer can say."""
@@ -85,7 +85,7 @@ class ImageLoss(TypedDict):
 
 
 class Request(TypedDict, total=False):
-    """`control.json`: what somebody requests of the trainer. Malformed ones are unknown actions, with the problem in words."""
+    """`control.json`: a request to the trainer. Malformed ones are unknown actions, with the problem in words."""
 
     action: str
     id: str | None

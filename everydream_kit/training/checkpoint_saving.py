@@ -203,7 +203,7 @@ class Saver(Listener):
             self.uploader.submit(*self._to_upload, last=run.is_complete())
 
     def _patiently(self, run: ObservedRun, save: Callable[[], None], kept: str) -> None:
-        """Save, and again while the failure may pass, until patience ends or a stop is asked for."""
+        """Save; retry while the failure may be temporary, until the time is up or a stop is requested."""
         patience = ROOM_PATIENCE_SECONDS if run.ranks.num_ranks == 1 else ROOM_PATIENCE_SECONDS_WITH_OTHERS
         end = self.clock() + patience
         was_stopped = self._is_stopped()

@@ -79,7 +79,7 @@ class FusedBackwardOptimizer(CombinedOptimizer):
         return update
 
     def step(self) -> None:
-        """Nothing: the parameters have been updated."""
+        """Does nothing: the backward pass has updated the parameters."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing: the gradients are gone."""

@@ -39,7 +39,7 @@ logger = logging.getLogger("everydream_kit")
 class EventLog:
     """`events.jsonl`: one JSON object a line, appended at once, so that a reader sees each as it comes.
 
-    What the disk does not take waits for the next event, byte by byte: no line is lost, and none is broken in two.
+    What cannot be written is kept for the next event, byte by byte: no line is lost, and none is broken in two.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -75,7 +75,7 @@ class EventLog:
 
 
 class LiveStatus:
-    """`status.json`: what a run last said, and that its process lives: while nothing new is said, a thread says the old again.
+    """`status.json`: the last status, and a heartbeat: while there is nothing new, a thread writes the last one again.
 
     So a step, a sample grid or an encoding that takes minutes does not look like the end of the run.
     """

@@ -92,7 +92,7 @@ def explain_out_of_memory(error: BaseException, config: TrainConfig, family: str
 
 
 def measures_left(c: TrainConfig, family: str | None = None) -> Iterator[Measure]:
-    """What these settings leave to lower, the cheapest in speed first, and what changes the result last.
+    """Measures that these settings have not taken yet, the cheapest in speed first, and those that change the result last.
 
     Args:
         family: the model's, by name: what means nothing for it is not offered. None: not known.

@@ -1,4 +1,4 @@
-"""What the model is asked to predict, and what an error costs.
+"""The training objective: what the model predicts, and the loss of an error.
 
 With a(t) = alphas_cumprod[t], x the latents and n the noise:
 

@@ -1,4 +1,4 @@
-"""Modules that are offloaded to host memory while nobody needs them: the VAE, and text encoders that are not trained.
+"""Modules that are offloaded to host memory while they are not needed: the VAE, and text encoders that are not trained.
 
 A module may be offloaded only where the steps themselves do without it: the VAE where latents are cached, text encoders
 where captions are remembered. Then it comes to the device for sampling, for validation, and for an image or a caption

@@ -1,4 +1,4 @@
-"""Which parameters are trained. Everything else stops asking for gradients.
+"""Which parameters are trained. Everything else gets requires_grad off.
 
 A frozen parameter with requires_grad left on still gets its gradient computed and kept forever (EveryDream 2 paid for
 that in time and memory), so selecting and freezing are one act here. Layers of the text encoder are recognized by name,

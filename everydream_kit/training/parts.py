@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 UNET, TEXT_ENCODER = "unet", "text encoder"
 PREFIXES = {UNET: "unet_", TEXT_ENCODER: "text_encoder_"}
-"""Of the settings of one part alone."""
+"""Prefixes of the settings of one part alone."""
 OPTIMIZERS_OWN = tuple(name for name, one in facts().items() if one.optimizer_argument)
 """Settings that only some optimizers take."""
 

@@ -1,4 +1,4 @@
-"""Where a run stands: four numbers. Everything else that a resumed run needs is weights, optimizer state, and the config.
+"""The position of a run: four numbers. Everything else that a resumed run needs is weights, optimizer state, and the config.
 
 `step` counts optimizer updates from the run's beginning, `epoch` and `step_in_epoch` say the same thing in terms of the
 epoch plan, so that a resumed run asks the plan for the next step and replays nothing.

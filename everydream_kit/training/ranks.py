@@ -1,4 +1,4 @@
-"""Training on several processes: who am I, and what do the others have.
+"""Training on several processes: ranks, and exchange between them.
 
 Each process holds the whole model and takes its share of every batch; gradients are summed over the processes once per
 optimizer step (`gradient_sums`). That is data parallelism without a module wrapper: the losses are already divided by the

@@ -118,13 +118,12 @@ def gather(value: Any, *, keep: bool) -> Any:
     """Nested containers with every divided tensor gathered in host memory. All processes must ask together.
 
     Args:
-        keep: whether this process wants the result; others take part and get nothing worth having.
+        keep: whether this process keeps the result; the others take part, and get None for each tensor.
     """
 
     def whole(tensor: torch.Tensor) -> torch.Tensor | None:
-        merged = as_whole(
-            tensor.detach()
-        )  # a collective: every process must come by here for each tensor, in one order
+        # a collective operation: every process must call it for each tensor, in the same order
+        merged = as_whole(tensor.detach())
         return merged.to("cpu", copy=True) if keep else None
 
     return tree_map_only(torch.Tensor, whole, value)

@@ -221,7 +221,7 @@ class _Choice:
         return dict(best.changes) if self._saves(best, PLAIN) else {}
 
     def table(self) -> str:
-        """What was found, in words."""
+        """The measurements, in words."""
         found = ", ".join(f"{name} {1000 * one.seconds:.4g} ms" for name, one in self.measured.items())
         others = "; ".join(f"{name} ({reason})" for name, reason in self.not_used.items())
         return f"{found}. Not used: {others}" if others else found

@@ -143,7 +143,7 @@ class Learner:
         if self.graphs is not None:
             return self.graphs(inputs)
         losses = self.losses_of(inputs)
-        if self.updates_in_backward:  # it is now or never
+        if self.updates_in_backward:  # the weights change in this backward pass: it cannot be refused later
             refuse_non_finite(_single(batch, losses), step, base=self.model.source)
         if self.gradient_sums is not None and batch is work.batches[-1]:
             self.gradient_sums.watch()
@@ -394,7 +394,7 @@ class Learner:
 
 
 def sizes_of(batch: Batch) -> Sizes:
-    """Where the images of a batch come from."""
+    """Original sizes and crops of a batch's images."""
     return Sizes(batch.original_sizes, batch.crop_top_lefts, batch.planned.bucket)
 
 

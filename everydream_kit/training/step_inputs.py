@@ -1,4 +1,4 @@
-"""What one pass of a micro-batch reads, apart from weights: drawn and sent before it, so that the pass asks the host nothing.
+"""What one pass of a micro-batch reads, apart from weights: drawn and sent before it, so that it needs nothing from the host.
 
 A pass that was captured on a GPU is replayed on the same memory. Whatever differs from step to step is therefore a tensor here,
 and whatever is not a tensor belongs to the shape of the pass.

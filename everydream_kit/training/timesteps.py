@@ -1,4 +1,4 @@
-"""Which noise level each image is trained at.
+"""The timestep (noise level) that each image is trained at.
 
 Uniform and logit-normal draws depend on the image's own address only. Stratified draws need all images of an
 optimizer step: each gets one of `num_images` equal parts of the range, so a step always sees high and low noise alike.

@@ -1,4 +1,4 @@
-"""The events of a run that was fetched: what of them is taken over.
+"""The events of a fetched run: which of them are kept.
 
 Panels, plans and cards read `events.jsonl` and trust the trainer that wrote it. Of a fetched run's events only those are
 kept that say how the training went, with values of the right kind; files and folders of the other machine mean nothing here.

@@ -32,7 +32,7 @@ HEARTBEAT_SECONDS = 30.0
 
 
 def tell_nobody(done: int, total: int, doing: str) -> None:
-    """Progress for those who do not ask."""
+    """Progress that is not shown."""
 
 
 @dataclass(frozen=True)
