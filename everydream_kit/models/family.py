@@ -310,6 +310,7 @@ class Family:
     prompt_version: str = ""
     caption_tokens: int = 75
     size_numbers: Callable[[Sizes, int], torch.Tensor] | None = None
+    not_captured: str = ""
 
     @property
     def components(self) -> tuple[Component, ...]:

@@ -143,6 +143,8 @@ def why_eager(config: TrainConfig, model: Model, ranks: Ranks, device_type: str)
         return f"a {device_type.upper()} has none"
     if ranks.num_ranks > 1:
         return "gradients of several processes are sent by hooks during the backward pass, which no replay calls"
+    if model.family.not_captured:
+        return model.family.not_captured
     modules = [model.denoiser, *model.text_encoders]
     if any(module.training and drops_out(module) for module in modules):  # a frozen text encoder is in evaluation mode
         return "dropout draws other numbers in a replay than in the steps before it, so a resumed run would differ"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from everydream_kit.config import TrainConfig
 from everydream_kit.errors import MemoryLimitError
 from everydream_kit.models.model_saving import save_model
 from everydream_kit.models.random_models import build_tiny_model
-from everydream_kit.runs import RunFolder
+from everydream_kit.runs import RunFolder, list_runs
 from everydream_kit.sessions import resume, train
 
 needs_cuda = pytest.mark.needs_cuda
@@ -103,6 +104,35 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert parted.status()["state"] == "stopped"
     resume(parted.folder)
     assert losses_of(parted) == losses_of(complete)
+
+
+KILLED = """
+import os, signal, sys, torch
+from everydream_kit.sessions import train
+from everydream_kit.training.reports import Listener
+
+class Kill(Listener):
+    def __call__(self, run, report):
+        if report.step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+torch.use_deterministic_algorithms(True)
+train(sys.argv[1], listeners=[Kill()])
+"""
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(settings: dict[str, Any], tmp_path: Path, deterministic: None) -> None:
+    config = TrainConfig(**{**settings, "save_every_n_steps": 2})
+    complete = train(config)
+    written = tmp_path / "killed.json"
+    written.write_text(config.replace(logdir=str(tmp_path / "killed")).to_json(), encoding="utf-8")
+    done = subprocess.run([sys.executable, "-P", "-c", KILLED, str(written)], check=False, timeout=280)
+    assert done.returncode == -signal.SIGKILL
+    (killed,) = list_runs(tmp_path / "killed")
+    resume(killed.folder)
+    assert losses_of(killed) == losses_of(complete)
+    found, expected = unet_of(killed), unet_of(complete)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_flat_weights_train_as_separate_ones(settings: dict[str, Any], tmp_path: Path, deterministic: None) -> None:

@@ -19,7 +19,10 @@ from torch.utils._pytree import tree_flatten
 from everydream_kit.config import TrainConfig
 from everydream_kit.data.records import StepBatches
 from everydream_kit.errors import NonFiniteLossError
-from everydream_kit.models.family import Model
+from everydream_kit.models.encoding import encode_captions
+from everydream_kit.models.families import FAMILIES
+from everydream_kit.models.family import Model, Sizes
+from everydream_kit.models.random_models import build_tiny_model
 from everydream_kit.preflight.rehearsal import make_batch, stand_in_dataset
 from everydream_kit.preflight.skeleton import build_skeleton, shipped_architecture
 from everydream_kit.runs import RunFolder
@@ -139,6 +142,18 @@ class Copies(TorchDispatchMode):
         return result
 
 
+class Numbers(TorchFunctionMode):
+    """Tensors that are made on the device of numbers of the host: copies that no operator shows."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.made += func in {torch.tensor, torch.as_tensor} and result.device.type == "meta"
+        return result
+
+
 def run_on_meta(family: str, folder: Path, **changes: Any) -> Run:
     """A run on torch's device without values: what the host would have to read of it is an error."""
     config = TrainConfig(
@@ -176,6 +191,30 @@ def test_what_a_step_sends_to_the_device_is_queued_there(
         run.learner.backward(batch, StepBatches(0, 0, 1, 2, 2, [batch]), 0)
     assert copies.waiting == []
     assert copies.num_queued >= 6  # latents, posterior's noise, noise, timesteps, tokens, mask, weights of images
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prediction_takes_nothing_from_the_host(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA graph captures: by then tables of positions and the like have been sent. Reading a value is an error here.
+
+    A family that takes something is not captured.
+    """
+    model = build_tiny_model(family, seed=0)
+    with torch.no_grad():
+        conditioning = encode_captions(model, ["a cat", "a dog on a hill"]).to("meta")
+    conditioning.guidance = torch.ones(2, device="meta")
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)  # it does not know "meta"
+    model.denoiser.to("meta")
+    sizes = Sizes.uncropped(64, 64, 2)
+    if model.family.size_numbers is not None:
+        sizes = Sizes((), (), (64, 64), model.family.size_numbers(sizes, 2).to("meta"))
+    latents = torch.zeros(2, *model.family.latent_space.shape(model, 64, 64), device="meta")
+    with torch.no_grad():
+        for copies, numbers in ((Copies(), Numbers()), (Copies(), Numbers())):
+            with copies, numbers:
+                model.family.predict(model, latents, torch.zeros(2, device="meta"), conditioning, sizes)
+    assert (copies.waiting, copies.num_queued) == ([], 0)
+    assert (numbers.made > 0) == bool(model.family.not_captured)
 
 
 Fault = Callable[[Run], Any]

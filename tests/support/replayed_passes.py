@@ -19,6 +19,8 @@ from everydream_kit.training.step import Learner
 from everydream_kit.training.step_inputs import StepInputs
 
 READS_VALUES = {"aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.masked_select"}
+INDEXES = {"aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_"}
+"""By a mask, they ask how many it chooses."""
 
 
 class Recording(TorchDispatchMode):
@@ -31,9 +33,10 @@ class Recording(TorchDispatchMode):
         self.before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # what was there, and a copy of it
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if str(func.overloadpacket) in READS_VALUES:
+        kwargs, name = kwargs or {}, str(func.overloadpacket)
+        by_mask = name in INDEXES and any(one.dtype == torch.bool for one in tensors_of(args[1]))
+        if name in READS_VALUES or by_mask:
             raise RuntimeError(f"{func} during a capture: the host asks for a value")
-        kwargs = kwargs or {}
         taken = tensors_of((args, kwargs))
         if func._schema.is_mutable:
             self.keep_what_was([one for one in taken if id_of(one) not in self.born])

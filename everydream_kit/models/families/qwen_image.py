@@ -116,5 +116,6 @@ QWEN_IMAGE = flow_family(
         "Qwen/Qwen-Image-2512 or Qwen/Qwen-Image",
     ),
     caption_tokens=MAX_TOKENS - 5,  # of what follows in the template
+    not_captured="diffusers sends the length of the texts from the host within each prediction",
     prompt_version=f"last layer of {MAX_TOKENS} tokens after {DROPPED} of {TEMPLATE}",
 )
