@@ -119,7 +119,7 @@ class QueueBox:
     def _line(self, entry: Mapping[str, Any]) -> widgets.Widget:
         state = entry["state"]
         text = (
-            style.badge(state, STATE_TONES.get(state, "plain"))
+            style.badge("queued" if state == "waiting" else state, STATE_TONES.get(state, "plain"))
             + f" {html.escape(describe_entry(entry, self._entries))}"
         )
         if entry["run"]:
@@ -128,10 +128,11 @@ class QueueBox:
             text += f'<div class="edk-hint">{html.escape(entry["message"])}</div>'
         controls: list[widgets.Widget] = []
         if state == "waiting":
-            controls += [
-                self._button("Earlier", lambda: self.queue.move(entry["id"], -1), icon="arrow-up"),
-                self._button("Later", lambda: self.queue.move(entry["id"], 1), icon="arrow-down"),
-            ]
+            queued = [other["id"] for other in self._entries if other["state"] == "waiting"]
+            earlier = self._button("Earlier", lambda: self.queue.move(entry["id"], -1), icon="arrow-up")
+            later = self._button("Later", lambda: self.queue.move(entry["id"], 1), icon="arrow-down")
+            earlier.disabled, later.disabled = entry["id"] == queued[0], entry["id"] == queued[-1]
+            controls += [earlier, later]
         if state not in ("starting", "running"):
             controls.append(self._button("Remove", lambda: self.queue.remove(entry["id"]), icon="times"))
         return style.line(text, *controls, basis="400px")

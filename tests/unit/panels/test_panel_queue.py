@@ -59,6 +59,9 @@ def test_settings_are_added_ordered_and_removed(panel):
         add(panel, lr=rate, flip_p=0.5)
     assert ["lr 1e-6" in lines(panel)[0][0], "lr 3e-6" in lines(panel)[2][0]] == [True, True]
     assert "flip_p 0.5" in lines(panel)[0][0] and "batch_size 8" in lines(panel)[0][0]
+    assert ">queued<" in lines(panel)[0][0]
+    for way, can_move in (("Earlier", [False, True, True]), ("Later", [True, True, False])):
+        assert [not buttons[way].disabled for _, buttons in lines(panel)] == can_move
     lines(panel)[2][1]["Earlier"].click()
     lines(panel)[0][1]["Later"].click()
     assert [text.split("lr ")[1][:4] for text, _ in lines(panel)] == ["3e-6", "1e-6", "2e-6"]
