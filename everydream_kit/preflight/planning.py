@@ -101,7 +101,8 @@ def plan(
         ModelError, CheckpointError: the base model is not there.
     """
     entered = None if price is None else entered_price(price)
-    config, steps_done = _read_config(config)
+    config, run = _read_config(config)
+    status = run.status() if run is not None else {}
     gpu_spec = find_gpu(gpu) if gpu is not None else this_gpu(config.gpuid)
     images = read_dataset(config)
     budget = Budget(gpu_spec, estimate or memory_model(config, images.dataset))
@@ -114,6 +115,8 @@ def plan(
         assumptions.append(images.note)
     settings = make_plan_settings(config, max(0, config.seed), 1)
     steps = count_steps(config, images, settings)
+    if status.get("num_steps"):  # of a run: settings that were changed on a resume do not say what went before
+        steps = replace(steps, num_steps=status["num_steps"])
     if images.count == 0:
         warnings.append(f"data_root {config.data_root}: no image can be used there.")
     warnings += [f"sample_prompts {config.sample_prompts}: {problem}" for problem in prompts_of(config).problems]
@@ -131,7 +134,7 @@ def plan(
         seconds_of=_seconds_of(config, steps, step, memory, latents=latents, num_texts=num_texts),
         price=entered or _table_price(config, gpu_spec),
         latents=latents,
-        steps_done=steps_done,
+        steps_done=int(status.get("step") or 0),
         assumptions=tuple(assumptions),
     )
     disk = _disk(made, latent_bytes if latents == "disk" else 0, num_texts * memory.text_bytes)
@@ -263,15 +266,15 @@ def count_steps(config: TrainConfig, images: _Images, settings: PlanSettings) ->
     return StepCount(images.count, config.max_epochs, per_epoch, num_steps, basis)  # type: ignore[arg-type]
 
 
-def _read_config(given: TrainConfig | dict[str, Any] | str | Path | RunFolder) -> tuple[TrainConfig, int]:
-    """Settings, and the steps that are done where they are a run's."""
-    steps_done = 0
+def _read_config(given: TrainConfig | dict[str, Any] | str | Path | RunFolder) -> tuple[TrainConfig, RunFolder | None]:
+    """Settings, and the run where they are one's."""
+    run = None
     if isinstance(given, TrainConfig | dict) or (not isinstance(given, RunFolder) and not Path(given).is_dir()):
         config = read_settings(given)[0]
     else:
         run = given if isinstance(given, RunFolder) else RunFolder.open(given)
-        config, steps_done = load_config(run.config_path)[0], int(run.status().get("step") or 0)
-    return with_side_files(config)[0], steps_done
+        config = load_config(run.config_path)[0]
+    return with_side_files(config)[0], run
 
 
 def _family_of(memory: MemoryEstimate | None) -> Family:

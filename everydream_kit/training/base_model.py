@@ -193,7 +193,11 @@ def select_trained(model: Model, config: TrainConfig, seed: int) -> list[Trained
     """Choose what is trained, and freeze the rest: all weights, an adapter, or new tokens.
 
     A model that comes from such a run's checkpoint has its adapter or tokens already, and continues with them.
+
+    Raises:
+        ConfigError: the base is a LoRA's or learned word's checkpoint, and the settings ask for what that is not.
     """
+    _refuse_another_adapter(model, config)
     if config.training_kind == "full":
         return select_parameters(
             model,
@@ -221,11 +225,31 @@ def select_trained(model: Model, config: TrainConfig, seed: int) -> list[Trained
                 seed=seed,
                 dtype=torch.bfloat16 if config.weight_dtype == "bfloat16" else torch.float32,
             )
-    elif not model.new_tokens:
+    elif missing := {name: words for name, words in (config.new_tokens or {}).items() if name not in model.new_tokens}:
         from everydream_kit.models.tokens import add_tokens
 
-        add_tokens(model, config.new_tokens or {})
+        add_tokens(model, missing)
     return parts_that_ask_for_gradients(model)
+
+
+def _refuse_another_adapter(model: Model, config: TrainConfig) -> None:
+    merging = f"merge it into its base first, and start from that: everydream export {model.source} merged.safetensors"
+    if config.training_kind == "full" and (model.lora is not None or model.new_tokens):
+        what, kind = ("a LoRA", "lora") if model.lora is not None else ("a learned word", "textual_inversion")
+        raise ConfigError(
+            f"training_kind full: {model.source} is {what}, whose checkpoints hold nothing else. Continue it with "
+            f"training_kind {kind}" + (f", or {merging}" if model.lora is not None else ".")
+        )
+    if config.training_kind != "lora" or model.lora is None:
+        return
+    for setting, kept in model.lora.to_json().items():
+        name = f"lora_{setting}"
+        asked, own = getattr(config, name), list(kept) if isinstance(kept, tuple) else kept
+        if name in config.model_fields_set and asked is not None and asked != own:
+            raise ConfigError(
+                f"{name}: the LoRA {model.source} was made with {own}, and {asked} was asked for. Leave it out to continue "
+                f"this LoRA, or {merging}"
+            )
 
 
 def parts_that_ask_for_gradients(model: Model) -> list[TrainedPart]:

@@ -17,7 +17,7 @@ from tiny_models import tiny_folder
 
 from everydream_kit.cli import main
 from everydream_kit.config import TrainConfig
-from everydream_kit.errors import ModelError
+from everydream_kit.errors import ConfigError, ModelError
 from everydream_kit.export.single_file_export import export_checkpoint
 from everydream_kit.models.fingerprints import weights_fingerprint
 from everydream_kit.models.loading import load_model, open_model
@@ -194,3 +194,56 @@ def test_a_base_that_is_named_keeps_what_the_training_took_it_for(checkpoint: Pa
         open_model(checkpoint, adapter_base=project / "base").tensors["vae"]["decoder.conv_in.weight"].read(),
         load_file(project / "base" / "vae" / "diffusion_pytorch_model.safetensors")["decoder.conv_in.weight"],
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"training_kind": "full"},
+            "training_kind full: .*jets is a LoRA.*Continue it with training_kind lora, or merge",
+        ),
+        ({"lora_rank": 4}, "lora_rank: the LoRA .*jets was made with 2, and 4 was asked for. Leave it out"),
+        ({"lora_targets": ["to_q"]}, "lora_targets: the LoRA .* was made with None, and .*to_q"),
+    ],
+)
+def test_a_run_that_starts_from_a_lora_does_not_train_what_its_checkpoints_could_not_hold(
+    checkpoint: Path, project: Path, tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        train(from_checkpoint(checkpoint, project, tmp_path, **changes))
+
+
+def test_a_run_that_starts_from_a_lora_continues_it(checkpoint: Path, project: Path, tmp_path: Path) -> None:
+    run = train(from_checkpoint(checkpoint, project, tmp_path, lora_rank=2))
+    before, after = (
+        load_file(folder / "pytorch_lora_weights.safetensors") for folder in (checkpoint, run.last_checkpoint)
+    )
+    assert {name: rows.shape for name, rows in before.items()} == {name: rows.shape for name, rows in after.items()}
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def from_checkpoint(checkpoint: Path, project: Path, tmp_path: Path, **changes: object) -> dict[str, object]:
+    return {
+        "resume_ckpt": str(checkpoint),
+        "data_root": str(project / "images"),
+        "logdir": str(tmp_path / "logs"),
+        "resolution": 64,
+        "training_kind": "lora",
+        "max_steps": 1,
+        "lr": 1e-3,
+        "sample_steps": None,
+        "no_save_ckpt": True,
+        "num_workers": 0,
+        **changes,
+    }
+
+
+def test_a_run_that_starts_from_a_learned_word_learns_the_words_that_are_new(project: Path, tmp_path: Path) -> None:
+    words = from_checkpoint(project / "base", project, tmp_path, training_kind="textual_inversion")
+    first = train({**words, "new_tokens": {"<cat>": "cat"}})
+    second = train({**words, "resume_ckpt": str(first.last_checkpoint), "new_tokens": {"<dog>": "dog"}})
+    note = json.loads((second.last_checkpoint / "adapter.json").read_text("utf-8"))
+    assert sorted(note["new_tokens"]) == ["<cat>", "<dog>"]
+    with pytest.raises(ConfigError, match="is a learned word, whose checkpoints hold nothing else"):
+        train({**words, "resume_ckpt": str(first.last_checkpoint), "training_kind": "full"})

@@ -262,6 +262,10 @@ def test_of_a_run_it_says_what_is_left(settings, tmp_path):
     made = plan(folder, "T4", 1.0, estimate=LinearMemory())
     assert made.steps_done == 120
     assert made.cost_left == pytest.approx(made.cost / 4)
+    (folder / "status.json").write_text('{"step": 720, "num_steps": 800}', "utf-8")  # its batches were smaller before
+    made = plan(folder, "T4", 1.0, estimate=LinearMemory())
+    assert "left     80 of 800 steps" in made.text
+    assert made.cost_left == pytest.approx(made.cost / 10)
 
 
 def run_plan(capsys, *words):
