@@ -62,6 +62,7 @@ class SettingsForm:
         self._on_change = on_change
         self._fields: dict[str, Field] = {}
         self._unreadable: dict[str, str] = {}
+        self._refusal = ""
         self._family_of: tuple[Any, str | None] = (None, None)
         self._notes = widgets.HTML(layout=widgets.Layout(min_height="6px"))
         self.presets = PresetRow(SavedPresets(presets_path), lambda: self.values, self.changed_values, self.set_values)
@@ -125,6 +126,12 @@ class SettingsForm:
         self.base.show(self.values.get("resume_ckpt"))
         self._check_together()
         self._on_change()
+
+    def show_refusal(self, text: str) -> None:
+        """Show what training would refuse, at the settings that it names; an empty text takes it back."""
+        if text != self._refusal:
+            self._refusal = text
+            self._check_together()
 
     def field(self, name: str) -> Field:
         """The control of a parameter, made now if its group was never opened."""
@@ -200,12 +207,7 @@ class SettingsForm:
         try:
             TrainConfig(**self.values)
         except ConfigError as error:
-            found: dict[str, str] = {}
-            for line in str(error).splitlines():
-                names, _, message = line.partition(": ")
-                for name in names.split(", "):
-                    found[name] = message
-            return found
+            return _by_setting(str(error))
         return {}
 
     def _meaningless(self) -> frozenset[str]:
@@ -225,8 +227,9 @@ class SettingsForm:
             fold.set_title(f"{title} ({count})")
             fold.box.layout.display = "" if count else "none"
         combined = {} if self._unreadable else self._combined_errors()
+        said = _by_setting(self._refusal) | combined
         for name, field in self._fields.items():
-            field.set_outside_error(combined.get(name))
+            field.set_outside_error(said.get(name))
         warnings = [] if self._unreadable or combined else config_warnings(self.config())
         self._notes.value = style.note("\n".join(warnings), "warn")
 
@@ -282,6 +285,15 @@ def _group_records() -> dict[str, list[Parameter]]:
         if record.name not in SHORT:
             groups.setdefault(record.group, []).append(record)
     return groups
+
+
+def _by_setting(errors: str) -> dict[str, str]:
+    """Lines such as `lr, optimizer: message`, by the names that they begin with."""
+    found = {}
+    for line in errors.splitlines():
+        names, _, message = line.partition(": ")
+        found.update(dict.fromkeys(names.split(", "), message))
+    return found
 
 
 def _name_words(record: Parameter) -> str:

@@ -97,6 +97,11 @@ class PlanBox:
         return "" if self._quick_estimate is None else caution_of(self._quick_estimate, made)
 
     @property
+    def refusal(self) -> str:
+        """What training would say of these settings, as far as the full plan has found out; else an empty text."""
+        return str(self._known.get(self._key, {}).get("error") or "") if self._config is not None else ""
+
+    @property
     def blocked(self) -> bool:
         """Whether the run cannot work, as far as the plan line has seen."""
         return self._quick_estimate is not None and bool(self._quick_estimate.problem)

@@ -423,6 +423,7 @@ class TrainPanel(Panel):
             self._list_runs()
             return
         self.plan.refresh(may_start=not status["alive"])
+        self.form.show_refusal(self.plan.refusal)
         self._render_head(status)
         self._render_buttons(status)
         self.monitor.show(status)

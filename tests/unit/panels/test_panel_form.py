@@ -134,6 +134,16 @@ def test_the_rate_follows_the_family_and_what_is_trained(form, base):
     assert form.config().lr == 3e-5, "what was set by hand stays"
 
 
+def test_what_training_would_refuse_stands_at_its_setting(form):
+    form.set_values({"min_snr_gamma": 5.0})
+    field = form.field("min_snr_gamma")
+    form.show_refusal("min_snr_gamma: flow matching has weighting_scheme (Z-Image). Leave it out.")
+    assert "edk-error" in texts(field.box) and "weighting_scheme" in texts(field.box)
+    assert "edk-error" not in texts(form.field("lr").box) and form.errors == {}
+    form.show_refusal("")
+    assert "edk-error" not in texts(field.box)
+
+
 def test_a_folder_of_a_family_begins_with_what_its_base_begins_with(form, tmp_path):
     shutil.copy(configs_folder(FAMILIES["flux1"]) / "model_index.json", tmp_path)
     form.set_values(suggested_settings({"resume_ckpt": "embedded"}))

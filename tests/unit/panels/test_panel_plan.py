@@ -96,8 +96,9 @@ def test_what_training_would_refuse_stands_on_the_plan_line(project):
     refused = {"error": "min_snr_gamma: flow matching has weighting_scheme (Z-Image). Leave it out."}
     box = PlanBox(project, lambda values: None, lambda *words: None, task=Answering(project.folder / "plan", refused))
     box.take(project.config())
-    assert "edk-note" not in box.line.value
+    assert "edk-note" not in box.line.value and box.refusal == ""
     plan_for(box, project.config())
+    assert box.refusal == refused["error"]
     assert "edk-note warn" in box.line.value and "weighting_scheme" in box.line.value and "6 images" in box.line.value
 
 

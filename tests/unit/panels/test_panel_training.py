@@ -337,6 +337,14 @@ def test_a_double_click_on_start_starts_one_run_without_an_error(project):
     assert len(panel.project.jobs()) == 1
 
 
+def test_what_the_plan_finds_refused_stands_at_the_field(project, monkeypatch):
+    monkeypatch.setattr("everydream_kit.panels.plan_box.PlanBox.refusal", "lr: no rate for this family")
+    panel = TrainPanel(project)
+    panel.refresh()
+    hint = panel.form.field("lr").box.children[1]
+    assert "edk-error" in hint.value and "no rate for this family" in hint.value
+
+
 def test_a_double_click_on_resume_resumes_once_without_an_error(project):
     panel = TrainPanel(project, command=command("--steps", 60, "--seconds-a-step", 0.03))
     panel.start_button.click()
