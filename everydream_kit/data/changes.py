@@ -219,7 +219,7 @@ class Changes:
             lines.append(line | ({"before": before} if target is None else {"to": self._written(target)}))
         is_complete = not journal.exists() or ends_with_line_end(journal)
         text = ("" if is_complete else "\n") + "".join(json.dumps(one) + "\n" for one in lines)
-        _append_whole(journal, text.encode())  # before the file itself changes
+        _append_atomically(journal, text.encode())  # before the file itself changes
         self._noted = True
 
     def _written(self, path: Path) -> list[str]:
@@ -231,7 +231,7 @@ class Changes:
         raise DataError(f"{path}: is outside of the folders of this step.")
 
 
-def _append_whole(journal: Path, data: bytes) -> None:
+def _append_atomically(journal: Path, data: bytes) -> None:
     """Add lines to a journal, or none of them: a full disk leaves no half line behind."""
     with journal.open("ab") as file:
         length = file.seek(0, os.SEEK_END)

@@ -263,7 +263,7 @@ def _number(low: float, high: float) -> Callable[[Any], float]:
     return read
 
 
-def _whole_number(low: int, high: int) -> Callable[[Any], int]:
+def _integer(low: int, high: int) -> Callable[[Any], int]:
     def read(value: Any) -> int:
         number = _number(low, high)(value)
         if number != int(number):
@@ -297,12 +297,12 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "main_prompt": _read_main_prompt,
     "image": _read_text,
     "rating": _number(0, 1e6),
-    "max_caption_length": _whole_number(1, 1_000_000),
+    "max_caption_length": _integer(1, 1_000_000),
     "multiply": _number(0, MAX_MULTIPLY),
     "cond_dropout": _number(0, 1),
     "flip_p": _number(0, 1),
     "shuffle_tags": read_flag,
-    "keep_tags": _whole_number(0, 10_000),
+    "keep_tags": _integer(0, 10_000),
     "batch_id": _read_text,
     "loss_scale": _number(MIN_LOSS_SCALE, 1e6),
 }

@@ -146,13 +146,13 @@ def inject(model: Model, settings: LoraSettings, *, seed: int = 0, dtype: torch.
         with torch.random.fork_rng(devices=[]), torch_layers_only(), stand_ins:
             torch.manual_seed(derive_seed(seed, "lora", name))
             peft.inject_adapter_in_model(config, module, adapter_name=ADAPTER)
-        _scale_whole_factors(module)
+        _scale_full_factors(module)
     for parameter in lora_parameters(model):
         parameter.requires_grad_(True)
     model.lora = settings
 
 
-def _scale_whole_factors(module: torch.nn.Module) -> None:
+def _scale_full_factors(module: torch.nn.Module) -> None:
     """A LoKr of two full factors has no rank, so it is not scaled: as LyCORIS trains it, and as apps apply its file."""
     parts: Iterable[Any] = module.modules()
     for part in parts:

@@ -74,7 +74,7 @@ def read_lora_file(path: Path, base: ModelFiles) -> LoraFile:
     table = spellings(base)
     together = fused_spellings(base)
     layers, embeddings = _grouped(path, tensors, {*table, *together})
-    layers = _taken_apart(path, layers, together, base.family.layout)
+    layers = _split_fused(path, layers, together, base.family.layout)
     unknown = [stem for stem in layers if stem not in table]
     if unknown:
         made_for = metadata.get("modelspec.architecture")
@@ -98,7 +98,7 @@ def read_lora_file(path: Path, base: ModelFiles) -> LoraFile:
     return found
 
 
-def _taken_apart(
+def _split_fused(
     path: Path, layers: dict[str, Tensors], together: Mapping[str, tuple[str, list[str]]], layout: Layout
 ) -> dict[str, Tensors]:
     """A layer that is several of the base's (q, k and v in one) as theirs: each has its share of the rows.

@@ -201,7 +201,7 @@ class _Session:
             self._cache_latents(run, bucket, CACHED_TOGETHER[latents])
         together = validated_together(config)
         if together is not None:
-            with self._phase("validation"), torch.no_grad(), run.sync.whole_model():
+            with self._phase("validation"), torch.no_grad(), run.sync.full_model():
                 measured = make_batch(bucket, together, with_moments=False)
                 run.learner.image_losses(measured, _work(measured, 1))
         samples = sampled_together(config, run.learner.model.family.sampler)
@@ -210,7 +210,7 @@ class _Session:
             encode = learner.encode_captions if has_large_texts(learner.model.family) else None
             if encode is not None:
                 encode([""])
-            with self._phase("sampling"), run.sync.whole_model(averaged=config.ema_sample_ema_model):
+            with self._phase("sampling"), run.sync.full_model(averaged=config.ema_sample_ema_model):
                 width, height = samples.size
                 cfgs = tuple(7.0 + number for number in range(samples.num_images))
                 prompts = [SamplePrompt("", width=width, height=height, cfgs=cfgs)]

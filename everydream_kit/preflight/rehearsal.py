@@ -229,7 +229,7 @@ def _keep_gradients(run: Run, tracker: StorageTracker, device_type: str) -> None
     for parameter in learner.parameters():
         parameter.grad = torch.zeros_like(parameter)
     learner.kept_gradients.clear()
-    tracker.label(learner.kept_gradients.wholes, SHARED_GRADIENTS)
+    tracker.label(learner.kept_gradients.buffers, SHARED_GRADIENTS)
 
 
 def _label_idle(model: Model, idle: list[torch.nn.Module], tracker: StorageTracker) -> None:
@@ -320,7 +320,7 @@ def _states(run: Run) -> list[torch.Tensor]:
 def _rehearse_validation(run: Run, tracker: StorageTracker, batch: Batch) -> None:
     """As `measure_loss` does it: pixels, the whole model on the device, no gradients."""
     work = StepBatches(0, 0, 1, len(batch.paths), len(batch.paths), [batch])
-    with tracker.stretch("validation"), torch.no_grad(), run.sync.whole_model():
+    with tracker.stretch("validation"), torch.no_grad(), run.sync.full_model():
         run.learner.image_losses(batch, work)
 
 

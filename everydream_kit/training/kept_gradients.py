@@ -26,12 +26,12 @@ class KeptGradients:
         self._optimizer = optimizer
         self._parameters = parameters_of(optimizer)
         self._places: dict[torch.nn.Parameter, torch.Tensor] = {}
-        self._wholes: list[torch.Tensor] = []
+        self._buffers: list[torch.Tensor] = []
 
     @property
-    def wholes(self) -> list[torch.Tensor]:
+    def buffers(self) -> list[torch.Tensor]:
         """All that memory, in a few tensors."""
-        return self._wholes
+        return self._buffers
 
     def has_places(self) -> bool:
         """Whether every gradient that exists now has its place, and at least one exists."""
@@ -44,8 +44,8 @@ class KeptGradients:
         new = [p for p in self._parameters if p.grad is not None and p not in self._places]
         if new:
             self._make_places(new)
-        for whole in self._wholes:
-            whole.zero_()
+        for buffer in self._buffers:
+            buffer.zero_()
         for parameter in self._parameters:
             parameter.grad = self._places.get(parameter)
 
@@ -53,8 +53,8 @@ class KeptGradients:
         for parameter in parameters:
             parameter.grad = None  # freed before the memory that it goes to is taken
         for flat in flat_optimizers(self._optimizer):
-            for whole, places in flat.keep_gradients():
-                self._wholes.append(whole)
+            for buffer, places in flat.keep_gradients():
+                self._buffers.append(buffer)
                 self._places.update(places)
         bundles: dict[Any, list[torch.nn.Parameter]] = {}
         for parameter in parameters:
@@ -62,8 +62,8 @@ class KeptGradients:
                 bundles.setdefault((parameter.dtype, parameter.device), []).append(parameter)
         for (dtype, device), bundle in bundles.items():
             starts, num_numbers = lay_out(bundle)
-            whole = torch.zeros(num_numbers, dtype=dtype, device=device)
-            self._wholes.append(whole)
+            buffer = torch.zeros(num_numbers, dtype=dtype, device=device)
+            self._buffers.append(buffer)
             for parameter, start in zip(bundle, starts, strict=True):
                 like = parameter if is_dense(parameter) else torch.empty(parameter.shape)
-                self._places[parameter] = place_of(whole, start, like)
+                self._places[parameter] = place_of(buffer, start, like)

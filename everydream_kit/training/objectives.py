@@ -27,7 +27,7 @@ import torch
 from everydream_kit.config.objective_settings import ObjectiveGroup
 from everydream_kit.errors import ConfigError
 from everydream_kit.models.flow import shifted
-from everydream_kit.training.timesteps import whole_timesteps
+from everydream_kit.training.timesteps import integer_timesteps
 from everydream_kit.transfers import send
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -137,7 +137,7 @@ class DiffusionObjective(Objective):
 
     def timesteps(self, fractions: torch.Tensor, start: int, end: int, shift: float = 1.0) -> torch.Tensor:
         """Whole timesteps, start inclusive and end exclusive; a noise schedule of betas is not shifted."""
-        return whole_timesteps(fractions, start, end)
+        return integer_timesteps(fractions, start, end)
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Mix latents (B, 4, h, w) with noise at each image's timestep (B,). Returns the type of `latents`."""

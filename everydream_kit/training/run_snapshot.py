@@ -63,7 +63,7 @@ class Snapshots:
         """The run's state now; `copy` makes it independent of the steps that follow."""
         run, learner = self.run, self.run.learner
         keep: Callable[[Any], Any] = clone_to_host if copy else lambda value: value
-        weights, optimizer_state = run.sync.whole_state()
+        weights, optimizer_state = run.sync.full_state()
         if not learner.is_sharded:  # else they were gathered in host memory, apart from the model
             weights, optimizer_state = keep(weights), keep(optimizer_state)
         averaged = self._averaged_weights()

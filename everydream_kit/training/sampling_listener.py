@@ -225,7 +225,7 @@ class Sampler(Listener):
             progress = WorkProgress(run.journal, "sampling", bar, stop=self.stop, num_parts=len(variants))
             for prefix, averaged in variants:
                 learner = self.sync.learner
-                with self.sync.whole_model(averaged=averaged), learner.precision.autocast(keep_casts=False):
+                with self.sync.full_model(averaged=averaged), learner.precision.autocast(keep_casts=False):
                     _Grids(run, learner, settings, prompts, together, prefix, progress).make()
                 progress.end_part()
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from everydream_kit.training.ranks import Ranks
 
 OPTIMIZERS = ("adamw", "adam", "radam", "nadam", "sgd")
-"""torch's own, whose update of a number depends on that number alone, so that a slice is updated like the whole."""
+"""torch's own, whose update of a number depends on that number alone, so that a slice is updated like the full tensor."""
 
 
 def build_sharding(
@@ -72,7 +72,7 @@ class Sharding:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         self.model, self.device = model, ranks.device
-        # before `fully_shard` changes classes and parameters: `whole` needs ordinary modules to put gathered weights into
+        # before `fully_shard` changes classes and parameters: `unsharded` needs ordinary modules to put gathered weights into
         self._blueprints = {id(module): _blueprint(module) for part in parts for module in part.modules}
         mesh = init_device_mesh(ranks.device.type, (ranks.num_ranks,))
         policy = MixedPrecisionPolicy(
@@ -87,7 +87,7 @@ class Sharding:
                     if type(block).__name__ in blocks:
                         fully_shard(block, mesh=mesh, mp_policy=policy)
                 fully_shard(module, mesh=mesh, mp_policy=policy)
-            # DTensors now: each process has about 1/n of the rows of dimension 0, and `shape` is still that of the whole
+            # DTensors now: each process has about 1/n of the rows of dimension 0, and `shape` is still that of the full tensor
             divided = [p for module in part.modules for p in module.parameters() if p.requires_grad]
             part.parameters = [(name, p) for (name, _), p in zip(part.parameters, divided, strict=True)]
         for module in model.modules().values():
@@ -95,23 +95,25 @@ class Sharding:
                 module.to(ranks.device)
 
     @contextmanager
-    def whole(self, weights: dict[str, dict[str, torch.Tensor]]) -> Iterator[None]:
+    def unsharded(self, weights: dict[str, dict[str, torch.Tensor]]) -> Iterator[None]:
         """While inside, the model has ordinary modules with these gathered weights in place of the divided ones."""
         divided = (self.model.denoiser, list(self.model.text_encoders))
-        wholes = {name: self._whole(module, weights.get(name)) for name, module in self.model.modules().items()}
-        self.model.denoiser = wholes[self.model.family.denoiser.folder]
-        self.model.text_encoders[:] = [wholes[slot.folder] for slot in self.model.family.text_encoders]
+        modules = {
+            name: self._unsharded_copy(module, weights.get(name)) for name, module in self.model.modules().items()
+        }
+        self.model.denoiser = modules[self.model.family.denoiser.folder]
+        self.model.text_encoders[:] = [modules[slot.folder] for slot in self.model.family.text_encoders]
         try:
             yield
         finally:
             self.model.denoiser, self.model.text_encoders[:] = divided
 
-    def _whole(self, module: torch.nn.Module, weights: dict[str, torch.Tensor] | None) -> torch.nn.Module:
+    def _unsharded_copy(self, module: torch.nn.Module, weights: dict[str, torch.Tensor] | None) -> torch.nn.Module:
         if weights is None or id(module) not in self._blueprints:
             return module
-        whole = copy.deepcopy(self._blueprints[id(module)])
-        whole.load_state_dict(weights, assign=True)  # assign: the blueprint's parameters have no memory to copy into
-        return whole.to(self.device)
+        module = copy.deepcopy(self._blueprints[id(module)])
+        module.load_state_dict(weights, assign=True)  # assign: the blueprint's parameters have no memory to copy into
+        return module.to(self.device)
 
 
 def gather(value: Any, *, keep: bool) -> Any:
@@ -121,22 +123,22 @@ def gather(value: Any, *, keep: bool) -> Any:
         keep: whether this process keeps the result; the others take part, and get None for each tensor.
     """
 
-    def whole(tensor: torch.Tensor) -> torch.Tensor | None:
+    def merge(tensor: torch.Tensor) -> torch.Tensor | None:
         # a collective operation: every process must call it for each tensor, in the same order
-        merged = as_whole(tensor.detach())
+        merged = full_tensor(tensor.detach())
         return merged.to("cpu", copy=True) if keep else None
 
-    return tree_map_only(torch.Tensor, whole, value)
+    return tree_map_only(torch.Tensor, merge, value)
 
 
-def as_whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A divided tensor gathered on every process; any other as it is."""
     full_tensor = getattr(tensor, "full_tensor", None)  # DTensor's; importing the class takes a second
     return tensor if full_tensor is None else full_tensor()
 
 
 def divide_optimizer_state(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """A whole optimizer state, with what belongs to divided parameters divided alike. All processes must ask together."""
+    """A full optimizer state, with what belongs to divided parameters divided alike. All processes must ask together."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if "optimizers" in state:

@@ -39,7 +39,7 @@ from everydream_kit.training.noise import make_noise, perturb_embeddings, pertur
 from everydream_kit.training.objectives import denoising_losses
 from everydream_kit.training.offload import IdleModels
 from everydream_kit.training.optimizers import parameters_of
-from everydream_kit.training.sharding import as_whole
+from everydream_kit.training.sharding import full_tensor
 from everydream_kit.training.skipped_updates import Update, find_non_finite, finds_non_finite
 from everydream_kit.training.step_inputs import StepInputs
 from everydream_kit.training.timesteps import draw_timesteps
@@ -180,7 +180,7 @@ class Learner:
         skip, norm = self.precision.unscale(self.optimizer), None
         is_known = skip is not None or finds_non_finite(parameters)
         if self.clip_grad_norm is not None or self.wants_gradient_norm(step + 1) or not is_known:
-            norm = as_whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+            norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if skip is None:
             skip = find_non_finite(parameters) if norm is None else norm.isfinite().logical_not()
         update = Update(None if norm is None else Fetched(norm), Fetched(skip))

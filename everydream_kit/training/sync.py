@@ -1,7 +1,7 @@
 """Where the processes of a run meet: after each step, and when one of them needs what all of them hold.
 
 Only the main process has listeners. While they run, the others wait in `RankSync.sync_ranks`. There they take part in putting
-together what the main process needs whole (the weights, to sample, to measure or to save; the optimizer's state, to save), and
+together what the main process needs in full (the weights, to sample, to measure or to save; the optimizer's state, to save), and
 learn what the listeners decided. With one process nothing is sent.
 """
 
@@ -28,7 +28,7 @@ class RankSync:
     """The meeting of a run's processes.
 
     Attributes:
-        sharding: how the trained modules are divided; None where every process has the whole model.
+        sharding: how the trained modules are divided; None where every process has the full model.
     """
 
     ranks: Ranks
@@ -52,14 +52,14 @@ class RankSync:
                 return bool(stop)
             self._gather(asked)
 
-    def whole_state(self) -> tuple[Weights, dict[str, Any]]:
+    def full_state(self) -> tuple[Weights, dict[str, Any]]:
         """The trained weights and the optimizer's state; gathered in host memory where they are divided."""
         if self.sharding is None:
             return self.learner.trained_weights(), self.learner.optimizer.state_dict()
         return self._ask_for(EVERYTHING)
 
     @contextmanager
-    def whole_model(self, *, averaged: bool = False) -> Iterator[None]:
+    def full_model(self, *, averaged: bool = False) -> Iterator[None]:
         """While inside, all of the model is on the device: what was offloaded to host memory, and what other processes have.
 
         Large text encoders wait on: `Learner.encode_captions` has what they make of a text.
@@ -70,8 +70,8 @@ class RankSync:
         learner, model = self.learner, self.learner.model
         texts = [] if has_large_texts(model.family) else model.text_encoders
         with learner.idle_models.at_work([model.denoiser, model.vae, *texts]):
-            whole = nullcontext() if self.sharding is None else self.sharding.whole(self._ask_for(WEIGHTS)[0])
-            with whole, learner.averaged_weights() if averaged else nullcontext():
+            unsharded = nullcontext() if self.sharding is None else self.sharding.unsharded(self._ask_for(WEIGHTS)[0])
+            with unsharded, learner.averaged_weights() if averaged else nullcontext():
                 yield
 
     def _ask_for(self, what: int) -> tuple[Weights, dict[str, Any]]:

@@ -16,7 +16,7 @@ from everydream_kit.errors import ConfigError
 from everydream_kit.training.noise import Source, as_generator
 
 
-def whole_timesteps(fractions: torch.Tensor, start: int, end: int) -> torch.Tensor:
+def integer_timesteps(fractions: torch.Tensor, start: int, end: int) -> torch.Tensor:
     """Whole timesteps from start (inclusive) to end (exclusive), of fractions from 0 to 1."""
     # A fraction just below 1 may round up to it.
     return (start + torch.floor(fractions * (end - start)).long()).clamp(max=end - 1)
@@ -31,7 +31,7 @@ def draw_timesteps(
     positions: Sequence[int] | None = None,
     num_images: int | None = None,
     step_generator: Source | None = None,
-    to_timesteps: Callable[[torch.Tensor, int, int], torch.Tensor] = whole_timesteps,
+    to_timesteps: Callable[[torch.Tensor, int, int], torch.Tensor] = integer_timesteps,
 ) -> torch.Tensor:
     """Draw a timestep between start and end for each image.
 

@@ -140,7 +140,7 @@ def measure_loss(run: Run, dataset: Dataset, settings: ValidationGroup, *, avera
         with learner.precision.autocast():
             return learner.predict(sizes_of(batch), noisy_latents, timesteps, conditioning)
 
-    with loader, run.sync.whole_model(averaged=averaged):
+    with loader, run.sync.full_model(averaged=averaged):
         return validate(
             (batch for work in loader for batch in work.batches),
             keys=lambda batch: [dataset.key(draw.image) for draw in batch.planned.draws],

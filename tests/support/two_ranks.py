@@ -59,7 +59,7 @@ def text_encoders(folder: Path) -> None:
     from everydream_kit.models.random_models import build_tiny_model
     from everydream_kit.training.parameters import TrainedPart
     from everydream_kit.training.ranks import Ranks
-    from everydream_kit.training.sharding import Sharding, as_whole
+    from everydream_kit.training.sharding import Sharding, full_tensor
 
     ranks, results = Ranks.find(), {}
     for family in ("sd1", "sd2", "sdxl"):
@@ -74,7 +74,7 @@ def text_encoders(folder: Path) -> None:
                 texts = [encoded.encoder_hidden_states, *([] if encoded.pooled is None else [encoded.pooled])]
                 torch.cat([text.flatten() for text in texts]).square().mean().backward()
                 parameters = [p for encoder in model.text_encoders for p in encoder.parameters()]
-                gradients.append([torch.zeros(p.shape) if p.grad is None else as_whole(p.grad) for p in parameters])
+                gradients.append([torch.zeros(p.shape) if p.grad is None else full_tensor(p.grad) for p in parameters])
                 for parameter in parameters:
                     parameter.grad = None
             far = max(float((one - two).abs().max()) for one, two in zip(*gradients, strict=True))

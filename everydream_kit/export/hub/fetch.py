@@ -29,7 +29,7 @@ from everydream_kit.everydream2.importing import import_side_files
 from everydream_kit.export.hub.connection import HubConnection, quiet_client
 from everydream_kit.export.hub.fetched_events import write_clean_events
 from everydream_kit.export.hub.repository_contents import RUN_FACTS
-from everydream_kit.export.hub.upload import Progress, heartbeat, size_words, tell_nobody
+from everydream_kit.export.hub.upload import Progress, heartbeat, show_no_progress, size_words
 from everydream_kit.foreign import (
     FOLLOWS,
     TRAVELS,
@@ -141,7 +141,7 @@ class _Fetch:
         self.reference = f"{self.source}@{revision}" if revision else self.source
         self.revision = revision
         self.target = target
-        self.progress = progress if progress is not None else tell_nobody
+        self.progress = progress if progress is not None else show_no_progress
         self.given = given
 
     def run(self) -> Path:

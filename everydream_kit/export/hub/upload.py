@@ -31,7 +31,7 @@ OWN_STEP_FROM_BYTES = 8_000_000
 HEARTBEAT_SECONDS = 30.0
 
 
-def tell_nobody(done: int, total: int, doing: str) -> None:
+def show_no_progress(done: int, total: int, doing: str) -> None:
     """Progress that is not shown."""
 
 
@@ -80,7 +80,7 @@ class Upload:
         self.target = target
         self.files = files
         self.advice = advice
-        self.progress = progress if progress is not None else tell_nobody
+        self.progress = progress if progress is not None else show_no_progress
         self.total = sum(file.num_bytes for file in files)
         self.head: str | None = None
         self.requests_before: set[str] = set()
