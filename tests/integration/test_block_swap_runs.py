@@ -32,6 +32,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "klein, LoHa, flat": ("flux2_klein", {**LORA, "lora_form": "loha", "flat_weights": "on"}),
     "Z-Image, int8": ("z_image", {**LORA, "quantization": "int8"}),
     "klein, nf4, recomputed": ("flux2_klein", {**LORA, "quantization": "nf4", "gradient_checkpointing": True}),
+    "FLUX.1": ("flux1", LORA),
+    "Anima, recomputed": ("anima", {**LORA, "gradient_checkpointing": True}),
+    "Krea 2": ("krea2", LORA),
+    "Qwen-Image, int8": ("qwen_image", {**LORA, "quantization": "int8"}),
     "SDXL, half precision": ("sdxl", {**LORA, "amp_dtype": "bf16", "channels_last": True}),
 }
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_folder
 
 from everydream_kit.errors import ModelError
-from everydream_kit.export.lora_files import export_lora
+from everydream_kit.export.lora_files import LoraLayout, export_lora
 from everydream_kit.export.single_file_export import export_checkpoint
 from everydream_kit.models.families import FAMILIES
 from everydream_kit.models.families.flux2_klein import NINE
@@ -33,13 +33,14 @@ def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def with_lora(family: str, folder: Path) -> Any:
+def with_lora(family: str, folder: Path, *, dora: bool = False) -> Any:
     model = load_model(tiny_folder(family))
-    add_lora(model, 4, alpha=8.0)
+    add_lora(model, 4, alpha=8.0, dora=dora)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in lora_parameters(model):
-            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+            changed = 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(changed if parameter.dim() == 2 else parameter + changed)  # DoRA's lengths are vectors
     save_model(model, folder)
     return model
 
@@ -62,8 +63,26 @@ def test_a_lora_applied_merged_and_loaded_by_diffusers_gives_one_image(family: s
         assert np.abs(image - ours(assemble(apply_lora(base, read_lora_file(file, base))))).max() <= 1
         assert not any("refiner" in name for name in load_file(file))
     for_apps = load_file(tmp_path / "kohya.safetensors")
+    assert CASES[family].app_layer in for_apps
     if CASES[family].fused:
         assert for_apps[f"diffusion_model.{CASES[family].fused}.lora_A.weight"].shape[0] == 3 * 4  # three of rank 4
+
+
+def test_a_dora_applied_merged_and_loaded_by_diffusers_gives_one_image(family: str, tmp_path: Path) -> None:
+    image = ours(with_lora(family, tmp_path / "dora", dora=True))
+    assert np.abs(image - ours(with_lora(family, tmp_path / "lora"))).max() > 5
+    merged = export_checkpoint(
+        tmp_path / "dora", copy_of_base(family, tmp_path) / "merged.safetensors", precision="fp32"
+    )
+    assert np.abs(image - ours(load_model(merged))).max() <= 1
+    base = open_model(tiny_folder(family))
+    layouts: tuple[LoraLayout, ...] = ("kohya", "diffusers")
+    for layout in layouts:
+        file = export_lora(tmp_path / "dora", tmp_path / f"{layout}.safetensors", layout=layout, precision="fp32")
+        assert np.abs(image - ours(assemble(apply_lora(base, read_lora_file(file, base))))).max() <= 1
+    pipeline = pipeline_of(tiny_folder(family))
+    pipeline.load_lora_weights(file)
+    assert np.abs(image - theirs(family, pipeline)).max() <= 1
 
 
 def test_a_single_file_comes_back_bit_for_bit_and_only_next_to_its_model(family: str, tmp_path: Path) -> None:

@@ -37,6 +37,9 @@ KEPT = {
     "z_image": ("all_x_embedder.2-1", "layers.0.adaLN_modulation.0", "cap_embedder.1"),
     "flux2_klein": ("x_embedder", "double_stream_modulation_img.linear", "proj_out"),
     "flux1": ("x_embedder", "transformer_blocks.0.norm1.linear", "single_transformer_blocks.0.norm.linear"),
+    "anima": ("patch_embed.proj", "time_embed.t_embedder.linear_1", "transformer_blocks.0.norm1.linear_1"),
+    "krea2": ("img_in", "time_mod_proj", "text_fusion.projector", "final_layer.linear"),
+    "qwen_image": ("img_in", "txt_in", "transformer_blocks.0.img_mod.1", "norm_out.linear"),
 }
 """Layers that stay as they are, of each family."""
 QUANTIZED = {
@@ -45,6 +48,9 @@ QUANTIZED = {
     "z_image": "layers.0.feed_forward.w2",
     "flux2_klein": "single_transformer_blocks.0.attn.to_qkv_mlp_proj",
     "flux1": "single_transformer_blocks.0.proj_mlp",
+    "anima": "transformer_blocks.0.attn1.to_q",
+    "krea2": "transformer_blocks.0.ff.gate",
+    "qwen_image": "transformer_blocks.0.attn.add_q_proj",
 }
 
 TOLERANCES = {"int8": 0.04, "fp8": 0.12, "nf4": 0.4}
@@ -123,6 +129,11 @@ def gradients(family: str, form: str | None, how: dict[str, Any]) -> torch.Tenso
     [
         ("sd1", {}, ("int8",)),
         ("z_image", {}, ("int8", "fp8", "nf4")),
+        ("flux2_klein", {}, ("int8", "nf4")),
+        ("flux1", {}, ("int8",)),
+        ("anima", {}, ("int8", "nf4")),
+        ("krea2", {}, ("fp8",)),
+        ("qwen_image", {}, ("int8",)),
         ("z_image", {"dora": True}, ("fp8",)),
         ("z_image", {"form": "loha"}, ("int8",)),
         ("z_image", {"form": "lokr"}, ("fp8",)),
