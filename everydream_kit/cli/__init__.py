@@ -73,11 +73,12 @@ def _describe_unknown(parser: argparse.ArgumentParser, word: str) -> str:
 
     from everydream_kit.config import OTHER_TRAINERS
 
-    known = [flag for action in parser._actions for flag in action.option_strings]
+    shown = [action for action in parser._actions if action.help is not argparse.SUPPRESS]
+    known = {flag.lstrip("-"): flag for action in shown for flag in action.option_strings}
     if not word.startswith("-"):
         return f"{word!r} belongs to no flag: the one before it takes fewer values; --help lists the flags."
-    flag = word.split("=", maxsplit=1)[0]
-    name = flag.lstrip("-").lower()
-    meant = f"--{OTHER_TRAINERS.get(name, '')}"
-    near = [meant] if meant in known else difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
-    return f"unknown flag {word}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags.")
+    name = word.split("=", maxsplit=1)[0].lstrip("-").lower().replace("-", "_")
+    holding = [one for one in known if set(name.split("_")) <= set(one.split("_"))]  # steps: num_inference_steps
+    near = [OTHER_TRAINERS[name]] if OTHER_TRAINERS.get(name) in known else holding if len(holding) == 1 else []
+    near = near or difflib.get_close_matches(name, list(known), n=1)
+    return f"unknown flag {word}" + (f"; did you mean {known[near[0]]}?" if near else "; --help lists the flags.")

@@ -22,6 +22,7 @@ from everydream_kit.models.loading import load_model
 from everydream_kit.models.number_formats import Formats
 from everydream_kit.models.quantized import FORMS as QUANTIZED_FORMS
 from everydream_kit.runs import Checkpoint, find_last_checkpoint
+from everydream_kit.runs.run_folder import is_run
 from everydream_kit.training.objectives import rescale_zero_terminal_snr
 from everydream_kit.training.parameters import TrainedPart, select_parameters
 from everydream_kit.training.parts import TEXT_ENCODER, UNET
@@ -186,6 +187,11 @@ def find_base(config: TrainConfig) -> str | Path:
         return base_model_path()
     if config.resume_ckpt == "findlast":
         return find_last_checkpoint(config.logdir, config.project_name)
+    if is_run(Path(config.resume_ckpt)):
+        raise ConfigError(
+            f"resume_ckpt: {config.resume_ckpt} is a run folder. Continue the run with: everydream resume "
+            f"{config.resume_ckpt}. Or start a new one from one of its checkpoints, in its folder ckpts."
+        )
     return config.resume_ckpt
 
 

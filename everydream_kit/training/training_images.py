@@ -54,6 +54,9 @@ def read_dataset(config: TrainConfig, journal: Journal) -> Dataset:
         journal.warn(str(problem))
     if not len(dataset):
         raise DataError(f"data_root {config.data_root}: no image can be used; the log names each problem.")
+    for mode, column, missing in (("file", "mask", "has a mask, NAME.mask.png"), ("alpha", "alpha", "is transparent")):
+        if config.loss_mask == mode and not dataset.numbers[column].any():
+            journal.warn(f"loss_mask {mode}: no image {missing}, so all of each image counts.")
     return dataset
 
 

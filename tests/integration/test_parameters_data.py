@@ -167,6 +167,19 @@ def test_the_loss_is_weighed_by_the_mask_that_is_named(settings: dict[str, Any],
     assert len(set(losses.values())) == 3
 
 
+@pytest.mark.parametrize(("kind", "words"), [("file", "no image has a mask"), ("alpha", "no image is transparent")])
+def test_masks_that_no_image_has_are_a_warning(
+    settings: dict[str, Any], tmp_path: Path, kind: str, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = square_images(tmp_path / "plain", 2, "RGB")
+    batches_of(**{**settings, "data_root": str(images), "loss_mask": kind})
+    assert f"loss_mask {kind}: {words}" in caplog.text
+    (next(images.glob("?.png"))).with_suffix(".mask.png").write_bytes(next(images.glob("?.png")).read_bytes())
+    caplog.clear()
+    batches_of(**{**settings, "data_root": str(images), "loss_mask": "file"})
+    assert "no image" not in caplog.text
+
+
 def test_the_cache_keeps_so_many_crops_where_it_is_reported_to(settings: dict[str, Any], tmp_path: Path) -> None:
     place = tmp_path / "elsewhere"
     counts = []

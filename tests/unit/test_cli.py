@@ -58,6 +58,38 @@ def test_a_name_of_another_trainer_is_understood(word: str, meant: str, capsys: 
     assert (status, f"unknown flag {word}; did you mean --{meant}?" in text) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        ("sample x --steps 5", "--steps; did you mean --num_inference_steps?"),
+        ("sample x --num-steps 5", "--num-steps; did you mean --num_inference_steps?"),
+        ("sample x --negative bad", "--negative; did you mean --negative_prompt?"),
+        ("train --enable_bucket", "--enable_bucket; --help lists the flags."),
+        (
+            "train --save_model_as ckpt",
+            "--save_model_as; --help lists the flags.",
+        ),  # not one that the help does not list
+    ],
+)
+def test_an_unknown_flag_is_answered_with_the_one_that_is_meant_or_with_none(
+    words: str, answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, text = problem_of([*words.split(), *(["--prompt", "x"] if words.startswith("sample") else [])], capsys)
+    assert (status, f"unknown flag {answer}" in text) == (2, True), text
+
+
+def test_a_run_folder_as_base_is_named_as_one(
+    tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder.create(tmp_path, "jets")
+    run.config_path.write_text("{}", "utf-8")
+    words = ["train", "--resume_ckpt", str(run.folder), "--data_root", str(image_folder), "--logdir", str(tmp_path)]
+    status, text = problem_of(words, capsys)
+    assert (status, f"is a run folder. Continue the run with: everydream resume {run.folder}" in text) == (1, True), (
+        text
+    )
+
+
 def test_a_value_too_many_is_no_flag(capsys: pytest.CaptureFixture[str]) -> None:
     status, text = problem_of(["train", "--quantization", "int8", "nf4"], capsys)
     assert (status, "'nf4' belongs to no flag" in text, "unknown flag" in text) == (2, True, False)
