@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
 
 SUBJECTS = [("red square", (220, 40, 40)), ("green square", (40, 180, 60)), ("blue square", (50, 70, 220))]
 SIZES = [(96, 96), (144, 96), (96, 144), (128, 72)]
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays, so the garbage collector need not walk through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
