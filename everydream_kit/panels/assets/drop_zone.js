@@ -51,7 +51,7 @@ function render({ model, el }) {
 
   function decide(existing, total) {
     return new Promise((resolve) => {
-      const text = `${existing.length === 1 ? `${existing[0]} is` : `${existing.length.toLocaleString("en")} of ${files(total)} are`} there already.`;
+      const text = existing.length === 1 ? `${existing[0]} already exists.` : `${existing.length.toLocaleString("en")} of ${files(total)} already exist.`;
       const buttons = [["Replace", "replace", "What was there moves out of the dataset; Undo brings it back"],
         ["Keep both", "keep", "New names, the same for an image and its caption"], ["Skip", "skip", "Upload the others only"]];
       question.replaceChildren(element("span", "", text), ...buttons.map(([label, choice, hint]) => {
