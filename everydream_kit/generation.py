@@ -55,10 +55,12 @@ def sample(
             loaded model. Several are loaded one after the other and are side by side on the grid.
         prompts: what to generate.
         cfgs: guidance scales; each prompt is generated at each, from the same noise. By default the one that is usual for
-            the model's family: 7 for Stable Diffusion, 4 to 5.5 for Z-Image, Anima and their like, 3.5 for FLUX.1.
+            the model's family: 7 for Stable Diffusion, 4 to 5.5 for Z-Image, Anima and their like, 3.5 for FLUX.1; 1, which is
+            none, for models whose name says that they are distilled (Turbo, Lightning, schnell).
         negative_prompt: what the images should not show.
         scheduler: denoising scheduler, by its name in the sample settings.
-        num_inference_steps: denoising steps of an image; by default as many as are usual for the family, 28 to 50.
+        num_inference_steps: denoising steps of an image; by default as many as are usual for the family, 28 to 50, or 4 to 8
+            for distilled models.
         seed: of the first image of each prompt.
         num_images: images of each prompt, with seeds counting up from `seed`.
         width, height: in pixels; by default the model's own size.
@@ -98,7 +100,7 @@ def sample(
     for number, (each, base) in enumerate(zip(checkpoints, bases, strict=True)):
         model = open_for_sampling(each, lora=lora, vae=vae, adapter_base=base)
         _check_clip_skip(model, clip_skip)
-        side, usual = native_size(model), model.family.sampler
+        side, usual = native_size(model), model.family.sampler_of(model.source)
         scales = scales or usual.cfgs[:1]  # the first one's for all: they stand side by side on the grid
         wanted = [
             SamplePrompt(text, negative_prompt, seed + index, width or side, height or side, scales)

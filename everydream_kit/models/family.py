@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -184,6 +184,7 @@ class SamplerSpec:
         size_multiple: sides in pixels must be multiples of it.
         num_steps: usual number of denoising steps.
         cfgs: guidance scales that samples of training have next to each other; the first is the usual one.
+        few_steps: usual number of denoising steps of the family's distilled models, which need no guidance.
         mu: (scheduler's config, width, height, steps) -> logarithm of the shift in sampling, for schedulers whose shift
             follows the image's size.
         after_guidance: (guided prediction, the caption's own) -> what is used of them.
@@ -194,6 +195,7 @@ class SamplerSpec:
     size_multiple: int = 8
     num_steps: int = 30
     cfgs: tuple[float, ...] = (7.0, 4.0, 1.01)
+    few_steps: int = 8
     mu: Callable[[Mapping[str, Any], int, int, int], float] = mu_of
     after_guidance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda guided, conditional: guided
 
@@ -325,6 +327,12 @@ class Family:
     def refuses(self) -> dict[str, str]:
         """Settings that have no meaning for it -> why, as their declarations say."""
         return {name: one.refusal for name, one in facts().items() if one.refusal and self.name not in one.families}
+
+    def sampler_of(self, source: str) -> SamplerSpec:
+        """What is usual for a model: few steps without guidance where its name says that it is distilled."""
+        if self.distilled(source) is None:
+            return self.sampler
+        return replace(self.sampler, num_steps=self.sampler.few_steps, cfgs=(1.0,))
 
     def component(self, folder: str) -> Component:
         """The component of this folder."""

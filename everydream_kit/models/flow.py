@@ -5,12 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-
-from everydream_kit.strict_json import read_json
 
 PREDICTION = "flow_prediction"
 """What such a model predicts: noise - image, the velocity from the image to the noise."""
@@ -40,12 +37,6 @@ def shift_of(scheduler_config: Mapping[str, Any], width: int, height: int) -> fl
 def trained_as_flux(scheduler_config: Mapping[str, Any], width: int, height: int) -> float:
     """The shift of models that were trained with FLUX.1's shift by resolution, whatever their scheduler samples with."""
     return math.exp(mu_of({}, width, height))
-
-
-def says_distilled(source: str) -> bool:
-    """Whether the index of a model's folder says that it is distilled."""
-    index = Path(source).expanduser() / "model_index.json"
-    return index.is_file() and read_json(index).get("is_distilled") is True
 
 
 def tokens_of(width: int, height: int) -> int:

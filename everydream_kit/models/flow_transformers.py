@@ -14,7 +14,7 @@ from typing import Literal
 
 from everydream_kit.models.convert import UNET_PREFIX, known_start
 from everydream_kit.models.family import Component, Config, Family, Layout, ModelFiles, Shapes
-from everydream_kit.models.flow import says_distilled, shift_of
+from everydream_kit.models.flow import shift_of
 from everydream_kit.models.tensors import Tensors, concatenated, halves_swapped, row_shares
 
 FOLDER = "transformer"
@@ -38,21 +38,6 @@ def transformer(module: str, class_name: str, *blocks: str, since: str) -> Compo
 def having(*names: str) -> Callable[[Shapes], bool]:
     """A family's `matches_keys`: whether a file has weights of all these names."""
     return lambda shapes: shapes.keys() >= set(names)
-
-
-def why_distilled(source: str, pattern: str, what: str, base: str, apps: str = "the distilled one") -> str | None:
-    """Why a model should not be trained on, where its index or its name says that it is distilled; else None.
-
-    Args:
-        pattern: of names of distilled models; capitals do not matter.
-        what, base, apps: the distilled model, what to train on instead, and what to use the LoRA with, for the message.
-    """
-    if not says_distilled(source) and not re.search(pattern, source, re.IGNORECASE):
-        return None
-    return (
-        f"looks like {what}, distilled to few steps without guidance, which are lost when it is trained on. Train on "
-        f"{base}, and sample with the LoRA on {apps}."
-    )
 
 
 def bare(name: str) -> str:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import shutil
 import struct
 import subprocess
 import sys
@@ -35,6 +36,34 @@ def test_each_prompt_seed_and_cfg_is_a_file_with_its_settings_and_there_is_a_gri
         assert "Seed: 556" in image.info["parameters"]
         assert "CFG scale: 3" in image.info["parameters"]
     assert paths[-1].name == "grid.png"
+
+
+@pytest.mark.parametrize(("family", "name", "steps"), [("sd1", "my-turbo", 8), ("flux2_klein", "FLUX.2-klein-4B", 4)])
+def test_a_distilled_model_is_sampled_in_few_steps_without_guidance(
+    family: str, name: str, steps: int, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_folder(family), tmp_path / name)
+    (path,) = sample(model, "a cat", width=64, height=64, out=tmp_path / "samples")
+    with Image.open(path) as image:
+        assert f"Steps: {steps}," in image.info["parameters"]
+        assert "CFG scale: 1," in image.info["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("family", "source", "is_distilled"),
+    [
+        ("sdxl", "stabilityai/sdxl-turbo", True),
+        ("sdxl", "models/juggernautXL_v9Rdphoto2Lightning.safetensors", True),
+        ("sd1", "SimianLuo/LCM_Dreamshaper_v7", True),
+        ("sd2", "stabilityai/sd-turbo/", True),
+        ("sd1", "turbo/stable-diffusion-v1-5", False),
+        ("sd1", "a/hyperrealism-calcmix", False),
+        ("sd1", "logs/turbo-cars-20261129-080000/ckpts/last-turbo-cars-ep10-gs00200", False),
+        ("z_image", "turbo/Z-Image", False),
+    ],
+)
+def test_a_distilled_model_is_recognized_by_its_own_name(family: str, source: str, is_distilled: bool) -> None:
+    assert (FAMILIES[family].distilled(source) is not None) is is_distilled
 
 
 def test_guidance_and_steps_are_the_familys_unless_given(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from everydream_kit.models.distilled import why_distilled
 from everydream_kit.models.family import (
     Conditioning,
     Config,
@@ -35,7 +36,6 @@ from everydream_kit.models.flow_transformers import (
     flow_family,
     having,
     transformer,
-    why_distilled,
 )
 from everydream_kit.models.latent_spaces import QWEN_IMAGE_VAE, frame_space
 from everydream_kit.models.qwen_text import MAX_TOKENS, QWEN3

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from everydream_kit.models.clip_text import tokenize
+from everydream_kit.models.distilled import why_distilled
 from everydream_kit.models.family import (
     Conditioning,
     PromptSettings,
@@ -24,7 +25,7 @@ from everydream_kit.models.family import (
     input_dtype,
 )
 from everydream_kit.models.flow import packed, positions, unpacked
-from everydream_kit.models.flow_transformers import TransformerNames, flow_family, transformer, why_distilled
+from everydream_kit.models.flow_transformers import TransformerNames, flow_family, transformer
 from everydream_kit.models.latent_spaces import kl_space
 from everydream_kit.strict_json import read_json
 from everydream_kit.transfers import send
@@ -164,7 +165,7 @@ FLUX1 = flow_family(
     encode_prompt=encode_prompt,
     predict=predict,
     latent_space=kl_space(16),
-    sampler=SamplerSpec("flow", "embedded", size_multiple=16, num_steps=28, cfgs=(3.5,)),
+    sampler=SamplerSpec("flow", "embedded", size_multiple=16, num_steps=28, cfgs=(3.5,), few_steps=4),
     layout=NAMES.layout("diffusers"),
     lora_targets=(
         r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from everydream_kit.models.distilled import why_distilled
 from everydream_kit.models.families.flux1 import DOUBLE_ATTENTION, SINGLE_NORMS, SWAPPED
 from everydream_kit.models.family import Component, Conditioning, SamplerSpec, Shapes, Sizes, input_dtype
 from everydream_kit.models.flow import positions, tokens_of
-from everydream_kit.models.flow_transformers import TransformerNames, flow_family, transformer, why_distilled
+from everydream_kit.models.flow_transformers import TransformerNames, flow_family, transformer
 from everydream_kit.models.latent_spaces import batch_norm_space
 from everydream_kit.models.qwen_text import CHAT_WITHOUT_THINKING, MAX_TOKENS, QWEN3, qwen_prompt_encoder
 
@@ -120,7 +121,7 @@ FLUX2_KLEIN = flow_family(
     encode_prompt=qwen_prompt_encoder(TEXT_LAYERS, CHAT_WITHOUT_THINKING, padded=True),
     predict=predict,
     latent_space=batch_norm_space(32),
-    sampler=SamplerSpec("flow", "cfg", size_multiple=16, num_steps=50, cfgs=(4.0,), mu=sampling_mu),
+    sampler=SamplerSpec("flow", "cfg", size_multiple=16, num_steps=50, cfgs=(4.0,), few_steps=4, mu=sampling_mu),
     layout=NAMES.layout("comfy"),
     lora_targets=(
         r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",

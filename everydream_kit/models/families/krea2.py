@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from everydream_kit.models.distilled import why_distilled
 from everydream_kit.models.family import (
     Conditioning,
     Config,
@@ -26,7 +27,7 @@ from everydream_kit.models.family import (
     join_conditioning,
 )
 from everydream_kit.models.flow import mu_of, packed, positions, unpacked
-from everydream_kit.models.flow_transformers import TransformerNames, flow_family, having, transformer, why_distilled
+from everydream_kit.models.flow_transformers import TransformerNames, flow_family, having, transformer
 from everydream_kit.models.latent_spaces import QWEN_IMAGE_VAE, frame_space
 from everydream_kit.models.qwen_text import MAX_TOKENS, hidden_states, language_model
 from everydream_kit.models.tensors import Tensors

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from everydream_kit.models.distilled import why_distilled
 from everydream_kit.models.family import (
     Conditioning,
     Layout,
@@ -23,7 +24,7 @@ from everydream_kit.models.family import (
     join_conditioning,
 )
 from everydream_kit.models.flow import packed, unpacked
-from everydream_kit.models.flow_transformers import TransformerNames, flow_family, having, transformer, why_distilled
+from everydream_kit.models.flow_transformers import TransformerNames, flow_family, having, transformer
 from everydream_kit.models.latent_spaces import QWEN_IMAGE_VAE, frame_space
 from everydream_kit.models.qwen_text import language_model
 

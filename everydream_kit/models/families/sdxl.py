@@ -14,6 +14,7 @@ import torch
 
 from everydream_kit.models import convert
 from everydream_kit.models.clip_text import TokenizedPrompts, count_windows
+from everydream_kit.models.distilled import distilled_from
 from everydream_kit.models.family import (
     Conditioning,
     Config,
@@ -114,6 +115,7 @@ SDXL = Family(
     matches_configs=_matches_configs,
     modelspec_architecture="stable-diffusion-xl-v1-base",
     kohya_base="sdxl_base_v1-0",
+    distilled=distilled_from("stabilityai/stable-diffusion-xl-base-1.0"),
     zeros_for_empty=True,
     size_numbers=time_ids,
 )

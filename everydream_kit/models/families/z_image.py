@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from everydream_kit.models.distilled import why_distilled
 from everydream_kit.models.family import Conditioning, Layout, SamplerSpec, Sizes, input_dtype
 from everydream_kit.models.flow import trained_as_flux
-from everydream_kit.models.flow_transformers import TransformerNames, flow_family, having, transformer, why_distilled
+from everydream_kit.models.flow_transformers import TransformerNames, flow_family, having, transformer
 from everydream_kit.models.latent_spaces import kl_space
 from everydream_kit.models.qwen_text import CHAT, MAX_TOKENS, QWEN3, qwen_prompt_encoder
 
@@ -64,7 +65,7 @@ Z_IMAGE = flow_family(
     modelspec_architecture="z-image",
     kohya_base="zimage",
     distilled=lambda source: why_distilled(
-        source, "turbo", "Z-Image-Turbo", "Z-Image (Tongyi-MAI/Z-Image)", apps="Turbo"
+        source, r"turbo[^/]*/?$", "Z-Image-Turbo", "Z-Image (Tongyi-MAI/Z-Image)", apps="Turbo"
     ),
     caption_tokens=MAX_TOKENS - 8,  # of the template
     prompt_version=f"layer -2 of {MAX_TOKENS} tokens of {CHAT}",
