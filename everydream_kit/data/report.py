@@ -32,6 +32,8 @@ NUM_TAGS = 50
 
 NUM_LINES = 10
 """Lines of each kind that `text` shows; `to_json` has all."""
+NUM_CHARACTERS = 160
+"""Of a caption in `text`: captions may be pages long."""
 
 
 @dataclass(frozen=True)
@@ -287,13 +289,18 @@ def _lines(report: DatasetReport) -> list[str]:
     lines += _section("Groups of identical files", [", ".join(group) for group in r.exact_duplicates])
     lines += _section("Groups of images that look alike", [", ".join(group) for group in r.near_duplicates])
     if r.long_captions is not None:
-        long = [f"{c.num_tokens} tokens, never read: ...{c.cut} ({c.path})" for c in r.long_captions]
+        long = [f"{c.num_tokens} tokens, never read: ...{_start(c.cut)} ({c.path})" for c in r.long_captions]
         lines += _section("Captions longer than the text encoder reads", long)
     lines += ["", f"Captions from file names: {r.captions.from_file_name}; empty captions: {r.captions.empty}"]
-    lines += _section("Captions shared by several images", [f"{n} x {text}" for text, n in r.captions.repeated])
+    lines += _section("Captions shared by several images", [f"{n} x {_start(text)}" for text, n in r.captions.repeated])
     if r.tags:
-        lines += ["", "Tags: " + ", ".join(f"{text} ({count})" for text, count in r.tags[: 2 * NUM_LINES])]
+        lines += ["", "Tags: " + ", ".join(f"{_start(text)} ({count})" for text, count in r.tags[: 2 * NUM_LINES])]
     return lines
+
+
+def _start(text: str) -> str:
+    """A text that may be a page long, so that it fits a line or two."""
+    return text if len(text) <= NUM_CHARACTERS else f"{text[:NUM_CHARACTERS]}..."
 
 
 def _section(title: str, items: list[str]) -> list[str]:

@@ -66,8 +66,8 @@ def _require_fit(files: ModelFiles, vae: str, config: Config | None, tensors: Te
     scales = [_scale_of(one) for one in (config or own, own)]
     if scales[0] != scales[1]:
         logger.warning(
-            "vae: %s scales latents by %s, and %s by %s. It seems made for another family: samples will be wrong, and "
-            "training spends its time on the new scale. Give a VAE made for %s.",
+            "vae: %s scales latents by %s, and %s by %s. It seems made for another family, so samples will be "
+            "wrong until training has learned that scale. Give a VAE made for %s.",
             vae,
             scales[0],
             files.source,

@@ -162,6 +162,7 @@ def choose_checkpoint(run: RunFolder, warn: Callable[[str], None]) -> tuple[Chec
             problems.append(str(error))
             if checkpoint.resumable:
                 warn(f"{error} Trying the checkpoint before it.")
+    problems = problems or [f"It has saved none. Start anew: everydream train --config {run.config_path}"]
     raise CheckpointError("\n".join([f"{run.folder}: no resumable checkpoint.", *problems]))
 
 

@@ -281,6 +281,16 @@ def test_without_any_whole_checkpoint_resume_says_what_to_do(run: RunFolder) -> 
         resume(run.folder)
 
 
+def test_a_run_that_saved_nothing_is_started_anew_with_its_settings(run: RunFolder) -> None:
+    for checkpoint in run.checkpoints():
+        shutil.rmtree(checkpoint.folder)
+    with pytest.raises(
+        CheckpointError, match=r"no resumable checkpoint[\s\S]*everydream train --config .*config\.json"
+    ):
+        resume(run.folder)
+    assert train(run.config_path).status()["state"] == "finished"
+
+
 def test_a_disk_that_fills_up_leaves_the_checkpoints_before_untouched(tmp_path: Path) -> None:
     # A limit on the size of files stands for the full disk: the write fails in the middle in the same way.
     final = tmp_path / "ckpts" / "a-ep01-gs00001"

@@ -143,6 +143,15 @@ def test_the_report_is_text_for_people_and_json_for_programs(folder):
     assert plain["buckets"] == [{"size": [144, 112], "num_images": 7, "num_batches": 2, "fullness": 7 / 8}]
 
 
+def test_a_caption_of_pages_takes_a_line_of_the_text(folder):
+    novel = "word " * 5000
+    for name in ("s0_x.txt", "s1_x.txt"):
+        (folder / name).write_text(novel, "utf-8")
+    report = prepare_dataset(folder).report(count_tokens=words, max_tokens=5)
+    assert len(report.text) < 4000
+    assert report.to_json()["captions"]["repeated"] == [[novel.strip(), 2]]
+
+
 def test_long_lists_are_cut_in_the_text_only(tmp_path):
     for number in range(14):
         (tmp_path / f"{number}.png").write_bytes(b"")
