@@ -19,8 +19,8 @@ import torch
 from everydream_kit.config import TrainConfig
 from everydream_kit.demo import base_model_path, images_path
 from everydream_kit.models.loading import load_model
-from everydream_kit.models.lora import lora_of
-from everydream_kit.models.lora_formats import delta
+from everydream_kit.models.lora.files import delta
+from everydream_kit.models.lora.injection import lora_of
 from everydream_kit.models.number_formats import Formats
 from everydream_kit.models.quantized import FORMS, QuantizedLinear
 from everydream_kit.runs import RunFolder

@@ -251,7 +251,7 @@ def open_for_sampling(
     dtype = half if device == "cuda" else torch.float32
     if lora is None:
         return load_model(source, dtype=dtype, device=device, vae=vae, adapter_base=adapter_base)
-    from everydream_kit.models.lora_formats import apply_lora, read_lora_file
+    from everydream_kit.models.lora.files import apply_lora, read_lora_file
     from everydream_kit.models.tokens import put_tokens
 
     read = read_lora_file(_resolve_lora(lora), files)
@@ -267,7 +267,7 @@ def _resolve_lora(lora: str | Path) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    from everydream_kit.models.lora_formats import is_lora
+    from everydream_kit.models.lora.files import is_lora
 
     path = Path(resolve_checkpoint(lora)).expanduser()
     if not path.exists():

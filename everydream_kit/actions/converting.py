@@ -111,7 +111,7 @@ def merge(
     """
     from everydream_kit.export.merge import merge_checkpoints, merge_lora
     from everydream_kit.models.loading import require_source
-    from everydream_kit.models.lora_formats import is_lora
+    from everydream_kit.models.lora.files import is_lora
 
     _check_out(out, model, other, base)
     first, second = resolve_checkpoint(model), resolve_checkpoint(other)

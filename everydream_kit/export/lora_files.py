@@ -14,8 +14,8 @@ from everydream_kit.export.single_file_export import live_or_averaged, precision
 from everydream_kit.models.adapters import is_adapter_folder, read_adapter_file
 from everydream_kit.models.family import Family, ModelFiles
 from everydream_kit.models.loading import open_base, open_with_base
-from everydream_kit.models.lora import FactorLayer, Layer, Lora, LoraLayer
-from everydream_kit.models.lora_formats import read_lora, without_scale, write_lora
+from everydream_kit.models.lora.files import read_lora, without_scale, write_lora
+from everydream_kit.models.lora.injection import FactorLayer, Layer, Lora, LoraLayer
 from everydream_kit.models.tensors import LazyTensor, Tensors, open_safetensors
 from everydream_kit.models.tokens import write_embedding
 from everydream_kit.runs.layout import LORA_FILE, TOKENS_FILE

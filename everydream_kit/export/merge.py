@@ -16,7 +16,7 @@ from everydream_kit.export.single_file_export import export_files, live_or_avera
 from everydream_kit.models.adapters import is_adapter_folder, read_adapter_file
 from everydream_kit.models.family import ModelFiles
 from everydream_kit.models.loading import open_base, open_model, open_with_base
-from everydream_kit.models.lora_formats import apply_lora, read_lora, read_lora_file
+from everydream_kit.models.lora.files import apply_lora, read_lora, read_lora_file
 from everydream_kit.models.tensors import LazyTensor
 from everydream_kit.models.tokens import write_embedding
 from everydream_kit.runs.layout import LORA_FILE

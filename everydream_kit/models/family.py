@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
     from everydream_kit.models.block_swap import BlockSwap
-    from everydream_kit.models.lora_settings import LoraSettings
+    from everydream_kit.models.lora.adapter_settings import LoraSettings
     from everydream_kit.models.tokenizer import Vocabulary
 
 Config = Mapping[str, Any]

@@ -142,9 +142,9 @@ def _load_adapted(
     vae: str | Path | None,
 ) -> Model:
     """A base with the live adapter of a small checkpoint."""
-    from everydream_kit.models.lora import inject, set_lora
-    from everydream_kit.models.lora_formats import read_lora
-    from everydream_kit.models.lora_settings import LoraSettings
+    from everydream_kit.models.lora.adapter_settings import LoraSettings
+    from everydream_kit.models.lora.files import read_lora
+    from everydream_kit.models.lora.injection import inject, set_lora
     from everydream_kit.models.tokens import load_tokens
 
     note = read_adapter_file(folder)
@@ -278,7 +278,7 @@ def adapter_bases(sources: Sequence[str | Path], adapter_base: AdapterBase | Non
 
 def _open_adapted(folder: Path, own_base: AdapterBase | None, token: str | None, vae: str | Path | None) -> ModelFiles:
     """A base with the LoRA of a small checkpoint merged into it."""
-    from everydream_kit.models.lora_formats import apply_lora, read_lora
+    from everydream_kit.models.lora.files import apply_lora, read_lora
 
     note = read_adapter_file(folder)
     base = open_base(folder, note, own_base, token=token, vae=vae)

@@ -20,7 +20,7 @@ from everydream_kit.models.adapters import write_adapter_file
 from everydream_kit.models.components import BOOKKEEPING, shared_names
 from everydream_kit.models.family import Config, Model, ModelFiles
 from everydream_kit.models.loading import _tokenizer
-from everydream_kit.models.lora import base_name
+from everydream_kit.models.lora.injection import base_name
 from everydream_kit.models.model_files import DISTILLED, MODULAR_INDEX, trained_as
 from everydream_kit.models.tensors import LazyTensor, OpenFile, Tensors, write_safetensors
 from everydream_kit.models.tokenizer import save_tokenizer
@@ -69,8 +69,8 @@ def _refuse_quantized(model: Model) -> None:
 def _save_adapter(
     model: Model, folder: Path, weights: Mapping[str, Mapping[str, torch.Tensor]] | None, title: str
 ) -> None:
-    from everydream_kit.models.lora import lora_of
-    from everydream_kit.models.lora_formats import write_lora
+    from everydream_kit.models.lora.files import write_lora
+    from everydream_kit.models.lora.injection import lora_of
     from everydream_kit.models.tokens import save_tokens
 
     if not model.origin:

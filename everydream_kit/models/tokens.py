@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from everydream_kit.errors import ConfigError, ModelError
 from everydream_kit.models.convert import CLIP_VOCABULARY
 from everydream_kit.models.family import Model, text_tower
-from everydream_kit.models.lora import Weights
+from everydream_kit.models.lora.injection import Weights
 from everydream_kit.models.tensors import LazyTensor, Tensors, open_safetensors, write_safetensors
 
 if TYPE_CHECKING:

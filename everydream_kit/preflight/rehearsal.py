@@ -27,7 +27,7 @@ from everydream_kit.data.records import Batch, Draw, MicroBatch, Size, StepBatch
 from everydream_kit.models.block_swap import repeated_blocks
 from everydream_kit.models.encoding import decode_latents, encode_captions, encode_moments
 from everydream_kit.models.family import Sizes, has_large_texts
-from everydream_kit.models.lora import lora_parameters, without_chance
+from everydream_kit.models.lora.injection import lora_parameters, without_chance
 from everydream_kit.models.quantized import is_quantized, num_weights
 from everydream_kit.models.sampling import guide, is_doubled
 from everydream_kit.models.tokenizer import saved_bytes

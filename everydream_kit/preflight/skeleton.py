@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from everydream_kit.models.family import Family, Model, ModelFiles, TextEncoderSlot
-    from everydream_kit.models.lora_settings import LoraSettings
+    from everydream_kit.models.lora.adapter_settings import LoraSettings
     from everydream_kit.models.number_formats import Formats
 
 LARGEST_HEADER = 100 * 2**20
@@ -170,7 +170,7 @@ def shipped_architecture(
 def _read_adapted(folder: Path, endpoint: str | None, vae: str | Path | None) -> Architecture:
     """A base, and the adapter that a small checkpoint puts on it."""
     from everydream_kit.models.adapters import explaining_base, read_adapter_file
-    from everydream_kit.models.lora_settings import LoraSettings
+    from everydream_kit.models.lora.adapter_settings import LoraSettings
 
     note = read_adapter_file(folder)
     wanted = {**note["base"], **({} if vae is None else {"vae": vae})}
@@ -281,7 +281,7 @@ def build_skeleton(architecture: Architecture, dtype: torch.dtype | Formats) -> 
         dtype: of UNet and text encoders, or their formats by component; the VAE is float32.
     """
     from everydream_kit.models.loading import as_formats, build_modules, fitting_tokenizers, model_of
-    from everydream_kit.models.lora import inject
+    from everydream_kit.models.lora.injection import inject
     from everydream_kit.models.quantized import put_quantized, quantized_layers
 
     files, formats = architecture.files, as_formats(dtype)

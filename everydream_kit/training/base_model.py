@@ -216,7 +216,7 @@ def select_trained(model: Model, config: TrainConfig, seed: int) -> list[Trained
     if config.training_kind == "lora":
         import torch
 
-        from everydream_kit.models.lora import add_lora
+        from everydream_kit.models.lora.injection import add_lora
 
         if model.lora is None:
             add_lora(

@@ -63,7 +63,7 @@ def test_a_run_needs_none_of_them(kind, runs):
 IN_A_KERNEL = """
 import sys
 from everydream_kit.models.loading import load_model
-from everydream_kit.models.lora import add_lora
+from everydream_kit.models.lora.injection import add_lora
 model = load_model(sys.argv[1])
 print(len(add_lora(model, 2)), sorted(name for name in ("tensorflow", "jax") if sys.modules.get(name, 0) is None))
 """

@@ -21,8 +21,8 @@ from everydream_kit.export.single_file_export import export_checkpoint
 from everydream_kit.models.families import FAMILIES
 from everydream_kit.models.families.flux2_klein import NINE
 from everydream_kit.models.loading import assemble, load_model, open_model
-from everydream_kit.models.lora import add_lora, lora_parameters
-from everydream_kit.models.lora_formats import apply_lora, read_lora_file
+from everydream_kit.models.lora.files import apply_lora, read_lora_file
+from everydream_kit.models.lora.injection import add_lora, lora_parameters
 from everydream_kit.models.model_saving import live_tensors, save_model
 from everydream_kit.models.random_models import build_model
 from everydream_kit.runs.layout import CHECKPOINT_FILE

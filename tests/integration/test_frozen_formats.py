@@ -168,7 +168,7 @@ import torch
 from everydream_kit.export.single_file_export import export_checkpoint
 from everydream_kit.models.number_formats import Formats
 from everydream_kit.models.loading import load_model
-from everydream_kit.models.lora import add_lora
+from everydream_kit.models.lora.injection import add_lora
 from everydream_kit.models.model_saving import save_model
 
 def kilobytes(name):

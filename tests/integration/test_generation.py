@@ -126,7 +126,7 @@ def test_a_lora_changes_the_image(tmp_path: Path, tiny_model_folder: Path) -> No
     import torch
 
     from everydream_kit.models.loading import load_model
-    from everydream_kit.models.lora import add_lora
+    from everydream_kit.models.lora.injection import add_lora
     from everydream_kit.models.model_saving import save_model
 
     model = load_model(tiny_model_folder)

@@ -18,7 +18,7 @@ from everydream_kit.config import TrainConfig
 from everydream_kit.errors import ModelError
 from everydream_kit.export.single_file_export import export_checkpoint
 from everydream_kit.models.loading import load_model, open_model
-from everydream_kit.models.lora import add_lora
+from everydream_kit.models.lora.injection import add_lora
 from everydream_kit.models.model_saving import save_model
 from everydream_kit.models.random_models import build_tiny_model, write_model
 from everydream_kit.preflight.memory_estimate import architecture_of

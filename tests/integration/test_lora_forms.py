@@ -17,9 +17,9 @@ from everydream_kit.errors import ConfigError, ExportError
 from everydream_kit.export.lora_files import export_lora
 from everydream_kit.export.single_file_export import export_checkpoint
 from everydream_kit.models.loading import assemble, load_model, open_model
-from everydream_kit.models.lora import add_lora, lora_of
-from everydream_kit.models.lora_changes import change_of
-from everydream_kit.models.lora_formats import apply_lora, read_lora, read_lora_file
+from everydream_kit.models.lora.files import apply_lora, read_lora, read_lora_file
+from everydream_kit.models.lora.injection import add_lora, lora_of
+from everydream_kit.models.lora.weight_changes import change_of
 from everydream_kit.models.model_saving import save_model
 from everydream_kit.models.sampling import SamplePrompt, sample_images
 from everydream_kit.preflight.memory_estimate import estimate_memory

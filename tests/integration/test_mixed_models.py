@@ -17,8 +17,8 @@ from everydream_kit.actions.converting import merge
 from everydream_kit.demo import base_model_path
 from everydream_kit.errors import ModelError
 from everydream_kit.models.loading import load_model, open_model
-from everydream_kit.models.lora import add_lora
-from everydream_kit.models.lora_formats import read_lora_file
+from everydream_kit.models.lora.files import read_lora_file
+from everydream_kit.models.lora.injection import add_lora
 from everydream_kit.models.model_saving import save_model
 from everydream_kit.preflight.skeleton import build_skeleton, read_architecture
 from everydream_kit.training.caching import build_text_cache

@@ -14,7 +14,7 @@ from tiny_models import draw, tiny_folder
 from everydream_kit.cli import main
 from everydream_kit.demo import base_model_path
 from everydream_kit.models.loading import load_model, open_model
-from everydream_kit.models.lora import add_lora
+from everydream_kit.models.lora.injection import add_lora
 from everydream_kit.models.model_saving import save_model
 from everydream_kit.models.random_models import build_tiny_model, write_model
 from everydream_kit.models.tokens import add_tokens

@@ -14,8 +14,8 @@ from everydream_kit.export.single_file_export import export_checkpoint
 from everydream_kit.models.encoding import encode_captions
 from everydream_kit.models.family import text_tower
 from everydream_kit.models.loading import assemble, load_model, open_model
-from everydream_kit.models.lora import add_lora, lora_of, lora_parameters
-from everydream_kit.models.lora_formats import apply_lora, read_lora, write_lora
+from everydream_kit.models.lora.files import apply_lora, read_lora, write_lora
+from everydream_kit.models.lora.injection import add_lora, lora_of, lora_parameters
 from everydream_kit.models.model_saving import save_model
 from everydream_kit.models.tensors import open_safetensors
 from everydream_kit.models.tokens import add_tokens

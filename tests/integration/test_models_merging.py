@@ -9,8 +9,8 @@ from everydream_kit.errors import ExportError
 from everydream_kit.export.lora_files import export_lora, extract_lora, low_rank
 from everydream_kit.export.merge import merge_checkpoints, merge_lora
 from everydream_kit.models.loading import load_model, open_model
-from everydream_kit.models.lora import add_lora, lora_of
-from everydream_kit.models.lora_formats import delta, read_lora
+from everydream_kit.models.lora.files import delta, read_lora
+from everydream_kit.models.lora.injection import add_lora, lora_of
 from everydream_kit.models.model_saving import save_model
 from everydream_kit.models.random_models import build_tiny_model, write_model
 from everydream_kit.models.tensors import open_safetensors

@@ -11,9 +11,9 @@ from everydream_kit.export.merge import merge_lora
 from everydream_kit.generation import open_for_sampling
 from everydream_kit.models.family import text_tower
 from everydream_kit.models.loading import load_model, open_model
-from everydream_kit.models.lora import add_lora, lora_parameters
-from everydream_kit.models.lora_changes import Change
-from everydream_kit.models.lora_formats import apply_lora, is_lora, read_lora, read_lora_file
+from everydream_kit.models.lora.files import apply_lora, is_lora, read_lora, read_lora_file
+from everydream_kit.models.lora.injection import add_lora, lora_parameters
+from everydream_kit.models.lora.weight_changes import Change
 from everydream_kit.models.model_saving import save_model
 from everydream_kit.models.tensors import LazyTensor, open_safetensors
 

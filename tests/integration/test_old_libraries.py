@@ -23,7 +23,7 @@ from tiny_models import tiny_folder
 from everydream_kit.export.lora_files import export_lora
 from everydream_kit.models.family import Model
 from everydream_kit.models.loading import load_model
-from everydream_kit.models.lora import add_lora
+from everydream_kit.models.lora.injection import add_lora
 from everydream_kit.models.model_saving import save_model
 
 pytestmark = pytest.mark.old_libraries

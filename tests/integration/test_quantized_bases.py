@@ -20,8 +20,8 @@ from everydream_kit.export.single_file_export import export_checkpoint
 from everydream_kit.models.encoding import Sizes, encode_captions
 from everydream_kit.models.family import Model
 from everydream_kit.models.loading import load_model, open_model
-from everydream_kit.models.lora import ADAPTER, add_lora, lora_of, lora_parameters
-from everydream_kit.models.lora_changes import change_of
+from everydream_kit.models.lora.injection import ADAPTER, add_lora, lora_of, lora_parameters
+from everydream_kit.models.lora.weight_changes import change_of
 from everydream_kit.models.model_saving import save_model
 from everydream_kit.models.number_formats import Formats
 from everydream_kit.models.quantized import QuantizedLinear, num_weights

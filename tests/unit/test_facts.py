@@ -167,7 +167,7 @@ OTHER_MEANING = {
     "data/loader.py": {"num_workers"},
     "models/encoding.py": {"clip_skip"},
     "models/family.py": {"clip_skip", "lora_targets"},  # of one family
-    "models/lora.py": {"seed"},
+    "models/lora/injection.py": {"seed"},
     "models/random_models.py": {"seed"},
     "models/sampling.py": {"seed", "clip_skip", "batch_size"},  # of images without a run
     "actions/comparison.py": {"seed", "clip_skip"},

@@ -23,7 +23,7 @@ from everydream_kit.everydream2.validation_file import import_validation_file
 from everydream_kit.foreign import Origin, read_origin, require_given, split_settings, write_origin
 from everydream_kit.jobs import Job
 from everydream_kit.models.adapters import read_adapter_file
-from everydream_kit.models.lora_settings import LoraSettings
+from everydream_kit.models.lora.adapter_settings import LoraSettings
 from everydream_kit.models.part_configs import scheduler_values, text_encoder_values
 from everydream_kit.models.tokenizer import read_vocabulary
 from everydream_kit.params import parameters, parse_text

@@ -292,7 +292,7 @@ def _collect(
 def _is_lora_file(source: Source) -> bool:
     if source.single_file is None:
         return False
-    from everydream_kit.models.lora_formats import is_lora
+    from everydream_kit.models.lora.files import is_lora
 
     return is_lora(source.single_file)
 

@@ -15,7 +15,7 @@ from everydream_kit.models.components import build_component
 from everydream_kit.models.families import FAMILIES
 from everydream_kit.models.family import Component
 from everydream_kit.models.loading import load_model, training_scheduler
-from everydream_kit.models.lora_settings import LoraSettings
+from everydream_kit.models.lora.adapter_settings import LoraSettings
 from everydream_kit.models.model_files import open_folder
 from everydream_kit.models.tokenizer import load_tokenizer, read_vocabulary
 

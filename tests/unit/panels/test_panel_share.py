@@ -254,7 +254,7 @@ def lora_project(tmp_path, monkeypatch):
     from tiny_models import tiny_folder
 
     from everydream_kit.models.loading import load_model
-    from everydream_kit.models.lora import add_lora, lora_parameters
+    from everydream_kit.models.lora.injection import add_lora, lora_parameters
     from everydream_kit.models.model_saving import save_model
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

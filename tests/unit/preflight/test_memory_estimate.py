@@ -99,7 +99,7 @@ def test_paged_states_are_host_memory(estimate):
 
 
 def test_lora_trains_what_the_real_adapter_holds(estimate):
-    from everydream_kit.models.lora import add_lora
+    from everydream_kit.models.lora.injection import add_lora
 
     model = build_model("sd1", **SMALL)
     real = sum(parameter.numel() for parameter in add_lora(model, 4))

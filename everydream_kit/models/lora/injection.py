@@ -1,7 +1,7 @@
 """LoRA adapters on a live model: adding them for training, reading their weights out, and putting weights back in.
 
 peft injects the layers; everything else is ours: which layers, seeded starting values, and the records that the file
-formats (`lora_formats.py`) read and write. The base stays frozen and unchanged beneath.
+formats (`files.py`) read and write. The base stays frozen and unchanged beneath.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from everydream_kit.draws import derive_seed
 from everydream_kit.errors import ConfigError, ModelError
 from everydream_kit.models.adapter_layers import import_peft, torch_layers_only
 from everydream_kit.models.family import Model
-from everydream_kit.models.lora_forms import FORMS, is_adapter_weight
-from everydream_kit.models.lora_settings import LoraSettings
+from everydream_kit.models.lora.adapter_settings import LoraSettings
+from everydream_kit.models.lora.forms import FORMS, is_adapter_weight
 from everydream_kit.models.quantized import QuantizedLinear
 from everydream_kit.models.tensors import LazyTensor
 
@@ -101,7 +101,7 @@ def add_lora(
         targets: names ("to_q") or regular expressions of UNet layers; None: the attention projections.
         text_encoder: adapt the text encoders' attention, too.
         dora: weight-decomposed (arXiv 2402.09353); of the form `lora`.
-        form: by name (`lora_forms.FORMS`).
+        form: by name (`forms.FORMS`).
         seed: of the starting values.
         dtype: of the adapter; None: the format of the layers beneath it.
 

@@ -14,8 +14,8 @@ import torch
 
 from everydream_kit.errors import ModelError
 from everydream_kit.models.family import ModelFiles
-from everydream_kit.models.lora import FactorLayer, Layer, LoraLayer
-from everydream_kit.models.lora_forms import FORMS
+from everydream_kit.models.lora.forms import FORMS
+from everydream_kit.models.lora.injection import FactorLayer, Layer, LoraLayer
 from everydream_kit.models.tensors import LazyTensor, Tensors
 
 
@@ -25,7 +25,7 @@ class Change:
 
     Attributes:
         kind: "LoRA", "LoHa", "LoKr" or "difference".
-        parts: its tensors, by the names in `lora_names.PARTS`.
+        parts: its tensors, by the names in `layer_names.PARTS`.
         scale: of the change: alpha / rank.
         alpha: as the file says it, or None where the scale is 1.
         magnitude: DoRA's lengths, or None.
@@ -41,7 +41,7 @@ class Change:
 
     @property
     def can_be_trained(self) -> bool:
-        """Whether it is a layer as the forms that are trained have them (`lora_forms.FORMS`)."""
+        """Whether it is a layer as the forms that are trained have them (`forms.FORMS`)."""
         titles = {form.title: set(form.parts.values()) for form in FORMS.values()}
         known = titles.get(self.kind, set())
         lengths = self.magnitude is not None and (self.kind != "LoRA" or self.on_input)

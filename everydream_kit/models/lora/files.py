@@ -1,5 +1,5 @@
 """LoRA files: diffusers' and kohya's `.safetensors`, written, read for training, and merged into a base lazily. How
-files of every tool are read is in `lora_reading.py`.
+files of every tool are read is in `reading.py`.
 
 Diffusers names layers by their modules (`unet.down_blocks...to_q.lora_A.weight`); kohya's files, which UIs know, join
 the names with underscores (`lora_unet_down_blocks_..._to_q.lora_down.weight`) and carry an `alpha` for each layer.
@@ -23,11 +23,11 @@ import torch
 
 from everydream_kit.errors import ModelError
 from everydream_kit.models.family import Config, Family, ModelFiles
-from everydream_kit.models.lora import FactorLayer, Layer, Lora, LoraLayer
-from everydream_kit.models.lora_changes import Change, LoraFile, apply_changes, change_of, delta
-from everydream_kit.models.lora_forms import FORMS
-from everydream_kit.models.lora_names import kohya_name
-from everydream_kit.models.lora_reading import DIFFUSERS_METADATA, is_lora, lora_file, read_lora_file
+from everydream_kit.models.lora.forms import FORMS
+from everydream_kit.models.lora.injection import FactorLayer, Layer, Lora, LoraLayer
+from everydream_kit.models.lora.layer_names import kohya_name
+from everydream_kit.models.lora.reading import DIFFUSERS_METADATA, is_lora, lora_file, read_lora_file
+from everydream_kit.models.lora.weight_changes import Change, LoraFile, apply_changes, change_of, delta
 from everydream_kit.models.tensors import (
     LazyTensor,
     Tensors,
@@ -282,7 +282,7 @@ def _as_one(theirs: str, ours: list[str], layers: Mapping[str, LoraLayer], share
 
 
 def read_lora(path: Path, base: ModelFiles) -> Lora:
-    """Read a LoRA that can be trained on: layers of the forms in `lora_forms`. `read_lora_file` reads every kind.
+    """Read a LoRA that can be trained on: layers of the forms in `forms`. `read_lora_file` reads every kind.
 
     Args:
         path: the file, or a LoRA checkpoint's folder.

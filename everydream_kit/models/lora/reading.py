@@ -11,8 +11,14 @@ from typing import Any
 from everydream_kit.errors import ModelError
 from everydream_kit.models.families import family_in_header
 from everydream_kit.models.family import Layout, ModelFiles
-from everydream_kit.models.lora_changes import Change, LoraFile, base_key
-from everydream_kit.models.lora_names import OTHER_KINDS, fused_spellings, is_of_text_encoder, spellings, split_name
+from everydream_kit.models.lora.layer_names import (
+    OTHER_KINDS,
+    fused_spellings,
+    is_of_text_encoder,
+    spellings,
+    split_name,
+)
+from everydream_kit.models.lora.weight_changes import Change, LoraFile, base_key
 from everydream_kit.models.tensors import LazyTensor, Tensors, halves_swapped, row_shares
 from everydream_kit.models.weight_files import WEIGHT_SUFFIXES, open_weights
 from everydream_kit.runs.layout import LORA_FILE

@@ -21,7 +21,7 @@ class LoraSettings:
     Attributes:
         rank, alpha: the adapter's output is scaled by alpha / rank.
         targets: names or regular expressions of UNet layers, or None for the attention projections.
-        form: by name (`lora_forms.FORMS`).
+        form: by name (`forms.FORMS`).
     """
 
     rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = 16

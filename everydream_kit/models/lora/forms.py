@@ -1,6 +1,6 @@
 """Forms of a low-rank adapter: what each is made of, and how peft makes it. A new form is one record here.
 
-What a form's tensors do to a weight is in `lora_changes.py`, which knows them from files already.
+What a form's tensors do to a weight is in `weight_changes.py`, which knows them from files already.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from everydream_kit.models.lora_settings import LoraSettings
+from everydream_kit.models.lora.adapter_settings import LoraSettings
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class LoraForm:
     """One form.
 
     Attributes:
-        title: as messages and `lora_changes.Change.kind` name it.
-        parts: peft's name of each tensor -> the part of a layer, as `lora_names.PARTS` calls it.
+        title: as messages and `weight_changes.Change.kind` name it.
+        parts: peft's name of each tensor -> the part of a layer, as `layer_names.PARTS` calls it.
         config: (peft, settings, layers) -> peft's config.
         network: what kohya-style metadata calls it: module and arguments.
     """
