@@ -166,9 +166,9 @@ def _report_outcome(run: Any) -> int:
     checkpoints = run.checkpoints(averaged=False)
     if checkpoints:
         print(f"checkpoint: {checkpoints[-1].folder}")
-    files = [path for event in run.events("saved") for path in event["files"]]
-    if files:
-        print(f"single file: {files[-1]}")
+    written = [event["files"] for event in run.events("saved") if event["files"]]
+    for path in written[-1] if written else ():  # live weights, and averaged ones
+        print(f"single file: {path}")
     if run.samples():
         print(f"samples: {run.samples_folder}")
     if status["state"] == "stopped" and checkpoints:

@@ -16,6 +16,7 @@ from hub_stand_in import HubStandIn, use_as_hub
 from rehearsals import NotingPlugin, plain_settings, prepared, rehearse, square_images
 from safetensors.torch import load_file
 
+from everydream_kit.cli import main
 from everydream_kit.errors import ConfigError, HubError
 from everydream_kit.runs import RunFolder
 from everydream_kit.sessions import train
@@ -119,6 +120,20 @@ def test_after_twenty_steps_of_a_run_each_decay_has_its_own_average(
         distance[decay, interval] = float((averaged - start).abs().mean())
     assert distance[0.9, 1] > 2 * distance[0.99, 1] > 20 * distance[0.9999, 1] > 0
     assert distance[0.9, 1] > distance[0.9, 5] > 0
+
+
+def test_the_command_names_the_single_files_of_live_and_averaged_weights(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ema = {"ema_decay_rate": 0.5, "ema_update_interval": 1}
+    saving = {"max_steps": 1, "no_save_ckpt": False, "save_ckpt_dir": "S"}
+    (tmp_path / "c.json").write_text(json.dumps({**settings, **ema, **saving}), "utf-8")
+    assert main(["train", "--config", "c.json"]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("single file: ")]
+    assert [Path(line.removeprefix("single file: ")).name for line in said] == [
+        "last-t-ep01-gs00001.safetensors",
+        "last-t-ep01-gs00001_ema.safetensors",
+    ]
 
 
 # Samples --------------------------------------------------------------------------------------------------------------
