@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from rehearsals import square_images
-from replayed_passes import allow_on_cpu
+from replayed_passes import allow_on_cpu, settings_of_a_run
 from safetensors.torch import load_file
 from stop_after import StopAfter
 from tiny_models import tiny_folder
@@ -32,30 +31,9 @@ from everydream_kit.training.speed_choice import CANDIDATES, Candidate, SpeedTri
 GRAPHS = CANDIDATES[1]
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return square_images(tmp_path_factory.mktemp("speed") / "images", 4)
-
-
 @pytest.fixture
-def settings(tmp_path: Path, images: Path) -> dict[str, Any]:
-    return {
-        "resume_ckpt": str(tiny_folder("sd1")),
-        "data_root": str(images),
-        "resolution": 64,
-        "batch_size": 2,
-        "lr": 1e-3,
-        "max_epochs": 20,
-        "max_steps": 5,
-        "logdir": str(tmp_path / "logs"),
-        "sample_steps": None,
-        "seed": 7,
-        "num_workers": 0,
-        "cache_variants": 1,
-        "log_step": 1,
-        "no_save_ckpt": True,
-        "flat_weights": "on",
-    }
+def settings(tmp_path: Path) -> dict[str, Any]:
+    return {**settings_of_a_run(tmp_path), "max_steps": 5, "log_step": 1, "flat_weights": "on"}
 
 
 class Clock:

@@ -7,10 +7,13 @@ as it was; reading a value is an error; and a capture changes nothing that was t
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rehearsals import square_images
+from tiny_models import tiny_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -68,6 +71,24 @@ class Replayed:
             new = [one for one in tensors_of(again) if id_of(one) not in taken]
             for old, one in zip(made, new, strict=True):
                 old.untyped_storage().copy_(one.untyped_storage())
+
+
+def settings_of_a_run(folder: Path) -> dict[str, Any]:
+    """Settings of a run of SD 1 on four images, all of it below a folder; captions are dropped and images cropped as usual."""
+    return {
+        "resume_ckpt": str(tiny_folder("sd1")),
+        "data_root": str(square_images(folder / "images")),
+        "resolution": 64,
+        "batch_size": 2,
+        "lr": 1e-3,
+        "max_epochs": 20,
+        "logdir": str(folder / "logs"),
+        "sample_steps": None,
+        "seed": 7,
+        "num_workers": 0,
+        "cache_variants": 1,
+        "no_save_ckpt": True,
+    }
 
 
 def record(call: Callable[[], torch.Tensor]) -> Replayed:
