@@ -261,10 +261,14 @@ def _last_words(events: Sequence[Mapping[str, Any]]) -> str:
     if not losses:
         return ""
     last = losses[-1]
-    epochs = f" ({last['epoch'] + 1} epochs)" if isinstance(last.get("epoch"), int) else ""
+    num_epochs = last["epoch"] + 1 if isinstance(last.get("epoch"), int) else 0
+    epochs = f" ({num_epochs} epoch{'' if num_epochs == 1 else 's'})" if num_epochs else ""
+    logged = last.get("step", 0)  # a run may end between two points of its log
+    step = max([logged, *(e["step"] for e in events if e.get("kind") == "saved" and isinstance(e.get("step"), int))])
+    where = "at the end" if step == logged else f"at step {_value(logged)}"
     checked = [e for e in events if e.get("kind") == "validation" and isinstance(e.get("loss"), float)]
     validated = f"; validation loss {checked[-1]['loss']:.4f}" if checked else ""
-    return f"{_value(last.get('step', 0))} optimizer steps{epochs}; training loss at the end {last['loss']:.4f}{validated}."
+    return f"{_value(step)} optimizer steps{epochs}; training loss {where} {last['loss']:.4f}{validated}."
 
 
 def _hours(events: Sequence[Mapping[str, Any]]) -> str:

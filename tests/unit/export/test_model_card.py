@@ -47,11 +47,18 @@ def test_the_card_tells_settings_data_results_and_use(tmp_path: Path) -> None:
     card = preview_push(make_run(tmp_path), "me/jets").card
     assert "| lr | 2e-06 |" in card and "| flip_p | 0.5 |" in card
     assert "12 images, trained at 128 px." in card
-    assert "20 optimizer steps (1 epochs); training loss at the end 0.0500." in card
+    assert "20 optimizer steps (1 epoch); training loss at the end 0.0500." in card
     assert "![Training curves](training/curves.png)" in card
     assert "from_pretrained('me/jets'" in card and "pipeline('a red jet', clip_skip=1)" in card
     assert "<Gallery />" in card
     assert "Not stated." in card
+
+
+def test_steps_after_the_last_point_of_the_log_are_counted(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with run.events_path.open("a", encoding="utf-8") as file:
+        file.write('{"kind": "saved", "step": 23, "path": "x", "files": []}\n')
+    assert "23 optimizer steps (1 epoch); training loss at step 20 0.0500." in preview_push(run, "me/jets").card
 
 
 def test_no_folder_of_the_machine_is_in_the_card_or_the_settings(tmp_path: Path) -> None:
