@@ -5,6 +5,7 @@ The sampling itself is in `models/sampling.py`; here is finding the model that a
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,13 +21,15 @@ from everydream_kit.runs.run_folder import is_run
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from everydream_kit.models.family import Model
+    from everydream_kit.models.family import Model, SamplerSpec
     from everydream_kit.models.sampling import SamplePrompt
 
     Checkpoint = str | Path | RunFolder | Model
 else:
     Checkpoint = str | Path | RunFolder
     """What the command line can name."""
+
+logger = logging.getLogger(__name__)
 
 
 def sample(
@@ -100,7 +103,7 @@ def sample(
     for number, (each, base) in enumerate(zip(checkpoints, bases, strict=True)):
         model = open_for_sampling(each, lora=lora, vae=vae, adapter_base=base)
         _check_clip_skip(model, clip_skip)
-        side, usual = native_size(model), model.family.sampler_of(model.source)
+        side, usual = native_size(model), _usual_sampling(model, is_asked=not (cfgs and num_inference_steps))
         scales = scales or usual.cfgs[:1]  # the first one's for all: they stand side by side on the grid
         wanted = [
             SamplePrompt(text, negative_prompt, seed + index, width or side, height or side, scales)
@@ -118,6 +121,19 @@ def sample(
         drawn.append((_label(each), images))
         del model  # before the next one is loaded
     return _write_images(Path(out), wanted, drawn)
+
+
+def _usual_sampling(model: Model, *, is_asked: bool) -> SamplerSpec:
+    """What is usual for the model. Where it is asked for, a distilled model is named, since its name may be chance."""
+    usual = model.family.sampler_of(model.source)
+    if is_asked and usual is not model.family.sampler:
+        logger.warning(
+            "%s: its name or index says that it is distilled. Unless given, --num_inference_steps is %d and --cfg %g.",
+            model.source,
+            usual.num_steps,
+            usual.cfgs[0],
+        )
+    return usual
 
 
 def _as_list(name: str, given: Any) -> list[Any]:

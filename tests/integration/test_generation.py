@@ -40,13 +40,14 @@ def test_each_prompt_seed_and_cfg_is_a_file_with_its_settings_and_there_is_a_gri
 
 @pytest.mark.parametrize(("family", "name", "steps"), [("sd1", "my-turbo", 8), ("flux2_klein", "FLUX.2-klein-4B", 4)])
 def test_a_distilled_model_is_sampled_in_few_steps_without_guidance(
-    family: str, name: str, steps: int, tmp_path: Path
+    family: str, name: str, steps: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = shutil.copytree(tiny_folder(family), tmp_path / name)
     (path,) = sample(model, "a cat", width=64, height=64, out=tmp_path / "samples")
     with Image.open(path) as image:
         assert f"Steps: {steps}," in image.info["parameters"]
         assert "CFG scale: 1," in image.info["parameters"]
+    assert f"is distilled. Unless given, --num_inference_steps is {steps} and --cfg 1." in caplog.text
 
 
 @pytest.mark.parametrize(
